@@ -1,0 +1,225 @@
+"""Catalogues of cutouts: reading, schema and validation.
+
+A catalogue is a CSV, Parquet, FITS or VOTable file, or a folder laid out `{split}/{lens,nonlens}/`
+or with `{split}.csv` (columns `filepath,label`).
+"""
+
+import hashlib
+import io
+import posixpath
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pandas as pd
+
+from lens_pipeline.errors import InputError
+
+SPLITS = ("train", "val", "test")
+SUFFIXES = (".csv", ".parquet", ".fits", ".fit", ".vot", ".votable", ".xml")
+IMAGE_SUFFIXES = (".fits", ".fit", ".npy", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
+TEXT_COLUMNS = ("id", "path", "label", "group", "split", "survey", "flux_unit")
+CLASS_FOLDERS = {"lens": "1", "nonlens": "0"}
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """A validated table, one row a cutout, in the user's order.
+
+    table: `id` (text, unique), the image columns (`path`, or `path_<band>` for each band; absolute
+    paths or URLs), `label` (nullable Int8: 1 lens, 0 not, missing unknown), `group` (text), `split`
+    (text or missing), and the user's further columns as they were.
+    """
+
+    table: pd.DataFrame
+    source: str
+
+    @property
+    def image_columns(self) -> list[str]:
+        return _image_columns(self.table)
+
+    @property
+    def references(self) -> list[str]:
+        """Every image path, in row order."""
+        return [str(path) for path in self.table[self.image_columns].to_numpy().ravel()]
+
+    @property
+    def bands(self) -> list[str] | None:
+        """Names of the bands where the columns tell them (`path_<band>`), else None."""
+        columns = self.image_columns
+        return None if columns == ["path"] else [name.removeprefix("path_") for name in columns]
+
+
+def read_catalogue(path: str | Path, storage_options: Mapping[str, Any] | None = None) -> Catalogue:
+    """Read and validate a catalogue from a local path or an fsspec URL.
+
+    Raises InputError, naming file, row and column, for: a missing or unreadable source, an empty
+    table, no `id` or image column, a duplicate or missing id, a missing path, a label other than 1,
+    0 or empty, an unknown split, a group with two splits.
+    """
+    source = str(path)
+    options = dict(storage_options or {})
+    try:
+        filesystem, inside = fsspec.url_to_fs(source, **options)
+        if filesystem.isdir(inside):
+            table, folder = _read_folder(source, filesystem, inside), source
+        else:
+            table, folder = _read_table(source, options), posixpath.dirname(source)
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{source}: there is no such file or folder; check LENS_SOURCE") from None
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as problem:
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise InputError(f"{source}: cannot be read as a catalogue ({reason})") from None
+    return Catalogue(_validated(table, source, folder or "."), source)
+
+
+def source_fingerprint(source: str, storage_options: Mapping[str, Any] | None = None) -> str:
+    """sha256 of a catalogue file; of the listing and the split tables where it is a folder.
+
+    Raises InputError where there is no such file or folder.
+    """
+    try:
+        filesystem, inside = fsspec.url_to_fs(source, **dict(storage_options or {}))
+        if not filesystem.isdir(inside):
+            return hashlib.sha256(filesystem.cat_file(inside)).hexdigest()
+        names = sorted(filesystem.find(inside))
+        tables = [filesystem.cat_file(name) for name in names if name.endswith(".csv")]
+        return hashlib.sha256(b"\0".join([*(n.encode() for n in names), *tables])).hexdigest()
+    except FileNotFoundError:
+        raise InputError(f"{source}: there is no such file or folder; check LENS_SOURCE") from None
+    except (OSError, ValueError, ImportError) as problem:
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise InputError(f"{source}: cannot be read ({reason})") from None
+
+
+def _read_table(source: str, options: dict[str, Any]) -> pd.DataFrame:
+    suffix = posixpath.splitext(source)[1].lower()
+    if suffix not in SUFFIXES:
+        raise InputError(
+            f"{source}: a catalogue is a folder or one of {', '.join(SUFFIXES)}; convert it"
+        )
+    with fsspec.open(source, "rb", **options) as file:
+        content = io.BytesIO(file.read())
+    if suffix == ".csv":
+        return _read_csv(content, source)
+    if suffix == ".parquet":
+        return pd.read_parquet(content)
+    from astropy.table import Table
+
+    table = Table.read(content, format="fits" if suffix.startswith(".fit") else "votable")
+    wide = [name for name in table.colnames if table[name].ndim > 1]
+    if wide:
+        raise InputError(f"{source}: column {wide[0]} holds arrays; drop it or split it")
+    frame = table.to_pandas()
+    for name in frame.select_dtypes("object"):
+        frame[name] = frame[name].map(lambda v: v.decode() if isinstance(v, bytes) else v)
+    return frame
+
+
+def _read_csv(content: io.BytesIO, source: str) -> pd.DataFrame:
+    try:
+        header = pd.read_csv(content, nrows=0).columns
+    except pd.errors.EmptyDataError:
+        raise InputError(f"{source}: the file is empty; a header with `id` is needed") from None
+    content.seek(0)
+    text = {c: str for c in header if c in TEXT_COLUMNS or c.startswith("path_")}
+    # Only an empty field is a missing one: an id may be "NA".
+    return pd.read_csv(content, dtype=text, keep_default_na=False, na_values=[""])
+
+
+def _read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str) -> pd.DataFrame:
+    rows: list[dict[str, str]] = []
+    for split in SPLITS:
+        listing = posixpath.join(inside, f"{split}.csv")
+        if filesystem.exists(listing):
+            with filesystem.open(listing, "rb") as file:
+                table = _read_csv(io.BytesIO(file.read()), listing)
+            missing = {"filepath", "label"} - set(table)
+            if missing:
+                raise InputError(f"{listing}: column {sorted(missing)[0]} is missing")
+            for path, label in zip(table["filepath"].astype(str), table["label"], strict=True):
+                rows.append({"id": path, "path": path, "label": label, "split": split})
+        for kind, label in CLASS_FOLDERS.items():
+            folder = posixpath.join(inside, split, kind)
+            if filesystem.isdir(folder):
+                for name in sorted(posixpath.basename(n) for n in filesystem.ls(folder, False)):
+                    if name.lower().endswith(IMAGE_SUFFIXES):
+                        path = f"{split}/{kind}/{name}"
+                        rows.append({"id": path, "path": path, "label": label, "split": split})
+    if not rows:
+        raise InputError(
+            f"{source}: no cutouts; a folder needs train|val|test/lens|nonlens/ or train.csv ..."
+        )
+    return pd.DataFrame(rows)
+
+
+def _validated(table: pd.DataFrame, source: str, folder: str) -> pd.DataFrame:
+    if table.empty:
+        raise InputError(f"{source}: the table has no rows")
+    images = _image_columns(table)
+    if "id" not in table:
+        raise InputError(f"{source}: column id is missing; it has {', '.join(map(str, table))}")
+    if not images:
+        raise InputError(f"{source}: column path (or path_<band> for each band) is missing")
+    table = table.reset_index(drop=True)
+    for name in ("id", *images):
+        table[name] = _text(table[name])
+        _refuse(source, table, table[name].isna(), name, "is empty")
+    _refuse(source, table, table["id"].duplicated(), "id", "is there twice; ids must be unique")
+    table["label"] = _labels(table, source)
+    for name in images:
+        table[name] = [_join(folder, path) for path in table[name]]
+    table["split"] = _text(table["split"]) if "split" in table else pd.array([None] * len(table))
+    unknown = table["split"].notna() & ~table["split"].isin(SPLITS)
+    _refuse(source, table, unknown, "split", "must be train, val, test or empty")
+    # A cutout of no group is a group of its own.
+    group = _text(table["group"]) if "group" in table else table["id"]
+    table["group"] = group.fillna(table["id"])
+    given = table[table["split"].notna() & table["label"].notna()]
+    split_of_group = given.groupby("group")["split"].transform("first")
+    torn = (given["split"] != split_of_group).reindex(table.index, fill_value=False)
+    _refuse(source, table, torn, "split", "differs from that of another row of its group")
+    return table
+
+
+def _image_columns(table: pd.DataFrame) -> list[str]:
+    names = [str(name) for name in table]
+    return ["path"] if "path" in names else [n for n in names if n.startswith("path_")]
+
+
+def _text(column: pd.Series) -> pd.Series:
+    """As text, with empty and missing alike missing; whole numbers without a decimal point."""
+    if pd.api.types.is_float_dtype(column) and (column.dropna() % 1 == 0).all():
+        column = column.astype("Int64")
+    text = column.astype("object").map(lambda v: None if pd.isna(v) or str(v) == "" else str(v))
+    return text.astype("object").where(text.notna(), None)
+
+
+def _labels(table: pd.DataFrame, source: str) -> pd.Series:
+    if "label" not in table:
+        return pd.Series(pd.array([pd.NA] * len(table), dtype="Int8"))
+    known = {"1": 1, "0": 0, "1.0": 1, "0.0": 0, "True": 1, "False": 0}
+    text = table["label"].map(lambda v: None if pd.isna(v) or str(v).strip() == "" else str(v))
+    label = text.map(lambda v: None if v is None else known.get(v.strip()))
+    _refuse(source, table, text.notna() & label.isna(), "label", "must be 1, 0 or empty")
+    return label.astype("Int8")
+
+
+def _join(folder: str, path: str) -> str:
+    if "://" in path or path.startswith("/"):
+        return path
+    return posixpath.join(folder, path)
+
+
+def _refuse(source: str, table: pd.DataFrame, bad: pd.Series, column: str, what: str) -> None:
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        value = table[column].iloc[row]
+        more = f" (and {int(bad.sum()) - 1} more)" if bad.sum() > 1 else ""
+        shown = "" if pd.isna(value) else f" {str(value)!r}"
+        raise InputError(f"{source}: row {row + 1}, column {column}:{shown} {what}{more}")

@@ -1,0 +1,268 @@
+"""The command `lens-pipeline`."""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lens_pipeline.errors import InputError
+from lens_pipeline.settings import Settings
+
+BAD_INPUT = 2
+FAILURE = 1
+INTERRUPTED = 130
+GRACE = 8  # seconds that an interrupted run has for an orderly end
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line on stderr for a command line that is not valid."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="lens-pipeline",
+        description="From survey cutouts to a registered ensemble that finds gravitational lenses.",
+    )
+    common = _Parser(add_help=False)
+    common.add_argument("--home", help="where everything is written (LENS_HOME)")
+    common.add_argument("--verbose", action="store_true", help="logs and tracebacks")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", parents=[common], help="the main job: source to registry")
+    run.add_argument("--source", help="`simulation`, or a catalogue (LENS_SOURCE)")
+    run.add_argument("--preset", help="tiny, quick or full (LENS_PRESET)")
+    run.add_argument("--archs", help="members, comma-separated (LENS_ARCHS)")
+    run.add_argument("--verify", action="store_true", help="check sha256 of what is reused")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="[MEMBER.]SECTION.FIELD=VALUE",
+        help="a training setting, of one member or of all: resnet18.training.epochs=5",
+    )
+    run.set_defaults(do=_run)
+
+    simulate = commands.add_parser("simulate", parents=[common], help="a catalogue of simulations")
+    simulate.add_argument("--survey", default="des")
+    simulate.add_argument("--n", type=int, default=1000, help="cutouts (default 1000)")
+    simulate.add_argument("--seed", type=int, default=0)
+    simulate.add_argument("--image-size", type=int, default=64, help="pixels (default 64)")
+    simulate.add_argument("--device", default="cpu", help="a torch device (default cpu)")
+    simulate.add_argument("--out", type=Path, required=True, help="a folder that does not exist")
+    simulate.set_defaults(do=_simulate)
+
+    predict = commands.add_parser("predict", parents=[common], help="score a catalogue")
+    predict.add_argument("--catalogue", required=True)
+    predict.add_argument("--out", type=Path, required=True, help="scores, .parquet or .csv")
+    predict.add_argument("--model", help="models:/lens_ensemble@alias or /version")
+    predict.set_defaults(do=_predict)
+
+    promote = commands.add_parser("promote", parents=[common], help="make a version champion")
+    promote.add_argument("version", help="a version of lens_ensemble")
+    promote.set_defaults(do=_promote)
+
+    show = commands.add_parser("show", parents=[common], help="open the Dagster and MLflow UIs")
+    show.add_argument("--dagster-port", type=int, default=3000)
+    show.add_argument("--mlflow-port", type=int, default=5000)
+    show.set_defaults(do=_show)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns 0, or 1 (failure), 2 (bad input), 130 (interrupted)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verbose = "--verbose" in arguments
+    _configure_logging(verbose)
+    try:
+        options = _parser().parse_args(arguments)
+        return int(options.do(options))
+    except InputError as problem:
+        status, message = BAD_INPUT, str(problem)
+    except KeyboardInterrupt:
+        status, message = INTERRUPTED, "interrupted; the same command goes on where it stopped"
+    except Exception as problem:  # noqa: BLE001  (the last resort of a command line)
+        status, message = FAILURE, f"{type(problem).__name__}: {problem}"
+        if not verbose:
+            message += " (--verbose shows where)"
+    if verbose:
+        logging.getLogger(__name__).exception("the command failed")
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _configure_logging(verbose: bool) -> None:
+    logger = logging.getLogger("lens_pipeline")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    if not verbose:
+        for noisy in ("mlflow", "pytorch_lightning", "lightning", "alembic", "dagster"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def _interruptible() -> None:
+    """SIGTERM ends a run as Ctrl-C does, and neither takes longer than ten seconds."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while os.read(reader, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
+            pass
+        threading.Event().wait(GRACE)
+        # Whatever is stuck is cut off: steps are renamed into place only when they are whole, and
+        # the next run frees what a dead one held.
+        print("error: interrupted, and ended by force", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _run(options: argparse.Namespace) -> int:
+    settings = Settings.load(
+        home=options.home,
+        source=options.source,
+        preset=options.preset,
+        archs=options.archs,
+        verify=options.verify or None,
+    )
+    settings.export()
+    from lens_pipeline.presets import chosen_members
+
+    changes = _training_changes(options.set, [m.name for m in chosen_members(settings)])
+    if threading.current_thread() is threading.main_thread():
+        _interruptible()
+    from lens_pipeline.runner import run_pipeline
+
+    run_pipeline(settings, changes, options.verbose)
+    _print_summary(settings)
+    return 0
+
+
+def _training_changes(assignments: Sequence[str], members: Sequence[str]) -> dict[str, Any]:
+    """`[member.]section.field=value` -> {member: {section: {field: value}}}."""
+    import yaml
+
+    from lens_pipeline.training.config import TrainConfig
+
+    changes: dict[str, Any] = {}
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        parts = path.split(".")
+        if not equals or len(parts) not in (2, 3):
+            raise InputError(f"--set {assignment}: must be [MEMBER.]SECTION.FIELD=VALUE")
+        *member, section, field = parts
+        if member and member[0] not in members:
+            raise InputError(f"--set {assignment}: the members are {', '.join(members)}")
+        change = {section: {field: yaml.safe_load(text)}}
+        TrainConfig.parse(change, f"--set {assignment}")
+        for name in member or members:
+            changes.setdefault(name, {}).setdefault(section, {}).update(change[section])
+    return changes
+
+
+def _print_summary(settings: Settings) -> None:
+    from lens_pipeline.evaluation.report import format_metrics_table
+
+    summary = json.loads((settings.reports / "summary.json").read_text())
+    model = summary["model"]
+    aliases = ", ".join(model["aliases"]) or "none"
+    print()
+    print(format_metrics_table({**summary["members"], "ensemble": summary["ensemble"]}))
+    print()
+    print(f"Registered  {model['name']}, version {model['version']}; aliases: {aliases}")
+    for reason in [] if summary["gate"]["passed"] else summary["gate"]["reasons"]:
+        print(f"            gate: {reason}")
+    if "champion" not in model["aliases"] and summary["gate"]["passed"]:
+        print(f"            to make it champion: lens-pipeline promote {model['version']}")
+    print(f"Report      {summary['report']}")
+    print(f"Scores      {summary['scores']}")
+    print(f"To look around: lens-pipeline show --home {settings.home}")
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    if options.n < 1:
+        raise InputError(f"--n {options.n}: at least 1 is needed")
+    out: Path = options.out
+    if out.exists():
+        raise InputError(f"--out {out}: exists already; name a folder that does not")
+    from lens_pipeline.simulation.simulate import simulate_catalogue
+
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    aside.mkdir(parents=True)
+    simulate_catalogue(
+        aside,
+        options.survey,
+        options.n,
+        options.seed,
+        device=options.device,
+        image_size=options.image_size,
+    )
+    aside.rename(out)
+    print(out / "catalogue.parquet")
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    settings = Settings.load(home=options.home)
+    if options.out.suffix not in (".parquet", ".csv"):
+        raise InputError(f"--out {options.out}: must end in .parquet or .csv")
+    from lens_pipeline.tracking import Tracking
+
+    tracking = Tracking(settings)
+    tracking.require_registry()
+    from lens_pipeline.catalogue.table import read_catalogue
+
+    catalogue = read_catalogue(options.catalogue, settings.storage_options)
+    ensemble, uri = tracking.load(options.model)
+    from lens_pipeline.ensemble.predictor import score_catalogue
+
+    scores = score_catalogue(ensemble, catalogue, settings.storage_options)
+    scored = int(scores["probability"].notna().sum())
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    aside = options.out.with_name(f".{options.out.name}.{os.getpid()}")
+    if options.out.suffix == ".csv":
+        scores.to_csv(aside, index=False)
+    else:
+        scores.to_parquet(aside, index=False)
+    aside.replace(options.out)
+    print(f"{options.out}: {scored} of {len(scores)} cutouts scored by {uri}")
+    if not scored:
+        first = scores["reject_reason"].iloc[0]
+        raise InputError(f"{options.catalogue}: no cutout could be scored; row 1: {first}")
+    return 0
+
+
+def _promote(options: argparse.Namespace) -> int:
+    from lens_pipeline.tracking import CHAMPION, MODEL, Tracking
+
+    tracking = Tracking(Settings.load(home=options.home))
+    tracking.require_registry()
+    known = [str(version.version) for version in tracking.versions()]
+    if options.version not in known:
+        raise InputError(
+            f"promote {options.version}: {MODEL} has the versions {', '.join(known) or '(none)'}"
+        )
+    tracking.set_alias(CHAMPION, options.version)
+    print(f"{MODEL} version {options.version} is champion")
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    settings = Settings.load(home=options.home)
+    settings.export()
+    from lens_pipeline.serve import serve
+
+    return serve(settings, options.dagster_port, options.mlflow_port)

@@ -1,0 +1,1 @@
+"""The orchestration: Dagster assets, a file a stage, each with its checks."""

@@ -1,0 +1,199 @@
+"""One asset per member, `checkpoints/<member>`, made by a factory."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+from pydantic import BaseModel, create_model
+
+from lens_pipeline import presets
+from lens_pipeline.defs.resources import LensHome
+from lens_pipeline.defs.stages import (
+    CLOUD,
+    Made,
+    checkpoint_key,
+    code_version,
+    made,
+    picture,
+    result,
+    run_stage,
+)
+from lens_pipeline.models.names import Member
+from lens_pipeline.settings import Settings
+from lens_pipeline.steps import Recipe, Step
+from lens_pipeline.tracking import DAGSTER_RUN, DATASET_VERSION, Tracking
+from lens_pipeline.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from lens_pipeline.training.train import TrainedMember
+
+TRAIN = "lens_pipeline.training.train"
+POOL = "gpu"
+
+
+def dagster_config(defaults: BaseModel) -> type[dg.Config]:
+    """The Dagster config of a pydantic model: its fields, bounds and help, these defaults."""
+    fields: dict[str, Any] = {}
+    for name, info in type(defaults).model_fields.items():
+        value = getattr(defaults, name)
+        if isinstance(value, BaseModel):
+            section = dagster_config(value)
+            fields[name] = (section, section())
+        else:
+            field = info._copy() if hasattr(info, "_copy") else info
+            field.default = value
+            fields[name] = (info.annotation, field)
+    return create_model(type(defaults).__name__, __base__=(dg.Config,), **fields)
+
+
+def checkpoint_asset(member: Member, defaults: TrainConfig) -> dg.AssetsDefinition:
+    """The asset of one member; `defaults` is what it is trained with unless its run config says
+    otherwise."""
+    key = checkpoint_key(member.name)
+
+    @dg.asset(
+        key=key,
+        deps=[CLOUD],
+        group_name="training",
+        kinds={"pytorch"},
+        pool=POOL,
+        code_version=code_version(TRAIN),
+        description=f"The checkpoint of {member.name}, a {member.architecture} trained on the "
+        "published shards: the best and the last epoch, its settings, curves, validation scores.",
+        check_specs=[
+            dg.AssetCheckSpec(
+                "better_than_chance",
+                asset=key,
+                description="AUROC on the validation split is above 0.5.",
+            )
+        ],
+    )
+    def checkpoint(
+        context: dg.AssetExecutionContext,
+        config: dagster_config(defaults),  # type: ignore[valid-type]
+        lens: LensHome,
+    ) -> dg.MaterializeResult:
+        settings = lens.settings
+        upstream = made(context, CLOUD)
+        trained_with = TrainConfig.model_validate(config.model_dump())
+        recipe = Recipe(
+            stage=f"checkpoints/{member.name}",
+            modules=(TRAIN,),
+            libraries=("torch", "torchvision", "pytorch-lightning", "torchmetrics", "numpy"),
+            inputs={"shards": upstream.content},
+            settings=trained_with.model_dump(),
+        )
+
+        def build(out: Path) -> None:
+            _train(settings, upstream, member, trained_with, recipe, out, context.run_id)
+
+        root = settings.home / "checkpoints" / member.name
+        step = run_stage(key, recipe, root, build, settings)
+        trained = _trained(step)
+        run_id = _record(lens.tracking, member, step, trained, upstream, context.run_id)
+        from lens_pipeline.evaluation.metrics import lens_metrics
+
+        scores = trained.val_scores
+        auroc = lens_metrics(scores["label"], _probability(scores["logit"]), bootstrap=0)["auroc"]
+        last = trained.curves.iloc[-1].dropna()
+        return result(
+            step,
+            {
+                "learning curves": picture(step.folder / "curves.png"),
+                "validation AUROC": auroc["value"],
+                **{f"last {name}": float(v) for name, v in last.items() if "/" in str(name)},
+                "MLflow run": run_id,
+            },
+            checks=(
+                dg.AssetCheckResult(
+                    check_name="better_than_chance",
+                    passed=auroc["value"] > 0.5,
+                    severity=dg.AssetCheckSeverity.WARN,
+                    metadata={"auroc": auroc["value"]},
+                ),
+            ),
+        )
+
+    return checkpoint
+
+
+def _probability(logit: Any) -> Any:
+    from scipy.special import expit
+
+    return expit(logit)
+
+
+def _trained(step: Step) -> "TrainedMember":
+    from lens_pipeline.training.train import TrainedMember
+
+    return TrainedMember(step.folder)
+
+
+def _train(
+    settings: Settings,
+    upstream: Made,
+    member: Member,
+    config: TrainConfig,
+    recipe: Recipe,
+    out: Path,
+    dagster_run: str,
+) -> None:
+    from pytorch_lightning.loggers import MLFlowLogger
+
+    from lens_pipeline.shards.datamodule import LensDataModule
+    from lens_pipeline.training.train import train
+
+    tracking = Tracking(settings)
+    tags = _tags(upstream, member, dagster_run)
+    run_id = tracking.start_run(member.name, recipe.key, tags)
+    logger = MLFlowLogger(run_id=run_id, tracking_uri=settings.mlflow_uri, log_model=False)
+    data = LensDataModule(
+        data_root=upstream.location,
+        batch_size=config.training.batch_size,
+        num_workers=config.data.num_workers,
+        seed=config.training.seed,
+        cache_dir=settings.home / "cache",
+        storage_options=settings.storage_options,
+    )
+    try:
+        train(config, data, out, loggers=[logger])
+    except BaseException:
+        tracking.client.set_terminated(run_id, "FAILED")
+        raise
+
+
+def _tags(upstream: Made, member: Member, dagster_run: str) -> dict[str, str]:
+    return {
+        DATASET_VERSION: upstream.content,
+        DAGSTER_RUN: dagster_run,
+        "lens.member": member.name,
+    }
+
+
+def _record(
+    tracking: Tracking,
+    member: Member,
+    step: Step,
+    trained: "TrainedMember",
+    upstream: Made,
+    dagster_run: str,
+) -> str:
+    """The finished MLflow run of a checkpoint: that of its training, or one made from its files."""
+    run = tracking.find_run(step.key)
+    tags = _tags(upstream, member, dagster_run)
+    run_id = run.info.run_id if run else tracking.start_run(member.name, step.key, tags)
+    tracking.finish_run(
+        run_id,
+        trained.config.model_dump(),
+        curves=trained.curves,
+        artifacts=(trained.folder / "curves.png", trained.folder / "settings.yaml"),
+    )
+    return run_id
+
+
+def checkpoint_assets(settings: Settings) -> list[dg.AssetsDefinition]:
+    """The assets of the members that the settings name."""
+    return [
+        checkpoint_asset(member, presets.member_config(settings, member))
+        for member in presets.chosen_members(settings)
+    ]

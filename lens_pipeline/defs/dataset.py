@@ -1,0 +1,200 @@
+"""From a source to the processed dataset: `cutout_catalogue`, `processed_dataset`."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+from lens_pipeline import presets
+from lens_pipeline.defs.resources import LensHome
+from lens_pipeline.defs.stages import (
+    CATALOGUE,
+    DATASET,
+    Made,
+    code_version,
+    made,
+    picture,
+    result,
+    run_stage,
+)
+from lens_pipeline.settings import Settings
+from lens_pipeline.steps import Recipe
+
+if TYPE_CHECKING:
+    from lens_pipeline.catalogue.dataset import Dataset
+    from lens_pipeline.catalogue.table import Catalogue
+
+SIMULATION = "lens_pipeline.simulation.simulate"
+TABLE = "lens_pipeline.catalogue.table"
+BUILD = "lens_pipeline.catalogue.dataset"
+PLOTS = "lens_pipeline.evaluation.plots"
+
+
+def catalogue_recipe(settings: Settings) -> Recipe:
+    if settings.source == "simulation":
+        preset = presets.chosen(settings)
+        return Recipe(
+            stage="cutout_catalogue",
+            modules=(SIMULATION,),
+            libraries=("torch", "caustics", "astropy", "numpy", "scipy", "pandas", "pyarrow"),
+            settings={
+                "survey": preset.survey,
+                "n": settings.n_cutouts or preset.n_cutouts,
+                "seed": settings.seed,
+                "image_size": presets.image_size(settings),
+            },
+        )
+    from lens_pipeline.catalogue.table import source_fingerprint
+
+    return Recipe(
+        stage="cutout_catalogue",
+        modules=(TABLE,),
+        libraries=("astropy", "pandas", "pyarrow"),
+        inputs={"source": source_fingerprint(settings.source, settings.storage_options)},
+        settings={"source": settings.source},
+    )
+
+
+def make_catalogue(settings: Settings, recipe: Recipe, out: Path) -> None:
+    if settings.source == "simulation":
+        from lens_pipeline.simulation.simulate import simulate_catalogue
+
+        simulate_catalogue(out, **recipe.settings)
+    else:
+        from lens_pipeline.catalogue.table import read_catalogue
+
+        catalogue = read_catalogue(settings.source, settings.storage_options)
+        catalogue.table.to_parquet(out / "catalogue.parquet", index=False)
+
+
+def catalogue_of(settings: Settings, upstream: Made) -> "Catalogue":
+    """The validated catalogue; messages about it name the user's own source."""
+    from lens_pipeline.catalogue.table import read_catalogue
+
+    return replace(read_catalogue(upstream.folder / "catalogue.parquet"), source=settings.source)
+
+
+@dg.asset(
+    key=CATALOGUE,
+    group_name="data",
+    kinds={"parquet"},
+    code_version=code_version(SIMULATION, TABLE),
+)
+def cutout_catalogue(lens: LensHome) -> dg.MaterializeResult:
+    """A validated table, one row a cutout: the user's (LENS_SOURCE), or the simulator's."""
+    settings = lens.settings
+    recipe = catalogue_recipe(settings)
+    root = settings.home / "catalogue"
+    step = run_stage(
+        CATALOGUE, recipe, root, lambda out: make_catalogue(settings, recipe, out), settings
+    )
+    table = catalogue_of(settings, Made(str(step.folder), step.content)).table
+    labels = table["label"]
+    return result(
+        step,
+        {
+            "source": settings.source,
+            "cutouts": len(table),
+            "lenses": int((labels == 1).sum()),
+            "non-lenses": int((labels == 0).sum()),
+            "unlabelled": int(labels.isna().sum()),
+            "groups": int(table["group"].nunique()),
+        },
+    )
+
+
+def contact_sheet_png(dataset: "Dataset") -> bytes:
+    """The first training cutouts: two rows of lenses over two rows of non-lenses."""
+    import numpy as np
+    import pandas as pd
+
+    from lens_pipeline.evaluation.plots import contact_sheet, png_bytes
+
+    table = dataset.table("train").reset_index(drop=True)
+    rows = pd.concat([table[table["label"] == label].head(16) for label in (1, 0)])
+    names = rows["kind"] if "kind" in rows else rows["label"].map({1: "lens", 0: "non-lens"})
+    images = np.asarray(dataset.images("train")[rows.index])
+    return png_bytes(contact_sheet(images, names.tolist(), dataset.format.units))
+
+
+@dg.asset(
+    key=DATASET,
+    deps=[CATALOGUE],
+    group_name="data",
+    kinds={"numpy"},
+    code_version=code_version(BUILD),
+    check_specs=[
+        dg.AssetCheckSpec(
+            "no_group_spans_two_splits",
+            asset=DATASET,
+            blocking=True,
+            description="Rows of one group (host galaxy, sky region) are all in one split.",
+        ),
+        dg.AssetCheckSpec(
+            "rejects_are_few",
+            asset=DATASET,
+            blocking=True,
+            description="No more cutouts are unusable than LENS_MAX_REJECT_FRACTION allows.",
+        ),
+    ],
+)
+def processed_dataset(context: dg.AssetExecutionContext, lens: LensHome) -> dg.MaterializeResult:
+    """Cutouts float32 (n, bands, height, width) per split, in units of the background's sigma.
+
+    `train`, `val`, `test`, `unlabelled`, each with its table; and the cutouts that were rejected.
+    """
+    from lens_pipeline.catalogue.dataset import build_dataset, open_dataset
+    from lens_pipeline.catalogue.images import files_fingerprint
+
+    settings = lens.settings
+    upstream = made(context, CATALOGUE)
+    catalogue = catalogue_of(settings, upstream)
+    inputs = {"catalogue": upstream.content}
+    if settings.source != "simulation":
+        inputs["images"] = files_fingerprint(catalogue.references, settings.storage_options)
+    recipe = Recipe(
+        stage="processed_dataset",
+        modules=(BUILD, PLOTS),
+        libraries=("numpy", "pandas", "pyarrow", "astropy", "pillow"),
+        inputs=inputs,
+        settings={
+            "image_size": presets.image_size(settings),
+            "split_seed": settings.seed,
+            "max_reject_fraction": settings.max_reject_fraction,
+            "origin": "simulation" if settings.source == "simulation" else settings.source,
+        },
+    )
+
+    def build(out: Path) -> None:
+        dataset = build_dataset(catalogue, out, options=settings.storage_options, **recipe.settings)
+        (out / "cutouts.png").write_bytes(contact_sheet_png(dataset))
+
+    step = run_stage(DATASET, recipe, settings.home / "dataset", build, settings)
+    dataset = open_dataset(step.folder)
+    torn = dataset.groups_in_two_splits()
+    fraction = dataset.facts["n_rejects"] / dataset.facts["n_rows"]
+    rejects = dataset.rejects()
+    return result(
+        step,
+        {
+            "cutouts": picture(step.folder / "cutouts.png"),
+            "splits": dg.MetadataValue.json(dataset.facts["splits"]),
+            "bands": ", ".join(dataset.format.bands),
+            "units": dataset.format.units,
+            "rejects": len(rejects),
+            "first rejects": dg.MetadataValue.md(rejects.head(20).to_csv(index=False, sep="|")),
+        },
+        checks=(
+            dg.AssetCheckResult(
+                check_name="no_group_spans_two_splits",
+                passed=not torn,
+                metadata={"groups": len(torn), "first": ", ".join(torn[:5])},
+            ),
+            dg.AssetCheckResult(
+                check_name="rejects_are_few",
+                passed=fraction <= settings.max_reject_fraction,
+                metadata={"fraction": fraction},
+            ),
+        ),
+    )

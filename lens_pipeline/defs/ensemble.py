@@ -1,0 +1,136 @@
+"""The ensemble and what it is worth: `lens_ensemble`, `ensemble_evaluation`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import dagster as dg
+
+from lens_pipeline.defs.dataset import catalogue_of
+from lens_pipeline.defs.resources import LensHome
+from lens_pipeline.defs.stages import (
+    CATALOGUE,
+    CLOUD,
+    DATASET,
+    ENSEMBLE,
+    EVALUATION,
+    checkpoint_key,
+    code_version,
+    made,
+    picture,
+    result,
+    run_stage,
+)
+from lens_pipeline.models.names import Member
+from lens_pipeline.steps import Recipe
+
+SYSTEM = "lens_pipeline.ensemble.system"
+EVALUATE = "lens_pipeline.ensemble.evaluate"
+
+
+def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
+    keys = {member.name: checkpoint_key(member.name) for member in members}
+
+    @dg.asset(
+        key=ENSEMBLE,
+        deps=[*keys.values(), DATASET, CLOUD],
+        group_name="ensemble",
+        kinds={"pytorch"},
+        code_version=code_version(SYSTEM),
+    )
+    def lens_ensemble(context: dg.AssetExecutionContext, lens: LensHome) -> dg.MaterializeResult:
+        """The members, the calibration of each and of their fusion, in one folder."""
+        from lens_pipeline.catalogue.dataset import open_dataset
+        from lens_pipeline.ensemble.system import assemble
+        from lens_pipeline.training.train import BEST, TrainedMember
+
+        upstream = {name: made(context, key) for name, key in keys.items()}
+        dataset = made(context, DATASET)
+        version = made(context, CLOUD).content
+        recipe = Recipe(
+            stage="lens_ensemble",
+            modules=(SYSTEM,),
+            libraries=("torch", "numpy", "scipy"),
+            inputs={name: part.content for name, part in upstream.items()},
+            settings={"dataset_version": version},
+        )
+
+        def build(out: Path) -> None:
+            parts = {
+                name: (part.folder / BEST, TrainedMember(part.folder).val_scores)
+                for name, part in upstream.items()
+            }
+            form = open_dataset(dataset.folder).format
+            steps = {name: part.folder.name for name, part in upstream.items()}
+            assemble(parts, form, out, {"dataset_version": version, "member_steps": steps})
+
+        step = run_stage(ENSEMBLE, recipe, lens.settings.home / "ensemble", build, lens.settings)
+        description = json.loads((step.folder / "ensemble.json").read_text())
+        return result(step, {"ensemble": dg.MetadataValue.json(description)})
+
+    return lens_ensemble
+
+
+@dg.asset(
+    key=EVALUATION,
+    deps=[ENSEMBLE, DATASET, CATALOGUE],
+    group_name="ensemble",
+    kinds={"pandas"},
+    code_version=code_version(EVALUATE),
+    check_specs=[
+        dg.AssetCheckSpec(
+            "passes_the_gate",
+            asset=EVALUATION,
+            description="The ensemble may become champion: see the reasons.",
+        )
+    ],
+)
+def ensemble_evaluation(context: dg.AssetExecutionContext, lens: LensHome) -> dg.MaterializeResult:
+    """What the ensemble is worth on the test split: metrics with intervals, scores, a report."""
+    from lens_pipeline.catalogue.dataset import open_dataset
+    from lens_pipeline.ensemble.evaluate import evaluate_ensemble, read_evaluation
+
+    settings = lens.settings
+    ensemble, dataset, table = (made(context, key) for key in (ENSEMBLE, DATASET, CATALOGUE))
+    recipe = Recipe(
+        stage="ensemble_evaluation",
+        modules=(EVALUATE,),
+        libraries=("torch", "numpy", "scipy", "pandas", "pyarrow", "matplotlib"),
+        inputs={"ensemble": ensemble.content, "dataset": dataset.content, "table": table.content},
+        settings={"gate": settings.gate},
+    )
+
+    def build(out: Path) -> None:
+        evaluate_ensemble(
+            ensemble.folder,
+            open_dataset(dataset.folder),
+            catalogue_of(settings, table),
+            out,
+            gate=settings.gate,
+        )
+
+    step = run_stage(EVALUATION, recipe, settings.reports, build, settings)
+    evaluation = read_evaluation(step.folder)
+    decision = evaluation.gate(settings.gate)
+    figures = {
+        name: value["value"]
+        for name, value in evaluation.metrics["ensemble"].items()
+        if isinstance(value, dict) and value["value"] is not None
+    }
+    return result(
+        step,
+        {
+            "ROC": picture(step.folder / "roc.png"),
+            "reliability": picture(step.folder / "reliability.png"),
+            **figures,
+            "report": dg.MetadataValue.path(str(step.folder / "report.html")),
+        },
+        checks=(
+            dg.AssetCheckResult(
+                check_name="passes_the_gate",
+                passed=decision.passed,
+                severity=dg.AssetCheckSeverity.WARN,
+                metadata={"reasons": "; ".join(decision.reasons), **decision.figures},
+            ),
+        ),
+    )

@@ -1,0 +1,144 @@
+"""The registry: `registered_ensemble`, and the summary that closes a run."""
+
+import json
+from typing import Any
+
+import dagster as dg
+
+from lens_pipeline.defs.resources import LensHome
+from lens_pipeline.defs.stages import (
+    CLOUD,
+    ENSEMBLE,
+    EVALUATION,
+    REGISTERED,
+    code_version,
+    log,
+    made,
+)
+from lens_pipeline.steps import digest, write_aside
+from lens_pipeline.tracking import (
+    CHALLENGER,
+    CHAMPION,
+    DAGSTER_RUN,
+    DATASET_VERSION,
+    MODEL,
+    Tracking,
+    flat_metrics,
+    version_tags,
+)
+
+PYFUNC = "lens_pipeline.ensemble.pyfunc_model"
+
+
+@dg.asset(
+    key=REGISTERED,
+    deps=[EVALUATION, ENSEMBLE, CLOUD],
+    group_name="ensemble",
+    kinds={"mlflow"},
+    code_version=code_version(PYFUNC),
+)
+def registered_ensemble(context: dg.AssetExecutionContext, lens: LensHome) -> dg.MaterializeResult:
+    """A version of `lens_ensemble` in the MLflow registry.
+
+    The newest is `challenger`. It becomes `champion` once it has passed the gate and there is no
+    champion yet; a champion is replaced by `lens-pipeline promote`.
+    """
+    import time
+
+    from lens_pipeline.ensemble.evaluate import read_evaluation
+
+    begun = time.perf_counter()
+    log.info("registered_ensemble ...")
+    settings, tracking = lens.settings, lens.tracking
+    ensemble, folder = made(context, ENSEMBLE), made(context, EVALUATION).folder
+    dataset_version = made(context, CLOUD).content
+    evaluation = read_evaluation(folder)
+    # The same members in the same fusion are the same model, whatever made them again.
+    key = digest([MODEL, ensemble.content])[:32]
+    version = tracking.find_version(key)
+    reused = version is not None
+    if version is None:
+        version = _register(
+            tracking, key, ensemble.folder, evaluation.metrics, dataset_version, context.run_id
+        )
+    number = str(version.version)
+    challenger = tracking.aliased(CHALLENGER)
+    if challenger is None or int(challenger.version) < int(number):
+        tracking.set_alias(CHALLENGER, number)
+    decision = evaluation.gate(settings.gate)
+    champion = tracking.aliased(CHAMPION)
+    if decision.passed and champion is None:
+        tracking.set_alias(CHAMPION, number)
+    aliases = tracking.aliases(number)
+    seconds = time.perf_counter() - begun
+    log.info("registered_ensemble: %s in %.1f s", "reused" if reused else "made", seconds)
+    stages = _stages(context) | {
+        REGISTERED.to_user_string(): {"seconds": round(seconds, 3), "reused": reused}
+    }
+    summary = {
+        "schema": 1,
+        "dataset_version": dataset_version,
+        "members": {n: m for n, m in evaluation.metrics.items() if n != "ensemble"},
+        "ensemble": evaluation.metrics["ensemble"],
+        "model": {"name": MODEL, "version": number, "aliases": aliases},
+        "gate": {"passed": decision.passed, "reasons": list(decision.reasons)},
+        "stages": stages,
+        "report": str(folder / "report.html"),
+        "scores": str(folder / "scores.parquet"),
+    }
+    write_aside(settings.reports / "summary.json", json.dumps(summary, indent=1))
+    return dg.MaterializeResult(
+        metadata={
+            "model": MODEL,
+            "version": number,
+            "aliases": ", ".join(aliases),
+            "gate": "; ".join(decision.reasons),
+            "seconds": seconds,
+            "reused": reused,
+            "report": dg.MetadataValue.path(str(folder / "report.html")),
+        },
+        data_version=dg.DataVersion(key),
+    )
+
+
+def _register(
+    tracking: Tracking,
+    key: str,
+    folder: Any,
+    metrics: dict[str, Any],
+    dataset_version: str,
+    dagster_run: str,
+) -> Any:
+    facts = json.loads((folder / "ensemble.json").read_text())
+    steps = facts["member_steps"]
+    runs = {name: tracking.find_run(step) for name, step in steps.items()}
+    member_runs = {name: run.info.run_id for name, run in runs.items() if run is not None}
+    run_id = tracking.start_run(
+        MODEL, key, {DATASET_VERSION: dataset_version, DAGSTER_RUN: dagster_run}
+    )
+    form = facts["format"]
+    shape = (len(form["bands"]), form["image_size"], form["image_size"])
+    tags = version_tags(key, dataset_version, member_runs, metrics["ensemble"])
+    version = tracking.register(folder, run_id, shape, tags)
+    tracking.finish_run(
+        run_id,
+        {"fusion": facts["fusion"], "members": ",".join(steps)},
+        metrics=flat_metrics(metrics["ensemble"]),
+    )
+    return version
+
+
+def _stages(context: dg.AssetExecutionContext) -> dict[str, dict[str, Any]]:
+    """{asset key: seconds and whether it was reused} of this run's other assets."""
+    records = context.instance.get_records_for_run(
+        context.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION
+    ).records
+    stages = {}
+    for record in records:
+        event = record.event_log_entry.asset_materialization
+        if event is not None and "seconds" in event.metadata:
+            stages[event.asset_key.to_user_string()] = {
+                "seconds": event.metadata["seconds"].value,
+                "reused": event.metadata["reused"].value,
+            }
+    return stages

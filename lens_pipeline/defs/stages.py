@@ -1,0 +1,110 @@
+"""What every asset does: run its step, find its inputs, say what came out."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from lens_pipeline.errors import InputError
+from lens_pipeline.settings import Settings
+from lens_pipeline.steps import Recipe, Step, digest, run_step, source_hashes
+
+log = logging.getLogger("lens_pipeline.stages")
+
+CATALOGUE = dg.AssetKey("cutout_catalogue")
+DATASET = dg.AssetKey("processed_dataset")
+SHARDS = dg.AssetKey("lens_shards")
+CLOUD = dg.AssetKey("cloud_shards")
+ENSEMBLE = dg.AssetKey("lens_ensemble")
+EVALUATION = dg.AssetKey("ensemble_evaluation")
+REGISTERED = dg.AssetKey("registered_ensemble")
+
+
+def checkpoint_key(member: str) -> dg.AssetKey:
+    return dg.AssetKey(["checkpoints", member])
+
+
+@dataclass(frozen=True)
+class Made:
+    """What an upstream asset left: where it is (a folder or URL), and a hash of its content."""
+
+    location: str
+    content: str
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.location)
+
+
+def code_version(*modules: str) -> str:
+    """The source of the library modules that an asset runs."""
+    return digest(source_hashes(modules))[:12]
+
+
+def made(context: dg.AssetExecutionContext, key: dg.AssetKey) -> Made:
+    """What an upstream asset left: in this run where it is part of it, else when it was last made.
+
+    Raises InputError where it has never been made.
+    """
+    in_run = context.instance.get_records_for_run(
+        context.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION
+    ).records
+    for record in reversed(in_run):
+        event = record.event_log_entry.asset_materialization
+        if event is not None and event.asset_key == key:
+            return _read(event)
+    latest = context.instance.get_latest_materialization_event(key)
+    if latest is None or latest.asset_materialization is None:
+        raise InputError(f"{key.to_user_string()} has not been made yet; materialise it first")
+    return _read(latest.asset_materialization)
+
+
+def _read(event: dg.AssetMaterialization) -> Made:
+    return Made(str(event.metadata["location"].value), str(event.metadata["content"].value))
+
+
+def run_stage(
+    key: dg.AssetKey,
+    recipe: Recipe,
+    root: Path,
+    build: Callable[[Path], object],
+    settings: Settings,
+) -> Step:
+    """Run an asset's step, telling the terminal when it begins and how it ended."""
+    name = key.to_user_string()
+    log.info("%s ...", name)
+    step = run_step(recipe, root, build, verify=settings.verify)
+    log.info("%s: %s in %.1f s", name, "reused" if step.reused else "made", step.seconds)
+    return step
+
+
+def result(
+    step: Step,
+    metadata: Mapping[str, Any],
+    checks: tuple[dg.AssetCheckResult, ...] = (),
+    location: str | None = None,
+    content: str | None = None,
+) -> dg.MaterializeResult:
+    """What a step's asset returns; `location` and `content` where they are not the folder's."""
+    return dg.MaterializeResult(
+        metadata={
+            "location": location or str(step.folder),
+            "content": content or step.content,
+            "seconds": round(step.seconds, 3),
+            "reused": step.reused,
+            **metadata,
+        },
+        data_version=dg.DataVersion(step.key),
+        check_results=list(checks),
+    )
+
+
+def picture(path: Path) -> dg.MetadataValue:
+    """A PNG file as metadata that the UI shows in place."""
+    import base64
+
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    return dg.MetadataValue.md(f"![{path.stem}](data:image/png;base64,{encoded})")

@@ -1,0 +1,12 @@
+"""The ensemble: members' scores calibrated, fused, and uncertain where they should be."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "fusion": ["Fused", "fuse"],
+        "predictor": ["score_catalogue", "score_dataset"],
+        "system": ["LensEnsemble", "assemble", "load_ensemble"],
+    },
+)

@@ -1,0 +1,72 @@
+"""Score tables: one row per catalogue row, in its order."""
+
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from lens_pipeline.catalogue.dataset import PARTS, Dataset, read_cutouts
+from lens_pipeline.catalogue.images import Cutout
+from lens_pipeline.catalogue.table import Catalogue
+from lens_pipeline.ensemble.system import BATCH, LensEnsemble
+
+
+def score_dataset(ensemble: LensEnsemble, dataset: Dataset, catalogue: Catalogue) -> pd.DataFrame:
+    """Scores of every cutout of a processed dataset, labelled or not, with its `split`.
+
+    See `score_catalogue` for the columns.
+    """
+    scores, splits = [], []
+    with _progress(len(catalogue.table)) as progress:
+        for part in PARTS:
+            images, rows = dataset.images(part), dataset.table(part)["row"]
+            for start in range(0, len(images), BATCH):
+                batch = np.asarray(images[start : start + BATCH])
+                scores.append(ensemble.predict(batch).set_index(rows[start : start + BATCH]))
+                progress.update(len(batch))
+            splits.append(pd.Series(part, index=rows, dtype=str))
+    rejects = dataset.rejects().set_index("row")["reason"]
+    table = _score_table(catalogue, scores, rejects)
+    table["split"] = pd.concat(splits).reindex(table.index)
+    return table
+
+
+def score_catalogue(
+    ensemble: LensEnsemble, catalogue: Catalogue, options: dict[str, Any] | None = None
+) -> pd.DataFrame:
+    """Scores of a catalogue, read as the training set was.
+
+    Columns: id, label, probability, logit, std, entropy, probability_<member>, reject_reason, then
+    the catalogue's own. A cutout that cannot be used has null scores and a reject_reason.
+    """
+    form = ensemble.format
+    scores: list[pd.DataFrame] = []
+    rejects: dict[int, str] = {}
+    stream = read_cutouts(catalogue, form.image_size, options=options)
+    while batch := list(islice(stream, BATCH)):
+        good: dict[int, Any] = {}
+        for row, cutout in batch:
+            reason = form.refusal(cutout) if isinstance(cutout, Cutout) else str(cutout)
+            if isinstance(cutout, Cutout) and reason is None:
+                good[row] = cutout.pixels
+            else:
+                rejects[row] = str(reason)
+        if good:
+            scores.append(ensemble.predict(np.stack(list(good.values()))).set_index(pd.Index(good)))
+    return _score_table(catalogue, scores, pd.Series(rejects, dtype=str))
+
+
+def _score_table(
+    catalogue: Catalogue, scores: list[pd.DataFrame], rejects: pd.Series
+) -> pd.DataFrame:
+    own = catalogue.table
+    all_scores = pd.concat(scores) if scores else pd.DataFrame()
+    table = pd.concat([own[["id", "label"]], all_scores.reindex(own.index)], axis=1)
+    table["reject_reason"] = rejects.reindex(own.index)
+    return pd.concat([table, own.drop(columns=[c for c in table if c in own])], axis=1)
+
+
+def _progress(total: int) -> Any:
+    return tqdm(total=total, desc="scoring", unit="cutout", disable=None)

@@ -1,0 +1,135 @@
+"""The main job in one process: the home's Dagster instance, dead runs, the run itself."""
+
+import logging
+import shutil
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import filelock
+import psutil
+from dagster._core.instance.ref import InstanceRef
+
+from lens_pipeline.definitions import make_definitions
+from lens_pipeline.defs.checkpoints import POOL
+from lens_pipeline.errors import InputError
+from lens_pipeline.settings import Settings
+
+HOST, PID, STARTED = "lens/host", "lens/pid", "lens/started"
+DEPLOYMENT = "lens/deployment"
+UNFINISHED = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED]
+PATIENCE = 10  # seconds of waiting before the holder is named
+log = logging.getLogger(__name__)
+
+
+def prepare_home(settings: Settings) -> None:
+    """Make LENS_HOME/dagster with the settings of one machine, where it is not there yet."""
+    home = settings.dagster_home
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise InputError(f"LENS_HOME: {home} cannot be made ({problem.strerror})") from None
+    if not (home / "dagster.yaml").exists():
+        shutil.copyfile(Path(__file__).with_name("dagster.yaml"), home / "dagster.yaml")
+
+
+@contextmanager
+def open_instance(settings: Settings) -> Iterator[dg.DagsterInstance]:
+    """The home's Dagster instance, for a run in this process."""
+    prepare_home(settings)
+    # The terminal is this run's own; capturing its output would take it away from the user.
+    quiet = {"module": "dagster._core.storage.noop_compute_log_manager"}
+    overrides: Any = {"compute_logs": quiet | {"class": "NoOpComputeLogManager"}}
+    # Two processes that create the SQLite files at once would trip over each other.
+    with filelock.FileLock(settings.dagster_home / ".lock"):
+        reference = InstanceRef.from_dir(str(settings.dagster_home), overrides=overrides)
+        instance = dg.DagsterInstance.from_ref(reference)
+        instance.get_runs_count()
+    with instance:
+        yield instance
+
+
+def process_tags() -> dict[str, str]:
+    """Tags that tell which process runs a run, even when its number is used again."""
+    me = psutil.Process()
+    return {HOST: socket.gethostname(), PID: str(me.pid), STARTED: str(me.create_time())}
+
+
+def _is_dead(tags: Mapping[str, str]) -> bool:
+    """Whether the process of a run is known to be gone: it was on this host, and is not now."""
+    if tags.get(HOST) != socket.gethostname():
+        return False
+    try:
+        return str(psutil.Process(int(tags[PID])).create_time()) != tags[STARTED]
+    except psutil.NoSuchProcess:
+        return True
+
+
+def release_dead_runs(instance: dg.DagsterInstance) -> list[str]:
+    """Mark runs whose process has died as failed and free their pool slots; returns their ids."""
+    dead = [
+        run for run in instance.get_runs(dg.RunsFilter(statuses=UNFINISHED)) if _is_dead(run.tags)
+    ]
+    for run in dead:
+        log.warning("run %s has died: marking it failed", run.run_id[:8])
+        instance.report_run_failed(run, "The process of this run has died.")
+        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+    return [run.run_id for run in dead]
+
+
+def run_config(settings: Settings, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Dagster's run config from {member: {section: {field: value}}}."""
+    ops = {f"checkpoints__{member}": {"config": dict(c)} for member, c in changes.items()}
+    return {"ops": ops, "loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+
+
+def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool = False) -> str:
+    """Materialise the whole graph in this process and return the run's id.
+
+    changes: training settings by member, as in `run_config`. What a step raises comes out as it is.
+    """
+    definitions = make_definitions(settings)
+    config = run_config(settings, changes)
+    if verbose:
+        del config["loggers"]
+    with open_instance(settings) as instance:
+        release_dead_runs(instance)
+        run_id = dg._core.utils.make_new_run_id()
+        with _naming_the_holder(instance, run_id):
+            definitions.resolve_job_def("full_pipeline").execute_in_process(
+                run_config=config,
+                instance=instance,
+                run_id=run_id,
+                tags={**process_tags(), DEPLOYMENT: settings.deployment},
+            )
+    return run_id
+
+
+@contextmanager
+def _naming_the_holder(instance: dg.DagsterInstance, run_id: str) -> Iterator[None]:
+    """While a run goes on: say who holds the pool that it has been waiting for."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(PATIENCE):
+            info = instance.event_log_storage.get_concurrency_info(POOL)
+            if run_id in info.pending_run_ids:
+                holders = [instance.get_run_by_id(slot) for slot in info.active_run_ids]
+                named = [
+                    f"run {r.run_id[:8]} (process {r.tags.get(PID)} on {r.tags.get(HOST)})"
+                    for r in holders
+                    if r is not None
+                ]
+                log.warning("waiting for pool %s, held by %s", POOL, ", ".join(named) or "no run")
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()

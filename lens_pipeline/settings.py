@@ -1,0 +1,154 @@
+"""Everything that is read from the environment, typed, in one place.
+
+``LENS_*`` variables and ``MLFLOW_TRACKING_URI``; see the table in the README. Paths are made
+absolute when the settings are read, relative to the working directory.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from lens_pipeline.errors import InputError
+
+
+def absolute(location: str) -> str:
+    """A path made absolute; a URL (``scheme://``) as it is."""
+    if "://" in location:
+        return location
+    return str(Path(location).expanduser().absolute())
+
+
+def masked(uri: str) -> str:
+    """The URI with its password, if it has one, replaced by ``***``."""
+    parts = urlsplit(uri)
+    if not parts.password:
+        return uri
+    user = f"{parts.username or ''}:***@"
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=user + host))
+
+
+def _absolute_source(source: str) -> str:
+    return source if source == "simulation" else absolute(source)
+
+
+class Settings(BaseSettings):
+    """What the environment says; the description of each field is its help."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LENS_", frozen=True, extra="ignore", env_ignore_empty=True
+    )
+
+    home: Annotated[Path, BeforeValidator(lambda path: absolute(str(path)))] = Field(
+        default=Path(".lens"), validate_default=True, description="Everything is written under it."
+    )
+    source: Annotated[str, BeforeValidator(_absolute_source)] = Field(
+        default="simulation",
+        description="`simulation`, or the path or URL of a catalogue, or a folder of cutouts.",
+    )
+    preset: Literal["tiny", "quick", "full"] = Field(
+        default="quick", description="Size of the job: tiny (tests), quick (two cores), full (GPU)."
+    )
+    archs: str | None = Field(
+        default=None,
+        description="The ensemble's members, `[name=]architecture[@seed]`, comma-separated; "
+        "by default the preset's.",
+    )
+    cloud_url: Annotated[str | None, BeforeValidator(lambda url: url and absolute(url))] = Field(
+        default=None, description="Where shards are published; by default a folder in LENS_HOME."
+    )
+    storage_options: dict[str, Any] = Field(
+        default_factory=dict, description="fsspec options for LENS_CLOUD_URL and LENS_SOURCE, JSON."
+    )
+    tracking_uri: str | None = Field(
+        default=None,
+        validation_alias="MLFLOW_TRACKING_URI",
+        description="MLflow's tracking server; by default a database in LENS_HOME.",
+    )
+    deployment: Literal["local", "staging", "production"] = Field(
+        default="local", description="Name of this deployment; tagged on every run."
+    )
+    n_cutouts: int | None = Field(
+        default=None, ge=100, description="Simulated cutouts; by default the preset's."
+    )
+    image_size: int | None = Field(
+        default=None, ge=16, le=512, description="Cutout side in pixels; by default the preset's."
+    )
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="Seed of the simulation, the split and training."
+    )
+    max_reject_fraction: float = Field(
+        default=0.1, ge=0, le=1, description="More unusable cutouts than this stop the run."
+    )
+    gate_min_lens: int = Field(
+        default=50, ge=1, description="Lenses that the test set needs before a model is promoted."
+    )
+    gate_min_nonlens: int = Field(
+        default=50, ge=1, description="Non-lenses that the test set needs, likewise."
+    )
+    gate_min_auroc: float = Field(
+        default=0.5, ge=0, le=1, description="The lower 95 % bound of AUROC must exceed this."
+    )
+
+    verify: bool = Field(
+        default=False, description="Check the sha256 of what is reused, not only file sizes."
+    )
+
+    @classmethod
+    def load(cls, **changes: Any) -> Self:
+        """The settings from the environment, with `changes` (of the command line) on top.
+
+        Raises InputError, naming the variable, where a value is not valid.
+        """
+        try:
+            return cls(**{name: value for name, value in changes.items() if value is not None})
+        except ValidationError as problem:
+            first = problem.errors()[0]
+            name = str(first["loc"][0]) if first["loc"] else ""
+            variable = name if name.isupper() else f"LENS_{name.upper()}"
+            raise InputError(f"{variable}: {first['msg']}; correct or unset it") from None
+        except ValueError as problem:  # a JSON value that does not parse
+            cause = problem.__cause__ or problem
+            raise InputError(f"{problem} ({cause}); LENS_STORAGE_OPTIONS must be JSON") from None
+
+    @property
+    def dagster_home(self) -> Path:
+        return self.home / "dagster"
+
+    @property
+    def mlflow_uri(self) -> str:
+        """The tracking URI: the environment's own, or a SQLite file in LENS_HOME."""
+        return self.tracking_uri or f"sqlite:///{self.home / 'mlflow.db'}"
+
+    @property
+    def artifact_location(self) -> str:
+        return (self.home / "mlartifacts").as_uri()
+
+    @property
+    def cloud(self) -> str:
+        return self.cloud_url or str(self.home / "cloud")
+
+    @property
+    def reports(self) -> Path:
+        return self.home / "reports"
+
+    @property
+    def gate(self) -> dict[str, float]:
+        """The thresholds of the first model's gate."""
+        return {
+            "min_lens": self.gate_min_lens,
+            "min_nonlens": self.gate_min_nonlens,
+            "min_auroc_low": self.gate_min_auroc,
+        }
+
+    def export(self) -> None:
+        """Put home, source and the rest into the environment, for child processes and Dagster."""
+        os.environ["DAGSTER_HOME"] = str(self.dagster_home)
+        for name in ("home", "source", "preset", "archs", "cloud_url", "n_cutouts", "image_size"):
+            value = getattr(self, name)
+            if value is not None:
+                os.environ[f"LENS_{name.upper()}"] = str(value)

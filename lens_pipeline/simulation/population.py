@@ -1,0 +1,287 @@
+"""Who lenses whom: the galaxies, their redshifts and the geometry of every candidate lens.
+
+Every distribution is a function of uniform deviates (`u` in [0, 1), any shape), so that a host
+galaxy's candidates depend on its own stream of random numbers and on nothing else. The numbers
+follow LensPop (Collett 2015, ApJ 811, 20) unless a docstring says otherwise. Cosmology: flat
+Lambda-CDM, H0 = 70 km/s/Mpc, Omega_m = 0.3.
+
+Conventions: x along columns, y along rows, in arcsec from the middle of the cutout; angles in
+radians from +x towards +y, of the major axis; half-light radii are circularised, that is, along
+sqrt(major x minor axis).
+"""
+
+from functools import cache
+
+import numpy as np
+import pandas as pd
+from astropy.constants import c
+from astropy.cosmology import FlatLambdaCDM
+from numpy.typing import NDArray
+from scipy.special import gammaincinv, ndtri
+
+from lens_pipeline.simulation.surveys import Survey
+
+Array = NDArray[np.float64]
+
+VERSION = 1  # of the population: raise it with any change to what is drawn
+
+COSMOLOGY = FlatLambdaCDM(H0=70, Om0=0.3)
+ARCSEC = np.pi / 180 / 3600
+MAX_LENS_REDSHIFT = 2.0
+MIN_REDSHIFT_GAP = 0.4  # between lens and source
+EINSTEIN_RADIUS_RANGE = (0.5, 3.0)  # arcsec
+MAX_SHEAR = 0.1
+MIN_MAGNIFICATION = 3.0
+MIN_ARC_SNR = 20.0
+MIN_SOURCE_RADIUS = 0.4  # pixels
+CANDIDATES = 192  # drawn at a time for each host
+COLUMNS = 21  # uniform deviates that a candidate takes
+
+
+@cache
+def _distances() -> tuple[Array, Array]:
+    """Redshifts and their comoving distances in Mpc, tabulated once."""
+    z = np.linspace(0, 12, 6001)
+    return z, np.asarray(COSMOLOGY.comoving_distance(z).value)
+
+
+def comoving_distance(z: Array) -> Array:
+    """In Mpc, interpolated."""
+    return np.interp(z, *_distances())
+
+
+def distance_modulus(z: Array) -> Array:
+    """In magnitudes."""
+    return 5 * np.log10(comoving_distance(z) * (1 + z) * 1e5)
+
+
+def kpc_to_arcsec(z: Array) -> Array:
+    """Angle in arcsec that one kpc subtends at redshift z."""
+    return (1 + z) / (comoving_distance(z) * 1e3 * ARCSEC)
+
+
+def einstein_radius(velocity_dispersion: Array, z_lens: Array, z_source: Array) -> Array:
+    """4 pi (sigma_v/c)^2 D_ls/D_s in arcsec, of a singular isothermal sphere; sigma_v in km/s.
+
+    In a flat universe D_ls/D_s = 1 - D_C(z_lens)/D_C(z_source). Zero for a source in front.
+    """
+    ratio = 1 - comoving_distance(z_lens) / comoving_distance(z_source)
+    beta = velocity_dispersion / c.to_value("km/s")
+    return 4 * np.pi * beta**2 * np.clip(ratio, 0, None) / ARCSEC
+
+
+def lens_redshift(u: Array) -> Array:
+    """Volume weighted: constant comoving density out to MAX_LENS_REDSHIFT."""
+    z, distance = _distances()
+    return np.interp(np.cbrt(u) * comoving_distance(np.asarray(MAX_LENS_REDSHIFT)), distance, z)
+
+
+@cache
+def _velocity_dispersion_table() -> tuple[Array, Array]:
+    sigma = np.linspace(100, 400, 3001)
+    density = (sigma / 161) ** 2.32 * np.exp(-((sigma / 161) ** 2.67)) / sigma
+    cumulative = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return cumulative / cumulative[-1], sigma
+
+
+def velocity_dispersion(u: Array) -> Array:
+    """phi ~ (s/161)^2.32 exp[-(s/161)^2.67]/s in km/s, from 100 to 400, at every redshift.
+
+    Choi, Park & Vogeley 2007.
+    """
+    return np.interp(u, *_velocity_dispersion_table())
+
+
+def lens_axis_ratio(u: Array, velocity_dispersion: Array) -> Array:
+    """1 - Rayleigh(0.378 - 0.000572 sigma_v), cut to [0.2, 1]; of the mass and of the light."""
+    return 1 - _rayleigh_up_to(0.8, u, 0.378 - 0.000572 * velocity_dispersion)
+
+
+def source_axis_ratio(u: Array) -> Array:
+    """1 - Rayleigh(0.3), cut to [0.2, 1]."""
+    return 1 - _rayleigh_up_to(0.8, u, 0.3)
+
+
+def _rayleigh_up_to(limit: float, u: Array, scale: Array | float) -> Array:
+    below = 1 - np.exp(-0.5 * (limit / scale) ** 2)
+    return scale * np.sqrt(-2 * np.log1p(-u * below))
+
+
+def lens_radius(u: Array, velocity_dispersion: Array) -> Array:
+    """Half-light radius in kpc: log R = 2.46 - 2.79 log s + 0.84 log^2 s, 0.11 dex of scatter."""
+    v = np.log10(velocity_dispersion)
+    return 10 ** (2.46 - 2.79 * v + 0.84 * v**2 + 0.11 * ndtri(u))
+
+
+def lens_absolute_magnitude(u: Array, velocity_dispersion: Array) -> Array:
+    """Absolute r magnitude: log s = -2.97 - 0.37 M - 0.006 M^2, scatter 0.0625 mag.
+
+    The Faber-Jackson relation of Hyde & Bernardi 2009, solved for M.
+    """
+    v = np.log10(velocity_dispersion)
+    return (-0.37 + np.sqrt(0.37**2 - 0.024 * (2.97 + v))) / 0.012 + 0.0625 * ndtri(u)
+
+
+# Redshift, k-correction in r, g - r and r - i of an old (10 Gyr) stellar population, read off the
+# lens magnitudes of LensPop's published forecast for DES.
+RED_SEQUENCE = np.array(
+    [
+        (0.00, 0.00, 0.75, 0.35),
+        (0.10, 0.15, 1.07, 0.38),
+        (0.20, 0.33, 1.44, 0.52),
+        (0.30, 0.50, 1.78, 0.63),
+        (0.35, 0.60, 1.95, 0.65),
+        (0.40, 0.73, 1.95, 0.73),
+        (0.45, 0.93, 1.91, 0.87),
+        (0.50, 1.20, 1.86, 1.06),
+        (0.55, 1.42, 1.84, 1.22),
+        (0.60, 1.62, 1.87, 1.34),
+        (0.65, 1.80, 1.93, 1.45),
+        (0.70, 1.98, 2.00, 1.55),
+        (0.75, 2.13, 2.26, 1.48),
+        (0.80, 2.22, 2.48, 1.36),
+        (0.85, 2.32, 2.70, 1.27),
+        (0.90, 2.44, 2.79, 1.23),
+        (1.00, 2.85, 2.82, 1.26),
+        (1.07, 3.17, 2.86, 1.27),
+        (1.24, 4.10, 2.16, 1.85),
+        (2.00, 6.50, 2.00, 1.80),
+    ]
+)
+
+
+def lens_light(u: Array, z: Array, absolute_magnitude: Array) -> tuple[Array, Array, Array]:
+    """Apparent r magnitude, g - r and r - i of a red elliptical.
+
+    u: (2, ...), for the red sequence's scatter of 0.05 mag in each colour.
+    """
+    k, g_r, r_i = (np.interp(z, RED_SEQUENCE[:, 0], column) for column in RED_SEQUENCE.T[1:])
+    scatter = 0.05 * ndtri(u)
+    return absolute_magnitude + distance_modulus(z) + k, g_r + scatter[0], r_i + scatter[1]
+
+
+def source_i_magnitude(u: Array) -> Array:
+    """Unlensed i magnitude, 20 to 27: counts ~ 10^(0.31 i) (LSST Science Book, section 3.7)."""
+    bright, faint = 10 ** (0.31 * 20), 10 ** (0.31 * 27)
+    return np.log10(bright + u * (faint - bright)) / 0.31
+
+
+def source_redshift(u: Array, i_magnitude: Array) -> Array:
+    """p ~ z^2 exp(-z/z0), z0 = 0.0417 i - 0.744 (LSST Science Book, section 3.8)."""
+    return gammaincinv(3, u) * (0.0417 * i_magnitude - 0.744)
+
+
+# Redshift, g - r and r - i of star-forming galaxies: medians of the sources in LensPop's published
+# forecast for DES (blue beyond z = 1; the Lyman break enters g at z = 3).
+STAR_FORMING = np.array(
+    [
+        (0.3, 0.80, 0.30),
+        (0.6, 0.80, 0.60),
+        (0.9, 0.40, 0.60),
+        (1.2, 0.10, 0.22),
+        (1.6, -0.05, 0.20),
+        (2.0, -0.10, 0.00),
+        (2.5, 0.00, -0.10),
+        (3.0, 0.20, -0.10),
+        (3.6, 0.50, -0.05),
+    ]
+)
+
+
+def source_colours(u: Array, z: Array) -> tuple[Array, Array]:
+    """g - r and r - i of a star-forming galaxy, 0.12 mag of scatter in each; u: (2, ...)."""
+    g_r, r_i = (np.interp(z, STAR_FORMING[:, 0], column) for column in STAR_FORMING.T[1:])
+    scatter = 0.12 * ndtri(u)
+    return g_r + scatter[0], r_i + scatter[1]
+
+
+def source_radius(u: Array, i_magnitude: Array, z: Array) -> Array:
+    """Half-light radius in kpc: log R = -(M+18)/4, x [(1+z)/1.6]^-1.2, 0.35 dex of scatter.
+
+    M is i minus the distance modulus: the k-correction, a few tenths of a magnitude for these
+    galaxies, moves log R by less than 0.1, well within the scatter.
+    """
+    M = i_magnitude - distance_modulus(z)
+    return 10 ** (-(M + 18) / 4 + 0.35 * ndtri(u)) * ((1 + z) / 1.6) ** -1.2
+
+
+def magnitudes(table: pd.DataFrame, galaxy: str, bands: tuple[str, ...]) -> Array:
+    """AB magnitudes (rows, bands) from `<galaxy>_magnitude` (r) and the two colours beside it."""
+    r, g_r, r_i = (
+        table[f"{galaxy}_{name}"].to_numpy(np.float64) for name in ("magnitude", "g_r", "r_i")
+    )
+    return np.stack([{"g": r + g_r, "r": r, "i": r - r_i}[band] for band in bands], axis=1)
+
+
+def candidates(u: Array, survey: Survey) -> pd.DataFrame:
+    """The systems among u (rows, COLUMNS) that may be detectable lenses; the index is u's rows.
+
+    Cuts on redshift, Einstein radius and 2 theta_E^2 > (2 r_s)^2 + seeing^2 are final; those on
+    magnification and signal-to-noise only drop what cannot pass, and wait for the rendered arcs.
+    Sources are placed uniformly over the box |beta_x|, |beta_y| <= theta_E, whose corners lie at
+    beta^2 = 2 theta_E^2. Sources smaller than the renderer's sub-pixels resolve are left out.
+
+    Columns: z_lens, z_source; velocity_dispersion (km/s); einstein_radius (arcsec); axis_ratio,
+    position_angle, x, y of the lens; shear, shear_angle; <galaxy>_radius (arcsec) and
+    <galaxy>_magnitude (r), _g_r, _r_i, where <galaxy> is lens or source; source_x, source_y
+    (arcsec from the lens), source_axis_ratio, source_angle.
+    """
+    z_lens, sigma = lens_redshift(u[:, 0]), velocity_dispersion(u[:, 1])
+    i_magnitude = source_i_magnitude(u[:, 2])
+    z_source = source_redshift(u[:, 3], i_magnitude)
+    theta = einstein_radius(sigma, z_lens, z_source)
+    low, high = EINSTEIN_RADIUS_RANGE
+    keep = (z_source - z_lens > MIN_REDSHIFT_GAP) & (theta >= low) & (theta <= high)
+
+    index = np.flatnonzero(keep)
+    u, z_lens, sigma, i_magnitude, z_source, theta = (
+        column[index] for column in (u, z_lens, sigma, i_magnitude, z_source, theta)
+    )
+    r_lens, lens_g_r, lens_r_i = lens_light(
+        u[:, 4:6].T, z_lens, lens_absolute_magnitude(u[:, 6], sigma)
+    )
+    source_g_r, source_r_i = source_colours(u[:, 7:9].T, z_source)
+    table = pd.DataFrame(
+        {
+            "z_lens": z_lens,
+            "z_source": z_source,
+            "velocity_dispersion": sigma,
+            "einstein_radius": theta,
+            "axis_ratio": lens_axis_ratio(u[:, 9], sigma),
+            "position_angle": np.pi * u[:, 10],
+            "x": survey.pixel_scale * (u[:, 11] - 0.5),
+            "y": survey.pixel_scale * (u[:, 12] - 0.5),
+            "shear": MAX_SHEAR * u[:, 13],
+            "shear_angle": np.pi * u[:, 14],
+            "lens_radius": lens_radius(u[:, 15], sigma) * kpc_to_arcsec(z_lens),
+            "lens_magnitude": r_lens,
+            "lens_g_r": lens_g_r,
+            "lens_r_i": lens_r_i,
+            "source_x": theta * (2 * u[:, 16] - 1),
+            "source_y": theta * (2 * u[:, 17] - 1),
+            "source_axis_ratio": source_axis_ratio(u[:, 18]),
+            "source_angle": np.pi * u[:, 19],
+            "source_radius": source_radius(u[:, 20], i_magnitude, z_source)
+            * kpc_to_arcsec(z_source),
+            "source_magnitude": i_magnitude + source_r_i,
+            "source_g_r": source_g_r,
+            "source_r_i": source_r_i,
+        },
+        index=index,
+    )
+    return table[_may_be_detectable(table, survey)]
+
+
+def _may_be_detectable(table: pd.DataFrame, survey: Survey) -> NDArray[np.bool_]:
+    theta, radius = table["einstein_radius"].to_numpy(), table["source_radius"].to_numpy()
+    resolved = 2 * theta**2 > (2 * radius) ** 2 + survey.seeing**2
+    sampled = radius > MIN_SOURCE_RADIUS * survey.pixel_scale
+    # An exponential disc behind an isothermal sphere is magnified 2 theta_E/beta off the centre and
+    # 2 theta_E/h (h: its scale length) on it. Twice that leaves room for ellipticity and shear, and
+    # no shape is easier to detect than a star against the empty sky.
+    beta = np.hypot(table["source_x"].to_numpy(), table["source_y"].to_numpy())
+    magnification = 2 * (1 + 2 * theta / np.hypot(beta, radius / 1.678))
+    star = 0.2545 / (survey.seeing / survey.pixel_scale / 2.3548)
+    flux = survey.electrons(magnitudes(table, "source", survey.bands))
+    snr = star * magnification * (flux / np.sqrt(survey.background_variance)).max(axis=1)
+    return resolved & sampled & (magnification > MIN_MAGNIFICATION) & (snr > MIN_ARC_SNR)

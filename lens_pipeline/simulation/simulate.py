@@ -1,0 +1,169 @@
+"""Labelled cutouts of a survey: lenses, and the same galaxies without."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from lens_pipeline.errors import InputError
+from lens_pipeline.simulation import population
+from lens_pipeline.simulation.decoys import draw_intruders
+from lens_pipeline.simulation.lenses import draw_lenses
+from lens_pipeline.simulation.render import Renderer
+from lens_pipeline.simulation.streams import Purpose, stream
+from lens_pipeline.simulation.surveys import find_survey
+
+MIN_IMAGE_SIZE = 32  # pixels: the widest arcs still fit
+STACK_ROWS = 1000  # cutouts in one file of a catalogue
+
+GALAXY_TRUTHS = [
+    *("z_lens", "velocity_dispersion", "axis_ratio", "position_angle"),
+    *("lens_radius", "lens_magnitude", "lens_g_r", "lens_r_i"),
+]
+LENSING_TRUTHS = [
+    *("z_source", "einstein_radius", "shear", "shear_angle", "magnification", "arc_snr"),
+    *("source_radius", "source_magnitude", "source_g_r", "source_r_i"),
+]
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Simulated cutouts and what is true of them.
+
+    images: float32 (n, bands, size, size), sky-subtracted, in sigmas of each band's background.
+    table: one row a cutout. `id`; `label` (1 lens, 0 not); `kind` (`lens`; `unlensed`, the galaxy
+    alone; `intruders`, the galaxy with unlensed galaxies around it); `group` (the host galaxy);
+    `survey`; `pixel_scale` (arcsec); of the galaxy `z_lens`, `velocity_dispersion` (km/s),
+    `axis_ratio`, `position_angle` (radians from +x, along columns, towards +y, along rows),
+    `lens_radius` (half-light, arcsec), `lens_magnitude` (AB, r), `lens_g_r`, `lens_r_i` (colours,
+    mag); of a lens, NaN elsewhere, `z_source`, `einstein_radius` (arcsec), `shear`, `shear_angle`
+    (radians), `magnification` (of the flux), `arc_snr` (best band), `source_radius` (arcsec),
+    `source_magnitude` (unlensed, AB, r), `source_g_r`, `source_r_i`.
+    """
+
+    images: NDArray[np.float32]
+    table: pd.DataFrame
+
+
+def simulate(
+    survey: str,
+    n: int,
+    seed: int = 0,
+    *,
+    device: str = "cpu",
+    image_size: int = 64,
+    batch_size: int = 256,
+) -> Simulation:
+    """Simulate n cutouts: lenses, each followed by a look-alike of the same galaxy.
+
+    The first m cutouts are the same for every n >= m and every batch_size (cutouts drawn together).
+    Raises InputError for an unknown survey or settings out of range.
+    """
+    parts = list(_batches(survey, range(n), seed, device, image_size, batch_size))
+    return Simulation(
+        np.concatenate([part.images for part in parts]),
+        pd.concat([part.table for part in parts], ignore_index=True),
+    )
+
+
+def simulate_catalogue(
+    out: Path, survey: str, n: int, seed: int = 0, *, device: str = "cpu", image_size: int = 64
+) -> Path:
+    """Write n simulated cutouts into the empty folder `out`; return its `catalogue.parquet`.
+
+    The catalogue has `Simulation`'s columns, `path` (`images-00000.npy#17` is row 17 of that
+    stack) and `flux_unit`; `simulation.json` says what made it. The files are the same, byte for
+    byte, for the same arguments. Raises InputError as `simulate` does.
+    """
+    tables = []
+    with tqdm(total=n, desc="simulating", unit="cutout", disable=None) as progress:
+        for stack, first in enumerate(range(0, n, STACK_ROWS)):
+            rows = range(first, min(first + STACK_ROWS, n))
+            images = []
+            for part in _batches(survey, rows, seed, device, image_size):
+                images.append(part.images)
+                tables.append(part.table)
+                progress.update(len(part.table))
+            np.save(out / f"images-{stack:05d}.npy", np.concatenate(images))
+    table = pd.concat(tables, ignore_index=True)
+    paths = [f"images-{row // STACK_ROWS:05d}.npy#{row % STACK_ROWS}" for row in range(n)]
+    table.insert(1, "path", paths)
+    table["flux_unit"] = "background_sigma"
+    about = {
+        "survey": asdict(find_survey(survey)),
+        "population_version": population.VERSION,
+        "n": n,
+        "seed": seed,
+        "image_size": image_size,
+    }
+    (out / "simulation.json").write_text(json.dumps(about, indent=2) + "\n")
+    catalogue = out / "catalogue.parquet"
+    table.to_parquet(catalogue, index=False)
+    return catalogue
+
+
+def _batches(
+    survey: str, rows: range, seed: int, device: str, image_size: int, batch_size: int = 256
+) -> Iterator[Simulation]:
+    """The cutouts of those rows, `batch_size` at a time; row 2h is host h's lens, 2h + 1 not."""
+    for name, value, least in [
+        ("n", len(rows), 1),
+        ("image_size", image_size, MIN_IMAGE_SIZE),
+        ("batch_size", batch_size, 2),
+        ("seed", seed, 0),
+    ]:
+        if value < least:
+            raise InputError(f"{name}: {value} is too small; at least {least} is needed")
+    renderer = Renderer(find_survey(survey), image_size, device)
+    step = batch_size - batch_size % 2
+    for first in range(rows.start, rows.stop, step):
+        yield _pairs(renderer, seed, range(first, min(first + step, rows.stop)))
+
+
+@torch.inference_mode()
+def _pairs(renderer: Renderer, seed: int, rows: range) -> Simulation:
+    hosts = range(rows.start // 2, (rows.stop + 1) // 2)
+    lenses = draw_lenses(renderer, seed, hosts)
+    other = lenses.galaxy.clone()
+    crowded = slice(1 - hosts.start % 2, None, 2)  # the odd hosts
+    other[crowded] += draw_intruders(renderer, seed, lenses.table.iloc[crowded])
+    electrons = torch.stack([lenses.galaxy + lenses.arcs, other], dim=1)
+    images = renderer.expose(electrons, _deviates(electrons, seed, hosts)).flatten(0, 1)
+    return Simulation(
+        images[: len(rows)].cpu().numpy(),
+        _table(renderer, lenses.table, rows),
+    )
+
+
+def _deviates(like: Tensor, seed: int, hosts: range) -> Tensor:
+    noise = np.stack(
+        [stream(seed, h, Purpose.NOISE).standard_normal(like.shape[1:], np.float32) for h in hosts]
+    )
+    return torch.from_numpy(noise).to(like.device)
+
+
+def _table(renderer: Renderer, lenses: pd.DataFrame, rows: range) -> pd.DataFrame:
+    row = np.array(rows)
+    host, is_lens = row // 2, row % 2 == 0
+    kind = np.where(is_lens, "lens", np.where(host % 2 == 1, "intruders", "unlensed"))
+    truths = lenses.loc[host].reset_index(drop=True)
+    truths.loc[~is_lens, LENSING_TRUTHS] = np.nan
+    survey = renderer.survey
+    described = pd.DataFrame(
+        {
+            "id": [f"{survey.name}-{r:07d}-{k}" for r, k in zip(row, kind, strict=True)],
+            "label": is_lens.astype(np.int8),
+            "kind": kind,
+            "group": [f"{survey.name}-host-{h:06d}" for h in host],
+            "survey": survey.name,
+            "pixel_scale": survey.pixel_scale,
+        }
+    )
+    return pd.concat([described, truths[[*GALAXY_TRUTHS, *LENSING_TRUTHS]]], axis=1)

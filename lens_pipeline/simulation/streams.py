@@ -1,0 +1,19 @@
+"""Random numbers that belong to a host galaxy, whatever else is drawn before or beside it."""
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Purpose(IntEnum):
+    """What a stream is for; streams of different purposes never overlap."""
+
+    CANDIDATES = 0
+    INTRUDERS = 1
+    NOISE = 2
+
+
+def stream(seed: int, host: int, purpose: Purpose, block: int = 0) -> np.random.Generator:
+    """Counter-based: Philox with the key (seed, host), counting on from (block, purpose)."""
+    key = np.array([seed, host], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, block, int(purpose)]))

@@ -1,0 +1,216 @@
+"""Content-addressed steps: the key of a step, reuse, locks, write aside and rename.
+
+A step writes one folder, named by its key. The key hashes the content of the step's inputs, its
+settings, the source of the library modules that it runs, and the versions of the libraries that
+decide its output. A folder is complete when its `complete.json`, written last, lists every file.
+"""
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+PACKAGE = "lens_pipeline"
+COMPLETE = "complete.json"
+log = logging.getLogger(__name__)
+
+
+def digest(value: Any) -> str:
+    """sha256 (hex) of a JSON-serialisable value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old one or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+@cache
+def _imports(module: str) -> tuple[str, frozenset[str]]:
+    """sha256 of a module's source, and the modules of this package that it imports anywhere."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(module)
+    source = Path(spec.origin).read_bytes()
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return hashlib.sha256(source).hexdigest(), frozenset(
+        name for name in found if name.startswith(f"{PACKAGE}.") and _is_module_file(name)
+    )
+
+
+@cache
+def _is_module_file(name: str) -> bool:
+    # A package's own __init__ only names what lies inside, so it decides nothing.
+    path = Path(__file__).parent.joinpath(*name.split(".")[1:]).with_suffix(".py")
+    return path.is_file()
+
+
+def source_hashes(modules: Iterable[str]) -> dict[str, str]:
+    """{module: sha256 of its source} of these modules and all of this package that they import."""
+    hashes: dict[str, str] = {}
+    waiting = list(modules)
+    while waiting:
+        module = waiting.pop()
+        if module not in hashes:
+            hashes[module], imported = _imports(module)
+            waiting.extend(imported)
+    return hashes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a step's output.
+
+    inputs: {name: content hash}; settings: JSON-serialisable; modules: the library modules that
+    the step calls; libraries: distributions whose version decides the output.
+    """
+
+    stage: str
+    modules: tuple[str, ...]
+    libraries: tuple[str, ...] = ()
+    inputs: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def parts(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "inputs": self.inputs,
+            "settings": self.settings,
+            "code": source_hashes(self.modules),
+            "libraries": {name: importlib.metadata.version(name) for name in self.libraries},
+        }
+
+    @cached_property
+    def key(self) -> str:
+        """32 hexadecimal digits."""
+        return digest(self.parts)[:32]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A finished step: its folder, its key, a hash of what the folder holds, how it came."""
+
+    folder: Path
+    key: str
+    content: str
+    seconds: float
+    reused: bool
+
+
+def _whole(folder: Path, verify: bool) -> dict[str, Any] | None:
+    """The folder's `complete.json` if every file it lists is there in full, else None."""
+    try:
+        complete = json.loads((folder / COMPLETE).read_text())
+        for name, wanted in complete["files"].items():
+            path = folder / name
+            if path.stat().st_size != wanted["bytes"]:
+                raise ValueError(f"{path} has the wrong size")
+            if verify and file_sha256(path) != wanted["sha256"]:
+                raise ValueError(f"{path} has the wrong sha256")
+    except (OSError, ValueError, KeyError) as problem:
+        if folder.exists():
+            log.warning("%s is damaged (%s): it is made again", folder, problem)
+        return None
+    return complete
+
+
+def _seal(folder: Path, recipe: Recipe, seconds: float) -> str:
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    complete = {"schema": 1, **recipe.parts, "key": recipe.key, "seconds": seconds, "files": files}
+    write_aside(folder / COMPLETE, json.dumps(complete, indent=1, default=str))
+    return _content(files)
+
+
+def _content(files: dict[str, Any]) -> str:
+    return digest({name: entry["sha256"] for name, entry in files.items()})
+
+
+@contextmanager
+def _locked(path: Path) -> Any:
+    """One holder at a time, across processes; the system frees it when the holder dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    holder = path.with_suffix(".holder")
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=10)
+    except filelock.Timeout:
+        who = holder.read_text() if holder.exists() else "an unknown process"
+        log.warning("waiting for %s, held by %s", path.stem, who)
+        lock.acquire()
+    try:
+        write_aside(holder, f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        lock.release()
+
+
+def run_step(
+    recipe: Recipe, root: Path, build: Callable[[Path], object], *, verify: bool = False
+) -> Step:
+    """The folder `root/<key>`: reused where it is whole, else made by `build(empty folder)`.
+
+    `build` writes into a folder aside, which is renamed when it has returned; whoever sees the
+    folder sees all of it. A second process that wants the same key waits, then reuses.
+    verify: check the sha256 of a folder that is reused, not only the sizes of its files.
+    """
+    begun = time.perf_counter()
+    folder = root / recipe.key
+    found = _reuse(folder, recipe, verify)
+    if found is None:
+        with _locked(root / ".locks" / f"{recipe.key}.lock"):
+            found = _reuse(folder, recipe, verify) or _make(folder, recipe, build)
+    return replace(found, seconds=time.perf_counter() - begun)
+
+
+def _reuse(folder: Path, recipe: Recipe, verify: bool) -> Step | None:
+    complete = _whole(folder, verify)
+    if complete is None:
+        return None
+    return Step(folder, recipe.key, _content(complete["files"]), 0.0, reused=True)
+
+
+def _make(folder: Path, recipe: Recipe, build: Callable[[Path], object]) -> Step:
+    begun = time.perf_counter()
+    aside = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)  # of a process that died
+    aside.mkdir(parents=True)
+    build(aside)
+    content = _seal(aside, recipe, time.perf_counter() - begun)
+    shutil.rmtree(folder, ignore_errors=True)  # damaged: `_reuse` has refused it
+    aside.rename(folder)
+    return Step(folder, recipe.key, content, 0.0, reused=False)

@@ -1,0 +1,248 @@
+"""MLflow: one experiment, a run per member, the registered ensemble and its aliases.
+
+MLflow itself is imported where it is used: loading this module is light.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+
+from lens_pipeline.errors import InputError
+from lens_pipeline.settings import Settings, masked
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
+
+    from lens_pipeline.ensemble.system import LensEnsemble
+
+EXPERIMENT = "lens_pipeline"
+MODEL = "lens_ensemble"
+CHAMPION = "champion"
+CHALLENGER = "challenger"
+STEP_KEY = "lens.step_key"
+DATASET_VERSION = "lens.dataset_version"
+DAGSTER_RUN = "lens.dagster_run_id"
+log = logging.getLogger(__name__)
+
+
+def flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"training": {"epochs": 3}} -> {"training.epochs": 3}."""
+    found: dict[str, Any] = {}
+    for name, value in parameters.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def flat_metrics(metrics: Mapping[str, Any], prefix: str = "test/") -> dict[str, float]:
+    """The values that the sample could resolve, of what `lens_metrics` returns."""
+    found = {}
+    for name, value in metrics.items():
+        number = value["value"] if isinstance(value, Mapping) else value
+        if number is not None:
+            found[f"{prefix}{name}"] = float(number)
+    return found
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """The tracking server and registry that the settings name."""
+
+    settings: Settings
+
+    @cached_property
+    def client(self) -> "MlflowClient":
+        """The client; MLflow's global URIs are set to the same server."""
+        import mlflow
+
+        uri = self.settings.mlflow_uri
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+        client = mlflow.MlflowClient(uri, uri)
+        # Two processes that create one SQLite file at once would trip over each other.
+        lock = self.settings.home / ".locks" / "mlflow.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(lock):
+            client.search_experiments(max_results=1)
+        return client
+
+    @cached_property
+    def experiment_id(self) -> str:
+        """The experiment, created with an absolute artifact location."""
+        with filelock.FileLock(self.settings.home / ".locks" / "experiment.lock"):
+            found = self.client.get_experiment_by_name(EXPERIMENT)
+            if found is not None:
+                return str(found.experiment_id)
+            served = self.settings.mlflow_uri.startswith("http")
+            location = None if served else self.settings.artifact_location
+            return str(self.client.create_experiment(EXPERIMENT, location))
+
+    def find_run(self, step_key: str) -> "Run | None":
+        """The newest run of a step that has not failed."""
+        runs = self.client.search_runs(
+            [self.experiment_id],
+            f"tags.`{STEP_KEY}` = '{step_key}' and attributes.status != 'FAILED'",
+            max_results=1,
+        )
+        return runs[0] if runs else None
+
+    def start_run(self, name: str, step_key: str, tags: Mapping[str, str]) -> str:
+        """A new run of a step; the caller holds the step's lock, so an unfinished one is dead."""
+        while (dead := self.find_run(step_key)) is not None:
+            self.client.set_terminated(dead.info.run_id, "FAILED")
+        run = self.client.create_run(
+            self.experiment_id, tags={STEP_KEY: step_key, **tags}, run_name=name
+        )
+        return str(run.info.run_id)
+
+    def finish_run(
+        self,
+        run_id: str,
+        parameters: Mapping[str, Any],
+        curves: "pd.DataFrame | None" = None,
+        metrics: Mapping[str, float] | None = None,
+        artifacts: tuple[Path, ...] = (),
+    ) -> None:
+        """Fill in what a run lacks and mark it finished. Doing it twice changes nothing."""
+        from mlflow.entities import Metric, Param
+
+        run = self.client.get_run(run_id)
+        if run.info.status == "FINISHED":
+            return
+        known = run.data.params
+        params = [Param(k, str(v)) for k, v in flat(parameters).items() if k not in known]
+        when = run.info.start_time
+        values = [Metric(name, value, when, 0) for name, value in (metrics or {}).items()]
+        if curves is not None:
+            values += [
+                Metric(str(name), float(row[name]), when, int(row["epoch"]))
+                for _, row in curves.iterrows()
+                for name in curves.columns
+                if name != "epoch" and name not in run.data.metrics and math.isfinite(row[name])
+            ]
+        self.client.log_batch(run_id, metrics=values, params=params)
+        for path in artifacts:
+            self.client.log_artifact(run_id, str(path))
+        self.client.set_terminated(run_id, "FINISHED")
+
+    # The registry
+
+    def versions(self) -> list["ModelVersion"]:
+        """Every version of the registered model, newest first; none where there is no model."""
+        found = self.client.search_model_versions(f"name = '{MODEL}'")
+        return sorted(found, key=lambda version: -int(version.version))
+
+    def find_version(self, step_key: str) -> "ModelVersion | None":
+        return next((v for v in self.versions() if v.tags.get(STEP_KEY) == step_key), None)
+
+    def aliased(self, alias: str) -> "ModelVersion | None":
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.get_model_version_by_alias(MODEL, alias)
+        except MlflowException:
+            return None
+
+    def register(
+        self, ensemble: Path, run_id: str, example_shape: tuple[int, int, int], tags: dict[str, str]
+    ) -> "ModelVersion":
+        """Log the ensemble's folder as a model under a run, and make it the newest version.
+
+        example_shape: (bands, height, width) of a cutout.
+        """
+        import mlflow
+        import numpy as np
+        from mlflow.models import ModelSignature
+        from mlflow.types import Schema, TensorSpec
+
+        from lens_pipeline.ensemble import system
+
+        signature = ModelSignature(
+            inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *example_shape))])
+        )
+        assert self.client  # sets MLflow's URIs
+        with mlflow.start_run(run_id=run_id):
+            model = mlflow.pyfunc.log_model(
+                name=MODEL,
+                python_model=str(Path(system.__file__).with_name("pyfunc_model.py")),
+                artifacts={"ensemble": str(ensemble)},
+                signature=signature,
+                pip_requirements=["lens-pipeline"],
+            )
+        return mlflow.register_model(model.model_uri, MODEL, tags=tags)
+
+    def set_alias(self, alias: str, version: str) -> None:
+        self.client.set_registered_model_alias(MODEL, alias, version)
+
+    def aliases(self, version: str) -> list[str]:
+        return sorted(self.client.get_model_version(MODEL, version).aliases)
+
+    def load(self, uri: str | None = None) -> tuple["LensEnsemble", str]:
+        """(the ensemble, where it came from) by a `models:/` URI of this registry.
+
+        Without one: `champion`, else the newest `challenger`. Raises InputError where the home has
+        no registry, and where the registry has no such model.
+        """
+        uri = uri or self._default_uri()
+        if not uri.startswith("models:/"):
+            raise InputError(
+                f"--model: {uri!r} is not of this registry; it is models:/{MODEL}@alias or "
+                f"models:/{MODEL}/version (a model is code, so no other place is trusted)"
+            )
+        self.require_registry()
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        assert self.client  # sets MLflow's URIs
+        try:
+            model = mlflow.pyfunc.load_model(uri)
+        except MlflowException as problem:
+            reason = " ".join(str(problem).split())
+            raise InputError(f"--model: {uri} cannot be loaded ({reason})") from None
+        return model.unwrap_python_model().ensemble, uri
+
+    def require_registry(self) -> None:
+        """Raises InputError, naming the home, where there is no registry yet."""
+        database = self.settings.home / "mlflow.db"
+        if self.settings.tracking_uri is None and not database.is_file():
+            raise InputError(
+                f"{self.settings.home}: this home has no model registry; "
+                "name another with --home or LENS_HOME, or make one with `lens-pipeline run`"
+            )
+
+    def _default_uri(self) -> str:
+        self.require_registry()
+        for alias in (CHAMPION, CHALLENGER):
+            version = self.aliased(alias)
+            if version is not None:
+                if alias == CHALLENGER:
+                    log.warning("no champion: using the challenger, version %s", version.version)
+                return f"models:/{MODEL}/{version.version}"
+        raise InputError(
+            f"{masked(self.settings.mlflow_uri)}: no version of {MODEL} is registered; "
+            "make one with `lens-pipeline run`"
+        )
+
+
+def version_tags(
+    step_key: str, dataset_version: str, member_runs: Mapping[str, str], metrics: Mapping[str, Any]
+) -> dict[str, str]:
+    """What a registered version carries: its dataset, its members' runs, its metrics."""
+    return {
+        STEP_KEY: step_key,
+        DATASET_VERSION: dataset_version,
+        "lens.member_runs": json.dumps(dict(member_runs), sort_keys=True),
+        **{f"lens.{name}": f"{value:.6g}" for name, value in flat_metrics(metrics).items()},
+    }
