@@ -4,6 +4,7 @@
 absolute when the settings are read, relative to the working directory.
 """
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -146,9 +147,10 @@ class Settings(BaseSettings):
         }
 
     def export(self) -> None:
-        """Put home, source and the rest into the environment, for child processes and Dagster."""
+        """Put what was set into the environment, for the steps and child processes."""
         os.environ["DAGSTER_HOME"] = str(self.dagster_home)
-        for name in ("home", "source", "preset", "archs", "cloud_url", "n_cutouts", "image_size"):
+        for name in {*self.model_fields_set, "home"} - {"tracking_uri"}:
             value = getattr(self, name)
             if value is not None:
-                os.environ[f"LENS_{name.upper()}"] = str(value)
+                text = json.dumps(value) if isinstance(value, dict | bool) else str(value)
+                os.environ[f"LENS_{name.upper()}"] = text

@@ -217,6 +217,10 @@ def _common_format(
     if n_bands == 3 and units == COMPOSITE:
         named = ("red", "green", "blue")
     bands = catalogue.bands or named or tuple(f"band{i}" for i in range(n_bands))
+    if len(bands) != n_bands:
+        raise InputError(
+            f"{catalogue.source}: column bands: names {len(bands)}; the cutouts have {n_bands}"
+        )
     return CutoutFormat(tuple(bands), image_size, units, _pixel_scale(catalogue.table))
 
 

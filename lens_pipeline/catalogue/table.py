@@ -48,9 +48,15 @@ class Catalogue:
 
     @property
     def bands(self) -> list[str] | None:
-        """Names of the bands where the columns tell them (`path_<band>`), else None."""
+        """Names of the bands where the columns tell them, else None.
+
+        By `path_<band>`, or by one value of a column `bands`, as `g,r,i`.
+        """
         columns = self.image_columns
-        return None if columns == ["path"] else [name.removeprefix("path_") for name in columns]
+        if columns != ["path"]:
+            return [name.removeprefix("path_") for name in columns]
+        stated = set(self.table["bands"].dropna()) if "bands" in self.table else set()
+        return [name.strip() for name in str(stated.pop()).split(",")] if len(stated) == 1 else None
 
 
 def read_catalogue(path: str | Path, storage_options: Mapping[str, Any] | None = None) -> Catalogue:

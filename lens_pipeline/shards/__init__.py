@@ -1,0 +1,14 @@
+"""WebDataset shards with a manifest and random access: writing, verifying, reading, publishing."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "cloud": ["PublishedShards", "publish_shards"],
+        "datamodule": ["LensDataModule"],
+        "manifest": ["Manifest", "read_manifest", "verify_shards"],
+        "reader": ["Shards", "open_shards"],
+        "writer": ["write_shards"],
+    },
+)

@@ -1,0 +1,145 @@
+"""The manifest of a folder of shards: what it holds, to the byte.
+
+It is written last, so that who sees one sees a whole dataset; its sha256 is the dataset's version.
+"""
+
+import hashlib
+import json
+import posixpath
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from tqdm import tqdm
+
+from lens_pipeline.errors import InputError
+
+MANIFEST = "manifest.json"
+INDEX = "index.parquet"
+BLOCK = 2**20
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A file that the manifest lists."""
+
+    name: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Shard(Listed):
+    """A tar of one split. Unlabelled samples are neither `n_lens` nor `n_nonlens`."""
+
+    split: str
+    samples: int
+    n_lens: int
+    n_nonlens: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """format: the fields of `catalogue.CutoutFormat`; dtype: of the stored arrays, `<f2`."""
+
+    format: dict[str, Any]
+    dtype: str
+    index: Listed
+    shards: tuple[Shard, ...]
+
+    @property
+    def files(self) -> tuple[Listed, ...]:
+        """All files but the manifest itself."""
+        return (*self.shards, self.index)
+
+    @property
+    def text(self) -> str:
+        """What the file holds: the same for the same content."""
+        values = {"schema": 1, **asdict(self)}
+        return json.dumps(values, indent=1, sort_keys=True) + "\n"
+
+    @property
+    def dataset_version(self) -> str:
+        """sha256 of the manifest, 64 hexadecimal digits."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @classmethod
+    def parse(cls, content: bytes, source: str) -> "Manifest":
+        """Raises InputError where the content is no manifest, or not as it was written."""
+        try:
+            values = json.loads(content)
+            if values.pop("schema") != 1:
+                raise ValueError("its schema is not 1; a newer version wrote it")
+            manifest = cls(
+                format=values["format"],
+                dtype=values["dtype"],
+                index=Listed(**values["index"]),
+                shards=tuple(Shard(**shard) for shard in values["shards"]),
+            )
+            if manifest.text.encode() != content:
+                raise ValueError("it was changed after it was written")
+        except (ValueError, KeyError, TypeError, AttributeError) as problem:
+            raise InputError(f"{source}: is no manifest of shards ({problem})") from None
+        return manifest
+
+
+def read_manifest(
+    location: str | Path, storage_options: Mapping[str, Any] | None = None
+) -> Manifest:
+    """The manifest in a folder or at an fsspec URL. Raises InputError where there is none."""
+    path = posixpath.join(str(location), MANIFEST)
+    try:
+        with fsspec.open(path, "rb", **dict(storage_options or {})) as file:
+            content = file.read()
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: there is no such file; shards are whole once their manifest is there"
+        ) from None
+    return Manifest.parse(content, path)
+
+
+def verify_shards(
+    location: str | Path, storage_options: Mapping[str, Any] | None = None
+) -> list[str]:
+    """What is wrong with the shards in a folder or at a URL; nothing when they are whole.
+
+    Each problem names its file. Every byte is read back and checked against the manifest.
+    """
+    try:
+        manifest = read_manifest(location, storage_options)
+    except InputError as problem:
+        return [str(problem)]
+    filesystem, root = fsspec.url_to_fs(str(location), **dict(storage_options or {}))
+    return list(_problems(filesystem, root, manifest))
+
+
+def _problems(
+    filesystem: fsspec.AbstractFileSystem, root: str, manifest: Manifest
+) -> Iterator[str]:
+    total = sum(listed.bytes for listed in manifest.files)
+    with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=None) as progress:
+        for listed in manifest.files:
+            path = posixpath.join(root, listed.name)
+            wrong = difference(filesystem, path, listed)
+            if wrong:
+                yield f"{path}: {wrong}"
+            progress.update(listed.bytes)
+
+
+def difference(filesystem: fsspec.AbstractFileSystem, path: str, listed: Listed) -> str | None:
+    """How a file differs from what the manifest lists, or None."""
+    try:
+        size = filesystem.info(path)["size"]
+    except FileNotFoundError:
+        return "is missing"
+    if size != listed.bytes:
+        return f"has {size} bytes; the manifest says {listed.bytes}"
+    found = hashlib.sha256()
+    with filesystem.open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            found.update(block)
+    if found.hexdigest() != listed.sha256:
+        return f"has sha256 {found.hexdigest()[:12]}...; the manifest says {listed.sha256[:12]}..."
+    return None

@@ -1,0 +1,181 @@
+"""Random access to shards: an index of byte offsets, and mapped files.
+
+Nothing is mapped before it has been checked: reading past the end of a truncated file that is
+mapped kills the process.
+"""
+
+import mmap
+import posixpath
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pandas as pd
+from fsspec.implementations.local import LocalFileSystem
+from numpy.typing import NDArray
+
+from lens_pipeline.catalogue.dataset import CutoutFormat
+from lens_pipeline.errors import InputError
+from lens_pipeline.shards.manifest import (
+    INDEX,
+    MANIFEST,
+    Listed,
+    Manifest,
+    difference,
+    read_manifest,
+)
+
+_LOCAL = LocalFileSystem()
+_verified: set[tuple[int, ...]] = set()  # files whose sha256 has been checked by this process
+
+
+@dataclass(frozen=True)
+class ShardSplit:
+    """The cutouts of one split, in the order of the dataset.
+
+    index: one row a cutout: id, label, shard, offset and bytes of its pixels, dtype, shape.
+    """
+
+    folder: Path
+    index: pd.DataFrame
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def ids(self) -> NDArray[np.object_]:
+        return self.index["id"].to_numpy(dtype=object)
+
+    @property
+    def labels(self) -> NDArray[np.int8]:
+        """int8 (n,): 1 lens, 0 not, -1 unknown."""
+        return self.index["label"].fillna(-1).to_numpy(dtype=np.int8)
+
+    @cached_property
+    def _maps(self) -> list[NDArray[np.uint8]]:
+        return [_mapped(self.folder / name) for name in self.index["shard"].unique()]
+
+    @cached_property
+    def _places(self) -> tuple[list[int], list[int]]:
+        """For each cutout: which map, and where in it."""
+        shard, _ = pd.factorize(self.index["shard"])
+        return shard.tolist(), self.index["offset"].tolist()
+
+    @cached_property
+    def _layout(self) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        first = self.index.iloc[0]
+        return np.dtype(first["dtype"]), tuple(first["shape"])
+
+    def gather(self, indices: NDArray[np.integer] | list[int]) -> NDArray[np.floating]:
+        """The cutouts (n, bands, height, width) at these places of the split, as stored."""
+        dtype, shape = self._layout
+        maps, (shard, offset) = self._maps, self._places
+        out = np.empty((len(indices), *shape), dtype)
+        flat = out.view(np.uint8).reshape(len(out), -1)
+        for row, index in enumerate(indices):
+            start = offset[index]
+            flat[row] = maps[shard[index]][start : start + flat.shape[1]]
+        return out
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Whole, checked shards in a local folder."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def format(self) -> CutoutFormat:
+        return CutoutFormat.from_dict(self.manifest.format)
+
+    @cached_property
+    def _index(self) -> pd.DataFrame:
+        index = pd.read_parquet(self.folder / INDEX)
+        _check_index(index, self.manifest, self.folder / INDEX)
+        return index
+
+    def split(self, name: str) -> ShardSplit:
+        """`train`, `val`, `test` or `unlabelled`."""
+        rows = self._index[self._index["split"] == name]
+        return ShardSplit(self.folder, rows.reset_index(drop=True))
+
+
+def open_shards(
+    location: str | Path,
+    *,
+    cache: Path | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Shards:
+    """Open the shards in a folder or at an fsspec URL, every file checked against the manifest.
+
+    cache: a local folder to which remote shards are copied, under their version. Raises InputError,
+    naming the file, where there is no manifest or a file is not what the manifest says.
+    """
+    options = dict(storage_options or {})
+    filesystem, root = fsspec.url_to_fs(str(location), **options)
+    manifest = read_manifest(location, options)
+    if isinstance(filesystem, LocalFileSystem):
+        folder = Path(root)
+    else:
+        if cache is None:
+            raise InputError(f"{location}: remote shards need a cache folder; name one")
+        folder = cache / manifest.dataset_version[:32]
+        _fetch(filesystem, root, manifest, folder)
+    for listed in manifest.files:
+        _check(folder / listed.name, listed)
+    return Shards(folder, manifest)
+
+
+def _fetch(
+    filesystem: fsspec.AbstractFileSystem, root: str, manifest: Manifest, folder: Path
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for listed in manifest.files:
+        path = folder / listed.name
+        if difference(_LOCAL, str(path), listed):
+            aside = path.with_name(f".{path.name}")
+            filesystem.get_file(posixpath.join(root, listed.name), str(aside))
+            aside.replace(path)
+    (folder / MANIFEST).write_text(manifest.text)
+
+
+def _check(path: Path, listed: Listed) -> None:
+    """Size always; sha256 once a process for each (inode, size, time of change)."""
+    state: tuple[int, ...] = ()
+    if path.is_file():
+        stat = path.stat()
+        state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if state in _verified:
+            return
+    wrong = difference(_LOCAL, str(path), listed)
+    if wrong:
+        raise InputError(f"{path}: {wrong}; write or fetch the shards again")
+    _verified.add(state)
+
+
+def _check_index(index: pd.DataFrame, manifest: Manifest, path: Path) -> None:
+    """Raises InputError where the index does not fit the shards that it points into."""
+    form = CutoutFormat.from_dict(manifest.format)
+    shape = (len(form.bands), form.image_size, form.image_size)
+    n_bytes = int(np.prod(shape)) * np.dtype(manifest.dtype).itemsize
+    size = index["shard"].map({shard.name: shard.bytes for shard in manifest.shards})
+    alike = (
+        (index["dtype"] == manifest.dtype)
+        & (index["bytes"] == n_bytes)
+        & index["shape"].map(lambda found: tuple(found) == shape)
+    )
+    inside = (index["offset"] >= 0) & (index["offset"] + index["bytes"] <= size)
+    counts = index["shard"].value_counts()
+    if not (alike & inside).all() or any(counts[s.name] != s.samples for s in manifest.shards):
+        raise InputError(f"{path}: does not fit the shards of its manifest; write them again")
+
+
+def _mapped(path: Path) -> NDArray[np.uint8]:
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return np.frombuffer(mapped, np.uint8)
