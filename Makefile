@@ -1,0 +1,46 @@
+# `make run` sets everything up and runs the main job; `make help` lists the rest.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+.PHONY: install
+install: .venv/.installed  ## create and fill .venv with the versions of constraints.txt
+
+.venv/.installed: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed; name one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --compile-bytecode --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+.PHONY: run
+run: install  ## the main job: cutouts to a registered ensemble
+	$(BIN)/lens-pipeline run
+
+.PHONY: dev
+dev: install  ## Dagster's and MLflow's pages on the same LENS_HOME
+	$(BIN)/lens-pipeline show
+
+.PHONY: test
+test: install  ## the tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+.PHONY: test-slow
+test-slow: install  ## the slow tests: kill trials, the default job
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+.PHONY: lint
+lint: install  ## style, types, and which floor may import which
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+.PHONY: bench
+bench: install  ## the benchmarks, one after another
+	@set -e; for file in benchmarks/[a-z]*.py; do \
+	  $(BIN)/python -m benchmarks.$$(basename $$file .py); done

@@ -1,0 +1,79 @@
+"""Shared fixtures: a clean environment, small real datasets, and one home that a run has filled."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lens_pipeline.catalogue.dataset import Dataset, build_dataset
+from lens_pipeline.catalogue.table import read_catalogue
+from lens_pipeline.cli import main
+
+SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
+NO_SKIP = os.environ.get("LENS_NO_SKIP") == "1"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """With LENS_NO_SKIP=1 a skip is a failure; a GPU, alone, may be missing."""
+    outcome = yield
+    report = outcome.get_result()
+    if NO_SKIP and report.skipped and not item.get_closest_marker("gpu"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which LENS_NO_SKIP=1 forbids: {report.longrepr}"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No setting of whoever runs the tests gets in, and none of a test gets out."""
+    before = dict(os.environ)
+    for name in list(os.environ):
+        if name.startswith(("LENS_", "MLFLOW_", "DAGSTER_")):
+            del os.environ[name]
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real telescope images."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no real images: {SHARED_DATA} is absent")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def simulated_catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 simulated DES cutouts of 32 pixels."""
+    out = tmp_path_factory.mktemp("simulated") / "catalogue"
+    arguments = ["simulate", "--n", "200", "--image-size", "32", "--out", str(out)]
+    assert main(arguments) == 0
+    return out / "catalogue.parquet"
+
+
+@pytest.fixture(scope="session")
+def dataset(simulated_catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The processed dataset of `simulated_catalogue`, with a few rows unlabelled."""
+    catalogue = read_catalogue(simulated_catalogue)
+    catalogue.table.loc[:9, "label"] = None
+    out = tmp_path_factory.mktemp("dataset")
+    return build_dataset(catalogue, out, image_size=32, origin="simulation")
+
+
+@pytest.fixture(scope="session")
+def shards_folder(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`dataset` as shards of 50 cutouts."""
+    from lens_pipeline.shards.writer import write_shards
+
+    out = tmp_path_factory.mktemp("shards")
+    write_shards(dataset.folder, out, shard_size=50)
+    return out
+
+
+@pytest.fixture
+def own_shards(shards_folder: Path, tmp_path: Path) -> Path:
+    """A copy of `shards_folder` to spoil."""
+    return Path(shutil.copytree(shards_folder, tmp_path / "shards"))

@@ -1,0 +1,122 @@
+"""Random access, and shards that are not what their manifest says."""
+
+import json
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from lens_pipeline.catalogue.dataset import Dataset
+from lens_pipeline.errors import InputError
+from lens_pipeline.shards import open_shards, publish_shards, verify_shards
+
+
+def test_gather_in_any_order(dataset: Dataset, shards_folder: Path) -> None:
+    split = open_shards(shards_folder).split("train")
+    order = np.random.default_rng(0).permutation(len(split))
+    wanted = dataset.images("train")[:].astype(np.float16)
+    np.testing.assert_array_equal(split.gather(order), wanted[order])
+    table = dataset.table("train")
+    assert split.ids.tolist() == table["id"].tolist()
+    assert split.labels.tolist() == table["label"].tolist()
+
+
+def test_unlabelled_is_minus_one(shards_folder: Path) -> None:
+    assert set(open_shards(shards_folder).split("unlabelled").labels) == {-1}
+
+
+def _flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()  # a new file: the old one may be mapped
+    path.write_bytes(content)
+
+
+def _truncate(path: Path) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("name", ["train-000001.tar", "index.parquet"])
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [(_flip_a_byte, "sha256"), (_truncate, "bytes"), (Path.unlink, "missing")],
+)
+def test_a_spoilt_file_is_named(own_shards: Path, name: str, spoil, what: str) -> None:
+    open_shards(own_shards)  # even where it was whole a moment ago
+    spoil(own_shards / name)
+    problems = verify_shards(own_shards)
+    assert len(problems) == 1
+    assert name in problems[0]
+    assert what in problems[0]
+    with pytest.raises(InputError, match=name):
+        open_shards(own_shards)
+
+
+def test_no_manifest_no_dataset(own_shards: Path) -> None:
+    (own_shards / "manifest.json").unlink()
+    assert "manifest.json" in verify_shards(own_shards)[0]
+    with pytest.raises(InputError, match="manifest.json"):
+        open_shards(own_shards)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 2}'])
+def test_damaged_manifest(own_shards: Path, content: str) -> None:
+    (own_shards / "manifest.json").write_text(content)
+    with pytest.raises(InputError, match="no manifest"):
+        open_shards(own_shards)
+
+
+def test_altered_manifest(own_shards: Path) -> None:
+    """A manifest that was edited is another dataset under the old one's name."""
+    path = own_shards / "manifest.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError, match="changed"):
+        open_shards(own_shards)
+
+
+def test_index_beyond_the_end_is_refused(own_shards: Path) -> None:
+    """An index with its own, right checksum still must not point outside of a mapped file."""
+    import hashlib
+
+    import pandas as pd
+
+    index = pd.read_parquet(own_shards / "index.parquet")
+    index.loc[3, "offset"] = 10**9
+    index.to_parquet(own_shards / "index.parquet", index=False)
+    content = (own_shards / "index.parquet").read_bytes()
+    values = json.loads((own_shards / "manifest.json").read_text())
+    values["index"] |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    (own_shards / "manifest.json").write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
+    with pytest.raises(InputError, match=r"index\.parquet"):
+        open_shards(own_shards).split("train")
+
+
+def test_published_shards_are_the_same_and_sent_once(shards_folder: Path, tmp_path: Path) -> None:
+    first = publish_shards(shards_folder, str(tmp_path))
+    assert Path(first.url) == tmp_path / first.dataset_version
+    assert verify_shards(first.url) == []
+    assert set(first.uploaded) == {p.name for p in shards_folder.iterdir()}
+    assert first.uploaded[-1] == "manifest.json"
+    (tmp_path / first.dataset_version / "val-000000.tar").write_bytes(b"altered")
+    again = publish_shards(shards_folder, str(tmp_path))
+    assert again.uploaded == ("val-000000.tar",)
+    assert verify_shards(first.url) == []
+    assert publish_shards(shards_folder, str(tmp_path)).uploaded == ()
+
+
+def test_remote_shards_through_a_cache(shards_folder: Path, tmp_path: Path) -> None:
+    """memory:// is a remote store for fsspec; whole cached files are not fetched again."""
+    published = publish_shards(shards_folder, "memory://bucket/lenses")
+    shards = open_shards(published.url, cache=tmp_path)
+    local = open_shards(shards_folder)
+    np.testing.assert_array_equal(
+        shards.split("test").gather([2, 0]), local.split("test").gather([2, 0])
+    )
+    fsspec.filesystem("memory").rm(
+        "/bucket/lenses/" + published.dataset_version + "/test-000000.tar"
+    )
+    assert open_shards(published.url, cache=tmp_path).folder == shards.folder
