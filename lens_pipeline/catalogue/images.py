@@ -15,6 +15,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
+from astropy.stats import sigma_clipped_stats
 from numpy.typing import NDArray
 
 SIGMA_UNITS = "background_sigma"
@@ -158,15 +159,10 @@ def _as_cube(array: NDArray[Any]) -> NDArray[np.float32]:
 def background_sigma(band: NDArray[np.float32]) -> float:
     """Standard deviation of the background of one image, its unit that of the pixels.
 
-    1.4826 times the median absolute deviation after three rounds of clipping at 3 sigma.
+    1.4826 times the median absolute deviation of what three rounds of clipping at 3 sigma leave.
     """
     values = band[np.isfinite(band)].astype(np.float64)
-    for _ in range(4):
-        middle = np.median(values)
-        sigma = 1.4826 * np.median(np.abs(values - middle))
-        values = values[np.abs(values - middle) <= 3 * sigma]
-        if not values.size or sigma == 0:
-            return 0.0
+    _, _, sigma = sigma_clipped_stats(values, sigma=3, maxiters=3, stdfunc="mad_std")
     return float(sigma)
 
 

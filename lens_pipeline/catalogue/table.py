@@ -210,8 +210,8 @@ def _labels(table: pd.DataFrame, source: str) -> pd.Series:
     if "label" not in table:
         return pd.Series(pd.array([pd.NA] * len(table), dtype="Int8"))
     known = {"1": 1, "0": 0, "1.0": 1, "0.0": 0, "True": 1, "False": 0}
-    text = table["label"].map(lambda v: None if pd.isna(v) or str(v).strip() == "" else str(v))
-    label = text.map(lambda v: None if v is None else known.get(v.strip()))
+    text = _text(table["label"]).str.strip().replace("", None)
+    label = text.map(known)
     _refuse(source, table, text.notna() & label.isna(), "label", "must be 1, 0 or empty")
     return label.astype("Int8")
 

@@ -1,0 +1,147 @@
+"""The processed dataset: every row accounted for, splits that never leak."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lens_pipeline.catalogue import build_dataset, read_catalogue
+from lens_pipeline.catalogue.dataset import PARTS, Dataset, open_dataset
+from lens_pipeline.catalogue.splits import assign_splits
+from lens_pipeline.errors import InputError
+
+RNG = np.random.default_rng(1)
+
+
+def _catalogue(folder: Path, n: int = 120, **columns: object) -> Path:
+    """n cutouts of noise, every third a lens, four to a group."""
+    np.save(folder / "stack.npy", RNG.normal(size=(n, 2, 20, 20)).astype(np.float32))
+    table = pd.DataFrame(
+        {
+            "id": [f"c{i}" for i in range(n)],
+            "path": [f"stack.npy#{i}" for i in range(n)],
+            "label": [int(i % 3 == 0) for i in range(n)],
+            "group": [f"g{i // 4}" for i in range(n)],
+        }
+    ).assign(**columns)
+    table.to_csv(folder / "table.csv", index=False)
+    return folder / "table.csv"
+
+
+def _build(table: Path, out: Path, **settings: object) -> Dataset:
+    out.mkdir()
+    return build_dataset(read_catalogue(table), out, image_size=20, **settings)
+
+
+def test_no_row_is_lost_and_no_group_torn(tmp_path: Path) -> None:
+    dataset = _build(_catalogue(tmp_path), tmp_path / "out")
+    tables = {part: dataset.table(part) for part in PARTS}
+    rows = sorted(row for table in tables.values() for row in table["row"])
+    assert rows == list(range(120))
+    groups = [set(table["group"]) for table in tables.values()]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 30
+    assert dataset.groups_in_two_splits() == []
+    for part, table in tables.items():
+        assert dataset.images(part).shape == (len(table), 2, 20, 20)
+
+
+def test_images_follow_their_table(tmp_path: Path) -> None:
+    path = _catalogue(tmp_path, flux_unit="background_sigma")
+    dataset = _build(path, tmp_path / "out")
+    stack = np.load(tmp_path / "stack.npy")
+    for part in ("train", "test"):
+        np.testing.assert_array_equal(dataset.images(part), stack[dataset.table(part)["row"]])
+
+
+def test_a_group_keeps_its_split_as_the_catalogue_grows(tmp_path: Path) -> None:
+    small = read_catalogue(_catalogue(tmp_path, 60)).table
+    large = read_catalogue(_catalogue(tmp_path, 400)).table
+    before, after = assign_splits(small, seed=3), assign_splits(large, seed=3)
+    assert before.tolist() == after[:60].tolist()
+    assert assign_splits(large, seed=4).tolist() != after.tolist()
+    shares = after.value_counts(normalize=True)
+    assert shares["train"] == pytest.approx(0.65, abs=0.15)
+
+
+def test_stated_splits_hold_and_unlabelled_are_never_trained_on(tmp_path: Path) -> None:
+    n = 120
+    split = ["train", "val", "test"] * (n // 3)
+    label = [[1, 0, ""][(i // 3) % 3] for i in range(n)]
+    path = _catalogue(tmp_path, split=split, label=label, group=[f"g{i}" for i in range(n)])
+    dataset = _build(path, tmp_path / "out")
+    assert len(dataset.table("unlabelled")) == 39
+    for part in ("train", "val", "test"):
+        table = dataset.table(part)
+        assert table["label"].notna().all()
+        assert [split[row] for row in table["row"]] == [part] * len(table)
+
+
+def test_rejects_are_listed_with_their_reasons(tmp_path: Path) -> None:
+    path = _catalogue(tmp_path)
+    stack = np.load(tmp_path / "stack.npy")
+    stack[5] = np.nan
+    np.save(tmp_path / "stack.npy", stack)
+    table = pd.read_csv(path)
+    table.loc[7, "path"] = "absent.fits"
+    np.save(tmp_path / "mono.npy", RNG.normal(size=(1, 20, 20)))
+    table.loc[9, "path"] = "mono.npy"
+    table.to_csv(path, index=False)
+    rejects = _build(path, tmp_path / "out").rejects()
+    assert rejects["row"].tolist() == [5, 7, 9]
+    assert rejects["id"].tolist() == ["c5", "c7", "c9"]
+    assert rejects["column"].tolist() == ["path"] * 3
+    assert rejects["file"].tolist() == [
+        f"{tmp_path}/{name}" for name in ("stack.npy", "absent.fits", "mono.npy")
+    ]
+    for reason, wanted in zip(rejects["reason"], ("finite", "missing", "1 bands"), strict=True):
+        assert wanted in reason
+
+
+def test_too_many_rejects_stop_it(tmp_path: Path) -> None:
+    path = _catalogue(tmp_path)
+    table = pd.read_csv(path)
+    table.loc[3:10, "path"] = "absent.fits"
+    table.to_csv(path, index=False)
+    with pytest.raises(InputError, match=r"8 of 120 .* row 4, column path, .*absent\.fits"):
+        _build(path, tmp_path / "out", max_reject_fraction=0.05)
+    table["path"] = "absent.fits"
+    table.to_csv(path, index=False)
+    with pytest.raises(InputError, match="none of the first"):
+        _build(path, tmp_path / "out2")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"label": 1}, "column label has no 0"),
+        ({"label": ""}, "column label is empty everywhere"),
+        ({"group": "one"}, "split .* has no lenses"),
+    ],
+)
+def test_classes_that_training_needs(tmp_path: Path, columns: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        _build(_catalogue(tmp_path, **columns), tmp_path / "out")
+
+
+def test_band_names_must_fit_the_images(tmp_path: Path) -> None:
+    assert _build(_catalogue(tmp_path, bands="g,r"), tmp_path / "a").format.bands == ("g", "r")
+    with pytest.raises(InputError, match="column bands"):
+        _build(_catalogue(tmp_path, bands="g,r,i"), tmp_path / "b")
+
+
+def test_not_a_dataset(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"dataset\.json"):
+        open_dataset(tmp_path)
+
+
+def test_real_stacks(shared_data: Path, tmp_path: Path) -> None:
+    """Pan-STARRS: NaNs, counts per second, 40 and 64 pixels, five bands."""
+    catalogue = read_catalogue(shared_data / "ps1_grizy" / "catalogue.csv")
+    dataset = build_dataset(catalogue, tmp_path, image_size=40)
+    assert dataset.format.bands == ("G", "R", "I", "Z", "Y")
+    assert dataset.format.pixel_scale == 0.25
+    assert dataset.facts["n_rows"] == 203
+    images = np.concatenate([dataset.images(part) for part in ("train", "val", "test")])
+    assert np.isfinite(images).all()
+    assert len(images) + dataset.facts["n_rejects"] == 203

@@ -1,0 +1,144 @@
+"""Catalogues in every form, and what is wrong with them."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from astropy.table import Table
+
+from lens_pipeline.catalogue import read_catalogue
+from lens_pipeline.errors import InputError
+
+ROWS = pd.DataFrame(
+    {
+        "id": ["a", "b", "NA", "7"],
+        "path": ["a.npy", "b.npy", "/data/c.npy", "s3://bucket/d.npy"],
+        "label": [1, 0, None, 1],
+        "grade": [2.5, 0.3, 1.1, 3.0],
+    }
+)
+
+
+def _write(table: pd.DataFrame, path: Path) -> None:
+    if path.suffix == ".csv":
+        table.to_csv(path, index=False)
+    elif path.suffix == ".parquet":
+        table.to_parquet(path, index=False)
+    else:
+        form = "fits" if path.suffix == ".fits" else "votable"
+        written = table.assign(label=table["label"].fillna(-1).astype(int))
+        astro = Table.from_pandas(written)
+        astro["label"] = astro["label"].astype("int64")
+        if form == "votable":
+            astro["label"] = [str(v) if v >= 0 else "" for v in written["label"]]
+        else:
+            astro["label"] = Table.from_pandas(
+                written[["label"]].astype("Int64").replace(-1, pd.NA)
+            )["label"]
+        astro.write(path, format=form)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".fits", ".vot"])
+def test_every_format_gives_the_same_catalogue(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"table{suffix}"
+    _write(ROWS, path)
+    table = read_catalogue(path).table
+    assert table["id"].tolist() == ["a", "b", "NA", "7"]
+    assert table["label"].tolist() == [1, 0, pd.NA, 1]
+    assert table["path"].tolist() == [
+        f"{tmp_path}/a.npy",
+        f"{tmp_path}/b.npy",
+        "/data/c.npy",
+        "s3://bucket/d.npy",
+    ]
+    assert table["group"].tolist() == table["id"].tolist()
+    assert table["grade"].tolist() == [2.5, 0.3, 1.1, 3.0]
+
+
+def test_a_file_for_each_band(tmp_path: Path) -> None:
+    table = pd.DataFrame({"id": ["x"], "path_g": ["g.fits"], "path_r": ["r.fits"]})
+    table.to_csv(tmp_path / "t.csv", index=False)
+    catalogue = read_catalogue(tmp_path / "t.csv")
+    assert catalogue.bands == ["g", "r"]
+    assert catalogue.references == [f"{tmp_path}/g.fits", f"{tmp_path}/r.fits"]
+    assert catalogue.table["label"].isna().all()
+
+
+def test_folders_of_classes(tmp_path: Path) -> None:
+    """The label is the folder's: a non-lens called lens.png stays one."""
+    for path in ("train/lens/1.png", "train/nonlens/lens.png", "val/lens/2.png", "val/notes.txt"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    table = read_catalogue(tmp_path).table.set_index("id")
+    assert table["label"].to_dict() == {
+        "train/lens/1.png": 1,
+        "train/nonlens/lens.png": 0,
+        "val/lens/2.png": 1,
+    }
+    assert table["split"].tolist() == ["train", "train", "val"]
+
+
+def test_listings_of_splits(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("filepath,label\nimages/a.png,1\nimages/b.png,0\n")
+    (tmp_path / "test.csv").write_text("filepath,label\nimages/c.png,1\n")
+    table = read_catalogue(tmp_path).table
+    assert table["split"].tolist() == ["train", "train", "test"]
+    assert table["path"].tolist()[2] == f"{tmp_path}/images/c.png"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty"),
+        ("id,path,label\n", "no rows"),
+        ("path,label\na.npy,1\n", "column id is missing"),
+        ("id,label\na,1\n", "column path .* is missing"),
+        ("id,path\na,a.npy\nb,b.npy\na,c.npy\n", "row 3, column id: 'a' is there twice"),
+        ("id,path\na,a.npy\n,b.npy\n", "row 2, column id: is empty"),
+        ("id,path\na,a.npy\nb,\n", "row 2, column path: is empty"),
+        ("id,path,label\na,a.npy,1\nb,b.npy,2\n", "row 2, column label: '2' must be 1, 0 or empty"),
+        ("id,path,label\na,a.npy,lens\n", "row 1, column label: 'lens' must be"),
+        ("id,path,label\na,a.npy,0.5\n", "row 1, column label: '0.5' must be"),
+        ("id,path,split\na,a.npy,dev\n", "row 1, column split: 'dev' must be train"),
+        (
+            "id,path,label,group,split\na,a,1,g,train\nb,b,0,g,test\n",
+            "row 2, column split: 'test' differs",
+        ),
+    ],
+)
+def test_bad_tables_name_row_and_column(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message) as problem:
+        read_catalogue(path)
+    assert str(path) in str(problem.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.csv", None, "no such file"),
+        ("table.xlsx", b"PK", "a catalogue is a folder or one of"),
+        ("table.parquet", b"not parquet", "cannot be read as a catalogue"),
+        ("table.fits", b"SIMPLE  =", "cannot be read as a catalogue"),
+        ("table.csv", b"\xff\xfe\x00broken", "cannot be read as a catalogue"),
+    ],
+)
+def test_unreadable_sources(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_catalogue(tmp_path / name)
+
+
+def test_an_empty_folder_says_what_it_should_hold(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="lens|nonlens"):
+        read_catalogue(tmp_path)
+
+
+def test_real_candidates(shared_data: Path) -> None:
+    table = read_catalogue(shared_data / "cfhtls_graded" / "catalogue.csv").table
+    assert len(table) == 218
+    assert (table["label"] == 1).sum() == 46
+    assert (table["label"] == 0).sum() == 130
+    assert table["label"].isna().sum() == 42

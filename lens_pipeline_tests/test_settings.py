@@ -1,0 +1,73 @@
+"""What the environment says, and what it says wrongly."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lens_pipeline.errors import InputError
+from lens_pipeline.settings import Settings, masked
+
+
+def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = Settings.load()
+    assert settings.home == tmp_path / ".lens"
+    assert settings.source == "simulation"
+    assert settings.preset == "quick"
+    assert settings.cloud == str(tmp_path / ".lens" / "cloud")
+    assert settings.mlflow_uri == f"sqlite:///{tmp_path / '.lens' / 'mlflow.db'}"
+
+
+def test_paths_are_made_absolute_where_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LENS_HOME", "here")
+    monkeypatch.setenv("LENS_SOURCE", "table.csv")
+    monkeypatch.setenv("LENS_CLOUD_URL", "s3://bucket/prefix")
+    settings = Settings.load()
+    assert settings.home == tmp_path / "here"
+    assert settings.source == str(tmp_path / "table.csv")
+    assert settings.cloud == "s3://bucket/prefix"
+
+
+def test_command_line_wins_and_an_explicit_tracking_server_wins_over_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LENS_PRESET", "full")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking.example:5000")
+    settings = Settings.load(preset="tiny", home=tmp_path)
+    assert settings.preset == "tiny"
+    assert settings.mlflow_uri == "http://tracking.example:5000"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("LENS_PRESET", "huge"),
+        ("LENS_STORAGE_OPTIONS", "{not json"),
+        ("LENS_SEED", "-1"),
+        ("LENS_N_CUTOUTS", "many"),
+        ("LENS_MAX_REJECT_FRACTION", "2"),
+        ("LENS_GATE_MIN_LENS", "0"),
+    ],
+)
+def test_a_wrong_value_names_its_variable(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InputError, match=variable):
+        Settings.load()
+
+
+def test_export_hands_everything_on(tmp_path: Path) -> None:
+    given = Settings.load(home=tmp_path, preset="tiny", verify=True, storage_options={"anon": True})
+    given.export()
+    assert Settings.load() == given
+    assert os.environ["DAGSTER_HOME"] == str(tmp_path / "dagster")
+
+
+def test_passwords_are_masked() -> None:
+    assert masked("postgresql://lens:s3cret@db:5432/x") == "postgresql://lens:***@db:5432/x"
+    assert masked("sqlite:////tmp/mlflow.db") == "sqlite:////tmp/mlflow.db"

@@ -1,0 +1,135 @@
+"""Reuse: what makes a step run again, and what a killed one leaves behind."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lens_pipeline.steps import Recipe, run_step, source_hashes
+
+RECIPE = Recipe(stage="test", modules=("lens_pipeline.errors",), settings={"n": 1})
+
+
+def _write(out: Path) -> None:
+    (out / "deep").mkdir()
+    (out / "deep" / "data.bin").write_bytes(b"pixels")
+
+
+def test_second_time_is_reused(tmp_path: Path) -> None:
+    first = run_step(RECIPE, tmp_path, _write)
+    second = run_step(RECIPE, tmp_path, lambda out: pytest.fail("built again"))
+    assert (first.reused, second.reused) == (False, True)
+    assert (first.folder, first.content) == (second.folder, second.content)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        Recipe("test", ("lens_pipeline.errors",), settings={"n": 2}),
+        Recipe("test", ("lens_pipeline.errors",), settings={"n": 1}, inputs={"a": "1"}),
+        Recipe("test", ("lens_pipeline.errors",), ("numpy",), settings={"n": 1}),
+        Recipe("test", ("lens_pipeline.steps",), settings={"n": 1}),
+        Recipe("other", ("lens_pipeline.errors",), settings={"n": 1}),
+    ],
+)
+def test_whatever_decides_the_output_decides_the_key(changed: Recipe) -> None:
+    assert changed.key != RECIPE.key
+
+
+def test_code_of_a_stage_is_all_that_it_imports() -> None:
+    """A change of a library module reruns the stages that import it, and no other."""
+    training = source_hashes(["lens_pipeline.training.train"])
+    for module in ("models.deeplens", "shards.reader", "training.config", "ensemble.uncertainty"):
+        assert f"lens_pipeline.{module}" in training
+    for module in ("simulation.render", "ensemble.fusion", "cli", "tracking"):
+        assert f"lens_pipeline.{module}" not in training
+
+
+def test_content_is_of_the_files_alone(tmp_path: Path) -> None:
+    """Other settings that lead to the same files: what is downstream need not run again."""
+    other = Recipe("test", ("lens_pipeline.errors",), settings={"n": 2})
+    assert run_step(RECIPE, tmp_path, _write).content == run_step(other, tmp_path, _write).content
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone", "no complete.json", "torn complete.json"])
+def test_a_damaged_folder_is_made_again(tmp_path: Path, damage: str) -> None:
+    step = run_step(RECIPE, tmp_path, _write)
+    data, complete = step.folder / "deep" / "data.bin", step.folder / "complete.json"
+    if damage == "truncated":
+        data.write_bytes(b"pix")
+    elif damage == "gone":
+        data.unlink()
+    elif damage == "no complete.json":
+        complete.unlink()
+    else:
+        complete.write_text(complete.read_text()[:40])
+    again = run_step(RECIPE, tmp_path, _write)
+    assert not again.reused
+    assert data.read_bytes() == b"pixels"
+
+
+def test_verify_finds_altered_bytes(tmp_path: Path) -> None:
+    step = run_step(RECIPE, tmp_path, _write)
+    (step.folder / "deep" / "data.bin").write_bytes(b"pixelS")
+    assert run_step(RECIPE, tmp_path, _write).reused
+    assert not run_step(RECIPE, tmp_path, _write, verify=True).reused
+
+
+def test_a_failure_leaves_nothing_visible(tmp_path: Path) -> None:
+    def fail(out: Path) -> None:
+        _write(out)
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        run_step(RECIPE, tmp_path, fail)
+    assert not (tmp_path / RECIPE.key).exists()
+    assert run_step(RECIPE, tmp_path, _write).folder.is_dir()
+
+
+def _hang(root: Path, begun: "multiprocessing.synchronize.Event") -> None:
+    def build(out: Path) -> None:
+        _write(out)
+        begun.set()
+        time.sleep(60)
+
+    run_step(RECIPE, root, build)
+
+
+def test_a_killed_builder_frees_its_lock(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    begun = context.Event()
+    process = context.Process(target=_hang, args=(tmp_path, begun))
+    process.start()
+    assert begun.wait(30)
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    step = run_step(RECIPE, tmp_path, _write)
+    assert not step.reused
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir() and not p.name.startswith(".l")] == [
+        RECIPE.key
+    ]
+
+
+def test_of_two_at_once_one_builds(tmp_path: Path) -> None:
+    built: list[int] = []
+
+    def build(out: Path) -> None:
+        built.append(1)
+        time.sleep(0.5)
+        _write(out)
+
+    steps = []
+    threads = [
+        threading.Thread(target=lambda: steps.append(run_step(RECIPE, tmp_path, build)))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1
+    assert sorted(step.reused for step in steps) == [False, True, True]
