@@ -1,0 +1,181 @@
+"""Metrics of a lens finder, with intervals, as the field defines them.
+
+Metcalf et al. 2019 (A&A 625, A119) for TPR0 and TPR10; thresholds are realised ones, `score >= t`,
+and nothing is interpolated between them. No result depends on the order of the cutouts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lens_pipeline.errors import InputError
+
+Array = NDArray[np.float64]
+
+FPRS = {"tpr_at_fpr_1e-2": 1e-2, "tpr_at_fpr_1e-3": 1e-3, "tpr_at_fpr_1e-4": 1e-4}
+TOP = 100
+BINS = 15
+INTERVAL = (2.5, 97.5)  # percentiles
+
+
+@dataclass(frozen=True)
+class _Levels:
+    """Cutouts by distinct score, highest first: how many lenses and non-lenses have it."""
+
+    score: Array
+    lens: Array
+    nonlens: Array
+
+    @property
+    def found(self) -> Array:
+        """Lenses at or above each score."""
+        return np.cumsum(self.lens)
+
+    @property
+    def mistaken(self) -> Array:
+        """Non-lenses at or above each score."""
+        return np.cumsum(self.nonlens)
+
+
+def lens_metrics(
+    label: ArrayLike, score: ArrayLike, bootstrap: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """Metrics of scores on labelled cutouts.
+
+    label (n,): 1 lens, 0 not; score (n,): probabilities. Returns {name: {"value", "low", "high"}},
+    and the integers `n_lens` and `n_nonlens`. `low` and `high` bound the middle 95 % of `bootstrap`
+    resamplings, lenses and non-lenses apart; they are None where `bootstrap` is 0.
+
+    auroc: ties count half. average_precision: sum of precision x step in recall. tpr0, tpr10: the
+    highest true positive rate with no, and with fewer than ten, false positives. tpr_at_fpr_x: the
+    highest with a false positive rate <= x. precision_at_k: among the k highest scores, k = 100 or
+    n_lens if fewer; of ties at the k-th, what is expected. ece: the expected calibration error over
+    15 bins of equal counts, ties and cutouts at an edge being shared. brier: the mean squared
+    error.
+
+    A value that the sample cannot resolve is None: a TPR at an FPR below 1 / n_nonlens, tpr10 with
+    fewer than ten non-lenses, and all but ece and brier where a class is absent.
+    Raises InputError where label and score differ in length or hold anything else.
+    """
+    label, score = _checked(label, score)
+    levels = _levels(label, score)
+    values = _values(levels)
+    draws = [_values(drawn) for drawn in _resampled(levels, bootstrap, seed)]
+    metrics: dict[str, Any] = {}
+    for name, value in values.items():
+        low = high = None
+        if value is not None and draws:
+            low, high = map(float, np.percentile([draw[name] for draw in draws], INTERVAL))
+        metrics[name] = {"value": value, "low": low, "high": high}
+    return metrics | {"n_lens": int(levels.lens.sum()), "n_nonlens": int(levels.nonlens.sum())}
+
+
+def roc(label: ArrayLike, score: ArrayLike) -> tuple[Array, Array, Array]:
+    """(false positive rate, true positive rate, threshold), one entry a distinct score.
+
+    They start at (0, 0, inf). Raises InputError as `lens_metrics` does, or if a class is absent.
+    """
+    label, score = _checked(label, score)
+    levels = _levels(label, score)
+    n_lens, n_nonlens = levels.lens.sum(), levels.nonlens.sum()
+    if not n_lens or not n_nonlens:
+        raise InputError("label: a ROC curve needs lenses and non-lenses")
+    return (
+        np.concatenate([[0], levels.mistaken / n_nonlens]),
+        np.concatenate([[0], levels.found / n_lens]),
+        np.concatenate([[np.inf], levels.score]),
+    )
+
+
+def _checked(label: ArrayLike, score: ArrayLike) -> tuple[NDArray[np.bool_], Array]:
+    labels, scores = np.asarray(label), np.asarray(score, dtype=np.float64)
+    if labels.ndim != 1 or labels.shape != scores.shape:
+        raise InputError(f"label has the shape {labels.shape}, score {scores.shape}; (n,) is meant")
+    if not len(labels):
+        raise InputError("label: there is no cutout to evaluate")
+    if not np.isin(labels, (0, 1)).all():
+        raise InputError("label: must be 1 (lens) or 0 (not) for every cutout")
+    if not ((scores >= 0) & (scores <= 1)).all():
+        raise InputError("score: must be a probability from 0 to 1 for every cutout")
+    return labels == 1, scores
+
+
+def _levels(label: NDArray[np.bool_], score: Array) -> _Levels:
+    distinct, level = np.unique(-score, return_inverse=True)
+    n = len(distinct)
+    lens = np.bincount(level[label], minlength=n).astype(np.float64)
+    nonlens = np.bincount(level[~label], minlength=n).astype(np.float64)
+    return _Levels(-distinct, lens, nonlens)
+
+
+def _resampled(levels: _Levels, times: int, seed: int) -> list[_Levels]:
+    random = np.random.default_rng(seed)
+    n = len(levels.score)
+
+    def draw(counts: Array) -> Array:
+        owner = np.repeat(np.arange(n), counts.astype(int))
+        picked = owner[random.integers(len(owner), size=len(owner))] if len(owner) else owner
+        return np.bincount(picked, minlength=n).astype(np.float64)
+
+    return [_Levels(levels.score, draw(levels.lens), draw(levels.nonlens)) for _ in range(times)]
+
+
+def _values(levels: _Levels) -> dict[str, float | None]:
+    n_lens, n_nonlens = int(levels.lens.sum()), int(levels.nonlens.sum())
+    both = n_lens > 0 and n_nonlens > 0
+
+    def where(resolved: bool, metric: Callable[[], float]) -> float | None:
+        return float(metric()) if resolved else None
+
+    def at_fpr(fpr: float) -> float | None:
+        return where(both and n_nonlens * fpr >= 1, lambda: _tpr(levels, n_nonlens * fpr))
+
+    return {
+        "auroc": where(both, lambda: _auroc(levels)),
+        "average_precision": where(both, lambda: _average_precision(levels)),
+        "tpr0": where(both, lambda: _tpr(levels, 0)),
+        "tpr10": where(both and n_nonlens >= 10, lambda: _tpr(levels, 9)),
+        **{name: at_fpr(fpr) for name, fpr in FPRS.items()},
+        "precision_at_k": where(both, lambda: _precision_at(levels, min(TOP, n_lens))),
+        "ece": _ece(levels),
+        "brier": _brier(levels),
+    }
+
+
+def _auroc(levels: _Levels) -> float:
+    """The chance that a lens scores above a non-lens (Mann & Whitney 1947)."""
+    below = levels.nonlens.sum() - levels.mistaken + levels.nonlens / 2
+    return levels.lens @ below / (levels.lens.sum() * levels.nonlens.sum())
+
+
+def _average_precision(levels: _Levels) -> float:
+    chosen = np.maximum(levels.found + levels.mistaken, 1)  # a resampling may miss a level
+    return levels.lens @ (levels.found / chosen) / levels.lens.sum()
+
+
+def _tpr(levels: _Levels, false_positives: float) -> float:
+    """The highest true positive rate with no more than so many false positives."""
+    allowed = levels.mistaken <= false_positives * (1 + 1e-12)  # 0.01 x 300 is 3
+    return levels.found[allowed].max(initial=0) / levels.lens.sum()
+
+
+def _precision_at(levels: _Levels, k: int) -> float:
+    count = levels.lens + levels.nonlens
+    taken = np.clip(k - (np.cumsum(count) - count), 0, count)
+    return float(levels.lens @ (taken / np.maximum(count, 1)) / k)
+
+
+def _ece(levels: _Levels) -> float:
+    count = levels.lens + levels.nonlens
+    so_far = np.concatenate([[0], np.cumsum(count)])
+    excess = np.concatenate([[0], np.cumsum(levels.lens - levels.score * count)])
+    edges = np.linspace(0, so_far[-1], BINS + 1)
+    return float(np.abs(np.diff(np.interp(edges, so_far, excess))).sum() / so_far[-1])
+
+
+def _brier(levels: _Levels) -> float:
+    error = levels.lens @ (1 - levels.score) ** 2 + levels.nonlens @ levels.score**2
+    return float(error / (levels.lens.sum() + levels.nonlens.sum()))

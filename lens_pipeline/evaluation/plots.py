@@ -1,0 +1,197 @@
+"""Pictures that a person would look for. Each function returns a figure of its own."""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import ArrayLike, NDArray
+
+from lens_pipeline.evaluation.metrics import roc
+
+# Okabe & Ito 2008: told apart by the colour-blind, too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LENS, NONLENS = COLOURS[1], COLOURS[0]
+BINS = 10
+
+# Lupton et al. 2004 (PASP 116, 133), the same for all cutouts, in background sigma: noise is grey,
+# arcs of a few sigma show, and cores keep their colour.
+SOFTENING = 4.0
+WHITE = 60.0
+BLACK = -1.0
+
+
+def png_bytes(figure: Figure, dpi: int = 100) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def _axes(title: str | None, x: str, y: str, size: tuple[float, float] = (5.6, 4.4)) -> Axes:
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlabel=x, ylabel=y)
+    if title:
+        axes.set_title(title, fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.2)
+    return axes
+
+
+def _figure_of(axes: Axes) -> Figure:
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    return figure
+
+
+def roc_figure(curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
+    """ROC curves by name, each of (label, score), with the false positive rate in decades.
+
+    Lenses are one in a thousand or rarer, so what matters lies far to the left. The axis ends at
+    the lowest rate that the non-lenses can resolve.
+    """
+    axes = _axes(None, "false positive rate", "true positive rate (completeness)")
+    lowest = 1.0
+    for number, (name, (label, score)) in enumerate(curves.items()):
+        fpr, tpr, _ = roc(label, score)
+        least = 1 / np.count_nonzero(np.asarray(label) == 0)
+        lowest = min(lowest, least)
+        last = number == len(curves) - 1
+        axes.step(
+            np.maximum(fpr, least / 2),
+            tpr,
+            where="post",
+            label=name,
+            color=COLOURS[-1] if last else COLOURS[number % (len(COLOURS) - 1)],
+            linewidth=2.2 if last else 1.3,
+        )
+    chance = np.geomspace(lowest / 2, 1, 100)
+    axes.plot(chance, chance, color="0.6", linewidth=1, linestyle=":", label="chance")
+    axes.set(xscale="log", xlim=(lowest / 2, 1), ylim=(0, 1.01))
+    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    return _figure_of(axes)
+
+
+def reliability_figure(label: ArrayLike, probability: ArrayLike) -> Figure:
+    """Predicted probability against the observed fraction of lenses, in bins of equal counts.
+
+    Bars: the 68 % interval of a fraction (Wilson 1927).
+    """
+    labels, probabilities = np.asarray(label), np.asarray(probability, dtype=np.float64)
+    order = np.argsort(probabilities, kind="stable")
+    parts = [part for part in np.array_split(order, BINS) if len(part)]
+    n = np.array([len(part) for part in parts])
+    predicted = np.array([probabilities[part].mean() for part in parts])
+    observed = np.array([labels[part].mean() for part in parts])
+    middle = (observed + 0.5 / n) / (1 + 1 / n)
+    half = np.sqrt(observed * (1 - observed) / n + 0.25 / n**2) / (1 + 1 / n)
+    axes = _axes(None, "predicted probability", "observed fraction of lenses")
+    axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle=":")
+    errors = [np.maximum(observed - middle + half, 0), np.maximum(middle + half - observed, 0)]
+    axes.errorbar(predicted, observed, errors, fmt="o", color=LENS, capsize=2, markersize=5)
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    axes.text(
+        0.98, 0.03, f"{len(labels)} cutouts, {len(parts)} bins of equal counts",
+        transform=axes.transAxes, ha="right", fontsize=8, color="0.35",
+    )  # fmt: skip
+    return _figure_of(axes)
+
+
+def score_histogram_figure(label: ArrayLike, probability: ArrayLike) -> Figure:
+    """How lenses and non-lenses are scored."""
+    labels, probabilities = np.asarray(label), np.asarray(probability, dtype=np.float64)
+    axes = _axes(None, "probability", "cutouts")
+    edges = np.linspace(0, 1, 26).tolist()
+    for value, name, colour in ((0, "non-lenses", NONLENS), (1, "lenses", LENS)):
+        chosen = probabilities[labels == value]
+        axes.hist(
+            chosen, edges, histtype="stepfilled", alpha=0.35, color=colour,
+            label=f"{name} ({len(chosen)})",
+        )  # fmt: skip
+        axes.hist(chosen, edges, histtype="step", color=colour, linewidth=1.4)
+    axes.set_yscale("symlog", linthresh=10)
+    axes.set(xlim=(0, 1), ylim=(0, None))
+    axes.legend(frameon=False, fontsize=9, loc="upper center")
+    return _figure_of(axes)
+
+
+def learning_curves_figure(curves: pd.DataFrame) -> Figure:
+    """Loss, and the ranking of the validation split, by epoch.
+
+    curves: one row an epoch; columns `epoch`, `train/loss`, `val/loss`, `val/auroc`, ...
+    """
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    panels = (
+        (left, "loss", {"train/loss": "training", "val/loss": "validation"}),
+        (
+            right,
+            "validation split",
+            {
+                "val/auroc": "AUROC",
+                "val/average_precision": "average precision",
+                "val/tpr_at_fpr_1e-2": "TPR at FPR 0.01",
+            },
+        ),
+    )
+    for axes, title, columns in panels:
+        for number, (column, name) in enumerate(columns.items()):
+            if column in curves:
+                axes.plot(
+                    curves["epoch"] + 1, curves[column], "o-", markersize=3, label=name,
+                    color=COLOURS[number],
+                )  # fmt: skip
+        axes.set(xlabel="epoch")
+        axes.set_title(title, fontsize=11)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
+        axes.legend(frameon=False, fontsize=9)
+    right.set(ylim=(0, 1.01))
+    right.yaxis.set_major_formatter(PercentFormatter(1))
+    return figure
+
+
+def colour_composite(images: NDArray[np.floating], units: str) -> NDArray[np.float64]:
+    """Pictures (n, height, width, 3) from 0 to 1 of cutouts (n, bands, height, width).
+
+    In background sigma, bands run from blue to red and the middle one of three is green; colours
+    follow Lupton et al. 2004, with one stretch for all cutouts. A composite is shown as it is.
+    """
+    bands = images.shape[1]
+    red, green, blue = (bands - 1, bands // 2, 0) if units != "composite" else (0, bands // 2, -1)
+    rgb = np.moveaxis(images[:, [red, green, blue]].astype(np.float64), 1, -1)
+    if units == "composite":
+        return rgb.clip(0, 1)
+    rgb = rgb - BLACK
+    intensity = rgb.mean(axis=-1, keepdims=True).clip(1e-6)
+    scale = np.arcsinh(intensity / SOFTENING) / np.arcsinh(WHITE / SOFTENING)
+    rgb = (rgb * scale / intensity).clip(0)
+    return rgb / rgb.max(axis=-1, keepdims=True).clip(1)  # keeps the colour of what is too bright
+
+
+def contact_sheet(
+    images: NDArray[np.floating],
+    captions: Sequence[str],
+    units: str,
+    columns: int = 8,
+    title: str | None = None,
+) -> Figure:
+    """Cutouts (n, bands, height, width) side by side, each with its caption."""
+    rows = max(1, -(-len(images) // columns))
+    figure = Figure(figsize=(1.25 * columns, 1.45 * rows + (0.35 if title else 0)))
+    figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, picture, caption in zip(
+        grid.flat, colour_composite(images, units), captions, strict=False
+    ):
+        axes.imshow(picture, origin="upper" if units == "composite" else "lower")
+        axes.set_title(caption, fontsize=8, pad=2)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
