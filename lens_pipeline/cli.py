@@ -107,8 +107,12 @@ def _configure_logging(verbose: bool) -> None:
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
     if not verbose:
-        for noisy in ("mlflow", "pytorch_lightning", "lightning", "alembic", "dagster"):
-            logging.getLogger(noisy).setLevel(logging.ERROR)
+        # Set by name, before the libraries configure the loggers above these.
+        for library in ("pytorch_lightning", "lightning_fabric"):
+            logging.getLogger(f"{library}.utilities.rank_zero").setLevel(logging.ERROR)
+        logging.getLogger("dagster").setLevel(logging.ERROR)
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
 def _interruptible() -> None:

@@ -3,10 +3,13 @@
 MLflow itself is imported where it is used: loading this module is light.
 """
 
+import io
 import json
 import logging
 import math
+import warnings
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -173,7 +176,13 @@ class Tracking:
             inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *example_shape))])
         )
         assert self.client  # sets MLflow's URIs
-        with mlflow.start_run(run_id=run_id):
+        with (
+            mlflow.start_run(run_id=run_id),
+            warnings.catch_warnings(),
+            # It tells every user on stderr what our own caller says.
+            redirect_stderr(io.StringIO()),
+        ):
+            warnings.filterwarnings("ignore", message=".*An input example was not provided.*")
             model = mlflow.pyfunc.log_model(
                 name=MODEL,
                 python_model=str(Path(system.__file__).with_name("pyfunc_model.py")),
@@ -181,7 +190,7 @@ class Tracking:
                 signature=signature,
                 pip_requirements=["lens-pipeline"],
             )
-        return mlflow.register_model(model.model_uri, MODEL, tags=tags)
+            return mlflow.register_model(model.model_uri, MODEL, tags=tags)
 
     def set_alias(self, alias: str, version: str) -> None:
         self.client.set_registered_model_alias(MODEL, alias, version)

@@ -25,7 +25,7 @@ from lens_pipeline.tracking import DAGSTER_RUN, DATASET_VERSION, Tracking
 from lens_pipeline.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from lens_pipeline.training.train import TrainedMember
+    from lens_pipeline.training.member import TrainedMember
 
 TRAIN = "lens_pipeline.training.train"
 POOL = "gpu"
@@ -124,7 +124,7 @@ def _probability(logit: Any) -> Any:
 
 
 def _trained(step: Step) -> "TrainedMember":
-    from lens_pipeline.training.train import TrainedMember
+    from lens_pipeline.training.member import TrainedMember
 
     return TrainedMember(step.folder)
 

@@ -41,8 +41,7 @@ def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
     def lens_ensemble(context: dg.AssetExecutionContext, lens: LensHome) -> dg.MaterializeResult:
         """The members, the calibration of each and of their fusion, in one folder."""
         from lens_pipeline.catalogue.dataset import open_dataset
-        from lens_pipeline.ensemble.system import assemble
-        from lens_pipeline.training.train import BEST, TrainedMember
+        from lens_pipeline.training.member import TrainedMember
 
         upstream = {name: made(context, key) for name, key in keys.items()}
         dataset = made(context, DATASET)
@@ -56,10 +55,10 @@ def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
         )
 
         def build(out: Path) -> None:
-            parts = {
-                name: (part.folder / BEST, TrainedMember(part.folder).val_scores)
-                for name, part in upstream.items()
-            }
+            from lens_pipeline.ensemble.system import assemble
+
+            trained = {name: TrainedMember(part.folder) for name, part in upstream.items()}
+            parts = {name: (t.checkpoint, t.val_scores) for name, t in trained.items()}
             form = open_dataset(dataset.folder).format
             steps = {name: part.folder.name for name, part in upstream.items()}
             assemble(parts, form, out, {"dataset_version": version, "member_steps": steps})
@@ -88,7 +87,7 @@ def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
 def ensemble_evaluation(context: dg.AssetExecutionContext, lens: LensHome) -> dg.MaterializeResult:
     """What the ensemble is worth on the test split: metrics with intervals, scores, a report."""
     from lens_pipeline.catalogue.dataset import open_dataset
-    from lens_pipeline.ensemble.evaluate import evaluate_ensemble, read_evaluation
+    from lens_pipeline.evaluation.result import read_evaluation
 
     settings = lens.settings
     ensemble, dataset, table = (made(context, key) for key in (ENSEMBLE, DATASET, CATALOGUE))
@@ -101,6 +100,8 @@ def ensemble_evaluation(context: dg.AssetExecutionContext, lens: LensHome) -> dg
     )
 
     def build(out: Path) -> None:
+        from lens_pipeline.ensemble.evaluate import evaluate_ensemble
+
         evaluate_ensemble(
             ensemble.folder,
             open_dataset(dataset.folder),

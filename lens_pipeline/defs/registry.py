@@ -45,7 +45,7 @@ def registered_ensemble(context: dg.AssetExecutionContext, lens: LensHome) -> dg
     """
     import time
 
-    from lens_pipeline.ensemble.evaluate import read_evaluation
+    from lens_pipeline.evaluation.result import read_evaluation
 
     begun = time.perf_counter()
     log.info("registered_ensemble ...")

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.ensemble.predictor import score_dataset
 from lens_pipeline.ensemble.system import load_ensemble
-from lens_pipeline.evaluation.gates import GateDecision, first_model_gate
 from lens_pipeline.evaluation.metrics import lens_metrics
 from lens_pipeline.evaluation.plots import (
     contact_sheet,
@@ -25,31 +23,9 @@ from lens_pipeline.evaluation.plots import (
     score_histogram_figure,
 )
 from lens_pipeline.evaluation.report import write_report
+from lens_pipeline.evaluation.result import ENSEMBLE, METRICS, REPORT, SCORES, Evaluation
 
-METRICS = "metrics.json"
-SCORES = "scores.parquet"
-REPORT = "report.html"
-ENSEMBLE = "ensemble"
 GALLERY = 16
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What `evaluate_ensemble` left in its folder.
-
-    metrics: what `lens_metrics` gives on the test split, for each member and for `ensemble`.
-    """
-
-    folder: Path
-    metrics: dict[str, dict[str, Any]]
-
-    def gate(self, thresholds: Mapping[str, Any]) -> GateDecision:
-        """Whether this ensemble may become the first champion."""
-        return first_model_gate(self.metrics[ENSEMBLE], **thresholds)
-
-
-def read_evaluation(folder: Path) -> Evaluation:
-    return Evaluation(folder, json.loads((folder / METRICS).read_text()))
 
 
 def evaluate_ensemble(

@@ -31,7 +31,7 @@ def member_logits(
     """
     if system.training:
         raise ValueError("the system must be in eval mode")
-    batch = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32)).to(system.device)
+    batch = torch.from_numpy(np.array(images, dtype=np.float32)).to(system.device)
     features = system.features(batch).float()
     weight, bias = system.head.weight, system.head.bias
     masks = dropout_masks(features.shape[1], system.dropout.p).to(features.device)

@@ -4,5 +4,5 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submod_attrs={"config": ["TrainConfig"], "train": ["TrainedMember", "train"]},
+    submod_attrs={"config": ["TrainConfig"], "member": ["TrainedMember"], "train": ["train"]},
 )

@@ -1,9 +1,10 @@
 """Train one member on shards: from a configuration to a folder with its checkpoint."""
 
+import logging
 import shutil
+import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +21,9 @@ from lens_pipeline.evaluation.plots import learning_curves_figure, png_bytes
 from lens_pipeline.models.system import LitLensSystem, load_system
 from lens_pipeline.shards.datamodule import LensDataModule
 from lens_pipeline.training.config import TrainConfig
+from lens_pipeline.training.member import BEST, CURVES, PICTURE, SCORES, SETTINGS, TrainedMember
 
-BEST = "best.ckpt"
-CURVES = "curves.csv"
-SETTINGS = "settings.yaml"
-SCORES = "val_scores.parquet"
-
-
-@dataclass(frozen=True)
-class TrainedMember:
-    """What `train` leaves in its folder.
-
-    best.ckpt, last.ckpt: Lightning checkpoints, loadable with `weights_only`; settings.yaml: the
-    resolved configuration; curves.csv: metrics by epoch; val_scores.parquet: id, label, logit.
-    """
-
-    folder: Path
-
-    @property
-    def curves(self) -> pd.DataFrame:
-        """One row an epoch: `epoch` and the metrics."""
-        return pd.read_csv(self.folder / CURVES)
-
-    @property
-    def val_scores(self) -> pd.DataFrame:
-        """id, label and logit of the validation split, by the best checkpoint."""
-        return pd.read_parquet(self.folder / SCORES)
-
-    @property
-    def config(self) -> TrainConfig:
-        return TrainConfig(**yaml.safe_load((self.folder / SETTINGS).read_text()))
+log = logging.getLogger(__name__)
 
 
 def resolved_precision(config: TrainConfig) -> Any:
@@ -58,6 +32,19 @@ def resolved_precision(config: TrainConfig) -> Any:
         return config.hardware.precision
     on_gpu = config.hardware.accelerator != "cpu" and torch.cuda.is_available()
     return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(False) else "32-true"
+
+
+class _EpochLines(Callback):
+    """A line an epoch, for logs; where there is a terminal the progress bar tells the rest."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        now = trainer.callback_metrics
+        log.info(
+            "  epoch %d/%d: loss %.3f, validation loss %.3f, AUROC %.3f",
+            trainer.current_epoch + 1,
+            trainer.max_epochs,
+            *(now[name] for name in ("train/loss", "val/loss", "val/auroc")),
+        )
 
 
 def train(
@@ -105,11 +92,12 @@ def train(
             devices=config.hardware.devices,
             precision=resolved_precision(config),
             logger=[CSVLogger(out, name="", version="csv"), *loggers],
-            callbacks=[checkpoint, *callbacks],
+            callbacks=[checkpoint, _EpochLines(), *callbacks],
             deterministic="warn",
             enable_model_summary=False,
             num_sanity_val_steps=0,
-            log_every_n_steps=1_000_000_000,
+            enable_progress_bar=sys.stderr.isatty(),
+            log_every_n_steps=1,
         )
         try:
             trainer.fit(system, data)
@@ -124,7 +112,7 @@ def _finish(config: TrainConfig, data: LensDataModule, out: Path) -> TrainedMemb
     curves = steps.drop(columns="step").groupby("epoch").first().reset_index()
     curves.to_csv(out / CURVES, index=False)
     shutil.rmtree(out / "csv")
-    (out / "curves.png").write_bytes(png_bytes(learning_curves_figure(curves)))
+    (out / PICTURE).write_bytes(png_bytes(learning_curves_figure(curves)))
     split = data.shards.split("val")
     system = load_system(out / BEST)
     logits = [
