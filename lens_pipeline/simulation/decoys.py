@@ -15,6 +15,7 @@ from lens_pipeline.simulation.render import Renderer
 from lens_pipeline.simulation.streams import Purpose, stream
 
 MAX_INTRUDERS = 3
+MAX_DISTANCE = 3.0  # from the host, in its Einstein radii
 DEVIATES = 8  # that an intruder takes
 
 
@@ -23,9 +24,10 @@ def draw_intruders(renderer: Renderer, seed: int, lenses: pd.DataFrame) -> Tenso
 
     Returns (hosts, bands, size, size), expected electrons after the PSF.
 
-    Together they bring the light of the host's arcs, in colours of a source at that redshift, at
-    radii where arcs lie (0.9 to 1.6 theta_E), with the source's surface brightness (which lensing
-    keeps): no sum, colour or variance of pixels tells them from arcs, only their arrangement.
+    They lie anywhere (uniformly) within MAX_DISTANCE Einstein radii. Together they bring the light
+    of the host's arcs, in colours of a source at that redshift, with the source's surface
+    brightness (which lensing keeps): no sum or colour of pixels tells them from arcs, only their
+    arrangement.
     """
     hosts = lenses.index.to_numpy()
     u = np.stack(
@@ -48,7 +50,7 @@ def _intruders(u: Array, lenses: pd.DataFrame) -> pd.DataFrame:
     host = lenses.iloc[np.nonzero(present)[0]]
     u = u[present]
     brightening = share * host["magnification"].to_numpy()
-    radius = host["einstein_radius"].to_numpy() * (0.9 + 0.7 * u[:, 2])
+    radius = host["einstein_radius"].to_numpy() * MAX_DISTANCE * np.sqrt(u[:, 2])
     azimuth = 2 * np.pi * u[:, 3]
     g_r, r_i = source_colours(u[:, 4:6].T, host["z_source"].to_numpy())
     return pd.DataFrame(

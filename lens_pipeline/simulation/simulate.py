@@ -79,7 +79,7 @@ def simulate_catalogue(
     """Write n simulated cutouts into the empty folder `out`; return its `catalogue.parquet`.
 
     The catalogue has `Simulation`'s columns, `path` (`images-00000.npy#17` is row 17 of that
-    stack) and `flux_unit`; `simulation.json` says what made it. The files are the same, byte for
+    stack), `flux_unit` and `bands`; `simulation.json` says what made it. The files are the same, byte for
     byte, for the same arguments. Raises InputError as `simulate` does.
     """
     tables = []
@@ -96,6 +96,7 @@ def simulate_catalogue(
     paths = [f"images-{row // STACK_ROWS:05d}.npy#{row % STACK_ROWS}" for row in range(n)]
     table.insert(1, "path", paths)
     table["flux_unit"] = "background_sigma"
+    table["bands"] = ",".join(find_survey(survey).bands)
     about = {
         "survey": asdict(find_survey(survey)),
         "population_version": population.VERSION,
