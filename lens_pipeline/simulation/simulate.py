@@ -79,8 +79,8 @@ def simulate_catalogue(
     """Write n simulated cutouts into the empty folder `out`; return its `catalogue.parquet`.
 
     The catalogue has `Simulation`'s columns, `path` (`images-00000.npy#17` is row 17 of that
-    stack), `flux_unit` and `bands`; `simulation.json` says what made it. The files are the same, byte for
-    byte, for the same arguments. Raises InputError as `simulate` does.
+    stack), `flux_unit` and `bands`; `simulation.json` says what made it. The files are the same,
+    byte for byte, for the same arguments. Raises InputError as `simulate` does.
     """
     tables = []
     with tqdm(total=n, desc="simulating", unit="cutout", disable=None) as progress:
