@@ -22,15 +22,15 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
-    "tiny": Preset("des", 200, 32, "light_transformer,deeplens", 32, 1),
+    "tiny": Preset("des", 200, 32, "light_transformer,lastro", 32, 1),
     "quick": Preset(
         "des",
         4800,
         64,
-        "resnet18,light_transformer,deeplens",
+        "resnet18,light_transformer,lastro",
         64,
         4,
-        {"light_transformer": 10},
+        {"light_transformer": 8, "lastro": 8},
     ),
     "full": Preset("des", 100_000, 64, "resnet18,resnet34,vit_b_16", 128, 30),
 }

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.deeplens import DeepLens
+from lens_pipeline.models.lastro import Lastro
 from lens_pipeline.models.names import check_architecture
 from lens_pipeline.models.transformers import LightTransformer
 
@@ -29,6 +30,8 @@ def build_backbone(architecture: str, bands: int, image_size: int) -> tuple[nn.M
         return LightTransformer(bands), LightTransformer.n_features
     if architecture == "deeplens":
         return DeepLens(bands), DeepLens.n_features
+    if architecture == "lastro":
+        return Lastro(bands), Lastro.n_features
     return _from_torchvision(name, bands)
 
 

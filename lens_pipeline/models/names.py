@@ -13,6 +13,7 @@ ARCHITECTURES: dict[str, str] = {
     "vit_b_16": "torchvision's Vision Transformer B/16 (Dosovitskiy et al. 2021)",
     "light_transformer": "compact convolutional transformer (Hassani et al. 2021), for cutouts",
     "deeplens": "CMU DeepLens, the field's baseline (Lanusse et al. 2018)",
+    "lastro": "EPFL-LASTRO's plain convolutional network (Schaefer et al. 2018)",
 }
 LIBRARIES = ("torchvision", "timm")  # any of their classifiers, as `timm:convnext_atto`
 
