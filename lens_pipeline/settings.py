@@ -20,7 +20,7 @@ def absolute(location: str) -> str:
     """A path made absolute; a URL (``scheme://``) as it is."""
     if "://" in location:
         return location
-    return str(Path(location).expanduser().absolute())
+    return str(Path(location).expanduser().resolve())
 
 
 def masked(uri: str) -> str:

@@ -46,9 +46,9 @@ class CutoutFormat:
     def refusal(self, cutout: Cutout) -> str | None:
         """Why a cutout does not fit this format; None where it does."""
         if len(cutout.pixels) != len(self.bands):
-            return f"{len(cutout.pixels)} bands; the others have {len(self.bands)}"
+            return f"{len(cutout.pixels)} bands; {len(self.bands)} are needed"
         if cutout.units != self.units:
-            return f"the pixels are {cutout.units}; those of the others are {self.units}"
+            return f"the pixels are {cutout.units}; {self.units} is needed"
         return None
 
 

@@ -77,7 +77,7 @@ def read_catalogue(path: str | Path, storage_options: Mapping[str, Any] | None =
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"{source}: there is no such file or folder; check LENS_SOURCE") from None
+        raise InputError(f"{source}: there is no such file or folder") from None
     except (OSError, ValueError, KeyError, TypeError, ImportError) as problem:
         reason = " ".join(str(problem).split()) or type(problem).__name__
         raise InputError(f"{source}: cannot be read as a catalogue ({reason})") from None
@@ -97,7 +97,7 @@ def source_fingerprint(source: str, storage_options: Mapping[str, Any] | None = 
         tables = [filesystem.cat_file(name) for name in names if name.endswith(".csv")]
         return hashlib.sha256(b"\0".join([*(n.encode() for n in names), *tables])).hexdigest()
     except FileNotFoundError:
-        raise InputError(f"{source}: there is no such file or folder; check LENS_SOURCE") from None
+        raise InputError(f"{source}: there is no such file or folder") from None
     except (OSError, ValueError, ImportError) as problem:
         reason = " ".join(str(problem).split()) or type(problem).__name__
         raise InputError(f"{source}: cannot be read ({reason})") from None

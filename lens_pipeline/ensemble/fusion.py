@@ -17,8 +17,8 @@ class Fused:
     entropy: aleatoric, the mean over them of the entropy of a yes-or-no answer, in nats.
     """
 
-    logit: NDArray[np.float64]
     probability: NDArray[np.float64]
+    logit: NDArray[np.float64]
     std: NDArray[np.float64]
     entropy: NDArray[np.float64]
 
@@ -34,8 +34,8 @@ def fuse(
     fused = calibrate(logit.mean(axis=1))
     drawn = expit(calibrate(draws)).reshape(len(draws), -1)
     return Fused(
-        logit=fused,
         probability=expit(fused),
+        logit=fused,
         std=drawn.std(axis=1),
         entropy=(entr(drawn) + entr(1 - drawn)).mean(axis=1),
     )

@@ -28,7 +28,7 @@ def score_dataset(ensemble: LensEnsemble, dataset: Dataset, catalogue: Catalogue
                 progress.update(len(batch))
             splits.append(pd.Series(part, index=rows, dtype=str))
     rejects = dataset.rejects().set_index("row")["reason"]
-    table = _score_table(catalogue, scores, rejects)
+    table = _score_table(catalogue, ensemble.columns, scores, rejects)
     table["split"] = pd.concat(splits).reindex(table.index)
     return table
 
@@ -55,14 +55,14 @@ def score_catalogue(
                 rejects[row] = str(reason)
         if good:
             scores.append(ensemble.predict(np.stack(list(good.values()))).set_index(pd.Index(good)))
-    return _score_table(catalogue, scores, pd.Series(rejects, dtype=str))
+    return _score_table(catalogue, ensemble.columns, scores, pd.Series(rejects, dtype=str))
 
 
 def _score_table(
-    catalogue: Catalogue, scores: list[pd.DataFrame], rejects: pd.Series
+    catalogue: Catalogue, columns: list[str], scores: list[pd.DataFrame], rejects: pd.Series
 ) -> pd.DataFrame:
     own = catalogue.table
-    all_scores = pd.concat(scores) if scores else pd.DataFrame()
+    all_scores = pd.concat(scores) if scores else pd.DataFrame(columns=columns, dtype=float)
     table = pd.concat([own[["id", "label"]], all_scores.reindex(own.index)], axis=1)
     table["reject_reason"] = rejects.reindex(own.index)
     return pd.concat([table, own.drop(columns=[c for c in table if c in own])], axis=1)

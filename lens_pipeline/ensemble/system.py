@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,16 @@ class LensEnsemble:
     format: CutoutFormat
     facts: dict[str, Any]
 
+    @property
+    def columns(self) -> list[str]:
+        """What `predict` returns: probability, logit, std, entropy, probability_<member>."""
+        members = [f"probability_{name}" for name in self.members]
+        return [*(field.name for field in fields(Fused)), *members]
+
     def predict(self, images: NDArray[np.floating]) -> pd.DataFrame:
         """Scores of cutouts (n, bands, height, width), in the units of the stored ones.
 
-        Columns: probability, logit, std, entropy, probability_<member>. Raises InputError where
+        One row a cutout, with the columns of `columns`. Raises InputError where
         the shape is not the one that the ensemble was trained on.
         """
         size = self.format.image_size
@@ -59,23 +65,12 @@ class LensEnsemble:
             draws.append(calibrate(drawn))
         logit = np.stack(logits, axis=1)
         fused = fuse(logit, np.stack(draws, axis=1), self.calibration)
-        return _score_columns(fused, dict(zip(self.members, logit.T, strict=True)))
+        return pd.DataFrame(np.column_stack([*astuple(fused), expit(logit)]), columns=self.columns)
 
     def to(self, device: str) -> "LensEnsemble":
         for system in self.members.values():
             system.to(device)
         return self
-
-
-def _score_columns(fused: Fused, member_logit: Mapping[str, NDArray[np.float64]]) -> pd.DataFrame:
-    columns = {
-        "probability": fused.probability,
-        "logit": fused.logit,
-        "std": fused.std,
-        "entropy": fused.entropy,
-    }
-    columns |= {f"probability_{name}": expit(logit) for name, logit in member_logit.items()}
-    return pd.DataFrame(columns)
 
 
 def assemble(
