@@ -32,6 +32,9 @@ from lens_pipeline.simulation.surveys import Survey
 SUPERSAMPLING = 2
 CORE_PIXELS = 8  # side of the middle block, sampled finer for the cusp of n = 4; even cutouts
 CORE_SUPERSAMPLING = 8
+# Of a sub-pixel's side: keeps the light of the cusp within 1 % for half-light radii over 0.5 arcsec
+# wherever the centre falls; the rms radius of a square, 0.41, would lose three times as much.
+CUSP_SOFTENING = 0.2
 PSF_RADIUS = 12  # pixels
 
 
@@ -55,8 +58,8 @@ def sersic(
     """Surface brightness per arcsec^2 of a profile of unit flux, at x and y from its centre.
 
     radius, axis_ratio and angle broadcast against x and y. softening (arcsec) is added to R in
-    quadrature: with the rms radius of a sampling cell it stands for the mean over the cell, which
-    the cusp of n = 4 needs.
+    quadrature: a fraction of a sampling cell stands for the mean over the cell, which the cusp of
+    n = 4 needs.
     """
     b = k_sersic(index)
     total = 2 * pi * index * exp(b) * b ** (-2 * index) * gamma(2 * index)
@@ -133,7 +136,7 @@ class Renderer:
                 p["lens_radius"],
                 p["axis_ratio"],
                 p["position_angle"],
-                softening=cell / 6**0.5,
+                softening=CUSP_SOFTENING * cell,
             )
             return self._pixels(brightness, sampling)
 

@@ -134,7 +134,8 @@ def _pairs(renderer: Renderer, seed: int, rows: range) -> Simulation:
     lenses = draw_lenses(renderer, seed, hosts)
     other = lenses.galaxy.clone()
     crowded = slice(1 - hosts.start % 2, None, 2)  # the odd hosts
-    other[crowded] += draw_intruders(renderer, seed, lenses.table.iloc[crowded])
+    if len(hosts[crowded]):
+        other[crowded] += draw_intruders(renderer, seed, lenses.table.iloc[crowded])
     electrons = torch.stack([lenses.galaxy + lenses.arcs, other], dim=1)
     images = renderer.expose(electrons, _deviates(electrons, seed, hosts)).flatten(0, 1)
     return Simulation(

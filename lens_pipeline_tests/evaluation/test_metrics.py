@@ -1,0 +1,179 @@
+"""The metrics against scikit-learn and against counting by hand."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
+
+from lens_pipeline import evaluation
+from lens_pipeline.errors import InputError
+from lens_pipeline.evaluation.metrics import lens_metrics, roc
+
+RATES = ("tpr0", "tpr10", "tpr_at_fpr_1e-2", "tpr_at_fpr_1e-3", "tpr_at_fpr_1e-4")
+
+
+def sample(n: int = 400, seed: int = 0, decimals: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Labels, a third of them lenses, and scores that lenses tend to have higher."""
+    random = np.random.default_rng(seed)
+    label = (np.arange(n) % 3 == 0).astype(int)
+    score = 1 / (1 + np.exp(-random.normal(1.5 * label - 0.7)))
+    return label, score.round(decimals)
+
+
+def values(label: np.ndarray, score: np.ndarray) -> dict[str, float | None]:
+    metrics = lens_metrics(label, score, bootstrap=0)
+    return {name: v["value"] for name, v in metrics.items() if isinstance(v, dict)}
+
+
+def highest_rate(label: np.ndarray, score: np.ndarray, allowed: float) -> float:
+    """The highest TPR over realised thresholds with at most so many false positives."""
+    best = 0.0
+    for threshold in np.unique(score):
+        chosen = score >= threshold
+        if chosen[label == 0].sum() <= allowed:
+            best = max(best, chosen[label == 1].mean())
+    return best
+
+
+# One decimal makes many ties, within and between the classes.
+@pytest.mark.parametrize("decimals", [3, 2, 1])
+@pytest.mark.parametrize("seed", range(3))
+class TestValues:
+    def test_ranking_and_brier_are_those_of_scikit_learn(self, decimals: int, seed: int) -> None:
+        label, score = sample(seed=seed, decimals=decimals)
+        got = values(label, score)
+        assert got["auroc"] == pytest.approx(roc_auc_score(label, score), abs=1e-12)
+        assert got["average_precision"] == pytest.approx(
+            average_precision_score(label, score), abs=1e-12
+        )
+        assert got["brier"] == pytest.approx(brier_score_loss(label, score), abs=1e-12)
+
+    def test_rates_are_counted_over_realised_thresholds(self, decimals: int, seed: int) -> None:
+        label, score = sample(15_100, seed=seed, decimals=decimals)
+        n_nonlens = int((label == 0).sum())
+        allowed = {
+            "tpr0": 0,
+            "tpr10": 9,
+            "tpr_at_fpr_1e-2": 0.01 * n_nonlens,
+            "tpr_at_fpr_1e-3": 0.001 * n_nonlens,
+            "tpr_at_fpr_1e-4": 0.0001 * n_nonlens,
+        }
+        got = values(label, score)
+        for name, limit in allowed.items():
+            assert got[name] == highest_rate(label, score, limit), name
+
+    def test_the_order_of_the_cutouts_changes_nothing(self, decimals: int, seed: int) -> None:
+        label, score = sample(seed=seed, decimals=decimals)
+        turned = np.random.default_rng(seed).permutation(len(label))
+        assert lens_metrics(label[turned], score[turned], 20) == lens_metrics(label, score, 20)
+
+
+def test_tpr10_is_fewer_than_ten_false_positives_not_ten_per_cent() -> None:
+    # 1000 non-lenses, ten of them above the fainter half of the lenses.
+    label = np.r_[np.ones(100), np.zeros(1000)]
+    score = np.r_[np.full(50, 0.9), np.full(50, 0.7), np.full(10, 0.8), np.full(990, 0.1)]
+    assert values(label, score)["tpr10"] == 0.5
+    # 1 % of 1000 allows all ten.
+    assert values(label, score)["tpr_at_fpr_1e-2"] == 1.0
+
+
+def test_equal_scores_of_lenses_and_non_lenses_find_nothing_without_false_positives() -> None:
+    got = values(np.array([1, 0] * 50), np.full(100, 0.5))
+    assert got["tpr0"] == 0
+    assert got["auroc"] == 0.5
+    assert got["precision_at_k"] == pytest.approx(0.5)
+
+
+def test_precision_among_the_highest_hundred() -> None:
+    label, score = sample(900, decimals=8)
+    best = np.argsort(-score)[:100]
+    assert values(label, score)["precision_at_k"] == pytest.approx(label[best].mean())
+
+
+def test_calibration_error_over_fifteen_bins_of_equal_counts() -> None:
+    label, score = sample(1500)
+    order = np.argsort(score)
+    bins = order.reshape(15, 100)
+    by_hand = np.mean([abs(label[b].mean() - score[b].mean()) for b in bins])
+    assert values(label, score)["ece"] == pytest.approx(by_hand, abs=1e-12)
+
+
+def test_calibration_error_of_true_probabilities_is_small_and_of_overconfident_ones_not() -> None:
+    random = np.random.default_rng(1)
+    probability = random.uniform(size=20_000)
+    label = (random.uniform(size=20_000) < probability).astype(int)
+    assert values(label, probability)["ece"] < 0.02
+    assert values(label, np.where(probability > 0.5, 0.999, 0.001))["ece"] > 0.2
+
+
+@pytest.mark.parametrize(
+    ("n_nonlens", "unresolved"),
+    [
+        (9, {"tpr10", "tpr_at_fpr_1e-2", "tpr_at_fpr_1e-3", "tpr_at_fpr_1e-4"}),
+        (99, {"tpr_at_fpr_1e-2", "tpr_at_fpr_1e-3", "tpr_at_fpr_1e-4"}),
+        (100, {"tpr_at_fpr_1e-3", "tpr_at_fpr_1e-4"}),
+        (1000, {"tpr_at_fpr_1e-4"}),
+        (10_000, set()),
+    ],
+)
+def test_what_the_sample_cannot_resolve_is_null(n_nonlens: int, unresolved: set[str]) -> None:
+    label = np.r_[np.ones(20), np.zeros(n_nonlens)]
+    score = np.random.default_rng(0).uniform(size=len(label))
+    metrics = lens_metrics(label, score, bootstrap=5)
+    assert {n for n in RATES if metrics[n]["value"] is None} == unresolved
+    assert {n for n in RATES if metrics[n]["low"] is None} == unresolved
+    assert (metrics["n_lens"], metrics["n_nonlens"]) == (20, n_nonlens)
+
+
+def test_one_class_alone_has_no_ranking_but_an_error() -> None:
+    metrics = lens_metrics(np.ones(50), np.linspace(0, 1, 50), bootstrap=5)
+    assert metrics["auroc"] == {"value": None, "low": None, "high": None}
+    assert metrics["brier"]["value"] is not None
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    # Scores normal around 0 and 1: the AUROC is Phi(1 / sqrt 2) = 0.7602.
+    covered = 0
+    for seed in range(100):
+        random = np.random.default_rng(seed)
+        label = np.repeat([1, 0], 60)
+        score = 1 / (1 + np.exp(-(random.normal(size=120) + label)))
+        interval = lens_metrics(label, score, bootstrap=200, seed=seed)["auroc"]
+        assert interval["low"] <= interval["value"] <= interval["high"]
+        covered += interval["low"] <= 0.7602 <= interval["high"]
+    # 95 expected; a binomial of 100 is within 88 and 100 all but always.
+    assert covered >= 88
+
+
+def test_the_seed_decides_the_intervals() -> None:
+    label, score = sample()
+    assert lens_metrics(label, score, 50, seed=3) == lens_metrics(label, score, 50, seed=3)
+    assert lens_metrics(label, score, 50, seed=3) != lens_metrics(label, score, 50, seed=4)
+
+
+@pytest.mark.parametrize(
+    ("label", "score", "message"),
+    [
+        ([1, 0], [0.5], "shape"),
+        ([], [], "no cutout"),
+        ([1, 2], [0.5, 0.5], "label"),
+        ([1, 0], [0.5, 1.2], "score"),
+        ([1, 0], [0.5, float("nan")], "score"),
+    ],
+)
+def test_bad_input_is_refused(label: list[int], score: list[float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        lens_metrics(label, score)
+
+
+def test_roc_starts_at_the_origin_and_ends_at_one() -> None:
+    label, score = sample(decimals=1)
+    fpr, tpr, threshold = roc(label, score)
+    assert (fpr[0], tpr[0], threshold[0]) == (0, 0, np.inf)
+    assert (fpr[-1], tpr[-1]) == (1, 1)
+    assert (np.diff(threshold) < 0).all()
+    for rate, t in zip(tpr, threshold, strict=True):
+        assert rate == (score[label == 1] >= t).mean()
+
+
+def test_the_entry_point_of_the_library() -> None:
+    assert evaluation.lens_metrics is lens_metrics

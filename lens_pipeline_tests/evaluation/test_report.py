@@ -1,0 +1,131 @@
+"""The table for the terminal and the file for the browser."""
+
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lens_pipeline.evaluation.gates import GateDecision
+from lens_pipeline.evaluation.metrics import lens_metrics
+from lens_pipeline.evaluation.plots import (
+    contact_sheet,
+    learning_curves_figure,
+    reliability_figure,
+    roc_figure,
+    score_histogram_figure,
+)
+from lens_pipeline.evaluation.report import format_metrics_table, write_report
+
+LABEL = np.repeat([1, 0], 40)
+SCORE = np.linspace(1, 0, 80) ** 2
+
+
+class Elements(HTMLParser):
+    """Which elements a page opens, what they load, and its text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def page(path: Path, name: str, *, passed: bool) -> Elements:
+    decision = GateDecision(passed, () if passed else (f"{name} is too low",), {})
+    write_report(
+        path,
+        title=name,
+        facts={name: name},
+        metrics={name: lens_metrics(LABEL, SCORE, 10)},
+        figures={name: roc_figure({name: (LABEL, SCORE)})},
+        gate=decision,
+        tables={name: pd.DataFrame({"kind": [name], "AUROC": [0.5]})},
+    )
+    elements = Elements()
+    elements.feed(path.read_text())
+    return elements
+
+
+def test_names_of_users_are_text_in_the_report_and_never_markup(tmp_path: Path) -> None:
+    name = "<script>alert(1)</script>"
+    elements = page(tmp_path / "report.html", name, passed=False)
+    assert "script" not in elements.tags
+    # title, heading, fact twice, metrics column, gate, table's caption and cell, picture's caption
+    assert elements.text.count(name) == 9
+
+
+def test_the_report_needs_no_other_file(tmp_path: Path) -> None:
+    elements = page(tmp_path / "report.html", "ensemble", passed=True)
+    assert elements.sources
+    assert all(source.startswith("data:image/png;base64,") for source in elements.sources)
+    assert "Passed" in elements.text
+
+
+def test_the_table_gives_each_figure_with_its_interval_and_the_counts() -> None:
+    metrics = lens_metrics(LABEL, SCORE, 10)
+    text = format_metrics_table({"resnet18": metrics, "ensemble": metrics})
+    auroc = metrics["auroc"]
+    row = next(line for line in text.splitlines() if line.startswith("resnet18"))
+    assert f"{auroc['value']:.3f} [{auroc['low']:.3f}, {auroc['high']:.3f}]" in row
+    assert "–" in row  # 40 non-lenses cannot tell a false positive rate of 1e-2
+    assert "40 lenses, 40 non-lenses" in text
+    assert "too few cutouts to tell" in text
+
+
+def test_the_roc_curve_is_drawn_from_realised_thresholds() -> None:
+    axes = roc_figure({"ensemble": (LABEL, SCORE)}).axes[0]
+    x, y = axes.lines[0].get_data()
+    assert len(x) == 81
+    assert axes.get_xscale() == "log"
+    assert y[-1] == 1
+    assert axes.get_xlim()[0] == 0.5 / 40
+
+
+def test_the_reliability_diagram_shows_what_was_observed() -> None:
+    random = np.random.default_rng(0)
+    probability = random.uniform(size=5000)
+    label = (random.uniform(size=5000) < probability**2).astype(int)  # overconfident
+    points = reliability_figure(label, probability).axes[0].containers[0].lines[0]
+    predicted, observed = points.get_data()
+    assert np.allclose(observed, predicted**2, atol=0.06)
+
+
+def test_every_cutout_is_counted_in_the_histogram() -> None:
+    axes = score_histogram_figure(LABEL, SCORE).axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "non-lenses (40)",
+        "lenses (40)",
+    ]
+
+
+def test_learning_curves_show_each_epoch() -> None:
+    curves = pd.DataFrame(
+        {
+            "epoch": [0, 1, 2],
+            "train/loss": [0.7, 0.5, 0.4],
+            "val/loss": [0.7, 0.6, 0.6],
+            "val/auroc": [0.5, 0.7, 0.8],
+            "val/average_precision": [0.5, 0.7, 0.8],
+            "val/tpr_at_fpr_1e-2": [0.0, 0.1, 0.2],
+        }
+    )
+    left, right = learning_curves_figure(curves).axes
+    assert [list(line.get_data()[1]) for line in left.lines] == [[0.7, 0.5, 0.4], [0.7, 0.6, 0.6]]
+    assert len(right.lines) == 3
+
+
+def test_a_contact_sheet_shows_all_cutouts_alike() -> None:
+    # The same galaxy, once twice as bright: nothing is normalised image by image.
+    faint = np.full((3, 16, 16), 5, dtype=np.float32)
+    figure = contact_sheet(np.stack([faint, 2 * faint]), ["a", "b"], "background_sigma")
+    shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    assert len(shown) == 2
+    assert shown[1].mean() > shown[0].mean() * 1.2

@@ -1,0 +1,79 @@
+"""The population against lenstronomy, astropy and the published distributions."""
+
+import numpy as np
+import pytest
+from astropy.cosmology import FlatLambdaCDM
+from lenstronomy.Cosmo.lens_cosmo import LensCosmo
+from scipy.integrate import quad
+from scipy.stats import kstest
+
+from lens_pipeline.simulation import population
+
+COSMOLOGY = FlatLambdaCDM(H0=70, Om0=0.3)
+U = np.random.default_rng(0).uniform(size=4000)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "z_lens", "z_source"), [(200.0, 0.3, 1.0), (250.0, 0.5, 2.0), (320.0, 0.8, 3.0)]
+)
+def test_einstein_radius_is_that_of_lenstronomy(
+    sigma: float, z_lens: float, z_source: float
+) -> None:
+    theirs = LensCosmo(z_lens, z_source, COSMOLOGY).sis_sigma_v2theta_E(sigma)
+    ours = population.einstein_radius(np.array(sigma), np.array(z_lens), np.array(z_source))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_source_in_front_of_the_lens_is_not_lensed() -> None:
+    assert population.einstein_radius(np.array(250.0), np.array(1.0), np.array(0.5)) == 0
+
+
+def test_distances_are_those_of_astropy() -> None:
+    z = np.array([0.1, 0.5, 1.0, 2.5])
+    np.testing.assert_allclose(
+        population.distance_modulus(z), COSMOLOGY.distmod(z).value, atol=1e-3
+    )
+    np.testing.assert_allclose(
+        population.kpc_to_arcsec(z), COSMOLOGY.arcsec_per_kpc_proper(z).value, rtol=1e-4
+    )
+
+
+def test_lenses_fill_the_comoving_volume() -> None:
+    volume = COSMOLOGY.comoving_volume
+    z = population.lens_redshift(U)
+    assert kstest(volume(z).value / volume(2.0).value, "uniform").pvalue > 0.01
+
+
+def test_velocity_dispersions_follow_the_published_function() -> None:
+    def phi(s: float) -> float:
+        return (s / 161) ** 2.32 * np.exp(-((s / 161) ** 2.67)) / s
+
+    total = quad(phi, 100, 400)[0]
+    found = population.velocity_dispersion(U)
+    assert kstest(found, np.vectorize(lambda s: quad(phi, 100, s)[0] / total)).pvalue > 0.01
+
+
+def test_axis_ratios_are_rayleigh_and_stay_in_bounds() -> None:
+    sigma = np.full_like(U, 250.0)
+    q = population.lens_axis_ratio(U, sigma)
+    assert q.min() >= 0.2
+    assert q.max() <= 1
+    scale = 0.378 - 0.000572 * 250
+    below = 1 - np.exp(-0.5 * (0.8 / scale) ** 2)
+    assert kstest(1 - q, lambda e: (1 - np.exp(-0.5 * (e / scale) ** 2)) / below).pvalue > 0.01
+
+
+def test_lens_sizes_follow_the_relation_with_its_scatter() -> None:
+    radius = np.log10(population.lens_radius(U, np.full_like(U, 250.0)))
+    v = np.log10(250)
+    assert np.median(radius) == pytest.approx(2.46 - 2.79 * v + 0.84 * v**2, abs=0.01)
+    assert radius.std() == pytest.approx(0.11, rel=0.05)
+
+
+def test_source_sizes_follow_the_relation_with_its_scatter() -> None:
+    z, magnitude = np.full_like(U, 1.5), np.full_like(U, 24.0)
+    radius = np.log10(population.source_radius(U, magnitude, z))
+    absolute = 24 - COSMOLOGY.distmod(1.5).value
+    expected = -(absolute + 18) / 4 - 1.2 * np.log10(2.5 / 1.6)
+    assert np.median(radius) == pytest.approx(expected, abs=0.03)
+    assert radius.std() == pytest.approx(0.35, rel=0.05)

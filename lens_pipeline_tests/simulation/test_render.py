@@ -1,0 +1,199 @@
+"""Ray tracing, light and noise against lenstronomy and against formulas written out here."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from astropy.modeling.models import Sersic2D
+from lenstronomy.Data.pixel_grid import PixelGrid
+from lenstronomy.Data.psf import PSF
+from lenstronomy.ImSim.image_model import ImageModel
+from lenstronomy.LensModel.lens_model import LensModel
+from lenstronomy.LightModel.light_model import LightModel
+from lenstronomy.Util import param_util
+from lenstronomy.Util.util import make_grid
+from scipy.special import gamma, gammaincinv
+
+from lens_pipeline.simulation.render import Renderer, deflect, grid, moffat, sersic
+from lens_pipeline.simulation.surveys import find_survey
+
+DES = find_survey("des")
+SIZE = 64
+SYSTEM = {
+    "einstein_radius": 1.3,
+    "axis_ratio": 0.7,
+    "position_angle": 0.6,
+    "x": 0.05,
+    "y": -0.08,
+    "shear": 0.06,
+    "shear_angle": 1.1,
+    "lens_radius": 0.9,
+    "source_x": 0.15,
+    "source_y": -0.1,
+    "source_axis_ratio": 0.6,
+    "source_angle": 2.0,
+    "source_radius": 0.25,
+}
+
+
+def f32(*values: float) -> list[torch.Tensor]:
+    return [torch.tensor(value, dtype=torch.float32) for value in values]
+
+
+def ellipticity(angle: float, axis_ratio: float) -> dict[str, float]:
+    e1, e2 = param_util.phi_q2_ellipticity(angle, axis_ratio)
+    return {"e1": e1, "e2": e2}
+
+
+def lens_of(p: dict[str, float]) -> tuple[LensModel, list[dict[str, float]]]:
+    gamma1, gamma2 = param_util.shear_polar2cartesian(p["shear_angle"], p["shear"])
+    mass = {
+        "theta_E": p["einstein_radius"],
+        "center_x": p["x"],
+        "center_y": p["y"],
+        **ellipticity(p["position_angle"], p["axis_ratio"]),
+    }
+    shear = {"gamma1": gamma1, "gamma2": gamma2, "ra_0": p["x"], "dec_0": p["y"]}
+    return LensModel(["SIE", "SHEAR"]), [mass, shear]
+
+
+@pytest.mark.parametrize("axis_ratio", [0.3, 0.7, 0.98])
+@pytest.mark.parametrize("angle", [0.0, 0.6, 2.5])
+def test_rays_go_where_lenstronomy_sends_them(axis_ratio: float, angle: float) -> None:
+    p = SYSTEM | {"axis_ratio": axis_ratio, "position_angle": angle}
+    x, y = grid(32, 0.2, 1, "cpu")
+    names = ("einstein_radius", "axis_ratio", "position_angle", "shear", "shear_angle")
+    ours = deflect(x - p["x"], y - p["y"], *f32(*(p[name] for name in names)))
+    model, parameters = lens_of(p)
+    theirs = model.ray_shooting(
+        x.numpy().ravel().astype(float), y.numpy().ravel().astype(float), parameters
+    )
+    # Ours is relative to the lens, theirs to the frame.
+    np.testing.assert_allclose(ours[0].numpy().ravel() + p["x"], theirs[0], atol=2e-4)
+    np.testing.assert_allclose(ours[1].numpy().ravel() + p["y"], theirs[1], atol=2e-4)
+
+
+def sersic_by_astropy(index: int, p: dict[str, float], x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Unit flux; p: radius (circularised), axis_ratio, angle, x, y. Float64, exact b_n."""
+    b = gammaincinv(2 * index, 0.5)
+    total = 2 * np.pi * index * np.exp(b) * b ** (-2 * index) * gamma(2 * index) * p["radius"] ** 2
+    profile = Sersic2D(
+        1 / total,
+        p["radius"] / np.sqrt(p["axis_ratio"]),  # along the major axis
+        index,
+        p["x"],
+        p["y"],
+        1 - p["axis_ratio"],
+        p["angle"],
+    )
+    return profile(x, y)
+
+
+@pytest.mark.parametrize("index", [1, 4])
+def test_sersic_profiles_are_those_of_astropy_and_of_unit_flux(index: int) -> None:
+    p = {"radius": 0.8, "axis_ratio": 0.6, "angle": 0.9, "x": 0.0, "y": 0.0}
+    x, y = grid(200, 0.05, 1, "cpu")
+    ours = sersic(x, y, index, *f32(p["radius"], p["axis_ratio"], p["angle"])).numpy()
+    theirs = sersic_by_astropy(index, p, x.numpy().astype(float), y.numpy().astype(float))
+    np.testing.assert_allclose(ours, theirs, rtol=2e-3)
+
+
+def test_a_whole_image_is_that_of_lenstronomy() -> None:
+    """Arcs through lens and PSF, against three times finer sampling by another code."""
+    p = SYSTEM
+    renderer = Renderer(DES, SIZE, "cpu")
+    ours = renderer.blur(renderer.arcs(renderer.parameters(pd.DataFrame([p])))).numpy()[0]
+
+    corner = -(SIZE - 1) / 2 * DES.pixel_scale
+    pixels = PixelGrid(SIZE, SIZE, np.eye(2) * DES.pixel_scale, corner, corner)
+    model, parameters = lens_of(p)
+    light = LightModel(["SERSIC_ELLIPSE"])
+    source = [
+        {
+            "amp": 1.0,
+            "R_sersic": p["source_radius"],
+            "n_sersic": 1.0,
+            # The frame of theirs is the cutout's, of ours the lens's.
+            "center_x": p["source_x"] + p["x"],
+            "center_y": p["source_y"] + p["y"],
+            **ellipticity(p["source_angle"], p["source_axis_ratio"]),
+        }
+    ]
+    kernel = moffat(DES.seeing / DES.pixel_scale, DES.moffat_beta, "cpu").numpy()
+    psf = PSF("PIXEL", kernel_point_source=kernel.astype(float))
+    image = ImageModel(
+        pixels, psf, model, light, kwargs_numerics={"supersampling_factor": 4}
+    ).image(parameters, source)
+    theirs = image / light.total_flux(source)[0]
+    assert ours.sum() == pytest.approx(theirs.sum(), rel=5e-3)
+    assert np.abs(ours - theirs).max() < 0.01 * theirs.max()
+
+
+def test_the_lens_galaxy_loses_no_light_at_its_cusp() -> None:
+    """Against the mean over 40 x 40 points a pixel, in float64."""
+    p = SYSTEM | {"lens_radius": 0.5}
+    renderer = Renderer(DES, SIZE, "cpu")
+    ours = renderer.elliptical(renderer.parameters(pd.DataFrame([p]))).numpy()[0]
+    fine, n = 40, 8
+    x, y = make_grid(n * fine, DES.pixel_scale / fine)
+    galaxy = {
+        "radius": p["lens_radius"],
+        "axis_ratio": p["axis_ratio"],
+        "angle": p["position_angle"],
+        "x": p["x"],
+        "y": p["y"],
+    }
+    brightness = sersic_by_astropy(4, galaxy, x, y)
+    theirs = brightness.reshape(n, fine, n, fine).mean(axis=(1, 3)) * DES.pixel_scale**2
+    middle = slice(SIZE // 2 - n // 2, SIZE // 2 + n // 2)
+    assert ours[middle, middle].sum() == pytest.approx(theirs.sum(), rel=0.01)
+    assert ours.max() == pytest.approx(theirs.max(), rel=0.05)
+
+
+def test_the_psf_keeps_the_flux_and_has_the_seeing_as_its_width() -> None:
+    kernel = moffat(3.4, 3.0, "cpu").numpy()
+    assert kernel.sum() == pytest.approx(1, abs=1e-5)
+    middle = kernel.shape[0] // 2
+    profile = kernel[middle, middle:] / kernel[middle, middle]
+    assert 2 * np.interp(0.5, profile[::-1], np.arange(len(profile))[::-1]) == pytest.approx(
+        3.4, rel=0.03
+    )
+
+
+def test_noise_is_that_of_the_survey_in_units_of_the_background() -> None:
+    renderer = Renderer(DES, 32, "cpu")
+    variance = DES.background_variance
+    # Ten exposures of 90 s: sky per pixel and the read noise of each, from Collett 2015's numbers.
+    sky = 4.5 * 90 * 10 * 10 ** (0.4 * (DES.zero_point - np.array([21.7, 20.7, 20.1])))
+    np.testing.assert_allclose(variance, sky * 0.263**2 + 10 * 7.0**2)
+    deviates = torch.from_numpy(
+        np.random.default_rng(0).standard_normal((200, 3, 32, 32), np.float32)
+    )
+    empty = renderer.expose(torch.zeros(200, 3, 32, 32), deviates).numpy()
+    np.testing.assert_allclose(empty.std(axis=(0, 2, 3)), 1, atol=0.01)
+    np.testing.assert_allclose(empty.mean(axis=(0, 2, 3)), 0, atol=0.01)
+    # An object as bright as the background doubles the variance.
+    flux = torch.from_numpy(variance).float()[:, None, None].expand(200, 3, 32, 32)
+    bright = renderer.expose(flux, deviates).numpy()
+    np.testing.assert_allclose(bright.std(axis=(0, 2, 3)), np.sqrt(2), rtol=0.01)
+    np.testing.assert_allclose(bright.mean(axis=(0, 2, 3)), np.sqrt(variance), rtol=0.01)
+
+
+def test_signal_to_noise_is_the_highest_of_all_thresholds() -> None:
+    random = np.random.default_rng(0)
+    arcs = random.exponential(50, (2, 3, 8, 8))
+    others = random.exponential(500, (2, 3, 8, 8))
+    renderer = Renderer(DES, 32, "cpu")
+    ours = renderer.signal_to_noise(
+        torch.from_numpy(arcs).float(), torch.from_numpy(others).float()
+    )
+    for image in range(2):
+        best = 0.0
+        for band in range(3):
+            signal = arcs[image, band].ravel()
+            noise = DES.background_variance[band] + signal + others[image, band].ravel()
+            ratio = signal**2 / noise
+            for threshold in ratio:
+                chosen = ratio >= threshold
+                best = max(best, signal[chosen].sum() / np.sqrt(noise[chosen].sum()))
+        assert ours[image].item() == pytest.approx(best, rel=1e-4)
