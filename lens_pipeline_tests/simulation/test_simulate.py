@@ -77,7 +77,7 @@ def test_the_background_is_the_unit(simulation: Simulation) -> None:
 
 
 def test_brightness_and_colours_alone_tell_little(simulation: Simulation) -> None:
-    """No shortcut: a classifier of sums and colours, blind to shape, cannot tell arcs from intruders.
+    """A classifier of sums and colours, blind to shape, hardly tells arcs from intruders.
 
     On real graded candidates colour alone reached an AUROC of 0.69.
     """
