@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -115,23 +116,34 @@ def _configure_logging(verbose: bool) -> None:
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
-def _interruptible() -> None:
-    """SIGTERM ends a run as Ctrl-C does, and neither takes longer than ten seconds."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM ends what runs here as Ctrl-C does, and neither takes longer than ten seconds."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are another's
+        return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
     def watch() -> None:
-        while os.read(reader, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
-            pass
-        threading.Event().wait(GRACE)
-        # Whatever is stuck is cut off: steps are renamed into place only when they are whole, and
-        # the next run frees what a dead one held.
-        print("error: interrupted, and ended by force", file=sys.stderr, flush=True)
-        os._exit(INTERRUPTED)
+        while signals := os.read(reader, 1):
+            if signals[0] in (signal.SIGINT, signal.SIGTERM):
+                threading.Event().wait(GRACE)
+                # Whatever is stuck is cut off: steps are renamed into place only when they are
+                # whole, and the next run frees what a dead one held.
+                print("error: interrupted, and ended by force", file=sys.stderr, flush=True)
+                os._exit(INTERRUPTED)
+        os.close(reader)
 
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(descriptor)
+        signal.signal(signal.SIGTERM, before)
+        os.close(writer)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -146,11 +158,10 @@ def _run(options: argparse.Namespace) -> int:
     from lens_pipeline.presets import chosen_members
 
     changes = _training_changes(options.set, [m.name for m in chosen_members(settings)])
-    if threading.current_thread() is threading.main_thread():
-        _interruptible()
-    from lens_pipeline.runner import run_pipeline
+    with _interruptible():
+        from lens_pipeline.runner import run_pipeline
 
-    run_pipeline(settings, changes, options.verbose)
+        run_pipeline(settings, changes, options.verbose)
     _print_summary(settings)
     return 0
 

@@ -190,10 +190,8 @@ def run_step(
     """
     begun = time.perf_counter()
     folder = root / recipe.key
-    found = _reuse(folder, recipe, verify)
-    if found is None:
-        with _locked(root / ".locks" / f"{recipe.key}.lock"):
-            found = _reuse(folder, recipe, verify) or _make(folder, recipe, build)
+    with _locked(root / ".locks" / f"{recipe.key}.lock"):
+        found = _reuse(folder, recipe, verify) or _make(folder, recipe, build)
     return replace(found, seconds=time.perf_counter() - begun)
 
 

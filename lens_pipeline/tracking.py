@@ -35,6 +35,7 @@ CHALLENGER = "challenger"
 STEP_KEY = "lens.step_key"
 DATASET_VERSION = "lens.dataset_version"
 DAGSTER_RUN = "lens.dagster_run_id"
+RECORDED = "lens.recorded"  # a run that holds all it should
 log = logging.getLogger(__name__)
 
 
@@ -49,7 +50,7 @@ def flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def flat_metrics(metrics: Mapping[str, Any], prefix: str = "test/") -> dict[str, float]:
+def flat_metrics(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """The values that the sample could resolve, of what `lens_metrics` returns."""
     found = {}
     for name, value in metrics.items():
@@ -122,7 +123,7 @@ class Tracking:
         from mlflow.entities import Metric, Param
 
         run = self.client.get_run(run_id)
-        if run.info.status == "FINISHED":
+        if RECORDED in run.data.tags:  # whether it has ended says nothing: loggers end runs, too
             return
         known = run.data.params
         params = [Param(k, str(v)) for k, v in flat(parameters).items() if k not in known]
@@ -138,6 +139,7 @@ class Tracking:
         self.client.log_batch(run_id, metrics=values, params=params)
         for path in artifacts:
             self.client.log_artifact(run_id, str(path))
+        self.client.set_tag(run_id, RECORDED, "true")
         self.client.set_terminated(run_id, "FINISHED")
 
     # The registry

@@ -77,3 +77,22 @@ def shards_folder(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) ->
 def own_shards(shards_folder: Path, tmp_path: Path) -> Path:
     """A copy of `shards_folder` to spoil."""
     return Path(shutil.copytree(shards_folder, tmp_path / "shards"))
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home that the main job has filled, in the preset for tests. Only to look at."""
+    path = tmp_path_factory.mktemp("run") / "home"
+    before = dict(os.environ)
+    try:
+        assert main(["run", "--preset", "tiny", "--home", str(path)]) == 0
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return path
+
+
+@pytest.fixture
+def own_home(home: Path, tmp_path: Path) -> Path:
+    """A copy of `home` to change. MLflow's artifacts stay where they are."""
+    return Path(shutil.copytree(home, tmp_path / "home"))

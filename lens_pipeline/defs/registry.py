@@ -118,14 +118,13 @@ def _register(
     )
     form = facts["format"]
     shape = (len(form["bands"]), form["image_size"], form["image_size"])
-    tags = version_tags(key, dataset_version, member_runs, metrics["ensemble"])
-    version = tracking.register(folder, run_id, shape, tags)
     tracking.finish_run(
         run_id,
         {"fusion": facts["fusion"], "members": ",".join(steps)},
-        metrics=flat_metrics(metrics["ensemble"]),
+        metrics=flat_metrics(metrics["ensemble"], "test/"),
     )
-    return version
+    tags = version_tags(key, dataset_version, member_runs, metrics["ensemble"])
+    return tracking.register(folder, run_id, shape, tags)
 
 
 def _stages(context: dg.AssetExecutionContext) -> dict[str, dict[str, Any]]:

@@ -67,7 +67,7 @@ class LitLensSystem(pl.LightningModule):
         warmup: float = 0.1,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # the whole configuration is logged elsewhere
         self.backbone, n_features = build_backbone(arch, bands, image_size)
         self.dropout = nn.Dropout(dropout_rate)
         self.head = nn.Linear(n_features, 1)

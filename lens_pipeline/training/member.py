@@ -9,6 +9,7 @@ import yaml
 from lens_pipeline.training.config import TrainConfig
 
 BEST = "best.ckpt"
+LAST = "last.ckpt"
 CURVES = "curves.csv"
 PICTURE = "curves.png"
 SETTINGS = "settings.yaml"
@@ -19,8 +20,9 @@ SCORES = "val_scores.parquet"
 class TrainedMember:
     """A trained network on disk.
 
-    best.ckpt, last.ckpt: Lightning checkpoints, loadable with `weights_only`; settings.yaml: the
-    resolved configuration; curves.csv: metrics by epoch; val_scores.parquet: id, label, logit.
+    best.ckpt (weights), last.ckpt (all that training goes on from): Lightning checkpoints, loadable
+    with `weights_only`; settings.yaml: the resolved configuration; curves.csv: metrics by epoch;
+    val_scores.parquet: id, label, logit.
     """
 
     folder: Path

@@ -21,7 +21,15 @@ from lens_pipeline.evaluation.plots import learning_curves_figure, png_bytes
 from lens_pipeline.models.system import LitLensSystem, load_system
 from lens_pipeline.shards.datamodule import LensDataModule
 from lens_pipeline.training.config import TrainConfig
-from lens_pipeline.training.member import BEST, CURVES, PICTURE, SCORES, SETTINGS, TrainedMember
+from lens_pipeline.training.member import (
+    BEST,
+    CURVES,
+    LAST,
+    PICTURE,
+    SCORES,
+    SETTINGS,
+    TrainedMember,
+)
 
 log = logging.getLogger(__name__)
 
@@ -72,15 +80,15 @@ def train(
         pos_weight=counts[0] / counts[1] if config.training.balance else 1.0,
         warmup=config.training.warmup,
     )
-    checkpoint = ModelCheckpoint(
+    best = ModelCheckpoint(
         dirpath=out,
         filename=Path(BEST).stem,
         monitor=config.training.monitor,
         mode="max",
-        save_last=True,
+        save_weights_only=True,
         enable_version_counter=False,
-        auto_insert_metric_name=False,
     )
+    last = ModelCheckpoint(dirpath=out, filename=Path(LAST).stem, enable_version_counter=False)
     with warnings.catch_warnings():
         # Few workers are meant: batches are gathered from mapped memory.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -92,7 +100,7 @@ def train(
             devices=config.hardware.devices,
             precision=resolved_precision(config),
             logger=[CSVLogger(out, name="", version="csv"), *loggers],
-            callbacks=[checkpoint, _EpochLines(), *callbacks],
+            callbacks=[best, last, _EpochLines(), *callbacks],
             deterministic="warn",
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -121,5 +129,8 @@ def _finish(config: TrainConfig, data: LensDataModule, out: Path) -> TrainedMemb
     ]
     scores = pd.DataFrame({"id": split.ids, "label": split.labels, "logit": np.concatenate(logits)})
     scores.to_parquet(out / SCORES, index=False)
+    # Where this was trained is no part of what was: the same training leaves the same bytes.
+    checkpoint = torch.load(out / LAST, weights_only=True)
+    torch.save(checkpoint | {"callbacks": {}}, out / LAST)
     (out / SETTINGS).write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
     return TrainedMember(out)

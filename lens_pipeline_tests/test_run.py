@@ -1,0 +1,155 @@
+"""The main job: what it leaves, what it reuses, what it says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+from lens_pipeline.cli import main
+from lens_pipeline.runner import open_instance
+from lens_pipeline.settings import Settings
+
+MEMBERS = ["light_transformer", "lastro"]
+ASSETS = [
+    "cutout_catalogue",
+    "processed_dataset",
+    "lens_shards",
+    "cloud_shards",
+    *(f"checkpoints/{name}" for name in MEMBERS),
+    "lens_ensemble",
+    "ensemble_evaluation",
+    "registered_ensemble",
+]
+
+
+def summary_of(home: Path) -> dict[str, Any]:
+    return json.loads((home / "reports" / "summary.json").read_text())
+
+
+def client_of(home: Path) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+
+
+def run(home: Path, *more: str) -> int:
+    return main(["run", "--preset", "tiny", "--home", str(home), *more])
+
+
+def test_the_summary_tells_what_was_made(home: Path) -> None:
+    summary = summary_of(home)
+    assert summary["schema"] == 1
+    assert set(summary["stages"]) == set(ASSETS)
+    assert all(stage["reused"] is False for stage in summary["stages"].values())
+    assert list(summary["members"]) == MEMBERS
+    for metrics in (*summary["members"].values(), summary["ensemble"]):
+        assert metrics["n_lens"] + metrics["n_nonlens"] > 20
+        assert set(metrics["auroc"]) == {"value", "low", "high"}
+    assert summary["model"]["name"] == "lens_ensemble"
+    assert summary["model"]["version"] == "1"
+    assert "challenger" in summary["model"]["aliases"]
+    assert Path(summary["report"]).is_file()
+    manifest = next((home / "cloud").glob("*/manifest.json"))
+    assert summary["dataset_version"] == manifest.parent.name
+
+
+def test_every_cutout_is_scored_in_the_catalogues_order(home: Path) -> None:
+    scores = pd.read_parquet(summary_of(home)["scores"])
+    catalogue = pd.read_parquet(next((home / "catalogue").glob("*/catalogue.parquet")))
+    assert scores["id"].tolist() == catalogue["id"].tolist()
+    assert list(scores)[:6] == ["id", "label", "probability", "logit", "std", "entropy"]
+    assert {f"probability_{name}" for name in MEMBERS} <= set(scores)
+    assert scores["probability"].between(0, 1).all()
+    assert scores["einstein_radius"].notna().sum() == 100
+
+
+def test_dagster_shows_the_run_with_its_pictures_and_checks(home: Path) -> None:
+    with open_instance(Settings.load(home=home)) as instance:
+        (found,) = instance.get_runs()
+        assert found.status == dg.DagsterRunStatus.SUCCESS
+        for name in ASSETS:
+            event = instance.get_latest_materialization_event(dg.AssetKey(name.split("/")))
+            assert event is not None, name
+            materialization = event.asset_materialization
+            assert materialization is not None
+            if name.startswith("checkpoints/"):
+                assert "learning curves" in materialization.metadata
+            assert (materialization.tags or {})["dagster/data_version"]
+        checks = instance.get_records_for_run(
+            found.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION
+        ).records
+        names = {r.event_log_entry.dagster_event.event_specific_data.check_name for r in checks}  # type: ignore[union-attr]
+        assert {"no_group_spans_two_splits", "rejects_are_few", "better_than_chance"} <= names
+
+
+def test_mlflow_holds_a_run_per_member_and_a_version_that_names_them(home: Path) -> None:
+    client, summary = client_of(home), summary_of(home)
+    (experiment,) = client.search_experiments(filter_string="name != 'Default'")
+    assert experiment.artifact_location == (home / "mlartifacts").as_uri()
+    runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {*MEMBERS, "lens_ensemble"}
+    for name in MEMBERS:
+        found = runs[name]
+        assert found.info.status == "FINISHED"
+        assert found.data.params["model.arch"] == name
+        assert found.data.tags["lens.dataset_version"] == summary["dataset_version"]
+        assert found.data.tags["lens.dagster_run_id"]
+        assert len(client.get_metric_history(found.info.run_id, "val/auroc")) == 1
+    auroc = summary["ensemble"]["auroc"]["value"]
+    assert runs["lens_ensemble"].data.metrics["test/auroc"] == auroc
+    version = client.get_model_version_by_alias("lens_ensemble", "challenger")
+    assert version.tags["lens.dataset_version"] == summary["dataset_version"]
+    assert json.loads(version.tags["lens.member_runs"]) == {
+        name: runs[name].info.run_id for name in MEMBERS
+    }
+    assert float(version.tags["lens.auroc"]) == pytest.approx(auroc, rel=1e-5)
+
+
+def test_a_second_run_does_nothing_again(
+    own_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = summary_of(own_home)
+    assert run(own_home) == 0
+    after = summary_of(own_home)
+    assert all(stage["reused"] for stage in after["stages"].values())
+    for name in ("ensemble", "members", "dataset_version", "model"):
+        assert after[name] == before[name]
+    assert len(client_of(own_home).search_model_versions("name = 'lens_ensemble'")) == 1
+    printed = capsys.readouterr().out
+    assert "lens_ensemble, version 1" in printed
+    assert f"lens-pipeline show --home {own_home}" in printed
+    for name in (*MEMBERS, "ensemble", "AUROC", "calibration error", "report.html"):
+        assert name in printed
+
+
+def test_other_epochs_of_one_member_train_that_one_alone(own_home: Path) -> None:
+    assert run(own_home, "--set", "lastro.training.epochs=2") == 0
+    stages = summary_of(own_home)["stages"]
+    made = {name for name, stage in stages.items() if not stage["reused"]}
+    assert made == {
+        "checkpoints/lastro",
+        "lens_ensemble",
+        "ensemble_evaluation",
+        "registered_ensemble",
+    }
+    versions = client_of(own_home).search_model_versions("name = 'lens_ensemble'")
+    assert len(versions) == 2
+    newest = client_of(own_home).get_model_version_by_alias("lens_ensemble", "challenger")
+    assert str(newest.version) == "2"
+
+
+def test_a_damaged_step_is_made_again(own_home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Sizes are checked at every reuse, sha256 with --verify."""
+    checkpoint = next((own_home / "checkpoints" / "lastro").glob("*/best.ckpt"))
+    content = bytearray(checkpoint.read_bytes())
+    content[1000] ^= 1
+    checkpoint.chmod(0o644)
+    checkpoint.write_bytes(content)
+    assert run(own_home, "--verify") == 0
+    stages = summary_of(own_home)["stages"]
+    assert stages["checkpoints/lastro"]["reused"] is False
+    assert stages["checkpoints/light_transformer"]["reused"] is True
+    # The same weights again: what follows is as it was.
+    assert stages["registered_ensemble"]["reused"] is True
