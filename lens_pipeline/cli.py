@@ -20,6 +20,8 @@ FAILURE = 1
 INTERRUPTED = 130
 GRACE = 8  # seconds that an interrupted run has for an orderly end
 
+_terminal = logging.StreamHandler()
+
 
 class _Parser(argparse.ArgumentParser):
     """One line on stderr for a command line that is not valid."""
@@ -103,10 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _configure_logging(verbose: bool) -> None:
     logger = logging.getLogger("lens_pipeline")
     logger.setLevel(logging.INFO)
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+    _terminal.setStream(sys.stderr)
+    logger.addHandler(_terminal)
     if not verbose:
         # Set by name, before the libraries configure the loggers above these.
         for library in ("pytorch_lightning", "lightning_fabric"):

@@ -1,0 +1,132 @@
+"""What the command says to bad input: one line, the place, the way out, and nothing registered."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+from lens_pipeline.cli import main
+
+
+@pytest.fixture
+def catalogue(tmp_path: Path) -> Path:
+    """120 small real-looking PNG cutouts, half of them lenses; a good source to spoil."""
+    random = np.random.default_rng(0)
+    rows = []
+    for number in range(120):
+        pixels = random.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        rows.append({"id": f"c{number}", "path": f"{number}.png", "label": str(number % 2)})
+    pd.DataFrame(rows).to_csv(tmp_path / "catalogue.csv", index=False)
+    return tmp_path / "catalogue.csv"
+
+
+def spoil(catalogue: Path, row: int, **values: str) -> None:
+    table = pd.read_csv(catalogue, dtype=str, keep_default_na=False)
+    for column, value in values.items():
+        table.loc[row, column] = value
+    table.to_csv(catalogue, index=False)
+
+
+def drop_column(catalogue: Path, column: str) -> None:
+    pd.read_csv(catalogue, dtype=str).drop(columns=column).to_csv(catalogue, index=False)
+
+
+def keep(catalogue: Path, chosen: slice, **values: str) -> None:
+    table = pd.read_csv(catalogue, dtype=str)[chosen]
+    table.assign(**values).to_csv(catalogue, index=False)
+
+
+def spoil_images(catalogue: Path, count: int) -> None:
+    for number in range(count):
+        (catalogue.parent / f"{number}.png").write_bytes(b"\x89PNG\r\n not an image")
+
+
+SPOILERS = {
+    "missing source": (lambda c: c.unlink(), "catalogue.csv"),
+    "unreadable source": (lambda c: c.write_bytes(b"\x00\xff\xfe" * 50), "catalogue.csv"),
+    "empty table": (lambda c: keep(c, slice(0, 0)), "catalogue.csv"),
+    "no path": (lambda c: drop_column(c, "path"), "path"),
+    "no id": (lambda c: drop_column(c, "id"), "id"),
+    "duplicate id": (lambda c: spoil(c, 7, id="c3"), "c3"),
+    "strange label": (lambda c: spoil(c, 7, label="lens?"), "lens?"),
+    "single class": (lambda c: keep(c, slice(None), label="1"), "label"),
+    "too few": (lambda c: keep(c, slice(0, 6)), "split"),
+    "too many bad images": (lambda c: spoil_images(c, 20), "LENS_MAX_REJECT_FRACTION"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILERS)
+def test_a_bad_source_stops_the_run_with_one_line(
+    case: str, catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoiler, named = SPOILERS[case]
+    spoiler(catalogue)
+    home = tmp_path / "home"
+    arguments = ["run", "--preset", "tiny", "--source", str(catalogue), "--home", str(home)]
+    assert main(arguments) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line.lower()]
+    assert len(error) == 1
+    assert error[0].startswith("error: ")
+    assert named in error[0]
+    assert "Traceback" not in error[0]
+    assert not (home / "reports" / "summary.json").exists()
+    if (home / "mlflow.db").exists():
+        assert not MlflowClient(f"sqlite:///{home / 'mlflow.db'}").search_model_versions()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["run", "--archs", "resnet81"], "resnet81"),
+        (["run", "--preset", "huge"], "LENS_PRESET"),
+        (["run", "--set", "lastro.training.epoch=2"], "training.epochs"),
+        (["run", "--set", "lastro.training.epochs=0"], "training.epochs"),
+        (["run", "--set", "resnet50.training.epochs=3"], "resnet50"),
+        (["run", "--set", "training.epochs"], "SECTION.FIELD=VALUE"),
+        (["run", "--cutouts", "3"], "--cutouts"),
+        (["predict", "--catalogue", "c.csv"], "--out"),
+        (["predict", "--catalogue", "c.csv", "--out", "scores.txt"], ".parquet or .csv"),
+        (["predict", "--catalogue", "c.csv", "--out", "scores.csv"], "no model registry"),
+        (["promote", "3"], "no model registry"),
+        ([], "COMMAND"),
+    ],
+)
+def test_a_bad_command_line_is_one_line_too(
+    arguments: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = ["--home", str(tmp_path / "home")] if arguments else []
+    preset = (
+        ["--preset", "tiny"] if arguments[:1] == ["run"] and "--preset" not in arguments else []
+    )
+    assert main([*arguments, *home, *preset]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert named in line
+    assert not (tmp_path / "home" / "mlflow.db").exists()
+
+
+def test_a_few_bad_images_are_listed_and_the_run_goes_on(
+    catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil_images(catalogue, 2)
+    (catalogue.parent / "2.png").unlink()
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(catalogue.parent / "3.png")
+    home = tmp_path / "home"
+    arguments = ["run", "--preset", "tiny", "--source", str(catalogue), "--home", str(home)]
+    assert main([*arguments, "--archs", "lastro"]) == 0
+    rejects = pd.read_parquet(next((home / "dataset").glob("*/rejects.parquet")))
+    assert rejects["id"].tolist() == ["c0", "c1", "c2", "c3"]
+    assert rejects["row"].tolist() == [0, 1, 2, 3]
+    for reason, part in zip(
+        rejects["reason"], ["cannot be read", "cannot be read", "missing", "1 bands"], strict=True
+    ):
+        assert part in reason
+    scores = pd.read_parquet(next((home / "reports").glob("*/scores.parquet")))
+    assert len(scores) == 120
+    assert scores["probability"].isna().sum() == 4
+    assert scores.loc[2, "reject_reason"] == rejects.loc[2, "reason"]
+    assert "lastro" in capsys.readouterr().out

@@ -1,0 +1,97 @@
+"""The one Dagster entry point: the graph, and how little it takes to load it."""
+
+import statistics
+import subprocess
+import sys
+import time
+
+import dagster as dg
+import pytest
+
+from lens_pipeline.definitions import make_definitions
+from lens_pipeline.settings import Settings
+
+HEAVY = [
+    *("torch", "pytorch_lightning", "mlflow", "pandas", "astropy", "matplotlib", "skimage"),
+    *("boto3", "dagster_aws", "dagster_gcp"),
+]
+
+
+def test_loading_pulls_in_nothing_heavy() -> None:
+    program = (
+        "import sys; import lens_pipeline.definitions; "
+        f"print(*[name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
+
+
+def test_the_library_imports_in_an_instant() -> None:
+    program = "import sys; import lens_pipeline; print(len(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 300
+
+
+@pytest.mark.slow
+def test_loading_adds_at_most_two_seconds_to_dagster() -> None:
+    def seconds(module: str) -> float:
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
+        return time.perf_counter() - begun
+
+    seconds("lens_pipeline.definitions")  # into the file cache
+    alone = statistics.median(seconds("dagster") for _ in range(3))
+    ours = statistics.median(seconds("lens_pipeline.definitions") for _ in range(3))
+    assert ours - alone < 2
+
+
+def graph(archs: str) -> dict[str, set[str]]:
+    """{asset: what it is made from}."""
+    definitions = make_definitions(Settings.load(archs=archs))
+    resolved = definitions.resolve_asset_graph()
+    return {
+        key.to_user_string(): {parent.to_user_string() for parent in resolved.get(key).parent_keys}
+        for key in resolved.get_all_asset_keys()
+    }
+
+
+def test_the_asset_graph_is_that_of_the_design() -> None:
+    members = {"checkpoints/a", "checkpoints/timm_convnext_atto"}
+    found = graph("a=resnet18@3,timm:convnext_atto")
+    assert set(found) == {
+        *("cutout_catalogue", "processed_dataset", "lens_shards", "cloud_shards"),
+        *members,
+        *("lens_ensemble", "ensemble_evaluation", "registered_ensemble"),
+    }
+    assert found["processed_dataset"] == {"cutout_catalogue"}
+    assert found["lens_shards"] == {"processed_dataset"}
+    assert found["cloud_shards"] == {"lens_shards"}
+    for member in members:
+        assert found[member] == {"cloud_shards"}
+    assert members <= found["lens_ensemble"]
+    assert "lens_ensemble" in found["ensemble_evaluation"]
+    assert "ensemble_evaluation" in found["registered_ensemble"]
+
+
+def test_a_members_run_config_has_the_bounds_and_help_of_its_settings() -> None:
+    definitions = make_definitions(Settings.load(archs="resnet18"))
+    job = definitions.resolve_job_def("full_pipeline")
+    good = {"ops": {"checkpoints__resnet18": {"config": {"training": {"epochs": 2}}}}}
+    assert dg.validate_run_config(job, good)
+    for bad in ({"training": {"epoch": 2}}, {"training": {"epochs": "two"}}):
+        config = {"ops": {"checkpoints__resnet18": {"config": bad}}}
+        with pytest.raises(dg.DagsterInvalidConfigError):
+            dg.validate_run_config(job, config)
+
+
+def test_every_asset_says_what_it_is() -> None:
+    definitions = make_definitions(Settings.load(archs="resnet18"))
+    resolved = definitions.resolve_asset_graph()
+    for key in resolved.get_all_asset_keys():
+        node = resolved.get(key)
+        assert node.description, key
+        assert node.code_version, key

@@ -1,0 +1,111 @@
+"""Scoring a catalogue with the registered ensemble, and the aliases."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+from lens_pipeline.cli import main
+
+
+def test_each_row_is_scored_in_its_order_from_any_directory(
+    home: Path, simulated_catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pd.read_parquet(simulated_catalogue).sample(30, random_state=1)
+    table["path"] = [str(simulated_catalogue.parent / path) for path in table["path"]]
+    table.loc[table.index[4], "label"] = None
+    table.loc[table.index[7], "path"] = "missing.npy#0"
+    table.to_parquet(tmp_path / "some.parquet", index=False)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["predict", "--home", str(home), "--catalogue", "some.parquet", "--out"]
+    assert main([*arguments, "scores.parquet"]) == 0
+    scores = pd.read_parquet("scores.parquet")
+    assert scores["id"].tolist() == table["id"].tolist()
+    good = np.arange(30) != 7
+    assert scores.loc[good, "probability"].between(0, 1).all()
+    assert scores.loc[~good, "probability"].isna().all()
+    assert "missing" in scores.loc[7, "reject_reason"]
+    assert {"logit", "std", "entropy", "probability_lastro", "z_lens"} <= set(scores)
+    # A score depends on its cutout alone: in another order, alone, as a CSV, it is the same.
+    table.iloc[::-1][:5].to_parquet(tmp_path / "some.parquet", index=False)
+    assert main([*arguments, "scores.csv"]) == 0
+    again = pd.read_csv("scores.csv")
+    np.testing.assert_allclose(
+        again["logit"], scores["logit"].to_numpy()[::-1][:5], rtol=0, atol=1e-5
+    )
+
+
+def test_the_scores_of_the_run_are_those_of_predict(home: Path, tmp_path: Path) -> None:
+    source = next((home / "catalogue").glob("*/catalogue.parquet"))
+    out = tmp_path / "scores.parquet"
+    assert (
+        main(["predict", "--home", str(home), "--catalogue", str(source), "--out", str(out)]) == 0
+    )
+    report = pd.read_parquet(next((home / "reports").glob("*/scores.parquet")))
+    np.testing.assert_allclose(pd.read_parquet(out)["logit"], report["logit"], rtol=0, atol=1e-4)
+
+
+def test_where_no_cutout_fits_the_model_the_reason_is_told(
+    home: Path, shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = shared_data / "cfhtls_graded" / "catalogue.csv"
+    out = tmp_path / "scores.csv"
+    assert main(["predict", "--home", str(home), "--catalogue", str(real), "--out", str(out)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "composite" in error
+    assert "background_sigma" in error
+    assert len(pd.read_csv(out)) == 218
+
+
+def test_the_champion_is_used_else_the_challenger_and_any_version_by_name(
+    own_home: Path, simulated_catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = MlflowClient(f"sqlite:///{own_home / 'mlflow.db'}")
+    out = str(tmp_path / "scores.csv")
+    arguments = ["--home", str(own_home), "--catalogue", str(simulated_catalogue), "--out", out]
+    # 40 test cutouts pass no gate.
+    assert "champion" not in client.get_registered_model("lens_ensemble").aliases
+    assert main(["predict", *arguments]) == 0
+    captured = capsys.readouterr()
+    assert "no champion: using the challenger, version 1" in captured.err
+    assert main(["promote", "1", "--home", str(own_home)]) == 0
+    assert main(["predict", *arguments]) == 0
+    assert "no champion" not in capsys.readouterr().err
+    assert main(["predict", *arguments, "--model", "models:/lens_ensemble/1"]) == 0
+    assert "models:/lens_ensemble/1" in capsys.readouterr().out
+    for uri, named in [
+        ("models:/lens_ensemble/7", "models:/lens_ensemble/7"),
+        ("/tmp/a/model", "not of this registry"),
+    ]:
+        assert main(["predict", *arguments, "--model", uri]) == 2
+        assert named in capsys.readouterr().err
+    assert main(["promote", "7", "--home", str(own_home)]) == 2
+    assert "has the versions 1" in capsys.readouterr().err
+
+
+def test_the_registered_model_loads_by_alias_in_another_process(home: Path, tmp_path: Path) -> None:
+    """As a user of MLflow alone would, standing anywhere."""
+    program = """
+import mlflow, numpy
+model = mlflow.pyfunc.load_model("models:/lens_ensemble@challenger")
+scores = model.predict(numpy.zeros((4, 3, 32, 32), numpy.float32))
+print(len(scores), *scores.columns)
+"""
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{home / 'mlflow.db'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    members = ["probability_light_transformer", "probability_lastro"]
+    assert done.stdout.split() == ["4", "probability", "logit", "std", "entropy", *members]
