@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
@@ -20,7 +20,16 @@ FAILURE = 1
 INTERRUPTED = 130
 GRACE = 8  # seconds that an interrupted run has for an orderly end
 
-_terminal = logging.StreamHandler()
+
+class _Terminal(logging.StreamHandler[TextIO]):
+    """Messages on what is standard error when they come, which a caller may have redirected."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+_terminal = _Terminal()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -105,7 +114,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _configure_logging(verbose: bool) -> None:
     logger = logging.getLogger("lens_pipeline")
     logger.setLevel(logging.INFO)
-    _terminal.setStream(sys.stderr)
     logger.addHandler(_terminal)
     if not verbose:
         # Set by name, before the libraries configure the loggers above these.

@@ -99,10 +99,9 @@ def test_a_bad_command_line_is_one_line_too(
     arguments: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     home = ["--home", str(tmp_path / "home")] if arguments else []
-    preset = (
-        ["--preset", "tiny"] if arguments[:1] == ["run"] and "--preset" not in arguments else []
-    )
-    assert main([*arguments, *home, *preset]) == 2
+    if arguments and arguments[0] == "run" and "--preset" not in arguments:
+        arguments = [*arguments, "--preset", "tiny"]
+    assert main([*arguments, *home]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
     assert named in line

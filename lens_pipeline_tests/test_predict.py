@@ -43,9 +43,8 @@ def test_each_row_is_scored_in_its_order_from_any_directory(
 def test_the_scores_of_the_run_are_those_of_predict(home: Path, tmp_path: Path) -> None:
     source = next((home / "catalogue").glob("*/catalogue.parquet"))
     out = tmp_path / "scores.parquet"
-    assert (
-        main(["predict", "--home", str(home), "--catalogue", str(source), "--out", str(out)]) == 0
-    )
+    arguments = ["--home", str(home), "--catalogue", str(source), "--out", str(out)]
+    assert main(["predict", *arguments]) == 0
     report = pd.read_parquet(next((home / "reports").glob("*/scores.parquet")))
     np.testing.assert_allclose(pd.read_parquet(out)["logit"], report["logit"], rtol=0, atol=1e-4)
 
