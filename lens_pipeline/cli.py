@@ -97,18 +97,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         return int(options.do(options))
-    except InputError as problem:
-        status, message = BAD_INPUT, str(problem)
-    except KeyboardInterrupt:
-        status, message = INTERRUPTED, "interrupted; the same command goes on where it stopped"
-    except Exception as problem:  # noqa: BLE001  (the last resort of a command line)
-        status, message = FAILURE, f"{type(problem).__name__}: {problem}"
-        if not verbose:
-            message += " (--verbose shows where)"
-    if verbose:
-        logging.getLogger(__name__).exception("the command failed")
+    except (Exception, KeyboardInterrupt) as problem:
+        if verbose:
+            logging.getLogger(__name__).exception("the command failed")
+        status, message = _outcome(problem, verbose)
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+def _outcome(problem: BaseException, verbose: bool) -> tuple[int, str]:
+    """(exit status, what to say) of what ended a command."""
+    if isinstance(problem, InputError):
+        return BAD_INPUT, str(problem)
+    if isinstance(problem, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted; the same command goes on where it stopped"
+    hint = "" if verbose else " (--verbose shows where)"
+    return FAILURE, f"{type(problem).__name__}: {problem}{hint}"
 
 
 def _configure_logging(verbose: bool) -> None:

@@ -68,7 +68,10 @@ class Tracking:
 
     @cached_property
     def client(self) -> "MlflowClient":
-        """The client; MLflow's global URIs are set to the same server."""
+        """The client; MLflow's global URIs are set to the same server.
+
+        Raises InputError where the driver of its database is not installed.
+        """
         import mlflow
 
         uri = self.settings.mlflow_uri
@@ -79,7 +82,13 @@ class Tracking:
         lock = self.settings.home / ".locks" / "mlflow.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(lock):
-            client.search_experiments(max_results=1)
+            try:
+                client.search_experiments(max_results=1)
+            except ModuleNotFoundError as problem:
+                raise InputError(
+                    f"MLFLOW_TRACKING_URI: {masked(uri)} needs the package {problem.name}; for "
+                    "PostgreSQL install lens-pipeline[postgresql]"
+                ) from None
         return client
 
     @cached_property

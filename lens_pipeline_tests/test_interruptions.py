@@ -1,0 +1,123 @@
+"""Killed, interrupted, and run again: nothing half-made is taken for whole, nothing is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("LENS_", "MLFLOW_"))}
+
+
+class Job:
+    """The main job in a process group of its own."""
+
+    def __init__(self, home: Path, *more: str) -> None:
+        command = ["run", "--preset", "tiny", "--home", str(home), *more]
+        self.log = home.with_name(f"{home.name}-{time.time_ns()}.log")
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "import sys; from lens_pipeline.cli import main; sys.exit(main())",
+            ]
+            + command,
+            stdout=self.log.open("wb"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=ENVIRONMENT,
+        )
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, line: str) -> None:
+        """Until it has said so."""
+        begun = time.monotonic()
+        while line not in self.text():
+            assert self.process.poll() is None, f"ended before {line!r}:\n{self.text()}"
+            assert time.monotonic() - begun < 120, f"never said {line!r}:\n{self.text()}"
+            time.sleep(0.02)
+
+    def end(self, how: signal.Signals) -> tuple[int, float]:
+        """Signal the whole group; (exit status, seconds it took)."""
+        begun = time.monotonic()
+        os.killpg(self.process.pid, how)
+        status = self.process.wait(timeout=60)
+        return status, time.monotonic() - begun
+
+
+def finish(home: Path, *more: str) -> dict[str, object]:
+    job = Job(home, *more)
+    assert job.process.wait(timeout=300) == 0, job.text()
+    return json.loads((home / "reports" / "summary.json").read_text())
+
+
+MOMENTS = [
+    "cutout_catalogue ...",
+    "lens_shards ...",
+    "checkpoints/lastro ...",  # holds the only slot of the pool
+    "checkpoints/lastro: made",
+    "registered_ensemble ...",
+]
+
+
+@pytest.mark.slow
+def test_killed_at_five_moments_a_run_completes_with_the_same_result(
+    home: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "home"
+    for moment in MOMENTS:
+        job = Job(mine)
+        job.wait_for(moment)
+        if moment == "checkpoints/lastro ...":
+            partial = mine / "checkpoints" / "lastro"
+            while not list(partial.glob(".partial-*/*")):
+                time.sleep(0.01)  # training, not merely importing
+        status, _ = job.end(signal.SIGKILL)
+        assert status == -signal.SIGKILL
+        for done in mine.glob("*/*/complete.json"):
+            for name, entry in json.loads(done.read_text())["files"].items():
+                assert (done.parent / name).stat().st_size == entry["bytes"]
+    ours = finish(mine)
+    undisturbed = json.loads((home / "reports" / "summary.json").read_text())
+    assert ours["ensemble"] == undisturbed["ensemble"]
+    assert ours["members"] == undisturbed["members"]
+    # What was finished before the last kill was not done again.
+    stages = ours["stages"]
+    assert all(stages[name]["reused"] for name in stages if name != "registered_ensemble")  # type: ignore[index, union-attr]
+    client = MlflowClient(f"sqlite:///{mine / 'mlflow.db'}")
+    assert len(client.search_model_versions("name = 'lens_ensemble'")) == 1
+    assert not [path for path in mine.rglob(".partial-*") if path.is_dir()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_within_ten_seconds_and_the_next_goes_on(
+    how: signal.Signals, tmp_path: Path
+) -> None:
+    mine = tmp_path / "home"
+    job = Job(mine, "--set", "lastro.training.epochs=300")
+    job.wait_for("epoch 2/300")
+    status, seconds = job.end(how)
+    assert status == 130
+    assert seconds < 10
+    assert "error: interrupted" in job.text()
+    summary = finish(mine)
+    assert summary["stages"]["processed_dataset"]["reused"]  # type: ignore[index]
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_make_each_step_once(tmp_path: Path) -> None:
+    mine = tmp_path / "home"
+    jobs = [Job(mine), Job(mine)]
+    for job in jobs:
+        assert job.process.wait(timeout=300) == 0, job.text()
+    for step in ("cutout_catalogue", "checkpoints/lastro", "lens_ensemble", "registered_ensemble"):
+        made = [f"{step}: made" in job.text() for job in jobs]
+        assert made.count(True) == 1, step
