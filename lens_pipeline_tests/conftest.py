@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
+LENS_PIPELINE = str(Path(sys.executable).with_name("lens-pipeline"))  # the installed command
 NO_SKIP = os.environ.get("LENS_NO_SKIP") == "1"
 
 

@@ -4,12 +4,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+
+from lens_pipeline_tests.conftest import LENS_PIPELINE
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("LENS_", "MLFLOW_"))}
 
@@ -18,15 +19,10 @@ class Job:
     """The main job in a process group of its own."""
 
     def __init__(self, home: Path, *more: str) -> None:
-        command = ["run", "--preset", "tiny", "--home", str(home), *more]
+        command = [LENS_PIPELINE, "run", "--preset", "tiny", "--home", str(home), *more]
         self.log = home.with_name(f"{home.name}-{time.time_ns()}.log")
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                "import sys; from lens_pipeline.cli import main; sys.exit(main())",
-            ]
-            + command,
+            command,
             stdout=self.log.open("wb"),
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -5,7 +5,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lens_pipeline.cli import main
+from lens_pipeline_tests.conftest import LENS_PIPELINE
 
 CHROMIUM = shutil.which("chromium")
 POSTGRESQL = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
@@ -32,13 +32,10 @@ def free_port() -> int:
 def pages(own_home: Path, tmp_path: Path) -> Iterator[tuple[str, str]]:
     """Addresses of Dagster and MLflow, served by `lens-pipeline show`."""
     ports = [free_port(), free_port()]
-    program = "import sys; from lens_pipeline.cli import main; sys.exit(main())"
-    arguments = ["show", "--home", str(own_home)]
-    arguments += ["--dagster-port", str(ports[0]), "--mlflow-port", str(ports[1])]
+    command = [LENS_PIPELINE, "show", "--home", str(own_home)]
+    command += ["--dagster-port", str(ports[0]), "--mlflow-port", str(ports[1])]
     with (tmp_path / "show.log").open("wb") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-c", program, *arguments], stdout=log, stderr=subprocess.STDOUT
-        )
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
         begun = time.monotonic()
         for port in ports:
