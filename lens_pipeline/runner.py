@@ -90,7 +90,8 @@ def run_config(settings: Settings, changes: Mapping[str, Any]) -> dict[str, Any]
 def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool = False) -> str:
     """Materialise the whole graph in this process and return the run's id.
 
-    changes: training settings by member, as in `run_config`. What a step raises comes out as it is.
+    changes: training settings by member, as in `run_config`. What a step raises comes out as it is;
+    a signal that Dagster has caught comes out as KeyboardInterrupt.
     """
     definitions = make_definitions(settings)
     config = run_config(settings, changes)
@@ -100,12 +101,15 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
         release_dead_runs(instance)
         run_id = dg._core.utils.make_new_run_id()
         with _naming_the_holder(instance, run_id):
-            definitions.resolve_job_def("full_pipeline").execute_in_process(
-                run_config=config,
-                instance=instance,
-                run_id=run_id,
-                tags={**process_tags(), DEPLOYMENT: settings.deployment},
-            )
+            try:
+                definitions.resolve_job_def("full_pipeline").execute_in_process(
+                    run_config=config,
+                    instance=instance,
+                    run_id=run_id,
+                    tags={**process_tags(), DEPLOYMENT: settings.deployment},
+                )
+            except dg.DagsterExecutionInterruptedError:
+                raise KeyboardInterrupt from None
     return run_id
 
 

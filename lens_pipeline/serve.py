@@ -4,6 +4,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.runner import open_instance
@@ -11,44 +14,90 @@ from lens_pipeline.settings import Settings, masked
 from lens_pipeline.tracking import Tracking
 
 HOST = "127.0.0.1"
+PATIENCE = 5  # seconds that a server has for an orderly end
 
 
-def serve(settings: Settings, dagster_port: int, mlflow_port: int) -> int:
-    """Serve both until one ends or Ctrl-C; prints their addresses. A run may be writing meanwhile.
+@dataclass(frozen=True)
+class Pages:
+    """addresses: {"Dagster": URL, "MLflow": URL}; servers: the processes behind them."""
 
-    Where MLFLOW_TRACKING_URI names a server, that one is printed and none is started. Raises
-    InputError where a port is taken.
+    addresses: dict[str, str]
+    servers: tuple["subprocess.Popen[bytes]", ...]
+
+    def alive(self) -> bool:
+        return all(server.poll() is None for server in self.servers)
+
+
+@contextmanager
+def pages(settings: Settings, dagster_port: int, mlflow_port: int) -> Iterator[Pages]:
+    """Both pages, once they answer, and Dagster's daemon; all are ended on leaving.
+
+    A run may be writing meanwhile. Where MLFLOW_TRACKING_URI names a server, its address is given
+    and none is started. Raises InputError where a port is taken, RuntimeError where a server ends
+    before it answers.
     """
-    for option, port in (("--dagster-port", dagster_port), ("--mlflow-port", mlflow_port)):
-        with socket.socket() as probe:
-            if probe.connect_ex((HOST, port)) == 0:
-                raise InputError(f"{option} {port}: is in use; name another")
+    addresses = {"Dagster": f"http://{HOST}:{dagster_port}"}
+    ports = {"--dagster-port": dagster_port}
+    if settings.mlflow_uri.startswith("http"):
+        addresses["MLflow"] = masked(settings.mlflow_uri)
+    else:
+        addresses["MLflow"] = f"http://{HOST}:{mlflow_port}"
+        ports["--mlflow-port"] = mlflow_port
+    for option, port in ports.items():
+        if _answers(port):
+            raise InputError(f"{option} {port}: is in use; name another")
     with open_instance(settings):
         pass
     assert Tracking(settings).experiment_id  # creates the database before two servers would
-    workspace = ["-m", "lens_pipeline.definitions"]
-    dagster = [sys.executable, "-m", "dagster_webserver", *workspace, "-h", HOST]
-    commands = [
-        [*dagster, "-p", str(dagster_port)],
-        [sys.executable, "-m", "dagster._daemon", "run", *workspace],
-    ]
-    print(f"Dagster  http://{HOST}:{dagster_port}", flush=True)
-    if settings.mlflow_uri.startswith("http"):
-        print(f"MLflow   {masked(settings.mlflow_uri)}", flush=True)
-    else:
-        mlflow = [sys.executable, "-m", "mlflow", "server", "--host", HOST]
-        store = ["--backend-store-uri", settings.mlflow_uri]
-        commands.append([*mlflow, "--port", str(mlflow_port), *store])
-        print(f"MLflow   http://{HOST}:{mlflow_port}", flush=True)
-    servers = [subprocess.Popen(command) for command in commands]
+    commands = _commands(settings, dagster_port, mlflow_port if len(ports) == 2 else None)
+    servers = tuple(subprocess.Popen([sys.executable, "-m", *command]) for command in commands)
+    found = Pages(addresses, servers)
     try:
-        while all(server.poll() is None for server in servers):
-            time.sleep(0.5)
-    except KeyboardInterrupt:
-        return 0
+        while not all(_answers(port) for port in ports.values()):
+            if not found.alive():
+                raise RuntimeError("a server has ended before it answered; see its messages above")
+            time.sleep(0.2)
+        yield found
     finally:
         for server in servers:
             server.terminate()
         for server in servers:
-            server.wait()
+            try:
+                server.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+def _commands(
+    settings: Settings, dagster_port: int, mlflow_port: int | None
+) -> list[Sequence[str]]:
+    workspace = ("-m", "lens_pipeline.definitions")
+    quiet = ("--log-level", "warning")
+    commands: list[Sequence[str]] = [
+        ("dagster_webserver", *workspace, "-h", HOST, "-p", str(dagster_port))
+        + ("--dagster-log-level", "warning"),
+        ("dagster._daemon", "run", *workspace, *quiet),
+    ]
+    if mlflow_port is not None:
+        store = ("--backend-store-uri", settings.mlflow_uri)
+        commands.append(("mlflow", "server", "--host", HOST, "--port", str(mlflow_port), *store))
+    return commands
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) == 0
+
+
+def serve(settings: Settings, dagster_port: int, mlflow_port: int) -> int:
+    """Serve `pages` until one ends or Ctrl-C; prints their addresses once they answer."""
+    try:
+        with pages(settings, dagster_port, mlflow_port) as found:
+            for name, address in found.addresses.items():
+                print(f"{name:8} {address}", flush=True)
+            print("Ctrl-C ends both.", flush=True)
+            while found.alive():
+                time.sleep(0.5)
+    except KeyboardInterrupt:
+        return 0
     return 1

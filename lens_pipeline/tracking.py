@@ -153,6 +153,10 @@ class Tracking:
 
     # The registry
 
+    def registry_lock(self) -> filelock.BaseFileLock:
+        """One process of this home at a time looks for a version, registers one, moves aliases."""
+        return filelock.FileLock(self.settings.home / ".locks" / "registry.lock")
+
     def versions(self) -> list["ModelVersion"]:
         """Every version of the registered model, newest first; none where there is no model."""
         found = self.client.search_model_versions(f"name = '{MODEL}'")

@@ -55,20 +55,20 @@ def registered_ensemble(context: dg.AssetExecutionContext, lens: LensHome) -> dg
     evaluation = read_evaluation(folder)
     # The same members in the same fusion are the same model, whatever made them again.
     key = digest([MODEL, ensemble.content])[:32]
-    version = tracking.find_version(key)
-    reused = version is not None
-    if version is None:
-        version = _register(
-            tracking, key, ensemble.folder, evaluation.metrics, dataset_version, context.run_id
-        )
-    number = str(version.version)
-    challenger = tracking.aliased(CHALLENGER)
-    if challenger is None or int(challenger.version) < int(number):
-        tracking.set_alias(CHALLENGER, number)
     decision = evaluation.gate(settings.gate)
-    champion = tracking.aliased(CHAMPION)
-    if decision.passed and champion is None:
-        tracking.set_alias(CHAMPION, number)
+    with tracking.registry_lock():
+        version = tracking.find_version(key)
+        reused = version is not None
+        if version is None:
+            version = _register(
+                tracking, key, ensemble.folder, evaluation.metrics, dataset_version, context.run_id
+            )
+        number = str(version.version)
+        challenger = tracking.aliased(CHALLENGER)
+        if challenger is None or int(challenger.version) < int(number):
+            tracking.set_alias(CHALLENGER, number)
+        if decision.passed and tracking.aliased(CHAMPION) is None:
+            tracking.set_alias(CHAMPION, number)
     aliases = tracking.aliases(number)
     seconds = time.perf_counter() - begun
     log.info("registered_ensemble: %s in %.1f s", "reused" if reused else "made", seconds)
