@@ -44,3 +44,7 @@ lint: install  ## style, types, and which floor may import which
 bench: install  ## the benchmarks, one after another
 	@set -e; for file in benchmarks/[a-z]*.py; do \
 	  $(BIN)/python -m benchmarks.$$(basename $$file .py); done
+
+.PHONY: pictures
+pictures: install  ## the README's pictures, from the home of the last run
+	$(BIN)/python -m docs.pictures

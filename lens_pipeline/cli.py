@@ -147,7 +147,10 @@ def _interruptible() -> Iterator[None]:
                 os._exit(INTERRUPTED)
         os.close(reader)
 
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    def interrupt(*_: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=watch, daemon=True).start()
     try:
@@ -292,4 +295,5 @@ def _show(options: argparse.Namespace) -> int:
     settings.export()
     from lens_pipeline.serve import serve
 
-    return serve(settings, options.dagster_port, options.mlflow_port)
+    with _interruptible():
+        return serve(settings, options.dagster_port, options.mlflow_port)

@@ -1,5 +1,6 @@
 """Dagster's and MLflow's pages on one home."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.runner import open_instance
@@ -14,7 +16,9 @@ from lens_pipeline.settings import Settings, masked
 from lens_pipeline.tracking import Tracking
 
 HOST = "127.0.0.1"
-PATIENCE = 5  # seconds that a server has for an orderly end
+# No workers for MLflow's evaluation jobs, and no libraries' warnings on the terminal.
+QUIET = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PYTHONWARNINGS": "ignore"}
+PATIENCE = 6  # seconds that the servers have for an orderly end
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,10 @@ def pages(settings: Settings, dagster_port: int, mlflow_port: int) -> Iterator[P
         pass
     assert Tracking(settings).experiment_id  # creates the database before two servers would
     commands = _commands(settings, dagster_port, mlflow_port if len(ports) == 2 else None)
-    servers = tuple(subprocess.Popen([sys.executable, "-m", *command]) for command in commands)
+    environment = os.environ | QUIET
+    servers = tuple(
+        subprocess.Popen([sys.executable, "-m", *command], env=environment) for command in commands
+    )
     found = Pages(addresses, servers)
     try:
         while not all(_answers(port) for port in ports.values()):
@@ -61,9 +68,10 @@ def pages(settings: Settings, dagster_port: int, mlflow_port: int) -> Iterator[P
     finally:
         for server in servers:
             server.terminate()
+        deadline = time.monotonic() + PATIENCE
         for server in servers:
             try:
-                server.wait(PATIENCE)
+                server.wait(max(0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 server.kill()
 
@@ -71,16 +79,17 @@ def pages(settings: Settings, dagster_port: int, mlflow_port: int) -> Iterator[P
 def _commands(
     settings: Settings, dagster_port: int, mlflow_port: int | None
 ) -> list[Sequence[str]]:
-    workspace = ("-m", "lens_pipeline.definitions")
-    quiet = ("--log-level", "warning")
+    workspace = Path(__file__).with_name("workspace.yaml")
+    definitions = ("-w", str(workspace), "--code-server-log-level", "warning")
     commands: list[Sequence[str]] = [
-        ("dagster_webserver", *workspace, "-h", HOST, "-p", str(dagster_port))
-        + ("--dagster-log-level", "warning"),
-        ("dagster._daemon", "run", *workspace, *quiet),
+        ("dagster_webserver", *definitions, "-h", HOST, "-p", str(dagster_port)),
+        ("dagster._daemon", "run", *definitions),
     ]
     if mlflow_port is not None:
+        address = ("--host", HOST, "--port", str(mlflow_port), "--workers", "1")
+        quiet = ("--uvicorn-opts", "--log-level warning")
         store = ("--backend-store-uri", settings.mlflow_uri)
-        commands.append(("mlflow", "server", "--host", HOST, "--port", str(mlflow_port), *store))
+        commands.append(("mlflow", "server", *address, *quiet, *store))
     return commands
 
 

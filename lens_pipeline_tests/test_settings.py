@@ -71,3 +71,15 @@ def test_export_hands_everything_on(tmp_path: Path) -> None:
 def test_passwords_are_masked() -> None:
     assert masked("postgresql://lens:s3cret@db:5432/x") == "postgresql://lens:***@db:5432/x"
     assert masked("sqlite:////tmp/mlflow.db") == "sqlite:////tmp/mlflow.db"
+
+
+def test_the_readme_lists_every_setting_with_its_help() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    rows = {
+        cells[1].strip().strip("`"): cells[-2].strip()
+        for cells in (line.split("|") for line in readme.splitlines() if line.startswith("| `"))
+        if len(cells) == 5
+    }
+    for name, field in Settings.model_fields.items():
+        variable = field.validation_alias or f"LENS_{name.upper()}"
+        assert rows.get(str(variable)) == field.description, variable

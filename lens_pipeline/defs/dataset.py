@@ -104,18 +104,18 @@ def cutout_catalogue(lens: LensHome) -> dg.MaterializeResult:
     )
 
 
-def contact_sheet_png(dataset: "Dataset") -> bytes:
+def contact_sheet_jpeg(dataset: "Dataset") -> bytes:
     """The first training cutouts: two rows of lenses over two rows of non-lenses."""
     import numpy as np
     import pandas as pd
 
-    from lens_pipeline.evaluation.plots import contact_sheet, png_bytes
+    from lens_pipeline.evaluation.plots import contact_sheet, jpeg_bytes
 
     table = dataset.table("train").reset_index(drop=True)
     rows = pd.concat([table[table["label"] == label].head(16) for label in (1, 0)])
     names = rows["kind"] if "kind" in rows else rows["label"].map({1: "lens", 0: "non-lens"})
     images = np.asarray(dataset.images("train")[rows.index])
-    return png_bytes(contact_sheet(images, names.tolist(), dataset.format.units))
+    return jpeg_bytes(contact_sheet(images, names.tolist(), dataset.format.units))
 
 
 @dg.asset(
@@ -168,7 +168,7 @@ def processed_dataset(context: dg.AssetExecutionContext, lens: LensHome) -> dg.M
 
     def build(out: Path) -> None:
         dataset = build_dataset(catalogue, out, options=settings.storage_options, **recipe.settings)
-        (out / "cutouts.png").write_bytes(contact_sheet_png(dataset))
+        (out / "cutouts.jpg").write_bytes(contact_sheet_jpeg(dataset))
 
     step = run_stage(DATASET, recipe, settings.home / "dataset", build, settings)
     dataset = open_dataset(step.folder)
@@ -178,7 +178,7 @@ def processed_dataset(context: dg.AssetExecutionContext, lens: LensHome) -> dg.M
     return result(
         step,
         {
-            "cutouts": picture(step.folder / "cutouts.png"),
+            "cutouts": picture(step.folder / "cutouts.jpg"),
             "splits": dg.MetadataValue.json(dataset.facts["splits"]),
             "bands": ", ".join(dataset.format.bands),
             "units": dataset.format.units,

@@ -33,25 +33,25 @@ def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
 
     @dg.asset(
         key=ENSEMBLE,
-        deps=[*keys.values(), DATASET, CLOUD],
+        deps=[*keys.values(), CLOUD],
         group_name="ensemble",
         kinds={"pytorch"},
         code_version=code_version(SYSTEM),
     )
     def lens_ensemble(context: dg.AssetExecutionContext, lens: LensHome) -> dg.MaterializeResult:
         """The members, the calibration of each and of their fusion, in one folder."""
-        from lens_pipeline.catalogue.dataset import open_dataset
+        from lens_pipeline.catalogue.dataset import CutoutFormat
+        from lens_pipeline.shards.manifest import read_manifest
         from lens_pipeline.training.member import TrainedMember
 
         upstream = {name: made(context, key) for name, key in keys.items()}
-        dataset = made(context, DATASET)
-        version = made(context, CLOUD).content
+        shards = made(context, CLOUD)
         recipe = Recipe(
             stage="lens_ensemble",
             modules=(SYSTEM,),
             libraries=("torch", "numpy", "scipy"),
             inputs={name: part.content for name, part in upstream.items()},
-            settings={"dataset_version": version},
+            settings={"dataset_version": shards.content},
         )
 
         def build(out: Path) -> None:
@@ -59,9 +59,11 @@ def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
 
             trained = {name: TrainedMember(part.folder) for name, part in upstream.items()}
             parts = {name: (t.checkpoint, t.val_scores) for name, t in trained.items()}
-            form = open_dataset(dataset.folder).format
+            manifest = read_manifest(shards.location, lens.settings.storage_options)
+            form = CutoutFormat.from_dict(manifest.format)
             steps = {name: part.folder.name for name, part in upstream.items()}
-            assemble(parts, form, out, {"dataset_version": version, "member_steps": steps})
+            facts = {"dataset_version": manifest.dataset_version, "member_steps": steps}
+            assemble(parts, form, out, facts)
 
         step = run_stage(ENSEMBLE, recipe, lens.settings.home / "ensemble", build, lens.settings)
         description = json.loads((step.folder / "ensemble.json").read_text())

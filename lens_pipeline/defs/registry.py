@@ -1,13 +1,13 @@
 """The registry: `registered_ensemble`, and the summary that closes a run."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.stages import (
-    CLOUD,
     ENSEMBLE,
     EVALUATION,
     REGISTERED,
@@ -32,7 +32,7 @@ PYFUNC = "lens_pipeline.ensemble.pyfunc_model"
 
 @dg.asset(
     key=REGISTERED,
-    deps=[EVALUATION, ENSEMBLE, CLOUD],
+    deps=[EVALUATION, ENSEMBLE],
     group_name="ensemble",
     kinds={"mlflow"},
     code_version=code_version(PYFUNC),
@@ -51,7 +51,7 @@ def registered_ensemble(context: dg.AssetExecutionContext, lens: LensHome) -> dg
     log.info("registered_ensemble ...")
     settings, tracking = lens.settings, lens.tracking
     ensemble, folder = made(context, ENSEMBLE), made(context, EVALUATION).folder
-    dataset_version = made(context, CLOUD).content
+    facts = json.loads((ensemble.folder / "ensemble.json").read_text())
     evaluation = read_evaluation(folder)
     # The same members in the same fusion are the same model, whatever made them again.
     key = digest([MODEL, ensemble.content])[:32]
@@ -61,7 +61,7 @@ def registered_ensemble(context: dg.AssetExecutionContext, lens: LensHome) -> dg
         reused = version is not None
         if version is None:
             version = _register(
-                tracking, key, ensemble.folder, evaluation.metrics, dataset_version, context.run_id
+                tracking, key, ensemble.folder, facts, evaluation.metrics, context.run_id
             )
         number = str(version.version)
         challenger = tracking.aliased(CHALLENGER)
@@ -77,7 +77,7 @@ def registered_ensemble(context: dg.AssetExecutionContext, lens: LensHome) -> dg
     }
     summary = {
         "schema": 1,
-        "dataset_version": dataset_version,
+        "dataset_version": facts["dataset_version"],
         "members": {n: m for n, m in evaluation.metrics.items() if n != "ensemble"},
         "ensemble": evaluation.metrics["ensemble"],
         "model": {"name": MODEL, "version": number, "aliases": aliases},
@@ -104,13 +104,12 @@ def registered_ensemble(context: dg.AssetExecutionContext, lens: LensHome) -> dg
 def _register(
     tracking: Tracking,
     key: str,
-    folder: Any,
+    folder: Path,
+    facts: dict[str, Any],
     metrics: dict[str, Any],
-    dataset_version: str,
     dagster_run: str,
 ) -> Any:
-    facts = json.loads((folder / "ensemble.json").read_text())
-    steps = facts["member_steps"]
+    steps, dataset_version = facts["member_steps"], facts["dataset_version"]
     runs = {name: tracking.find_run(step) for name, step in steps.items()}
     member_runs = {name: run.info.run_id for name, run in runs.items() if run is not None}
     run_id = tracking.start_run(

@@ -103,8 +103,10 @@ def result(
 
 
 def picture(path: Path) -> dg.MetadataValue:
-    """A PNG file as metadata that the UI shows in place."""
+    """A PNG or JPEG file as metadata that the UI shows in place."""
     import base64
+    import mimetypes
 
     encoded = base64.b64encode(path.read_bytes()).decode()
-    return dg.MetadataValue.md(f"![{path.stem}](data:image/png;base64,{encoded})")
+    kind, _ = mimetypes.guess_type(path.name)
+    return dg.MetadataValue.md(f"![{path.stem}](data:{kind};base64,{encoded})")

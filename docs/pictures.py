@@ -1,0 +1,49 @@
+"""Make the README's pictures from a home that a run has filled: `python -m docs.pictures`.
+
+Needs Chromium and the development dependencies.
+"""
+
+import shutil
+from pathlib import Path
+from urllib.parse import quote
+
+from playwright.sync_api import sync_playwright
+
+from lens_pipeline.serve import pages
+from lens_pipeline.settings import Settings
+
+FOLDER = Path(__file__).with_name("pictures")
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+GROUPS = ("data", "training", "ensemble")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+
+
+def contact_sheet(settings: Settings) -> None:
+    """The newest dataset's contact sheet."""
+    found = settings.home.glob("dataset/*/cutouts.jpg")
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    shutil.copyfile(newest, FOLDER / "cutouts.jpg")
+
+
+def asset_graph(address: str) -> None:
+    """The whole graph, every group open, as Dagster's lineage page shows it."""
+    browser_path = next(filter(None, map(shutil.which, CHROMIUM)))
+    groups = ",".join(f"global@global:{name}" for name in GROUPS)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1750, "height": 640})
+        page.goto(f"{address}/asset-groups/?expanded={quote(groups)}")
+        page.get_by_text("cutout_catalogue").first.wait_for(timeout=60_000)
+        page.get_by_text("Hide navigation").click()
+        page.wait_for_timeout(3000)  # it moves into place
+        page.screenshot(path=FOLDER / "asset_graph.png")
+        browser.close()
+
+
+if __name__ == "__main__":
+    settings = Settings.load()
+    settings.export()
+    FOLDER.mkdir(exist_ok=True)
+    contact_sheet(settings)
+    with pages(settings, 3000, 5000) as served:
+        asset_graph(served.addresses["Dagster"])
