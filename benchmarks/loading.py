@@ -24,7 +24,7 @@ def measure() -> tuple[list[Row], list[Target]]:
     for _ in range(REPEATS):
         for module in MODULES:
             times[module].append(seconds(module))
-    rows = [
+    rows: list[Row] = [
         {"import": m, "median s": statistics.median(t), "min s": min(t), "max s": max(t)}
         for m, t in times.items()
     ]

@@ -20,7 +20,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 def contact_sheet(settings: Settings) -> None:
     """The newest dataset's contact sheet."""
-    found = settings.home.glob("dataset/*/cutouts.jpg")
+    found = settings.home.glob("pictures/*/cutouts.jpg")
     newest = max(found, key=lambda path: path.stat().st_mtime)
     shutil.copyfile(newest, FOLDER / "cutouts.jpg")
 

@@ -7,7 +7,9 @@ import dagster as dg
 import pytest
 
 from lens_pipeline.definitions import make_definitions
+from lens_pipeline.defs import checkpoints, dataset, ensemble, shards
 from lens_pipeline.settings import Settings
+from lens_pipeline.steps import source_hashes
 
 HEAVY = [
     *("torch", "pytorch_lightning", "mlflow", "pandas", "astropy", "matplotlib", "skimage"),
@@ -80,3 +82,10 @@ def test_every_asset_says_what_it_is() -> None:
         node = resolved.get(key)
         assert node.description, key
         assert node.code_version, key
+
+
+def test_a_change_of_a_plot_makes_no_data_and_no_network_again() -> None:
+    plots = "lens_pipeline.evaluation.plots"
+    assert plots in source_hashes(["lens_pipeline.ensemble.evaluate"])
+    for stage in (dataset.BUILD, shards.WRITER, checkpoints.TRAIN, ensemble.SYSTEM):
+        assert plots not in source_hashes([stage])

@@ -38,21 +38,16 @@ def pages(own_home: Path, tmp_path: Path) -> Iterator[tuple[str, str]]:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
         begun = time.monotonic()
-        for port in ports:
-            while True:
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                said = (tmp_path / "show.log").read_text()
-                assert server.poll() is None, said
-                assert time.monotonic() - begun < 120, said
-                time.sleep(0.2)
+        while "Ctrl-C" not in (said := (tmp_path / "show.log").read_text()):
+            assert server.poll() is None, said
+            assert time.monotonic() - begun < 120, said
+            time.sleep(0.2)
         dagster, mlflow = (f"http://127.0.0.1:{port}" for port in ports)
-        assert dagster in (tmp_path / "show.log").read_text()
-        assert mlflow in (tmp_path / "show.log").read_text()
+        assert f"Dagster  {dagster}" in said
+        assert f"MLflow   {mlflow}" in said
         yield dagster, mlflow
     finally:
-        server.send_signal(signal.SIGINT)
+        server.send_signal(signal.SIGTERM)
         assert server.wait(timeout=30) == 0
 
 

@@ -13,6 +13,7 @@ from lens_pipeline.defs.stages import (
     Made,
     checkpoint_key,
     code_version,
+    drawn,
     made,
     picture,
     result,
@@ -90,7 +91,8 @@ def checkpoint_asset(member: Member, defaults: TrainConfig) -> dg.AssetsDefiniti
         root = settings.home / "checkpoints" / member.name
         step = run_stage(key, recipe, root, build, settings)
         trained = _trained(step)
-        run_id = _record(lens.tracking, member, step, trained, upstream, context.run_id)
+        curves = drawn("curves.png", step, lambda: draw_curves(trained), settings)
+        run_id = _record(lens.tracking, member, step, trained, curves, upstream, context.run_id)
         from lens_pipeline.evaluation.metrics import lens_metrics
 
         scores = trained.val_scores
@@ -99,7 +101,7 @@ def checkpoint_asset(member: Member, defaults: TrainConfig) -> dg.AssetsDefiniti
         return result(
             step,
             {
-                "learning curves": picture(step.folder / "curves.png"),
+                "learning curves": picture(curves),
                 "validation AUROC": auroc["value"],
                 **{f"last {name}": float(v) for name, v in last.items() if "/" in str(name)},
                 "MLflow run": run_id,
@@ -127,6 +129,12 @@ def _trained(step: Step) -> "TrainedMember":
     from lens_pipeline.training.member import TrainedMember
 
     return TrainedMember(step.folder)
+
+
+def draw_curves(trained: "TrainedMember") -> bytes:
+    from lens_pipeline.evaluation.plots import learning_curves_figure, png_bytes
+
+    return png_bytes(learning_curves_figure(trained.curves))
 
 
 def _train(
@@ -175,6 +183,7 @@ def _record(
     member: Member,
     step: Step,
     trained: "TrainedMember",
+    picture: Path,
     upstream: Made,
     dagster_run: str,
 ) -> str:
@@ -186,7 +195,7 @@ def _record(
         run_id,
         trained.config.model_dump(),
         curves=trained.curves,
-        artifacts=(trained.folder / "curves.png", trained.folder / "settings.yaml"),
+        artifacts=(picture, trained.folder / "settings.yaml"),
     )
     return run_id
 

@@ -13,6 +13,7 @@ from lens_pipeline.defs.stages import (
     DATASET,
     Made,
     code_version,
+    drawn,
     made,
     picture,
     result,
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 SIMULATION = "lens_pipeline.simulation.simulate"
 TABLE = "lens_pipeline.catalogue.table"
 BUILD = "lens_pipeline.catalogue.dataset"
-PLOTS = "lens_pipeline.evaluation.plots"
 
 
 def catalogue_recipe(settings: Settings) -> Recipe:
@@ -104,18 +104,11 @@ def cutout_catalogue(lens: LensHome) -> dg.MaterializeResult:
     )
 
 
-def contact_sheet_jpeg(dataset: "Dataset") -> bytes:
-    """The first training cutouts: two rows of lenses over two rows of non-lenses."""
-    import numpy as np
-    import pandas as pd
+def draw_training_cutouts(dataset: "Dataset") -> bytes:
+    from lens_pipeline.evaluation.plots import first_cutouts_sheet, jpeg_bytes
 
-    from lens_pipeline.evaluation.plots import contact_sheet, jpeg_bytes
-
-    table = dataset.table("train").reset_index(drop=True)
-    rows = pd.concat([table[table["label"] == label].head(16) for label in (1, 0)])
-    names = rows["kind"] if "kind" in rows else rows["label"].map({1: "lens", 0: "non-lens"})
-    images = np.asarray(dataset.images("train")[rows.index])
-    return jpeg_bytes(contact_sheet(images, names.tolist(), dataset.format.units))
+    images, table = dataset.images("train"), dataset.table("train")
+    return jpeg_bytes(first_cutouts_sheet(images, table, dataset.format.units))
 
 
 @dg.asset(
@@ -155,7 +148,7 @@ def processed_dataset(context: dg.AssetExecutionContext, lens: LensHome) -> dg.M
         inputs["images"] = files_fingerprint(catalogue.references, settings.storage_options)
     recipe = Recipe(
         stage="processed_dataset",
-        modules=(BUILD, PLOTS),
+        modules=(BUILD,),
         libraries=("numpy", "pandas", "pyarrow", "astropy", "pillow"),
         inputs=inputs,
         settings={
@@ -167,18 +160,18 @@ def processed_dataset(context: dg.AssetExecutionContext, lens: LensHome) -> dg.M
     )
 
     def build(out: Path) -> None:
-        dataset = build_dataset(catalogue, out, options=settings.storage_options, **recipe.settings)
-        (out / "cutouts.jpg").write_bytes(contact_sheet_jpeg(dataset))
+        build_dataset(catalogue, out, options=settings.storage_options, **recipe.settings)
 
     step = run_stage(DATASET, recipe, settings.home / "dataset", build, settings)
     dataset = open_dataset(step.folder)
+    sheet = drawn("cutouts.jpg", step, lambda: draw_training_cutouts(dataset), settings)
     torn = dataset.groups_in_two_splits()
     fraction = dataset.facts["n_rejects"] / dataset.facts["n_rows"]
     rejects = dataset.rejects()
     return result(
         step,
         {
-            "cutouts": picture(step.folder / "cutouts.jpg"),
+            "cutouts": picture(sheet),
             "splits": dg.MetadataValue.json(dataset.facts["splits"]),
             "bands": ", ".join(dataset.format.bands),
             "units": dataset.format.units,

@@ -102,6 +102,22 @@ def result(
     )
 
 
+def drawn(name: str, of: Step, draw: Callable[[], bytes], settings: Settings) -> Path:
+    """The PNG or JPEG file `name`, drawn from what a step made by a function of `plots`.
+
+    It is a step of its own: with another colour it is drawn again, and no network trained again.
+    """
+    recipe = Recipe(
+        stage=f"picture/{name}",
+        modules=("lens_pipeline.evaluation.plots",),
+        libraries=("matplotlib",),
+        inputs={"step": of.content},
+    )
+    root = settings.home / "pictures"
+    step = run_step(recipe, root, lambda out: (out / name).write_bytes(draw()))
+    return step.folder / name
+
+
 def picture(path: Path) -> dg.MetadataValue:
     """A PNG or JPEG file as metadata that the UI shows in place."""
     import base64

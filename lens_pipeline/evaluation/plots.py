@@ -205,3 +205,14 @@ def contact_sheet(
     if title:
         figure.suptitle(title, fontsize=11)
     return figure
+
+
+def first_cutouts_sheet(images: NDArray[np.floating], table: pd.DataFrame, units: str) -> Figure:
+    """The first cutouts of a split: two rows of lenses over two rows of non-lenses.
+
+    images: (n, bands, height, width); table: their `label` and, where it is there, `kind`.
+    """
+    table = table.reset_index(drop=True)
+    rows = pd.concat([table[table["label"] == label].head(16) for label in (1, 0)])
+    names = rows["kind"] if "kind" in rows else rows["label"].map({1: "lens", 0: "non-lens"})
+    return contact_sheet(np.asarray(images[rows.index]), names.tolist(), units)

@@ -11,7 +11,6 @@ from lens_pipeline.training.config import TrainConfig
 BEST = "best.ckpt"
 LAST = "last.ckpt"
 CURVES = "curves.csv"
-PICTURE = "curves.png"
 SETTINGS = "settings.yaml"
 SCORES = "val_scores.parquet"
 

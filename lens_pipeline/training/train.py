@@ -17,7 +17,6 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger
 
 from lens_pipeline.ensemble.uncertainty import member_logits
-from lens_pipeline.evaluation.plots import learning_curves_figure, png_bytes
 from lens_pipeline.models.system import LitLensSystem, load_system
 from lens_pipeline.shards.datamodule import LensDataModule
 from lens_pipeline.training.config import TrainConfig
@@ -25,7 +24,6 @@ from lens_pipeline.training.member import (
     BEST,
     CURVES,
     LAST,
-    PICTURE,
     SCORES,
     SETTINGS,
     TrainedMember,
@@ -120,7 +118,6 @@ def _finish(config: TrainConfig, data: LensDataModule, out: Path) -> TrainedMemb
     curves = steps.drop(columns="step").groupby("epoch").first().reset_index()
     curves.to_csv(out / CURVES, index=False)
     shutil.rmtree(out / "csv")
-    (out / PICTURE).write_bytes(png_bytes(learning_curves_figure(curves)))
     split = data.shards.split("val")
     system = load_system(out / BEST)
     logits = [
