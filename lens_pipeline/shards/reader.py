@@ -5,6 +5,7 @@ mapped kills the process.
 """
 
 import mmap
+import os
 import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.dataset import CutoutFormat
 from lens_pipeline.errors import InputError
+from lens_pipeline.shards.encoding import Encoding
 from lens_pipeline.shards.manifest import (
     INDEX,
     MANIFEST,
@@ -37,11 +39,14 @@ _verified: set[tuple[int, ...]] = set()  # files whose sha256 has been checked b
 class ShardSplit:
     """The cutouts of one split, in the order of the dataset.
 
-    index: one row a cutout: id, label, shard, offset and bytes of its pixels, dtype, shape.
+    index: one row a cutout: id, label, shard, offset and bytes of its pixels; shape: (bands,
+    height, width) of each.
     """
 
     folder: Path
     index: pd.DataFrame
+    encoding: Encoding
+    shape: tuple[int, int, int]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -57,7 +62,8 @@ class ShardSplit:
 
     @cached_property
     def _maps(self) -> list[NDArray[np.uint8]]:
-        return [_mapped(self.folder / name) for name in self.index["shard"].unique()]
+        end = (self.index["offset"] + self.index["bytes"]).groupby(self.index["shard"]).max()
+        return [_mapped(self.folder / name, end[name]) for name in self.index["shard"].unique()]
 
     @cached_property
     def _places(self) -> tuple[list[int], list[int]]:
@@ -65,20 +71,27 @@ class ShardSplit:
         shard, _ = pd.factorize(self.index["shard"])
         return shard.tolist(), self.index["offset"].tolist()
 
-    @cached_property
-    def _layout(self) -> tuple[np.dtype[Any], tuple[int, ...]]:
-        first = self.index.iloc[0]
-        return np.dtype(first["dtype"]), tuple(first["shape"])
-
     def gather(self, indices: NDArray[np.integer] | list[int]) -> NDArray[np.floating]:
-        """The cutouts (n, bands, height, width) at these places of the split, as stored."""
-        dtype, shape = self._layout
+        """The cutouts (n, bands, height, width) at these places of the split.
+
+        As they are stored, float16 or float32; pictures are decoded to float32.
+        """
         maps, (shard, offset) = self._maps, self._places
-        out = np.empty((len(indices), *shape), dtype)
+        if not self.encoding.is_raw:
+            size = self.index["bytes"].to_numpy()
+            return np.stack(
+                [
+                    self.encoding.decode(
+                        maps[shard[i]][offset[i] : offset[i] + size[i]].tobytes(), self.shape
+                    )
+                    for i in indices
+                ]
+            )
+        out = np.empty((len(indices), *self.shape), self.encoding.dtype)
         flat = out.view(np.uint8).reshape(len(out), -1)
-        for row, index in enumerate(indices):
-            start = offset[index]
-            flat[row] = maps[shard[index]][start : start + flat.shape[1]]
+        for row, i in enumerate(indices):
+            start = offset[i]
+            flat[row] = maps[shard[i]][start : start + flat.shape[1]]
         return out
 
 
@@ -93,16 +106,41 @@ class Shards:
     def format(self) -> CutoutFormat:
         return CutoutFormat.from_dict(self.manifest.format)
 
+    @property
+    def encoding(self) -> Encoding:
+        return Encoding(units=self.format.units, **self.manifest.encoding)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(bands, height, width) of a cutout."""
+        return len(self.format.bands), self.format.image_size, self.format.image_size
+
     @cached_property
     def _index(self) -> pd.DataFrame:
         index = pd.read_parquet(self.folder / INDEX)
-        _check_index(index, self.manifest, self.folder / INDEX)
+        self._check_index(index)
         return index
 
     def split(self, name: str) -> ShardSplit:
         """`train`, `val`, `test` or `unlabelled`."""
         rows = self._index[self._index["split"] == name]
-        return ShardSplit(self.folder, rows.reset_index(drop=True))
+        return ShardSplit(self.folder, rows.reset_index(drop=True), self.encoding, self.shape)
+
+    def _check_index(self, index: pd.DataFrame) -> None:
+        """Raises InputError where the index does not fit the shards that it points into."""
+        encoding = self.encoding
+        n_bytes = int(np.prod(self.shape)) * encoding.dtype.itemsize
+        size = index["shard"].map({shard.name: shard.bytes for shard in self.manifest.shards})
+        alike = (index["dtype"] == encoding.dtype.str) & (index["bytes"] > 0)
+        alike &= index["shape"].map(lambda found: tuple(found) == self.shape)
+        if encoding.is_raw:
+            alike &= index["bytes"] == n_bytes
+        inside = (index["offset"] >= 0) & (index["offset"] + index["bytes"] <= size)
+        counts = index["shard"].value_counts()
+        complete = all(counts.get(s.name, 0) == s.samples for s in self.manifest.shards)
+        if not complete or not (alike & inside).all():
+            path = self.folder / INDEX
+            raise InputError(f"{path}: does not fit the shards of its manifest; write them again")
 
 
 def open_shards(
@@ -158,24 +196,11 @@ def _check(path: Path, listed: Listed) -> None:
     _verified.add(state)
 
 
-def _check_index(index: pd.DataFrame, manifest: Manifest, path: Path) -> None:
-    """Raises InputError where the index does not fit the shards that it points into."""
-    form = CutoutFormat.from_dict(manifest.format)
-    shape = (len(form.bands), form.image_size, form.image_size)
-    n_bytes = int(np.prod(shape)) * np.dtype(manifest.dtype).itemsize
-    size = index["shard"].map({shard.name: shard.bytes for shard in manifest.shards})
-    alike = (
-        (index["dtype"] == manifest.dtype)
-        & (index["bytes"] == n_bytes)
-        & index["shape"].map(lambda found: tuple(found) == shape)
-    )
-    inside = (index["offset"] >= 0) & (index["offset"] + index["bytes"] <= size)
-    counts = index["shard"].value_counts()
-    if not (alike & inside).all() or any(counts[s.name] != s.samples for s in manifest.shards):
-        raise InputError(f"{path}: does not fit the shards of its manifest; write them again")
-
-
-def _mapped(path: Path) -> NDArray[np.uint8]:
+def _mapped(path: Path, least: int) -> NDArray[np.uint8]:
+    """The bytes of a file. Raises InputError where there are fewer than `least`."""
     with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < least:
+            raise InputError(f"{path}: was cut to {size} bytes; write or fetch the shards again")
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return np.frombuffer(mapped, np.uint8)

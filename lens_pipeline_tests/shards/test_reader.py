@@ -1,15 +1,20 @@
 """Random access, and shards that are not what their manifest says."""
 
+import hashlib
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import numpy as np
+import pandas as pd
 import pytest
 
 from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards import open_shards, publish_shards, verify_shards
+from lens_pipeline.shards.manifest import Listed, read_manifest
 
 
 def test_gather_in_any_order(dataset: Dataset, shards_folder: Path) -> None:
@@ -80,19 +85,60 @@ def test_altered_manifest(own_shards: Path) -> None:
 
 def test_index_beyond_the_end_is_refused(own_shards: Path) -> None:
     """An index with its own, right checksum still must not point outside of a mapped file."""
-    import hashlib
-
-    import pandas as pd
-
     index = pd.read_parquet(own_shards / "index.parquet")
     index.loc[3, "offset"] = 10**9
     index.to_parquet(own_shards / "index.parquet", index=False)
     content = (own_shards / "index.parquet").read_bytes()
-    values = json.loads((own_shards / "manifest.json").read_text())
-    values["index"] |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    (own_shards / "manifest.json").write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
+    listed = Listed("index.parquet", hashlib.sha256(content).hexdigest(), len(content))
+    manifest = replace(read_manifest(own_shards), index=listed)
+    (own_shards / "manifest.json").write_text(manifest.text)
     with pytest.raises(InputError, match=r"index\.parquet"):
         open_shards(own_shards).split("train")
+
+
+def test_every_truncation_and_every_flipped_bit_is_found(own_shards: Path) -> None:
+    """300 of each, by the name of the shard, and of the sample where its pixels are hit."""
+    random = np.random.default_rng(0)
+    paths = sorted(own_shards.glob("*.tar"))
+    index = pd.read_parquet(own_shards / "index.parquet")
+    named = 0
+    for trial in range(600):
+        path = paths[random.integers(len(paths))]
+        whole = path.read_bytes()
+        at = int(random.integers(len(whole)))
+        hit = index[
+            (index["shard"] == path.name)
+            & (index["offset"] <= at)
+            & (at < index["offset"] + index["bytes"])
+        ]
+        if trial % 2:
+            path.write_bytes(whole[:at])
+        else:
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << trial % 8]) + whole[at + 1 :])
+        (problem,) = verify_shards(own_shards)
+        path.write_bytes(whole)
+        assert path.name in problem
+        if len(hit):
+            assert f"damaged samples: {hit['id'].iloc[0]}" in problem
+            named += 1
+    assert named > 300
+    assert verify_shards(own_shards) == []
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "index.parquet"])
+def test_one_flipped_bit_of_the_manifest_or_the_index_is_found(own_shards: Path, name: str) -> None:
+    path, random = own_shards / name, np.random.default_rng(1)
+    whole = path.read_bytes()
+    for at in random.choice(len(whole), 200, replace=False):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        assert name in verify_shards(own_shards)[0]
+
+
+def test_a_shard_cut_behind_the_index_is_an_error_and_kills_no_process(own_shards: Path) -> None:
+    split = open_shards(own_shards).split("train")
+    os.truncate(own_shards / "train-000000.tar", 5000)
+    with pytest.raises(InputError, match=r"train-000000\.tar"):
+        split.gather([0])
 
 
 def test_published_shards_are_the_same_and_sent_once(shards_folder: Path, tmp_path: Path) -> None:

@@ -1,16 +1,22 @@
 """Shards as any WebDataset client and any auditor would see them."""
 
 import hashlib
+import io
 import json
+import subprocess
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import webdataset as wds
+from PIL import Image
 
-from lens_pipeline.catalogue.dataset import PARTS, Dataset
+from lens_pipeline.catalogue.dataset import PARTS, Dataset, build_dataset
+from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.errors import InputError
-from lens_pipeline.shards import write_shards
+from lens_pipeline.shards import open_shards, write_shards
 
 
 def test_same_dataset_gives_same_bytes(dataset: Dataset, tmp_path: Path) -> None:
@@ -58,16 +64,84 @@ def test_manifest_lists_what_lies_there(dataset: Dataset, shards_folder: Path) -
 
 
 def test_float32_keeps_every_bit(dataset: Dataset, tmp_path: Path) -> None:
-    from lens_pipeline.shards import open_shards
-
-    write_shards(dataset.folder, tmp_path, dtype="float32")
+    write_shards(dataset.folder, tmp_path, encoding="float32")
     val = open_shards(tmp_path).split("val")
     np.testing.assert_array_equal(val.gather(np.arange(len(val))), dataset.images("val"))
 
 
+def test_the_standard_library_reads_the_tars(shards_folder: Path, dataset: Dataset) -> None:
+    """Every checksum holds, nothing follows the end, and the times and owners say nothing."""
+    with tarfile.open(shards_folder / "test-000000.tar", "r:", errorlevel=2) as tar:
+        members = tar.getmembers()
+        content = tar.extractfile(members[-1])
+        assert content is not None
+        assert content.read() == b"%d" % dataset.table("test")["label"].iloc[len(members) // 3 - 1]
+    assert [m.name.partition(".")[2] for m in members[:3]] == ["npy", "json", "cls"]
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in members} == {(0, 0, 0, "", "")}
+    assert subprocess.run(
+        ["tar", "--list", "--file", str(shards_folder / "test-000000.tar")],
+        capture_output=True, text=True, check=True,
+    ).stdout.split() == [m.name for m in members]  # fmt: skip
+
+
+def test_png16_keeps_flux_within_the_step_it_states(dataset: Dataset, tmp_path: Path) -> None:
+    write_shards(dataset.folder, tmp_path, encoding="png16", shard_size=40)
+    flux = np.asarray(dataset.images("val"), dtype=np.float64)
+    stored = open_shards(tmp_path).split("val").gather(np.arange(len(flux)))
+    assert stored.dtype == np.float32
+    assert (np.abs(stored - flux) <= 4e-4 * np.hypot(1, flux)).all()
+    # Any client sees a grey 16-bit picture with the bands below each other.
+    (sample,) = wds.WebDataset(str(tmp_path / "val-000000.tar"), shardshuffle=False).slice(1)
+    picture = Image.open(io.BytesIO(sample["png"]))
+    assert (picture.mode, picture.size) == ("I;16", (32, 96))
+
+
+def test_composites_as_png16_and_jpeg(composites: Dataset, tmp_path: Path) -> None:
+    values = np.asarray(composites.images("test"), dtype=np.float64)
+    worst = {}
+    for name, settings in {
+        "png16": {"encoding": "png16"},
+        "good": {"encoding": "jpg", "quality": 95},
+        "poor": {"encoding": "jpg", "quality": 20},
+    }.items():
+        (tmp_path / name).mkdir()
+        write_shards(composites.folder, tmp_path / name, **settings)
+        stored = open_shards(tmp_path / name).split("test").gather(np.arange(len(values)))
+        worst[name] = np.abs(stored - values).max()
+    assert worst["png16"] < 1e-5
+    assert worst["png16"] < worst["good"] < worst["poor"]
+    assert worst["good"] < 0.1
+
+
+@pytest.fixture
+def composites(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Smooth three-band composites, without values that 8 bits would hold exactly."""
+    folder = tmp_path_factory.mktemp("composites")
+    y, x = np.mgrid[:32, :32]
+    rows = []
+    for number in range(60):
+        sources = np.array([x * 131 + number * 997, y * 173 + x * 57, (x + y) * 211])
+        pixels = (32767 + 30000 * np.sin(sources / 3000)).astype(np.uint16)
+        for band, plane in zip("gri", pixels, strict=True):
+            Image.fromarray(plane).save(folder / f"{number}{band}.png")
+        paths = {f"path_{band}": f"{number}{band}.png" for band in "gri"}
+        rows.append({"id": str(number), "label": number % 2, **paths})
+    pd.DataFrame(rows).to_csv(folder / "catalogue.csv", index=False)
+    (folder / "dataset").mkdir()
+    return build_dataset(
+        read_catalogue(folder / "catalogue.csv"), folder / "dataset", image_size=32
+    )
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"shard_size": 0}, "shard_size 0"), ({"dtype": "int8"}, "dtype 'int8'")],
+    [
+        ({"shard_size": 0}, "shard_size 0"),
+        ({"encoding": "int8"}, "encoding 'int8'"),
+        ({"encoding": "jpg", "quality": 0}, "quality 0"),
+        ({"encoding": "jpg", "quality": 95}, "8 bits cannot hold linear flux"),
+        ({"quality": 95}, "quality: goes with"),
+    ],
 )
 def test_settings_out_of_range(
     dataset: Dataset, tmp_path: Path, settings: dict, message: str
