@@ -11,6 +11,8 @@ from typing import Any
 import pandas as pd
 
 Row = dict[str, Any]
+# In memory where there is such a folder, so that the pace of a shared disk does not enter.
+SCRATCH = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,11 @@ class Dataset:
     facts: dict[str, Any]
 
     def images(self, part: str) -> NDArray[np.float32]:
-        """float32 (n, bands, height, width) of a split, memory-mapped."""
-        return np.load(self.folder / f"{part}.npy", mmap_mode="r", allow_pickle=False)
+        """float32 (n, bands, height, width) of a split, memory-mapped.
+
+        What is written to it stays in memory, and the file as it is.
+        """
+        return np.load(self.folder / f"{part}.npy", mmap_mode="c", allow_pickle=False)
 
     def table(self, part: str) -> pd.DataFrame:
         """One row an image, in their order; `row` is the row of the catalogue, from 0."""

@@ -1,4 +1,4 @@
-"""Whole tar files in memory, with the headers of all samples filled in at once.
+"""Parts of tar files, with the headers of many samples filled in at once.
 
 The standard library makes a header in some 30 us, which for small cutouts is most of the work; it
 makes the first one here, and the others differ in their number, size and checksum alone.
@@ -20,7 +20,7 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Member:
-    """One file of every sample: `payloads`, each behind the same `prefix`."""
+    """One file of every sample: `payloads` (n, bytes) or n of any length, behind one `prefix`."""
 
     extension: str
     payloads: Sequence[bytes] | Bytes
@@ -28,37 +28,46 @@ class Member:
 
     @property
     def sizes(self) -> NDArray[np.int64]:
-        return np.array([len(self.prefix) + len(p) for p in self.payloads], dtype=np.int64)
+        return len(self.prefix) + np.array([len(payload) for payload in self.payloads])
 
 
-def build_tar(
-    first: int, members: Sequence[Member]
-) -> tuple[memoryview, dict[str, NDArray[np.int64]]]:
-    """A tar of samples `first`, `first + 1`, ..., each with one file of every member.
+def tar_part(first: int, members: Sequence[Member]) -> tuple[Bytes, dict[str, NDArray[np.int64]]]:
+    """The part of a tar with samples `first`, `first + 1`, ..., each with one file of every member.
 
-    Returns its bytes, and for each extension the offsets at which the payloads begin (behind the
-    prefix). Modes, owners and times are fixed, so the same samples give the same bytes.
+    Returns its bytes, and for each extension the offsets in it at which the payloads begin (behind
+    the prefix). Modes, owners and times are fixed: the same samples give the same bytes.
     """
     sizes = np.stack([member.sizes for member in members], axis=1)
     blocks = 1 + -(-sizes // BLOCK)  # a header, and the content rounded up
     ends = np.cumsum(blocks).reshape(blocks.shape)
     starts = ends - blocks
-    total = int(ends[-1, -1]) + 2  # two empty blocks end a tar
-    tar = np.zeros((-(-total // RECORD) * RECORD, BLOCK), np.uint8)
-    flat = tar.reshape(-1)
+    part = np.zeros((int(ends[-1, -1]), BLOCK), np.uint8)
+    flat = part.reshape(-1)
     numbers = np.arange(first, first + len(sizes))
     keys = _digits(numbers, max(KEY_DIGITS, len(str(numbers[-1]))), 10)
+    alike = len(set(blocks.sum(axis=1).tolist())) == 1
     offsets = {}
     for column, member in enumerate(members):
-        tar[starts[:, column]] = _headers(member.extension, keys, sizes[:, column])
+        part[starts[:, column]] = _headers(member.extension, keys, sizes[:, column])
         begin = (starts[:, column] + 1) * BLOCK
+        offsets[member.extension] = begin + len(member.prefix)
         prefix = np.frombuffer(member.prefix, np.uint8)
+        if alike and isinstance(member.payloads, np.ndarray):
+            behind = part.reshape(len(sizes), -1)[:, begin[0] :]
+            behind[:, : len(prefix)] = prefix
+            behind[:, len(prefix) : sizes[0, column]] = member.payloads
+            continue
         for at, payload in zip(begin.tolist(), member.payloads, strict=True):
+            content = np.frombuffer(payload, np.uint8)
             flat[at : at + len(prefix)] = prefix
-            content = np.frombuffer(payload, np.uint8) if isinstance(payload, bytes) else payload
             flat[at + len(prefix) : at + len(prefix) + len(content)] = content
-        offsets[member.extension] = begin + len(prefix)
-    return flat.data, offsets
+    return flat, offsets
+
+
+def tar_end(size: int) -> bytes:
+    """What ends a tar of parts with `size` bytes: two empty blocks, and up to a whole record."""
+    blocks = size // BLOCK + 2
+    return bytes((-(-blocks // RECORD) * RECORD) * BLOCK - size)
 
 
 def _headers(extension: str, keys: Bytes, sizes: NDArray[np.int64]) -> Bytes:

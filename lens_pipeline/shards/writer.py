@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -18,8 +19,10 @@ from lens_pipeline.catalogue.dataset import PARTS, Dataset, open_dataset
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.encoding import Encoding
 from lens_pipeline.shards.manifest import INDEX, MANIFEST, Listed, Manifest, Shard
-from lens_pipeline.shards.tar import Member, build_tar
+from lens_pipeline.shards.tar import Member, tar_end, tar_part
 from lens_pipeline.steps import file_sha256
+
+PART = 256  # samples in memory at a time: few enough to stay in the processor's cache
 
 
 def write_shards(
@@ -34,9 +37,8 @@ def write_shards(
 
     `{split}-{number:06d}.tar` with `shard_size` cutouts each: per sample `.npy` (or `.png`, `.jpg`:
     see `Encoding`), `.cls` (1 lens, 0 not; absent for unlabelled), `.json` (its `id`);
-    `index.parquet`; `manifest.json`, last. Shards are written in parallel, a thread a core; each is
-    held in memory. The same dataset gives the same bytes. Raises InputError for settings out of
-    range.
+    `index.parquet`; `manifest.json`, last. Shards are written in parallel, a thread a core. The
+    same dataset gives the same bytes. Raises InputError for settings out of range.
     """
     if shard_size < 1:
         raise InputError(f"shard_size {shard_size}: at least 1 is needed")
@@ -76,44 +78,55 @@ class _Portion:
 
     def write(self, folder: Path, encoding: Encoding) -> tuple[Shard, pd.DataFrame]:
         """Write the tar; returns what the manifest and the index say of it."""
-        pixels = self._pixels(encoding)
-        ids = [json.dumps({"id": name}).encode() for name in self.table["id"]]
-        members = [pixels, Member("json", ids)]
-        if self.table["label"].notna().all():
-            members.append(Member("cls", [b"%d" % label for label in self.table["label"]]))
-        tar, offsets = build_tar(self.first, members)
+        digest, size = hashlib.sha256(), 0
+        offsets, payloads_bytes, crc32 = [], [], []
         with (folder / self.name).open("wb") as file:
-            file.write(tar)
-        shard = Shard(
-            name=self.name,
-            sha256=hashlib.sha256(tar).hexdigest(),
-            bytes=len(tar),
-            split=self.split,
-            samples=len(self.table),
-            n_lens=int((self.table["label"] == 1).sum()),
-            n_nonlens=int((self.table["label"] == 0).sum()),
-        )
-        index = pd.DataFrame(
-            {
-                "id": self.table["id"].to_numpy(),
-                "label": self.table["label"].array,
-                "offset": offsets[encoding.extension],
-                "bytes": [len(payload) for payload in pixels.payloads],
-                "crc32": [zlib.crc32(payload) for payload in pixels.payloads],
-                "dtype": encoding.dtype.str,
-                "shape": [self.images.shape[1:]] * len(self.table),
-                "split": self.split,
-                "shard": self.name,
-            }
-        )
-        return shard, index
+            for start in range(0, len(self.table), PART):
+                rows = slice(start, start + PART)
+                pixels = _pixels(self.images[rows], encoding)
+                part, places = tar_part(self.first + start, [pixels, *self._others(rows)])
+                offsets.append(places[encoding.extension] + size)
+                payloads_bytes += [len(payload) for payload in pixels.payloads]
+                crc32 += [zlib.crc32(payload) for payload in pixels.payloads]
+                size += file.write(part.data)
+                digest.update(part.data)
+            end = tar_end(size)
+            size += file.write(end)
+            digest.update(end)
+        label = self.table["label"]
+        index = {
+            "id": self.table["id"].to_numpy(),
+            "label": label.array,
+            "offset": np.concatenate(offsets),
+            "bytes": payloads_bytes,
+            "crc32": crc32,
+            "dtype": encoding.dtype.str,
+            "shape": [self.images.shape[1:]] * len(self.table),
+            "split": self.split,
+            "shard": self.name,
+        }
+        n_lens, n_nonlens = int((label == 1).sum()), int((label == 0).sum())
+        sha256 = digest.hexdigest()
+        shard = Shard(self.name, sha256, size, self.split, len(label), n_lens, n_nonlens)
+        return shard, pd.DataFrame(index)
 
-    def _pixels(self, encoding: Encoding) -> Member:
-        if not encoding.is_raw:
-            return Member(encoding.extension, [encoding.encode(image) for image in self.images])
-        stored = self.images.astype(encoding.dtype)
-        raw = stored.reshape(len(stored), -1).view(np.uint8)
-        return Member(encoding.extension, raw, encoding.npy_header(stored.shape[1:]))
+    def _others(self, rows: slice) -> list[Member]:
+        """What stands beside the pixels of some of the samples."""
+        table = self.table.iloc[rows]
+        members = [Member("json", [json.dumps({"id": name}).encode() for name in table["id"]])]
+        if table["label"].notna().all():
+            label = table["label"].to_numpy(np.uint8)[:, None]
+            members.append(Member("cls", label + np.uint8(ord("0"))))
+        return members
+
+
+def _pixels(images: NDArray[np.float32], encoding: Encoding) -> Member:
+    if not encoding.is_raw:
+        return Member(encoding.extension, [encoding.encode(image) for image in images])
+    # NumPy converts to float16 one number at a time, torch with the processor's instructions.
+    stored = torch.from_numpy(images).to(getattr(torch, encoding.name)).numpy()
+    raw = stored.reshape(len(stored), -1).view(np.uint8)
+    return Member(encoding.extension, raw, encoding.npy_header(stored.shape[1:]))
 
 
 def _portions(dataset: Dataset, shard_size: int) -> Iterator[_Portion]:

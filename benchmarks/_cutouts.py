@@ -1,0 +1,44 @@
+"""The cutouts that the data benchmarks share: 64 pixels, three bands, noise with a source."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+BANDS, SIZE = ("g", "r", "i"), 64
+
+
+def make_dataset(folder: Path, n: int) -> Path:
+    """A processed dataset of n labelled training cutouts (and one in each other split)."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    y, x = np.mgrid[:SIZE, :SIZE] - SIZE / 2
+    source = 50 * np.exp(-(x**2 + y**2) / 40).astype(np.float32)
+    splits = {}
+    for split, count in (("train", n), ("val", 1), ("test", 1), ("unlabelled", 1)):
+        shape = (count, len(BANDS), SIZE, SIZE)
+        images = np.lib.format.open_memmap(folder / f"{split}.npy", "w+", "<f4", shape)
+        for start in range(0, count, 1000):
+            part = images[start : start + 1000]
+            part[:] = random.standard_normal(part.shape, np.float32) + source
+        images.flush()
+        label = pd.array(np.arange(count) % 2, dtype="Int8")
+        if split == "unlabelled":
+            label[:] = pd.NA
+        ids = [f"{split}-{number:08d}" for number in range(count)]
+        table = pd.DataFrame({"id": ids, "label": label, "group": ids, "split": split})
+        table.to_parquet(folder / f"{split}.parquet")
+        splits[split] = {"n": count, "n_lens": count // 2, "n_nonlens": count - count // 2}
+    pd.DataFrame({"id": []}).to_parquet(folder / "rejects.parquet")
+    facts = {
+        "schema": 1,
+        "origin": "benchmark",
+        "bands": BANDS,
+        "image_size": SIZE,
+        "units": "background_sigma",
+        "pixel_scale": None,
+        "splits": splits,
+    }
+    (folder / "dataset.json").write_text(json.dumps(facts))
+    return folder
