@@ -39,6 +39,7 @@ def make_dataset(folder: Path, n: int) -> Path:
         "units": "background_sigma",
         "pixel_scale": None,
         "splits": splits,
+        "content": "benchmark",
     }
     (folder / "dataset.json").write_text(json.dumps(facts))
     return folder

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from playwright.sync_api import sync_playwright
 
+from lens_pipeline.runner import settings_of_home
 from lens_pipeline.serve import pages
 from lens_pipeline.settings import Settings
 
@@ -41,7 +42,7 @@ def asset_graph(address: str) -> None:
 
 
 if __name__ == "__main__":
-    settings = Settings.load()
+    settings = settings_of_home(None)
     settings.export()
     FOLDER.mkdir(exist_ok=True)
     contact_sheet(settings)

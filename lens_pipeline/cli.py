@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.settings import Settings
+from lens_pipeline.settings import Settings, absolute
 
 BAD_INPUT = 2
 FAILURE = 1
@@ -136,11 +136,13 @@ def _interruptible() -> Iterator[None]:
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
+    ended = threading.Event()
 
     def watch() -> None:
         while signals := os.read(reader, 1):
             if signals[0] in (signal.SIGINT, signal.SIGTERM):
-                threading.Event().wait(GRACE)
+                if ended.wait(GRACE):
+                    break
                 # Whatever is stuck is cut off: steps are renamed into place only when they are
                 # whole, and the next run frees what a dead one held.
                 print("error: interrupted, and ended by force", file=sys.stderr, flush=True)
@@ -156,6 +158,7 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     finally:
+        ended.set()
         signal.set_wakeup_fd(descriptor)
         signal.signal(signal.SIGTERM, before)
         os.close(writer)
@@ -196,10 +199,14 @@ def _training_changes(assignments: Sequence[str], members: Sequence[str]) -> dic
         *member, section, field = parts
         if member and member[0] not in members:
             raise InputError(f"--set {assignment}: the members are {', '.join(members)}")
-        change = {section: {field: yaml.safe_load(text)}}
-        TrainConfig.parse(change, f"--set {assignment}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"--set {assignment}: {text!r} is not a value") from None
+        parsed = TrainConfig.parse({section: {field: value}}, f"--set {assignment}")
+        value = getattr(getattr(parsed, section), field)  # 5e-4 is text for YAML
         for name in member or members:
-            changes.setdefault(name, {}).setdefault(section, {}).update(change[section])
+            changes.setdefault(name, {}).setdefault(section, {})[field] = value
     return changes
 
 
@@ -247,6 +254,7 @@ def _simulate(options: argparse.Namespace) -> int:
 
 def _predict(options: argparse.Namespace) -> int:
     settings = Settings.load(home=options.home)
+    source = absolute(options.catalogue)
     if options.out.suffix not in (".parquet", ".csv"):
         raise InputError(f"--out {options.out}: must end in .parquet or .csv")
     from lens_pipeline.tracking import Tracking
@@ -255,7 +263,7 @@ def _predict(options: argparse.Namespace) -> int:
     tracking.require_registry()
     from lens_pipeline.catalogue.table import read_catalogue
 
-    catalogue = read_catalogue(options.catalogue, settings.storage_options)
+    catalogue = read_catalogue(source, settings.storage_options)
     ensemble, uri = tracking.load(options.model)
     from lens_pipeline.ensemble.predictor import score_catalogue
 
@@ -271,7 +279,7 @@ def _predict(options: argparse.Namespace) -> int:
     print(f"{options.out}: {scored} of {len(scores)} cutouts scored by {uri}")
     if not scored:
         first = scores["reject_reason"].iloc[0]
-        raise InputError(f"{options.catalogue}: no cutout could be scored; row 1: {first}")
+        raise InputError(f"{source}: no cutout could be scored; row 1: {first}")
     return 0
 
 
@@ -291,9 +299,11 @@ def _promote(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    settings = Settings.load(home=options.home)
-    settings.export()
+    from lens_pipeline.runner import settings_of_home
     from lens_pipeline.serve import serve
+
+    settings = settings_of_home(options.home)
+    settings.export()
 
     with _interruptible():
         return serve(settings, options.dagster_port, options.mlflow_port)

@@ -58,7 +58,7 @@ def member_config(settings: Settings, member: Member) -> TrainConfig:
             "training": {
                 "epochs": preset.epochs.get(member.architecture, preset.epochs_else),
                 "batch_size": preset.batch_size,
-                "seed": settings.seed + member.seed,
+                "seed": (settings.seed + member.seed) % 2**32,
             },
         }
     )

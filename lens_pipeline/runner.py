@@ -1,7 +1,8 @@
 """The main job in one process: the home's Dagster instance, dead runs, the run itself."""
 
+import json
 import logging
-import shutil
+import os
 import socket
 import threading
 from collections.abc import Iterator, Mapping
@@ -18,10 +19,17 @@ from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.checkpoints import POOL
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
+from lens_pipeline.steps import write_aside
 
 HOST, PID, STARTED = "lens/host", "lens/pid", "lens/started"
 DEPLOYMENT = "lens/deployment"
-UNFINISHED = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED]
+UNFINISHED = [
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+KEPT = "settings.json"
 PATIENCE = 10  # seconds of waiting before the holder is named
 log = logging.getLogger(__name__)
 
@@ -34,7 +42,28 @@ def prepare_home(settings: Settings) -> None:
     except OSError as problem:
         raise InputError(f"LENS_HOME: {home} cannot be made ({problem.strerror})") from None
     if not (home / "dagster.yaml").exists():
-        shutil.copyfile(Path(__file__).with_name("dagster.yaml"), home / "dagster.yaml")
+        write_aside(home / "dagster.yaml", Path(__file__).with_name("dagster.yaml").read_text())
+
+
+def keep_settings(settings: Settings) -> None:
+    """Write down in LENS_HOME what decides its graph, for who only looks at it later.
+
+    Neither storage options nor the tracking server's URI: they may hold secrets.
+    """
+    names = settings.model_fields_set - {"home", "storage_options", "tracking_uri", "verify"}
+    values = settings.model_dump(mode="json", include=names)
+    write_aside(settings.home / KEPT, json.dumps(values, indent=1, sort_keys=True) + "\n")
+
+
+def settings_of_home(home: str | None) -> Settings:
+    """The settings; what the environment leaves open is as in the home's last run."""
+    settings = Settings.load(home=home)
+    kept = settings.home / KEPT
+    if not kept.is_file():
+        return settings
+    values = json.loads(kept.read_text())
+    stated = settings.model_fields_set
+    return Settings.load(home=home, **{k: v for k, v in values.items() if k not in stated})
 
 
 @contextmanager
@@ -55,8 +84,20 @@ def open_instance(settings: Settings) -> Iterator[dg.DagsterInstance]:
 
 def process_tags() -> dict[str, str]:
     """Tags that tell which process runs a run, even when its number is used again."""
-    me = psutil.Process()
-    return {HOST: socket.gethostname(), PID: str(me.pid), STARTED: str(me.create_time())}
+    pid = os.getpid()
+    return {HOST: socket.gethostname(), PID: str(pid), STARTED: _started(pid)}
+
+
+def _started(pid: int) -> str:
+    """When a process started, by a clock that nobody sets. Raises NoSuchProcess."""
+    statistics = Path(f"/proc/{pid}/stat")
+    if not Path("/proc/self/stat").exists():
+        return str(psutil.Process(pid).create_time())
+    try:
+        # Field 22, counted behind the name, which may hold anything: `man 5 proc_pid_stat`.
+        return statistics.read_text().rpartition(")")[2].split()[19]
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(pid) from None
 
 
 def _is_dead(tags: Mapping[str, str]) -> bool:
@@ -64,20 +105,26 @@ def _is_dead(tags: Mapping[str, str]) -> bool:
     if tags.get(HOST) != socket.gethostname():
         return False
     try:
-        return str(psutil.Process(int(tags[PID])).create_time()) != tags[STARTED]
+        return _started(int(tags[PID])) != tags[STARTED]
     except psutil.NoSuchProcess:
         return True
 
 
 def release_dead_runs(instance: dg.DagsterInstance) -> list[str]:
-    """Mark runs whose process has died as failed and free their pool slots; returns their ids."""
+    """Mark runs whose process has died as failed and free the pool slots of whoever has ended.
+
+    Returns the ids of the dead.
+    """
     dead = [
         run for run in instance.get_runs(dg.RunsFilter(statuses=UNFINISHED)) if _is_dead(run.tags)
     ]
     for run in dead:
         log.warning("run %s has died: marking it failed", run.run_id[:8])
         instance.report_run_failed(run, "The process of this run has died.")
-        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+    for run_id in instance.event_log_storage.get_concurrency_info(POOL).active_run_ids:
+        holder = instance.get_run_by_id(run_id)
+        if holder is None or holder.is_finished:
+            instance.event_log_storage.free_concurrency_slots_for_run(run_id)
     return [run.run_id for run in dead]
 
 
@@ -98,6 +145,7 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
     if verbose:
         del config["loggers"]
     with open_instance(settings) as instance:
+        keep_settings(settings)
         release_dead_runs(instance)
         run_id = dg._core.utils.make_new_run_id()
         with _naming_the_holder(instance, run_id):

@@ -53,8 +53,9 @@ def pages(settings: Settings, dagster_port: int, mlflow_port: int) -> Iterator[P
     with open_instance(settings):
         pass
     assert Tracking(settings).experiment_id  # creates the database before two servers would
-    commands = _commands(settings, dagster_port, mlflow_port if len(ports) == 2 else None)
-    environment = os.environ | QUIET
+    commands = _commands(dagster_port, mlflow_port if len(ports) == 2 else None)
+    # Its URI may hold a password, which everybody would read among a command's arguments.
+    environment = os.environ | QUIET | {"MLFLOW_BACKEND_STORE_URI": settings.mlflow_uri}
     servers = tuple(
         subprocess.Popen([sys.executable, "-m", *command], env=environment) for command in commands
     )
@@ -76,9 +77,7 @@ def pages(settings: Settings, dagster_port: int, mlflow_port: int) -> Iterator[P
                 server.kill()
 
 
-def _commands(
-    settings: Settings, dagster_port: int, mlflow_port: int | None
-) -> list[Sequence[str]]:
+def _commands(dagster_port: int, mlflow_port: int | None) -> list[Sequence[str]]:
     workspace = Path(__file__).with_name("workspace.yaml")
     definitions = ("-w", str(workspace), "--code-server-log-level", "warning")
     commands: list[Sequence[str]] = [
@@ -88,8 +87,7 @@ def _commands(
     if mlflow_port is not None:
         address = ("--host", HOST, "--port", str(mlflow_port), "--workers", "1")
         quiet = ("--uvicorn-opts", "--log-level warning")
-        store = ("--backend-store-uri", settings.mlflow_uri)
-        commands.append(("mlflow", "server", *address, *quiet, *store))
+        commands.append(("mlflow", "server", *address, *quiet))
     return commands
 
 

@@ -17,8 +17,16 @@ from lens_pipeline.errors import InputError
 
 
 def absolute(location: str) -> str:
-    """A path made absolute; a URL (``scheme://``) as it is."""
+    """A path made absolute; a URL (``scheme://``) as it is.
+
+    Raises InputError for a URL with a password: it would be written down with every result.
+    """
     if "://" in location:
+        if urlsplit(location).password:
+            raise InputError(
+                f"{masked(location)}: a URL must not carry a password; give credentials through "
+                "the environment, as its provider's tools take them"
+            )
         return location
     return str(Path(location).expanduser().resolve())
 
@@ -77,7 +85,7 @@ class Settings(BaseSettings):
         default=None, ge=100, description="Simulated cutouts; by default the preset's."
     )
     image_size: int | None = Field(
-        default=None, ge=16, le=512, description="Cutout side in pixels; by default the preset's."
+        default=None, ge=32, le=512, description="Cutout side in pixels; by default the preset's."
     )
     seed: int = Field(
         default=0, ge=0, lt=2**32, description="Seed of the simulation, the split and training."
@@ -112,6 +120,8 @@ class Settings(BaseSettings):
             name = str(first["loc"][0]) if first["loc"] else ""
             variable = name if name.isupper() else f"LENS_{name.upper()}"
             raise InputError(f"{variable}: {first['msg']}; correct or unset it") from None
+        except InputError:
+            raise
         except ValueError as problem:  # a JSON value that does not parse
             cause = problem.__cause__ or problem
             raise InputError(f"{problem} ({cause}); LENS_STORAGE_OPTIONS must be JSON") from None
@@ -121,9 +131,14 @@ class Settings(BaseSettings):
         return self.home / "dagster"
 
     @property
+    def mlflow_database(self) -> Path:
+        """Where MLflow keeps its records, if MLFLOW_TRACKING_URI does not say otherwise."""
+        return self.home / "mlflow.db"
+
+    @property
     def mlflow_uri(self) -> str:
         """The tracking URI: the environment's own, or a SQLite file in LENS_HOME."""
-        return self.tracking_uri or f"sqlite:///{self.home / 'mlflow.db'}"
+        return self.tracking_uri or f"sqlite:///{self.mlflow_database}"
 
     @property
     def artifact_location(self) -> str:

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import math
+import socket
 import warnings
 from collections.abc import Mapping
 from contextlib import redirect_stderr
@@ -33,10 +34,25 @@ MODEL = "lens_ensemble"
 CHAMPION = "champion"
 CHALLENGER = "challenger"
 STEP_KEY = "lens.step_key"
+HOME = "lens.home"
 DATASET_VERSION = "lens.dataset_version"
 DAGSTER_RUN = "lens.dagster_run_id"
 RECORDED = "lens.recorded"  # a run that holds all it should
 log = logging.getLogger(__name__)
+
+
+def _create_database(path: Path) -> None:
+    """MLflow's SQLite file, created aside: it commits its migrations one by one, and does not go on
+    with them where a process was killed between two."""
+    if path.exists():
+        return
+    import mlflow
+
+    aside = path.with_name(f".{path.name}.partial")
+    for left in path.parent.glob(f"{aside.name}*"):
+        left.unlink()
+    mlflow.MlflowClient(f"sqlite:///{aside}").search_experiments(max_results=1)
+    aside.replace(path)
 
 
 def flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -82,6 +98,8 @@ class Tracking:
         lock = self.settings.home / ".locks" / "mlflow.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(lock):
+            if self.settings.tracking_uri is None:
+                _create_database(self.settings.mlflow_database)
             try:
                 client.search_experiments(max_results=1)
             except ModuleNotFoundError as problem:
@@ -102,21 +120,27 @@ class Tracking:
             location = None if served else self.settings.artifact_location
             return str(self.client.create_experiment(EXPERIMENT, location))
 
-    def find_run(self, step_key: str) -> "Run | None":
-        """The newest run of a step that has not failed."""
-        runs = self.client.search_runs(
-            [self.experiment_id],
-            f"tags.`{STEP_KEY}` = '{step_key}' and attributes.status != 'FAILED'",
-            max_results=1,
+    @property
+    def _home(self) -> str:
+        """Which home a run is of: another may make the same step on the same server."""
+        return f"{socket.gethostname()}:{self.settings.home}"
+
+    def _find_runs(self, step_key: str, status: str) -> "list[Run]":
+        mine = f"tags.`{STEP_KEY}` = '{step_key}' and tags.`{HOME}` = '{self._home}'"
+        return list(
+            self.client.search_runs([self.experiment_id], f"{mine} and attributes.status {status}")
         )
-        return runs[0] if runs else None
+
+    def find_run(self, step_key: str) -> "Run | None":
+        """This home's newest run of a step that has not failed."""
+        return next(iter(self._find_runs(step_key, "!= 'FAILED'")), None)
 
     def start_run(self, name: str, step_key: str, tags: Mapping[str, str]) -> str:
         """A new run of a step; the caller holds the step's lock, so an unfinished one is dead."""
-        while (dead := self.find_run(step_key)) is not None:
+        for dead in self._find_runs(step_key, "= 'RUNNING'"):
             self.client.set_terminated(dead.info.run_id, "FAILED")
         run = self.client.create_run(
-            self.experiment_id, tags={STEP_KEY: step_key, **tags}, run_name=name
+            self.experiment_id, tags={STEP_KEY: step_key, HOME: self._home, **tags}, run_name=name
         )
         return str(run.info.run_id)
 
@@ -166,12 +190,10 @@ class Tracking:
         return next((v for v in self.versions() if v.tags.get(STEP_KEY) == step_key), None)
 
     def aliased(self, alias: str) -> "ModelVersion | None":
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return self.client.get_model_version_by_alias(MODEL, alias)
-        except MlflowException:
-            return None
+        """The version with an alias, None where there is none; a server's errors are raised."""
+        models = self.client.search_registered_models(f"name = '{MODEL}'")
+        number = models[0].aliases.get(alias) if models else None
+        return self.client.get_model_version(MODEL, number) if number else None
 
     def register(
         self, ensemble: Path, run_id: str, example_shape: tuple[int, int, int], tags: dict[str, str]
@@ -239,8 +261,7 @@ class Tracking:
 
     def require_registry(self) -> None:
         """Raises InputError, naming the home, where there is no registry yet."""
-        database = self.settings.home / "mlflow.db"
-        if self.settings.tracking_uri is None and not database.is_file():
+        if self.settings.tracking_uri is None and not self.settings.mlflow_database.is_file():
             raise InputError(
                 f"{self.settings.home}: this home has no model registry; "
                 "name another with --home or LENS_HOME, or make one with `lens-pipeline run`"

@@ -87,6 +87,11 @@ def test_a_bad_source_stops_the_run_with_one_line(
         (["run", "--set", "lastro.training.epochs=0"], "training.epochs"),
         (["run", "--set", "resnet50.training.epochs=3"], "resnet50"),
         (["run", "--set", "training.epochs"], "SECTION.FIELD=VALUE"),
+        (["run", "--set", "training.epochs=["], "training.epochs"),
+        (["run", "--set", "training.monitor=nosuch"], "training.monitor"),
+        (["run", "--archs", "ensemble=lastro"], "ensemble"),
+        (["run", "--archs", "lastro@4294967296"], "2**32"),
+        (["run", "--source", "https://me:secret@127.0.0.1/c.csv"], "https://me:***@127.0.0.1"),
         (["run", "--cutouts", "3"], "--cutouts"),
         (["predict", "--catalogue", "c.csv"], "--out"),
         (["predict", "--catalogue", "c.csv", "--out", "scores.txt"], ".parquet or .csv"),
@@ -105,7 +110,16 @@ def test_a_bad_command_line_is_one_line_too(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
     assert named in line
+    assert "secret" not in line
     assert not (tmp_path / "home" / "mlflow.db").exists()
+
+
+def test_a_cloud_that_cannot_be_used_is_named(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LENS_CLOUD_URL", "nosuch://bucket")
+    assert main(["run", "--preset", "tiny", "--home", str(own_home)]) == 2
+    assert "error: LENS_CLOUD_URL: nosuch://bucket" in capsys.readouterr().err
 
 
 def test_a_few_bad_images_are_listed_and_the_run_goes_on(

@@ -1,13 +1,14 @@
 """The processed dataset: memory-mappable arrays per split, with tables beside them."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,14 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lens_pipeline.catalogue.images import COMPOSITE, Cutout, CutoutError, file_of, read_cutout
+from lens_pipeline.catalogue.images import (
+    COMPOSITE,
+    Cutout,
+    CutoutError,
+    file_of,
+    read_cutout,
+    strict_fits,
+)
 from lens_pipeline.catalogue.splits import FRACTIONS, assign_splits, check_splits
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.errors import InputError
@@ -23,6 +31,10 @@ from lens_pipeline.errors import InputError
 PARTS = (*FRACTIONS, "unlabelled")
 CHUNK = 256
 REJECT_COLUMNS = ["id", "row", "file", "column", "reason"]
+
+
+def _unnamed(n_bands: int) -> tuple[str, ...]:
+    return tuple(f"band{number}" for number in range(n_bands))
 
 
 @dataclass(frozen=True)
@@ -43,13 +55,22 @@ class CutoutFormat:
             tuple(values["bands"]), values["image_size"], values["units"], values["pixel_scale"]
         )
 
-    def refusal(self, cutout: Cutout) -> str | None:
-        """Why a cutout does not fit this format; None where it does."""
+    def fitted(self, cutout: Cutout) -> NDArray[np.float32]:
+        """The pixels of a cutout, its bands in this order. Raises CutoutError where it cannot be.
+
+        Bands are compared by name (in any case of letters) where both sides have names.
+        """
         if len(cutout.pixels) != len(self.bands):
-            return f"{len(cutout.pixels)} bands; {len(self.bands)} are needed"
+            raise CutoutError(f"{len(cutout.pixels)} bands; {len(self.bands)} are needed")
         if cutout.units != self.units:
-            return f"the pixels are {cutout.units}; {self.units} is needed"
-        return None
+            raise CutoutError(f"the pixels are {cutout.units}; {self.units} is needed")
+        wanted = [band.lower() for band in self.bands]
+        if cutout.bands is None or wanted == list(_unnamed(len(wanted))):
+            return cutout.pixels
+        found = [band.lower() for band in cutout.bands]
+        if sorted(found) != sorted(wanted):
+            raise CutoutError(f"the bands are {', '.join(found)}; {', '.join(wanted)} are needed")
+        return cutout.pixels[[found.index(band) for band in wanted]]
 
 
 @dataclass(frozen=True)
@@ -128,14 +149,18 @@ def read_cutouts(
     paths = table[catalogue.image_columns].to_numpy().tolist()
     no_unit = pd.Series([None] * len(table))
     units = table["flux_unit"].tolist() if "flux_unit" in table else no_unit.tolist()
+    bands = tuple(catalogue.bands) if catalogue.bands else None
 
     def read(row: int) -> Cutout | CutoutError:
         try:
-            return read_cutout(paths[row], image_size, units[row], options)
+            cutout = read_cutout(paths[row], image_size, units[row], options)
         except CutoutError as reason:
             return reason
+        if bands and len(bands) == len(cutout.pixels):
+            return replace(cutout, bands=bands)
+        return cutout
 
-    with ThreadPoolExecutor(workers) as pool:
+    with strict_fits(), ThreadPoolExecutor(workers) as pool:
         rows = iter(tqdm(range(len(table)), desc="reading cutouts", unit="cutout", disable=None))
         while chunk := list(islice(rows, CHUNK)):
             yield from zip(chunk, pool.map(read, chunk), strict=True)
@@ -168,22 +193,24 @@ def build_dataset(
     stacks = {part: _Stack(out / f"{part}.npy", shape) for part in PARTS}
     kept: dict[str, list[int]] = {part: [] for part in PARTS}
     nan_fraction = np.zeros(len(table), dtype=np.float32)
-    rejects: list[tuple[int, str]] = []
+    rejects: list[tuple[int, CutoutError]] = []
     for row, cutout in chain(first, stream):
-        reason = str(cutout) if isinstance(cutout, CutoutError) else form.refusal(cutout)
-        if reason is not None:
+        try:
+            if isinstance(cutout, CutoutError):
+                raise cutout
+            pixels = form.fitted(cutout)
+        except CutoutError as reason:
             rejects.append((row, reason))
-        elif isinstance(cutout, Cutout):
-            part = split.iloc[row]
-            stacks[part].append(cutout.pixels)
-            kept[part].append(row)
-            nan_fraction[row] = cutout.nan_fraction
+            continue
+        part = split.iloc[row]
+        stacks[part].append(pixels)
+        kept[part].append(row)
+        nan_fraction[row] = cutout.nan_fraction
     for stack in stacks.values():
         stack.close()
 
     listed = _rejects(catalogue, rejects)
-    if len(listed) > max_reject_fraction * len(table):
-        _too_many(catalogue, listed, max_reject_fraction)
+    check_rejects(listed, len(table), max_reject_fraction, catalogue.source)
     used = table.drop([row for row, _ in rejects])
     check_splits(split[used.index], used["label"], catalogue.source)
     listed.to_parquet(out / "rejects.parquet", index=False)
@@ -198,9 +225,20 @@ def build_dataset(
         "n_rows": len(table),
         "n_rejects": len(listed),
         "splits": {part: _counts(table["label"].iloc[rows]) for part, rows in kept.items()},
+        "content": _content(out),
     }
     (out / "dataset.json").write_text(json.dumps(facts, indent=1, sort_keys=True))
     return open_dataset(out)
+
+
+def _content(folder: Path) -> str:
+    """sha256 over the splits' cutouts and tables: shards and ensembles name it as their origin."""
+    digest = hashlib.sha256()
+    for part in PARTS:
+        for suffix in ("npy", "parquet"):
+            with (folder / f"{part}.{suffix}").open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _common_format(
@@ -210,21 +248,23 @@ def _common_format(
     good = [cutout for _, cutout in sample if isinstance(cutout, Cutout)]
     if not good:
         row, reason = sample[0]
-        path = catalogue.table[catalogue.image_columns[0]].iloc[row]
+        assert isinstance(reason, CutoutError)
+        column = catalogue.image_columns[reason.image]
         raise InputError(
-            f"{catalogue.source}: none of the first {len(sample)} cutouts can be used; "
-            f"row {row + 1}, {path}: {reason}"
+            f"{catalogue.source}: none of the first {len(sample)} cutouts can be used; row "
+            f"{row + 1}, column {column}, {catalogue.table[column].iloc[row]}: {reason}"
         )
     (n_bands, units), _ = Counter((len(c.pixels), c.units) for c in good).most_common(1)[0]
     named = next((c.bands for c in good if c.bands and len(c.bands) == n_bands), None)
-    if n_bands == 3 and units == COMPOSITE:
+    if named is None and n_bands == 3 and units == COMPOSITE:
         named = ("red", "green", "blue")
-    bands = catalogue.bands or named or tuple(f"band{i}" for i in range(n_bands))
-    if len(bands) != n_bands:
+    if catalogue.bands and len(catalogue.bands) != n_bands:
         raise InputError(
-            f"{catalogue.source}: column bands: names {len(bands)}; the cutouts have {n_bands}"
+            f"{catalogue.source}: column bands: names {len(catalogue.bands)}; the cutouts have "
+            f"{n_bands}"
         )
-    return CutoutFormat(tuple(bands), image_size, units, _pixel_scale(catalogue.table))
+    form_bands = named or _unnamed(n_bands)
+    return CutoutFormat(form_bands, image_size, units, _pixel_scale(catalogue.table))
 
 
 def _pixel_scale(table: pd.DataFrame) -> float | None:
@@ -234,23 +274,24 @@ def _pixel_scale(table: pd.DataFrame) -> float | None:
     return float(values[0]) if len(values) == 1 else None
 
 
-def _rejects(catalogue: Catalogue, rejects: list[tuple[int, str]]) -> pd.DataFrame:
+def _rejects(catalogue: Catalogue, rejects: list[tuple[int, CutoutError]]) -> pd.DataFrame:
     rows = []
     for row, reason in rejects:
         entry = catalogue.table.iloc[row]
-        # With a file a band, a reason that concerns one of them stands at the first column.
-        column = catalogue.image_columns[0]
-        rows.append((entry["id"], row, file_of(entry[column]), column, reason))
+        column = catalogue.image_columns[reason.image]
+        rows.append((entry["id"], row, file_of(entry[column]), column, str(reason)))
     return pd.DataFrame(rows, columns=REJECT_COLUMNS).astype({"row": "int64"})
 
 
-def _too_many(catalogue: Catalogue, rejects: pd.DataFrame, limit: float) -> NoReturn:
-    first = rejects.iloc[0]
-    raise InputError(
-        f"{catalogue.source}: {len(rejects)} of {len(catalogue.table)} cutouts cannot be used, "
-        f"more than LENS_MAX_REJECT_FRACTION={limit:g} allows; the first is "
-        f"row {first['row'] + 1}, column {first['column']}, {first['file']}: {first['reason']}"
-    )
+def check_rejects(rejects: pd.DataFrame, n_rows: int, limit: float, source: str) -> None:
+    """Raises InputError, naming the first, where more than a fraction `limit` was rejected."""
+    if len(rejects) > limit * n_rows:
+        first = rejects.iloc[0]
+        raise InputError(
+            f"{source}: {len(rejects)} of {n_rows} cutouts cannot be used, more than "
+            f"LENS_MAX_REJECT_FRACTION={limit:g} allows; the first is row {first['row'] + 1}, "
+            f"column {first['column']}, {first['file']}: {first['reason']}"
+        )
 
 
 def _counts(label: pd.Series) -> dict[str, int]:

@@ -9,7 +9,8 @@ import hashlib
 import io
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,12 @@ STACK_ROW = re.compile(r"^(?P<file>.*\.npy)#(?P<row>\d+)$")
 
 
 class CutoutError(Exception):
-    """A cutout that cannot be used; the message is the reject's reason."""
+    """A cutout that cannot be used; the message is the reject's reason.
+
+    image: which of its files is to blame, counted in the order of the image columns.
+    """
+
+    image = 0
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,25 @@ def files_fingerprint(references: Iterable[str], options: dict[str, Any] | None 
             info = filesystem.info(inside)
             changed = info.get("ETag") or info.get("etag") or info.get("mtime")
             state = f"{info['size']} {changed}"
-        except OSError:
+        except Exception:  # noqa: BLE001  (what is wrong is told when it is read)
             state = "missing"
         digest.update(f"{path}\0{state}\0".encode())
     return digest.hexdigest()
+
+
+@contextmanager
+def strict_fits() -> Iterator[None]:
+    """While cutouts are read: a truncated FITS file is an error, for astropy only warns of it.
+
+    Filters of warnings belong to the process, so this is set once around all reading threads.
+    """
+    from astropy.io import fits
+    from astropy.utils.exceptions import AstropyWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AstropyWarning)
+        warnings.filterwarnings("ignore", category=fits.verify.VerifyWarning)
+        yield
 
 
 def read_image(
@@ -70,7 +91,8 @@ def read_image(
     """Read one file, as it is.
 
     flux_unit: `background_sigma` says that a FITS or NPY image is in these units already; else it
-    is linear flux. Raises CutoutError with the reason.
+    is linear flux. Raises CutoutError with the reason; within `strict_fits`, for a truncated FITS
+    file, too.
     """
     path = file_of(reference)
     suffix = path.rpartition(".")[2].lower()
@@ -113,15 +135,9 @@ def _read_npy(reference: str, path: str, options: dict[str, Any] | None) -> NDAr
 
 def _read_fits(content: io.BytesIO) -> tuple[NDArray[Any], tuple[str, ...] | None]:
     from astropy.io import fits
-    from astropy.utils.exceptions import AstropyWarning
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", AstropyWarning)  # a truncated file is only a warning
-        warnings.filterwarnings("ignore", category=fits.verify.VerifyWarning)
-        with fits.open(content, memmap=False) as hdus:
-            images = [
-                (h.name, np.asarray(h.data)) for h in hdus if h.is_image and h.data is not None
-            ]
+    with fits.open(content, memmap=False) as hdus:
+        images = [(h.name, np.asarray(h.data)) for h in hdus if h.is_image and h.data is not None]
     if not images:
         raise CutoutError("the FITS file holds no image")
     if len(images) == 1:
@@ -207,7 +223,13 @@ def read_cutout(
     options: dict[str, Any] | None = None,
 ) -> Cutout:
     """One usable cutout from its file, or from one file a band. Raises CutoutError."""
-    parts = [read_image(reference, flux_unit, options) for reference in references]
+    parts = []
+    for number, reference in enumerate(references):
+        try:
+            parts.append(read_image(reference, flux_unit, options))
+        except CutoutError as reason:
+            reason.image = number
+            raise
     if len(parts) > 1:
         if any(len(part.pixels) != 1 for part in parts):
             raise CutoutError("a file of one band holds several")

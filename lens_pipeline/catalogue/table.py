@@ -78,7 +78,7 @@ def read_catalogue(path: str | Path, storage_options: Mapping[str, Any] | None =
         raise
     except FileNotFoundError:
         raise InputError(f"{source}: there is no such file or folder") from None
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as problem:
+    except Exception as problem:  # noqa: BLE001  (each store and format has errors of its own)
         reason = " ".join(str(problem).split()) or type(problem).__name__
         raise InputError(f"{source}: cannot be read as a catalogue ({reason})") from None
     return Catalogue(_validated(table, source, folder or "."), source)
@@ -93,12 +93,15 @@ def source_fingerprint(source: str, storage_options: Mapping[str, Any] | None = 
         filesystem, inside = fsspec.url_to_fs(source, **dict(storage_options or {}))
         if not filesystem.isdir(inside):
             return hashlib.sha256(filesystem.cat_file(inside)).hexdigest()
-        names = sorted(filesystem.find(inside))
-        tables = [filesystem.cat_file(name) for name in names if name.endswith(".csv")]
+        # What `_read_folder` looks at: other things may lie there, LENS_HOME among them.
+        listings = [posixpath.join(inside, f"{split}.csv") for split in SPLITS]
+        tables = [filesystem.cat_file(name) for name in listings if filesystem.exists(name)]
+        folders = [posixpath.join(inside, split) for split in SPLITS]
+        names = sorted(name for part in folders for name in filesystem.find(part))
         return hashlib.sha256(b"\0".join([*(n.encode() for n in names), *tables])).hexdigest()
     except FileNotFoundError:
         raise InputError(f"{source}: there is no such file or folder") from None
-    except (OSError, ValueError, ImportError) as problem:
+    except Exception as problem:  # noqa: BLE001  (each store has errors of its own)
         reason = " ".join(str(problem).split()) or type(problem).__name__
         raise InputError(f"{source}: cannot be read ({reason})") from None
 
@@ -134,8 +137,16 @@ def _read_csv(content: io.BytesIO, source: str) -> pd.DataFrame:
         raise InputError(f"{source}: the file is empty; a header with `id` is needed") from None
     content.seek(0)
     text = {c: str for c in header if c in TEXT_COLUMNS or c.startswith("path_")}
-    # Only an empty field is a missing one: an id may be "NA".
-    return pd.read_csv(content, dtype=text, keep_default_na=False, na_values=[""])
+    # Only an empty field is a missing one: an id may be "NA". A comma that ends every row makes no
+    # column an index, and whole columns are looked at before they are taken for numbers.
+    return pd.read_csv(
+        content,
+        dtype=text,
+        keep_default_na=False,
+        na_values=[""],
+        index_col=False,
+        low_memory=False,
+    )
 
 
 def _read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str) -> pd.DataFrame:
@@ -148,8 +159,10 @@ def _read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str
             missing = {"filepath", "label"} - set(table)
             if missing:
                 raise InputError(f"{listing}: column {sorted(missing)[0]} is missing")
+            table["label"] = _labels(table, listing)
             for path, label in zip(table["filepath"].astype(str), table["label"], strict=True):
                 rows.append({"id": path, "path": path, "label": label, "split": split})
+            continue  # the listing says what of the split's folders belongs to it
         for kind, label in CLASS_FOLDERS.items():
             folder = posixpath.join(inside, split, kind)
             if filesystem.isdir(folder):

@@ -1,5 +1,6 @@
 """One asset per member, `checkpoints/<member>`, made by a factory."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,7 @@ def checkpoint_asset(member: Member, defaults: TrainConfig) -> dg.AssetsDefiniti
         recipe = Recipe(
             stage=f"checkpoints/{member.name}",
             modules=(TRAIN,),
-            libraries=("torch", "torchvision", "pytorch-lightning", "torchmetrics", "numpy"),
+            libraries=(*network_libraries([member]), "pytorch-lightning", "torchmetrics", "numpy"),
             inputs={"shards": upstream.content},
             settings=trained_with.model_dump(),
         )
@@ -117,6 +118,12 @@ def checkpoint_asset(member: Member, defaults: TrainConfig) -> dg.AssetsDefiniti
         )
 
     return checkpoint
+
+
+def network_libraries(members: Iterable[Member]) -> tuple[str, ...]:
+    """The distributions that build these members' networks."""
+    timm = any(member.architecture.startswith("timm:") for member in members)
+    return ("torch", "torchvision", "timm") if timm else ("torch", "torchvision")
 
 
 def _probability(logit: Any) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import dagster as dg
 
+from lens_pipeline.defs.checkpoints import network_libraries
 from lens_pipeline.defs.dataset import catalogue_of
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.stages import (
@@ -49,7 +50,7 @@ def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
         recipe = Recipe(
             stage="lens_ensemble",
             modules=(SYSTEM,),
-            libraries=("torch", "numpy", "scipy"),
+            libraries=(*network_libraries(members), "numpy", "scipy"),
             inputs={name: part.content for name, part in upstream.items()},
             settings={"dataset_version": shards.content},
         )
@@ -62,7 +63,11 @@ def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
             manifest = read_manifest(shards.location, lens.settings.storage_options)
             form = CutoutFormat.from_dict(manifest.format)
             steps = {name: part.folder.name for name, part in upstream.items()}
-            facts = {"dataset_version": manifest.dataset_version, "member_steps": steps}
+            facts = {
+                "dataset": manifest.dataset,
+                "dataset_version": manifest.dataset_version,
+                "member_steps": steps,
+            }
             assemble(parts, form, out, facts)
 
         step = run_stage(ENSEMBLE, recipe, lens.settings.home / "ensemble", build, lens.settings)

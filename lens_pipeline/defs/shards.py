@@ -16,6 +16,7 @@ from lens_pipeline.defs.stages import (
     result,
     run_stage,
 )
+from lens_pipeline.errors import InputError
 from lens_pipeline.steps import Recipe, Step
 
 WRITER = "lens_pipeline.shards.writer"
@@ -41,7 +42,7 @@ def lens_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.Materia
     recipe = Recipe(
         stage="lens_shards",
         modules=(WRITER,),
-        libraries=("numpy", "pandas", "pyarrow"),
+        libraries=("torch", "numpy", "pandas", "pyarrow", "pillow"),
         inputs={"dataset": upstream.content},
     )
     step = run_stage(
@@ -87,9 +88,13 @@ def cloud_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.Materi
     begun = time.perf_counter()
     log.info("cloud_shards ...")
     upstream = made(context, SHARDS)
-    published = publish_shards(
-        Path(upstream.location), settings.cloud, storage_options=settings.storage_options
-    )
+    try:
+        published = publish_shards(
+            Path(upstream.location), settings.cloud, storage_options=settings.storage_options
+        )
+    except (ValueError, ImportError, FileNotFoundError, PermissionError) as problem:
+        reason = " ".join(str(problem).split())
+        raise InputError(f"LENS_CLOUD_URL: {settings.cloud} cannot be used ({reason})") from None
     problems = verify_shards(published.url, settings.storage_options)
     seconds = time.perf_counter() - begun
     reused = not published.uploaded

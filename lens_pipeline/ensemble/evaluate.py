@@ -14,6 +14,7 @@ from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.ensemble.predictor import score_dataset
 from lens_pipeline.ensemble.system import load_ensemble
+from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import lens_metrics
 from lens_pipeline.evaluation.plots import (
     contact_sheet,
@@ -38,9 +39,16 @@ def evaluate_ensemble(
 ) -> Evaluation:
     """Score all of a dataset and write metrics.json, scores.parquet, report.html and pictures.
 
-    gate: the thresholds of `first_model_gate`, whose verdict stands in the report.
+    gate: the thresholds of `first_model_gate`, whose verdict stands in the report. Raises
+    InputError where the ensemble was trained on another dataset.
     """
     ensemble = load_ensemble(ensemble_folder)
+    if ensemble.facts["dataset"] != dataset.facts["content"]:
+        raise InputError(
+            f"{dataset.folder}: is not the dataset that the ensemble in {ensemble_folder} was "
+            "trained on; its test split may hold what the ensemble has seen. Make the shards, "
+            "checkpoints and lens_ensemble again"
+        )
     scores = score_dataset(ensemble, dataset, catalogue)
     scores.to_parquet(out / SCORES, index=False)
     test = scores[(scores["split"] == "test") & scores["probability"].notna()]

@@ -8,16 +8,24 @@ import pandas as pd
 from tqdm import tqdm
 
 from lens_pipeline.catalogue.dataset import PARTS, Dataset, read_cutouts
-from lens_pipeline.catalogue.images import Cutout
+from lens_pipeline.catalogue.images import CutoutError
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.ensemble.system import BATCH, LensEnsemble
+from lens_pipeline.errors import InputError
 
 
 def score_dataset(ensemble: LensEnsemble, dataset: Dataset, catalogue: Catalogue) -> pd.DataFrame:
     """Scores of every cutout of a processed dataset, labelled or not, with its `split`.
 
-    See `score_catalogue` for the columns.
+    See `score_catalogue` for the columns. Raises InputError where the dataset is of other rows.
     """
+    tables = [dataset.table(part) for part in PARTS]
+    listed = pd.concat([*(t[["id", "row"]] for t in tables), dataset.rejects()[["id", "row"]]])
+    if listed.sort_values("row")["id"].tolist() != catalogue.table["id"].tolist():
+        raise InputError(
+            f"{catalogue.source}: the catalogue has changed since the dataset was made; "
+            "make processed_dataset again"
+        )
     scores, splits = [], []
     with _progress(len(catalogue.table)) as progress:
         for part in PARTS:
@@ -48,10 +56,11 @@ def score_catalogue(
     while batch := list(islice(stream, BATCH)):
         good: dict[int, Any] = {}
         for row, cutout in batch:
-            reason = form.refusal(cutout) if isinstance(cutout, Cutout) else str(cutout)
-            if isinstance(cutout, Cutout) and reason is None:
-                good[row] = cutout.pixels
-            else:
+            try:
+                if isinstance(cutout, CutoutError):
+                    raise cutout
+                good[row] = form.fitted(cutout)
+            except CutoutError as reason:
                 rejects[row] = str(reason)
         if good:
             scores.append(ensemble.predict(np.stack(list(good.values()))).set_index(pd.Index(good)))

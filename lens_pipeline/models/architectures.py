@@ -24,7 +24,7 @@ def build_backbone(architecture: str, bands: int, image_size: int) -> tuple[nn.M
     library, _, name = architecture.rpartition(":")
     if library == "timm":
         return _from_timm(name, bands)
-    if architecture == "vit_b_16":
+    if name == "vit_b_16":
         return _vision_transformer(bands, image_size)
     if architecture == "light_transformer":
         return LightTransformer(bands), LightTransformer.n_features

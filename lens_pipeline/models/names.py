@@ -15,6 +15,7 @@ ARCHITECTURES: dict[str, str] = {
     "deeplens": "CMU DeepLens, the field's baseline (Lanusse et al. 2018)",
     "lastro": "EPFL-LASTRO's plain convolutional network (Schaefer et al. 2018)",
 }
+RESERVED = "ensemble"
 LIBRARIES = ("torchvision", "timm")  # any of their classifiers, as `timm:convnext_atto`
 
 _MEMBER = re.compile(r"^(?:(?P<name>[^=@]+)=)?(?P<architecture>[^=@]+)(?:@(?P<seed>\d+))?$")
@@ -39,6 +40,10 @@ def parse_members(text: str) -> tuple[Member, ...]:
         architecture = match["architecture"]
         check_architecture(architecture)
         name = re.sub(r"[^A-Za-z0-9_]", "_", match["name"] or architecture)
+        if name == RESERVED:
+            raise InputError(f"LENS_ARCHS: no member may be called {name}: that is all of them")
+        if int(match["seed"] or 0) >= 2**32:
+            raise InputError(f"LENS_ARCHS: {part}: the seed must be below 2**32")
         if any(member.name == name for member in members):
             raise InputError(
                 f"LENS_ARCHS: two members are called {name}; "

@@ -129,12 +129,13 @@ class LitLensSystem(pl.LightningModule):
         optimiser = torch.optim.AdamW(
             self.parameters(), lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"]
         )
-        total = max(2, int(self.trainer.estimated_stepping_batches))
+        # The rate rises for two steps at least, and falls for as many.
+        total = max(4, int(self.trainer.estimated_stepping_batches))
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimiser,
             max_lr=self.hparams["lr"],
             total_steps=total,
-            pct_start=self.hparams["warmup"],
+            pct_start=min(max(self.hparams["warmup"], 2 / total), 1 - 2 / total),
             cycle_momentum=False,
         )
         return {

@@ -43,10 +43,13 @@ class Shard(Listed):
 
 @dataclass(frozen=True)
 class Manifest:
-    """format: the fields of `CutoutFormat`; encoding: `name` and `quality` of `Encoding`."""
+    """format: the fields of `CutoutFormat`; encoding: `name` and `quality` of `Encoding`; dataset:
+    the `content` of the processed dataset that was written.
+    """
 
     format: dict[str, Any]
     encoding: dict[str, Any]
+    dataset: str
     index: Listed
     shards: tuple[Shard, ...]
 
@@ -78,6 +81,7 @@ class Manifest:
             manifest = cls(
                 format=values["format"],
                 encoding=values["encoding"],
+                dataset=values["dataset"],
                 index=Listed(**values["index"]),
                 shards=tuple(Shard(**shard) for shard in values["shards"]),
             )

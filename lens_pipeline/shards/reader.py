@@ -30,6 +30,7 @@ from lens_pipeline.shards.manifest import (
     difference,
     read_manifest,
 )
+from lens_pipeline.steps import write_aside
 
 _LOCAL = LocalFileSystem()
 _verified: set[tuple[int, ...]] = set()  # files whose sha256 has been checked by this process
@@ -176,10 +177,10 @@ def _fetch(
     for listed in manifest.files:
         path = folder / listed.name
         if difference(_LOCAL, str(path), listed):
-            aside = path.with_name(f".{path.name}")
+            aside = path.with_name(f".{path.name}.{os.getpid()}")
             filesystem.get_file(posixpath.join(root, listed.name), str(aside))
             aside.replace(path)
-    (folder / MANIFEST).write_text(manifest.text)
+    write_aside(folder / MANIFEST, manifest.text)
 
 
 def _check(path: Path, listed: Listed) -> None:

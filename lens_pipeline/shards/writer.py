@@ -59,6 +59,7 @@ def write_shards(
     manifest = Manifest(
         format=asdict(source.format),
         encoding={"name": stored.name, "quality": stored.quality},
+        dataset=source.facts["content"],
         index=Listed(INDEX, file_sha256(out / INDEX), (out / INDEX).stat().st_size),
         shards=tuple(shards),
     )

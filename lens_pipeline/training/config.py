@@ -37,7 +37,7 @@ class TrainingSection(_Section):
     balance: bool = Field(
         default=True, description="Weigh lenses by non-lenses / lenses in the training set."
     )
-    monitor: str = Field(
+    monitor: Literal["val/auroc", "val/average_precision", "val/tpr_at_fpr_1e-2"] = Field(
         default="val/tpr_at_fpr_1e-2",
         description="The best epoch is the one where this is highest.",
     )

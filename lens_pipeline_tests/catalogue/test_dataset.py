@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from lens_pipeline.catalogue import build_dataset, read_catalogue
-from lens_pipeline.catalogue.dataset import PARTS, Dataset, open_dataset
+from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat, Dataset, open_dataset
+from lens_pipeline.catalogue.images import Cutout, CutoutError
 from lens_pipeline.catalogue.splits import assign_splits
 from lens_pipeline.errors import InputError
 
@@ -145,3 +146,28 @@ def test_real_stacks(shared_data: Path, tmp_path: Path) -> None:
     images = np.concatenate([dataset.images(part) for part in ("train", "val", "test")])
     assert np.isfinite(images).all()
     assert len(images) + dataset.facts["n_rejects"] == 203
+
+
+def test_with_a_file_for_each_band_the_right_one_is_blamed(tmp_path: Path) -> None:
+    table = pd.read_csv(_catalogue(tmp_path))
+    for band in "gr":
+        np.save(tmp_path / f"{band}.npy", RNG.normal(size=(120, 1, 20, 20)).astype(np.float32))
+        table[f"path_{band}"] = [f"{band}.npy#{i}" for i in range(120)]
+    table = table.drop(columns="path")
+    table.loc[5, "path_r"] = "absent.npy"
+    table.to_csv(tmp_path / "table.csv", index=False)
+    rejects = _build(tmp_path / "table.csv", tmp_path / "out").rejects()
+    assert rejects["column"].tolist() == ["path_r"]
+    assert Path(rejects["file"].iloc[0]).name == "absent.npy"
+    with pytest.raises(InputError, match=r"row 6, column path_r, .*absent\.npy"):
+        _build(tmp_path / "table.csv", tmp_path / "none", max_reject_fraction=0)
+
+
+def test_bands_are_put_in_the_formats_order_or_refused_by_name() -> None:
+    form = CutoutFormat(("g", "r", "i"), 2, "background_sigma", None)
+    pixels = np.arange(12, dtype=np.float32).reshape(3, 2, 2)
+    swapped = Cutout(pixels, "background_sigma", ("I", "R", "G"))
+    np.testing.assert_array_equal(form.fitted(swapped), pixels[::-1])
+    np.testing.assert_array_equal(form.fitted(Cutout(pixels, "background_sigma")), pixels)
+    with pytest.raises(CutoutError, match=r"the bands are g, r, z; g, r, i are needed"):
+        form.fitted(Cutout(pixels, "background_sigma", ("g", "r", "z")))

@@ -7,6 +7,7 @@ import pytest
 from astropy.table import Table
 
 from lens_pipeline.catalogue import read_catalogue
+from lens_pipeline.catalogue.table import source_fingerprint
 from lens_pipeline.errors import InputError
 
 ROWS = pd.DataFrame(
@@ -142,3 +143,41 @@ def test_real_candidates(shared_data: Path) -> None:
     assert (table["label"] == 1).sum() == 46
     assert (table["label"] == 0).sum() == 130
     assert table["label"].isna().sum() == 42
+
+
+def test_a_comma_at_the_end_of_every_row_shifts_nothing(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("id,path,label\na,a.png,1,\nb,b.png,0,\n")
+    table = read_catalogue(tmp_path / "t.csv").table
+    assert table["id"].tolist() == ["a", "b"]
+    assert table["label"].tolist() == [1, 0]
+
+
+def test_a_listing_says_what_of_a_splits_folders_belongs_to_it(tmp_path: Path) -> None:
+    """The guide's layout has both."""
+    for split in ("train", "val"):
+        for kind in ("lens", "nonlens"):
+            (tmp_path / split / kind).mkdir(parents=True)
+            for number in range(2):
+                (tmp_path / split / kind / f"{number}.png").touch()
+    (tmp_path / "train.csv").write_text(
+        "filepath,label\ntrain/lens/0.png,1\ntrain/nonlens/1.png,0\n"
+    )
+    table = read_catalogue(tmp_path).table
+    assert table["id"].tolist() == [
+        *("train/lens/0.png", "train/nonlens/1.png"),
+        *("val/lens/0.png", "val/lens/1.png", "val/nonlens/0.png", "val/nonlens/1.png"),
+    ]
+    (tmp_path / "val.csv").write_text("filepath,label\nval/lens/0.png,yes\n")
+    with pytest.raises(InputError, match=r"val\.csv: row 1, column label: 'yes'"):
+        read_catalogue(tmp_path)
+
+
+def test_other_files_in_a_folder_change_nothing(tmp_path: Path) -> None:
+    (tmp_path / "train" / "lens").mkdir(parents=True)
+    (tmp_path / "train" / "lens" / "a.png").touch()
+    before = source_fingerprint(str(tmp_path))
+    (tmp_path / ".lens").mkdir()
+    (tmp_path / ".lens" / "new").touch()
+    assert source_fingerprint(str(tmp_path)) == before
+    (tmp_path / "train" / "lens" / "b.png").touch()
+    assert source_fingerprint(str(tmp_path)) != before

@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,9 +56,28 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
-def test_the_entry_point_of_the_library_takes_the_guides_arguments() -> None:
+def test_the_entry_point_of_the_library_makes_a_network_of_an_architecture() -> None:
     assert lens_pipeline.LitLensSystem is LitLensSystem
     system = lens_pipeline.LitLensSystem(
         arch="resnet18", lr=1e-3, weight_decay=1e-4, dropout_rate=0.5
     )
     assert system(torch.from_numpy(np.zeros((2, 3, 64, 64), np.float32))).shape == (2,)
+
+
+@pytest.mark.parametrize("total", [*range(1, 25), 50, 100])
+def test_the_learning_rate_rises_then_falls_for_any_number_of_steps(total: int) -> None:
+    system = LitLensSystem("lastro", lr=0.1, warmup=0.1, image_size=32)
+    system.trainer = SimpleNamespace(estimated_stepping_batches=total)  # type: ignore[assignment]
+    found = system.configure_optimizers()
+    optimiser, schedule = found["optimizer"], found["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(total):
+        rates.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        schedule.step() if len(rates) < max(4, total) else None
+    peak = int(np.argmax(rates))
+    assert (np.diff(rates[: peak + 1]) > 0).all()
+    assert (np.diff(rates[peak:]) < 0).all()
+    if total >= 4:
+        assert rates[peak] == pytest.approx(0.1, rel=0.01)
+        assert 0 < peak < total - 1
