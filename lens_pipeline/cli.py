@@ -64,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(do=_run)
 
     simulate = commands.add_parser("simulate", parents=[common], help="a catalogue of simulations")
-    simulate.add_argument("--survey", default="des")
+    simulate.add_argument("--survey", default="des", help="des, hsc, lsst, euclid_vis or cfhtls")
+    simulate.add_argument("--config", type=Path, help="a YAML file that changes the simulation")
     simulate.add_argument("--n", type=int, default=1000, help="cutouts (default 1000)")
     simulate.add_argument("--seed", type=int, default=0)
     simulate.add_argument("--image-size", type=int, default=64, help="pixels (default 64)")
@@ -235,21 +236,40 @@ def _simulate(options: argparse.Namespace) -> int:
     out: Path = options.out
     if out.exists():
         raise InputError(f"--out {out}: exists already; name a folder that does not")
+    from lens_pipeline.simulation import load_config
     from lens_pipeline.simulation.simulate import simulate_catalogue
 
+    config = load_config(options.survey, options.config)
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     aside.mkdir(parents=True)
     simulate_catalogue(
         aside,
-        options.survey,
+        config,
         options.n,
         options.seed,
         device=options.device,
         image_size=options.image_size,
     )
+    _draw_kinds(aside)
     aside.rename(out)
     print(out / "catalogue.parquet")
+    print(out / "kinds.jpg")
     return 0
+
+
+def _draw_kinds(folder: Path) -> None:
+    """The picture of a simulated catalogue: some cutouts of each kind."""
+    import numpy as np
+    import pandas as pd
+
+    from lens_pipeline.evaluation.plots import PER_KIND, jpeg_bytes, kinds_sheet
+
+    table = pd.read_parquet(folder / "catalogue.parquet", columns=["path", "kind"])
+    shown = table.groupby("kind", sort=False).head(PER_KIND)
+    places = [path.split("#") for path in shown["path"]]
+    images = np.stack([np.load(folder / name, mmap_mode="r")[int(row)] for name, row in places])
+    figure = kinds_sheet(images, shown["kind"].tolist(), "background_sigma")
+    (folder / "kinds.jpg").write_bytes(jpeg_bytes(figure))
 
 
 def _predict(options: argparse.Namespace) -> int:

@@ -12,7 +12,6 @@ from lens_pipeline.training.config import TrainConfig
 class Preset:
     """members: as in LENS_ARCHS; epochs: by architecture, else `epochs_else`."""
 
-    survey: str
     n_cutouts: int
     image_size: int
     members: str
@@ -22,9 +21,8 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
-    "tiny": Preset("des", 200, 32, "light_transformer,lastro", 32, 1),
+    "tiny": Preset(200, 32, "light_transformer,lastro", 32, 1),
     "quick": Preset(
-        "des",
         4800,
         64,
         "resnet18,light_transformer,lastro",
@@ -32,7 +30,7 @@ PRESETS: Mapping[str, Preset] = {
         4,
         {"light_transformer": 8, "lastro": 8},
     ),
-    "full": Preset("des", 100_000, 64, "resnet18,resnet34,vit_b_16", 128, 30),
+    "full": Preset(100_000, 64, "resnet18,resnet34,vit_b_16", 128, 30),
 }
 
 

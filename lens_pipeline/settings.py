@@ -81,6 +81,12 @@ class Settings(BaseSettings):
     deployment: Literal["local", "staging", "production"] = Field(
         default="local", description="Name of this deployment; tagged on every run."
     )
+    survey: str = Field(
+        default="des", description="Whose images are simulated: des, hsc, lsst, euclid_vis, cfhtls."
+    )
+    simulation: Annotated[str | None, BeforeValidator(lambda file: file and absolute(file))] = (
+        Field(default=None, description="A YAML file that changes the simulation.")
+    )
     n_cutouts: int | None = Field(
         default=None, ge=100, description="Simulated cutouts; by default the preset's."
     )

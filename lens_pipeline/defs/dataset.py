@@ -32,21 +32,27 @@ BUILD = "lens_pipeline.catalogue.dataset"
 
 
 def catalogue_recipe(settings: Settings) -> Recipe:
+    from lens_pipeline.catalogue.table import source_fingerprint
+
     if settings.source == "simulation":
+        from lens_pipeline.simulation import load_config
+
         preset = presets.chosen(settings)
+        config = load_config(settings.survey, settings.simulation)
+        psf = config.survey.psf
+        libraries = ("torch", "caustics", "astropy", "numpy", "scipy", "scikit-image", "pandas")
         return Recipe(
             stage="cutout_catalogue",
             modules=(SIMULATION,),
-            libraries=("torch", "caustics", "astropy", "numpy", "scipy", "pandas", "pyarrow"),
+            libraries=(*libraries, "pyarrow"),
+            inputs={} if psf is None else {"psf": source_fingerprint(psf)},
             settings={
-                "survey": preset.survey,
+                "config": config.model_dump(mode="json"),
                 "n": settings.n_cutouts or preset.n_cutouts,
                 "seed": settings.seed,
                 "image_size": presets.image_size(settings),
             },
         )
-    from lens_pipeline.catalogue.table import source_fingerprint
-
     return Recipe(
         stage="cutout_catalogue",
         modules=(TABLE,),
@@ -58,9 +64,11 @@ def catalogue_recipe(settings: Settings) -> Recipe:
 
 def make_catalogue(settings: Settings, recipe: Recipe, out: Path) -> None:
     if settings.source == "simulation":
+        from lens_pipeline.simulation import load_config
         from lens_pipeline.simulation.simulate import simulate_catalogue
 
-        simulate_catalogue(out, **recipe.settings)
+        config = load_config(settings.survey, settings.simulation)
+        simulate_catalogue(out, **(recipe.settings | {"config": config}))
     else:
         from lens_pipeline.catalogue.table import read_catalogue
 

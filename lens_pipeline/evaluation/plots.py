@@ -17,6 +17,7 @@ from lens_pipeline.evaluation.metrics import roc
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LENS, NONLENS = COLOURS[1], COLOURS[0]
 BINS = 10
+PER_KIND = 10  # cutouts of each kind on a sheet
 
 # Lupton et al. 2004 (PASP 116, 133), the same for all cutouts, in background sigma: noise is grey,
 # arcs of a few sigma show, and cores keep their colour.
@@ -216,3 +217,33 @@ def first_cutouts_sheet(images: NDArray[np.floating], table: pd.DataFrame, units
     rows = pd.concat([table[table["label"] == label].head(16) for label in (1, 0)])
     names = rows["kind"] if "kind" in rows else rows["label"].map({1: "lens", 0: "non-lens"})
     return contact_sheet(np.asarray(images[rows.index]), names.tolist(), units)
+
+
+def kinds_sheet(images: NDArray[np.floating], kinds: Sequence[str], units: str) -> Figure:
+    """A row for each kind of cutout, lenses first, with up to PER_KIND of each.
+
+    images: (n, bands, height, width); kinds: of each.
+    """
+    of_kind: dict[str, list[int]] = {}
+    for row, kind in enumerate(kinds):
+        of_kind.setdefault(kind, []).append(row)
+    names = sorted(of_kind, key=lambda kind: (kind != "lens", kind))
+    size, gap = images.shape[-1], 2
+    step = size + gap
+    # One picture: a figure of a hundred axes takes longer to draw than to simulate.
+    mosaic = np.ones((len(names) * step - gap, PER_KIND * step - gap, 3))
+    for row, name in enumerate(names):
+        chosen = of_kind[name][:PER_KIND]
+        for column, picture in enumerate(colour_composite(images[chosen], units)):
+            top = row * step
+            left = column * step
+            upright = picture if units == "composite" else picture[::-1]
+            mosaic[top : top + size, left : left + size] = upright
+    figure = Figure(figsize=(1.05 * PER_KIND + 1.1, 1.05 * len(names)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(mosaic)
+    axes.set_yticks([size / 2 + row * step for row in range(len(names))], names, fontsize=10)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return figure

@@ -5,6 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "config": ["SimulationConfig", "load_config"],
         "surveys": ["SURVEYS", "Survey", "find_survey"],
         "simulate": ["Simulation", "simulate", "simulate_catalogue"],
     },

@@ -1,68 +1,281 @@
-"""What looks like a lens and is none: unlensed galaxies around the host galaxy."""
+"""What looks like a lens and is none.
+
+Every decoy is made of the very light of the lens that it is paired with: the host galaxy's, in its
+colours, and the arcs', in colours of a source at that redshift, in another arrangement. So no sum
+or colour of pixels tells lenses from decoys, only shape does.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lens_pipeline.simulation.population import (
-    Array,
-    magnitudes,
-    source_axis_ratio,
-    source_colours,
-)
+from lens_pipeline.simulation.population import Array, magnitudes, source_axis_ratio, source_colours
 from lens_pipeline.simulation.render import Renderer
 from lens_pipeline.simulation.streams import Purpose, stream
 
-MAX_INTRUDERS = 3
-MAX_DISTANCE = 3.0  # from the host, in its Einstein radii
-DEVIATES = 8  # that an intruder takes
+MAX_MEMBERS = 5
+MAX_DISTANCE = 3.0  # of intruders from the host, in its Einstein radii
+DEVIATES = 16  # for the decoy as a whole, and for each of its members
+
+Components = list[pd.DataFrame]
 
 
-def draw_intruders(renderer: Renderer, seed: int, lenses: pd.DataFrame) -> Tensor:
-    """One to three galaxies around each of the lens galaxies of a table.
+def choose_kinds(seed: int, hosts: Iterable[int], mixture: Mapping[str, float]) -> NDArray[np.str_]:
+    """The kind of decoy of each host, text (hosts,)."""
+    u = np.array([stream(seed, host, Purpose.KIND).random() for host in hosts])
+    weights = np.array(list(mixture.values()), dtype=np.float64)
+    edges = np.cumsum(weights / weights.sum())[:-1]
+    return np.array(list(mixture))[np.searchsorted(edges, u, side="right")]
 
-    Returns (hosts, bands, size, size), expected electrons after the PSF.
 
-    They lie anywhere (uniformly) within MAX_DISTANCE Einstein radii. Together they bring the light
-    of the host's arcs, in colours of a source at that redshift, with the source's surface
-    brightness (which lensing keeps): no sum or colour of pixels tells them from arcs, only their
-    arrangement.
+def draw_decoys(
+    renderer: Renderer, seed: int, lenses: pd.DataFrame, galaxy: Tensor, kinds: NDArray[np.str_]
+) -> Tensor:
+    """The decoy of each lens in a table: expected electrons (hosts, bands, size, size).
+
+    galaxy: those of the lens galaxies alone. kinds: as `choose_kinds` gives them.
     """
     hosts = lenses.index.to_numpy()
     u = np.stack(
-        [stream(seed, h, Purpose.INTRUDERS).random((MAX_INTRUDERS, DEVIATES)) for h in hosts]
+        [stream(seed, h, Purpose.DECOY).random((1 + MAX_MEMBERS, DEVIATES)) for h in hosts]
     )
-    table = _intruders(u, lenses)
-    images = renderer.blur(renderer.disc(renderer.parameters(table)))
-    electrons = renderer.electrons(images, magnitudes(table, "source", renderer.bands))
-    owner = torch.from_numpy(np.searchsorted(hosts, table.index.to_numpy())).to(renderer.device)
-    total = electrons.new_zeros(len(hosts), *electrons.shape[1:])
-    return total.index_add_(0, owner, electrons)
+    electrons = galaxy.clone()
+    components: Components = []
+    for kind, build in _BUILDERS.items():
+        chosen = np.flatnonzero(kinds == kind)
+        if len(chosen):
+            share, parts = build(u[chosen], lenses.iloc[chosen])
+            kept = torch.from_numpy(share.astype(np.float32)).to(electrons.device)
+            electrons[chosen] *= kept[:, None, None, None]
+            components += parts
+    position = pd.Series(np.arange(len(hosts)), index=hosts)
+    for profile, part in _by_profile(components):
+        image = renderer.blur(renderer.component(profile, renderer.parameters(part)))
+        owner = torch.tensor(position[part.index].to_numpy(), device=electrons.device)
+        light = renderer.electrons(image, magnitudes(part, "component", renderer.bands))
+        electrons.index_add_(0, owner, light)
+    damaged = np.flatnonzero(kinds == "artefact")
+    if len(damaged):
+        electrons[damaged] += renderer.electrons_of_sigma(_artefacts(renderer, u[damaged]))
+    return electrons
 
 
-def _intruders(u: Array, lenses: pd.DataFrame) -> pd.DataFrame:
-    """Parameters of the intruders; u: (hosts, MAX_INTRUDERS, DEVIATES). The index is the host."""
-    count = 1 + (MAX_INTRUDERS * u[:, 0, 0]).astype(int)
-    present = np.arange(MAX_INTRUDERS) < count[:, None]
-    weight = np.where(present, 0.3 + u[:, :, 1], 0)
+def _by_profile(components: Components) -> list[tuple[str, pd.DataFrame]]:
+    found: dict[str, Components] = {}
+    for part in components:
+        found.setdefault(str(part.attrs["profile"]), []).append(part)
+    return [(profile, pd.concat(parts)) for profile, parts in found.items()]
+
+
+# Each builder takes deviates u (n, 1 + MAX_MEMBERS, DEVIATES) and the lenses' table (n rows). It
+# returns which share of the host's light stays where it is, (n,), and the components to add.
+
+
+def _unlensed(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
+    return np.ones(len(lenses)), []
+
+
+def _intruders(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
+    count = 1 + (3 * u[:, 0, 0]).astype(int)
+    return np.ones(len(lenses)), [_blue_galaxies(u, lenses, count)]
+
+
+def _spiral(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
+    """The host keeps a bulge; the rest of its light, and that of the arcs, is in the disc."""
+    v = u[:, 0]
+    bulge = 0.3 + 0.5 * v[:, 8]
+    disc = _at_host(lenses) | {
+        "scale_length": lenses["einstein_radius"] * (0.6 + 1.4 * v[:, 0]),
+        "axis_ratio": np.cos(np.radians(80 * v[:, 1])),
+        "angle": 2 * np.pi * v[:, 2],
+        "arms": np.where(v[:, 3] < 0.75, 2.0, np.where(v[:, 3] < 0.9, 3.0, 4.0)),
+        "contrast": 0.5 + 0.45 * v[:, 4],
+        "pitch": np.radians(10 + 25 * v[:, 5]) * np.where(v[:, 6] < 0.5, 1, -1),
+        "phase": 2 * np.pi * v[:, 7],
+    }
+    old = _component("spiral", disc | _host_light(lenses, 1 - bulge), lenses)
+    young = _component("spiral", disc | _arc_light(v, lenses, 1.0), lenses)
+    return bulge, [old, young]
+
+
+def _merger(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
+    v = u[:, 0]
+    share = 0.5 + 0.3 * v[:, 0]
+    distance = lenses["einstein_radius"] * (0.6 + 0.9 * v[:, 1])
+    direction = 2 * np.pi * v[:, 2]
+    nucleus = _host_light(lenses, 1 - share) | {
+        "x": lenses["x"] + distance * np.cos(direction),
+        "y": lenses["y"] + distance * np.sin(direction),
+        "lens_radius": lenses["lens_radius"] * np.sqrt(1 - share),
+        "axis_ratio": 0.5 + 0.5 * v[:, 3],
+        "position_angle": np.pi * v[:, 4],
+    }
+    drawn_out = _arc_light(v, lenses, 1.0) | {
+        **_at_host(lenses),
+        "radius": lenses["einstein_radius"] * (1 + 1.5 * v[:, 5]),
+        "width": lenses["einstein_radius"] * (0.12 + 0.15 * v[:, 6]),
+        "angle": 2 * np.pi * v[:, 7],
+    }
+    return share, [
+        _component("elliptical", nucleus, lenses),
+        _component("tail", drawn_out, lenses),
+    ]
+
+
+def _edge_on(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
+    v = u[:, 0]
+    axis_ratio = 0.08 + 0.14 * v[:, 0]
+    disc = _arc_light(v, lenses, 1.0) | {
+        **_at_host(lenses),
+        "radius": lenses["einstein_radius"] * (0.7 + v[:, 1]) * np.sqrt(axis_ratio),
+        "axis_ratio": axis_ratio,
+        "angle": np.pi * v[:, 2],
+    }
+    return np.ones(len(lenses)), [_component("disc", disc, lenses)]
+
+
+def _group(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
+    count = 2 + (3 * u[:, 0, 0]).astype(int)  # beside the host
+    present, row = _members(count)
+    weight = np.where(present, 0.3 + 0.7 * u[:, 1:, 1], 0)
+    weight /= 1 + weight.sum(axis=1, keepdims=True)  # the host's own is 1
+    share, v, host = weight[present], u[:, 1:][present], lenses.iloc[row]
+    distance = host["einstein_radius"] * MAX_DISTANCE * np.sqrt(0.1 + 0.9 * v[:, 2])
+    members = _host_light(host, share) | {
+        "x": host["x"] + distance * np.cos(2 * np.pi * v[:, 3]),
+        "y": host["y"] + distance * np.sin(2 * np.pi * v[:, 3]),
+        "lens_radius": host["lens_radius"] * np.sqrt(share),
+        "axis_ratio": 0.5 + 0.5 * v[:, 4],
+        "position_angle": np.pi * v[:, 5],
+    }
+    blue = _blue_galaxies(u, lenses, np.ones(len(lenses), int))
+    return 1 - weight.sum(axis=1), [_component("elliptical", members, host), blue]
+
+
+def _ring(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
+    v = u[:, 0]
+    radius = lenses["einstein_radius"] * (0.9 + 0.8 * v[:, 0])
+    loop = _arc_light(v, lenses, 1.0) | {
+        **_at_host(lenses),
+        "radius": radius,
+        "width": radius * (0.1 + 0.15 * v[:, 1]),
+        "axis_ratio": 0.25 + 0.65 * v[:, 2],
+        "angle": np.pi * v[:, 3],
+    }
+    return np.ones(len(lenses)), [_component("ring", loop, lenses)]
+
+
+def _star(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
+    """A star with the galaxy's light, and one beside it with that of the arcs."""
+    v = u[:, 0]
+    distance = lenses["einstein_radius"] * (0.3 + 1.5 * v[:, 0])
+    direction = 2 * np.pi * v[:, 1]
+    beside = _arc_light(v, lenses, 1.0) | {
+        "x": lenses["x"] + distance * np.cos(direction),
+        "y": lenses["y"] + distance * np.sin(direction),
+    }
+    bright = _host_light(lenses, np.ones(len(lenses))) | _at_host(lenses)
+    parts = [_component("point", bright, lenses), _component("point", beside, lenses)]
+    return np.zeros(len(lenses)), parts
+
+
+_BUILDERS: Mapping[str, Callable[[Array, pd.DataFrame], tuple[Array, Components]]] = {
+    "unlensed": _unlensed,
+    "intruders": _intruders,
+    "spiral": _spiral,
+    "merger": _merger,
+    "edge_on": _edge_on,
+    "group": _group,
+    "ring": _ring,
+    "star": _star,
+    "artefact": _unlensed,  # what damages it is no light of the sky
+}
+
+
+def _artefacts(renderer: Renderer, u: Array) -> Tensor:
+    """Cosmic rays, a trail or bad columns, in background sigma (n, bands, size, size).
+
+    One kind a cutout, and in one band, as coadds of a few exposures show them.
+    """
+    v, d, side = u[:, 0], u[:, 1:], renderer.size
+    ray, trail, column = (np.floor(3 * v[:, :1]) == number for number in range(3))
+    number = np.arange(MAX_MEMBERS)
+    there = (
+        (ray & (number < 3)) | (trail & (number < 1)) | (column & (number < 1 + (v[:, 1:2] < 0.5)))
+    )
+    row, _ = np.nonzero(there)
+    ray, trail, column = (np.broadcast_to(of, there.shape)[there] for of in (ray, trail, column))
+    d = d[there]
+    strokes = renderer.stroke(
+        x=side * (d[:, 0] - 0.5),
+        y=np.where(column, 0, side * (d[:, 1] - 0.5)),
+        angle=np.where(column, np.pi / 2, np.pi * d[:, 2]),
+        length=np.where(ray, 2 + 10 * d[:, 3], 4.0 * side),
+        width=np.where(trail, 1.5 + d[:, 4], 0.6),
+        height=np.select([ray, trail], [10 + 50 * d[:, 5], 3 + 12 * d[:, 5]], 5 + 20 * d[:, 5]),
+    )
+    band = (len(renderer.bands) * v[row, 2]).astype(int)
+    images = strokes.new_zeros(len(u) * len(renderer.bands), side, side)
+    owner = torch.from_numpy(row * len(renderer.bands) + band).to(images.device)
+    return images.index_add_(0, owner, strokes).unflatten(0, (len(u), len(renderer.bands)))
+
+
+def _members(count: NDArray[np.intp]) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:
+    """(present (n, MAX_MEMBERS), the row of each present member)."""
+    present = np.arange(MAX_MEMBERS) < count[:, None]
+    return present, np.nonzero(present)[0]
+
+
+def _blue_galaxies(u: Array, lenses: pd.DataFrame, count: NDArray[np.intp]) -> pd.DataFrame:
+    """So many galaxies (1 to MAX_MEMBERS) that share the arcs' light, anywhere (uniformly) within
+    MAX_DISTANCE Einstein radii, with the source's surface brightness, which lensing keeps."""
+    present, row = _members(count)
+    weight = np.where(present, 0.3 + u[:, 1:, 8], 0)
     share = (weight / weight.sum(axis=1, keepdims=True))[present]
-    host = lenses.iloc[np.nonzero(present)[0]]
-    u = u[present]
-    brightening = share * host["magnification"].to_numpy()
-    radius = host["einstein_radius"].to_numpy() * MAX_DISTANCE * np.sqrt(u[:, 2])
-    azimuth = 2 * np.pi * u[:, 3]
-    g_r, r_i = source_colours(u[:, 4:6].T, host["z_source"].to_numpy())
-    return pd.DataFrame(
-        {
-            "x": host["x"] + radius * np.cos(azimuth),
-            "y": host["y"] + radius * np.sin(azimuth),
-            "radius": host["source_radius"] * np.sqrt(brightening),
-            "axis_ratio": source_axis_ratio(u[:, 6]),
-            "angle": np.pi * u[:, 7],
-            "source_magnitude": host["source_magnitude"] - 2.5 * np.log10(brightening),
-            "source_g_r": g_r,
-            "source_r_i": r_i,
-        },
-        index=host.index,
-    )
+    host, v = lenses.iloc[row], u[:, 1:][present]
+    distance = host["einstein_radius"].to_numpy() * MAX_DISTANCE * np.sqrt(v[:, 9])
+    galaxies = _arc_light(v, host, share) | {
+        "x": host["x"] + distance * np.cos(2 * np.pi * v[:, 10]),
+        "y": host["y"] + distance * np.sin(2 * np.pi * v[:, 10]),
+        "source_radius": host["source_radius"] * np.sqrt(share * host["magnification"]),
+        "source_axis_ratio": source_axis_ratio(v[:, 11]),
+        "source_angle": 2 * np.pi * v[:, 12],
+        "source_galaxy": host["source_galaxy"],
+    }
+    return _component("source", galaxies, host)
+
+
+def _at_host(lenses: pd.DataFrame) -> dict[str, Array]:
+    return {"x": lenses["x"].to_numpy(), "y": lenses["y"].to_numpy()}
+
+
+def _host_light(lenses: pd.DataFrame, share: Array) -> dict[str, Array]:
+    """A share of the host galaxy's light, in its colours."""
+    return {
+        "component_magnitude": (lenses["lens_magnitude"] - 2.5 * np.log10(share)).to_numpy(),
+        "component_g_r": lenses["lens_g_r"].to_numpy(),
+        "component_r_i": lenses["lens_r_i"].to_numpy(),
+    }
+
+
+def _arc_light(v: Array, lenses: pd.DataFrame, share: Array | float) -> dict[str, Array]:
+    """A share of the arcs' light, in the colours of another galaxy at the source's redshift."""
+    g_r, r_i = source_colours(v[:, 13:15].T, lenses["z_source"].to_numpy())
+    of_source = share * lenses["magnification"]
+    return {
+        "component_magnitude": (lenses["source_magnitude"] - 2.5 * np.log10(of_source)).to_numpy(),
+        "component_g_r": g_r,
+        "component_r_i": r_i,
+    }
+
+
+def _component(profile: str, columns: Mapping[str, Any], lenses: pd.DataFrame) -> pd.DataFrame:
+    values = {name: np.asarray(value) for name, value in columns.items()}
+    table = pd.DataFrame(values, index=lenses.index)
+    table.attrs["profile"] = profile
+    return table

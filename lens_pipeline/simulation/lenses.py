@@ -7,16 +7,21 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from lens_pipeline.errors import InputError
+from lens_pipeline.simulation.config import Population, SimulationConfig
 from lens_pipeline.simulation.population import (
     CANDIDATES,
     COLUMNS,
-    MIN_ARC_SNR,
-    MIN_MAGNIFICATION,
     candidates,
     magnitudes,
 )
 from lens_pipeline.simulation.render import Renderer
+from lens_pipeline.simulation.sources import galaxy_of_host
 from lens_pipeline.simulation.streams import Purpose, stream
+
+TOGETHER = {"cpu": 64, "cuda": 2048}  # candidates rendered at a time: what the cache, the GPU likes
+MANY = 50_000  # candidates that are drawn at a time
+MAX_BLOCKS = 2000
 
 
 @dataclass(frozen=True)
@@ -32,28 +37,38 @@ class Lenses:
     arcs: Tensor
 
 
-def draw_lenses(renderer: Renderer, seed: int, hosts: range) -> Lenses:
+def draw_lenses(renderer: Renderer, config: SimulationConfig, seed: int, hosts: range) -> Lenses:
     """For each host the first of its candidates that passes every cut.
 
     A candidate passes on the rendered arcs' signal-to-noise (best band) and on their magnification,
-    the flux of the arcs within the cutout over the flux of the source.
+    the flux of the arcs within the cutout over the flux of the source. Where few hosts are left,
+    several candidates of each are rendered at a time; the first that passes is the same.
     """
+    cuts, together = config.population, TOGETHER.get(torch.device(renderer.device).type, 64)
     found: list[Lenses] = []
     pending, block = np.array(hosts), 0
     while pending.size:
-        table = _candidates(renderer, seed, pending, block)
+        # As many again as before, while memory allows: the rarest hosts take hundreds of blocks.
+        blocks = range(block, block + min(block + 1, max(1, MANY // (CANDIDATES * pending.size))))
+        table = _candidates(renderer, config, seed, pending, blocks)
         while len(table):
-            tried = table[~table.index.duplicated()]
-            drawn = _render(renderer, tried)
-            passed = (drawn.table["magnification"] > MIN_MAGNIFICATION) & (
-                drawn.table["arc_snr"] > MIN_ARC_SNR
+            n_hosts = table.index.nunique()
+            place = table.groupby(level=0, sort=False).cumcount()
+            now = (place < max(1, together // n_hosts)).to_numpy()
+            drawn = _render(renderer, table[now], cuts)
+            first = ~drawn.table.index.duplicated()
+            keep = torch.from_numpy(np.flatnonzero(first)).to(renderer.device)
+            if first.any():
+                found.append(Lenses(drawn.table[first], drawn.galaxy[keep], drawn.arcs[keep]))
+            accepted = drawn.table.index[first]
+            table = table[~now & ~table.index.isin(accepted)]
+            pending = np.setdiff1d(pending, accepted)
+        block = blocks.stop
+        if block >= MAX_BLOCKS and pending.size:
+            raise InputError(
+                f"population: none of {block * CANDIDATES} systems of host {pending[0]} is a "
+                "detectable lens; loosen its cuts or its distributions"
             )
-            keep = torch.from_numpy(passed.to_numpy(copy=True)).to(renderer.device)
-            found.append(Lenses(drawn.table[passed], drawn.galaxy[keep], drawn.arcs[keep]))
-            accepted = table.index.isin(tried.index[passed])
-            table = table[table.index.duplicated() & ~accepted]
-            pending = np.setdiff1d(pending, tried.index[passed])
-        block += 1
     table = pd.concat([part.table for part in found])
     order = torch.from_numpy(np.argsort(table.index.to_numpy())).to(renderer.device)
     return Lenses(
@@ -63,24 +78,42 @@ def draw_lenses(renderer: Renderer, seed: int, hosts: range) -> Lenses:
     )
 
 
-def _candidates(renderer: Renderer, seed: int, hosts: np.ndarray, block: int) -> pd.DataFrame:
-    """The next block of each host's candidates; the index is the host, repeated in its order."""
+def _candidates(
+    renderer: Renderer, config: SimulationConfig, seed: int, hosts: np.ndarray, blocks: range
+) -> pd.DataFrame:
+    """The next blocks of each host's candidates; the index is the host, repeated in its order."""
     u = np.concatenate(
-        [stream(seed, h, Purpose.CANDIDATES, block).random((CANDIDATES, COLUMNS)) for h in hosts]
+        [
+            stream(seed, host, Purpose.CANDIDATES, block).random((CANDIDATES, COLUMNS))
+            for host in hosts
+            for block in blocks
+        ]
     )
-    table = candidates(u, renderer.survey)
-    return table.set_index(hosts[table.index // CANDIDATES])
+    table = candidates(u, config)
+    table = table.set_index(hosts[table.index // (CANDIDATES * len(blocks))])
+    galaxy = {host: galaxy_of_host(renderer.sources, int(host)) for host in hosts}
+    return table.assign(source_galaxy=table.index.map(galaxy))
 
 
-def _render(renderer: Renderer, table: pd.DataFrame) -> Lenses:
-    p = renderer.parameters(table)
-    galaxy, arcs = renderer.elliptical(p), renderer.arcs(p)
-    magnification = arcs.sum(dim=(1, 2))
-    galaxy = renderer.electrons(renderer.blur(galaxy), magnitudes(table, "lens", renderer.bands))
+def _render(renderer: Renderer, table: pd.DataFrame, cuts: Population) -> Lenses:
+    """Those systems of a table that pass the cuts.
+
+    The galaxy is drawn for those alone that may pass: its noise only lowers the arcs' signal-to-
+    noise, which no set of pixels raises above that of the matched filter.
+    """
+    arcs = renderer.arcs(renderer.parameters(table))
+    magnification = arcs.sum(dim=(1, 2)).cpu().numpy()
     arcs = renderer.electrons(renderer.blur(arcs), magnitudes(table, "source", renderer.bands))
-    snr = renderer.signal_to_noise(arcs, galaxy)
-    return Lenses(
-        table.assign(magnification=magnification.cpu().numpy(), arc_snr=snr.cpu().numpy()),
-        galaxy,
-        arcs,
-    )
+    best = renderer.matched_filter(arcs).cpu().numpy()
+    may = (magnification > cuts.min_magnification) & (best > cuts.min_arc_snr)
+    table, arcs = table[may], arcs[torch.from_numpy(may).to(arcs.device)]
+    if table.empty:
+        return Lenses(table, arcs, arcs)
+
+    galaxy = renderer.blur(renderer.elliptical(renderer.parameters(table)))
+    galaxy = renderer.electrons(galaxy, magnitudes(table, "lens", renderer.bands))
+    snr = renderer.signal_to_noise(arcs, galaxy).cpu().numpy()
+    table = table.assign(magnification=magnification[may], arc_snr=snr)
+    passed = snr > cuts.min_arc_snr
+    keep = torch.from_numpy(passed).to(arcs.device)
+    return Lenses(table[passed], galaxy[keep], arcs[keep])

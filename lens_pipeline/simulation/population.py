@@ -19,20 +19,17 @@ from astropy.cosmology import FlatLambdaCDM
 from numpy.typing import NDArray
 from scipy.special import gammaincinv, ndtri
 
+from lens_pipeline.simulation.config import Population, SimulationConfig
 from lens_pipeline.simulation.surveys import Survey
 
 Array = NDArray[np.float64]
 
-VERSION = 1  # of the population: raise it with any change to what is drawn
+VERSION = 2  # of the population: raise it with any change to what is drawn
 
 COSMOLOGY = FlatLambdaCDM(H0=70, Om0=0.3)
 ARCSEC = np.pi / 180 / 3600
 MAX_LENS_REDSHIFT = 2.0
-MIN_REDSHIFT_GAP = 0.4  # between lens and source
-EINSTEIN_RADIUS_RANGE = (0.5, 3.0)  # arcsec
 MAX_SHEAR = 0.1
-MIN_MAGNIFICATION = 3.0
-MIN_ARC_SNR = 20.0
 MIN_SOURCE_RADIUS = 0.4  # pixels
 CANDIDATES = 192  # drawn at a time for each host
 COLUMNS = 21  # uniform deviates that a candidate takes
@@ -95,6 +92,11 @@ def velocity_dispersion(u: Array) -> Array:
 def lens_axis_ratio(u: Array, velocity_dispersion: Array) -> Array:
     """1 - Rayleigh(0.378 - 0.000572 sigma_v), cut to [0.2, 1]; of the mass and of the light."""
     return 1 - _rayleigh_up_to(0.8, u, 0.378 - 0.000572 * velocity_dispersion)
+
+
+def shear(u: Array) -> Array:
+    """Uniform from 0 to MAX_SHEAR."""
+    return MAX_SHEAR * u
 
 
 def source_axis_ratio(u: Array) -> Array:
@@ -210,10 +212,12 @@ def magnitudes(table: pd.DataFrame, galaxy: str, bands: tuple[str, ...]) -> Arra
     r, g_r, r_i = (
         table[f"{galaxy}_{name}"].to_numpy(np.float64) for name in ("magnitude", "g_r", "r_i")
     )
-    return np.stack([{"g": r + g_r, "r": r, "i": r - r_i}[band] for band in bands], axis=1)
+    # Euclid's VIS spans r and i: the mean of their magnitudes.
+    known = {"g": r + g_r, "r": r, "i": r - r_i, "VIS": r - r_i / 2}
+    return np.stack([known[band] for band in bands], axis=1)
 
 
-def candidates(u: Array, survey: Survey) -> pd.DataFrame:
+def candidates(u: Array, config: SimulationConfig) -> pd.DataFrame:
     """The systems among u (rows, COLUMNS) that may be detectable lenses; the index is u's rows.
 
     Cuts on redshift, Einstein radius and 2 theta_E^2 > (2 r_s)^2 + seeing^2 are final; those on
@@ -226,12 +230,14 @@ def candidates(u: Array, survey: Survey) -> pd.DataFrame:
     <galaxy>_magnitude (r), _g_r, _r_i, where <galaxy> is lens or source; source_x, source_y
     (arcsec from the lens), source_axis_ratio, source_angle.
     """
-    z_lens, sigma = lens_redshift(u[:, 0]), velocity_dispersion(u[:, 1])
-    i_magnitude = source_i_magnitude(u[:, 2])
-    z_source = source_redshift(u[:, 3], i_magnitude)
+    survey, chosen = config.survey, config.population
+    z_lens = chosen.named(lens_redshift, u[:, 0])
+    sigma = chosen.named(velocity_dispersion, u[:, 1])
+    i_magnitude = chosen.named(source_i_magnitude, u[:, 2])
+    z_source = chosen.named(source_redshift, u[:, 3], i_magnitude)
     theta = einstein_radius(sigma, z_lens, z_source)
-    low, high = EINSTEIN_RADIUS_RANGE
-    keep = (z_source - z_lens > MIN_REDSHIFT_GAP) & (theta >= low) & (theta <= high)
+    keep = (z_source - z_lens > chosen.min_redshift_gap) & (theta >= chosen.min_einstein_radius)
+    keep &= theta <= chosen.max_einstein_radius
 
     index = np.flatnonzero(keep)
     u, z_lens, sigma, i_magnitude, z_source, theta = (
@@ -247,11 +253,11 @@ def candidates(u: Array, survey: Survey) -> pd.DataFrame:
             "z_source": z_source,
             "velocity_dispersion": sigma,
             "einstein_radius": theta,
-            "axis_ratio": lens_axis_ratio(u[:, 9], sigma),
+            "axis_ratio": chosen.named(lens_axis_ratio, u[:, 9], sigma),
             "position_angle": np.pi * u[:, 10],
             "x": survey.pixel_scale * (u[:, 11] - 0.5),
             "y": survey.pixel_scale * (u[:, 12] - 0.5),
-            "shear": MAX_SHEAR * u[:, 13],
+            "shear": chosen.named(shear, u[:, 13]),
             "shear_angle": np.pi * u[:, 14],
             "lens_radius": lens_radius(u[:, 15], sigma) * kpc_to_arcsec(z_lens),
             "lens_magnitude": r_lens,
@@ -259,7 +265,7 @@ def candidates(u: Array, survey: Survey) -> pd.DataFrame:
             "lens_r_i": lens_r_i,
             "source_x": theta * (2 * u[:, 16] - 1),
             "source_y": theta * (2 * u[:, 17] - 1),
-            "source_axis_ratio": source_axis_ratio(u[:, 18]),
+            "source_axis_ratio": chosen.named(source_axis_ratio, u[:, 18]),
             "source_angle": np.pi * u[:, 19],
             "source_radius": source_radius(u[:, 20], i_magnitude, z_source)
             * kpc_to_arcsec(z_source),
@@ -269,10 +275,10 @@ def candidates(u: Array, survey: Survey) -> pd.DataFrame:
         },
         index=index,
     )
-    return table[_may_be_detectable(table, survey)]
+    return table[_may_be_detectable(table, survey, chosen)]
 
 
-def _may_be_detectable(table: pd.DataFrame, survey: Survey) -> NDArray[np.bool_]:
+def _may_be_detectable(table: pd.DataFrame, survey: Survey, cuts: Population) -> NDArray[np.bool_]:
     theta, radius = table["einstein_radius"].to_numpy(), table["source_radius"].to_numpy()
     resolved = 2 * theta**2 > (2 * radius) ** 2 + survey.seeing**2
     sampled = radius > MIN_SOURCE_RADIUS * survey.pixel_scale
@@ -284,4 +290,5 @@ def _may_be_detectable(table: pd.DataFrame, survey: Survey) -> NDArray[np.bool_]
     star = 0.2545 / (survey.seeing / survey.pixel_scale / 2.3548)
     flux = survey.electrons(magnitudes(table, "source", survey.bands))
     snr = star * magnification * (flux / np.sqrt(survey.background_variance)).max(axis=1)
-    return resolved & sampled & (magnification > MIN_MAGNIFICATION) & (snr > MIN_ARC_SNR)
+    detectable = (magnification > cuts.min_magnification) & (snr > cuts.min_arc_snr)
+    return resolved & sampled & detectable

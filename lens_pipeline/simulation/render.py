@@ -12,7 +12,7 @@ R^2 = q x^2 + y^2/q, so R_e is the circularised half-light radius, and the b_n o
 1999.
 """
 
-from math import exp, gamma, pi
+from math import pi
 
 import numpy as np
 import pandas as pd
@@ -20,13 +20,16 @@ import torch
 from caustics.func import (
     gamma_phi_to_gamma1,
     gamma_phi_to_gamma2,
-    k_sersic,
     reduced_deflection_angle_external_shear,
     reduced_deflection_angle_sie,
 )
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lens_pipeline.errors import InputError
+from lens_pipeline.simulation import profiles
+from lens_pipeline.simulation.profiles import sersic
+from lens_pipeline.simulation.sources import Sources
 from lens_pipeline.simulation.surveys import Survey
 
 SUPERSAMPLING = 2
@@ -36,6 +39,8 @@ CORE_SUPERSAMPLING = 8
 # wherever the centre falls; the rms radius of a square, 0.41, would lose three times as much.
 CUSP_SOFTENING = 0.2
 PSF_RADIUS = 12  # pixels
+POINT_WIDTH = 0.3  # pixels: standard deviation of a star before the PSF
+PLACE_AND_LIGHT = ("x", "y", "component_magnitude", "component_g_r", "component_r_i")
 
 
 def grid(size: int, pixel_scale: float, sampling: int, device: str) -> tuple[Tensor, Tensor]:
@@ -44,29 +49,6 @@ def grid(size: int, pixel_scale: float, sampling: int, device: str) -> tuple[Ten
     axis = (torch.arange(n, device=device) - (n - 1) / 2) * (pixel_scale / sampling)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     return x, y
-
-
-def sersic(
-    x: Tensor,
-    y: Tensor,
-    index: int,
-    radius: Tensor,
-    axis_ratio: Tensor,
-    angle: Tensor,
-    softening: float = 0.0,
-) -> Tensor:
-    """Surface brightness per arcsec^2 of a profile of unit flux, at x and y from its centre.
-
-    radius, axis_ratio and angle broadcast against x and y. softening (arcsec) is added to R in
-    quadrature: a fraction of a sampling cell stands for the mean over the cell, which the cusp of
-    n = 4 needs.
-    """
-    b = k_sersic(index)
-    total = 2 * pi * index * exp(b) * b ** (-2 * index) * gamma(2 * index)
-    cos, sin = torch.cos(angle), torch.sin(angle)
-    major, minor = x * cos + y * sin, y * cos - x * sin
-    squared = (axis_ratio * major**2 + minor**2 / axis_ratio + softening**2) / radius**2
-    return torch.exp(b - b * squared ** (0.5 / index)) / (total * radius**2)
 
 
 def deflect(
@@ -95,6 +77,40 @@ def moffat(fwhm: float, beta: float, device: str) -> Tensor:
     return kernel / kernel.sum()
 
 
+def point_spread(survey: Survey, device: str) -> Tensor:
+    """The survey's point spread function: its own image, or the Moffat profile of its seeing."""
+    if survey.psf is None:
+        return moffat(survey.seeing / survey.pixel_scale, survey.moffat_beta, device)
+    return read_psf(survey.psf).to(device)
+
+
+def read_psf(path: str) -> Tensor:
+    """The image in a FITS file, of unit sum, cut or padded to 2 PSF_RADIUS + 1 pixels a side.
+
+    Raises InputError, naming the file, where there is none of odd sides and finite pixels.
+    """
+    from astropy.io import fits
+
+    try:
+        image = np.asarray(fits.getdata(path), dtype=np.float32)
+    except (OSError, TypeError, IndexError) as problem:
+        raise InputError(f"survey.psf: {path} cannot be read ({problem})") from None
+    if image.ndim != 2 or image.shape[0] != image.shape[1] or image.shape[0] % 2 == 0:
+        raise InputError(f"survey.psf: {path} has the shape {image.shape}; a square of odd side is")
+    if not np.isfinite(image).all() or image.sum() <= 0:
+        raise InputError(f"survey.psf: {path} has pixels that are not finite, or no light")
+    side = 2 * PSF_RADIUS + 1
+    spare = max(0, (side - len(image)) // 2)
+    image = np.pad(image, spare)
+    low = (len(image) - side) // 2
+    image = image[low : low + side, low : low + side]
+    return torch.from_numpy(image / image.sum())
+
+
+def _broadcast(p: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value[:, None, None] for name, value in p.items()}
+
+
 class Renderer:
     """Draws what a survey's camera would see in cutouts of `size` pixels.
 
@@ -102,13 +118,13 @@ class Renderer:
     are (B, size, size), the fraction of the unlensed flux that falls in each pixel.
     """
 
-    def __init__(self, survey: Survey, size: int, device: str) -> None:
-        self.survey, self.size, self.device = survey, size, device
+    def __init__(self, survey: Survey, sources: Sources, size: int, device: str) -> None:
+        self.survey, self.sources, self.size, self.device = survey, sources, size, device
         self.bands = survey.bands
         self._x, self._y = grid(size, survey.pixel_scale, SUPERSAMPLING, device)
         self._core_size = CORE_PIXELS + size % 2
         self._core = grid(self._core_size, survey.pixel_scale, CORE_SUPERSAMPLING, device)
-        self._psf = moffat(survey.seeing / survey.pixel_scale, survey.moffat_beta, device)
+        self._psf = point_spread(survey, device)
         side = size + 2 * PSF_RADIUS
         self._side = side + side % 2
         self._psf_spectrum = torch.fft.rfft2(self._psf, s=(self._side, self._side))
@@ -125,7 +141,7 @@ class Renderer:
 
     def elliptical(self, p: dict[str, Tensor]) -> Tensor:
         """The lens galaxy: n = 4, sharing centre, axis ratio and angle with its mass."""
-        p = {name: value[:, None, None] for name, value in p.items()}
+        p = _broadcast(p)
 
         def light(x: Tensor, y: Tensor, sampling: int) -> Tensor:
             cell = self.survey.pixel_scale / sampling
@@ -147,8 +163,8 @@ class Renderer:
         return image
 
     def arcs(self, p: dict[str, Tensor]) -> Tensor:
-        """The lensed images of the source: n = 1."""
-        p = {name: value[:, None, None] for name, value in p.items()}
+        """The lensed images of the source."""
+        p = _broadcast(p)
         x, y = deflect(
             self._x - p["x"],
             self._y - p["y"],
@@ -158,23 +174,44 @@ class Renderer:
             p["shear"],
             p["shear_angle"],
         )
-        brightness = sersic(
-            x - p["source_x"],
-            y - p["source_y"],
-            1,
-            p["source_radius"],
-            p["source_axis_ratio"],
-            p["source_angle"],
-        )
+        brightness = self.sources.brightness(x - p["source_x"], y - p["source_y"], p)
         return self._pixels(brightness, SUPERSAMPLING)
 
-    def disc(self, p: dict[str, Tensor]) -> Tensor:
-        """A galaxy as it is, without a lens: n = 1, at x and y."""
-        p = {name: value[:, None, None] for name, value in p.items()}
-        brightness = sersic(
-            self._x - p["x"], self._y - p["y"], 1, p["radius"], p["axis_ratio"], p["angle"]
-        )
+    def component(self, profile: str, p: dict[str, Tensor]) -> Tensor:
+        """One thing as it is, without a lens, at x and y.
+
+        profile: `elliptical`, `source`, `disc` (n = 1), `point`, or a function of `profiles`; the
+        other parameters are its.
+        """
+        if profile == "elliptical":
+            return self.elliptical(p)
+        p = _broadcast(p)
+        x, y = self._x - p["x"], self._y - p["y"]
+        if profile == "source":
+            return self._pixels(self.sources.brightness(x, y, p), SUPERSAMPLING)
+        shape = {name: p[name] for name in p if name not in PLACE_AND_LIGHT}
+        if profile == "point":
+            width = POINT_WIDTH * self.survey.pixel_scale
+            brightness = torch.exp(-(x**2 + y**2) / (2 * width**2)) / (2 * pi * width**2)
+        elif profile == "disc":
+            brightness = sersic(x, y, 1, p["radius"], p["axis_ratio"], p["angle"])
+        else:
+            brightness = getattr(profiles, profile)(x, y, **shape)
         return self._pixels(brightness, SUPERSAMPLING)
+
+    def stroke(self, **numbers: NDArray[np.float64]) -> Tensor:
+        """Straight strokes (B, size, size), drawn on the detector: no PSF is to follow.
+
+        x, y of the middle and length in pixels, angle in radians; height along the middle, width:
+        the standard deviation of the Gaussian across it, in pixels; (B,) each.
+        """
+        p = _broadcast(self.parameters(pd.DataFrame(numbers)))
+        x, y = grid(self.size, 1.0, 1, self.device)
+        x, y = x - p["x"], y - p["y"]
+        cos, sin = torch.cos(p["angle"]), torch.sin(p["angle"])
+        beyond = ((x * cos + y * sin).abs() - p["length"] / 2).clamp_min(0)
+        beside = y * cos - x * sin
+        return p["height"] * torch.exp(-(beyond**2 + beside**2) / (2 * p["width"] ** 2))
 
     def _pixels(self, brightness: Tensor, sampling: int) -> Tensor:
         cell = self.survey.pixel_scale / sampling
@@ -199,6 +236,13 @@ class Renderer:
         background = self._background()
         return (electrons + deviates * (background + electrons).sqrt()) / background.sqrt()
 
+    def matched_filter(self, arcs: Tensor) -> Tensor:
+        """Signal-to-noise of arcs alone on the sky in the best band (B,), their shape known.
+
+        By Schwarz's inequality no `signal_to_noise` is higher.
+        """
+        return (arcs**2 / (self._background() + arcs)).sum(dim=(-2, -1)).amax(dim=1).sqrt()
+
     def signal_to_noise(self, arcs: Tensor, others: Tensor) -> Tensor:
         """Of the arcs in the best band, (B,); both (B, bands, size, size), in electrons.
 
@@ -210,6 +254,10 @@ class Renderer:
         order = (signal**2 / variance).argsort(dim=-1, descending=True)
         signal, variance = signal.gather(-1, order), variance.gather(-1, order)
         return (signal.cumsum(-1) / variance.cumsum(-1).sqrt()).amax(dim=(1, 2))
+
+    def electrons_of_sigma(self, images: Tensor) -> Tensor:
+        """Electrons (B, bands, size, size) of images in units of each band's background sigma."""
+        return images * self._background().sqrt()
 
     def _background(self) -> Tensor:
         variance = torch.from_numpy(self.survey.background_variance)

@@ -1,8 +1,8 @@
-"""Labelled cutouts of a survey: lenses, and the same galaxies without."""
+"""Labelled cutouts of a survey: lenses, each beside a look-alike of the same light."""
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.simulation import population
-from lens_pipeline.simulation.decoys import draw_intruders
+from lens_pipeline.simulation.config import SimulationConfig, load_config
+from lens_pipeline.simulation.decoys import choose_kinds, draw_decoys
 from lens_pipeline.simulation.lenses import draw_lenses
 from lens_pipeline.simulation.render import Renderer
+from lens_pipeline.simulation.sources import make_sources
 from lens_pipeline.simulation.streams import Purpose, stream
-from lens_pipeline.simulation.surveys import find_survey
 
 MIN_IMAGE_SIZE = 32  # pixels: the widest arcs still fit
 STACK_ROWS = 1000  # cutouts in one file of a catalogue
@@ -38,9 +39,10 @@ class Simulation:
     """Simulated cutouts and what is true of them.
 
     images: float32 (n, bands, size, size), sky-subtracted, in sigmas of each band's background.
-    table: one row a cutout. `id`; `label` (1 lens, 0 not); `kind` (`lens`; `unlensed`, the galaxy
-    alone; `intruders`, the galaxy with unlensed galaxies around it); `group` (the host galaxy);
-    `survey`; `pixel_scale` (arcsec); of the galaxy `z_lens`, `velocity_dispersion` (km/s),
+    table: one row a cutout. `id`; `label` (1 lens, 0 not); `kind` (`lens`, or one of
+    `decoy_kinds.MIXTURE`); `group` (all that shows one source galaxy, in whatever survey; with
+    smooth sources, one host); `survey`; `pixel_scale` (arcsec); `source_galaxy` (its name, empty
+    where it is smooth); of the host galaxy `z_lens`, `velocity_dispersion` (km/s),
     `axis_ratio`, `position_angle` (radians from +x, along columns, towards +y, along rows),
     `lens_radius` (half-light, arcsec), `lens_magnitude` (AB, r), `lens_g_r`, `lens_r_i` (colours,
     mag); of a lens, NaN elsewhere, `z_source`, `einstein_radius` (arcsec), `shear`, `shear_angle`
@@ -60,13 +62,16 @@ def simulate(
     device: str = "cpu",
     image_size: int = 64,
     batch_size: int = 256,
+    config: SimulationConfig | None = None,
 ) -> Simulation:
-    """Simulate n cutouts: lenses, each followed by a look-alike of the same galaxy.
+    """Simulate n cutouts: lenses, each followed by a decoy made of the same light.
 
-    The first m cutouts are the same for every n >= m and every batch_size (cutouts drawn together).
+    The first m cutouts are the same for every n >= m; for another batch_size (cutouts drawn
+    together) or device to 1e-4 of the background sigma. config: `load_config(survey)` by default.
     Raises InputError for an unknown survey or settings out of range.
     """
-    parts = list(_batches(survey, range(n), seed, device, image_size, batch_size))
+    config = config or load_config(survey)
+    parts = list(_batches(config, range(n), seed, device, image_size, batch_size))
     return Simulation(
         np.concatenate([part.images for part in parts]),
         pd.concat([part.table for part in parts], ignore_index=True),
@@ -74,7 +79,13 @@ def simulate(
 
 
 def simulate_catalogue(
-    out: Path, survey: str, n: int, seed: int = 0, *, device: str = "cpu", image_size: int = 64
+    out: Path,
+    config: SimulationConfig,
+    n: int,
+    seed: int = 0,
+    *,
+    device: str = "cpu",
+    image_size: int = 64,
 ) -> Path:
     """Write n simulated cutouts into the empty folder `out`; return its `catalogue.parquet`.
 
@@ -87,7 +98,7 @@ def simulate_catalogue(
         for stack, first in enumerate(range(0, n, STACK_ROWS)):
             rows = range(first, min(first + STACK_ROWS, n))
             images = []
-            for part in _batches(survey, rows, seed, device, image_size):
+            for part in _batches(config, rows, seed, device, image_size):
                 images.append(part.images)
                 tables.append(part.table)
                 progress.update(len(part.table))
@@ -96,9 +107,9 @@ def simulate_catalogue(
     paths = [f"images-{row // STACK_ROWS:05d}.npy#{row % STACK_ROWS}" for row in range(n)]
     table.insert(1, "path", paths)
     table["flux_unit"] = "background_sigma"
-    table["bands"] = ",".join(find_survey(survey).bands)
+    table["bands"] = ",".join(config.survey.bands)
     about = {
-        "survey": asdict(find_survey(survey)),
+        **config.model_dump(mode="json"),
         "population_version": population.VERSION,
         "n": n,
         "seed": seed,
@@ -111,7 +122,12 @@ def simulate_catalogue(
 
 
 def _batches(
-    survey: str, rows: range, seed: int, device: str, image_size: int, batch_size: int = 256
+    config: SimulationConfig,
+    rows: range,
+    seed: int,
+    device: str,
+    image_size: int,
+    batch_size: int = 256,
 ) -> Iterator[Simulation]:
     """The cutouts of those rows, `batch_size` at a time; row 2h is host h's lens, 2h + 1 not."""
     for name, value, least in [
@@ -122,25 +138,24 @@ def _batches(
     ]:
         if value < least:
             raise InputError(f"{name}: {value} is too small; at least {least} is needed")
-    renderer = Renderer(find_survey(survey), image_size, device)
+    sources = make_sources(config.sources, device)
+    renderer = Renderer(config.survey, sources, image_size, device)
     step = batch_size - batch_size % 2
     for first in range(rows.start, rows.stop, step):
-        yield _pairs(renderer, seed, range(first, min(first + step, rows.stop)))
+        yield _pairs(renderer, config, seed, range(first, min(first + step, rows.stop)))
 
 
 @torch.inference_mode()
-def _pairs(renderer: Renderer, seed: int, rows: range) -> Simulation:
+def _pairs(renderer: Renderer, config: SimulationConfig, seed: int, rows: range) -> Simulation:
     hosts = range(rows.start // 2, (rows.stop + 1) // 2)
-    lenses = draw_lenses(renderer, seed, hosts)
-    other = lenses.galaxy.clone()
-    crowded = slice(1 - hosts.start % 2, None, 2)  # the odd hosts
-    if len(hosts[crowded]):
-        other[crowded] += draw_intruders(renderer, seed, lenses.table.iloc[crowded])
-    electrons = torch.stack([lenses.galaxy + lenses.arcs, other], dim=1)
+    lenses = draw_lenses(renderer, config, seed, hosts)
+    kinds = choose_kinds(seed, hosts, config.decoys)
+    decoys = draw_decoys(renderer, seed, lenses.table, lenses.galaxy, kinds)
+    electrons = torch.stack([lenses.galaxy + lenses.arcs, decoys], dim=1)
     images = renderer.expose(electrons, _deviates(electrons, seed, hosts)).flatten(0, 1)
     return Simulation(
         images[: len(rows)].cpu().numpy(),
-        _table(renderer, lenses.table, rows),
+        _table(renderer, lenses.table, kinds, rows),
     )
 
 
@@ -151,21 +166,30 @@ def _deviates(like: Tensor, seed: int, hosts: range) -> Tensor:
     return torch.from_numpy(noise).to(like.device)
 
 
-def _table(renderer: Renderer, lenses: pd.DataFrame, rows: range) -> pd.DataFrame:
+def _table(
+    renderer: Renderer, lenses: pd.DataFrame, kinds: NDArray[np.str_], rows: range
+) -> pd.DataFrame:
     row = np.array(rows)
     host, is_lens = row // 2, row % 2 == 0
-    kind = np.where(is_lens, "lens", np.where(host % 2 == 1, "intruders", "unlensed"))
+    kind = np.where(is_lens, "lens", kinds[host - host[0]])
     truths = lenses.loc[host].reset_index(drop=True)
+    survey, names = renderer.survey, renderer.sources.names
+    if names:
+        galaxy = np.array(names)[truths["source_galaxy"]]
+        group = galaxy  # a galaxy that is lensed in two splits would be known from training
+    else:
+        galaxy = np.full(len(row), "")
+        group = np.array([f"{survey.name}-host-{h:06d}" for h in host])
     truths.loc[~is_lens, LENSING_TRUTHS] = np.nan
-    survey = renderer.survey
     described = pd.DataFrame(
         {
             "id": [f"{survey.name}-{r:07d}-{k}" for r, k in zip(row, kind, strict=True)],
             "label": is_lens.astype(np.int8),
             "kind": kind,
-            "group": [f"{survey.name}-host-{h:06d}" for h in host],
+            "group": group,
             "survey": survey.name,
             "pixel_scale": survey.pixel_scale,
+            "source_galaxy": galaxy,
         }
     )
     return pd.concat([described, truths[[*GALAXY_TRUTHS, *LENSING_TRUTHS]]], axis=1)

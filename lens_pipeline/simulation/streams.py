@@ -9,8 +9,9 @@ class Purpose(IntEnum):
     """What a stream is for; streams of different purposes never overlap."""
 
     CANDIDATES = 0
-    INTRUDERS = 1
+    DECOY = 1
     NOISE = 2
+    KIND = 3
 
 
 def stream(seed: int, host: int, purpose: Purpose, block: int = 0) -> np.random.Generator:

@@ -1,42 +1,44 @@
 """What a survey's camera and sky do to a cutout."""
 
 import difflib
-from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
 
 from lens_pipeline.errors import InputError
 
+KNOWN_BANDS = ("g", "r", "i", "VIS")
+Positive = Annotated[float, Field(gt=0)]
 
-@dataclass(frozen=True)
-class Survey:
-    """A survey's coadded images, taken to be alike over its whole area.
 
-    name: as in `SURVEYS`; bands: one letter each, the order of an image's first axis.
-    pixel_scale: arcsec/pixel. seeing: FWHM of the point spread function in arcsec.
-    moffat_beta: slope of its Moffat profile, (1 + (r/a)^2)^-beta.
-    sky_brightness: mag/arcsec^2, one a band. zero_point: AB magnitude of one ADU per second.
-    gain: electrons per ADU. exposure_time: seconds per exposure; exposures: how many are coadded.
-    read_noise: electrons per pixel and exposure.
-    """
+class Survey(BaseModel):
+    """A survey's coadded images, taken to be alike over its whole area."""
 
-    name: str
-    bands: tuple[str, ...]
-    pixel_scale: float
-    seeing: float
-    moffat_beta: float
-    sky_brightness: tuple[float, ...]
-    zero_point: float
-    gain: float
-    exposure_time: float
-    exposures: int
-    read_noise: float
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(description="as in SURVEYS, or the user's own")
+    bands: tuple[str, ...] = Field(description=f"of {', '.join(KNOWN_BANDS)}, in an image's order")
+    pixel_scale: Positive = Field(description="arcsec/pixel")
+    seeing: Positive = Field(description="FWHM of the point spread function, arcsec")
+    moffat_beta: float = Field(
+        default=3.0, gt=1, description="slope of its Moffat profile, (1 + (r/a)^2)^-beta"
+    )
+    psf: str | None = Field(
+        default=None, description="a FITS file with the point spread function, instead of Moffat's"
+    )
+    sky_brightness: tuple[float, ...] = Field(description="mag/arcsec^2, one a band")
+    zero_point: tuple[float, ...] = Field(description="AB magnitude of one ADU/s, one a band")
+    exposure_time: tuple[Positive, ...] = Field(description="s in all, one a band")
+    exposures: int = Field(gt=0, description="how many are coadded")
+    gain: Positive = Field(description="electrons per ADU")
+    read_noise: float = Field(ge=0, description="electrons per pixel and exposure")
 
     def electrons(self, magnitude: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Electrons that the coadd collects from an AB magnitude; any shape."""
-        scale = self.gain * self.exposure_time * self.exposures
-        return scale * 10 ** (0.4 * (self.zero_point - magnitude))
+        """Electrons (..., bands) that the coadd collects from AB magnitudes (..., bands)."""
+        scale = self.gain * np.asarray(self.exposure_time)
+        return scale * 10 ** (0.4 * (np.asarray(self.zero_point) - magnitude))
 
     @property
     def background_variance(self) -> NDArray[np.float64]:
@@ -45,22 +47,73 @@ class Survey:
         return sky + self.exposures * self.read_noise**2
 
 
+_GRI = ("g", "r", "i")
+# LensPop's numbers (Collett 2015) but for LSST. The slope of the Moffat profile is a common one for
+# coadds.
 SURVEYS = {
-    # Collett 2015 (LensPop), whose zero point is 30 for an exposure of 90 s; the slope of the
-    # Moffat profile is a common one for coadds, the read noise is deeplenstronomy's.
-    "des": Survey(
-        name="des",
-        bands=("g", "r", "i"),
-        pixel_scale=0.263,
-        seeing=0.9,
-        moffat_beta=3.0,
-        sky_brightness=(21.7, 20.7, 20.1),
-        zero_point=30 - 2.5 * float(np.log10(90)),
-        gain=4.5,
-        exposure_time=90.0,
-        exposures=10,
-        read_noise=7.0,
-    ),
+    survey.name: survey
+    for survey in (
+        Survey(  # its zero point is 30 for an exposure of 90 s; read noise: deeplenstronomy
+            name="des",
+            bands=_GRI,
+            pixel_scale=0.263,
+            seeing=0.9,
+            sky_brightness=(21.7, 20.7, 20.1),
+            zero_point=(30 - 2.5 * float(np.log10(90)),) * 3,
+            gain=4.5,
+            exposure_time=(900, 900, 900),
+            exposures=10,
+            read_noise=7.0,
+        ),
+        Survey(  # DES's zero point for a mirror of 8.2 m; Wide layer: Aihara et al. 2018
+            name="hsc",
+            bands=_GRI,
+            pixel_scale=0.168,
+            seeing=0.7,
+            sky_brightness=(21.9, 20.6, 19.2),
+            zero_point=(30 - 2.5 * float(np.log10(90 / (8.2 / 4) ** 2)),) * 3,
+            gain=4.5,
+            exposure_time=(600, 600, 1200),
+            exposures=6,
+            read_noise=4.5,
+        ),
+        Survey(  # ten years: 80, 184, 184 visits of 30 s; zero points of electrons: SMTN-002
+            name="lsst",
+            bands=_GRI,
+            pixel_scale=0.2,
+            seeing=0.73,
+            sky_brightness=(22.26, 21.2, 20.48),
+            zero_point=(28.38, 28.16, 27.85),
+            gain=1.0,
+            exposure_time=(2400, 5520, 5520),
+            exposures=150,
+            read_noise=10.0,
+        ),
+        Survey(
+            name="euclid_vis",
+            bands=("VIS",),
+            pixel_scale=0.1,
+            seeing=0.18,
+            sky_brightness=(22.2,),
+            zero_point=(25.5,),
+            gain=1.0,
+            exposure_time=(1610,),
+            exposures=4,
+            read_noise=4.5,
+        ),
+        Survey(
+            name="cfhtls",
+            bands=_GRI,
+            pixel_scale=0.187,
+            seeing=0.8,
+            sky_brightness=(21.9, 20.6, 19.2),
+            zero_point=(26.96, 26.47, 26.24),
+            gain=1.62,
+            exposure_time=(3500, 5500, 5500),
+            exposures=1,
+            read_noise=5.0,
+        ),
+    )
 }
 
 

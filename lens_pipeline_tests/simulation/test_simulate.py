@@ -14,18 +14,19 @@ from sklearn.preprocessing import StandardScaler
 
 from lens_pipeline.cli import main
 from lens_pipeline.errors import InputError
-from lens_pipeline.simulation import Simulation, simulate
+from lens_pipeline.simulation import Simulation, load_config, simulate
+from lens_pipeline.simulation.decoy_kinds import MIXTURE
 
 
 @pytest.fixture(scope="module")
 def simulation() -> Simulation:
-    """400 cutouts of 64 pixels."""
-    return simulate("des", 400, seed=1)
+    """1200 cutouts of 64 pixels."""
+    return simulate("des", 1200, seed=1)
 
 
 def test_every_lens_is_detectable(simulation: Simulation) -> None:
     lenses = simulation.table[simulation.table["label"] == 1]
-    assert len(lenses) == 200
+    assert len(lenses) == 600
     theta = lenses["einstein_radius"]
     assert theta.between(0.5, 3).all()
     assert (lenses["z_source"] - lenses["z_lens"] > 0.4).all()
@@ -41,13 +42,29 @@ def test_each_lens_is_paired_with_its_own_galaxy_unlensed(simulation: Simulation
     lens, other = simulation.table.iloc[::2], simulation.table.iloc[1::2]
     assert (lens["label"] == 1).all()
     assert (other["label"] == 0).all()
-    assert other["kind"].value_counts().to_dict() == {"unlensed": 100, "intruders": 100}
-    galaxy = ["group", "z_lens", "axis_ratio", "lens_magnitude", "lens_radius"]
+    galaxy = ["group", "source_galaxy", "z_lens", "axis_ratio", "lens_magnitude", "lens_radius"]
     pd.testing.assert_frame_equal(
         lens[galaxy].reset_index(drop=True), other[galaxy].reset_index(drop=True)
     )
-    assert simulation.table["group"].nunique() == 200
     assert other[["einstein_radius", "source_magnitude"]].isna().all(axis=None)
+
+
+def test_decoys_come_in_the_stated_mixture(simulation: Simulation) -> None:
+    other = simulation.table[simulation.table["label"] == 0]
+    counts = other["kind"].value_counts()
+    assert set(counts.index) == set(MIXTURE)
+    for kind, share in MIXTURE.items():
+        assert counts[kind] == pytest.approx(600 * share, abs=4 * np.sqrt(600 * share))
+
+
+def test_one_galaxy_of_the_deep_field_is_one_group(simulation: Simulation) -> None:
+    """Else a network would know sources of the test split from training."""
+    table = simulation.table
+    assert (table["group"] == table["source_galaxy"]).all()
+    assert 150 < table["group"].nunique() < 300
+    assert set(simulate("hsc", 40, image_size=32).table["group"]) <= set(table["group"])
+    smooth = simulate("des", 8, config=load_config("des").model_copy(update={"sources": "sersic"}))
+    assert smooth.table["group"].nunique() == 4
 
 
 def test_arcs_are_the_light_that_a_lens_adds(simulation: Simulation) -> None:
@@ -60,9 +77,9 @@ def test_arcs_are_the_light_that_a_lens_adds(simulation: Simulation) -> None:
     added = simulation.images[pairs - 1] - simulation.images[pairs]
     lenses = table.iloc[pairs - 1]
     g = lenses["source_magnitude"] + lenses["source_g_r"]
-    electrons = survey.electrons(g.to_numpy()) * lenses["magnification"].to_numpy()
+    electrons = survey.electrons(g.to_numpy()[:, None])[:, 0] * lenses["magnification"].to_numpy()
     expected = electrons / np.sqrt(survey.background_variance[0])
-    # Each difference carries the noise of two cutouts; their mean over 100 pairs does not.
+    # Each difference carries the noise of two cutouts; their mean over all pairs does not.
     ratio = added[:, 0].sum(axis=(1, 2)).sum() / expected.sum()
     assert ratio == pytest.approx(1, abs=0.05)
 
@@ -77,20 +94,25 @@ def test_the_background_is_the_unit(simulation: Simulation) -> None:
 
 
 def test_brightness_and_colours_alone_tell_little(simulation: Simulation) -> None:
-    """A classifier of sums and colours, blind to shape, hardly tells arcs from intruders.
+    """A classifier of brightness, variance, border and colour, blind to shape, hardly tells lenses.
 
     On real graded candidates colour alone reached an AUROC of 0.69.
     """
-    groups = simulation.table.loc[simulation.table["kind"] == "intruders", "group"]
-    chosen = simulation.table["group"].isin(groups).to_numpy()
-    images, table = simulation.images[chosen], simulation.table[chosen]
-    middle = images[:, :, 22:42, 22:42]
+    images, table = simulation.images, simulation.table
+    border = np.concatenate(
+        [images[:, :, :4].reshape(len(images), -1), images[:, :, -4:].reshape(len(images), -1)], 1
+    )
+    total = np.arcsinh(images.sum(axis=(2, 3)))
     features = np.concatenate(
         [
-            np.arcsinh(images.sum(axis=(2, 3))),
-            np.arcsinh(middle.sum(axis=(2, 3))),
+            total,
+            total[:, :-1] - total[:, 1:],
+            np.arcsinh(images[:, :, 22:42, 22:42].sum(axis=(2, 3))),
             np.arcsinh(images.max(axis=(2, 3))),
             images.std(axis=(2, 3)),
+            border.mean(axis=1, keepdims=True),
+            border.std(axis=1, keepdims=True),
+            np.arcsinh(np.abs(border).max(axis=1, keepdims=True)),
         ],
         axis=1,
     )
@@ -108,9 +130,11 @@ def test_brightness_and_colours_alone_tell_little(simulation: Simulation) -> Non
 
 
 def test_a_cutout_depends_on_its_seed_and_number_alone(simulation: Simulation) -> None:
-    fewer = simulate("des", 25, seed=1, batch_size=8)
-    np.testing.assert_array_equal(fewer.images, simulation.images[:25])
-    pd.testing.assert_frame_equal(fewer.table, simulation.table[:25])
+    fewer = simulate("des", 125, seed=1)
+    np.testing.assert_array_equal(fewer.images[:25], simulation.images[:25])
+    batched = simulate("des", 125, seed=1, batch_size=40)
+    np.testing.assert_allclose(batched.images, simulation.images[:125], atol=1e-4)
+    pd.testing.assert_frame_equal(batched.table, simulation.table[:125], rtol=1e-5)
     other = simulate("des", 4, seed=2)
     assert not np.array_equal(other.images, simulation.images[:4])
 
@@ -118,7 +142,7 @@ def test_a_cutout_depends_on_its_seed_and_number_alone(simulation: Simulation) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"survey": "sdss", "n": 10}, "survey: unknown 'sdss'; try des"),
+        ({"survey": "sdss", "n": 10}, "survey: unknown 'sdss'; try"),
         ({"survey": "des", "n": 0}, "n: 0"),
         ({"survey": "des", "n": 10, "seed": -1}, "seed: -1"),
         ({"survey": "des", "n": 10, "image_size": 16}, "image_size: 16"),
@@ -137,7 +161,7 @@ def test_the_command_writes_the_same_files_each_time(
         assert main([*arguments, str(tmp_path / name)]) == 0
     assert capsys.readouterr().out.splitlines()[0] == str(tmp_path / "first" / "catalogue.parquet")
     files = sorted(path.name for path in (tmp_path / "first").iterdir())
-    assert files == ["catalogue.parquet", "images-00000.npy", "simulation.json"]
+    assert files == ["catalogue.parquet", "images-00000.npy", "kinds.jpg", "simulation.json"]
     for name in files:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
     assert json.loads((tmp_path / "first" / "simulation.json").read_text())["seed"] == 5

@@ -1,0 +1,163 @@
+"""All that decides a simulation: the survey, the population, the sources, the decoys.
+
+Plain pydantic, and written by hand in a YAML file where the defaults are not wanted::
+
+    survey: {seeing: 1.1, psf: psf.fits}          # what differs from the survey's preset
+    sources: sersic                               # or hubble
+    decoys: {unlensed: 2, spiral: 1}              # relative weights
+    population:
+      shear: {distribution: uniform, low: 0, high: 0.05}
+      velocity_dispersion: {distribution: normal, mean: 250, std: 40, low: 100, high: 400}
+      min_arc_snr: 30
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from scipy.special import ndtr, ndtri
+
+from lens_pipeline.errors import InputError
+from lens_pipeline.simulation.decoy_kinds import MIXTURE
+from lens_pipeline.simulation.surveys import Survey, find_survey
+
+Array = NDArray[np.float64]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Uniform(_Part):
+    """From low to high."""
+
+    distribution: Literal["uniform"]
+    low: float
+    high: float
+
+    def __call__(self, u: Array) -> Array:
+        return self.low + (self.high - self.low) * u
+
+
+class Normal(_Part):
+    """A normal distribution, cut at low and high."""
+
+    distribution: Literal["normal"]
+    mean: float
+    std: float = Field(gt=0)
+    low: float = -np.inf
+    high: float = np.inf
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError("low must be below high")
+        return self
+
+    def __call__(self, u: Array) -> Array:
+        low, high = (ndtr((edge - self.mean) / self.std) for edge in (self.low, self.high))
+        return self.mean + self.std * ndtri(low + (high - low) * u)
+
+
+class LogNormal(_Part):
+    """The decimal logarithm is normal: its median, and its scatter in dex."""
+
+    distribution: Literal["lognormal"]
+    median: float = Field(gt=0)
+    dex: float = Field(gt=0)
+
+    def __call__(self, u: Array) -> Array:
+        return self.median * 10 ** (self.dex * ndtri(u))
+
+
+class Constant(_Part):
+    """Always the same."""
+
+    distribution: Literal["constant"]
+    value: float
+
+    def __call__(self, u: Array) -> Array:
+        return np.full_like(u, self.value)
+
+
+Distribution = Annotated[
+    Uniform | Normal | LogNormal | Constant, Field(discriminator="distribution")
+]
+
+
+class Population(_Part):
+    """Distributions that replace those of `population` with the same names, and the cuts.
+
+    A distribution given here does not depend on what the built-in one depends on.
+    """
+
+    lens_redshift: Distribution | None = None
+    velocity_dispersion: Distribution | None = Field(default=None, description="km/s")
+    lens_axis_ratio: Distribution | None = None
+    shear: Distribution | None = None
+    source_i_magnitude: Distribution | None = Field(default=None, description="unlensed, AB")
+    source_redshift: Distribution | None = None
+    source_axis_ratio: Distribution | None = None
+    min_einstein_radius: float = Field(default=0.5, gt=0, description="arcsec")
+    max_einstein_radius: float = Field(default=3.0, gt=0, description="arcsec")
+    min_redshift_gap: float = Field(default=0.4, ge=0, description="between lens and source")
+    min_magnification: float = Field(default=3.0, ge=0)
+    min_arc_snr: float = Field(default=20.0, ge=0, description="in the best band")
+
+    def named(self, builtin: Callable[..., Array], u: Array, *given: Array) -> Array:
+        """The distribution of the name of a function of `population`: given here, or that one."""
+        replacement = getattr(self, builtin.__name__)
+        return builtin(u, *given) if replacement is None else replacement(u)
+
+
+class SimulationConfig(_Part):
+    """The four parts of a simulation."""
+
+    survey: Survey
+    sources: Literal["hubble", "sersic"] = Field(
+        default="hubble", description="real galaxies of the Hubble deep field, or smooth discs"
+    )
+    decoys: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=lambda: dict(MIXTURE), description="relative weights by kind"
+    )
+    population: Population = Population()
+
+    @model_validator(mode="after")
+    def _known_kinds(self) -> Self:
+        unknown = sorted(set(self.decoys) - set(MIXTURE))
+        if unknown:
+            raise ValueError(f"decoys: {unknown[0]} is none of {', '.join(MIXTURE)}")
+        if not sum(self.decoys.values()):
+            raise ValueError("decoys: at least one weight must be above 0")
+        return self
+
+
+def load_config(survey: str, file: str | Path | None = None) -> SimulationConfig:
+    """The preset of a survey, with what a YAML file says on top.
+
+    Raises InputError, naming the file and the key, where it says what is not valid.
+    """
+    preset = find_survey(survey)
+    if file is None:
+        return SimulationConfig(survey=preset)
+    try:
+        values: Any = yaml.safe_load(Path(file).read_text()) or {}
+    except OSError as problem:
+        raise InputError(f"{file}: cannot be read ({problem.strerror})") from None
+    except yaml.YAMLError as problem:
+        raise InputError(f"{file}: is not YAML ({' '.join(str(problem).split())})") from None
+    if not isinstance(values, dict) or not isinstance(values.get("survey", {}), dict):
+        raise InputError(f"{file}: must hold keys and values, and so must survey")
+    stated = values.get("survey", {})
+    if "psf" in stated:
+        stated = stated | {"psf": str(Path(file).parent / stated["psf"])}
+    try:
+        return SimulationConfig.model_validate(values | {"survey": preset.model_dump() | stated})
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{file}: {place}: {first['msg']}".replace(": :", ":")) from None

@@ -1,0 +1,20 @@
+"""The kinds of decoys, and how many of each there are."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+# Shares of the non-lenses. Half are what survey teams find to be worst: the same red galaxy alone,
+# with neighbours, or with arms (HOLISMOKES XI: random galaxies alone teach nothing of TPR0).
+MIXTURE: Mapping[str, float] = MappingProxyType(
+    {
+        "unlensed": 0.20,  # the host galaxy alone
+        "intruders": 0.20,  # one to three unlensed galaxies around it
+        "spiral": 0.20,  # arms around it as a bulge
+        "merger": 0.08,  # two nuclei and a tail
+        "edge_on": 0.08,  # a thin disc through it
+        "group": 0.08,  # its light on three to five members, and a blue one
+        "ring": 0.06,  # a closed ring of stars around it, inclined
+        "star": 0.05,  # points alone
+        "artefact": 0.05,  # cosmic rays, a satellite's trail, bad columns
+    }
+)

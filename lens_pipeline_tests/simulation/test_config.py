@@ -1,0 +1,96 @@
+"""Surveys, and what a user's own file changes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import kstest, truncnorm, uniform
+
+from lens_pipeline.errors import InputError
+from lens_pipeline.simulation import SURVEYS, load_config, simulate
+from lens_pipeline.simulation.population import candidates
+
+# Point-source depths (AB, 5 sigma) as published: DES Y6 (Bechtol et al. 2025) from its S/N = 10
+# limits, HSC-SSP Wide (Aihara et al. 2018), LSST after ten years (Ivezic et al. 2019), Euclid VIS
+# (Scaramella et al. 2022), CFHTLS Wide (Hudelot et al. 2012, 50 % completeness).
+DEPTH = {
+    "des": (25.4, 25.1, 24.5),
+    "hsc": (26.5, 26.1, 25.9),
+    "lsst": (27.4, 27.5, 26.8),
+    "euclid_vis": (26.2,),
+    "cfhtls": (26.0, 25.6, 25.2),
+}
+
+
+@pytest.mark.parametrize("name", SURVEYS)
+def test_depths_are_near_the_published_ones(name: str) -> None:
+    survey = SURVEYS[name]
+    sigma = survey.seeing / survey.pixel_scale / 2.3548
+    noise = np.sqrt(survey.background_variance * 4 * np.pi * sigma**2)  # of a matched Gaussian
+    one_electron = survey.electrons(np.zeros(len(survey.bands)))
+    depth = -2.5 * np.log10(5 * noise / one_electron)
+    # A matched filter on a perfect coadd goes deeper than apertures on a real one.
+    assert (depth > np.array(DEPTH[name]) - 0.3).all()
+    assert (depth < np.array(DEPTH[name]) + 1.3).all()
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "simulation.yaml").write_text(text)
+    return folder / "simulation.yaml"
+
+
+def test_a_users_file_replaces_distributions_and_cuts(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        """
+population:
+  shear: {distribution: uniform, low: 0.02, high: 0.04}
+  velocity_dispersion: {distribution: normal, mean: 260, std: 40, low: 200, high: 350}
+  min_einstein_radius: 0.8
+""",
+    )
+    table = candidates(np.random.default_rng(0).random((60_000, 21)), load_config("des", file))
+    assert len(table) > 200
+    assert kstest(table["shear"], uniform(0.02, 0.02).cdf).pvalue > 0.01
+    assert table["velocity_dispersion"].between(200, 350).all()
+    assert table["einstein_radius"].min() >= 0.8
+    config = load_config("des", file)
+    drawn = config.population.velocity_dispersion(np.random.default_rng(1).random(4000))  # type: ignore[misc]
+    assert kstest(drawn, truncnorm(-1.5, 2.25, 260, 40).cdf).pvalue > 0.01
+
+
+def test_a_users_file_chooses_decoys_sources_and_seeing(tmp_path: Path) -> None:
+    file = write(tmp_path, "survey: {seeing: 1.2}\nsources: sersic\ndecoys: {ring: 1, star: 1}\n")
+    config = load_config("hsc", file)
+    assert (config.survey.seeing, config.survey.pixel_scale) == (1.2, 0.168)
+    table = simulate("hsc", 60, config=config, image_size=40).table
+    assert set(table["kind"]) == {"lens", "ring", "star"}
+    assert (table["source_galaxy"] == "").all()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("sources: [", "is not YAML"),
+        ("- 1", "keys and values"),
+        ("source: hubble", "source"),
+        ("sources: keck", "sources"),
+        ("decoys: {planet: 1}", "planet is none of"),
+        ("decoys: {ring: 0}", "at least one weight"),
+        ("survey: {seeing: -1}", "survey.seeing"),
+        ("survey: {bands: [g]}\npopulation: {shear: {distribution: flat}}", "population.shear"),
+        ("population: {min_magnification: [3]}", "population.min_magnification"),
+    ],
+)
+def test_what_is_wrong_in_a_users_file_is_named(text: str, named: str, tmp_path: Path) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(InputError) as problem:
+        load_config("des", file)
+    assert str(file) in str(problem.value)
+    assert named in str(problem.value)
+
+
+def test_a_population_without_detectable_lenses_is_an_error(tmp_path: Path) -> None:
+    file = write(tmp_path, "population: {min_arc_snr: 1000000}")
+    with pytest.raises(InputError, match="is a detectable lens; loosen its cuts"):
+        simulate("des", 2, config=load_config("des", file), image_size=32)
