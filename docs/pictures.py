@@ -4,11 +4,13 @@ Needs Chromium and the development dependencies.
 """
 
 import shutil
+import tempfile
 from pathlib import Path
 from urllib.parse import quote
 
 from playwright.sync_api import sync_playwright
 
+from lens_pipeline.cli import main
 from lens_pipeline.runner import settings_of_home
 from lens_pipeline.serve import pages
 from lens_pipeline.settings import Settings
@@ -24,6 +26,16 @@ def contact_sheet(settings: Settings) -> None:
     found = settings.home.glob("pictures/*/cutouts.jpg")
     newest = max(found, key=lambda path: path.stat().st_mtime)
     shutil.copyfile(newest, FOLDER / "cutouts.jpg")
+
+
+def kinds() -> None:
+    """What is simulated, as LSST would see it."""
+    with tempfile.TemporaryDirectory() as name:
+        out = Path(name, "simulated")
+        main(
+            ["simulate", "--survey", "lsst", "--n", "600", "--image-size", "64", "--out", str(out)]
+        )
+        shutil.copyfile(out / "kinds.jpg", FOLDER / "kinds.jpg")
 
 
 def asset_graph(address: str) -> None:
@@ -46,5 +58,6 @@ if __name__ == "__main__":
     settings.export()
     FOLDER.mkdir(exist_ok=True)
     contact_sheet(settings)
+    kinds()
     with pages(settings, 3000, 5000) as served:
         asset_graph(served.addresses["Dagster"])

@@ -158,16 +158,19 @@ def _group(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
 
 
 def _ring(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
+    """A ring galaxy: wider than an Einstein ring of the same galaxy, and with old stars in it."""
     v = u[:, 0]
-    radius = lenses["einstein_radius"] * (0.9 + 0.8 * v[:, 0])
-    loop = _arc_light(v, lenses, 1.0) | {
-        **_at_host(lenses),
+    bulge = 0.5 + 0.35 * v[:, 4]
+    radius = lenses["einstein_radius"] * (1.2 + 1.3 * v[:, 0])
+    loop = _at_host(lenses) | {
         "radius": radius,
-        "width": radius * (0.1 + 0.15 * v[:, 1]),
+        "width": radius * (0.15 + 0.2 * v[:, 1]),
         "axis_ratio": 0.25 + 0.65 * v[:, 2],
         "angle": np.pi * v[:, 3],
     }
-    return np.ones(len(lenses)), [_component("ring", loop, lenses)]
+    old = _component("ring", loop | _host_light(lenses, 1 - bulge), lenses)
+    young = _component("ring", loop | _arc_light(v, lenses, 1.0), lenses)
+    return bulge, [old, young]
 
 
 def _star(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:

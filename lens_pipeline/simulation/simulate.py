@@ -26,11 +26,12 @@ STACK_ROWS = 1000  # cutouts in one file of a catalogue
 
 GALAXY_TRUTHS = [
     *("z_lens", "velocity_dispersion", "axis_ratio", "position_angle"),
-    *("lens_radius", "lens_magnitude", "lens_g_r", "lens_r_i"),
+    *("x", "y", "lens_radius", "lens_magnitude", "lens_g_r", "lens_r_i"),
 ]
 LENSING_TRUTHS = [
     *("z_source", "einstein_radius", "shear", "shear_angle", "magnification", "arc_snr"),
-    *("source_radius", "source_magnitude", "source_g_r", "source_r_i"),
+    *("source_x", "source_y", "source_radius", "source_axis_ratio", "source_angle"),
+    *("source_magnitude", "source_g_r", "source_r_i"),
 ]
 
 
@@ -39,15 +40,19 @@ class Simulation:
     """Simulated cutouts and what is true of them.
 
     images: float32 (n, bands, size, size), sky-subtracted, in sigmas of each band's background.
-    table: one row a cutout. `id`; `label` (1 lens, 0 not); `kind` (`lens`, or one of
+    table: one row a cutout.
+
+    Of every cutout: `id`; `label` (1 lens, 0 not); `kind` (`lens`, or one of
     `decoy_kinds.MIXTURE`); `group` (all that shows one source galaxy, in whatever survey; with
     smooth sources, one host); `survey`; `pixel_scale` (arcsec); `source_galaxy` (its name, empty
-    where it is smooth); of the host galaxy `z_lens`, `velocity_dispersion` (km/s),
-    `axis_ratio`, `position_angle` (radians from +x, along columns, towards +y, along rows),
-    `lens_radius` (half-light, arcsec), `lens_magnitude` (AB, r), `lens_g_r`, `lens_r_i` (colours,
-    mag); of a lens, NaN elsewhere, `z_source`, `einstein_radius` (arcsec), `shear`, `shear_angle`
-    (radians), `magnification` (of the flux), `arc_snr` (best band), `source_radius` (arcsec),
-    `source_magnitude` (unlensed, AB, r), `source_g_r`, `source_r_i`.
+    where it is smooth).
+    Of the host galaxy: `z_lens`, `velocity_dispersion` (km/s), `axis_ratio`, `position_angle`
+    (radians from +x, along columns, towards +y, along rows), `x`, `y` (arcsec from the middle),
+    `lens_radius` (half-light, arcsec), `lens_magnitude` (AB, r), `lens_g_r`, `lens_r_i` (mag).
+    Of a lens, NaN elsewhere: `z_source`, `einstein_radius` (arcsec), `shear`, `shear_angle`
+    (radians), `magnification` (of the flux), `arc_snr` (best band), `source_x`, `source_y` (arcsec
+    from the lens), `source_radius` (arcsec), `source_axis_ratio` (of a smooth source),
+    `source_angle` (radians), `source_magnitude` (unlensed, AB, r), `source_g_r`, `source_r_i`.
     """
 
     images: NDArray[np.float32]
