@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BeforeValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from lens_pipeline.errors import InputError
 
@@ -45,6 +45,10 @@ def _absolute_source(source: str) -> str:
     return source if source == "simulation" else absolute(source)
 
 
+def _names(text: Any) -> Any:
+    return tuple(part.strip() for part in text.split(",")) if isinstance(text, str) else text
+
+
 class Settings(BaseSettings):
     """What the environment says; the description of each field is its help."""
 
@@ -58,6 +62,9 @@ class Settings(BaseSettings):
     source: Annotated[str, BeforeValidator(_absolute_source)] = Field(
         default="simulation",
         description="`simulation`, or the path or URL of a catalogue, or a folder of cutouts.",
+    )
+    bands: Annotated[tuple[str, ...] | None, NoDecode, BeforeValidator(_names)] = Field(
+        default=None, description="Bands to keep, by name and in this order, as `g,r,i`; else all."
     )
     preset: Literal["tiny", "quick", "full"] = Field(
         default="quick", description="Size of the job: tiny (tests), quick (two cores), full (GPU)."
@@ -174,4 +181,6 @@ class Settings(BaseSettings):
             value = getattr(self, name)
             if value is not None:
                 text = json.dumps(value) if isinstance(value, dict | bool) else str(value)
+                if isinstance(value, tuple):
+                    text = ",".join(value)
                 os.environ[f"LENS_{name.upper()}"] = text

@@ -3,9 +3,9 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Self
@@ -16,13 +16,14 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from lens_pipeline.catalogue.fits_images import strict_fits
 from lens_pipeline.catalogue.images import (
     COMPOSITE,
+    SIGMA_UNITS,
     Cutout,
     CutoutError,
     file_of,
     read_cutout,
-    strict_fits,
 )
 from lens_pipeline.catalogue.splits import FRACTIONS, assign_splits, check_splits
 from lens_pipeline.catalogue.table import Catalogue
@@ -31,6 +32,9 @@ from lens_pipeline.errors import InputError
 PARTS = (*FRACTIONS, "unlabelled")
 CHUNK = 256
 REJECT_COLUMNS = ["id", "row", "file", "column", "reason"]
+
+
+COMPOSITE_BANDS = ("red", "green", "blue")
 
 
 def _unnamed(n_bands: int) -> tuple[str, ...]:
@@ -55,22 +59,24 @@ class CutoutFormat:
             tuple(values["bands"]), values["image_size"], values["units"], values["pixel_scale"]
         )
 
+    @property
+    def named_bands(self) -> tuple[str, ...] | None:
+        """The bands where the catalogue or its files named them, else None."""
+        made_up = (COMPOSITE_BANDS, _unnamed(len(self.bands)))
+        return None if self.bands in made_up else self.bands
+
     def fitted(self, cutout: Cutout) -> NDArray[np.float32]:
         """The pixels of a cutout, its bands in this order. Raises CutoutError where it cannot be.
 
         Bands are compared by name (in any case of letters) where both sides have names.
         """
+        if self.named_bands and cutout.bands:
+            cutout = cutout.with_bands(self.named_bands)
         if len(cutout.pixels) != len(self.bands):
             raise CutoutError(f"{len(cutout.pixels)} bands; {len(self.bands)} are needed")
         if cutout.units != self.units:
             raise CutoutError(f"the pixels are {cutout.units}; {self.units} is needed")
-        wanted = [band.lower() for band in self.bands]
-        if cutout.bands is None or wanted == list(_unnamed(len(wanted))):
-            return cutout.pixels
-        found = [band.lower() for band in cutout.bands]
-        if sorted(found) != sorted(wanted):
-            raise CutoutError(f"the bands are {', '.join(found)}; {', '.join(wanted)} are needed")
-        return cutout.pixels[[found.index(band) for band in wanted]]
+        return cutout.pixels
 
 
 @dataclass(frozen=True)
@@ -141,24 +147,25 @@ def read_cutouts(
     catalogue: Catalogue,
     image_size: int,
     *,
+    bands: Sequence[str] | None = None,
     options: dict[str, Any] | None = None,
     workers: int = 4,
 ) -> Iterator[tuple[int, Cutout | CutoutError]]:
-    """(row, cutout or the reason against it) for every row, in order, CHUNK rows at a time."""
+    """(row, cutout or the reason against it) for every row, in order, CHUNK rows at a time.
+
+    bands: which to keep, by name and in this order; by default all.
+    """
     table = catalogue.table
     paths = table[catalogue.image_columns].to_numpy().tolist()
     no_unit = pd.Series([None] * len(table))
     units = table["flux_unit"].tolist() if "flux_unit" in table else no_unit.tolist()
-    bands = tuple(catalogue.bands) if catalogue.bands else None
+    names = catalogue.bands
 
     def read(row: int) -> Cutout | CutoutError:
         try:
-            cutout = read_cutout(paths[row], image_size, units[row], options)
+            return read_cutout(paths[row], image_size, units[row], options, names, bands)
         except CutoutError as reason:
             return reason
-        if bands and len(bands) == len(cutout.pixels):
-            return replace(cutout, bands=bands)
-        return cutout
 
     with strict_fits(), ThreadPoolExecutor(workers) as pool:
         rows = iter(tqdm(range(len(table)), desc="reading cutouts", unit="cutout", disable=None))
@@ -171,6 +178,7 @@ def build_dataset(
     out: Path,
     *,
     image_size: int,
+    bands: Sequence[str] | None = None,
     split_seed: int = 0,
     max_reject_fraction: float = 0.1,
     origin: str = "catalogue",
@@ -178,21 +186,24 @@ def build_dataset(
 ) -> Dataset:
     """Read every cutout of a catalogue and write the processed dataset into `out`.
 
-    image_size: side in pixels of the central square that is kept; origin: where the cutouts come
-    from (`simulation` or the catalogue's name), which the report states first. Unusable cutouts are
-    listed in `rejects.parquet`. Raises InputError where there are more than `max_reject_fraction`
-    of them, and where a split lacks a class.
+    image_size: side in pixels of the central square that is kept; bands: which to keep, by name, by
+    default all; origin: where the cutouts come from (`simulation` or the catalogue's name), which
+    the report states first. Unusable cutouts are listed in `rejects.parquet`. Where zero points are
+    known, the tables say which AB magnitude one background sigma is, `background_magnitude_<band>`.
+    Raises InputError where there are more than `max_reject_fraction` of unusable cutouts, and where
+    a split lacks a class.
     """
     table = catalogue.table
     split = assign_splits(table, split_seed)
     check_splits(split, table["label"], catalogue.source)
-    stream = read_cutouts(catalogue, image_size, options=options)
+    stream = read_cutouts(catalogue, image_size, bands=bands, options=options)
     first = list(islice(stream, CHUNK))
-    form = _common_format(catalogue, first, image_size)
+    form = _common_format(catalogue, first, image_size, bands)
     shape = (len(form.bands), image_size, image_size)
     stacks = {part: _Stack(out / f"{part}.npy", shape) for part in PARTS}
     kept: dict[str, list[int]] = {part: [] for part in PARTS}
     nan_fraction = np.zeros(len(table), dtype=np.float32)
+    background = np.full((len(table), len(form.bands)), np.nan, dtype=np.float32)
     rejects: list[tuple[int, CutoutError]] = []
     for row, cutout in chain(first, stream):
         try:
@@ -206,6 +217,8 @@ def build_dataset(
         stacks[part].append(pixels)
         kept[part].append(row)
         nan_fraction[row] = cutout.nan_fraction
+        if cutout.zero_point and cutout.units == SIGMA_UNITS:
+            background[row] = cutout.background_magnitude
     for stack in stacks.values():
         stack.close()
 
@@ -215,6 +228,9 @@ def build_dataset(
     check_splits(split[used.index], used["label"], catalogue.source)
     listed.to_parquet(out / "rejects.parquet", index=False)
     table = table.assign(row=np.arange(len(table)), split=split, nan_fraction=nan_fraction)
+    for band, magnitudes in zip(form.bands, background.T, strict=True):
+        if np.isfinite(magnitudes).any():
+            table[f"background_magnitude_{band}"] = magnitudes
     for part, rows in kept.items():
         table.iloc[rows].to_parquet(out / f"{part}.parquet", index=False)
     facts = {
@@ -242,7 +258,10 @@ def _content(folder: Path) -> str:
 
 
 def _common_format(
-    catalogue: Catalogue, sample: list[tuple[int, Cutout | CutoutError]], image_size: int
+    catalogue: Catalogue,
+    sample: list[tuple[int, Cutout | CutoutError]],
+    image_size: int,
+    bands: Sequence[str] | None,
 ) -> CutoutFormat:
     """The bands and units that most of the first cutouts have."""
     good = [cutout for _, cutout in sample if isinstance(cutout, Cutout)]
@@ -257,8 +276,8 @@ def _common_format(
     (n_bands, units), _ = Counter((len(c.pixels), c.units) for c in good).most_common(1)[0]
     named = next((c.bands for c in good if c.bands and len(c.bands) == n_bands), None)
     if named is None and n_bands == 3 and units == COMPOSITE:
-        named = ("red", "green", "blue")
-    if catalogue.bands and len(catalogue.bands) != n_bands:
+        named = COMPOSITE_BANDS
+    if bands is None and catalogue.bands and len(catalogue.bands) != n_bands:
         raise InputError(
             f"{catalogue.source}: column bands: names {len(catalogue.bands)}; the cutouts have "
             f"{n_bands}"

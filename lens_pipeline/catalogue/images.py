@@ -8,16 +8,16 @@ the model's input.
 import hashlib
 import io
 import re
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import fsspec
 import numpy as np
 from astropy.stats import sigma_clipped_stats
 from numpy.typing import NDArray
+
+from lens_pipeline.catalogue.fits_images import read_fits
 
 SIGMA_UNITS = "background_sigma"
 COMPOSITE = "composite"
@@ -37,12 +37,50 @@ class CutoutError(Exception):
 
 @dataclass(frozen=True)
 class Cutout:
-    """pixels: float32 (bands, height, width); units: `background_sigma`, `composite` or `flux`."""
+    """pixels: float32 (bands, height, width); units: `background_sigma`, `composite` or `flux`.
+
+    sigma, zero_point: of each band, where the file tells them, else NaN; () where it tells neither.
+    """
 
     pixels: NDArray[np.float32]
     units: str
     bands: tuple[str, ...] | None = None
     nan_fraction: float = 0.0
+    sigma: tuple[float, ...] = ()
+    zero_point: tuple[float, ...] = ()
+
+    @property
+    def background_magnitude(self) -> tuple[float, ...]:
+        """AB magnitude of one background sigma in a pixel: m = this - 2.5 log10(stored value).
+
+        NaN where the zero point is not known.
+        """
+        return tuple(
+            zero_point - 2.5 * float(np.log10(sigma))
+            for sigma, zero_point in zip(self.sigma, self.zero_point, strict=True)
+        )
+
+    def with_bands(self, wanted: Sequence[str]) -> "Cutout":
+        """These bands alone, in this order, by name (in any case of letters).
+
+        Raises CutoutError where there is no such band, or the file does not name its bands.
+        """
+        if self.bands is None:
+            if len(wanted) == len(self.pixels):
+                return replace(self, bands=tuple(wanted))
+            raise CutoutError(f"{len(self.pixels)} bands without names; {len(wanted)} are needed")
+        found = [band.lower() for band in self.bands]
+        missing = [band for band in wanted if band.lower() not in found]
+        if missing:
+            raise CutoutError(f"there is no band {missing[0]}; there are {', '.join(self.bands)}")
+        chosen = [found.index(band.lower()) for band in wanted]
+        return replace(
+            self,
+            pixels=self.pixels[chosen],
+            bands=tuple(wanted),
+            sigma=tuple(self.sigma[i] for i in chosen) if self.sigma else (),
+            zero_point=tuple(self.zero_point[i] for i in chosen) if self.zero_point else (),
+        )
 
 
 def file_of(reference: str) -> str:
@@ -70,21 +108,6 @@ def files_fingerprint(references: Iterable[str], options: dict[str, Any] | None 
     return digest.hexdigest()
 
 
-@contextmanager
-def strict_fits() -> Iterator[None]:
-    """While cutouts are read: a truncated FITS file is an error, for astropy only warns of it.
-
-    Filters of warnings belong to the process, so this is set once around all reading threads.
-    """
-    from astropy.io import fits
-    from astropy.utils.exceptions import AstropyWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", AstropyWarning)
-        warnings.filterwarnings("ignore", category=fits.verify.VerifyWarning)
-        yield
-
-
 def read_image(
     reference: str, flux_unit: str | None = None, options: dict[str, Any] | None = None
 ) -> Cutout:
@@ -102,12 +125,15 @@ def read_image(
             pixels = _read_npy(reference, path, options)
             return Cutout(_as_cube(pixels), linear)
         with fsspec.open(path, "rb", **(options or {})) as file:
-            content = io.BytesIO(file.read())
+            content = file.read()
         if suffix in ("fits", "fit", "fz"):
-            pixels, bands = _read_fits(content)
-            return Cutout(_as_cube(pixels), linear, bands)
+            found = read_fits(io.BytesIO(content))
+            cube = _as_cube(found.pixels)
+            return Cutout(cube, linear, found.bands, 0.0, found.sigma, found.zero_point)
+        if suffix == "npz":
+            return _read_npz(content, linear)
         if suffix in ("png", "jpg", "jpeg", "tif", "tiff"):
-            pixels, composite = _read_pillow(content)
+            pixels, composite = _read_picture(content)
             return Cutout(pixels, COMPOSITE if composite else linear)
     except FileNotFoundError:
         raise CutoutError("the file is missing") from None
@@ -116,7 +142,21 @@ def read_image(
     except Exception as problem:  # noqa: BLE001  (decoders raise anything on a damaged file)
         reason = " ".join(str(problem).split())[:200] or type(problem).__name__
         raise CutoutError(f"the file cannot be read ({reason})") from None
-    raise CutoutError(f"the file type .{suffix} is not known; use FITS, NPY, PNG, JPEG or TIFF")
+    raise CutoutError(
+        f"the file type .{suffix} is not known; use FITS, NPY, NPZ, PNG, JPEG or TIFF"
+    )
+
+
+def _read_npz(content: bytes, units: str) -> Cutout:
+    """One cube, or one image for each band, named by it."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        names = arrays.files
+        if len(names) == 1:
+            return Cutout(_as_cube(arrays[names[0]]), units)
+        shapes = {name: arrays[name].shape for name in names}
+        if len(set(shapes.values())) > 1 or len(shapes[names[0]]) != 2:
+            raise CutoutError(f"the arrays of the bands differ in shape: {shapes}")
+        return Cutout(_as_cube(np.stack([arrays[name] for name in names])), units, tuple(names))
 
 
 def _read_npy(reference: str, path: str, options: dict[str, Any] | None) -> NDArray[Any]:
@@ -133,33 +173,58 @@ def _read_npy(reference: str, path: str, options: dict[str, Any] | None) -> NDAr
     return array
 
 
-def _read_fits(content: io.BytesIO) -> tuple[NDArray[Any], tuple[str, ...] | None]:
-    from astropy.io import fits
+def _read_picture(content: bytes) -> tuple[NDArray[np.float32], bool]:
+    """(pixels (bands, height, width), whether they are a composite) of a PNG, JPEG or TIFF file.
 
-    with fits.open(content, memmap=False) as hdus:
-        images = [(h.name, np.asarray(h.data)) for h in hdus if h.is_image and h.data is not None]
-    if not images:
-        raise CutoutError("the FITS file holds no image")
-    if len(images) == 1:
-        return images[0][1], None
-    shapes = {data.shape for _, data in images}
-    if len(shapes) > 1 or len(next(iter(shapes))) != 2:
-        raise CutoutError(f"the FITS images differ in shape: {sorted(shapes)}")
-    names = tuple(name for name, _ in images)
-    return np.stack([data for _, data in images]), names if all(names) else None
+    Pillow opens 16-bit colour as 8-bit colour, without a word: those files go to others.
+    """
+    if content[:4] in (b"II*\0", b"MM\0*"):
+        cube = _read_tiff(content)
+    elif content[1:4] == b"PNG" and content[24] == 16 and content[25] in (2, 6):
+        cube = _read_deep_png(content)
+    else:
+        cube = _read_pillow(content)
+    if np.issubdtype(cube.dtype, np.floating):
+        return cube.astype(np.float32), False
+    full_scale = np.iinfo(np.uint8 if cube.dtype == np.uint8 else np.uint16).max
+    return (cube / np.float32(full_scale)).astype(np.float32), True
 
 
-def _read_pillow(content: io.BytesIO) -> tuple[NDArray[np.float32], bool]:
+def _read_pillow(content: bytes) -> NDArray[Any]:
     from PIL import Image
 
-    with Image.open(content) as image:
+    with Image.open(io.BytesIO(content)) as image:
         mode = {"P": "RGB", "RGBA": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "LA": "L", "1": "L"}
         array = np.asarray(image.convert(mode.get(image.mode, image.mode)))
-    cube = array.transpose(2, 0, 1) if array.ndim == 3 else array[None]
-    if np.issubdtype(array.dtype, np.floating):
-        return cube.astype(np.float32), False
-    full_scale = 255 if array.dtype == np.uint8 else 65535
-    return (cube / np.float32(full_scale)).astype(np.float32), True
+    return np.moveaxis(array, -1, 0) if array.ndim == 3 else array[None]
+
+
+def _read_deep_png(content: bytes) -> NDArray[np.uint16]:
+    """A PNG with 16 bits a channel; an alpha channel is no band."""
+    import torch
+    from torchvision.io import decode_image
+
+    encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    return decode_image(encoded, "UNCHANGED").numpy()[:3]
+
+
+def _read_tiff(content: bytes) -> NDArray[Any]:
+    """Pages or channels as bands; what tifffile cannot decompress goes to Pillow if it is 8-bit."""
+    import tifffile
+
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        series = file.series[0]
+        try:
+            array = series.asarray()
+        except ValueError:
+            if series.dtype != np.uint8:
+                raise
+            return _read_pillow(content)
+        if series.axes.endswith("S"):
+            array = np.moveaxis(array, -1, 0)
+        if file.pages.first.photometric == tifffile.PHOTOMETRIC.RGB:
+            array = array[:3]
+    return array.reshape(-1, *array.shape[-2:])
 
 
 def _as_cube(array: NDArray[Any]) -> NDArray[np.float32]:
@@ -185,6 +250,8 @@ def background_sigma(band: NDArray[np.float32]) -> float:
 def usable_cutout(cutout: Cutout, size: int, max_nan_fraction: float = 0.1) -> Cutout:
     """The central `size` x `size` pixels, in the stored units, with every pixel finite.
 
+    A band's sigma is the file's own where it tells it, else `background_sigma` of the whole image.
+
     A pixel that is not finite becomes the median of its band. Raises CutoutError where the image is
     smaller than `size`, has too many such pixels, has no background noise to measure, or exceeds
     what a float16 holds.
@@ -201,11 +268,17 @@ def usable_cutout(cutout: Cutout, size: int, max_nan_fraction: float = 0.1) -> C
             f"{nan_fraction:.0%} of a band's pixels are not finite; {max_nan_fraction:.0%} may be"
         )
     pixels, units = cutout.pixels, cutout.units
+    sigma = cutout.sigma
     if units == FLUX:
-        sigma = np.array([background_sigma(band) for band in pixels], dtype=np.float32)
-        if not (sigma > 0).all():
+        stated = sigma or (float("nan"),) * len(pixels)
+        sigma = tuple(
+            known if np.isfinite(known) else background_sigma(band)
+            for band, known in zip(pixels, stated, strict=True)
+        )
+        if not all(value > 0 for value in sigma):
             raise CutoutError("the background is constant: there is no noise to measure")
-        pixels, units = pixels / sigma[:, None, None], SIGMA_UNITS
+        pixels = pixels / np.array(sigma, dtype=np.float32)[:, None, None]
+        units = SIGMA_UNITS
     if nan_fraction:
         median = np.array([np.median(b[f]) for b, f in zip(pixels, finite, strict=True)])
         pixels = np.where(finite, pixels, median[:, None, None])
@@ -213,7 +286,8 @@ def usable_cutout(cutout: Cutout, size: int, max_nan_fraction: float = 0.1) -> C
     pixels = pixels[:, top : top + size, left : left + size].astype(np.float32)
     if np.abs(pixels).max() > FLOAT16_MAX:
         raise CutoutError("a pixel is brighter than 65504 background sigma")
-    return Cutout(pixels, units, cutout.bands, float(nan_fraction))
+    fraction = float(nan_fraction)
+    return replace(cutout, pixels=pixels, units=units, nan_fraction=fraction, sigma=sigma)
 
 
 def read_cutout(
@@ -221,8 +295,14 @@ def read_cutout(
     size: int,
     flux_unit: str | None = None,
     options: dict[str, Any] | None = None,
+    names: Sequence[str] | None = None,
+    bands: Sequence[str] | None = None,
 ) -> Cutout:
-    """One usable cutout from its file, or from one file a band. Raises CutoutError."""
+    """One usable cutout from its file, or from one file a band. Raises CutoutError.
+
+    names: what its bands are called where the file does not say; bands: which of them to keep, and
+    in which order.
+    """
     parts = []
     for number, reference in enumerate(references):
         try:
@@ -230,10 +310,22 @@ def read_cutout(
         except CutoutError as reason:
             reason.image = number
             raise
+    cutout = parts[0]
     if len(parts) > 1:
         if any(len(part.pixels) != 1 for part in parts):
             raise CutoutError("a file of one band holds several")
         if len({(part.pixels.shape, part.units) for part in parts}) > 1:
             raise CutoutError("the files of the bands differ in size or units")
-    pixels = np.concatenate([part.pixels for part in parts]) if len(parts) > 1 else parts[0].pixels
-    return usable_cutout(Cutout(pixels, parts[0].units, parts[0].bands), size)
+        unknown = (float("nan"),)
+        cutout = replace(
+            cutout,
+            pixels=np.concatenate([part.pixels for part in parts]),
+            bands=None,
+            sigma=tuple(v for part in parts for v in part.sigma or unknown),
+            zero_point=tuple(v for part in parts for v in part.zero_point or unknown),
+        )
+    if names and len(names) == len(cutout.pixels):
+        cutout = replace(cutout, bands=tuple(names))
+    if bands:
+        cutout = cutout.with_bands(bands)
+    return usable_cutout(cutout, size)

@@ -20,7 +20,7 @@ from lens_pipeline.errors import InputError
 
 SPLITS = ("train", "val", "test")
 SUFFIXES = (".csv", ".parquet", ".fits", ".fit", ".vot", ".votable", ".xml")
-IMAGE_SUFFIXES = (".fits", ".fit", ".npy", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".fits", ".fit", ".fz", ".npy", ".npz", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
 TEXT_COLUMNS = ("id", "path", "label", "group", "split", "survey", "flux_unit")
 CLASS_FOLDERS = {"lens": "1", "nonlens": "0"}
 

@@ -155,6 +155,7 @@ def processed_dataset(context: dg.AssetExecutionContext, lens: LensHome) -> dg.M
         inputs=inputs,
         settings={
             "image_size": presets.image_size(settings),
+            "bands": settings.bands,
             "split_seed": settings.seed,
             "origin": settings.source,
         },

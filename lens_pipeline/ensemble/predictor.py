@@ -52,7 +52,7 @@ def score_catalogue(
     form = ensemble.format
     scores: list[pd.DataFrame] = []
     rejects: dict[int, str] = {}
-    stream = read_cutouts(catalogue, form.image_size, options=options)
+    stream = read_cutouts(catalogue, form.image_size, bands=form.named_bands, options=options)
     while batch := list(islice(stream, BATCH)):
         good: dict[int, Any] = {}
         for row, cutout in batch:

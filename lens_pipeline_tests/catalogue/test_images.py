@@ -1,9 +1,12 @@
 """From files to pixels: formats, units, and images that cannot be used."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from astropy.io import fits
 from PIL import Image
 
@@ -137,3 +140,121 @@ def test_real_pan_starrs_stack(shared_data: Path) -> None:
         cutout = read_image(str(path))
         assert cutout.bands == ("G", "R", "I", "Z", "Y")
         assert cutout.pixels.dtype == np.float32
+
+
+def write_png(path: Path, colour: np.ndarray) -> None:
+    """A PNG of 16 bits a channel, by the specification: Pillow writes none."""
+    height, width, _ = colour.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colour)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bit_colour_keeps_its_sixteen_bits(tmp_path: Path, suffix: str) -> None:
+    """Pillow alone would make it 8-bit colour, without a word."""
+    colour = RNG.integers(0, 65535, (40, 40, 3), endpoint=True).astype(np.uint16)
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "png":
+        write_png(path, colour)
+    else:
+        tifffile.imwrite(path, colour)
+    cutout = read_cutout([str(path)], 40)
+    assert cutout.units == "composite"
+    np.testing.assert_allclose(cutout.pixels, np.moveaxis(colour / 65535, -1, 0), atol=1e-7)
+
+
+@pytest.mark.parametrize("suffix", ["fits", "npy", "npz", "tif"])
+def test_flux_comes_through_every_format_to_the_last_bit(tmp_path: Path, suffix: str) -> None:
+    """The differences of 8-bit steps would be a hundred times those that float32 makes."""
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "fits":
+        fits.PrimaryHDU(NOISE).writeto(path)
+    elif suffix == "npy":
+        np.save(path, NOISE)
+    elif suffix == "npz":
+        np.savez(path, g=NOISE[0], r=NOISE[1], i=NOISE[2])
+    else:
+        tifffile.imwrite(path, np.moveaxis(NOISE, 0, -1), photometric="rgb")
+    found = read_image(str(path))
+    np.testing.assert_array_equal(found.pixels, NOISE)
+    assert found.units == "flux"
+    assert found.bands == (("g", "r", "i") if suffix == "npz" else None)
+
+
+def write_bands(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Two bands with noise maps, a mask, a PSF of another size; (image, mask) of `VIS`."""
+    mask = np.zeros((40, 40), np.int16)
+    mask[3, 5] = 4
+    hdus = [fits.PrimaryHDU()]
+    for name, data, zero_point in [
+        ("NIR_H_FLUX", NOISE[1], 29.9),
+        ("NIR_H_WHT", np.full((40, 40), 1 / 16, np.float32), None),
+        ("VIS_FLUX", NOISE[0] + 100, 24.6),
+        ("VIS_BGSUB", NOISE[0], 24.6),
+        ("VIS_RMS", np.full((40, 40), 2.5, np.float32), None),
+        ("VIS_MASK", mask, None),
+        ("VIS_PSF", np.ones((21, 21), np.float32), None),
+    ]:
+        hdu = fits.ImageHDU(data, name=name)
+        if zero_point:
+            hdu.header["MAGZERO"] = zero_point
+        hdus.append(hdu)
+    fits.HDUList(hdus).writeto(path)
+    return NOISE[0], mask
+
+
+def test_extensions_are_taken_for_what_their_names_say(tmp_path: Path) -> None:
+    image, mask = write_bands(tmp_path / "a.fits")
+    cutout = read_cutout([str(tmp_path / "a.fits")], 40, bands=["vis", "NIR_H"])
+    assert cutout.bands == ("vis", "NIR_H")
+    good = mask == 0
+    np.testing.assert_allclose(cutout.pixels[0][good], image[good] / 2.5, rtol=1e-6)
+    np.testing.assert_allclose(cutout.pixels[1], NOISE[1] / 4, rtol=1e-6)
+    assert cutout.nan_fraction == pytest.approx(1 / 1600)
+    assert cutout.pixels[0, 3, 5] == pytest.approx(np.median(image[good]) / 2.5)
+    # m = zero point - 2.5 log10(flux); a stored 1 is a flux of one sigma.
+    expected = [24.6 - 2.5 * np.log10(2.5), 29.9 - 2.5 * np.log10(4)]
+    np.testing.assert_allclose(cutout.background_magnitude, expected)
+    with pytest.raises(CutoutError, match="there is no band z; there are NIR_H, VIS"):
+        read_cutout([str(tmp_path / "a.fits")], 40, bands=["z"])
+
+
+def test_real_euclid_files(shared_data: Path) -> None:
+    paths = sorted((shared_data / "euclid_q1").glob("*.fits"))
+    assert len(paths) == 3
+    for path in paths:
+        cutout = read_cutout([str(path)], 100)
+        assert cutout.bands is not None
+        assert {"VIS", "NIR_Y", "NIR_J", "NIR_H"} <= set(cutout.bands)
+        assert cutout.pixels.shape == (8, 100, 100)
+        with fits.open(path) as hdus:
+            for band, pixels, magnitude in zip(
+                cutout.bands, cutout.pixels, cutout.background_magnitude, strict=True
+            ):
+                names = [hdu.name for hdu in hdus]
+                image = hdus[f"{band}_BGSUB" if f"{band}_BGSUB" in names else f"{band}_FLUX"]
+                sigma = np.median(hdus[f"{band}_RMS"].data)
+                np.testing.assert_allclose(pixels, image.data / sigma, rtol=1e-4)
+                by_hand = image.header["MAGZERO"] - 2.5 * np.log10(sigma)
+                assert magnitude == pytest.approx(by_hand, abs=1e-3)
+    # VIS reaches about 24.5 mag at ten sigma in a galaxy of 0.3 arcsec: one pixel's sigma is deep.
+    vis = read_cutout([str(paths[0])], 100, bands=["VIS"])
+    assert 27.5 < vis.background_magnitude[0] < 31.5
+
+
+def test_compressed_tiff_is_read(tmp_path: Path) -> None:
+    values = RNG.integers(0, 255, (40, 40, 3), endpoint=True).astype(np.uint8)
+    Image.fromarray(values).save(tmp_path / "a.tif", compression="tiff_lzw")
+    found = read_image(str(tmp_path / "a.tif"))
+    np.testing.assert_allclose(found.pixels, np.moveaxis(values / 255, -1, 0), atol=1e-7)
