@@ -42,7 +42,7 @@ lint: install  ## style, types, and which floor may import which
 
 .PHONY: bench
 bench: install  ## the benchmarks, one after another
-	@set -e; for file in benchmarks/[a-z]*.py; do \
+	@for file in benchmarks/[a-z]*.py; do \
 	  $(BIN)/python -m benchmarks.$$(basename $$file .py); done
 
 .PHONY: pictures

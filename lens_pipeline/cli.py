@@ -14,10 +14,12 @@ from typing import Any, NoReturn, TextIO
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings, absolute
+from lens_pipeline.steps import folder_aside
 
 BAD_INPUT = 2
 FAILURE = 1
 INTERRUPTED = 130
+SECRET_WORDS = ("key", "secret", "token", "password")
 GRACE = 8  # seconds that an interrupted run has for an orderly end
 
 
@@ -72,6 +74,27 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--device", default="cpu", help="a torch device (default cpu)")
     simulate.add_argument("--out", type=Path, required=True, help="a folder that does not exist")
     simulate.set_defaults(do=_simulate)
+
+    prepare = commands.add_parser(
+        "prepare", parents=[common], help="cutouts to WebDataset shards, here and in the cloud"
+    )
+    prepare.add_argument(
+        "--data-root", help="a catalogue, a folder of cutouts, a processed dataset"
+    )
+    prepare.add_argument(
+        "--output-dir", type=Path, required=True, help="where the shards lie, or will lie"
+    )
+    prepare.add_argument("--shard-size", type=int, default=1000, help="cutouts (default 1000)")
+    prepare.add_argument("--image-size", type=int, help="pixels (default 64, or the dataset's)")
+    prepare.add_argument("--encoding", help="float16 (default), float32, png16 or jpg")
+    prepare.add_argument("--quality", type=int, help="of jpg, which it chooses: 1 to 100")
+    prepare.add_argument("--cloud-url", help="where to publish: s3://, gs:// or a folder")
+    prepare.add_argument("--storage-options", default="{}", help="fsspec's, JSON; no secrets")
+    prepare.add_argument(
+        "--upload-only", action="store_true", help="publish the shards that lie there already"
+    )
+    prepare.add_argument("--validate", action="store_true", help="read all back and check it")
+    prepare.set_defaults(do=_prepare)
 
     predict = commands.add_parser("predict", parents=[common], help="score a catalogue")
     predict.add_argument("--catalogue", required=True)
@@ -240,18 +263,16 @@ def _simulate(options: argparse.Namespace) -> int:
     from lens_pipeline.simulation.simulate import simulate_catalogue
 
     config = load_config(options.survey, options.config)
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    aside.mkdir(parents=True)
-    simulate_catalogue(
-        aside,
-        config,
-        options.n,
-        options.seed,
-        device=options.device,
-        image_size=options.image_size,
-    )
-    _draw_kinds(aside)
-    aside.rename(out)
+    with folder_aside(out) as aside:
+        simulate_catalogue(
+            aside,
+            config,
+            options.n,
+            options.seed,
+            device=options.device,
+            image_size=options.image_size,
+        )
+        _draw_kinds(aside)
     print(out / "catalogue.parquet")
     print(out / "kinds.jpg")
     return 0
@@ -270,6 +291,77 @@ def _draw_kinds(folder: Path) -> None:
     images = np.stack([np.load(folder / name, mmap_mode="r")[int(row)] for name, row in places])
     figure = kinds_sheet(images, shown["kind"].tolist(), "background_sigma")
     (folder / "kinds.jpg").write_bytes(jpeg_bytes(figure))
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    settings = Settings.load(home=options.home)
+    storage = settings.storage_options | _storage_options(options.storage_options)
+    out: Path = options.output_dir
+    if options.upload_only and not options.cloud_url:
+        raise InputError("--upload-only: needs --cloud-url, where to publish")
+    if not options.upload_only:
+        if not options.data_root:
+            raise InputError("--data-root: is needed, unless with --upload-only")
+        if out.exists():
+            raise InputError(f"--output-dir {out}: exists already; name a folder that does not")
+        from lens_pipeline.shards.prepare import prepare_shards
+
+        with folder_aside(out) as aside:
+            prepare_shards(
+                absolute(options.data_root),
+                aside,
+                shard_size=options.shard_size,
+                encoding=options.encoding or ("jpg" if options.quality is not None else "float16"),
+                quality=options.quality,
+                image_size=options.image_size,
+                bands=settings.bands,
+                split_seed=settings.seed,
+                max_reject_fraction=settings.max_reject_fraction,
+                options=storage,
+            )
+    from lens_pipeline.shards.manifest import read_manifest
+
+    manifest = read_manifest(out)
+    places: list[tuple[str, dict[str, Any]]] = [(str(out), {})]
+    if options.cloud_url:
+        from lens_pipeline.shards.cloud import publish_shards
+
+        published = publish_shards(out, absolute(options.cloud_url), storage_options=storage)
+        places.append((published.url, storage))
+    for place, how in places:
+        if options.validate:
+            from lens_pipeline.shards.manifest import verify_shards
+
+            problems = verify_shards(place, how)
+            if problems:
+                raise InputError(f"{len(problems)} problems; the first: {problems[0]}")
+        print(f"{place}  {'checked' if options.validate else 'written'}")
+        for pattern in manifest.patterns(place).values():
+            print(f"  {pattern}")
+    print(f"dataset version {manifest.dataset_version}")
+    return 0
+
+
+def _storage_options(text: str) -> dict[str, Any]:
+    """Raises InputError for what is no JSON object, and for keys that look secret."""
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise InputError('--storage-options: must be a JSON object, as {"anon": true}')
+    waiting: list[Any] = [options]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            for name in value:
+                if any(word in name.lower() for word in SECRET_WORDS):
+                    raise InputError(
+                        f"--storage-options: {name} looks secret, and everybody reads a command's "
+                        "arguments; give it through the environment, as the provider's tools do"
+                    )
+            waiting += value.values()
+    return options
 
 
 def _predict(options: argparse.Namespace) -> int:

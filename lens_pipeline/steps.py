@@ -15,7 +15,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -47,6 +47,18 @@ def write_aside(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+@contextmanager
+def folder_aside(out: Path) -> Iterator[Path]:
+    """An empty folder that becomes `out` when the block ends well, and is removed when it fails."""
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 @cache

@@ -58,6 +58,16 @@ class Manifest:
         """All files but the manifest itself."""
         return (*self.shards, self.index)
 
+    def patterns(self, location: str) -> dict[str, str]:
+        """{split: path or URL with braces of all its shards, as WebDataset takes it}."""
+        found: dict[str, list[str]] = {}
+        for shard in self.shards:
+            found.setdefault(shard.split, []).append(shard.name)
+        return {
+            split: posixpath.join(location, f"{split}-{{{0:06d}..{len(names) - 1:06d}}}.tar")
+            for split, names in found.items()
+        }
+
     @property
     def text(self) -> str:
         """What the file holds: the same for the same content."""

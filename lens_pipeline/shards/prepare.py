@@ -1,0 +1,55 @@
+"""From whatever holds cutouts to shards, in one call."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lens_pipeline.catalogue.dataset import build_dataset, open_dataset
+from lens_pipeline.catalogue.table import read_catalogue
+from lens_pipeline.errors import InputError
+from lens_pipeline.shards.manifest import Manifest
+from lens_pipeline.shards.writer import write_shards
+
+IMAGE_SIZE = 64
+
+
+def prepare_shards(
+    data_root: str,
+    out: Path,
+    *,
+    shard_size: int = 1000,
+    encoding: str = "float16",
+    quality: int | None = None,
+    image_size: int | None = None,
+    bands: Sequence[str] | None = None,
+    split_seed: int = 0,
+    max_reject_fraction: float = 0.1,
+    options: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Write shards into `out`, an empty folder.
+
+    data_root: a catalogue, a folder of cutouts, or a processed dataset, which is taken as it is;
+    else see `build_dataset` and `write_shards`. image_size: 64 by default. Raises InputError as
+    they do, and where a processed dataset has another image_size than the one asked for.
+    """
+    if Path(data_root, "dataset.json").is_file():
+        has = open_dataset(data_root).format.image_size
+        if image_size not in (None, has):
+            raise InputError(f"image_size {image_size}: the cutouts of {data_root} have {has}")
+        return write_shards(
+            data_root, out, shard_size=shard_size, encoding=encoding, quality=quality
+        )
+    storage = dict(options or {})
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".dataset-") as folder:
+        build_dataset(
+            read_catalogue(data_root, storage),
+            Path(folder),
+            image_size=image_size or IMAGE_SIZE,
+            bands=bands,
+            split_seed=split_seed,
+            max_reject_fraction=max_reject_fraction,
+            origin=data_root,
+            options=storage,
+        )
+        return write_shards(folder, out, shard_size=shard_size, encoding=encoding, quality=quality)

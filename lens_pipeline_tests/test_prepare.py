@@ -1,0 +1,94 @@
+"""`lens-pipeline prepare`: cutouts to shards, checked and published."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import webdataset as wds
+from PIL import Image
+
+from lens_pipeline.catalogue.dataset import Dataset
+from lens_pipeline.cli import main
+from lens_pipeline.shards import open_shards, verify_shards
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The guide's layout: train|val|test/lens|nonlens, PNG."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 4), ("test", 4)):
+        for kind in ("lens", "nonlens"):
+            (tmp_path / "data" / split / kind).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 255, (72, 72, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / kind / f"{number}.png")
+    return tmp_path / "data"
+
+
+def test_the_guides_command_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, cloud = tmp_path / "shards", tmp_path / "cloud"
+    arguments = ["prepare", "--data-root", str(folder), "--output-dir", str(out)]
+    settings = ["--shard-size", "10", "--image-size", "64", "--quality", "95", "--validate"]
+    assert main([*arguments, *settings, "--cloud-url", str(cloud)]) == 0
+    printed = capsys.readouterr().out
+    assert verify_shards(out) == []
+    version = open_shards(out).manifest.dataset_version
+    assert f"dataset version {version}" in printed
+    for place in (out, cloud / version):
+        pattern = f"{place}/train-{{000000..000002}}.tar"
+        assert pattern in printed
+        samples = list(wds.WebDataset(pattern, shardshuffle=False).decode("pil"))
+        assert len(samples) == 24
+        assert {sample["cls"] for sample in samples} == {0, 1}
+        assert samples[0]["jpg"].size == (64, 64)
+    # Then only the upload.
+    again = ["prepare", "--output-dir", str(out), "--upload-only", "--validate"]
+    assert main([*again, "--cloud-url", str(tmp_path / "other")]) == 0
+    assert verify_shards(tmp_path / "other" / version) == []
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_processed_dataset_is_taken_as_it_is(dataset: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    arguments = ["--data-root", str(dataset.folder), "--output-dir", str(out)]
+    assert main(["prepare", *arguments, "--encoding", "float32"]) == 0
+    val = open_shards(out).split("val")
+    np.testing.assert_array_equal(val.gather(np.arange(len(val))), dataset.images("val"))
+    assert len(pd.read_parquet(out / "index.parquet")) == 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "--data-root"),
+        (["--upload-only"], "--cloud-url"),
+        (["--upload-only", "--cloud-url", "c"], "manifest.json"),
+        (["--data-root", "nowhere.csv"], "nowhere.csv"),
+        (["--data-root", "DATA", "--quality", "0"], "quality 0"),
+        (["--data-root", "DATA", "--image-size", "500"], "500 x 500 are needed"),
+        (["--data-root", "DATA", "--storage-options", "x"], "JSON object"),
+        (
+            ["--data-root", "DATA", "--storage-options", json.dumps({"a": {"aws_secret": "s3"}})],
+            "aws_secret looks secret",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named_and_nothing_is_left(
+    arguments: list[str],
+    named: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "shards"
+    given = [str(folder) if a == "DATA" else a for a in arguments]
+    assert main(["prepare", "--output-dir", str(out), *given]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith("error: ")
+    assert named in line
+    assert not out.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
