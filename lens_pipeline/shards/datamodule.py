@@ -9,9 +9,10 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
+from torch.utils.data import Dataset
 
 from lens_pipeline.shards.reader import Shards, ShardSplit, open_shards
+from lens_pipeline.shards.sampling import EpochBatches, ShardLoader
 
 Batch = dict[str, Tensor]
 
@@ -24,24 +25,18 @@ class SplitDataset(Dataset[Batch]):
         self.split = split
         self.label = torch.from_numpy(split.labels.astype(np.float32))
 
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitems__(self, indices: list[int]) -> Batch:
+    def __getitem__(self, indices: list[int]) -> Batch:
         index = torch.tensor(indices)
         image = torch.from_numpy(self.split.gather(indices))
         return {"image": image, "label": self.label[index], "index": index}
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 class LensDataModule(pl.LightningDataModule):
     """Train, validation and test batches of the shards in a folder or at a URL.
 
     Batches: dict of `image` float32 (n, bands, height, width) in the units of the stored cutouts,
-    `label` float32 (n,), `index` int64 (n,). The order of an epoch depends on (seed, epoch) alone.
+    `label` float32 (n,), `index` int64 (n,). The order of an epoch depends on (seed, epoch) alone;
+    see `EpochBatches` for how ranks share it.
 
     data_root: a folder or fsspec URL with a manifest; cache_dir: where remote shards are copied;
     num_workers: 0 gathers in the training process. Raises InputError where the shards are not
@@ -92,31 +87,23 @@ class LensDataModule(pl.LightningDataModule):
         # On the device: half as many bytes cross the bus.
         return batch | {"image": batch["image"].float()}
 
-    def _loader(self, name: str, shuffle: bool) -> DataLoader[Batch]:
+    def _loader(self, name: str, shuffle: bool) -> ShardLoader:
         data = SplitDataset(self.shards.split(name))
-        sampler = (
-            # Of one process: Lightning tells it the epoch, and order follows from (seed, epoch).
-            DistributedSampler(data, num_replicas=1, rank=0, shuffle=True, seed=self.seed)
-            if shuffle
-            else SequentialSampler(data)
-        )
-        return DataLoader(
+        n = len(data.split)
+        return ShardLoader(
             data,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            collate_fn=_as_it_is,
+            batch_size=None,  # the sampler gives whole batches
+            sampler=EpochBatches(n, self.batch_size, shuffle=shuffle, seed=self.seed),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
-            # Batch normalisation cannot use a last batch of one.
-            drop_last=shuffle and len(data) % self.batch_size == 1 < len(data),
         )
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> ShardLoader:
         return self._loader("train", shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> ShardLoader:
         return self._loader("val", shuffle=False)
 
-    def test_dataloader(self) -> DataLoader[Batch]:
+    def test_dataloader(self) -> ShardLoader:
         return self._loader("test", shuffle=False)

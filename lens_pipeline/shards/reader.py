@@ -19,7 +19,7 @@ import pandas as pd
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from lens_pipeline.catalogue.dataset import CutoutFormat
+from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.encoding import Encoding
 from lens_pipeline.shards.manifest import (
@@ -122,10 +122,21 @@ class Shards:
         self._check_index(index)
         return index
 
+    @cached_property
+    def _splits(self) -> dict[str, ShardSplit]:
+        return {
+            name: ShardSplit(
+                self.folder,
+                self._index[self._index["split"] == name].reset_index(drop=True),
+                self.encoding,
+                self.shape,
+            )
+            for name in PARTS
+        }
+
     def split(self, name: str) -> ShardSplit:
-        """`train`, `val`, `test` or `unlabelled`."""
-        rows = self._index[self._index["split"] == name]
-        return ShardSplit(self.folder, rows.reset_index(drop=True), self.encoding, self.shape)
+        """`train`, `val`, `test` or `unlabelled`; its files stay mapped between uses."""
+        return self._splits[name]
 
     def _check_index(self, index: pd.DataFrame) -> None:
         """Raises InputError where the index does not fit the shards that it points into."""
