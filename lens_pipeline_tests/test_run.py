@@ -225,3 +225,17 @@ def test_who_looks_at_a_home_sees_the_graph_of_its_last_run(
     assert settings_of_home(str(home)).preset == "tiny"
     monkeypatch.setenv("LENS_PRESET", "full")
     assert settings_of_home(str(home)).preset == "full"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_default_job_finds_lenses(tmp_path: Path) -> None:
+    """What `make run` promises: enough of a test split, and an ensemble that beats its members."""
+    assert main(["run", "--home", str(tmp_path / "home")]) == 0
+    summary = summary_of(tmp_path / "home")
+    ensemble = summary["ensemble"]
+    assert min(ensemble["n_lens"], ensemble["n_nonlens"]) >= 400
+    assert ensemble["auroc"]["value"] >= 0.90
+    best = max(metrics["auroc"]["value"] for metrics in summary["members"].values())
+    assert ensemble["auroc"]["value"] >= best - 0.005
+    assert summary["model"]["aliases"] == ["challenger", "champion"]
