@@ -35,12 +35,15 @@ class Target:
         return {"name": self.name, "value": self.value, **given, "met": self.met}
 
 
-def options(description: str | None) -> argparse.ArgumentParser:
-    """The options that every benchmark has; its own are added to it."""
+def options(description: str | None, n: int | None = None) -> argparse.Namespace:
+    """The command line of a benchmark; one of a size (n by default) may be made smaller."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write rows and targets to this file")
     parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
-    return parser
+    if n is not None:
+        parser.add_argument("--n", type=int, default=n, help="how many are measured")
+        parser.add_argument("--repeats", type=int, default=5)
+    return parser.parse_args()
 
 
 def report(

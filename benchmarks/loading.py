@@ -33,4 +33,4 @@ def measure() -> tuple[list[Row], list[Target]]:
 
 
 if __name__ == "__main__":
-    report(options(__doc__).parse_args(), measure)
+    report(options(__doc__), measure)

@@ -83,8 +83,5 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], list[Target]]:
 
 
 if __name__ == "__main__":
-    parser = options(__doc__)
-    parser.add_argument("--n", type=int, default=10_000, help="cutouts")
-    parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
+    arguments = options(__doc__, n=10_000)
     report(arguments, lambda: measure(arguments))
