@@ -22,7 +22,8 @@ MAX_MEMBERS = 5
 MAX_DISTANCE = 3.0  # of intruders from the host, in its Einstein radii
 DEVIATES = 16  # for the decoy as a whole, and for each of its members
 
-Components = list[pd.DataFrame]
+Component = tuple[str, pd.DataFrame]  # the profile, as `Renderer.component` takes it, and its rows
+Components = list[Component]
 
 
 def choose_kinds(seed: int, hosts: Iterable[int], mixture: Mapping[str, float]) -> NDArray[np.str_]:
@@ -65,10 +66,10 @@ def draw_decoys(
     return electrons
 
 
-def _by_profile(components: Components) -> list[tuple[str, pd.DataFrame]]:
-    found: dict[str, Components] = {}
-    for part in components:
-        found.setdefault(str(part.attrs["profile"]), []).append(part)
+def _by_profile(components: Components) -> Components:
+    found: dict[str, list[pd.DataFrame]] = {}
+    for profile, part in components:
+        found.setdefault(profile, []).append(part)
     return [(profile, pd.concat(parts)) for profile, parts in found.items()]
 
 
@@ -234,7 +235,7 @@ def _members(count: NDArray[np.intp]) -> tuple[NDArray[np.bool_], NDArray[np.int
     return present, np.nonzero(present)[0]
 
 
-def _blue_galaxies(u: Array, lenses: pd.DataFrame, count: NDArray[np.intp]) -> pd.DataFrame:
+def _blue_galaxies(u: Array, lenses: pd.DataFrame, count: NDArray[np.intp]) -> Component:
     """So many galaxies (1 to MAX_MEMBERS) that share the arcs' light, anywhere (uniformly) within
     MAX_DISTANCE Einstein radii, with the source's surface brightness, which lensing keeps."""
     present, row = _members(count)
@@ -277,8 +278,6 @@ def _arc_light(v: Array, lenses: pd.DataFrame, share: Array | float) -> dict[str
     }
 
 
-def _component(profile: str, columns: Mapping[str, Any], lenses: pd.DataFrame) -> pd.DataFrame:
+def _component(profile: str, columns: Mapping[str, Any], lenses: pd.DataFrame) -> Component:
     values = {name: np.asarray(value) for name, value in columns.items()}
-    table = pd.DataFrame(values, index=lenses.index)
-    table.attrs["profile"] = profile
-    return table
+    return profile, pd.DataFrame(values, index=lenses.index)
