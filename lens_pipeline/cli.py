@@ -4,34 +4,19 @@ import argparse
 import json
 import logging
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings, absolute
 from lens_pipeline.steps import folder_aside
+from lens_pipeline.terminal import INTERRUPTED, configure_logging, interruptible
 
 BAD_INPUT = 2
 FAILURE = 1
-INTERRUPTED = 130
 SECRET_WORDS = ("key", "secret", "token", "password")
-GRACE = 8  # seconds that an interrupted run has for an orderly end
-
-
-class _Terminal(logging.StreamHandler[TextIO]):
-    """Messages on what is standard error when they come, which a caller may have redirected."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stderr
-        super().emit(record)
-
-
-_terminal = _Terminal()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -117,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns 0, or 1 (failure), 2 (bad input), 130 (interrupted)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     verbose = "--verbose" in arguments
-    _configure_logging(verbose)
+    configure_logging(verbose)
     try:
         options = _parser().parse_args(arguments)
         return int(options.do(options))
@@ -139,55 +124,6 @@ def _outcome(problem: BaseException, verbose: bool) -> tuple[int, str]:
     return FAILURE, f"{type(problem).__name__}: {problem}{hint}"
 
 
-def _configure_logging(verbose: bool) -> None:
-    logger = logging.getLogger("lens_pipeline")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(_terminal)
-    if not verbose:
-        # Set by name, before the libraries configure the loggers above these.
-        for library in ("pytorch_lightning", "lightning_fabric"):
-            logging.getLogger(f"{library}.utilities.rank_zero").setLevel(logging.ERROR)
-        logging.getLogger("dagster").setLevel(logging.ERROR)
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM ends what runs here as Ctrl-C does, and neither takes longer than ten seconds."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are another's
-        return
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    ended = threading.Event()
-
-    def watch() -> None:
-        while signals := os.read(reader, 1):
-            if signals[0] in (signal.SIGINT, signal.SIGTERM):
-                if ended.wait(GRACE):
-                    break
-                # Whatever is stuck is cut off: steps are renamed into place only when they are
-                # whole, and the next run frees what a dead one held.
-                print("error: interrupted, and ended by force", file=sys.stderr, flush=True)
-                os._exit(INTERRUPTED)
-        os.close(reader)
-
-    def interrupt(*_: Any) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        ended.set()
-        signal.set_wakeup_fd(descriptor)
-        signal.signal(signal.SIGTERM, before)
-        os.close(writer)
-
-
 def _run(options: argparse.Namespace) -> int:
     settings = Settings.load(
         home=options.home,
@@ -200,7 +136,7 @@ def _run(options: argparse.Namespace) -> int:
     from lens_pipeline.presets import chosen_members
 
     changes = _training_changes(options.set, [m.name for m in chosen_members(settings)])
-    with _interruptible():
+    with interruptible():
         from lens_pipeline.runner import run_pipeline
 
         run_pipeline(settings, changes, options.verbose)
@@ -417,5 +353,5 @@ def _show(options: argparse.Namespace) -> int:
     settings = settings_of_home(options.home)
     settings.export()
 
-    with _interruptible():
+    with interruptible():
         return serve(settings, options.dagster_port, options.mlflow_port)

@@ -1,0 +1,74 @@
+"""What the command line shares with the terminal: messages and signals."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, TextIO
+
+INTERRUPTED = 130
+GRACE = 8  # seconds that an interrupted run has for an orderly end
+
+
+class _Terminal(logging.StreamHandler[TextIO]):
+    """Messages on what is standard error when they come, which a caller may have redirected."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+_terminal = _Terminal()
+
+
+def configure_logging(verbose: bool) -> None:
+    """Our own messages on stderr; those of the libraries only where they are asked for."""
+    logger = logging.getLogger("lens_pipeline")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_terminal)
+    if not verbose:
+        # Set by name, before the libraries configure the loggers above these.
+        for library in ("pytorch_lightning", "lightning_fabric"):
+            logging.getLogger(f"{library}.utilities.rank_zero").setLevel(logging.ERROR)
+        logging.getLogger("dagster").setLevel(logging.ERROR)
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM ends what runs here as Ctrl-C does, and neither takes longer than ten seconds."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are another's
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    ended = threading.Event()
+
+    def watch() -> None:
+        while signals := os.read(reader, 1):
+            if signals[0] in (signal.SIGINT, signal.SIGTERM):
+                if ended.wait(GRACE):
+                    break
+                # Whatever is stuck is cut off: steps are renamed into place only when they are
+                # whole, and the next run frees what a dead one held.
+                print("error: interrupted, and ended by force", file=sys.stderr, flush=True)
+                os._exit(INTERRUPTED)
+        os.close(reader)
+
+    def interrupt(*_: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(descriptor)
+        signal.signal(signal.SIGTERM, before)
+        os.close(writer)
