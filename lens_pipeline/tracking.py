@@ -93,7 +93,6 @@ class Tracking:
         uri = self.settings.mlflow_uri
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
-        client = mlflow.MlflowClient(uri, uri)
         # Two processes that create one SQLite file at once would trip over each other.
         lock = self.settings.home / ".locks" / "mlflow.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -101,6 +100,7 @@ class Tracking:
             if self.settings.tracking_uri is None:
                 _create_database(self.settings.mlflow_database)
             try:
+                client = mlflow.MlflowClient(uri, uri)
                 client.search_experiments(max_results=1)
             except ModuleNotFoundError as problem:
                 raise InputError(
