@@ -57,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--seed", type=int, default=0)
     simulate.add_argument("--image-size", type=int, default=64, help="pixels (default 64)")
     simulate.add_argument("--device", default="cpu", help="a torch device (default cpu)")
+    simulate.add_argument(
+        "--compile", action="store_true", help="compile the ray tracing: pays for many thousands"
+    )
     simulate.add_argument("--out", type=Path, required=True, help="a folder that does not exist")
     simulate.set_defaults(do=_simulate)
 
@@ -207,6 +210,7 @@ def _simulate(options: argparse.Namespace) -> int:
             options.seed,
             device=options.device,
             image_size=options.image_size,
+            compiled=options.compile,
         )
         _draw_kinds(aside)
     print(out / "catalogue.parquet")

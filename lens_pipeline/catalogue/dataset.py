@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -93,6 +94,18 @@ class Dataset:
         What is written to it stays in memory, and the file as it is.
         """
         return np.load(self.folder / f"{part}.npy", mmap_mode="c", allow_pickle=False)
+
+    def read_images(self, part: str, start: int, out: NDArray[np.float32]) -> None:
+        """Fill `out` with the images of a split from `start` on.
+
+        Unlike pages of a file that is mapped, it does not grow.
+        """
+        with (self.folder / f"{part}.npy").open("rb", buffering=0) as file:
+            npy.read_magic(file)
+            npy.read_array_header_1_0(file)
+            file.seek(start * out[:1].nbytes, os.SEEK_CUR)
+            if file.readinto(out.data.cast("B")) != out.nbytes:
+                raise InputError(f"{file.name}: is shorter than its table; make the dataset again")
 
     def table(self, part: str) -> pd.DataFrame:
         """One row an image, in their order; `row` is the row of the catalogue, from 0."""

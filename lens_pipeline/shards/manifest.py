@@ -6,13 +6,13 @@ It is written last, so that who sees one sees a whole dataset; its sha256 is the
 import hashlib
 import json
 import posixpath
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 from tqdm import tqdm
 
 from lens_pipeline.errors import InputError
@@ -163,7 +163,9 @@ def _damage(
     with filesystem.open(path, "rb") as file:
         for sample in index.itertuples():
             file.seek(sample.offset)
-            if zlib.crc32(file.read(sample.bytes)) != sample.crc32:
+            content = file.read(sample.bytes)
+            found = np.frombuffer(content + bytes(-len(content) % 8), "<u8").sum()
+            if found != sample.word_sum:
                 damaged.append(str(sample.id))
     if not damaged:
         return "the pixels of every sample are whole, a header or label is not"

@@ -3,11 +3,11 @@
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,10 +19,11 @@ from lens_pipeline.catalogue.dataset import PARTS, Dataset, open_dataset
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.encoding import Encoding
 from lens_pipeline.shards.manifest import INDEX, MANIFEST, Listed, Manifest, Shard
-from lens_pipeline.shards.tar import Member, tar_end, tar_part
+from lens_pipeline.shards.tar import Bytes, Member, tar_end, tar_part, word_sums
 from lens_pipeline.steps import file_sha256
 
-PART = 256  # samples in memory at a time: few enough to stay in the processor's cache
+PART = 2**23  # bytes of pixels at a time: few enough to stay in the processor's cache
+GRAIN = 2**15  # numbers that torch converts in the calling thread; every core has one of ours
 
 
 def write_shards(
@@ -74,35 +75,47 @@ class _Portion:
     name: str
     split: str
     first: int
-    images: NDArray[np.float32]
+    dataset: Dataset
+    shape: tuple[int, ...]
     table: pd.DataFrame
 
     def write(self, folder: Path, encoding: Encoding) -> tuple[Shard, pd.DataFrame]:
         """Write the tar; returns what the manifest and the index say of it."""
         digest, size = hashlib.sha256(), 0
-        offsets, payloads_bytes, crc32 = [], [], []
-        with (folder / self.name).open("wb") as file:
-            for start in range(0, len(self.table), PART):
-                rows = slice(start, start + PART)
-                pixels = _pixels(self.images[rows], encoding)
-                part, places = tar_part(self.first + start, [pixels, *self._others(rows)])
-                offsets.append(places[encoding.extension] + size)
-                payloads_bytes += [len(payload) for payload in pixels.payloads]
-                crc32 += [zlib.crc32(payload) for payload in pixels.payloads]
+        offsets, payloads_bytes, sums = [], [], []
+        step = max(1, PART // (4 * int(np.prod(self.shape))))
+        images = np.empty((step, *self.shape), np.float32)
+        scratch = np.empty(2 * PART, np.uint8)
+        others = _others(self.table)
+        with (folder / self.name).open("wb", buffering=0) as file:
+            for start in range(0, len(self.table), step):
+                images = images[: len(self.table) - start]
+                rows = slice(start, start + len(images))
+                self.dataset.read_images(self.split, self.first + start, images)
+                pixels = _pixels(images, encoding)
+                members = [pixels, *(member.part(rows) for member in others)]
+                part, places = tar_part(self.first + start, len(images), members, scratch)
+                begin = places[encoding.extension]
+                if encoding.is_raw:
+                    _fill_in(part, begin, images, encoding.dtype)
+                length = pixels.sizes(len(images)) - len(pixels.prefix)
+                sums.append(word_sums(part, begin, length))
+                offsets.append(begin + size)
+                payloads_bytes.append(length)
                 size += file.write(part.data)
                 digest.update(part.data)
-            end = tar_end(size)
-            size += file.write(end)
-            digest.update(end)
+            tail = tar_end(size)
+            size += file.write(tail)
+            digest.update(tail)
         label = self.table["label"]
         index = {
             "id": self.table["id"].to_numpy(),
             "label": label.array,
             "offset": np.concatenate(offsets),
-            "bytes": payloads_bytes,
-            "crc32": crc32,
+            "bytes": np.concatenate(payloads_bytes),
+            "word_sum": np.concatenate(sums),
             "dtype": encoding.dtype.str,
-            "shape": [self.images.shape[1:]] * len(self.table),
+            "shape": [self.shape] * len(self.table),
             "split": self.split,
             "shard": self.name,
         }
@@ -111,30 +124,50 @@ class _Portion:
         shard = Shard(self.name, sha256, size, self.split, len(label), n_lens, n_nonlens)
         return shard, pd.DataFrame(index)
 
-    def _others(self, rows: slice) -> list[Member]:
-        """What stands beside the pixels of some of the samples."""
-        table = self.table.iloc[rows]
-        members = [Member("json", [json.dumps({"id": name}).encode() for name in table["id"]])]
-        if table["label"].notna().all():
-            label = table["label"].to_numpy(np.uint8)[:, None]
-            members.append(Member("cls", label + np.uint8(ord("0"))))
-        return members
+
+def _others(table: pd.DataFrame) -> list[Member]:
+    """What stands beside the pixels of some samples."""
+    quoted = json.JSONEncoder().encode
+    members = [
+        Member("json", [f'{{"id": {quoted(name)}}}'.encode() for name in table["id"].tolist()])
+    ]
+    if table["label"].notna().all():
+        members.append(Member("cls", [b"%d" % label for label in table["label"].tolist()]))
+    return members
 
 
 def _pixels(images: NDArray[np.float32], encoding: Encoding) -> Member:
     if not encoding.is_raw:
         return Member(encoding.extension, [encoding.encode(image) for image in images])
-    # NumPy converts to float16 one number at a time, torch with the processor's instructions.
-    stored = torch.from_numpy(images).to(getattr(torch, encoding.name)).numpy()
-    raw = stored.reshape(len(stored), -1).view(np.uint8)
-    return Member(encoding.extension, raw, encoding.npy_header(stored.shape[1:]))
+    shape = images.shape[1:]
+    n_bytes = int(np.prod(shape)) * encoding.dtype.itemsize
+    return Member(encoding.extension, n_bytes, encoding.npy_header(shape))
+
+
+def _fill_in(
+    part: Bytes, begin: NDArray[np.int64], images: NDArray[np.float32], dtype: np.dtype[Any]
+) -> None:
+    """Put the pixels of each sample where the part of a tar has room for them.
+
+    NumPy converts to float16 one number at a time, torch with the processor's instructions.
+    """
+    flat = images.reshape(len(images), -1)
+    n_bytes, stride = flat.shape[1] * dtype.itemsize, len(part) // len(images)
+    alike = len(part) == stride * len(images)
+    if alike and (begin == begin[0] + stride * np.arange(len(images))).all():
+        rooms = part.reshape(len(images), stride)[:, begin[0] : begin[0] + n_bytes].view(dtype)
+        step = max(1, GRAIN // flat.shape[1])
+        to = torch.from_numpy(rooms).split(step)
+    else:  # a long id takes a block more than others
+        to, step = [torch.from_numpy(part[at : at + n_bytes].view(dtype)[None]) for at in begin], 1
+    for room, numbers in zip(to, torch.from_numpy(flat).split(step), strict=True):
+        room.copy_(numbers)
 
 
 def _portions(dataset: Dataset, shard_size: int) -> Iterator[_Portion]:
     for split in PARTS:
-        images, table = dataset.images(split), dataset.table(split)
+        shape, table = dataset.images(split).shape[1:], dataset.table(split)
         for number, first in enumerate(range(0, len(table), shard_size)):
-            part = slice(first, first + shard_size)
-            yield _Portion(
-                f"{split}-{number:06d}.tar", split, first, images[part], table.iloc[part]
-            )
+            rows = table.iloc[first : first + shard_size]
+            name = f"{split}-{number:06d}.tar"
+            yield _Portion(name, split, first, dataset, shape, rows)

@@ -68,15 +68,18 @@ def simulate(
     image_size: int = 64,
     batch_size: int = 256,
     config: SimulationConfig | None = None,
+    compiled: bool = False,
 ) -> Simulation:
     """Simulate n cutouts: lenses, each followed by a decoy made of the same light.
 
     The first m cutouts are the same for every n >= m; for another batch_size (cutouts drawn
-    together) or device to 1e-4 of the background sigma. config: `load_config(survey)` by default.
-    Raises InputError for an unknown survey or settings out of range.
+    together) or device, or compiled (see `Renderer`), to 1e-4 of the background sigma. config:
+    `load_config(survey)` by default. Raises InputError for an unknown survey, settings out of
+    range, or where nothing can be compiled.
     """
     config = config or load_config(survey)
-    parts = list(_batches(config, range(n), seed, device, image_size, batch_size))
+    renderer = _renderer(config, device, image_size, compiled)
+    parts = list(_batches(renderer, config, range(n), seed, batch_size))
     return Simulation(
         np.concatenate([part.images for part in parts]),
         pd.concat([part.table for part in parts], ignore_index=True),
@@ -91,6 +94,7 @@ def simulate_catalogue(
     *,
     device: str = "cpu",
     image_size: int = 64,
+    compiled: bool = False,
 ) -> Path:
     """Write n simulated cutouts into the empty folder `out`; return its `catalogue.parquet`.
 
@@ -99,11 +103,12 @@ def simulate_catalogue(
     byte for byte, for the same arguments. Raises InputError as `simulate` does.
     """
     tables = []
+    renderer = _renderer(config, device, image_size, compiled)
     with tqdm(total=n, desc="simulating", unit="cutout", disable=None) as progress:
         for stack, first in enumerate(range(0, n, STACK_ROWS)):
             rows = range(first, min(first + STACK_ROWS, n))
             images = []
-            for part in _batches(config, rows, seed, device, image_size):
+            for part in _batches(renderer, config, rows, seed):
                 images.append(part.images)
                 tables.append(part.table)
                 progress.update(len(part.table))
@@ -126,25 +131,32 @@ def simulate_catalogue(
     return catalogue
 
 
+def _renderer(config: SimulationConfig, device: str, image_size: int, compiled: bool) -> Renderer:
+    if image_size < MIN_IMAGE_SIZE:
+        raise InputError(
+            f"image_size: {image_size} is too small; at least {MIN_IMAGE_SIZE} is needed"
+        )
+    if compiled:
+        try:
+            torch.compile(torch.sqrt)(torch.ones(2, device=device))
+        except RuntimeError as problem:
+            reason = str(problem).strip().splitlines()[0]
+            raise InputError(f"compiled: torch cannot compile ({reason}); install g++") from None
+    sources = make_sources(config.sources, device)
+    return Renderer(config.survey, sources, image_size, device, compiled)
+
+
 def _batches(
-    config: SimulationConfig,
-    rows: range,
-    seed: int,
-    device: str,
-    image_size: int,
-    batch_size: int = 256,
+    renderer: Renderer, config: SimulationConfig, rows: range, seed: int, batch_size: int = 256
 ) -> Iterator[Simulation]:
     """The cutouts of those rows, `batch_size` at a time; row 2h is host h's lens, 2h + 1 not."""
     for name, value, least in [
         ("n", len(rows), 1),
-        ("image_size", image_size, MIN_IMAGE_SIZE),
         ("batch_size", batch_size, 2),
         ("seed", seed, 0),
     ]:
         if value < least:
             raise InputError(f"{name}: {value} is too small; at least {least} is needed")
-    sources = make_sources(config.sources, device)
-    renderer = Renderer(config.survey, sources, image_size, device)
     step = batch_size - batch_size % 2
     for first in range(rows.start, rows.stop, step):
         yield _pairs(renderer, config, seed, range(first, min(first + step, rows.stop)))

@@ -16,7 +16,7 @@ from PIL import Image
 from lens_pipeline.catalogue.dataset import PARTS, Dataset, build_dataset
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.errors import InputError
-from lens_pipeline.shards import open_shards, write_shards
+from lens_pipeline.shards import open_shards, verify_shards, write_shards
 
 
 def test_same_dataset_gives_same_bytes(dataset: Dataset, tmp_path: Path) -> None:
@@ -44,6 +44,27 @@ def test_a_plain_webdataset_client_reads_every_sample(
             assert not any("cls" in s for s in samples)
         else:
             assert [s["cls"] for s in samples] == table["label"].tolist()
+
+
+def test_ids_of_any_length(dataset: Dataset, tmp_path: Path) -> None:
+    """Those that fill more than a block of the tar stand beside short ones."""
+    (tmp_path / "dataset").mkdir()
+    for path in dataset.folder.iterdir():
+        (tmp_path / "dataset" / path.name).write_bytes(path.read_bytes())
+    table = dataset.table("train")
+    table["id"] = [f'"{n}\u00e9' + "x" * (n % 3 * 700) for n in range(len(table))]
+    table.to_parquet(tmp_path / "dataset" / "train.parquet", index=False)
+    out = tmp_path / "shards"
+    out.mkdir()
+    write_shards(tmp_path / "dataset", out, shard_size=50)
+    assert verify_shards(out) == []
+    urls = sorted(str(path) for path in out.glob("train-*.tar"))
+    samples = list(wds.WebDataset(urls, shardshuffle=False).decode())
+    assert [s["json"]["id"] for s in samples] == table["id"].tolist()
+    images = dataset.images("train").astype(np.float16)
+    np.testing.assert_array_equal(np.stack([s["npy"] for s in samples]), images)
+    train = open_shards(out).split("train")
+    np.testing.assert_array_equal(train.gather(list(range(len(train)))), images)
 
 
 def test_manifest_lists_what_lies_there(dataset: Dataset, shards_folder: Path) -> None:

@@ -1,6 +1,9 @@
 """Simulated catalogues: what is in them, and that no shortcut tells lenses apart."""
 
 import json
+import os
+import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from lens_pipeline.cli import main
 from lens_pipeline.errors import InputError
 from lens_pipeline.simulation import Simulation, load_config, simulate
 from lens_pipeline.simulation.decoy_kinds import MIXTURE
+from lens_pipeline_tests.conftest import LENS_PIPELINE
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +173,20 @@ def test_the_command_writes_the_same_files_each_time(
     assert (table["bands"] == "g,r,i").all()
     assert main([*arguments, str(tmp_path / "first")]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_compiled_kernels_draw_the_same() -> None:
+    eager, compiled = (simulate("des", 64, seed=3, compiled=c) for c in (False, True))
+    np.testing.assert_allclose(compiled.images, eager.images, atol=1e-4, rtol=1e-5)
+    pd.testing.assert_frame_equal(compiled.table, eager.table, rtol=1e-4)
+
+
+def test_compiling_without_a_compiler_is_one_line(tmp_path: Path) -> None:
+    command = [LENS_PIPELINE, "simulate", "--n", "2", "--compile", "--out", str(tmp_path / "out")]
+    environment = os.environ | {"CXX": "/nonexistent"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.match(r"error: compiled: torch cannot compile .*; install g\+\+$", last)
+    assert not (tmp_path / "out").exists()
