@@ -255,6 +255,7 @@ def _prepare(options: argparse.Namespace) -> int:
                 quality=options.quality,
                 image_size=options.image_size,
                 bands=settings.bands,
+                pad=settings.pad,
                 split_seed=settings.seed,
                 max_reject_fraction=settings.max_reject_fraction,
                 options=storage,
@@ -319,7 +320,7 @@ def _predict(options: argparse.Namespace) -> int:
     ensemble, uri = tracking.load(options.model)
     from lens_pipeline.ensemble.predictor import score_catalogue
 
-    scores = score_catalogue(ensemble, catalogue, settings.storage_options)
+    scores = score_catalogue(ensemble, catalogue, settings.storage_options, pad=settings.pad)
     scored = int(scores["probability"].notna().sum())
     options.out.parent.mkdir(parents=True, exist_ok=True)
     aside = options.out.with_name(f".{options.out.name}.{os.getpid()}")

@@ -66,6 +66,11 @@ class Settings(BaseSettings):
     bands: Annotated[tuple[str, ...] | None, NoDecode, BeforeValidator(_names)] = Field(
         default=None, description="Bands to keep, by name and in this order, as `g,r,i`; else all."
     )
+    pad: bool = Field(
+        default=False,
+        description="Pad cutouts smaller than the image size with their median; else they are "
+        "rejected.",
+    )
     preset: Literal["tiny", "quick", "full"] = Field(
         default="quick", description="Size of the job: tiny (tests), quick (two cores), full (GPU)."
     )

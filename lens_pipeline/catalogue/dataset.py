@@ -4,8 +4,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -15,23 +14,21 @@ import numpy as np
 import pandas as pd
 from numpy.lib import format as npy
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from lens_pipeline.catalogue.fits_images import strict_fits
 from lens_pipeline.catalogue.images import (
     COMPOSITE,
     SIGMA_UNITS,
     Cutout,
     CutoutError,
     file_of,
-    read_cutout,
 )
+from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.splits import FRACTIONS, assign_splits, check_splits
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.errors import InputError
 
 PARTS = (*FRACTIONS, "unlabelled")
-CHUNK = 256
+SAMPLE = 256  # cutouts that decide on the bands and units of all
 REJECT_COLUMNS = ["id", "row", "file", "column", "reason"]
 
 
@@ -66,8 +63,8 @@ class CutoutFormat:
         made_up = (COMPOSITE_BANDS, _unnamed(len(self.bands)))
         return None if self.bands in made_up else self.bands
 
-    def fitted(self, cutout: Cutout) -> NDArray[np.float32]:
-        """The pixels of a cutout, its bands in this order. Raises CutoutError where it cannot be.
+    def fitted(self, cutout: Cutout) -> Cutout:
+        """A cutout, its bands in this order. Raises CutoutError where it cannot be.
 
         Bands are compared by name (in any case of letters) where both sides have names.
         """
@@ -77,7 +74,7 @@ class CutoutFormat:
             raise CutoutError(f"{len(cutout.pixels)} bands; {len(self.bands)} are needed")
         if cutout.units != self.units:
             raise CutoutError(f"the pixels are {cutout.units}; {self.units} is needed")
-        return cutout.pixels
+        return cutout
 
 
 @dataclass(frozen=True)
@@ -156,42 +153,13 @@ class _Stack:
         self.file.close()
 
 
-def read_cutouts(
-    catalogue: Catalogue,
-    image_size: int,
-    *,
-    bands: Sequence[str] | None = None,
-    options: dict[str, Any] | None = None,
-    workers: int = 4,
-) -> Iterator[tuple[int, Cutout | CutoutError]]:
-    """(row, cutout or the reason against it) for every row, in order, CHUNK rows at a time.
-
-    bands: which to keep, by name and in this order; by default all.
-    """
-    table = catalogue.table
-    paths = table[catalogue.image_columns].to_numpy().tolist()
-    no_unit = pd.Series([None] * len(table))
-    units = table["flux_unit"].tolist() if "flux_unit" in table else no_unit.tolist()
-    names = catalogue.bands
-
-    def read(row: int) -> Cutout | CutoutError:
-        try:
-            return read_cutout(paths[row], image_size, units[row], options, names, bands)
-        except CutoutError as reason:
-            return reason
-
-    with strict_fits(), ThreadPoolExecutor(workers) as pool:
-        rows = iter(tqdm(range(len(table)), desc="reading cutouts", unit="cutout", disable=None))
-        while chunk := list(islice(rows, CHUNK)):
-            yield from zip(chunk, pool.map(read, chunk), strict=True)
-
-
 def build_dataset(
     catalogue: Catalogue,
     out: Path,
     *,
     image_size: int,
     bands: Sequence[str] | None = None,
+    pad: bool = False,
     split_seed: int = 0,
     max_reject_fraction: float = 0.1,
     origin: str = "catalogue",
@@ -200,36 +168,40 @@ def build_dataset(
     """Read every cutout of a catalogue and write the processed dataset into `out`.
 
     image_size: side in pixels of the central square that is kept; bands: which to keep, by name, by
-    default all; origin: where the cutouts come from (`simulation` or the catalogue's name), which
-    the report states first. Unusable cutouts are listed in `rejects.parquet`. Where zero points are
-    known, the tables say which AB magnitude one background sigma is, `background_magnitude_<band>`.
+    default all; pad: keep smaller images, too, with each band's median around them, the share of
+    which the tables say (`padded_fraction`); origin: where the cutouts come from (`simulation` or
+    the catalogue's name), which the report states first. Unusable cutouts are listed in
+    `rejects.parquet`. Where zero points are known, the tables say which AB magnitude one background
+    sigma is, `background_magnitude_<band>`.
     Raises InputError where there are more than `max_reject_fraction` of unusable cutouts, and where
     a split lacks a class.
     """
     table = catalogue.table
     split = assign_splits(table, split_seed)
     check_splits(split, table["label"], catalogue.source)
-    stream = read_cutouts(catalogue, image_size, bands=bands, options=options)
-    first = list(islice(stream, CHUNK))
+    stream = read_cutouts(catalogue, image_size, bands=bands, pad=pad, options=options)
+    first = list(islice(stream, SAMPLE))
     form = _common_format(catalogue, first, image_size, bands)
     shape = (len(form.bands), image_size, image_size)
     stacks = {part: _Stack(out / f"{part}.npy", shape) for part in PARTS}
     kept: dict[str, list[int]] = {part: [] for part in PARTS}
     nan_fraction = np.zeros(len(table), dtype=np.float32)
+    padded_fraction = np.zeros(len(table), dtype=np.float32)
     background = np.full((len(table), len(form.bands)), np.nan, dtype=np.float32)
     rejects: list[tuple[int, CutoutError]] = []
     for row, cutout in chain(first, stream):
         try:
             if isinstance(cutout, CutoutError):
                 raise cutout
-            pixels = form.fitted(cutout)
+            cutout = form.fitted(cutout)
         except CutoutError as reason:
             rejects.append((row, reason))
             continue
         part = split.iloc[row]
-        stacks[part].append(pixels)
+        stacks[part].append(cutout.pixels)
         kept[part].append(row)
         nan_fraction[row] = cutout.nan_fraction
+        padded_fraction[row] = cutout.padded_fraction
         if cutout.zero_point and cutout.units == SIGMA_UNITS:
             background[row] = cutout.background_magnitude
     for stack in stacks.values():
@@ -241,6 +213,8 @@ def build_dataset(
     check_splits(split[used.index], used["label"], catalogue.source)
     listed.to_parquet(out / "rejects.parquet", index=False)
     table = table.assign(row=np.arange(len(table)), split=split, nan_fraction=nan_fraction)
+    if pad:
+        table["padded_fraction"] = padded_fraction
     for band, magnitudes in zip(form.bands, background.T, strict=True):
         if np.isfinite(magnitudes).any():
             table[f"background_magnitude_{band}"] = magnitudes
@@ -287,7 +261,10 @@ def _common_format(
             f"{row + 1}, column {column}, {catalogue.table[column].iloc[row]}: {reason}"
         )
     (n_bands, units), _ = Counter((len(c.pixels), c.units) for c in good).most_common(1)[0]
-    named = next((c.bands for c in good if c.bands and len(c.bands) == n_bands), None)
+    names = Counter(
+        c.bands for c in good if c.bands and len(c.pixels) == n_bands and c.units == units
+    )
+    named = names.most_common(1)[0][0] if names else None
     if named is None and n_bands == 3 and units == COMPOSITE:
         named = COMPOSITE_BANDS
     if bands is None and catalogue.bands and len(catalogue.bands) != n_bands:

@@ -7,6 +7,7 @@ the model's input.
 
 import hashlib
 import io
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from astropy.stats import sigma_clipped_stats
+from astropy.stats import mad_std, sigma_clip
 from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.fits_images import read_fits
@@ -39,6 +40,7 @@ class CutoutError(Exception):
 class Cutout:
     """pixels: float32 (bands, height, width); units: `background_sigma`, `composite` or `flux`.
 
+    nan_fraction, padded_fraction: what `usable_cutout` has filled in.
     sigma, zero_point: of each band, where the file tells them, else NaN; () where it tells neither.
     """
 
@@ -46,6 +48,7 @@ class Cutout:
     units: str
     bands: tuple[str, ...] | None = None
     nan_fraction: float = 0.0
+    padded_fraction: float = 0.0
     sigma: tuple[float, ...] = ()
     zero_point: tuple[float, ...] = ()
 
@@ -55,9 +58,12 @@ class Cutout:
 
         NaN where the zero point is not known.
         """
+        unknown = (float("nan"),) * len(self.pixels)
         return tuple(
             zero_point - 2.5 * float(np.log10(sigma))
-            for sigma, zero_point in zip(self.sigma, self.zero_point, strict=True)
+            for sigma, zero_point in zip(
+                self.sigma or unknown, self.zero_point or unknown, strict=True
+            )
         )
 
     def with_bands(self, wanted: Sequence[str]) -> "Cutout":
@@ -129,7 +135,7 @@ def read_image(
         if suffix in ("fits", "fit", "fz"):
             found = read_fits(io.BytesIO(content))
             cube = _as_cube(found.pixels)
-            return Cutout(cube, linear, found.bands, 0.0, found.sigma, found.zero_point)
+            return Cutout(cube, linear, found.bands, sigma=found.sigma, zero_point=found.zero_point)
         if suffix == "npz":
             return _read_npz(content, linear)
         if suffix in ("png", "jpg", "jpeg", "tif", "tiff"):
@@ -180,7 +186,7 @@ def _read_picture(content: bytes) -> tuple[NDArray[np.float32], bool]:
     """
     if content[:4] in (b"II*\0", b"MM\0*"):
         cube = _read_tiff(content)
-    elif content[1:4] == b"PNG" and content[24] == 16 and content[25] in (2, 6):
+    elif content[1:4] == b"PNG" and content[24] == 16 and content[25] in (2, 4, 6):
         cube = _read_deep_png(content)
     else:
         cube = _read_pillow(content)
@@ -200,12 +206,15 @@ def _read_pillow(content: bytes) -> NDArray[Any]:
 
 
 def _read_deep_png(content: bytes) -> NDArray[np.uint16]:
-    """A PNG with 16 bits a channel; an alpha channel is no band."""
-    import torch
-    from torchvision.io import decode_image
+    """A PNG with 16 bits a channel; an alpha channel is no band.
 
-    encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    return decode_image(encoded, "UNCHANGED").numpy()[:3]
+    A slow reader, for a fast one ends the process on some damaged files.
+    """
+    import png
+
+    width, height, rows, about = png.Reader(bytes=content).read()
+    cube = np.array([list(row) for row in rows], np.uint16).reshape(height, width, -1)
+    return np.moveaxis(cube, -1, 0)[: about["planes"] - about["alpha"]]
 
 
 def _read_tiff(content: bytes) -> NDArray[Any]:
@@ -214,12 +223,23 @@ def _read_tiff(content: bytes) -> NDArray[Any]:
 
     with tifffile.TiffFile(io.BytesIO(content)) as file:
         series = file.series[0]
+        for page in (p for s in file.series for p in s.pages if p is not None):
+            # A segment that the header claims and the file lacks would be zeros, however many.
+            page = page.aspage()
+            if len(page.dataoffsets) != math.prod(page.chunked) or 0 in page.databytecounts:
+                raise ValueError("the TIFF lacks a part of its image")
+            if page.compression == 1 and page.nbytes > len(content):
+                raise ValueError("the TIFF is truncated")
         try:
             array = series.asarray()
+            if len(file.series) > 1 and {s.shape for s in file.series} == {series.shape}:
+                array = np.stack([s.asarray() for s in file.series])
         except ValueError:
             if series.dtype != np.uint8:
                 raise
             return _read_pillow(content)
+        if not np.issubdtype(array.dtype, np.floating) and array.dtype not in (np.uint8, np.uint16):
+            raise CutoutError(f"the pixels are {array.dtype}; 8 or 16 bits or floats are needed")
         if series.axes.endswith("S"):
             array = np.moveaxis(array, -1, 0)
         if file.pages.first.photometric == tifffile.PHOTOMETRIC.RGB:
@@ -234,6 +254,8 @@ def _as_cube(array: NDArray[Any]) -> NDArray[np.float32]:
         raise CutoutError(f"the shape is {array.shape}; (bands, height, width) is needed")
     if not np.issubdtype(array.dtype, np.number) or np.iscomplexobj(array):
         raise CutoutError(f"the pixels are {array.dtype}, not real numbers")
+    if np.any(np.isfinite(array) & (np.abs(array) > np.finfo(np.float32).max)):
+        raise CutoutError("a pixel is brighter than a float32 holds")
     return np.ascontiguousarray(array, dtype=np.float32)
 
 
@@ -243,32 +265,35 @@ def background_sigma(band: NDArray[np.float32]) -> float:
     1.4826 times the median absolute deviation of what three rounds of clipping at 3 sigma leave.
     """
     values = band[np.isfinite(band)].astype(np.float64)
-    _, _, sigma = sigma_clipped_stats(values, sigma=3, maxiters=3, stdfunc="mad_std")
-    return float(sigma)
+    kept = sigma_clip(values, sigma=3, maxiters=3, stdfunc="mad_std", masked=False)
+    return float(mad_std(kept))
 
 
-def usable_cutout(cutout: Cutout, size: int, max_nan_fraction: float = 0.1) -> Cutout:
+def usable_cutout(
+    cutout: Cutout, size: int, *, pad: bool = False, max_nan_fraction: float = 0.1
+) -> Cutout:
     """The central `size` x `size` pixels, in the stored units, with every pixel finite.
 
     A band's sigma is the file's own where it tells it, else `background_sigma` of the whole image.
-
-    A pixel that is not finite becomes the median of its band. Raises CutoutError where the image is
-    smaller than `size`, has too many such pixels, has no background noise to measure, or exceeds
-    what a float16 holds.
+    A pixel that is not finite becomes the median of its band, and so does what lacks of a smaller
+    image if `pad` asks for it. Raises CutoutError where an image is smaller without, is constant,
+    has too many such pixels in the middle, has no background noise to measure, or exceeds what a
+    float16 holds.
     """
+    if not cutout.pixels.size:
+        raise CutoutError("the image holds no pixel")
     height, width = cutout.pixels.shape[1:]
-    if min(height, width) < size:
+    if min(height, width) < size and not pad:
         raise CutoutError(f"{width} x {height} pixels; at least {size} x {size} are needed")
-    finite = np.isfinite(cutout.pixels)
-    nan_fraction = 1 - finite.mean(axis=(1, 2)).min()
+    pixels, units, sigma = cutout.pixels, cutout.units, cutout.sigma
+    finite = np.isfinite(pixels)
+    nan_fraction = float(1 - central(finite, size).mean(axis=(1, 2)).min())
     if nan_fraction == 1:
         raise CutoutError("a band has no finite pixel")
     if nan_fraction > max_nan_fraction:
         raise CutoutError(
             f"{nan_fraction:.0%} of a band's pixels are not finite; {max_nan_fraction:.0%} may be"
         )
-    pixels, units = cutout.pixels, cutout.units
-    sigma = cutout.sigma
     if units == FLUX:
         stated = sigma or (float("nan"),) * len(pixels)
         sigma = tuple(
@@ -279,15 +304,37 @@ def usable_cutout(cutout: Cutout, size: int, max_nan_fraction: float = 0.1) -> C
             raise CutoutError("the background is constant: there is no noise to measure")
         pixels = pixels / np.array(sigma, dtype=np.float32)[:, None, None]
         units = SIGMA_UNITS
-    if nan_fraction:
-        median = np.array([np.median(b[f]) for b, f in zip(pixels, finite, strict=True)])
-        pixels = np.where(finite, pixels, median[:, None, None])
-    top, left = (height - size) // 2, (width - size) // 2
-    pixels = pixels[:, top : top + size, left : left + size].astype(np.float32)
-    if np.abs(pixels).max() > FLOAT16_MAX:
+    median = [np.median(band[good]) for band, good in zip(pixels, finite, strict=True)]
+    filler = np.array(median, np.float32)[:, None, None]
+    pixels = central(np.where(finite, pixels, filler).astype(np.float32), size)
+    if np.ptp(pixels) == 0:
+        raise CutoutError("the image is constant")
+    if not np.abs(pixels).max() <= FLOAT16_MAX:
         raise CutoutError("a pixel is brighter than 65504 background sigma")
-    fraction = float(nan_fraction)
-    return replace(cutout, pixels=pixels, units=units, nan_fraction=fraction, sigma=sigma)
+    padded_fraction = 1 - pixels[0].size / size**2
+    if padded_fraction:
+        canvas = np.broadcast_to(filler, (len(pixels), size, size)).copy()
+        central_of = central(canvas, *pixels.shape[1:])
+        central_of[:] = pixels
+        pixels = canvas
+    return replace(
+        cutout,
+        pixels=pixels,
+        units=units,
+        nan_fraction=nan_fraction,
+        padded_fraction=padded_fraction,
+        sigma=sigma,
+    )
+
+
+def central(images: NDArray[Any], height: int, width: int | None = None) -> NDArray[Any]:
+    """The middle (..., height, width) of images, square by default; all of a side that is shorter.
+
+    Where it cannot be in the middle, it is half a pixel nearer to the origin.
+    """
+    found, sides = images.shape[-2:], (height, width or height)
+    low = [max(0, (has - side) // 2) for has, side in zip(found, sides, strict=True)]
+    return images[..., low[0] : low[0] + sides[0], low[1] : low[1] + sides[1]]
 
 
 def read_cutout(
@@ -297,11 +344,12 @@ def read_cutout(
     options: dict[str, Any] | None = None,
     names: Sequence[str] | None = None,
     bands: Sequence[str] | None = None,
+    pad: bool = False,
 ) -> Cutout:
     """One usable cutout from its file, or from one file a band. Raises CutoutError.
 
     names: what its bands are called where the file does not say; bands: which of them to keep, and
-    in which order.
+    in which order; pad: see `usable_cutout`.
     """
     parts = []
     for number, reference in enumerate(references):
@@ -324,8 +372,8 @@ def read_cutout(
             sigma=tuple(v for part in parts for v in part.sigma or unknown),
             zero_point=tuple(v for part in parts for v in part.zero_point or unknown),
         )
-    if names and len(names) == len(cutout.pixels):
+    if names and cutout.bands is None and len(names) == len(cutout.pixels):
         cutout = replace(cutout, bands=tuple(names))
     if bands:
         cutout = cutout.with_bands(bands)
-    return usable_cutout(cutout, size)
+    return usable_cutout(cutout, size, pad=pad)

@@ -156,6 +156,7 @@ def processed_dataset(context: dg.AssetExecutionContext, lens: LensHome) -> dg.M
         settings={
             "image_size": presets.image_size(settings),
             "bands": settings.bands,
+            "pad": settings.pad,
             "split_seed": settings.seed,
             "origin": settings.source,
         },

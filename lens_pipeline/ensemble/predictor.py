@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from lens_pipeline.catalogue.dataset import PARTS, Dataset, read_cutouts
+from lens_pipeline.catalogue.dataset import PARTS, Dataset
 from lens_pipeline.catalogue.images import CutoutError
+from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.ensemble.system import BATCH, LensEnsemble
 from lens_pipeline.errors import InputError
@@ -42,9 +43,13 @@ def score_dataset(ensemble: LensEnsemble, dataset: Dataset, catalogue: Catalogue
 
 
 def score_catalogue(
-    ensemble: LensEnsemble, catalogue: Catalogue, options: dict[str, Any] | None = None
+    ensemble: LensEnsemble,
+    catalogue: Catalogue,
+    options: dict[str, Any] | None = None,
+    *,
+    pad: bool = False,
 ) -> pd.DataFrame:
-    """Scores of a catalogue, read as the training set was.
+    """Scores of a catalogue, read as the training set was; pad: see `build_dataset`.
 
     Columns: id, label, probability, logit, std, entropy, probability_<member>, reject_reason, then
     the catalogue's own. A cutout that cannot be used has null scores and a reject_reason.
@@ -52,14 +57,16 @@ def score_catalogue(
     form = ensemble.format
     scores: list[pd.DataFrame] = []
     rejects: dict[int, str] = {}
-    stream = read_cutouts(catalogue, form.image_size, bands=form.named_bands, options=options)
+    stream = read_cutouts(
+        catalogue, form.image_size, bands=form.named_bands, pad=pad, options=options
+    )
     while batch := list(islice(stream, BATCH)):
         good: dict[int, Any] = {}
         for row, cutout in batch:
             try:
                 if isinstance(cutout, CutoutError):
                     raise cutout
-                good[row] = form.fitted(cutout)
+                good[row] = form.fitted(cutout).pixels
             except CutoutError as reason:
                 rejects[row] = str(reason)
         if good:

@@ -167,7 +167,7 @@ def test_bands_are_put_in_the_formats_order_or_refused_by_name() -> None:
     form = CutoutFormat(("g", "r", "i"), 2, "background_sigma", None)
     pixels = np.arange(12, dtype=np.float32).reshape(3, 2, 2)
     swapped = Cutout(pixels, "background_sigma", ("I", "R", "G"))
-    np.testing.assert_array_equal(form.fitted(swapped), pixels[::-1])
-    np.testing.assert_array_equal(form.fitted(Cutout(pixels, "background_sigma")), pixels)
+    np.testing.assert_array_equal(form.fitted(swapped).pixels, pixels[::-1])
+    np.testing.assert_array_equal(form.fitted(Cutout(pixels, "background_sigma")).pixels, pixels)
     with pytest.raises(CutoutError, match=r"there is no band i; there are g, r, z"):
         form.fitted(Cutout(pixels, "background_sigma", ("g", "r", "z")))

@@ -23,7 +23,7 @@ def test_linear_flux_is_in_background_sigma(tmp_path: Path) -> None:
     cutout = read_cutout([str(tmp_path / "a.npy")], 40)
     assert cutout.units == "background_sigma"
     corner = cutout.pixels[:, :15, :]
-    np.testing.assert_allclose(corner.std(axis=(1, 2)), 1, atol=0.06)
+    np.testing.assert_allclose(corner.std(axis=(1, 2)), 1, atol=0.07)
     np.testing.assert_allclose(cutout.pixels[0], NOISE[0] / background_sigma(NOISE[0]), rtol=1e-5)
 
 
@@ -84,6 +84,18 @@ def test_a_few_nans_become_the_median(tmp_path: Path) -> None:
     cutout = read_cutout([str(tmp_path / "a.npy")], 40, "background_sigma")
     assert cutout.nan_fraction == pytest.approx(10 / 1600)
     assert (cutout.pixels[1, :2, :5] == np.nanmedian(holed[1])).all()
+
+
+def test_small_images_are_padded_with_the_median_where_asked_for(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", NOISE[:, :30])
+    with pytest.raises(CutoutError, match="40 x 30 pixels"):
+        read_cutout([str(tmp_path / "a.npy")], 36, "background_sigma")
+    cutout = read_cutout([str(tmp_path / "a.npy")], 36, "background_sigma", pad=True)
+    np.testing.assert_array_equal(cutout.pixels[:, 3:33], NOISE[:, :30, 2:38])
+    assert (cutout.pixels[:, :3] == np.median(NOISE[:, :30], axis=(1, 2))[:, None, None]).all()
+    assert (cutout.pixels[:, 33:] == cutout.pixels[:, :1, :1]).all()
+    assert cutout.padded_fraction == pytest.approx(1 / 6)
+    assert cutout.nan_fraction == 0
 
 
 def _all_nan() -> np.ndarray:

@@ -1,0 +1,86 @@
+"""Many cutouts, read in the catalogue's order: here or in other processes."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+
+from lens_pipeline.catalogue import reading
+from lens_pipeline.catalogue.images import Cutout
+from lens_pipeline.catalogue.reading import read_cutouts
+from lens_pipeline.catalogue.table import Catalogue, read_catalogue
+
+N = 1500
+
+
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
+    """Cutouts that say their row; every hundredth is missing."""
+    folder = tmp_path_factory.mktemp("many")
+    noise = np.random.default_rng(0).normal(size=(N, 1, 32, 32)).astype(np.float32)
+    noise[:, 0, 0, 0] = np.arange(N)
+    for row in range(N):
+        if row % 100:
+            np.save(folder / f"{row}.npy", noise[row])
+    table = pd.DataFrame({"id": range(N), "path": [f"{row}.npy" for row in range(N)]})
+    table["flux_unit"] = "background_sigma"
+    table.to_csv(folder / "table.csv", index=False)
+    return read_catalogue(folder / "table.csv")
+
+
+def test_processes_change_nothing(catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = list(read_cutouts(catalogue, 32))
+    monkeypatch.setattr(reading, "WORTH", 1e-6)
+    monkeypatch.setattr(reading, "_cores", lambda: 2)
+    apart, workers = [], set()
+    for number, found in enumerate(read_cutouts(catalogue, 32)):
+        apart.append(found)
+        if number == N // 2:
+            workers = {p.pid for p in psutil.Process().children(recursive=True)}
+    assert workers, "no process was started"
+    assert [row for row, _ in here] == [row for row, _ in apart] == list(range(N))
+    for (row, one), (_, other) in zip(here, apart, strict=True):
+        if row % 100 == 0:
+            assert str(one) == str(other) == "the file is missing"
+        else:
+            assert isinstance(one, Cutout)
+            assert isinstance(other, Cutout)
+            assert one.pixels[0, 0, 0] == row
+            np.testing.assert_array_equal(one.pixels, other.pixels)
+
+
+READ_FOR_EVER = """
+import sys, time
+from lens_pipeline.catalogue import reading
+from lens_pipeline.catalogue.table import read_catalogue
+
+if __name__ == "__main__":
+    reading.WORTH, reading._cores = 1e-6, lambda: 2
+    for row, _ in reading.read_cutouts(read_catalogue(sys.argv[1]), 32):
+        if row == 500:
+            print("reading", flush=True)
+            time.sleep(100)
+"""
+
+
+def test_readers_end_with_the_process_that_started_them(
+    catalogue: Catalogue, tmp_path: Path
+) -> None:
+    """However it ends: readers that stay would fill a machine, run after run."""
+    script = tmp_path / "read.py"
+    script.write_text(READ_FOR_EVER)
+    command = [sys.executable, str(script), catalogue.source]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        assert started.stdout.readline() == "reading\n"
+        workers = psutil.Process(started.pid).children(recursive=True)
+        assert len(workers) >= 2
+        os.kill(started.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
