@@ -83,10 +83,9 @@ def _mapped(read: Any, chunks: Iterator[list[Source]], processes: int) -> Iterat
     if processes < 2:
         yield from map(read, chunks)
         return
-    # A fork of a process with threads, as any with fsspec in it is, may hang.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(processes, context, _begin)
+    # A fork of a process with threads, as any with fsspec in it is, may hang; a server that forks
+    # would stay in memory for good.
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin)
     waiting: deque[Future[list[Read]]] = deque()
     try:
         while True:

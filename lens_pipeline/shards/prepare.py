@@ -9,7 +9,6 @@ from lens_pipeline.catalogue.dataset import build_dataset, open_dataset
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.manifest import Manifest
-from lens_pipeline.shards.writer import write_shards
 
 IMAGE_SIZE = 64
 
@@ -34,13 +33,18 @@ def prepare_shards(
     else see `build_dataset` and `write_shards`. image_size: 64 by default. Raises InputError as
     they do, and where a processed dataset has another image_size than the one asked for.
     """
+
+    def write(dataset: str) -> Manifest:
+        # Torch, which it needs, shall not take memory while cutouts are read.
+        from lens_pipeline.shards.writer import write_shards
+
+        return write_shards(dataset, out, shard_size=shard_size, encoding=encoding, quality=quality)
+
     if Path(data_root, "dataset.json").is_file():
         has = open_dataset(data_root).format.image_size
         if image_size not in (None, has):
             raise InputError(f"image_size {image_size}: the cutouts of {data_root} have {has}")
-        return write_shards(
-            data_root, out, shard_size=shard_size, encoding=encoding, quality=quality
-        )
+        return write(data_root)
     storage = dict(options or {})
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".dataset-") as folder:
         build_dataset(
@@ -54,4 +58,4 @@ def prepare_shards(
             origin=data_root,
             options=storage,
         )
-        return write_shards(folder, out, shard_size=shard_size, encoding=encoding, quality=quality)
+        return write(folder)

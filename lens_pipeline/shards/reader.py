@@ -62,7 +62,7 @@ class ShardSplit:
         return self.index["label"].fillna(-1).to_numpy(dtype=np.int8)
 
     @cached_property
-    def _maps(self) -> list[NDArray[np.uint8]]:
+    def _maps(self) -> list[memoryview]:
         end = (self.index["offset"] + self.index["bytes"]).groupby(self.index["shard"]).max()
         return [_mapped(self.folder / name, end[name]) for name in self.index["shard"].unique()]
 
@@ -83,17 +83,15 @@ class ShardSplit:
             return np.stack(
                 [
                     self.encoding.decode(
-                        maps[shard[i]][offset[i] : offset[i] + size[i]].tobytes(), self.shape
+                        bytes(maps[shard[i]][offset[i] : offset[i] + size[i]]), self.shape
                     )
                     for i in indices
                 ]
             )
-        out = np.empty((len(indices), *self.shape), self.encoding.dtype)
-        flat = out.view(np.uint8).reshape(len(out), -1)
-        for row, i in enumerate(indices):
-            start = offset[i]
-            flat[row] = maps[shard[i]][start : start + flat.shape[1]]
-        return out
+        n_bytes = int(np.prod(self.shape)) * self.encoding.dtype.itemsize
+        # One copy of each cutout, in C: several times as fast as assigning them to an array.
+        whole = bytearray().join([maps[shard[i]][(o := offset[i]) : o + n_bytes] for i in indices])
+        return np.frombuffer(whole, self.encoding.dtype).reshape(len(indices), *self.shape)
 
 
 @dataclass(frozen=True)
@@ -208,11 +206,10 @@ def _check(path: Path, listed: Listed) -> None:
     _verified.add(state)
 
 
-def _mapped(path: Path, least: int) -> NDArray[np.uint8]:
+def _mapped(path: Path, least: int) -> memoryview:
     """The bytes of a file. Raises InputError where there are fewer than `least`."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size < least:
             raise InputError(f"{path}: was cut to {size} bytes; write or fetch the shards again")
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return np.frombuffer(mapped, np.uint8)
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

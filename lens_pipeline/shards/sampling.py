@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ class EpochBatches(DistributedSampler[list[int]]):
 class ShardLoader(DataLoader[Any]):
     """A loader of batches of `EpochBatches`, whose state is how many of the epoch it has given.
 
-    Lightning keeps the state with a checkpoint, and gives it back when it goes on.
+    Lightning keeps the state with a checkpoint, and gives it back when it goes on. Without worker
+    processes, a thread gathers the next batch while one is used.
     """
 
     given = 0
@@ -73,10 +75,24 @@ class ShardLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         assert isinstance(self.sampler, EpochBatches)
         self.given = self.sampler.start
-        for batch in super().__iter__():
+        for batch in super().__iter__() if self.num_workers else self._gathered():
             self.given += 1
             yield batch
         self.given = 0
+
+    def _gathered(self) -> Iterator[Any]:
+        def gather(places: list[int]) -> Any:
+            batch = self.dataset[places]
+            return {k: v.pin_memory() for k, v in batch.items()} if self.pin_memory else batch
+
+        ahead: Future[Any] | None = None
+        with ThreadPoolExecutor(1) as pool:
+            for places in self.sampler:
+                now, ahead = ahead, pool.submit(gather, places)
+                if now:
+                    yield now.result()
+            if ahead:
+                yield ahead.result()
 
     def state_dict(self) -> dict[str, int]:
         return {"given": self.given}
