@@ -10,6 +10,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "models.system": ["LitLensSystem"],
-        "shards.datamodule": ["LensDataModule"],
+        "shards.datamodule": ["LensDataModule", "LensWebDatasetDataModule"],
     },
 )

@@ -35,7 +35,8 @@ REJECT_COLUMNS = ["id", "row", "file", "column", "reason"]
 COMPOSITE_BANDS = ("red", "green", "blue")
 
 
-def _unnamed(n_bands: int) -> tuple[str, ...]:
+def unnamed(n_bands: int) -> tuple[str, ...]:
+    """Names for bands that nobody has named."""
     return tuple(f"band{number}" for number in range(n_bands))
 
 
@@ -60,7 +61,7 @@ class CutoutFormat:
     @property
     def named_bands(self) -> tuple[str, ...] | None:
         """The bands where the catalogue or its files named them, else None."""
-        made_up = (COMPOSITE_BANDS, _unnamed(len(self.bands)))
+        made_up = (COMPOSITE_BANDS, unnamed(len(self.bands)))
         return None if self.bands in made_up else self.bands
 
     def fitted(self, cutout: Cutout) -> Cutout:
@@ -108,6 +109,10 @@ class Dataset:
         """One row an image, in their order; `row` is the row of the catalogue, from 0."""
         return pd.read_parquet(self.folder / f"{part}.parquet")
 
+    def split(self, part: str) -> "DatasetSplit":
+        """`train`, `val`, `test` or `unlabelled`, for reading batches."""
+        return DatasetSplit(self.images(part), self.table(part))
+
     def rejects(self) -> pd.DataFrame:
         """Cutouts that could not be used: id, row (from 0), file, column, reason."""
         return pd.read_parquet(self.folder / "rejects.parquet")
@@ -117,6 +122,30 @@ class Dataset:
         tables = pd.concat([self.table(part)[["group", "split"]] for part in FRACTIONS])
         splits = tables.groupby("group")["split"].nunique()
         return [str(group) for group in splits.index[splits > 1]]
+
+
+@dataclass(frozen=True)
+class DatasetSplit:
+    """The cutouts of one split, in the order of its table."""
+
+    images: NDArray[np.float32]
+    table: pd.DataFrame
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def ids(self) -> NDArray[np.object_]:
+        return self.table["id"].to_numpy(dtype=object)
+
+    @property
+    def labels(self) -> NDArray[np.int8]:
+        """int8 (n,): 1 lens, 0 not, -1 unknown."""
+        return self.table["label"].fillna(-1).to_numpy(dtype=np.int8)
+
+    def gather(self, indices: NDArray[np.integer] | list[int]) -> NDArray[np.float32]:
+        """The cutouts float32 (n, bands, height, width) at these places of the split."""
+        return self.images[np.asarray(indices, dtype=np.intp)]
 
 
 def open_dataset(folder: str | Path) -> Dataset:
@@ -272,7 +301,7 @@ def _common_format(
             f"{catalogue.source}: column bands: names {len(catalogue.bands)}; the cutouts have "
             f"{n_bands}"
         )
-    form_bands = named or _unnamed(n_bands)
+    form_bands = named or unnamed(n_bands)
     return CutoutFormat(form_bands, image_size, units, _pixel_scale(catalogue.table))
 
 

@@ -124,14 +124,26 @@ def read_image(
     file, too.
     """
     path = file_of(reference)
-    suffix = path.rpartition(".")[2].lower()
-    linear = SIGMA_UNITS if flux_unit == SIGMA_UNITS else FLUX
     try:
-        if suffix == "npy":
-            pixels = _read_npy(reference, path, options)
-            return Cutout(_as_cube(pixels), linear)
+        if path.endswith(".npy"):
+            return Cutout(_as_cube(_read_npy(reference, path, options)), _linear(flux_unit))
         with fsspec.open(path, "rb", **(options or {})) as file:
             content = file.read()
+    except FileNotFoundError:
+        raise CutoutError("the file is missing") from None
+    except CutoutError:
+        raise
+    except Exception as problem:  # noqa: BLE001  (each store has errors of its own)
+        raise _unreadable(problem) from None
+    return decode_image(content, path.rpartition(".")[2].lower(), flux_unit)
+
+
+def decode_image(content: bytes, suffix: str, flux_unit: str | None = None) -> Cutout:
+    """The image in a file of that suffix (`fits`, `npy`, ...), as it is; see `read_image`."""
+    linear = _linear(flux_unit)
+    try:
+        if suffix == "npy":
+            return Cutout(_as_cube(np.load(io.BytesIO(content), allow_pickle=False)), linear)
         if suffix in ("fits", "fit", "fz"):
             found = read_fits(io.BytesIO(content))
             cube = _as_cube(found.pixels)
@@ -141,16 +153,22 @@ def read_image(
         if suffix in ("png", "jpg", "jpeg", "tif", "tiff"):
             pixels, composite = _read_picture(content)
             return Cutout(pixels, COMPOSITE if composite else linear)
-    except FileNotFoundError:
-        raise CutoutError("the file is missing") from None
     except CutoutError:
         raise
     except Exception as problem:  # noqa: BLE001  (decoders raise anything on a damaged file)
-        reason = " ".join(str(problem).split())[:200] or type(problem).__name__
-        raise CutoutError(f"the file cannot be read ({reason})") from None
+        raise _unreadable(problem) from None
     raise CutoutError(
         f"the file type .{suffix} is not known; use FITS, NPY, NPZ, PNG, JPEG or TIFF"
     )
+
+
+def _linear(flux_unit: str | None) -> str:
+    return SIGMA_UNITS if flux_unit == SIGMA_UNITS else FLUX
+
+
+def _unreadable(problem: Exception) -> CutoutError:
+    reason = " ".join(str(problem).split())[:200] or type(problem).__name__
+    return CutoutError(f"the file cannot be read ({reason})")
 
 
 def _read_npz(content: bytes, units: str) -> Cutout:

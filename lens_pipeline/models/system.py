@@ -18,7 +18,10 @@ from torchmetrics.classification import (
     BinarySensitivityAtSpecificity,
 )
 
+from lens_pipeline.catalogue.images import SIGMA_UNITS
+from lens_pipeline.errors import InputError
 from lens_pipeline.models.architectures import build_backbone
+from lens_pipeline.models.augmentation import augment
 
 # Fixed for all images and bands. In background sigma, asinh is linear over the noise and
 # logarithmic over galaxies; a composite has been stretched by whoever made it.
@@ -27,20 +30,9 @@ SOFTENING_SIGMA = 2.0
 
 def stretch(images: Tensor, units: str) -> Tensor:
     """Stored units -> the network's input, pixel by pixel, the same for every image."""
-    if units == "background_sigma":
+    if units == SIGMA_UNITS:
         return torch.asinh(images / SOFTENING_SIGMA)
     return (images - 0.5) / 0.25
-
-
-def random_dihedral(images: Tensor) -> Tensor:
-    """Each image of the batch turned by a random multiple of 90 degrees and flipped or not.
-
-    No pixel is interpolated, so noise stays noise.
-    """
-    flip, mirror, transpose = torch.randint(2, (3, len(images), 1, 1, 1), device=images.device)
-    images = torch.where(flip == 1, images.flip(-1), images)
-    images = torch.where(mirror == 1, images.flip(-2), images)
-    return torch.where(transpose == 1, images.transpose(-1, -2), images)
 
 
 class LitLensSystem(pl.LightningModule):
@@ -51,7 +43,8 @@ class LitLensSystem(pl.LightningModule):
     arch: a name of `lens_pipeline.models.names`; units: `background_sigma` or `composite`;
     dropout_rate: in the head alone, so that Monte Carlo dropout needs the backbone once;
     pos_weight: weight of a lens in the loss, for imbalanced sets; warmup: fraction of all steps in
-    which the learning rate rises, before it falls along a cosine.
+    which the learning rate rises, before it falls along a cosine; shift, noise: see `augment`.
+    Raises InputError for noise on composites.
     """
 
     def __init__(
@@ -65,8 +58,12 @@ class LitLensSystem(pl.LightningModule):
         units: str = "background_sigma",
         pos_weight: float = 1.0,
         warmup: float = 0.1,
+        shift: float = 0.0,
+        noise: float = 0.0,
     ) -> None:
         super().__init__()
+        if noise and units != SIGMA_UNITS:
+            raise InputError(f"noise {noise}: goes with flux in background sigma, not {units}")
         self.save_hyperparameters(logger=False)  # the whole configuration is logged elsewhere
         self.backbone, n_features = build_backbone(arch, bands, image_size)
         self.dropout = nn.Dropout(dropout_rate)
@@ -101,7 +98,8 @@ class LitLensSystem(pl.LightningModule):
         )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        logit = self(random_dihedral(batch["image"]))
+        images = augment(batch["image"], self.hparams["shift"], self.hparams["noise"])
+        logit = self(images)
         loss = self._loss(logit, batch["label"])
         self.train_metrics.update(logit.detach().sigmoid(), batch["label"].int())
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(logit))

@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "cloud": ["PublishedShards", "publish_shards"],
-        "datamodule": ["LensDataModule"],
+        "datamodule": ["LensDataModule", "LensWebDatasetDataModule"],
         "manifest": ["Manifest", "read_manifest", "verify_shards"],
         "reader": ["Shards", "open_shards"],
         "writer": ["write_shards"],

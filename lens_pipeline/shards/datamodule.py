@@ -1,4 +1,4 @@
-"""Lightning's view of the shards: shuffled batches, gathered from mapped memory."""
+"""Lightning's view of labelled cutouts: shuffled batches, wherever the cutouts lie."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -9,19 +9,24 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from lens_pipeline.shards.reader import Shards, ShardSplit, open_shards
+from lens_pipeline.catalogue.dataset import CutoutFormat
+from lens_pipeline.errors import InputError
+from lens_pipeline.shards.cutouts import Cutouts, Split, open_cutouts
 from lens_pipeline.shards.sampling import EpochBatches, ShardLoader
+from lens_pipeline.shards.streaming import StreamLoader, TarStream
+from lens_pipeline.shards.urls import Tars, open_tars
 
 Batch = dict[str, Tensor]
+SPLITS = ("train", "val", "test")
 
 
 class SplitDataset(Dataset[Batch]):
     """A split, gathered a batch at a time: `image` (n, bands, height, width) as stored, `label`
     float32 (n,), `index` int64 (n,), the places in the split."""
 
-    def __init__(self, split: ShardSplit) -> None:
+    def __init__(self, split: Split) -> None:
         self.split = split
         self.label = torch.from_numpy(split.labels.astype(np.float32))
 
@@ -31,79 +36,212 @@ class SplitDataset(Dataset[Batch]):
         return {"image": image, "label": self.label[index], "index": index}
 
 
-class LensDataModule(pl.LightningDataModule):
-    """Train, validation and test batches of the shards in a folder or at a URL.
+class CutoutModule(pl.LightningDataModule):
+    """Train, validation and test batches of cutouts that can be had at their places.
 
     Batches: dict of `image` float32 (n, bands, height, width) in the units of the stored cutouts,
     `label` float32 (n,), `index` int64 (n,). The order of an epoch depends on (seed, epoch) alone;
     see `EpochBatches` for how ranks share it.
-
-    data_root: a folder or fsspec URL with a manifest; cache_dir: where remote shards are copied;
-    num_workers: 0 gathers in the training process. Raises InputError where the shards are not
-    whole.
     """
 
     def __init__(
         self,
-        data_root: str | Path,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        cache_dir: Path | None = None,
-        storage_options: Mapping[str, Any] | None = None,
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+        pin_memory: bool | None,
+        persistent_workers: bool | None,
+        prefetch_factor: int | None,
     ) -> None:
         super().__init__()
-        self.data_root = str(data_root)
+        for name, value, least in (("batch_size", batch_size, 2), ("num_workers", num_workers, 0)):
+            if value < least:
+                raise InputError(f"{name} {value}: at least {least} is needed")
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
-        self.cache_dir = cache_dir
-        self.storage_options = dict(storage_options or {})
+        helped = num_workers > 0
+        self.loading: dict[str, Any] = {
+            "num_workers": num_workers,
+            "pin_memory": torch.cuda.is_available() if pin_memory is None else pin_memory,
+            "persistent_workers": helped if persistent_workers is None else persistent_workers,
+            "prefetch_factor": prefetch_factor,
+        }
+        if not helped:  # torch refuses both, though they only say how workers would work
+            self.loading |= {"persistent_workers": False, "prefetch_factor": None}
 
-    @cached_property
-    def shards(self) -> Shards:
-        return open_shards(
-            self.data_root, cache=self.cache_dir, storage_options=self.storage_options
-        )
+    @property
+    def format(self) -> CutoutFormat:
+        """What all cutouts share."""
+        raise NotImplementedError
+
+    def split(self, name: str) -> Split:
+        """The cutouts of `train`, `val` or `test`."""
+        raise NotImplementedError
 
     @property
     def bands(self) -> tuple[str, ...]:
-        return self.shards.format.bands
+        return self.format.bands
 
     @property
     def image_size(self) -> int:
-        return self.shards.format.image_size
+        return self.format.image_size
 
     @property
     def units(self) -> str:
-        return self.shards.format.units
+        return self.format.units
 
     def class_counts(self, split: str) -> tuple[int, int]:
         """(non-lenses, lenses) of a split."""
-        shards = [shard for shard in self.shards.manifest.shards if shard.split == split]
-        return sum(shard.n_nonlens for shard in shards), sum(shard.n_lens for shard in shards)
+        labels = self.split(split).labels
+        return int((labels == 0).sum()), int((labels == 1).sum())
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         # On the device: half as many bytes cross the bus.
         return batch | {"image": batch["image"].float()}
 
-    def _loader(self, name: str, shuffle: bool) -> ShardLoader:
-        data = SplitDataset(self.shards.split(name))
-        n = len(data.split)
+    def loader(self, name: str, shuffle: bool) -> DataLoader[Any]:
+        """Raises InputError where a cutout of the split has no label."""
+        data = SplitDataset(self.split(name))
+        unknown = np.flatnonzero(data.split.labels < 0)
+        if len(unknown):
+            raise InputError(f"{name}: cutout {data.split.ids[unknown[0]]} has no label")
         return ShardLoader(
             data,
             batch_size=None,  # the sampler gives whole batches
-            sampler=EpochBatches(n, self.batch_size, shuffle=shuffle, seed=self.seed),
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
+            sampler=EpochBatches(len(data.split), self.batch_size, shuffle=shuffle, seed=self.seed),
+            **self.loading,
         )
 
-    def train_dataloader(self) -> ShardLoader:
-        return self._loader("train", shuffle=True)
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.loader("train", shuffle=True)
 
-    def val_dataloader(self) -> ShardLoader:
-        return self._loader("val", shuffle=False)
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.loader("val", shuffle=False)
 
-    def test_dataloader(self) -> ShardLoader:
-        return self._loader("test", shuffle=False)
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self.loader("test", shuffle=False)
+
+
+class LensDataModule(CutoutModule):
+    """Batches of the cutouts in a folder or at a URL: shards, a processed dataset, a catalogue.
+
+    data_root, image_size, cache_dir, storage_options: see `open_cutouts`; num_workers: 0 gathers in
+    the training process, one batch ahead; pin_memory: by default where there is a GPU;
+    persistent_workers, prefetch_factor: torch's, of workers. Raises InputError where the cutouts
+    are not whole.
+    """
+
+    def __init__(
+        self,
+        data_root: str | Path | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        image_size: int | None = None,
+        seed: int = 0,
+        pin_memory: bool | None = None,
+        persistent_workers: bool | None = None,
+        prefetch_factor: int | None = None,
+        cache_dir: str | Path | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            batch_size, num_workers, seed, pin_memory, persistent_workers, prefetch_factor
+        )
+        self.data_root = data_root
+        self.size = image_size
+        self.cache_dir = Path(cache_dir) if cache_dir is not None else None
+        self.storage_options = storage_options
+
+    @cached_property
+    def cutouts(self) -> Cutouts:
+        return open_cutouts(
+            self.data_root,
+            image_size=self.size,
+            cache=self.cache_dir,
+            storage_options=self.storage_options,
+        )
+
+    @property
+    def format(self) -> CutoutFormat:
+        return self.cutouts.format
+
+    def split(self, name: str) -> Split:
+        return self.cutouts.split(name)
+
+
+class LensWebDatasetDataModule(CutoutModule):
+    """Batches of WebDataset tars, ours or others', at paths or fsspec URLs with braces.
+
+    train_urls, val_urls, test_urls: `s3://bucket/lenses/train-{000000..000009}.tar`. Tars with a
+    manifest beside them are checked against it, and must be all of a split. Local tars, and those
+    that may be copied into `cache_dir`, are read at random. Others are streamed: shuffled within
+    `shuffle_buffer` cutouts, their batches without `index`.
+    image_size: the central square to keep, by default all; flux_unit: of NumPy files in tars
+    without a manifest: `background_sigma`, or else linear flux, brought to that unit cutout by
+    cutout. The rest: see `LensDataModule`. Raises InputError where a tar is not whole.
+    """
+
+    def __init__(
+        self,
+        train_urls: str | None = None,
+        val_urls: str | None = None,
+        test_urls: str | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        image_size: int | None = None,
+        flux_unit: str | None = None,
+        shuffle_buffer: int = 1000,
+        seed: int = 0,
+        pin_memory: bool | None = None,
+        persistent_workers: bool | None = None,
+        prefetch_factor: int | None = None,
+        cache_dir: str | Path | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            batch_size, num_workers, seed, pin_memory, persistent_workers, prefetch_factor
+        )
+        self.urls = dict(zip(SPLITS, (train_urls, val_urls, test_urls), strict=True))
+        self.how: dict[str, Any] = {
+            "image_size": image_size,
+            "flux_unit": flux_unit,
+            "cache": Path(cache_dir) if cache_dir is not None else None,
+            "storage_options": dict(storage_options or {}),
+        }
+        self.shuffle_buffer = shuffle_buffer
+        self.opened: dict[str, Tars] = {}
+
+    def _tars(self, name: str) -> Tars:
+        url = self.urls.get(name)
+        if url is None:
+            raise InputError(f"{name}_urls: not given; name the tars of that split")
+        if name not in self.opened:
+            self.opened[name] = open_tars(url, f"{name}_urls", **self.how)
+        return self.opened[name]
+
+    @property
+    def format(self) -> CutoutFormat:
+        return self._tars(next(name for name in SPLITS if self.urls[name])).format
+
+    def split(self, name: str) -> Split:
+        tars = self._tars(name)
+        if tars.split is None:
+            raise InputError(f"{name}_urls: streamed; name a cache_dir to have cutouts at a place")
+        return tars.split
+
+    def loader(self, name: str, shuffle: bool) -> DataLoader[Any]:
+        tars = self._tars(name)
+        if tars.decoder is None:
+            return super().loader(name, shuffle)
+        stream = TarStream(
+            tars.urls,
+            tars.decoder,
+            self.batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            buffer=self.shuffle_buffer,
+            listed=tars.listed,
+            storage_options=self.how["storage_options"],
+        )
+        return StreamLoader(stream, batch_size=None, **self.loading)

@@ -64,7 +64,7 @@ class ShardSplit:
     @cached_property
     def _maps(self) -> list[memoryview]:
         end = (self.index["offset"] + self.index["bytes"]).groupby(self.index["shard"]).max()
-        return [_mapped(self.folder / name, end[name]) for name in self.index["shard"].unique()]
+        return [mapped(self.folder / name, end[name]) for name in self.index["shard"].unique()]
 
     @cached_property
     def _places(self) -> tuple[list[int], list[int]]:
@@ -206,10 +206,15 @@ def _check(path: Path, listed: Listed) -> None:
     _verified.add(state)
 
 
-def _mapped(path: Path, least: int) -> memoryview:
-    """The bytes of a file. Raises InputError where there are fewer than `least`."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < least:
-            raise InputError(f"{path}: was cut to {size} bytes; write or fetch the shards again")
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+def mapped(path: Path, least: int) -> memoryview:
+    """The bytes of a file. Raises InputError where there is none, or fewer bytes than `least`."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < max(least, 1):
+                raise InputError(
+                    f"{path}: was cut to {size} bytes; write or fetch the shards again"
+                )
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except OSError as problem:
+        raise InputError(f"{path}: cannot be read ({problem.strerror})") from None

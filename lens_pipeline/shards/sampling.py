@@ -3,12 +3,20 @@
 import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 SMALLEST = 2  # cutouts a rank: batch normalisation cannot use a batch of one
+
+
+def rank_of_ranks() -> tuple[int, int]:
+    """(this process's rank, their number) of torch.distributed where it runs, else 0 of 1."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
 class EpochBatches(DistributedSampler[list[int]]):
@@ -34,10 +42,9 @@ class EpochBatches(DistributedSampler[list[int]]):
         rank: int | None = None,
         ranks: int | None = None,
     ) -> None:
-        running = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.n, self.batch_size, self.shuffle, self.seed = n, batch_size, shuffle, seed
-        self.rank = rank if rank is not None else torch.distributed.get_rank() if running else 0
-        self.ranks = ranks or (torch.distributed.get_world_size() if running else 1)
+        found_rank, found_ranks = rank_of_ranks()
+        self.rank, self.ranks = found_rank if rank is None else rank, ranks or found_ranks
         self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
@@ -63,22 +70,42 @@ class EpochBatches(DistributedSampler[list[int]]):
         return range(self.rank, self.n, self.ranks)
 
 
-class ShardLoader(DataLoader[Any]):
-    """A loader of batches of `EpochBatches`, whose state is how many of the epoch it has given.
+class ResumableLoader(DataLoader[Any]):
+    """A loader whose state is how many of the epoch's batches it has given.
 
-    Lightning keeps the state with a checkpoint, and gives it back when it goes on. Without worker
-    processes, a thread gathers the next batch while one is used.
+    Lightning keeps the state with a checkpoint, and gives it back when it goes on.
     """
 
-    given = 0
+    given, start = 0, 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        assert isinstance(self.sampler, EpochBatches)
-        self.given = self.sampler.start
-        for batch in super().__iter__() if self.num_workers else self._gathered():
+        self.given, self.start = self.start, 0
+        for batch in self.batches_from(self.given):
             self.given += 1
             yield batch
         self.given = 0
+
+    def batches_from(self, start: int) -> Iterator[Any]:
+        """Those of this epoch, but for the first `start`."""
+        return islice(super().__iter__(), start, None)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = state["given"]
+
+
+class ShardLoader(ResumableLoader):
+    """A loader of batches of `EpochBatches`.
+
+    Without worker processes, a thread gathers the next batch while one is used.
+    """
+
+    def batches_from(self, start: int) -> Iterator[Any]:
+        assert isinstance(self.sampler, EpochBatches)
+        self.sampler.start = start
+        return super().batches_from(0) if self.num_workers else self._gathered()
 
     def _gathered(self) -> Iterator[Any]:
         def gather(places: list[int]) -> Any:
@@ -93,10 +120,3 @@ class ShardLoader(DataLoader[Any]):
                     yield now.result()
             if ahead:
                 yield ahead.result()
-
-    def state_dict(self) -> dict[str, int]:
-        return {"given": self.given}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        assert isinstance(self.sampler, EpochBatches)
-        self.sampler.start = state["given"]

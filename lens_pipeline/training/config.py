@@ -37,6 +37,12 @@ class TrainingSection(_Section):
     balance: bool = Field(
         default=True, description="Weigh lenses by non-lenses / lenses in the training set."
     )
+    shift: float = Field(
+        default=0.0, ge=0, le=16, description="Cutouts are moved by up to so many pixels."
+    )
+    noise: float = Field(
+        default=0.0, ge=0, le=2, description="And get up to so much more noise, in sigma."
+    )
     monitor: Literal["val/auroc", "val/average_precision", "val/tpr_at_fpr_1e-2"] = Field(
         default="val/tpr_at_fpr_1e-2",
         description="The best epoch is the one where this is highest.",

@@ -18,7 +18,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger
 
 from lens_pipeline.ensemble.uncertainty import member_logits
 from lens_pipeline.models.system import LitLensSystem, load_system
-from lens_pipeline.shards.datamodule import LensDataModule
+from lens_pipeline.shards.datamodule import CutoutModule
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.member import (
     BEST,
@@ -55,7 +55,7 @@ class _EpochLines(Callback):
 
 def train(
     config: TrainConfig,
-    data: LensDataModule,
+    data: CutoutModule,
     out: Path,
     loggers: Sequence[Logger] = (),
     callbacks: Sequence[Callback] = (),
@@ -77,6 +77,8 @@ def train(
         units=data.units,
         pos_weight=counts[0] / counts[1] if config.training.balance else 1.0,
         warmup=config.training.warmup,
+        shift=config.training.shift,
+        noise=config.training.noise,
     )
     best = ModelCheckpoint(
         dirpath=out,
@@ -112,13 +114,13 @@ def train(
     return _finish(config, data, out)
 
 
-def _finish(config: TrainConfig, data: LensDataModule, out: Path) -> TrainedMember:
+def _finish(config: TrainConfig, data: CutoutModule, out: Path) -> TrainedMember:
     """Curves, validation scores and settings, beside the checkpoints."""
     steps = pd.read_csv(out / "csv" / "metrics.csv")
     curves = steps.drop(columns="step").groupby("epoch").first().reset_index()
     curves.to_csv(out / CURVES, index=False)
     shutil.rmtree(out / "csv")
-    split = data.shards.split("val")
+    split = data.split("val")
     system = load_system(out / BEST)
     logits = [
         member_logits(system, split.gather(np.arange(start, min(start + 256, len(split)))))[0]

@@ -1,12 +1,16 @@
 """Batches: all of a split, in an order that (seed, epoch) decides."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from PIL import Image
 
 from lens_pipeline import LensDataModule
 from lens_pipeline.catalogue.dataset import Dataset
+from lens_pipeline.errors import InputError
 
 
 def _epoch(data: LensDataModule, epoch: int) -> tuple[torch.Tensor, list[dict]]:
@@ -38,6 +42,78 @@ def test_workers_change_nothing(shards_folder: Path) -> None:
     alone, _ = _epoch(LensDataModule(shards_folder, batch_size=16), 0)
     helped, _ = _epoch(LensDataModule(shards_folder, batch_size=16, num_workers=1), 0)
     assert torch.equal(alone, helped)
+
+
+def test_a_processed_dataset_gives_the_same(shards_folder: Path, dataset: Dataset) -> None:
+    from_shards, _ = _epoch(LensDataModule(shards_folder, batch_size=16), 1)
+    data = LensDataModule(dataset.folder, batch_size=16)
+    order, batches = _epoch(data, 1)
+    assert torch.equal(order, from_shards)
+    images = torch.cat([batch["image"] for batch in batches]).numpy()
+    np.testing.assert_array_equal(images, dataset.images("train")[order])
+    assert data.class_counts("train") == LensDataModule(shards_folder).class_counts("train")
+
+
+def test_a_catalogue_is_read_once(
+    simulated_catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LENS_HOME", str(tmp_path / "home"))
+    data = LensDataModule(simulated_catalogue, image_size=24)
+    n = sum(len(data.split(split)) for split in ("train", "val", "test"))
+    assert n == 200
+    assert next(iter(data.train_dataloader()))["image"].shape == (64, 3, 24, 24)
+    kept = list((tmp_path / "home" / "cache").glob("*/dataset.json"))
+    assert len(kept) == 1
+    time = kept[0].stat().st_mtime_ns
+    assert LensDataModule(simulated_catalogue, image_size=24).split("val").ids.tolist()
+    assert [p.stat().st_mtime_ns for p in tmp_path.glob("home/cache/*/dataset.json")] == [time]
+
+
+def test_a_folder_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LENS_HOME", str(tmp_path / "home"))
+    random = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for kind in ("lens", "nonlens"):
+            folder = tmp_path / "processed" / split / kind
+            folder.mkdir(parents=True)
+            for number in range(3):
+                picture = random.integers(0, 256, (70, 70, 3), np.uint8)
+                Image.fromarray(picture).save(folder / f"{number}.png")
+    data = LensDataModule(tmp_path / "processed")
+    assert (data.units, data.image_size, data.class_counts("val")) == ("composite", 64, (3, 3))
+
+
+def test_a_smaller_size_is_cut_out_of_the_middle(shards_folder: Path, dataset: Dataset) -> None:
+    data = LensDataModule(shards_folder, image_size=20)
+    assert data.image_size == 20
+    batch = next(iter(data.val_dataloader()))
+    middle = dataset.images("val")[: len(batch["image"]), :, 6:26, 6:26]
+    np.testing.assert_array_equal(batch["image"], middle.astype(np.float16))
+    with pytest.raises(InputError, match="image_size 33: .* have 32 pixels"):
+        LensDataModule(shards_folder, image_size=33).train_dataloader()
+
+
+def test_without_a_place_the_newest_shards_of_the_home_are_read(
+    shards_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LENS_HOME", str(tmp_path))
+    with pytest.raises(InputError, match=f"{tmp_path}: holds no shards; name a data_root"):
+        LensDataModule().train_dataloader()
+    shutil.copytree(shards_folder, tmp_path / "shards" / "one")
+    assert len(LensDataModule().split("train")) == len(LensDataModule(shards_folder).split("train"))
+
+
+def test_the_loaders_arguments(shards_folder: Path) -> None:
+    data = LensDataModule(
+        shards_folder, num_workers=1, pin_memory=False, persistent_workers=False, prefetch_factor=3
+    )
+    loader = data.train_dataloader()
+    assert (loader.num_workers, loader.pin_memory, loader.persistent_workers) == (1, False, False)
+    assert loader.prefetch_factor == 3
+    alone = LensDataModule(shards_folder, persistent_workers=True, prefetch_factor=3)
+    assert len(list(alone.train_dataloader())) == len(list(loader))
+    with pytest.raises(InputError, match="batch_size 1: at least 2"):
+        LensDataModule(shards_folder, batch_size=1)
 
 
 def test_no_batch_of_one(shards_folder: Path, dataset: Dataset) -> None:

@@ -1,0 +1,162 @@
+"""Labelled cutouts by split, wherever they lie: shards, a processed dataset, a catalogue."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import fsspec
+import numpy as np
+from numpy.typing import NDArray
+
+from lens_pipeline.catalogue.dataset import CutoutFormat, Dataset, build_dataset, open_dataset
+from lens_pipeline.catalogue.images import central, files_fingerprint
+from lens_pipeline.catalogue.table import read_catalogue, source_fingerprint
+from lens_pipeline.errors import InputError
+from lens_pipeline.settings import Settings, absolute
+from lens_pipeline.shards.manifest import MANIFEST
+from lens_pipeline.shards.prepare import IMAGE_SIZE
+from lens_pipeline.shards.reader import open_shards
+from lens_pipeline.steps import Recipe, run_step
+
+
+class Split(Protocol):
+    """The cutouts of one split, each at its place."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def ids(self) -> NDArray[np.object_]: ...
+
+    @property
+    def labels(self) -> NDArray[np.int8]:
+        """int8 (n,): 1 lens, 0 not, -1 unknown."""
+        ...
+
+    def gather(self, indices: NDArray[np.integer] | list[int]) -> NDArray[np.floating]:
+        """The cutouts (n, bands, height, width) at these places, in the units of the format."""
+        ...
+
+
+class Cutouts(Protocol):
+    """`split`: `train`, `val`, `test` or `unlabelled`."""
+
+    @property
+    def format(self) -> CutoutFormat: ...
+
+    def split(self, name: str, /) -> Split: ...
+
+
+@dataclass(frozen=True)
+class Cropped:
+    """The central `size` x `size` pixels of others."""
+
+    whole: Cutouts
+    size: int
+
+    @property
+    def format(self) -> CutoutFormat:
+        return replace(self.whole.format, image_size=self.size)
+
+    def split(self, name: str, /) -> "CroppedSplit":
+        return CroppedSplit(self.whole.split(name), self.size)
+
+
+@dataclass(frozen=True)
+class CroppedSplit:
+    whole: Split
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    @property
+    def ids(self) -> NDArray[np.object_]:
+        return self.whole.ids
+
+    @property
+    def labels(self) -> NDArray[np.int8]:
+        return self.whole.labels
+
+    def gather(self, indices: NDArray[np.integer] | list[int]) -> NDArray[np.floating]:
+        return np.ascontiguousarray(central(self.whole.gather(indices), self.size))
+
+
+def cut_to(form: CutoutFormat, size: int | None, name: str) -> CutoutFormat:
+    """The format with another size, if one is asked for. Raises InputError for a larger one."""
+    if size is not None and size > form.image_size:
+        raise InputError(f"image_size {size}: the cutouts of {name} have {form.image_size} pixels")
+    return replace(form, image_size=size or form.image_size)
+
+
+def cropped(cutouts: Cutouts, size: int | None, name: str) -> Cutouts:
+    """The cutouts, cut to `size` if one is asked for. Raises InputError where they are smaller."""
+    form = cut_to(cutouts.format, size, name)
+    return cutouts if form == cutouts.format else Cropped(cutouts, form.image_size)
+
+
+def open_cutouts(
+    location: str | Path | None = None,
+    *,
+    image_size: int | None = None,
+    cache: Path | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Cutouts:
+    """The cutouts in a folder or at an fsspec URL, of whatever kind they are there.
+
+    location: shards with their manifest; a processed dataset; a catalogue, or a folder of cutouts,
+    which are read once and kept as a processed dataset; by default the newest shards of LENS_HOME.
+    image_size: the central square to keep, by default all, and 64 pixels of a catalogue. cache:
+    where remote shards and read cutouts are kept, by default in LENS_HOME. Raises InputError where
+    there is nothing of the kind.
+    """
+    settings = Settings.load()
+    cache = cache or settings.home / "cache"
+    options = dict(storage_options if storage_options is not None else settings.storage_options)
+    place = absolute(str(location)) if location is not None else str(newest_shards(settings.home))
+    filesystem, inside = fsspec.url_to_fs(place, **options)
+    if filesystem.exists(f"{inside}/{MANIFEST}"):
+        return cropped(open_shards(place, cache=cache, storage_options=options), image_size, place)
+    if Path(place, "dataset.json").is_file():
+        return cropped(open_dataset(place), image_size, place)
+    return _processed(place, image_size or IMAGE_SIZE, cache, options, settings)
+
+
+def newest_shards(home: Path) -> Path:
+    """Raises InputError where the home has none."""
+    found = sorted((home / "shards").glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise InputError(
+            f"{home}: holds no shards; name a data_root, or make some: lens-pipeline run"
+        )
+    return found[-1].parent
+
+
+def _processed(
+    source: str, image_size: int, cache: Path, options: dict[str, Any], settings: Settings
+) -> Dataset:
+    """The processed dataset of a catalogue, made unless it is there already."""
+    catalogue = read_catalogue(source, options)
+    recipe = Recipe(
+        stage="processed_dataset",
+        modules=(build_dataset.__module__,),
+        libraries=("numpy", "pandas", "pyarrow", "astropy", "pillow"),
+        inputs={
+            "source": source_fingerprint(source, options),
+            "images": files_fingerprint(catalogue.references, options),
+        },
+        settings={
+            "image_size": image_size,
+            "bands": settings.bands,
+            "pad": settings.pad,
+            "split_seed": settings.seed,
+            "max_reject_fraction": settings.max_reject_fraction,
+            "origin": source,
+        },
+    )
+    step = run_step(
+        recipe,
+        cache,
+        lambda out: build_dataset(catalogue, out, options=options, **recipe.settings),
+    )
+    return open_dataset(step.folder)

@@ -1,0 +1,227 @@
+"""Tars that another WebDataset writer made: without a manifest, so they are looked through once."""
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from lens_pipeline.catalogue.dataset import COMPOSITE_BANDS, CutoutFormat, unnamed
+from lens_pipeline.catalogue.images import (
+    COMPOSITE,
+    FLUX,
+    SIGMA_UNITS,
+    CutoutError,
+    central,
+    decode_image,
+    usable_cutout,
+)
+from lens_pipeline.errors import InputError
+from lens_pipeline.shards.encoding import Encoding
+from lens_pipeline.shards.reader import mapped
+
+Content = bytes | memoryview
+IMAGES = ("npy", "png", "jpg", "jpeg")
+_NAME = re.compile(r"(?P<key>[A-Za-z0-9_-]+)\.(?P<extension>[a-z0-9]+(?:\.[a-z0-9]+)*)")
+END = bytes(2 * tarfile.BLOCKSIZE)  # every whole tar ends with it
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """What a tar holds of one cutout, not decoded; label: 1 lens, 0 not, -1 unknown.
+
+    content: of the image file, which begins at `offset` of the tar.
+    """
+
+    id: str
+    label: int
+    suffix: str
+    content: Content
+    offset: int = 0
+
+
+class Decoder(Protocol):
+    """From the files of a sample to a cutout of a format; errors name the shard and the sample."""
+
+    @property
+    def form(self) -> CutoutFormat: ...
+
+    def __call__(self, sample: RawSample, shard: str) -> NDArray[np.floating]: ...
+
+
+@dataclass(frozen=True)
+class ImageDecoder:
+    """Reads a sample's image as one of a catalogue; flux_unit: of NumPy files, as there."""
+
+    form: CutoutFormat
+    flux_unit: str | None
+
+    def __call__(self, sample: RawSample, shard: str) -> NDArray[np.float32]:
+        try:
+            cutout = decode_image(bytes(sample.content), sample.suffix, self.flux_unit)
+            return self.form.fitted(usable_cutout(cutout, self.form.image_size)).pixels
+        except CutoutError as reason:
+            raise InputError(f"{shard}: sample {sample.id}: {reason}") from None
+
+    @classmethod
+    def like(
+        cls, sample: RawSample, shard: str, image_size: int | None, flux_unit: str | None
+    ) -> Self:
+        """One for cutouts that are as this one is."""
+        try:
+            cutout = decode_image(bytes(sample.content), sample.suffix, flux_unit)
+        except CutoutError as reason:
+            raise InputError(f"{shard}: sample {sample.id}: {reason}") from None
+        n_bands, *sides = cutout.pixels.shape
+        units = SIGMA_UNITS if cutout.units == FLUX else cutout.units
+        bands = COMPOSITE_BANDS if (n_bands, units) == (3, COMPOSITE) else unnamed(n_bands)
+        return cls(CutoutFormat(bands, image_size or min(sides), units, None), flux_unit)
+
+
+@dataclass(frozen=True)
+class StoredDecoder:
+    """Reads a sample that `write_shards` wrote; whole: what it wrote, form: what is kept of it."""
+
+    whole: CutoutFormat
+    form: CutoutFormat
+    encoding: Encoding
+
+    def __call__(self, sample: RawSample, shard: str) -> NDArray[np.floating]:
+        shape = len(self.whole.bands), self.whole.image_size, self.whole.image_size
+        content = bytes(sample.content)
+        try:
+            if self.encoding.is_raw:
+                pixels = np.load(io.BytesIO(content), allow_pickle=False)
+            else:
+                pixels = self.encoding.decode(content, shape)
+        except (ValueError, OSError) as problem:
+            raise InputError(f"{shard}: sample {sample.id}: cannot be read ({problem})") from None
+        return central(pixels, self.form.image_size)
+
+
+def samples_of(files: Iterable[tuple[str, Content, int]], shard: str) -> Iterator[RawSample]:
+    """The samples of a tar from the (name, content, offset) of its files, in their order.
+
+    A sample has one image, and its label in `.cls` or as `label` of its `.json`, or none. Raises
+    InputError, naming shard and sample, for names that WebDataset's rules do not allow, a sample
+    without an image or with two, or a label other than 0 and 1.
+    """
+    last = ""
+    parts: dict[str, tuple[Content, int]] = {}
+    for name, content, offset in files:
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise InputError(f"{shard}: {name!r} is no name of a sample's file, as 000017.npy is")
+        if match["key"] != last and parts:
+            yield _sample(last, parts, shard)
+            parts = {}
+        last = match["key"]
+        if match["extension"] in parts:
+            raise InputError(f"{shard}: {name} is there twice")
+        parts[match["extension"]] = content, offset
+    if parts:
+        yield _sample(last, parts, shard)
+
+
+def _sample(key: str, parts: dict[str, tuple[Content, int]], shard: str) -> RawSample:
+    images = [extension for extension in parts if extension in IMAGES]
+    if len(images) != 1:
+        raise InputError(
+            f"{shard}: sample {key} has {len(images)} images; one of {', '.join(IMAGES)} is needed"
+        )
+    about: dict[str, Any] = {}
+    try:
+        if "json" in parts:
+            about = dict(json.loads(bytes(parts["json"][0])))
+        stated = bytes(parts["cls"][0]).decode() if "cls" in parts else about.get("label")
+    except (ValueError, TypeError):
+        raise InputError(f"{shard}: sample {key}: its .json or .cls cannot be read") from None
+    label = {"": -1, "None": -1, "0": 0, "1": 1}.get(str(stated).strip())
+    if label is None:
+        raise InputError(f"{shard}: sample {key}: label {stated!r} must be 0 or 1")
+    return RawSample(str(about.get("id", key)), label, images[0], *parts[images[0]])
+
+
+@dataclass(frozen=True)
+class ForeignSplit:
+    """Cutouts in tars without a manifest.
+
+    index: one row a cutout: id, label, shard (its path), offset, bytes, suffix.
+    """
+
+    index: pd.DataFrame
+    decoder: Decoder
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def ids(self) -> NDArray[np.object_]:
+        return self.index["id"].to_numpy(dtype=object)
+
+    @property
+    def labels(self) -> NDArray[np.int8]:
+        return self.index["label"].to_numpy(dtype=np.int8)
+
+    @cached_property
+    def _maps(self) -> dict[str, memoryview]:
+        end = (self.index["offset"] + self.index["bytes"]).groupby(self.index["shard"]).max()
+        return {str(shard): mapped(Path(str(shard)), int(least)) for shard, least in end.items()}
+
+    @cached_property
+    def _places(self) -> list[tuple[Any, ...]]:
+        return list(self.index.itertuples(index=False, name=None))
+
+    def gather(self, indices: NDArray[np.integer] | list[int]) -> NDArray[np.floating]:
+        cutouts = []
+        for i in indices:
+            name, label, shard, offset, size, suffix = self._places[i]
+            content = self._maps[shard][offset : offset + size]
+            cutouts.append(self.decoder(RawSample(name, label, suffix, content), shard))
+        return np.stack(cutouts)
+
+
+def index_tars(
+    paths: Sequence[Path], image_size: int | None = None, flux_unit: str | None = None
+) -> ForeignSplit:
+    """Look tars through for where their cutouts lie; the first cutout says what all must be.
+
+    image_size: the central square to keep, by default the smaller side of the first. Raises
+    InputError as `samples_of` does, and where a tar is missing, cut short or holds nothing.
+    """
+    rows: list[tuple[Any, ...]] = []
+    decoder: Decoder | None = None
+    for path in tqdm(paths, desc="indexing shards", unit="shard", disable=None):
+        for sample in samples_of(_files(path), str(path)):
+            if decoder is None:
+                decoder = ImageDecoder.like(sample, str(path), image_size, flux_unit)
+            place = sample.offset, len(sample.content)
+            rows.append((sample.id, sample.label, str(path), *place, sample.suffix))
+    if decoder is None:
+        raise InputError(f"{', '.join(map(str, paths[:3]))}: no cutouts")
+    columns = ["id", "label", "shard", "offset", "bytes", "suffix"]
+    return ForeignSplit(pd.DataFrame(rows, columns=columns), decoder)
+
+
+def _files(path: Path) -> Iterator[tuple[str, memoryview, int]]:
+    content = mapped(path, 0)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for file in tar:
+                end = file.offset_data + file.size
+                if end > len(content):
+                    raise tarfile.ReadError("it is cut short")
+                yield file.name, content[file.offset_data : end], file.offset_data
+    except tarfile.TarError as problem:
+        raise InputError(f"{path}: is no whole tar ({problem})") from None
+    if bytes(content[-len(END) :]) != END:
+        raise InputError(f"{path}: is no whole tar (its end is missing)")

@@ -1,0 +1,291 @@
+"""Tars by their URLs: ours and others', read at random or streamed."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+import webdataset as wds
+from PIL import Image
+
+from lens_pipeline import LensDataModule, LensWebDatasetDataModule, LitLensSystem
+from lens_pipeline.catalogue.dataset import Dataset
+from lens_pipeline.errors import InputError
+from lens_pipeline.shards import streaming
+
+N = 47
+RNG = np.random.default_rng(0)
+CUTOUTS = RNG.normal(0, 1, (N, 3, 32, 32)).astype(np.float32)
+CUTOUTS[:, 0, 0, 0] = np.arange(N)
+LABELS = RNG.integers(0, 2, N)
+
+
+def write_tars(folder: Path, kind: str, name: str = "part") -> str:
+    """N cutouts in tars of twenty, as the stock library writes them; the pattern of their names."""
+    folder.mkdir(exist_ok=True)
+    pattern = str(folder / f"{name}-%04d.tar")
+    with wds.ShardWriter(pattern, maxcount=20, verbose=0) as writer:
+        for row in range(N):
+            sample: dict[str, Any] = {"__key__": f"{row:05d}"}
+            if kind == "npy":
+                sample |= {"npy": CUTOUTS[row], "cls": int(LABELS[row])}
+            else:
+                content = io.BytesIO()
+                Image.fromarray(picture(row)).save(content, "png" if kind == "png" else "jpeg")
+                label = {"label": int(LABELS[row]), "id": f"galaxy {row}"}
+                sample |= {kind: content.getvalue(), "json": label}
+            writer.write(sample)
+    return str(folder / f"{name}-{{0000..0002}}.tar")
+
+
+def picture(row: int) -> np.ndarray:
+    code = np.full((32, 32, 3), row, np.uint8)
+    code[8:24, 8:24] = 5 * row + 1
+    return code
+
+
+def read(data: LensWebDatasetDataModule, name: str) -> tuple[np.ndarray, np.ndarray]:
+    loader = data.train_dataloader() if name == "train" else data.val_dataloader()
+    batches = list(loader)
+    images = np.concatenate([batch["image"].float().numpy() for batch in batches])
+    return images, np.concatenate([batch["label"].numpy() for batch in batches])
+
+
+@pytest.fixture
+def remote() -> Iterator[str]:
+    """A place that is no local folder."""
+    filesystem = fsspec.filesystem("memory")
+    filesystem.store.clear()
+    yield "memory://bucket"
+    filesystem.store.clear()
+
+
+def upload(folder: Path, url: str) -> None:
+    for path in folder.iterdir():
+        with fsspec.open(f"{url}/{path.name}", "wb") as file:
+            file.write(path.read_bytes())
+
+
+@pytest.mark.parametrize("kind", ["npy", "png", "jpg"])
+@pytest.mark.parametrize("where", ["local", "streamed", "cached"])
+def test_tars_of_another_writer(kind: str, where: str, tmp_path: Path, remote: str) -> None:
+    pattern = write_tars(tmp_path / "tars", kind)
+    more: dict[str, Any] = {}
+    if where != "local":
+        upload(tmp_path / "tars", remote)
+        pattern = pattern.replace(str(tmp_path / "tars"), remote)
+    if where == "cached":
+        more["cache_dir"] = tmp_path / "cache"
+    data = LensWebDatasetDataModule(
+        pattern, pattern, batch_size=8, flux_unit="background_sigma", **more
+    )
+    images, labels = read(data, "val")
+    if kind == "npy":
+        np.testing.assert_array_equal(images, CUTOUTS)
+    elif kind == "png":
+        wanted = np.stack([picture(row) for row in range(N)]).transpose(0, 3, 1, 2) / 255
+        np.testing.assert_allclose(images, wanted, atol=1e-6)
+    np.testing.assert_array_equal(labels, LABELS)
+    assert data.units == ("background_sigma" if kind == "npy" else "composite")
+    if where != "streamed":
+        wanted_ids = [f"{row:05d}" if kind == "npy" else f"galaxy {row}" for row in range(N)]
+        assert data.split("val").ids.tolist() == wanted_ids
+
+    shuffled, labels = read(data, "train")
+    assert len(shuffled) == N
+    if kind == "npy":
+        order = shuffled[:, 0, 0, 0].astype(int)
+        assert sorted(order) == list(range(N))
+        assert order.tolist() != sorted(order)
+        np.testing.assert_array_equal(labels, LABELS[order])
+
+
+def test_linear_flux_of_others_is_brought_to_background_sigma(tmp_path: Path) -> None:
+    pattern = write_tars(tmp_path, "npy")
+    data = LensWebDatasetDataModule(val_urls=pattern, image_size=20)
+    images, _ = read(data, "val")
+    assert images.shape == (N, 3, 20, 20)
+    ratio = CUTOUTS[:, :, 6:26, 6:26] / images
+    np.testing.assert_allclose(ratio.min(axis=(2, 3)), ratio.max(axis=(2, 3)), rtol=1e-5)
+
+
+def test_our_own_shards_by_their_braces(shards_folder: Path, dataset: Dataset) -> None:
+    patterns = {f"{s}_urls": str(shards_folder / f"{s}-{{000000..{n:06d}}}.tar")
+                for s, n in (("train", 2), ("val", 0), ("test", 0))}  # fmt: skip
+    by_url = LensWebDatasetDataModule(**patterns, batch_size=16)
+    by_folder = LensDataModule(shards_folder, batch_size=16)
+    assert by_url.format == by_folder.format
+    assert by_url.class_counts("train") == by_folder.class_counts("train")
+    for one, other in zip(by_url.train_dataloader(), by_folder.train_dataloader(), strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_our_own_shards_streamed(
+    shards_folder: Path, dataset: Dataset, remote: str, workers: int
+) -> None:
+    upload(shards_folder, remote)
+    pattern = f"{remote}/train-{{000000..000002}}.tar"
+    data = LensWebDatasetDataModule(
+        pattern, pattern, batch_size=16, num_workers=workers, image_size=24
+    )
+    images, labels = read(data, "val")
+    order = np.argsort(images[:, 0, 0, 0], kind="stable")
+    wanted = dataset.images("train")[:, :, 4:28, 4:28].astype(np.float16)
+    by_first = np.argsort(wanted[:, 0, 0, 0], kind="stable")
+    np.testing.assert_array_equal(images[order], wanted[by_first])
+    assert labels.sum() == (dataset.table("train")["label"] == 1).sum()
+    first, second = (read(data, "train")[0] for _ in range(2))
+    loader = data.train_dataloader()
+    epochs = [[batch["image"][:, 0, 0, 0] for batch in loader] for _ in range(2)]
+    assert [len(epoch) for epoch in epochs] == [len(loader)] * 2
+    assert not torch.equal(torch.cat(epochs[0]), torch.cat(epochs[1]))
+    np.testing.assert_array_equal(first, second)  # of a new loader, the first epoch
+
+
+@pytest.mark.parametrize("png16", [False, True])
+def test_a_streamed_shard_that_is_not_as_listed(
+    dataset: Dataset, tmp_path: Path, remote: str, png16: bool
+) -> None:
+    from lens_pipeline.shards import write_shards
+
+    out = tmp_path / "shards"
+    out.mkdir()
+    write_shards(dataset.folder, out, encoding="png16" if png16 else "float16")
+    upload(out, remote)
+    data = LensWebDatasetDataModule(val_urls=f"{remote}/val-000000.tar", batch_size=16)
+    images, _ = read(data, "val")
+    np.testing.assert_allclose(images, dataset.images("val"), atol=2e-3, rtol=1e-3)
+    store = fsspec.filesystem("memory").store
+    content = bytearray(store["/bucket/val-000000.tar"].getvalue())
+    for place in RNG.integers(0, len(content), 40):
+        spoilt = bytearray(content)
+        spoilt[place] ^= 4
+        with fsspec.open(f"{remote}/val-000000.tar", "wb") as file:
+            file.write(spoilt)
+        with pytest.raises(InputError, match=r"memory://bucket/val-000000\.tar"):
+            list(data.val_dataloader())
+
+
+def test_braces_that_are_not_the_shards_of_a_split(shards_folder: Path) -> None:
+    for tars in ("train-{000000..000001}", "train-{000000..000003}", "{train,val}-000000"):
+        data = LensWebDatasetDataModule(str(shards_folder / f"{tars}.tar"))
+        with pytest.raises(InputError, match=r"train_urls: .* are .*train-\{000000\.\.000002\}"):
+            data.train_dataloader()
+
+
+def test_every_truncation_of_a_foreign_tar_is_found(tmp_path: Path, remote: str) -> None:
+    """Stock WebDataset gives fewer samples, without a word, for half of them."""
+    pattern = write_tars(tmp_path / "tars", "npy")
+    whole = (tmp_path / "tars" / "part-0001.tar").read_bytes()
+    short = tmp_path / "short.tar"
+    for n, length in enumerate(RNG.integers(0, len(whole), 300)):
+        short.write_bytes(whole[:length])
+        url = str(short)
+        if n % 3 == 0:
+            url = f"{remote}/short.tar"
+            with fsspec.open(url, "wb") as file:
+                file.write(whole[:length])
+        data = LensWebDatasetDataModule(val_urls=url)
+        if len(whole) - len(whole.rstrip(b"\0")) - 2048 > len(whole) - length:
+            assert len(read(data, "val")[0]) == 20  # only of what fills up its last record
+        else:
+            with pytest.raises(InputError, match=r"short\.tar"):
+                list(data.val_dataloader())
+    assert len(read(LensWebDatasetDataModule(val_urls=pattern), "val")[0]) == N
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"0.npy": CUTOUTS[0], "0.png": b"", "0.cls": b"1"}, "sample 0 has 2 images"),
+        ({"0.cls": b"1"}, "sample 0 has 0 images"),
+        ({"0.npy": CUTOUTS[0], "0.cls": b"2"}, "sample 0: label '2' must be 0 or 1"),
+        ({"0.npy": CUTOUTS[0], "0.json": b"{"}, "sample 0: its .json or .cls cannot be read"),
+        ({"0.npy": CUTOUTS[0]}, "cutout 0 has no label"),
+        ({"a/0.npy": CUTOUTS[0]}, "'a/0.npy' is no name of a sample's file"),
+        ({"0.npy": np.array([{}]), "0.cls": b"1"}, "sample 0: the file cannot be read"),
+        ({"0.pkl": b"cos\nsystem\n", "0.cls": b"1"}, "sample 0 has 0 images"),
+        ({"0.npy": CUTOUTS[0], "0.cls": b"0", "1.npy": CUTOUTS[0, :2], "1.cls": b"1"},
+         "sample 1: 2 bands; 3 are needed"),
+    ],
+)  # fmt: skip
+def test_bad_samples_are_named(tmp_path: Path, files: dict[str, Any], message: str) -> None:
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        for name, content in files.items():
+            if isinstance(content, np.ndarray):
+                encoded = io.BytesIO()
+                np.save(encoded, content, allow_pickle=True)
+                content = encoded.getvalue()
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(InputError, match=message):
+        list(LensWebDatasetDataModule(val_urls=str(tmp_path / "bad.tar")).val_dataloader())
+
+
+@pytest.mark.parametrize(("workers", "ranks"), [(0, 1), (0, 3), (2, 2), (3, 2)])
+def test_streamed_over_ranks(
+    tmp_path: Path, remote: str, workers: int, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluation sees each cutout once; every rank has as many training batches, none twice."""
+    write_tars(tmp_path / "tars", "npy")
+    upload(tmp_path / "tars", remote)
+    pattern = f"{remote}/part-{{0000..0002}}.tar"
+    seen: dict[str, list[list[torch.Tensor]]] = {"train": [], "val": []}
+    for rank in range(ranks):
+        monkeypatch.setattr(streaming, "rank_of_ranks", lambda rank=rank: (rank, ranks))
+        data = LensWebDatasetDataModule(pattern, pattern, batch_size=4, num_workers=workers,
+                                        flux_unit="background_sigma")  # fmt: skip
+        for name, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
+            seen[name].append([batch["image"][:, 0, 0, 0].int() for batch in loader])
+    everything = torch.cat([batch for rank in seen["val"] for batch in rank]).tolist()
+    assert sorted(everything) == list(range(N))
+    assert len({len(batches) for batches in seen["train"]}) == 1
+    trained = torch.cat([batch for rank in seen["train"] for batch in rank]).tolist()
+    assert len(set(trained)) == len(trained) > N - 2 * ranks * max(1, workers) - 1
+
+
+def test_a_stream_goes_on_at_the_batch_where_it_stopped(tmp_path: Path, remote: str) -> None:
+    write_tars(tmp_path / "tars", "npy")
+    upload(tmp_path / "tars", remote)
+
+    def loader() -> Any:
+        pattern = f"{remote}/part-{{0000..0002}}.tar"
+        return LensWebDatasetDataModule(pattern, batch_size=4).train_dataloader()
+
+    whole = loader()
+    epochs = [[batch["image"] for batch in whole] for _ in range(2)]
+    stopped = loader()
+    list(stopped)
+    second = iter(stopped)
+    for _ in range(5):
+        next(second)
+    resumed = loader()
+    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+    rest = [batch["image"] for batch in resumed]
+    assert len(rest) == len(epochs[1]) - 5
+    assert all(torch.equal(a, b) for a, b in zip(rest, epochs[1][5:], strict=True))
+
+
+def test_lightning_trains_on_a_stream(shards_folder: Path, remote: str, tmp_path: Path) -> None:
+    upload(shards_folder, remote)
+    data = LensWebDatasetDataModule(
+        f"{remote}/train-{{000000..000002}}.tar", f"{remote}/val-000000.tar", batch_size=16
+    )
+    system = LitLensSystem("light_transformer", image_size=data.image_size)
+    trainer = pl.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, default_root_dir=tmp_path,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(system, data)
+    assert trainer.global_step == 2 * len(data.train_dataloader())
+    assert 0 <= trainer.callback_metrics["val/auroc"] <= 1
