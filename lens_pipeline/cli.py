@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -174,13 +175,15 @@ def _training_changes(assignments: Sequence[str], members: Sequence[str]) -> dic
 
 
 def _print_summary(settings: Settings) -> None:
-    from lens_pipeline.evaluation.report import format_metrics_table
+    from lens_pipeline.evaluation.report import format_kinds, format_metrics_table
 
     summary = json.loads((settings.reports / "summary.json").read_text())
     model = summary["model"]
     aliases = ", ".join(model["aliases"]) or "none"
     print()
     print(format_metrics_table({**summary["members"], "ensemble": summary["ensemble"]}))
+    if summary["kinds"]:
+        print(textwrap.fill(format_kinds(summary["kinds"]), 88, subsequent_indent="  "))
     print()
     print(f"Registered  {model['name']}, version {model['version']}; aliases: {aliases}")
     for reason in [] if summary["gate"]["passed"] else summary["gate"]["reasons"]:
@@ -211,6 +214,7 @@ def _simulate(options: argparse.Namespace) -> int:
             device=options.device,
             image_size=options.image_size,
             compiled=options.compile,
+            storage_options=Settings.load(home=options.home).storage_options,
         )
         _draw_kinds(aside)
     print(out / "catalogue.parquet")

@@ -10,6 +10,7 @@ import dagster as dg
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
+from sklearn.metrics import roc_auc_score
 
 from lens_pipeline.catalogue import read_catalogue
 from lens_pipeline.catalogue.dataset import Dataset
@@ -131,6 +132,19 @@ def test_a_second_run_does_nothing_again(
     assert f"lens-pipeline show --home {own_home}" in printed
     for name in (*MEMBERS, "ensemble", "AUROC", "calibration error", "report.html"):
         assert name in printed
+    assert "AUROC against each kind: " in printed
+
+
+def test_the_summary_breaks_down_by_kind_of_non_lens(home: Path) -> None:
+    summary = summary_of(home)
+    scores = pd.read_parquet(summary["scores"])
+    test = scores[scores["split"] == "test"]
+    kinds = test.loc[test["label"] == 0, "kind"].value_counts()
+    assert {kind: of["n"] for kind, of in summary["kinds"].items()} == kinds.to_dict()
+    for kind, of_kind in summary["kinds"].items():
+        shown = test[test["kind"].isin(["lens", kind])]
+        auroc = roc_auc_score(shown["label"].astype(int), shown["probability"])
+        assert of_kind["auroc"] == pytest.approx(auroc, abs=1e-9)
 
 
 def test_other_epochs_of_one_member_train_that_one_alone(own_home: Path) -> None:

@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -93,17 +92,10 @@ class Dataset:
         """
         return np.load(self.folder / f"{part}.npy", mmap_mode="c", allow_pickle=False)
 
-    def read_images(self, part: str, start: int, out: NDArray[np.float32]) -> None:
-        """Fill `out` with the images of a split from `start` on.
-
-        Unlike pages of a file that is mapped, it does not grow.
-        """
-        with (self.folder / f"{part}.npy").open("rb", buffering=0) as file:
-            npy.read_magic(file)
-            npy.read_array_header_1_0(file)
-            file.seek(start * out[:1].nbytes, os.SEEK_CUR)
-            if file.readinto(out.data.cast("B")) != out.nbytes:
-                raise InputError(f"{file.name}: is shorter than its table; make the dataset again")
+    def open_images(self, part: str) -> "ImageFile":
+        """The same, to be read in blocks: unlike pages of a file that is mapped, they do not add
+        up in memory."""
+        return ImageFile(self.folder / f"{part}.npy")
 
     def table(self, part: str) -> pd.DataFrame:
         """One row an image, in their order; `row` is the row of the catalogue, from 0."""
@@ -122,6 +114,43 @@ class Dataset:
         tables = pd.concat([self.table(part)[["group", "split"]] for part in FRACTIONS])
         splits = tables.groupby("group")["split"].nunique()
         return [str(group) for group in splits.index[splits > 1]]
+
+
+class ImageFile:
+    """The images of a split in their file."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+        npy.read_magic(self._file)
+        npy.read_array_header_1_0(self._file)
+        self._begin = self._file.tell()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def blocks(
+        self, start: int, n: int, block: NDArray[np.float32]
+    ) -> Iterator[NDArray[np.float32]]:
+        """n images from `start` on, as many at a time as the memory `block` holds.
+
+        Raises InputError where the file is shorter.
+        """
+        self._file.seek(self._begin + start * block[0].nbytes)
+        while n > 0:
+            images = block[:n]
+            content = images.data.cast("B")
+            while content:
+                got = self._file.readinto(content)
+                if not got:
+                    raise InputError(
+                        f"{self._file.name}: is shorter than its table; make the dataset again"
+                    )
+                content = content[got:]
+            yield images
+            n -= len(images)
 
 
 @dataclass(frozen=True)

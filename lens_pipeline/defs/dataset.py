@@ -35,17 +35,26 @@ def catalogue_recipe(settings: Settings) -> Recipe:
     from lens_pipeline.catalogue.table import source_fingerprint
 
     if settings.source == "simulation":
+        from lens_pipeline.catalogue.images import files_fingerprint
         from lens_pipeline.simulation import load_config
+        from lens_pipeline.simulation.pool import pool_catalogue
 
         preset = presets.chosen(settings)
         config = load_config(settings.survey, settings.simulation)
-        psf = config.survey.psf
+        inputs = {}
+        if config.survey.psf is not None:
+            inputs["psf"] = source_fingerprint(config.survey.psf)
+        if config.hosts is not None:
+            options = settings.storage_options
+            images = pool_catalogue(config.hosts, options).references
+            inputs["hosts"] = source_fingerprint(config.hosts, options)
+            inputs["images"] = files_fingerprint(images, options)
         libraries = ("torch", "caustics", "astropy", "numpy", "scipy", "scikit-image", "pandas")
         return Recipe(
             stage="cutout_catalogue",
             modules=(SIMULATION,),
             libraries=(*libraries, "pyarrow"),
-            inputs={} if psf is None else {"psf": source_fingerprint(psf)},
+            inputs=inputs,
             settings={
                 "config": config.model_dump(mode="json"),
                 "n": settings.n_cutouts or preset.n_cutouts,
@@ -68,7 +77,9 @@ def make_catalogue(settings: Settings, recipe: Recipe, out: Path) -> None:
         from lens_pipeline.simulation.simulate import simulate_catalogue
 
         config = load_config(settings.survey, settings.simulation)
-        simulate_catalogue(out, **(recipe.settings | {"config": config}))
+        storage = settings.storage_options
+        arguments = recipe.settings | {"config": config}
+        simulate_catalogue(out, **arguments, storage_options=storage)
     else:
         from lens_pipeline.catalogue.table import read_catalogue
 

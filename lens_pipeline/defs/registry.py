@@ -80,6 +80,7 @@ def registered_ensemble(context: dg.AssetExecutionContext, lens: LensHome) -> dg
         "dataset_version": facts["dataset_version"],
         "members": {n: m for n, m in evaluation.metrics.items() if n != "ensemble"},
         "ensemble": evaluation.metrics["ensemble"],
+        "kinds": evaluation.kinds,
         "model": {"name": MODEL, "version": number, "aliases": aliases},
         "gate": {"passed": decision.passed, "reasons": list(decision.reasons)},
         "stages": stages,

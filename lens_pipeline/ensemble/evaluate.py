@@ -23,8 +23,8 @@ from lens_pipeline.evaluation.plots import (
     roc_figure,
     score_histogram_figure,
 )
-from lens_pipeline.evaluation.report import write_report
-from lens_pipeline.evaluation.result import ENSEMBLE, METRICS, REPORT, SCORES, Evaluation
+from lens_pipeline.evaluation.report import kinds_table, write_report
+from lens_pipeline.evaluation.result import ENSEMBLE, KINDS, METRICS, REPORT, SCORES, Evaluation
 
 GALLERY = 16
 
@@ -57,7 +57,9 @@ def evaluate_ensemble(
     columns |= {ENSEMBLE: "probability"}
     probability = {name: test[column].to_numpy() for name, column in columns.items()}
     metrics = {name: lens_metrics(label, score) for name, score in probability.items()}
-    (out / METRICS).write_text(json.dumps(metrics, indent=1))
+    kinds = _by_kind(test, label) if "kind" in test else {}
+    for name, values in ((METRICS, metrics), (KINDS, kinds)):
+        (out / name).write_text(json.dumps(values, indent=1))
 
     figures = {
         "roc": roc_figure({name: (label, score) for name, score in probability.items()}),
@@ -75,7 +77,7 @@ def evaluate_ensemble(
         "missed": "The lenses with the lowest scores",
         "mistaken": "The non-lenses with the highest scores",
     }
-    evaluation = Evaluation(out, metrics)
+    evaluation = Evaluation(out, metrics, kinds)
     write_report(
         out / REPORT,
         title="Lens ensemble",
@@ -83,7 +85,7 @@ def evaluate_ensemble(
         metrics=metrics,
         figures={captions[name]: figure for name, figure in figures.items()},
         gate=evaluation.gate(gate),
-        tables={"Test split, by kind": _by_kind(test, label)} if "kind" in test else {},
+        tables={"Test split, by kind of non-lens": kinds_table(kinds)} if kinds else {},
     )
     return evaluation
 
@@ -110,13 +112,13 @@ def _gallery(dataset: Dataset, rows: pd.DataFrame) -> Figure:
     return contact_sheet(images, captions, dataset.format.units)
 
 
-def _by_kind(test: pd.DataFrame, label: NDArray[np.int8]) -> pd.DataFrame:
-    """AUROC of each kind of non-lens against all lenses, and of how many."""
-    rows = []
+def _by_kind(test: pd.DataFrame, label: NDArray[np.int8]) -> dict[str, dict[str, Any]]:
+    """Of each kind of non-lens: how many there are, and the AUROC against all lenses."""
+    kinds = {}
     for kind, part in test[label == 0].groupby("kind"):
         against = pd.concat([test[label == 1], part])
         of_kind = lens_metrics(
             against["label"].to_numpy(dtype=np.int8), against["probability"].to_numpy(), bootstrap=0
         )
-        rows.append({"kind": kind, "cutouts": len(part), "AUROC": of_kind["auroc"]["value"]})
-    return pd.DataFrame(rows)
+        kinds[str(kind)] = {"n": len(part), "auroc": of_kind["auroc"]["value"]}
+    return kinds

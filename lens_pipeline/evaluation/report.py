@@ -57,6 +57,21 @@ def _counts(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     return text
 
 
+def kinds_table(kinds: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """A row for each kind of non-lens, those hardest to tell from lenses first."""
+    rows = [
+        {"kind": kind, "cutouts": of_kind["n"], "AUROC": of_kind["auroc"]}
+        for kind, of_kind in sorted(kinds.items(), key=lambda item: item[1]["auroc"])
+    ]
+    return pd.DataFrame(rows)
+
+
+def format_kinds(kinds: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for the terminal."""
+    rows = kinds_table(kinds).itertuples(index=False)
+    return "AUROC against each kind: " + ", ".join(f"{r.kind} {r.AUROC:.3f}" for r in rows)
+
+
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto;
   padding: 0 1rem; }

@@ -9,6 +9,7 @@ from typing import Any
 from lens_pipeline.evaluation.gates import GateDecision, first_model_gate
 
 METRICS = "metrics.json"
+KINDS = "kinds.json"
 SCORES = "scores.parquet"
 REPORT = "report.html"
 ENSEMBLE = "ensemble"
@@ -16,13 +17,16 @@ ENSEMBLE = "ensemble"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics.json, scores.parquet, report.html and pictures.
+    """metrics.json, kinds.json, scores.parquet, report.html and pictures.
 
     metrics: what `lens_metrics` gives on the test split, for each member and for `ensemble`.
+    kinds: {kind of non-lens: its `n` in the test split, the ensemble's `auroc` against all lenses};
+    empty where the catalogue has no column `kind`.
     """
 
     folder: Path
     metrics: dict[str, dict[str, Any]]
+    kinds: dict[str, dict[str, Any]]
 
     def gate(self, thresholds: Mapping[str, Any]) -> GateDecision:
         """Whether this ensemble may become the first champion."""
@@ -30,4 +34,5 @@ class Evaluation:
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    return Evaluation(folder, json.loads((folder / METRICS).read_text()))
+    metrics, kinds = (json.loads((folder / name).read_text()) for name in (METRICS, KINDS))
+    return Evaluation(folder, metrics, kinds)

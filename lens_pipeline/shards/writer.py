@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +22,8 @@ from lens_pipeline.shards.manifest import INDEX, MANIFEST, Listed, Manifest, Sha
 from lens_pipeline.shards.tar import Bytes, Member, tar_end, tar_part, word_sums
 from lens_pipeline.steps import file_sha256
 
-PART = 2**23  # bytes of pixels at a time: few enough to stay in the processor's cache
+PART = 2**23  # bytes of pixels that are written at a time
+BLOCK = 2**19  # that are read at a time: they stay in the processor's cache
 GRAIN = 2**15  # numbers that torch converts in the calling thread; every core has one of ours
 
 
@@ -84,21 +85,24 @@ class _Portion:
         digest, size = hashlib.sha256(), 0
         offsets, payloads_bytes, sums = [], [], []
         step = max(1, PART // (4 * int(np.prod(self.shape))))
-        images = np.empty((step, *self.shape), np.float32)
+        block = np.empty((max(1, step * BLOCK // PART), *self.shape), np.float32)
         scratch = np.empty(2 * PART, np.uint8)
         others = _others(self.table)
-        with (folder / self.name).open("wb", buffering=0) as file:
+        with (
+            self.dataset.open_images(self.split) as images,
+            (folder / self.name).open("wb", buffering=0) as file,
+        ):
             for start in range(0, len(self.table), step):
-                images = images[: len(self.table) - start]
-                rows = slice(start, start + len(images))
-                self.dataset.read_images(self.split, self.first + start, images)
-                pixels = _pixels(images, encoding)
+                rows = slice(start, min(start + step, len(self.table)))
+                n = rows.stop - start
+                blocks = images.blocks(self.first + start, n, block)
+                pixels = _pixels(blocks, self.shape, encoding)
                 members = [pixels, *(member.part(rows) for member in others)]
-                part, places = tar_part(self.first + start, len(images), members, scratch)
+                part, places = tar_part(self.first + start, n, members, scratch)
                 begin = places[encoding.extension]
                 if encoding.is_raw:
-                    _fill_in(part, begin, images, encoding.dtype)
-                length = pixels.sizes(len(images)) - len(pixels.prefix)
+                    _fill_in(part, begin, blocks, encoding.dtype)
+                length = pixels.sizes(n) - len(pixels.prefix)
                 sums.append(word_sums(part, begin, length))
                 offsets.append(begin + size)
                 payloads_bytes.append(length)
@@ -136,32 +140,46 @@ def _others(table: pd.DataFrame) -> list[Member]:
     return members
 
 
-def _pixels(images: NDArray[np.float32], encoding: Encoding) -> Member:
+def _pixels(
+    blocks: Iterable[NDArray[np.float32]], shape: tuple[int, ...], encoding: Encoding
+) -> Member:
     if not encoding.is_raw:
-        return Member(encoding.extension, [encoding.encode(image) for image in images])
-    shape = images.shape[1:]
+        encoded = [encoding.encode(image) for images in blocks for image in images]
+        return Member(encoding.extension, encoded)
     n_bytes = int(np.prod(shape)) * encoding.dtype.itemsize
     return Member(encoding.extension, n_bytes, encoding.npy_header(shape))
 
 
 def _fill_in(
-    part: Bytes, begin: NDArray[np.int64], images: NDArray[np.float32], dtype: np.dtype[Any]
+    part: Bytes,
+    begin: NDArray[np.int64],
+    blocks: Iterable[NDArray[np.float32]],
+    dtype: np.dtype[Any],
 ) -> None:
     """Put the pixels of each sample where the part of a tar has room for them.
 
     NumPy converts to float16 one number at a time, torch with the processor's instructions.
     """
-    flat = images.reshape(len(images), -1)
-    n_bytes, stride = flat.shape[1] * dtype.itemsize, len(part) // len(images)
-    alike = len(part) == stride * len(images)
-    if alike and (begin == begin[0] + stride * np.arange(len(images))).all():
-        rooms = part.reshape(len(images), stride)[:, begin[0] : begin[0] + n_bytes].view(dtype)
-        step = max(1, GRAIN // flat.shape[1])
-        to = torch.from_numpy(rooms).split(step)
-    else:  # a long id takes a block more than others
-        to, step = [torch.from_numpy(part[at : at + n_bytes].view(dtype)[None]) for at in begin], 1
-    for room, numbers in zip(to, torch.from_numpy(flat).split(step), strict=True):
-        room.copy_(numbers)
+    stride = len(part) // len(begin)
+    alike = (
+        len(part) == stride * len(begin)
+        and not np.diff(begin - stride * np.arange(len(begin))).any()
+    )
+    done = 0
+    for images in blocks:
+        flat = torch.from_numpy(images).flatten(1)
+        n_bytes = flat.shape[1] * dtype.itemsize
+        if alike:
+            step = max(1, GRAIN // flat.shape[1])
+            of_sample = part.reshape(-1, stride)[done : done + len(flat)]
+            rooms = [of_sample[:, begin[0] : begin[0] + n_bytes]]
+        else:  # a long id takes a block more than others
+            step = 1
+            rooms = [part[None, at : at + n_bytes] for at in begin[done : done + len(flat)]]
+        to = [t for room in rooms for t in torch.from_numpy(room.view(dtype)).split(step)]
+        for target, source in zip(to, flat.split(step), strict=True):
+            target.copy_(source)
+        done += len(flat)
 
 
 def _portions(dataset: Dataset, shard_size: int) -> Iterator[_Portion]:

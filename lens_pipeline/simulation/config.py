@@ -1,10 +1,11 @@
-"""All that decides a simulation: the survey, the population, the sources, the decoys.
+"""All that decides a simulation: the survey, the hosts, the sources, the decoys, the population.
 
 Plain pydantic, and written by hand in a YAML file where the defaults are not wanted::
 
     survey: {seeing: 1.1, psf: psf.fits}          # what differs from the survey's preset
+    hosts: lrg/catalogue.csv                      # real images of lens galaxies
     sources: sersic                               # or hubble
-    decoys: {unlensed: 2, spiral: 1}              # relative weights
+    decoys: {unlensed: 2, edge_on: 1}             # relative weights
     population:
       shear: {distribution: uniform, low: 0, high: 0.05}
       velocity_dispersion: {distribution: normal, mean: 250, std: 40, low: 100, high: 400}
@@ -22,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from scipy.special import ndtr, ndtri
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.simulation.decoy_kinds import MIXTURE
+from lens_pipeline.simulation.decoy_kinds import KEEP_HOST, MIXTURE
 from lens_pipeline.simulation.surveys import Survey, find_survey
 
 Array = NDArray[np.float64]
@@ -115,14 +116,21 @@ class Population(_Part):
 
 
 class SimulationConfig(_Part):
-    """The four parts of a simulation."""
+    """The parts of a simulation."""
 
     survey: Survey
+    hosts: str | None = Field(
+        default=None,
+        description="a catalogue of real lens galaxies' cutouts, or smooth ones; see `pool`",
+    )
     sources: Literal["hubble", "sersic"] = Field(
         default="hubble", description="real galaxies of the Hubble deep field, or smooth discs"
     )
     decoys: dict[str, Annotated[float, Field(ge=0)]] = Field(
-        default_factory=lambda: dict(MIXTURE), description="relative weights by kind"
+        default_factory=lambda given: {
+            kind: MIXTURE[kind] for kind in (KEEP_HOST if given.get("hosts") else MIXTURE)
+        },
+        description="relative weights by kind; with `hosts`, of those in KEEP_HOST alone",
     )
     population: Population = Population()
 
@@ -133,6 +141,12 @@ class SimulationConfig(_Part):
             raise ValueError(f"decoys: {unknown[0]} is none of {', '.join(MIXTURE)}")
         if not sum(self.decoys.values()):
             raise ValueError("decoys: at least one weight must be above 0")
+        moved = [kind for kind, weight in self.decoys.items() if weight and kind not in KEEP_HOST]
+        if self.hosts is not None and moved:
+            raise ValueError(
+                f"decoys: {moved[0]} rearranges the light of the host, which a real image (hosts) "
+                f"does not allow; there are {', '.join(KEEP_HOST)}"
+            )
         return self
 
 
@@ -154,10 +168,19 @@ def load_config(survey: str, file: str | Path | None = None) -> SimulationConfig
         raise InputError(f"{file}: must hold keys and values, and so must survey")
     stated = values.get("survey", {})
     if "psf" in stated:
-        stated = stated | {"psf": str(Path(file).parent / stated["psf"])}
+        stated = stated | {"psf": _beside(file, stated["psf"])}
+    if "hosts" in values:
+        values = values | {"hosts": _beside(file, values["hosts"])}
     try:
         return SimulationConfig.model_validate(values | {"survey": preset.model_dump() | stated})
     except ValidationError as problem:
         first = problem.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{file}: {place}: {first['msg']}".replace(": :", ":")) from None
+
+
+def _beside(file: str | Path, path: Any) -> Any:
+    """A path in a YAML file is relative to the file; a URL, or what is no text, stays as it is."""
+    if not isinstance(path, str) or "://" in path:
+        return path
+    return str(Path(file).parent / path)

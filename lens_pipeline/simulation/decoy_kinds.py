@@ -18,3 +18,6 @@ MIXTURE: Mapping[str, float] = MappingProxyType(
         "artefact": 0.05,  # cosmic rays, a satellite's trail, bad columns
     }
 )
+
+# Those that only add to the host's image, as an image that is taken already allows.
+KEEP_HOST = ("unlensed", "intruders", "edge_on", "artefact")

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lens_pipeline.simulation.hosts import HostGalaxies
 from lens_pipeline.simulation.population import Array, magnitudes, source_axis_ratio, source_colours
 from lens_pipeline.simulation.render import Renderer
 from lens_pipeline.simulation.streams import Purpose, stream
@@ -35,13 +36,14 @@ def choose_kinds(seed: int, hosts: Iterable[int], mixture: Mapping[str, float]) 
 
 
 def draw_decoys(
-    renderer: Renderer, seed: int, lenses: pd.DataFrame, galaxy: Tensor, kinds: NDArray[np.str_]
+    galaxies: HostGalaxies, seed: int, lenses: pd.DataFrame, galaxy: Tensor, kinds: NDArray[np.str_]
 ) -> Tensor:
     """The decoy of each lens in a table: expected electrons (hosts, bands, size, size).
 
-    galaxy: those of the lens galaxies alone. kinds: as `choose_kinds` gives them.
+    galaxy: those of the lens galaxies alone. kinds: as `choose_kinds` gives them; those in
+    `decoy_kinds.KEEP_HOST` only add to them.
     """
-    hosts = lenses.index.to_numpy()
+    renderer, hosts = galaxies.renderer, lenses.index.to_numpy()
     u = np.stack(
         [stream(seed, h, Purpose.DECOY).random((1 + MAX_MEMBERS, DEVIATES)) for h in hosts]
     )
@@ -62,7 +64,9 @@ def draw_decoys(
         electrons.index_add_(0, owner, light)
     damaged = np.flatnonzero(kinds == "artefact")
     if len(damaged):
-        electrons[damaged] += renderer.electrons_of_sigma(_artefacts(renderer, u[damaged]))
+        background = galaxies.background(lenses["host_galaxy"].to_numpy()[damaged])
+        artefacts = _artefacts(renderer, u[damaged])
+        electrons[damaged] += renderer.electrons_of_sigma(artefacts, background)
     return electrons
 
 

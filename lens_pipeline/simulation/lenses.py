@@ -9,14 +9,13 @@ from torch import Tensor
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.simulation.config import Population, SimulationConfig
+from lens_pipeline.simulation.hosts import HostGalaxies
 from lens_pipeline.simulation.population import (
     CANDIDATES,
     COLUMNS,
     candidates,
     magnitudes,
 )
-from lens_pipeline.simulation.render import Renderer
-from lens_pipeline.simulation.sources import galaxy_of_host
 from lens_pipeline.simulation.streams import Purpose, stream
 
 TOGETHER = {"cpu": 64, "cuda": 2048}  # candidates rendered at a time: what the cache, the GPU likes
@@ -28,8 +27,11 @@ MAX_BLOCKS = 2000
 class Lenses:
     """Accepted systems, one a host, in the hosts' order.
 
-    table: the columns of `population.candidates`, with `magnification` and `arc_snr`.
-    galaxy, arcs: (hosts, bands, size, size), expected electrons after the PSF.
+    table: the columns of `population.candidates`, NaN in those that the host galaxies leave
+    unknown, with `magnification`, `arc_snr`, and `source_galaxy` and `host_galaxy`, the numbers of
+    both galaxies.
+    galaxy, arcs: (hosts, bands, size, size), electrons: expected, after the PSF; of a galaxy that
+    is an image, what it shows.
     """
 
     table: pd.DataFrame
@@ -37,27 +39,30 @@ class Lenses:
     arcs: Tensor
 
 
-def draw_lenses(renderer: Renderer, config: SimulationConfig, seed: int, hosts: range) -> Lenses:
+def draw_lenses(
+    galaxies: HostGalaxies, config: SimulationConfig, seed: int, hosts: range
+) -> Lenses:
     """For each host the first of its candidates that passes every cut.
 
     A candidate passes on the rendered arcs' signal-to-noise (best band) and on their magnification,
     the flux of the arcs within the cutout over the flux of the source. Where few hosts are left,
     several candidates of each are rendered at a time; the first that passes is the same.
     """
-    cuts, together = config.population, TOGETHER.get(torch.device(renderer.device).type, 64)
+    device = galaxies.renderer.device
+    cuts, together = config.population, TOGETHER.get(torch.device(device).type, 64)
     found: list[Lenses] = []
     pending, block = np.array(hosts), 0
     while pending.size:
         # As many again as before, while memory allows: the rarest hosts take hundreds of blocks.
         blocks = range(block, block + min(block + 1, max(1, MANY // (CANDIDATES * pending.size))))
-        table = _candidates(renderer, config, seed, pending, blocks)
+        table = _candidates(galaxies, config, seed, pending, blocks)
         while len(table):
             n_hosts = table.index.nunique()
             place = table.groupby(level=0, sort=False).cumcount()
             now = (place < max(1, together // n_hosts)).to_numpy()
-            drawn = _render(renderer, table[now], cuts)
+            drawn = _render(galaxies, table[now], cuts)
             first = ~drawn.table.index.duplicated()
-            keep = torch.from_numpy(np.flatnonzero(first)).to(renderer.device)
+            keep = torch.from_numpy(np.flatnonzero(first)).to(device)
             if first.any():
                 found.append(Lenses(drawn.table[first], drawn.galaxy[keep], drawn.arcs[keep]))
             accepted = drawn.table.index[first]
@@ -70,7 +75,7 @@ def draw_lenses(renderer: Renderer, config: SimulationConfig, seed: int, hosts: 
                 "detectable lens; loosen its cuts or its distributions"
             )
     table = pd.concat([part.table for part in found])
-    order = torch.from_numpy(np.argsort(table.index.to_numpy())).to(renderer.device)
+    order = torch.from_numpy(np.argsort(table.index.to_numpy())).to(device)
     return Lenses(
         table.sort_index(),
         torch.cat([part.galaxy for part in found])[order],
@@ -79,7 +84,7 @@ def draw_lenses(renderer: Renderer, config: SimulationConfig, seed: int, hosts: 
 
 
 def _candidates(
-    renderer: Renderer, config: SimulationConfig, seed: int, hosts: np.ndarray, blocks: range
+    galaxies: HostGalaxies, config: SimulationConfig, seed: int, hosts: np.ndarray, blocks: range
 ) -> pd.DataFrame:
     """The next blocks of each host's candidates; the index is the host, repeated in its order."""
     u = np.concatenate(
@@ -89,30 +94,34 @@ def _candidates(
             for block in blocks
         ]
     )
-    table = candidates(u, config)
+    number = np.array([galaxies.number(int(host), block) for host in hosts for block in blocks])
+    number = number.repeat(CANDIDATES)
+    table = candidates(u, config, galaxies.known(number), galaxies.background(number))
+    number = number[table.index]
     table = table.set_index(hosts[table.index // (CANDIDATES * len(blocks))])
-    galaxy = {host: galaxy_of_host(renderer.sources, int(host)) for host in hosts}
-    return table.assign(source_galaxy=table.index.map(galaxy))
+    table[list(galaxies.unknown)] = np.nan
+    return table.assign(source_galaxy=galaxies.source(number), host_galaxy=number)
 
 
-def _render(renderer: Renderer, table: pd.DataFrame, cuts: Population) -> Lenses:
+def _render(galaxies: HostGalaxies, table: pd.DataFrame, cuts: Population) -> Lenses:
     """Those systems of a table that pass the cuts.
 
     The galaxy is drawn for those alone that may pass: its noise only lowers the arcs' signal-to-
     noise, which no set of pixels raises above that of the matched filter.
     """
+    renderer = galaxies.renderer
+    background = galaxies.background(table["host_galaxy"].to_numpy())
     arcs = renderer.arcs(renderer.parameters(table))
     magnification = arcs.sum(dim=(1, 2)).cpu().numpy()
     arcs = renderer.electrons(renderer.blur(arcs), magnitudes(table, "source", renderer.bands))
-    best = renderer.matched_filter(arcs).cpu().numpy()
+    best = renderer.matched_filter(arcs, background).cpu().numpy()
     may = (magnification > cuts.min_magnification) & (best > cuts.min_arc_snr)
     table, arcs = table[may], arcs[torch.from_numpy(may).to(arcs.device)]
     if table.empty:
         return Lenses(table, arcs, arcs)
 
-    galaxy = renderer.blur(renderer.elliptical(renderer.parameters(table)))
-    galaxy = renderer.electrons(galaxy, magnitudes(table, "lens", renderer.bands))
-    snr = renderer.signal_to_noise(arcs, galaxy).cpu().numpy()
+    galaxy = galaxies.light(table)
+    snr = renderer.signal_to_noise(arcs, galaxy, background[may]).cpu().numpy()
     table = table.assign(magnification=magnification[may], arc_snr=snr)
     passed = snr > cuts.min_arc_snr
     keep = torch.from_numpy(passed).to(arcs.device)

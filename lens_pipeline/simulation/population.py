@@ -10,7 +10,9 @@ radians from +x towards +y, of the major axis; half-light radii are circularised
 sqrt(major x minor axis).
 """
 
+from collections.abc import Mapping
 from functools import cache
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -31,6 +33,7 @@ ARCSEC = np.pi / 180 / 3600
 MAX_LENS_REDSHIFT = 2.0
 MAX_SHEAR = 0.1
 MIN_SOURCE_RADIUS = 0.4  # pixels
+RARE = 1e-4  # of sources, or of lenses: what is rarer is not waited for
 CANDIDATES = 192  # drawn at a time for each host
 COLUMNS = 21  # uniform deviates that a candidate takes
 
@@ -217,7 +220,12 @@ def magnitudes(table: pd.DataFrame, galaxy: str, bands: tuple[str, ...]) -> Arra
     return np.stack([known[band] for band in bands], axis=1)
 
 
-def candidates(u: Array, config: SimulationConfig) -> pd.DataFrame:
+def candidates(
+    u: Array,
+    config: SimulationConfig,
+    known: Mapping[str, Array] = MappingProxyType({}),
+    background: Array | None = None,
+) -> pd.DataFrame:
     """The systems among u (rows, COLUMNS) that may be detectable lenses; the index is u's rows.
 
     Cuts on redshift, Einstein radius and 2 theta_E^2 > (2 r_s)^2 + seeing^2 are final; those on
@@ -225,14 +233,21 @@ def candidates(u: Array, config: SimulationConfig) -> pd.DataFrame:
     Sources are placed uniformly over the box |beta_x|, |beta_y| <= theta_E, whose corners lie at
     beta^2 = 2 theta_E^2. Sources smaller than the renderer's sub-pixels resolve are left out.
 
+    known: columns of the lens galaxy (rows,) that are not drawn but given, where they are not NaN.
+    background: variance of an empty pixel (rows, bands), electrons^2; by default the survey's.
+
     Columns: z_lens, z_source; velocity_dispersion (km/s); einstein_radius (arcsec); axis_ratio,
     position_angle, x, y of the lens; shear, shear_angle; <galaxy>_radius (arcsec) and
     <galaxy>_magnitude (r), _g_r, _r_i, where <galaxy> is lens or source; source_x, source_y
     (arcsec from the lens), source_axis_ratio, source_angle.
     """
     survey, chosen = config.survey, config.population
-    z_lens = chosen.named(lens_redshift, u[:, 0])
-    sigma = chosen.named(velocity_dispersion, u[:, 1])
+
+    def known_or(name: str, drawn: Array) -> Array:
+        return np.where(np.isnan(known[name]), drawn, known[name]) if name in known else drawn
+
+    z_lens = known_or("z_lens", chosen.named(lens_redshift, u[:, 0]))
+    sigma = known_or("velocity_dispersion", chosen.named(velocity_dispersion, u[:, 1]))
     i_magnitude = chosen.named(source_i_magnitude, u[:, 2])
     z_source = chosen.named(source_redshift, u[:, 3], i_magnitude)
     theta = einstein_radius(sigma, z_lens, z_source)
@@ -243,6 +258,8 @@ def candidates(u: Array, config: SimulationConfig) -> pd.DataFrame:
     u, z_lens, sigma, i_magnitude, z_source, theta = (
         column[index] for column in (u, z_lens, sigma, i_magnitude, z_source, theta)
     )
+    known = {name: column[index] for name, column in known.items()}
+    background = survey.background_variance if background is None else background[index]
     r_lens, lens_g_r, lens_r_i = lens_light(
         u[:, 4:6].T, z_lens, lens_absolute_magnitude(u[:, 6], sigma)
     )
@@ -253,10 +270,10 @@ def candidates(u: Array, config: SimulationConfig) -> pd.DataFrame:
             "z_source": z_source,
             "velocity_dispersion": sigma,
             "einstein_radius": theta,
-            "axis_ratio": chosen.named(lens_axis_ratio, u[:, 9], sigma),
-            "position_angle": np.pi * u[:, 10],
-            "x": survey.pixel_scale * (u[:, 11] - 0.5),
-            "y": survey.pixel_scale * (u[:, 12] - 0.5),
+            "axis_ratio": known_or("axis_ratio", chosen.named(lens_axis_ratio, u[:, 9], sigma)),
+            "position_angle": known_or("position_angle", np.pi * u[:, 10]),
+            "x": known_or("x", survey.pixel_scale * (u[:, 11] - 0.5)),
+            "y": known_or("y", survey.pixel_scale * (u[:, 12] - 0.5)),
             "shear": chosen.named(shear, u[:, 13]),
             "shear_angle": np.pi * u[:, 14],
             "lens_radius": lens_radius(u[:, 15], sigma) * kpc_to_arcsec(z_lens),
@@ -275,10 +292,12 @@ def candidates(u: Array, config: SimulationConfig) -> pd.DataFrame:
         },
         index=index,
     )
-    return table[_may_be_detectable(table, survey, chosen)]
+    return table[_may_be_detectable(table, survey, chosen, background)]
 
 
-def _may_be_detectable(table: pd.DataFrame, survey: Survey, cuts: Population) -> NDArray[np.bool_]:
+def _may_be_detectable(
+    table: pd.DataFrame, survey: Survey, cuts: Population, background: Array
+) -> NDArray[np.bool_]:
     theta, radius = table["einstein_radius"].to_numpy(), table["source_radius"].to_numpy()
     resolved = 2 * theta**2 > (2 * radius) ** 2 + survey.seeing**2
     sampled = radius > MIN_SOURCE_RADIUS * survey.pixel_scale
@@ -289,6 +308,30 @@ def _may_be_detectable(table: pd.DataFrame, survey: Survey, cuts: Population) ->
     magnification = 2 * (1 + 2 * theta / np.hypot(beta, radius / 1.678))
     star = 0.2545 / (survey.seeing / survey.pixel_scale / 2.3548)
     flux = survey.electrons(magnitudes(table, "source", survey.bands))
-    snr = star * magnification * (flux / np.sqrt(survey.background_variance)).max(axis=1)
+    snr = star * magnification * (flux / np.sqrt(background)).max(axis=1)
     detectable = (magnification > cuts.min_magnification) & (snr > cuts.min_arc_snr)
     return resolved & sampled & detectable
+
+
+def may_lens(config: SimulationConfig, sigma: Array, z: Array) -> NDArray[np.bool_]:
+    """Whether lens galaxies may pass the cuts on geometry, with the most favourable of sources.
+
+    sigma: velocity dispersion, km/s; z: redshift; (n,), NaN where they are drawn. The most
+    favourable that is waited for, of what is drawn, is one in 1 / RARE.
+    """
+    survey, chosen = config.survey, config.population
+    low, high = np.array(RARE), np.array(1 - RARE)
+    z_source = chosen.named(source_redshift, high, chosen.named(source_i_magnitude, high))
+    near, far = (np.where(np.isnan(z), chosen.named(lens_redshift, u), z) for u in (low, high))
+    light, heavy = (
+        np.where(np.isnan(sigma), chosen.named(velocity_dispersion, u), sigma) for u in (low, high)
+    )
+    widest = einstein_radius(heavy, near, z_source)
+    narrowest = einstein_radius(light, far, far + chosen.min_redshift_gap)
+    smallest = MIN_SOURCE_RADIUS * survey.pixel_scale
+    return (
+        (z_source - near > chosen.min_redshift_gap)
+        & (widest >= chosen.min_einstein_radius)
+        & (narrowest <= chosen.max_einstein_radius)
+        & (2 * widest**2 > (2 * smallest) ** 2 + survey.seeing**2)
+    )

@@ -40,6 +40,13 @@ CORE_SUPERSAMPLING = 8
 CUSP_SOFTENING = 0.2
 PSF_RADIUS = 12  # pixels
 POINT_WIDTH = 0.3  # pixels: standard deviation of a star before the PSF
+# Of light that is added to an image: less than that many of its background's sigmas is what the
+# Fourier transform of the PSF leaves everywhere, and is left out.
+NEGLIGIBLE = 1e-5
+# Its standard deviation is e/sqrt(e + s) for e electrons, s being that part of the background's
+# variance: sqrt(e) where it can be seen, and no steeper than 1/sqrt(s) at 0, where another
+# batch's rounding would show.
+ROUNDED = 1e-4
 PLACE_AND_LIGHT = ("x", "y", "component_magnitude", "component_g_r", "component_r_i")
 
 
@@ -243,29 +250,58 @@ class Renderer:
         background = self._background()
         return (electrons + deviates * (background + electrons).sqrt()) / background.sqrt()
 
-    def matched_filter(self, arcs: Tensor) -> Tensor:
+    def paint(
+        self,
+        images: Tensor,
+        electrons: Tensor,
+        deviates: Tensor,
+        background: NDArray[np.float64],
+    ) -> Tensor:
+        """Images (..., bands, size, size), in background sigma, with light that is added to them.
+
+        electrons, expected of that light, and standard normal deviates: as the images; background:
+        as in `signal_to_noise`. The images keep their own noise; the light brings its Poisson
+        noise, drawn as in `expose`.
+        """
+        variance = self._background(background)
+        sigma = variance.sqrt()
+        electrons = electrons * (electrons > NEGLIGIBLE * sigma)
+        noise = electrons / (electrons + ROUNDED * variance).sqrt()
+        return images + (electrons + deviates * noise) / sigma
+
+    def matched_filter(self, arcs: Tensor, background: NDArray[np.float64] | None = None) -> Tensor:
         """Signal-to-noise of arcs alone on the sky in the best band (B,), their shape known.
 
-        By Schwarz's inequality no `signal_to_noise` is higher.
+        By Schwarz's inequality no `signal_to_noise` is higher. background: as there.
         """
-        return (arcs**2 / (self._background() + arcs)).sum(dim=(-2, -1)).amax(dim=1).sqrt()
+        return (
+            (arcs**2 / (self._background(background) + arcs)).sum(dim=(-2, -1)).amax(dim=1).sqrt()
+        )
 
-    def signal_to_noise(self, arcs: Tensor, others: Tensor) -> Tensor:
+    def signal_to_noise(
+        self, arcs: Tensor, others: Tensor, background: NDArray[np.float64] | None = None
+    ) -> Tensor:
         """Of the arcs in the best band, (B,); both (B, bands, size, size), in electrons.
 
+        background: variance of an empty pixel, electrons^2 (B, bands); by default the survey's.
         The highest that any set of pixels gives, the brightest first, against the noise of sky,
         read-out and all objects (LensPop).
         """
-        variance = (self._background() + arcs + others).flatten(2)
+        variance = (self._background(background) + arcs + others).flatten(2)
         signal = arcs.flatten(2)
         order = (signal**2 / variance).argsort(dim=-1, descending=True)
         signal, variance = signal.gather(-1, order), variance.gather(-1, order)
         return (signal.cumsum(-1) / variance.cumsum(-1).sqrt()).amax(dim=(1, 2))
 
-    def electrons_of_sigma(self, images: Tensor) -> Tensor:
-        """Electrons (B, bands, size, size) of images in units of each band's background sigma."""
-        return images * self._background().sqrt()
+    def electrons_of_sigma(
+        self, images: Tensor, background: NDArray[np.float64] | None = None
+    ) -> Tensor:
+        """Electrons (B, bands, size, size) of images in units of each band's background sigma.
 
-    def _background(self) -> Tensor:
-        variance = torch.from_numpy(self.survey.background_variance)
-        return variance.to(self.device, torch.float32)[:, None, None]
+        background: as in `signal_to_noise`.
+        """
+        return images * self._background(background).sqrt()
+
+    def _background(self, given: NDArray[np.float64] | None = None) -> Tensor:
+        variance = torch.from_numpy(self.survey.background_variance if given is None else given)
+        return variance.to(self.device, torch.float32)[..., None, None]

@@ -1,9 +1,10 @@
 """Labelled cutouts of a survey: lenses, each beside a look-alike of the same light."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,9 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.simulation import population
 from lens_pipeline.simulation.config import SimulationConfig, load_config
 from lens_pipeline.simulation.decoys import choose_kinds, draw_decoys
+from lens_pipeline.simulation.hosts import HostGalaxies, RealHosts, SersicHosts
 from lens_pipeline.simulation.lenses import draw_lenses
+from lens_pipeline.simulation.pool import read_pool
 from lens_pipeline.simulation.render import Renderer
 from lens_pipeline.simulation.sources import make_sources
 from lens_pipeline.simulation.streams import Purpose, stream
@@ -43,12 +46,15 @@ class Simulation:
     table: one row a cutout.
 
     Of every cutout: `id`; `label` (1 lens, 0 not); `kind` (`lens`, or one of
-    `decoy_kinds.MIXTURE`); `group` (all that shows one source galaxy, in whatever survey; with
-    smooth sources, one host); `survey`; `pixel_scale` (arcsec); `source_galaxy` (its name, empty
-    where it is smooth).
+    `decoy_kinds.MIXTURE`); `group` (all that shows one source galaxy, in whatever survey, and so
+    all that shows one real host; with smooth sources, one host, or one group of real ones);
+    `survey`; `pixel_scale` (arcsec); `source_galaxy` (its name, empty where it is smooth); `host`
+    (the id of the real galaxy that is the host, empty where it is smooth), and its `ra`, `dec`
+    where the pool's catalogue has them.
     Of the host galaxy: `z_lens`, `velocity_dispersion` (km/s), `axis_ratio`, `position_angle`
     (radians from +x, along columns, towards +y, along rows), `x`, `y` (arcsec from the middle),
-    `lens_radius` (half-light, arcsec), `lens_magnitude` (AB, r), `lens_g_r`, `lens_r_i` (mag).
+    `lens_radius` (half-light, arcsec), `lens_magnitude` (AB, r), `lens_g_r`, `lens_r_i` (mag);
+    these four are NaN of a real one.
     Of a lens, NaN elsewhere: `z_source`, `einstein_radius` (arcsec), `shear`, `shear_angle`
     (radians), `magnification` (of the flux), `arc_snr` (best band), `source_x`, `source_y` (arcsec
     from the lens), `source_radius` (arcsec), `source_axis_ratio` (of a smooth source),
@@ -72,14 +78,15 @@ def simulate(
 ) -> Simulation:
     """Simulate n cutouts: lenses, each followed by a decoy made of the same light.
 
-    The first m cutouts are the same for every n >= m; for another batch_size (cutouts drawn
-    together) or device, or compiled (see `Renderer`), to 1e-4 of the background sigma. config:
-    `load_config(survey)` by default. Raises InputError for an unknown survey, settings out of
-    range, or where nothing can be compiled.
+    The first m cutouts are the same for every n >= m (and one pool of hosts); for another
+    batch_size (cutouts drawn together) or device, or compiled (see `Renderer`), to 1e-4 of the
+    background sigma. config: `load_config(survey)` by default. Raises InputError for an unknown
+    survey, settings out of range, a pool of hosts that cannot be used (see `read_pool`), or where
+    nothing can be compiled.
     """
     config = config or load_config(survey)
-    renderer = _renderer(config, device, image_size, compiled)
-    parts = list(_batches(renderer, config, range(n), seed, batch_size))
+    galaxies = _galaxies(config, _renderer(config, device, image_size, compiled))
+    parts = list(_batches(galaxies, config, range(n), seed, batch_size))
     return Simulation(
         np.concatenate([part.images for part in parts]),
         pd.concat([part.table for part in parts], ignore_index=True),
@@ -95,20 +102,23 @@ def simulate_catalogue(
     device: str = "cpu",
     image_size: int = 64,
     compiled: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write n simulated cutouts into the empty folder `out`; return its `catalogue.parquet`.
 
     The catalogue has `Simulation`'s columns, `path` (`images-00000.npy#17` is row 17 of that
     stack), `flux_unit` and `bands`; `simulation.json` says what made it. The files are the same,
-    byte for byte, for the same arguments. Raises InputError as `simulate` does.
+    byte for byte, for the same arguments. storage_options: of fsspec, for the pool of hosts. Raises
+    InputError as `simulate` does.
     """
     tables = []
     renderer = _renderer(config, device, image_size, compiled)
+    galaxies = _galaxies(config, renderer, out, storage_options)
     with tqdm(total=n, desc="simulating", unit="cutout", disable=None) as progress:
         for stack, first in enumerate(range(0, n, STACK_ROWS)):
             rows = range(first, min(first + STACK_ROWS, n))
             images = []
-            for part in _batches(renderer, config, rows, seed):
+            for part in _batches(galaxies, config, rows, seed):
                 images.append(part.images)
                 tables.append(part.table)
                 progress.update(len(part.table))
@@ -146,8 +156,20 @@ def _renderer(config: SimulationConfig, device: str, image_size: int, compiled: 
     return Renderer(config.survey, sources, image_size, device, compiled)
 
 
+def _galaxies(
+    config: SimulationConfig,
+    renderer: Renderer,
+    scratch: Path | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> HostGalaxies:
+    if config.hosts is None:
+        return SersicHosts(renderer)
+    SimulationConfig.model_validate(config.model_dump())  # a copy keeps decoys that are impossible
+    return RealHosts(renderer, read_pool(config.hosts, config, renderer.size, scratch, options))
+
+
 def _batches(
-    renderer: Renderer, config: SimulationConfig, rows: range, seed: int, batch_size: int = 256
+    galaxies: HostGalaxies, config: SimulationConfig, rows: range, seed: int, batch_size: int = 256
 ) -> Iterator[Simulation]:
     """The cutouts of those rows, `batch_size` at a time; row 2h is host h's lens, 2h + 1 not."""
     for name, value, least in [
@@ -159,20 +181,22 @@ def _batches(
             raise InputError(f"{name}: {value} is too small; at least {least} is needed")
     step = batch_size - batch_size % 2
     for first in range(rows.start, rows.stop, step):
-        yield _pairs(renderer, config, seed, range(first, min(first + step, rows.stop)))
+        yield _pairs(galaxies, config, seed, range(first, min(first + step, rows.stop)))
 
 
 @torch.inference_mode()
-def _pairs(renderer: Renderer, config: SimulationConfig, seed: int, rows: range) -> Simulation:
+def _pairs(galaxies: HostGalaxies, config: SimulationConfig, seed: int, rows: range) -> Simulation:
     hosts = range(rows.start // 2, (rows.stop + 1) // 2)
-    lenses = draw_lenses(renderer, config, seed, hosts)
+    lenses = draw_lenses(galaxies, config, seed, hosts)
     kinds = choose_kinds(seed, hosts, config.decoys)
-    decoys = draw_decoys(renderer, seed, lenses.table, lenses.galaxy, kinds)
-    electrons = torch.stack([lenses.galaxy + lenses.arcs, decoys], dim=1)
-    images = renderer.expose(electrons, _deviates(electrons, seed, hosts)).flatten(0, 1)
+    bare = galaxies.unexposed(lenses.galaxy)
+    decoys = draw_decoys(galaxies, seed, lenses.table, bare, kinds)
+    electrons = torch.stack([bare + lenses.arcs, decoys], dim=1)
+    deviates = _deviates(electrons, seed, hosts)
+    images = galaxies.expose(electrons, deviates, lenses.table["host_galaxy"].to_numpy())
     return Simulation(
-        images[: len(rows)].cpu().numpy(),
-        _table(renderer, lenses.table, kinds, rows),
+        images.flatten(0, 1)[: len(rows)].cpu().numpy(),
+        _table(galaxies, lenses.table, kinds, rows),
     )
 
 
@@ -184,29 +208,27 @@ def _deviates(like: Tensor, seed: int, hosts: range) -> Tensor:
 
 
 def _table(
-    renderer: Renderer, lenses: pd.DataFrame, kinds: NDArray[np.str_], rows: range
+    galaxies: HostGalaxies, lenses: pd.DataFrame, kinds: NDArray[np.str_], rows: range
 ) -> pd.DataFrame:
     row = np.array(rows)
     host, is_lens = row // 2, row % 2 == 0
     kind = np.where(is_lens, "lens", kinds[host - host[0]])
     truths = lenses.loc[host].reset_index(drop=True)
-    survey, names = renderer.survey, renderer.sources.names
-    if names:
-        galaxy = np.array(names)[truths["source_galaxy"]]
-        group = galaxy  # a galaxy that is lensed in two splits would be known from training
-    else:
-        galaxy = np.full(len(row), "")
-        group = np.array([f"{survey.name}-host-{h:06d}" for h in host])
+    survey, names = galaxies.renderer.survey, galaxies.renderer.sources.names
+    hosts = galaxies.described(truths["host_galaxy"].to_numpy())
+    galaxy = np.array(names)[truths["source_galaxy"]] if names else np.full(len(row), "")
     truths.loc[~is_lens, LENSING_TRUTHS] = np.nan
-    described = pd.DataFrame(
+    cutouts = pd.DataFrame(
         {
             "id": [f"{survey.name}-{r:07d}-{k}" for r, k in zip(row, kind, strict=True)],
             "label": is_lens.astype(np.int8),
             "kind": kind,
-            "group": group,
+            # A galaxy that is lensed in two splits would be known from training.
+            "group": galaxy if names else hosts["group"],
             "survey": survey.name,
             "pixel_scale": survey.pixel_scale,
             "source_galaxy": galaxy,
         }
     )
-    return pd.concat([described, truths[[*GALAXY_TRUTHS, *LENSING_TRUTHS]]], axis=1)
+    truths = truths[[*GALAXY_TRUTHS, *LENSING_TRUTHS]]
+    return pd.concat([cutouts, hosts.drop(columns="group"), truths], axis=1)

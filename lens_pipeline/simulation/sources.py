@@ -4,7 +4,6 @@ The deep field is the colour picture that scikit-image ships: 8 bits, stretched 
 gives shapes alone; sizes, magnitudes and colours are those that the population draws.
 """
 
-import hashlib
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lens_pipeline.simulation.profiles import sersic
+from lens_pipeline.simulation.streams import number_of
 
 STAMP = 64  # pixels of the deep field
 MIN_AREA = 80  # pixels over the detection threshold: large enough to show a shape
@@ -154,9 +154,6 @@ def make_sources(kind: str, device: str) -> Sources:
     return DeepFieldGalaxies(device) if kind == "hubble" else SersicDiscs()
 
 
-def galaxy_of_host(sources: Sources, host: int) -> int:
-    """Which galaxy a host lenses: the same for every seed, spread evenly over them."""
-    if not sources.names:
-        return 0
-    number = hashlib.sha256(f"host {host}".encode()).digest()[:8]
-    return int.from_bytes(number) % len(sources.names)
+def galaxy_behind(sources: Sources, host: str) -> int:
+    """Which galaxy a host of that name lenses: the same for every seed, spread evenly over them."""
+    return number_of(host, len(sources.names)) if sources.names else 0

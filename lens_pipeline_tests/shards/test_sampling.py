@@ -1,11 +1,15 @@
 """Which cutouts a batch holds, on one rank and on several."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from lens_pipeline import LensDataModule
+from lens_pipeline.shards import open_shards
 from lens_pipeline.shards.sampling import EpochBatches
 
 
@@ -72,3 +76,51 @@ def test_an_interrupted_epoch_goes_on_at_the_batch_where_it_stopped(
     assert all(torch.equal(one, other) for one, other in zip(rest, whole[3:], strict=True))
     # The epoch after it is whole again.
     assert len(list(again)) == len(whole)  # type: ignore[call-overload]
+
+
+TRAIN_OVER_TWO = """
+import json, sys
+import pytorch_lightning as pl
+from lens_pipeline import LensDataModule, LitLensSystem
+
+class Seen(pl.Callback):
+    def __init__(self):
+        self.places = {"train": [], "val": []}
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.places["train"].append(batch["index"].tolist())
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
+        self.places["val"].append(batch["index"].tolist())
+
+if __name__ == "__main__":
+    shards, out = sys.argv[1:]
+    seen = Seen()
+    trainer = pl.Trainer(
+        max_epochs=2, accelerator="cpu", devices=2, strategy="ddp", logger=False, callbacks=[seen],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0, default_root_dir=out,
+    )
+    data = LensDataModule(shards, batch_size=16)
+    trainer.fit(LitLensSystem("light_transformer", image_size=32), data)
+    with open(f"{out}/seen-{trainer.global_rank}.json", "w") as file:
+        json.dump(seen.places, file)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_an_epoch(shards_folder: Path, tmp_path: Path) -> None:
+    """As Lightning runs it: with its own samplers it would see some cutouts of the split twice."""
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN_OVER_TWO)
+    command = [sys.executable, str(script), str(shards_folder), str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    ranks = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
+    val = [place for rank in ranks for batch in rank["val"] for place in batch]
+    n_val = len(open_shards(shards_folder).split("val"))
+    assert sorted(val) == sorted(2 * list(range(n_val)))  # once an epoch
+    first, second = ([len(batch) for batch in rank["train"]] for rank in ranks)
+    assert first == second
+    half = len(first) // 2
+    for epoch in (slice(0, half), slice(half, None)):
+        places = [place for rank in ranks for batch in rank["train"][epoch] for place in batch]
+        assert len(set(places)) == len(places)
+    assert ranks[0]["train"][:half] != ranks[0]["train"][half:]

@@ -7,6 +7,7 @@ import torch
 from lens_pipeline.simulation import load_config
 from lens_pipeline.simulation.decoy_kinds import MIXTURE
 from lens_pipeline.simulation.decoys import draw_decoys
+from lens_pipeline.simulation.hosts import SersicHosts
 from lens_pipeline.simulation.lenses import Lenses, draw_lenses
 from lens_pipeline.simulation.render import Renderer
 from lens_pipeline.simulation.sources import make_sources
@@ -17,25 +18,25 @@ R = 1
 
 
 @pytest.fixture(scope="module")
-def renderer() -> Renderer:
-    return Renderer(CONFIG.survey, make_sources("hubble", "cpu"), 64, "cpu")
+def galaxies() -> SersicHosts:
+    return SersicHosts(Renderer(CONFIG.survey, make_sources("hubble", "cpu"), 64, "cpu"))
 
 
 @pytest.fixture(scope="module")
-def lenses(renderer: Renderer) -> Lenses:
-    return draw_lenses(renderer, CONFIG, 7, HOSTS)
+def lenses(galaxies: SersicHosts) -> Lenses:
+    return draw_lenses(galaxies, CONFIG, 7, HOSTS)
 
 
-def decoys(renderer: Renderer, lenses: Lenses, kind: str) -> torch.Tensor:
+def decoys(galaxies: SersicHosts, lenses: Lenses, kind: str) -> torch.Tensor:
     kinds = np.full(len(HOSTS), kind)
-    return draw_decoys(renderer, 7, lenses.table, lenses.galaxy, kinds)
+    return draw_decoys(galaxies, 7, lenses.table, lenses.galaxy, kinds)
 
 
 @pytest.mark.parametrize("kind", sorted(set(MIXTURE) - {"unlensed", "artefact"}))
 def test_a_decoy_has_the_light_of_its_lens_and_not_its_shape(
-    kind: str, renderer: Renderer, lenses: Lenses
+    kind: str, galaxies: SersicHosts, lenses: Lenses
 ) -> None:
-    drawn, lens = decoys(renderer, lenses, kind)[:, R], (lenses.galaxy + lenses.arcs)[:, R]
+    drawn, lens = decoys(galaxies, lenses, kind)[:, R], (lenses.galaxy + lenses.arcs)[:, R]
     ratio = drawn.sum(dim=(1, 2)) / lens.sum(dim=(1, 2))
     # In the cutout: of the largest some light falls beside it.
     assert ratio.median().item() == pytest.approx(1, abs=0.06)
@@ -46,17 +47,17 @@ def test_a_decoy_has_the_light_of_its_lens_and_not_its_shape(
 
 
 def test_unlensed_is_the_galaxy_alone_and_an_artefact_is_in_one_band(
-    renderer: Renderer, lenses: Lenses
+    galaxies: SersicHosts, lenses: Lenses
 ) -> None:
-    torch.testing.assert_close(decoys(renderer, lenses, "unlensed"), lenses.galaxy)
-    added = decoys(renderer, lenses, "artefact") - lenses.galaxy
+    torch.testing.assert_close(decoys(galaxies, lenses, "unlensed"), lenses.galaxy)
+    added = decoys(galaxies, lenses, "artefact") - lenses.galaxy
     background = torch.from_numpy(CONFIG.survey.background_variance).float().sqrt()
     height = added.amax(dim=(2, 3)) / background
     assert ((height > 2).sum(dim=1) == 1).all()
 
 
-def test_kinds_differ_from_each_other(renderer: Renderer, lenses: Lenses) -> None:
-    images = {kind: decoys(renderer, lenses, kind)[:, R].numpy() for kind in MIXTURE}
+def test_kinds_differ_from_each_other(galaxies: SersicHosts, lenses: Lenses) -> None:
+    images = {kind: decoys(galaxies, lenses, kind)[:, R].numpy() for kind in MIXTURE}
     for one in MIXTURE:
         for other in MIXTURE:
             if one < other:

@@ -1,0 +1,212 @@
+"""A pool of real lens galaxies: a catalogue of cutouts on which arcs are painted.
+
+Any catalogue that `catalogue.read_catalogue` reads; labels may be empty, and lenses (label 1) are
+left out. Its cutouts are those of the survey: its bands, by name where files name them, and its
+pixel scale, in linear flux. What the catalogue says of a galaxy in these columns replaces what the
+population draws, where a row is not empty: `z_lens` (or `redshift`), `velocity_dispersion` (km/s),
+`axis_ratio` and `position_angle` (radians from +x, along columns, towards +y, along rows, of the
+major axis), and `x`, `y` (arcsec from the middle of the cutout).
+"""
+
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from lens_pipeline.catalogue.images import COMPOSITE, Cutout, CutoutError
+from lens_pipeline.catalogue.reading import read_cutouts
+from lens_pipeline.catalogue.table import Catalogue, read_catalogue
+from lens_pipeline.errors import InputError
+from lens_pipeline.simulation.config import SimulationConfig
+from lens_pipeline.simulation.population import may_lens
+from lens_pipeline.simulation.surveys import Survey
+
+KNOWN = ("z_lens", "velocity_dispersion", "axis_ratio", "position_angle", "x", "y")
+PLACE = ("ra", "dec")
+PIXEL_SCALE_TOLERANCE = 0.01
+MAX_REDSHIFT = 10.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The galaxies of a pool that can be hosts.
+
+    table: `id`, `group`, the columns of KNOWN (float64, NaN where not known), and `ra`, `dec` where
+    the catalogue has them; one row a galaxy.
+    pixels: float32 (n, bands, size, size), in units of each band's background sigma; a file that is
+    mapped, so that no more is in memory than is looked at.
+    background: (n, bands), electrons^2: the square of that sigma in the survey's camera, by the
+    file's zero point; where it states none, the survey's own.
+    """
+
+    table: pd.DataFrame
+    pixels: NDArray[np.float32]
+    background: NDArray[np.float64]
+
+
+def pool_catalogue(source: str, options: Mapping[str, Any] | None = None) -> Catalogue:
+    """The catalogue of a pool. Raises InputError, naming the setting, as `read_catalogue` does."""
+    try:
+        return read_catalogue(source, options)
+    except InputError as problem:
+        raise InputError(f"hosts: {problem}") from None
+
+
+def read_pool(
+    source: str,
+    config: SimulationConfig,
+    image_size: int,
+    scratch: Path | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Pool:
+    """The galaxies of a catalogue (path or fsspec URL) that can be hosts, read once.
+
+    Those labelled lenses, those that cannot lens within the population's cuts, and those whose
+    cutouts cannot be used are left out, counted and logged. scratch: where the pixels lie until
+    this process ends, in a file without a name; by default in the system's temporary folder.
+    Raises InputError, naming file, row and column, for composites, another pixel scale, values out
+    of range, and where no galaxy is left.
+    """
+    survey = config.survey
+    catalogue = pool_catalogue(source, options)
+    _check_pixel_scale(catalogue, survey)
+    known = _known(catalogue, image_size * survey.pixel_scale / 2)
+    lens = (catalogue.table["label"] == 1).fillna(False).to_numpy(bool)
+    able = may_lens(config, known["velocity_dispersion"].to_numpy(), known["z_lens"].to_numpy())
+    rejects: list[str] = []
+    rows: list[int] = []
+    magnitudes: list[Sequence[float]] = []
+    with tempfile.TemporaryFile(dir=scratch) as file:
+        wanted = np.flatnonzero(~lens & able)
+        for row, cutout in _read(catalogue, wanted, image_size, survey.bands, options):
+            if isinstance(cutout, CutoutError):
+                rejects.append(f"{_where(catalogue, row, cutout.image)}: {cutout}")
+            else:
+                file.write(np.ascontiguousarray(cutout.pixels, np.float32).tobytes())
+                rows.append(row)
+                magnitudes.append(cutout.background_magnitude)
+        _tell(source, len(known), len(rows), int(lens.sum()), int((~lens & ~able).sum()), rejects)
+        file.flush()
+        shape = (len(rows), len(survey.bands), image_size, image_size)
+        pixels = np.memmap(file, np.float32, "r", shape=shape)
+    columns = ["id", "group", *(name for name in PLACE if name in catalogue.table)]
+    table = pd.concat([catalogue.table[columns], known], axis=1).iloc[rows].reset_index(drop=True)
+    return Pool(table, pixels, _background(survey, np.array(magnitudes, np.float64)))
+
+
+def _read(
+    catalogue: Catalogue,
+    wanted: NDArray[np.intp],
+    image_size: int,
+    bands: Sequence[str],
+    options: Mapping[str, Any] | None,
+) -> Iterator[tuple[int, Cutout | CutoutError]]:
+    """(row, cutout or the reason against it) of those rows. Raises InputError for a composite."""
+    chosen = replace(catalogue, table=catalogue.table.iloc[wanted])
+    read = read_cutouts(chosen, image_size, bands=bands, options=dict(options or {}))
+    for place, cutout in read:
+        row = int(wanted[place])
+        if isinstance(cutout, Cutout) and cutout.units == COMPOSITE:
+            raise InputError(
+                f"hosts: {catalogue.source}: {_where(catalogue, row)}: is a composite; arcs can be "
+                "painted on linear flux alone, as FITS or NPY files hold it"
+            )
+        yield row, cutout
+
+
+def _tell(source: str, n: int, used: int, lenses: int, unable: int, rejects: list[str]) -> None:
+    """Log how many galaxies are left out, and why. Raises InputError where none is left."""
+    first = f" (the first: {rejects[0]})" if rejects else ""
+    reasons = {
+        "labelled lenses": lenses,
+        "that cannot lens within the population's cuts": unable,
+        f"that cannot be used{first}": len(rejects),
+    }
+    left_out = ", ".join(f"{count} {why}" for why, count in reasons.items() if count)
+    if not used:
+        raise InputError(f"hosts: {source}: none of its {n} galaxies can be a host: {left_out}")
+    more = f"; left out: {left_out}" if left_out else ""
+    log.info("hosts: %d of %d galaxies of %s%s", used, n, source, more)
+
+
+def _background(survey: Survey, magnitude: NDArray[np.float64]) -> NDArray[np.float64]:
+    """electrons^2 of background sigmas of those AB magnitudes; of NaN, the survey's."""
+    stated = np.isfinite(magnitude)
+    own = -2.5 * np.log10(
+        np.sqrt(survey.background_variance) / survey.electrons(np.zeros(len(survey.bands)))
+    )
+    for band, name in enumerate(survey.bands):
+        if stated[:, band].any():
+            log.info(
+                "hosts: one background sigma in %s is %.2f mag in the median (%s: %.2f mag)",
+                name,
+                np.median(magnitude[stated[:, band], band]),
+                survey.name,
+                own[band],
+            )
+    return np.where(stated, survey.electrons(magnitude) ** 2, survey.background_variance)
+
+
+def _check_pixel_scale(catalogue: Catalogue, survey: Survey) -> None:
+    if "pixel_scale" in catalogue.table:
+        scale = _numbers(catalogue, "pixel_scale")
+        differs = (scale / survey.pixel_scale - 1).abs() > PIXEL_SCALE_TOLERANCE
+        _refuse(catalogue, differs, "pixel_scale", f"survey.pixel_scale is {survey.pixel_scale:g}")
+
+
+def _known(catalogue: Catalogue, half_side: float) -> pd.DataFrame:
+    """The columns of KNOWN, float64; NaN where the catalogue does not tell them.
+
+    half_side: of a cutout, arcsec.
+    """
+    redshift = (0.0, MAX_REDSHIFT, f"a redshift is above 0, and at most {MAX_REDSHIFT:g}")
+    inside = (-half_side, half_side, "arcsec from the middle of the cutout, and within it")
+    allowed = {
+        "z_lens": redshift,
+        "redshift": redshift,
+        "velocity_dispersion": (0.0, np.inf, "km/s, and above 0"),
+        "axis_ratio": (0.0, 1.0, "above 0, and at most 1"),
+        "position_angle": (-2 * np.pi, 2 * np.pi, "radians from +x towards +y"),
+        "x": inside,
+        "y": inside,
+    }
+    found = {}
+    for name, (above, most, what) in allowed.items():
+        found[name] = _numbers(catalogue, name)
+        outside = (found[name] <= above) | (found[name] > most)
+        _refuse(catalogue, outside, name, f"must be {what}, or empty")
+    found["z_lens"] = found["z_lens"].fillna(found["redshift"])
+    return pd.DataFrame({name: found[name] for name in KNOWN})
+
+
+def _numbers(catalogue: Catalogue, name: str) -> pd.Series:
+    """A column, float64; NaN where it is empty, or where there is no such column."""
+    table = catalogue.table
+    if name not in table:
+        return pd.Series(np.nan, table.index)
+    numbers = pd.to_numeric(table[name], errors="coerce").astype("float64")
+    _refuse(catalogue, numbers.isna() & table[name].notna(), name, "must be a number, or empty")
+    return numbers
+
+
+def _refuse(catalogue: Catalogue, bad: pd.Series, column: str, what: str) -> None:
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        value = catalogue.table[column].iloc[row]
+        more = f" (and {int(bad.sum()) - 1} more)" if bad.sum() > 1 else ""
+        raise InputError(
+            f"hosts: {catalogue.source}: row {row + 1}, column {column}: {value}; {what}{more}"
+        )
+
+
+def _where(catalogue: Catalogue, row: int, image: int = 0) -> str:
+    column = catalogue.image_columns[image]
+    return f"row {row + 1}, column {column}, {catalogue.table[column].iloc[row]}"
