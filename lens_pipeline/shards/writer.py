@@ -22,8 +22,7 @@ from lens_pipeline.shards.manifest import INDEX, MANIFEST, Listed, Manifest, Sha
 from lens_pipeline.shards.tar import Bytes, Member, tar_end, tar_part, word_sums
 from lens_pipeline.steps import file_sha256
 
-PART = 2**23  # bytes of pixels that are written at a time
-BLOCK = 2**19  # that are read at a time: they stay in the processor's cache
+PART = 2**23  # bytes of pixels at a time: few calls, for each waits for the interpreter lock
 GRAIN = 2**15  # numbers that torch converts in the calling thread; every core has one of ours
 
 
@@ -85,7 +84,7 @@ class _Portion:
         digest, size = hashlib.sha256(), 0
         offsets, payloads_bytes, sums = [], [], []
         step = max(1, PART // (4 * int(np.prod(self.shape))))
-        block = np.empty((max(1, step * BLOCK // PART), *self.shape), np.float32)
+        block = np.empty((step, *self.shape), np.float32)
         scratch = np.empty(2 * PART, np.uint8)
         others = _others(self.table)
         with (
