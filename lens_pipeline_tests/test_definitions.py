@@ -2,12 +2,16 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import dagster as dg
+import numpy as np
+import pandas as pd
 import pytest
 
 from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs import checkpoints, dataset, ensemble, shards
+from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import source_hashes
 
@@ -89,3 +93,32 @@ def test_a_change_of_a_plot_makes_no_data_and_no_network_again() -> None:
     assert plots in source_hashes(["lens_pipeline.ensemble.evaluate"])
     for stage in (dataset.BUILD, shards.WRITER, checkpoints.TRAIN, ensemble.SYSTEM):
         assert plots not in source_hashes([stage])
+
+
+def test_near_duplicates_are_warned_of_and_stop_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n = 60
+    noise = np.random.default_rng(3).normal(size=(n, 1, 32, 32)).astype(np.float32)
+    noise[1] = noise[0]
+    np.save(tmp_path / "stack.npy", noise)
+    table = pd.DataFrame({"id": [f"c{i}" for i in range(n)], "label": np.arange(n) // 3 % 2})
+    table["path"] = [f"stack.npy#{i}" for i in range(n)]
+    table["split"] = np.array(["train", "val", "test"])[np.arange(n) % 3]
+    table.to_csv(tmp_path / "table.csv", index=False)
+    monkeypatch.setenv("LENS_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LENS_SOURCE", str(tmp_path / "table.csv"))
+    monkeypatch.setenv("LENS_IMAGE_SIZE", "32")
+    done = dg.materialize(
+        [dataset.cutout_catalogue, dataset.processed_dataset], resources={"lens": LensHome()}
+    )
+    assert done.success
+    checks = {check.check_name: check for check in done.get_asset_check_evaluations()}
+    assert checks["no_group_spans_two_splits"].passed
+    found = checks["no_near_duplicates_across_splits"]
+    assert not found.passed
+    assert found.severity == dg.AssetCheckSeverity.WARN
+    assert not found.blocking
+    assert found.metadata["pairs"].value == 1
+    (first,) = found.metadata["first"].records
+    assert (first.data["id"], first.data["other_id"]) == ("c0", "c1")

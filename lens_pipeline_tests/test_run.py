@@ -91,7 +91,11 @@ def test_dagster_shows_the_run_with_its_pictures_and_checks(home: Path) -> None:
             found.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION
         ).records
         names = {r.event_log_entry.dagster_event.event_specific_data.check_name for r in checks}  # type: ignore[union-attr]
-        assert {"no_group_spans_two_splits", "better_than_chance"} <= names
+        assert {
+            "no_group_spans_two_splits",
+            "no_near_duplicates_across_splits",
+            "better_than_chance",
+        } <= names
 
 
 def test_mlflow_holds_a_run_per_member_and_a_version_that_names_them(home: Path) -> None:

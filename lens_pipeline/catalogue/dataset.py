@@ -14,6 +14,7 @@ import pandas as pd
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from lens_pipeline.catalogue.duplicates import find_near_duplicates
 from lens_pipeline.catalogue.images import (
     COMPOSITE,
     SIGMA_UNITS,
@@ -108,6 +109,13 @@ class Dataset:
     def rejects(self) -> pd.DataFrame:
         """Cutouts that could not be used: id, row (from 0), file, column, reason."""
         return pd.read_parquet(self.folder / "rejects.parquet")
+
+    def near_duplicates(self) -> pd.DataFrame:
+        """Pairs of cutouts of the same sky in two splits, the most alike first.
+
+        id, split, other_id, other_split, correlation (see `duplicates`).
+        """
+        return pd.read_parquet(self.folder / "near_duplicates.parquet")
 
     def groups_in_two_splits(self) -> list[str]:
         """Groups of which two splits hold a labelled cutout: none, if the splits are sound."""
@@ -229,8 +237,9 @@ def build_dataset(
     default all; pad: keep smaller images, too, with each band's median around them, the share of
     which the tables say (`padded_fraction`); origin: where the cutouts come from (`simulation` or
     the catalogue's name), which the report states first. Unusable cutouts are listed in
-    `rejects.parquet`. Where zero points are known, the tables say which AB magnitude one background
-    sigma is, `background_magnitude_<band>`.
+    `rejects.parquet`, cutouts of the same sky in two splits in `near_duplicates.parquet`. Where
+    zero points are known, the tables say which AB magnitude one background sigma is,
+    `background_magnitude_<band>`.
     Raises InputError where there are more than `max_reject_fraction` of unusable cutouts, and where
     a split lacks a class.
     """
@@ -278,6 +287,8 @@ def build_dataset(
             table[f"background_magnitude_{band}"] = magnitudes
     for part, rows in kept.items():
         table.iloc[rows].to_parquet(out / f"{part}.parquet", index=False)
+    duplicates, not_compared = find_near_duplicates(Dataset(out, form, {}))
+    duplicates.to_parquet(out / "near_duplicates.parquet", index=False)
     facts = {
         "schema": 1,
         "origin": origin,
@@ -285,6 +296,8 @@ def build_dataset(
         "split_seed": split_seed,
         "n_rows": len(table),
         "n_rejects": len(listed),
+        "n_near_duplicates": len(duplicates),
+        "n_alike_not_compared": not_compared,
         "splits": {part: _counts(table["label"].iloc[rows]) for part, rows in kept.items()},
         "content": _content(out),
     }

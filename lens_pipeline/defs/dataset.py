@@ -143,6 +143,11 @@ def draw_training_cutouts(dataset: "Dataset") -> bytes:
             blocking=True,
             description="Rows of one group (host galaxy, sky region) are all in one split.",
         ),
+        dg.AssetCheckSpec(
+            "no_near_duplicates_across_splits",
+            asset=DATASET,
+            description="No two splits hold cutouts of the same sky (give those one group).",
+        ),
     ],
 )
 def processed_dataset(context: dg.AssetExecutionContext, lens: LensHome) -> dg.MaterializeResult:
@@ -162,7 +167,7 @@ def processed_dataset(context: dg.AssetExecutionContext, lens: LensHome) -> dg.M
     recipe = Recipe(
         stage="processed_dataset",
         modules=(BUILD,),
-        libraries=("numpy", "pandas", "pyarrow", "astropy", "pillow"),
+        libraries=("numpy", "scipy", "pandas", "pyarrow", "astropy", "pillow"),
         inputs=inputs,
         settings={
             "image_size": presets.image_size(settings),
@@ -186,6 +191,7 @@ def processed_dataset(context: dg.AssetExecutionContext, lens: LensHome) -> dg.M
     dataset = open_dataset(step.folder)
     sheet = drawn("cutouts.jpg", step, lambda: draw_training_cutouts(dataset), settings)
     torn = dataset.groups_in_two_splits()
+    duplicates = dataset.near_duplicates()
     rejects = dataset.rejects()
     # It may have been made when more were allowed.
     check_rejects(rejects, dataset.facts["n_rows"], settings.max_reject_fraction, settings.source)
@@ -205,6 +211,22 @@ def processed_dataset(context: dg.AssetExecutionContext, lens: LensHome) -> dg.M
                 check_name="no_group_spans_two_splits",
                 passed=not torn,
                 metadata={"groups": len(torn), "first": ", ".join(torn[:5])},
+            ),
+            dg.AssetCheckResult(
+                check_name="no_near_duplicates_across_splits",
+                passed=duplicates.empty,
+                severity=dg.AssetCheckSeverity.WARN,
+                metadata={
+                    "pairs": len(duplicates),
+                    "alike, but not compared": dataset.facts["n_alike_not_compared"],
+                    "first": dg.MetadataValue.table(
+                        [
+                            dg.TableRecord({str(name): value for name, value in pair.items()})
+                            for pair in duplicates.head(20).to_dict("records")
+                        ],
+                        dg.TableSchema([dg.TableColumn(str(name)) for name in duplicates]),
+                    ),
+                },
             ),
         ),
     )

@@ -1,0 +1,241 @@
+"""Near-duplicates: cutouts of the same sky, under two names and in two splits.
+
+A catalogue may hold a galaxy twice: cut out again some pixels aside, resampled, in other units,
+compressed. A network that trained on one knows the other. Different galaxies look alike, too, but
+their noise does not, and both steps go by it: hashes of 64 bits propose pairs, and a correlation of
+the pixels decides. So a stack of other exposures is not found, which shares no noise; nor one with
+bright arcs painted on it, as a rule, which have a hash of their own; nor a rotated one.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import fft
+from tqdm import tqdm
+
+from lens_pipeline.catalogue.images import SIGMA_UNITS
+from lens_pipeline.catalogue.splits import FRACTIONS
+
+if TYPE_CHECKING:
+    from lens_pipeline.catalogue.dataset import Dataset
+
+CHUNK = 64  # cutouts, or pairs of them, in memory at a time
+SOFTENING_SIGMA = 2.0  # as the networks see a cutout: linear over the noise
+LUMA = (0.299, 0.587, 0.114)  # of red, green, blue (ITU-R BT.601): what JPEG keeps best
+
+# Of the hash.
+STEP = 1 / 43  # cycles/pixel, between the waves; at least one cycle a cutout
+LOWEST = 2  # STEPs: below, most galaxies are alike
+PEAK_WIDTH = 0.45  # of a side: of the blur in which the brightest point is looked for
+
+# Of the pairs that are proposed. Of hashes of independent images, 32 +- 4 bits differ.
+MAX_DISTANCE = 14  # bits
+PARTS, KEY_PARTS = 12, 3  # so 16 bits are compared at a time
+NEIGHBOURS = 16  # that one is compared with where more are alike
+PAIRS_PER_CUTOUT, PAIRS = 0.3, 10_000  # whose pixels are compared, at least PAIRS
+
+# Of the correlation. Of different skies, simulated and real, flux, PNG or JPEG, it reaches 0.27
+# (56 pixels) or 0.32 (32 pixels); copies as the tests make them have 0.5 or more.
+MAX_SHIFT = 0.25  # of a cutout's side
+MIN_CORRELATION = 0.4
+
+
+def find_near_duplicates(dataset: "Dataset") -> tuple[pd.DataFrame, int]:
+    """(near-duplicates across train, val and test; how many that look alike were not compared).
+
+    The table has a row a pair: id, split, other_id, other_split, correlation (`phase_correlation`,
+    at least MIN_CORRELATION), the most alike first. Pixels are compared of PAIRS_PER_CUTOUT of the
+    pairs of `candidates`, the nearest first; there are more where a catalogue holds an image a
+    hundred times.
+    """
+    tables = {part: dataset.table(part)[["id"]] for part in FRACTIONS}
+    cutouts = pd.concat(tables, names=["split", "row"]).reset_index()
+    split = np.repeat(range(len(tables)), [len(table) for table in tables.values()])
+    pairs = candidates(_hashes(dataset, cutouts), split)
+    compared = pairs[: max(PAIRS, int(PAIRS_PER_CUTOUT * len(cutouts)))]
+    correlation = _correlations(dataset, cutouts, compared)
+    found = correlation >= MIN_CORRELATION
+    one, other = (cutouts.iloc[side].reset_index(drop=True) for side in compared[found].T)
+    table = pd.DataFrame(
+        {
+            "id": one["id"],
+            "split": one["split"],
+            "other_id": other["id"],
+            "other_split": other["split"],
+            # Beyond, it differs from processor to processor, and with it the step's content.
+            "correlation": correlation[found].round(3),
+        }
+    )
+    order = ["correlation", "id", "other_id"]
+    table = table.sort_values(order, ascending=[False, True, True], ignore_index=True)
+    return table, len(pairs) - len(compared)
+
+
+def _progress(total: int, what: str, unit: str) -> Any:
+    return tqdm(total=total, desc=what, unit=unit, disable=None, delay=2)
+
+
+def _hashes(dataset: "Dataset", cutouts: pd.DataFrame) -> NDArray[np.uint64]:
+    block = _block(dataset)
+    hashes = [np.zeros(0, np.uint64)]
+    with _progress(len(cutouts), "hashing cutouts", "cutout") as progress:
+        for part in FRACTIONS:
+            with dataset.open_images(part) as file:
+                for images in file.blocks(0, int((cutouts["split"] == part).sum()), block):
+                    hashes.append(perceptual_hash(images, dataset.format.units))
+                    progress.update(len(images))
+    return np.concatenate(hashes)
+
+
+def _correlations(
+    dataset: "Dataset", cutouts: pd.DataFrame, pairs: NDArray[np.int_]
+) -> NDArray[np.float32]:
+    """(m,): `phase_correlation` of pairs (m, 2) of rows of `cutouts` (split, row)."""
+    split, row = cutouts["split"].tolist(), cutouts["row"].tolist()
+    blocks = _block(dataset), _block(dataset)
+    correlation = [np.zeros(0, np.float32)]
+    with ExitStack() as stack, _progress(len(pairs), "comparing cutouts", "pair") as progress:
+        files = {part: stack.enter_context(dataset.open_images(part)) for part in FRACTIONS}
+        for start in range(0, len(pairs), CHUNK):
+            some = pairs[start : start + CHUNK]
+            for block, side in zip(blocks, some.T, strict=True):
+                for place, cutout in enumerate(side):
+                    next(files[split[cutout]].blocks(row[cutout], 1, block[place : place + 1]))
+            images, others = (block[: len(some)] for block in blocks)
+            correlation.append(phase_correlation(images, others, dataset.format.units))
+            progress.update(len(some))
+    return np.concatenate(correlation)
+
+
+def _block(dataset: "Dataset") -> NDArray[np.float32]:
+    size = dataset.format.image_size
+    return np.empty((CHUNK, len(dataset.format.bands), size, size), np.float32)
+
+
+def _grey(images: NDArray[np.float32], units: str) -> NDArray[np.float32]:
+    """float32 (n, size, size): the mean of the bands, stretched unless someone has done so."""
+    if units == SIGMA_UNITS:
+        return np.arcsinh(images.mean(axis=1) / np.float32(SOFTENING_SIGMA))
+    if images.shape[1] == len(LUMA):
+        return np.einsum("nbyx,b->nyx", images, np.array(LUMA, np.float32))
+    return images.mean(axis=1)
+
+
+def _hann(distance: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Hann's window, from its middle (0) to its ends (-0.5, 0.5) and beyond."""
+    return (np.cos(np.pi * distance.clip(-0.5, 0.5)) ** 2).astype(np.float32)
+
+
+def perceptual_hash(images: NDArray[np.float32], units: str) -> NDArray[np.uint64]:
+    """uint64 (n,): hashes of float32 images (n, bands, size, size), few bits apart for copies.
+
+    The usual one, signs of a cosine transform, says where the galaxy is and changes with a shift by
+    a few pixels. Here a bit says whether a wave of the image is stronger than the one at a right
+    angle to it: where the image is does not matter, nor how bright it is. A window on its brightest
+    point covers the same sky in both.
+    """
+    grey = _grey(images, units)
+    n, size = len(grey), grey.shape[-1]
+    place = np.arange(size, dtype=np.float32)
+    middle = slice(size // 4, size - size // 4)
+    blur = _hann((place[:, None] - place) / (PEAK_WIDTH * size))
+    blur = (blur / blur.sum(axis=1, keepdims=True))[middle]
+    smooth = blur @ grey @ blur.T
+    peak = np.unravel_index(smooth.reshape(n, -1).argmax(axis=1), smooth.shape[1:])
+    rows, columns = (_hann((place - (size // 4 + at[:, None])) / size) for at in peak)
+    windowed = grey - grey.mean(axis=(1, 2), keepdims=True)
+    windowed *= rows[:, :, None] * columns[:, None, :]
+
+    i, j = _WAVES
+    most = max(i.max(), j.max())
+    frequency = max(STEP, 1 / size) * np.arange(-most, most + 1)
+    waves = np.exp(-2j * np.pi * np.outer(frequency, place)).astype(np.complex64)
+    strength = np.abs(waves @ windowed @ waves.T)
+    bits = strength[:, most + i, most + j] > strength[:, most - j, most + i]
+    octets = np.packbits(bits, axis=1)
+    return np.frombuffer(octets.tobytes(), ">u8").astype(np.uint64)
+
+
+def _waves() -> tuple[NDArray[np.int_], NDArray[np.int_]]:
+    """The 64 lowest waves from LOWEST on, their (y, x) frequencies in STEPs, in a quarter plane."""
+    i, j = (side.ravel() for side in np.mgrid[:16, 1:17])
+    length = np.hypot(i, j)
+    order = np.lexsort((j, length))
+    order = order[length[order] >= LOWEST][:64]
+    return i[order], j[order]
+
+
+_WAVES = _waves()
+
+
+def candidates(hashes: NDArray[np.uint64], split: NDArray[np.int_]) -> NDArray[np.int_]:
+    """(m, 2): pairs of different splits whose hashes are at most MAX_DISTANCE bits apart.
+
+    The nearest come first; of a pair, the one of the lower split. The bits are dealt into PARTS,
+    and hashes compared that agree in any KEY_PARTS of them: pairs that are 8 bits apart are all
+    found, at 10 bits 99 in 100, at 14 bits 72 (locality-sensitive hashing, Indyk & Motwani 1998).
+    Where more than NEIGHBOURS agree, each is compared with that many, in the order of the hashes:
+    of a crowd of look-alikes some pairs are found, not all.
+    """
+    # Equal hashes are mixed, lest each stand beside those of its own split.
+    order = np.random.default_rng(0).permutation(len(hashes))
+    order = order[np.argsort(hashes[order], kind="stable")]
+    hashes, split = hashes[order], split[order]
+    equal = [pair[:, split[pair[0]] != split[pair[1]]] for pair in _agreeing(hashes)]
+    near = [np.zeros((2, 0), np.int64)]
+    for parts in combinations(range(PARTS), KEY_PARTS):
+        mask = np.uint64(sum(1 << bit for bit in range(64) if bit % PARTS in parts))
+        for pair in _agreeing(hashes & mask):
+            distance = np.bitwise_count(hashes[pair[0]] ^ hashes[pair[1]])
+            wanted = split[pair[0]] != split[pair[1]]
+            wanted &= (distance > 0) & (distance <= MAX_DISTANCE)
+            near.append(pair[:, wanted])
+    different = np.unique(np.sort(np.concatenate(near, axis=1), axis=0), axis=1)
+    distance = np.bitwise_count(hashes[different[0]] ^ hashes[different[1]])
+    pairs = np.concatenate([*equal, different[:, np.argsort(distance, kind="stable")]], axis=1).T
+    swapped = split[pairs[:, 0]] > split[pairs[:, 1]]
+    pairs[swapped] = pairs[swapped, ::-1]
+    return order[pairs]
+
+
+def _agreeing(keys: NDArray[np.uint64]) -> Iterator[NDArray[np.int_]]:
+    """Pairs (2, m) of equal keys, each with NEIGHBOURS others at most, one of them at a time."""
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    for step in range(1, min(NEIGHBOURS + 1, len(keys))):
+        first = np.flatnonzero(keys[step:] == keys[:-step])
+        if not len(first):
+            return
+        yield np.stack([order[first], order[first + step]])
+
+
+def phase_correlation(
+    images: NDArray[np.float32], others: NDArray[np.float32], units: str
+) -> NDArray[np.float32]:
+    """float32 (n,): how far pairs of images (n, bands, size, size) are the same sky, shifted.
+
+    The peak, over shifts of up to MAX_SHIFT in both directions, of the phase correlation (Kuglin &
+    Hines 1975) of their mixed second differences: 1 for copies, about 5 / size for other skies. In
+    it all waves count alike, so that noise decides and not the few which make a smooth galaxy; the
+    differences remove rows and columns that a detector, a mask or padding has left in both.
+    """
+    size = images.shape[-1] - 1
+    place = np.arange(size, dtype=np.float32)
+    window = np.sqrt(_hann((place - (size - 1) / 2) / size))
+    detail, other = (
+        np.diff(np.diff(_grey(side, units), axis=1), axis=2) * window[:, None] * window
+        for side in (images, others)
+    )
+    phase = fft.rfft2(detail) * fft.rfft2(other).conj()
+    phase /= np.maximum(np.abs(phase), np.finfo(np.float32).tiny)
+    correlation = fft.irfft2(phase, s=(size, size))
+    most = int(MAX_SHIFT * size)
+    shift = np.arange(-most, most + 1)
+    overlap = (1 - np.abs(shift) / size).astype(np.float32)
+    correlation = correlation[:, shift[:, None], shift] / (overlap[:, None] * overlap)
+    return correlation.max(axis=(1, 2)).clip(max=1)

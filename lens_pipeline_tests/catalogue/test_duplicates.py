@@ -1,0 +1,230 @@
+"""Near-duplicates across splits: copies of every kind are found, and nothing else."""
+
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from lens_pipeline.catalogue import build_dataset, read_catalogue
+from lens_pipeline.catalogue.dataset import Dataset
+from lens_pipeline.catalogue.duplicates import (
+    MAX_DISTANCE,
+    NEIGHBOURS,
+    candidates,
+    perceptual_hash,
+    phase_correlation,
+)
+from lens_pipeline.evaluation.plots import colour_composite
+from lens_pipeline.simulation import simulate
+from lens_pipeline.simulation.simulate import Simulation
+
+SIDE = 56  # pixels of a cutout, of the 64 that are simulated
+EACH = 30  # copies of each kind
+Images = NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def sky() -> Simulation:
+    return simulate("des", 1000, seed=4)
+
+
+def cut(images: Images, down: int = 0, right: int = 0) -> Images:
+    """SIDE pixels of images (n, bands, 64, 64), aside of their middle by some."""
+    low = (images.shape[-1] - SIDE) // 2
+    return images[:, :, low + down :, low + right :][:, :, :SIDE, :SIDE]
+
+
+def noisy(images: Images) -> Images:
+    noise = np.random.default_rng(1).standard_normal(images.shape, np.float32)
+    return cut(images + np.float32(0.2) * noise)
+
+
+def resampled(images: Images) -> Images:
+    """Half a pixel aside."""
+    return (cut(images) + cut(images, 0, 1)) / 2
+
+
+COPIES: dict[str, Callable[[Images], Images]] = {
+    "exact": cut,
+    "shifted": lambda images: cut(images, 3, -2),
+    "far": lambda images: cut(images, -4, 4),
+    "rescaled": lambda images: cut(images) * np.float32(0.8),
+    "noisy": noisy,
+    "resampled": resampled,
+}
+
+
+def catalogue_of(sky: Simulation, folder: Path, copied_to: str = "test") -> pd.DataFrame:
+    """The simulated cutouts, and EACH copies of every kind, under ids and groups of their own.
+
+    `original` names what a copy shows; the originals are in `train`.
+    """
+    table = sky.table[["id", "label", "group"]].copy()
+    kinds = dict(zip(COPIES, range(len(COPIES)), strict=True))
+    stacks, parts = [cut(sky.images)], [table]
+    for kind, number in kinds.items():
+        rows = np.arange(EACH) * len(kinds) + number
+        stacks.append(COPIES[kind](sky.images[rows]))
+        copies = table.iloc[rows]
+        ids = kind + "-" + copies["id"]
+        parts.append(
+            copies.assign(id=ids, group=ids, split=copied_to, original=copies["id"].to_numpy())
+        )
+    copied = table["group"].isin(table["group"][: EACH * len(kinds)])
+    table["split"] = np.where(copied, "train", None)
+    np.save(folder / "stack.npy", np.concatenate(stacks))
+    catalogue = pd.concat(parts, ignore_index=True)
+    catalogue["path"] = [f"stack.npy#{row}" for row in range(len(catalogue))]
+    return catalogue.assign(flux_unit="background_sigma")
+
+
+def built(catalogue: pd.DataFrame, folder: Path) -> Dataset:
+    catalogue.to_parquet(folder / "catalogue.parquet")
+    out = folder / "dataset"
+    out.mkdir()
+    return build_dataset(read_catalogue(folder / "catalogue.parquet"), out, image_size=SIDE)
+
+
+def test_copies_of_every_kind_are_found_and_nothing_else(sky: Simulation, tmp_path: Path) -> None:
+    catalogue = catalogue_of(sky, tmp_path)
+    dataset = built(catalogue, tmp_path)
+    found = dataset.near_duplicates()
+    copies = catalogue.dropna(subset="original")
+    wanted = set(zip(copies["original"], copies["id"], strict=True))
+    assert set(zip(found["id"], found["other_id"], strict=True)) == wanted
+    assert set(found["split"]) == {"train"}
+    assert set(found["other_split"]) == {"test"}
+    assert found["correlation"].is_monotonic_decreasing
+    assert found["correlation"].min() > 0.5
+    exact = found["correlation"][found["other_id"].str.startswith("exact")]
+    assert len(exact) == EACH
+    assert (exact == 1).all()
+    assert dataset.facts["n_near_duplicates"] == len(copies)
+    assert dataset.facts["n_alike_not_compared"] == 0
+
+
+def test_copies_in_one_split_or_group_or_without_a_label_do_not_leak(
+    sky: Simulation, tmp_path: Path
+) -> None:
+    catalogue = catalogue_of(sky, tmp_path, copied_to="train")
+    copies = catalogue["original"].notna()
+    unlabelled = copies & (np.arange(len(catalogue)) % 3 == 0)
+    catalogue.loc[unlabelled, "label"] = None
+    one_group = copies & (np.arange(len(catalogue)) % 3 == 1)
+    of = catalogue.set_index("id")["group"]
+    catalogue.loc[one_group, "group"] = of[catalogue.loc[one_group, "original"]].to_numpy()
+    catalogue.loc[one_group, "split"] = None
+    assert built(catalogue, tmp_path).near_duplicates().empty
+
+
+def test_pictures_are_known_again_when_they_are_compressed(sky: Simulation, tmp_path: Path) -> None:
+    n = 200
+    pictures = (colour_composite(cut(sky.images[:n]), "background_sigma") * 255).astype(np.uint8)
+    moved = colour_composite(cut(sky.images[:n], 2, -3), "background_sigma")
+    rows = []
+    for row, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / f"{row}.png")
+        rows.append((str(row), f"{row}.png", row % 2, sky.table["group"][row], "train"))
+    for row in range(0, n, 10):
+        Image.fromarray(pictures[row]).save(tmp_path / f"again-{row}.jpg", quality=90)
+        Image.fromarray((moved[row] * 255).astype(np.uint8)).save(tmp_path / f"moved-{row}.png")
+        for name in (f"again-{row}.jpg", f"moved-{row}.png"):
+            rows.append((name, name, row // 10 % 2, name, ("val", "test")[row // 20 % 2]))
+    catalogue = pd.DataFrame(rows, columns=["id", "path", "label", "group", "split"])
+    found = built(catalogue, tmp_path).near_duplicates()
+    # The two copies of a picture are in one split.
+    assert len(found) == n // 10 * 2
+    assert set(found["other_id"]) == set(catalogue["id"][n:])
+    assert (found["id"] == found["other_id"].str.extract(r"-(\d+)\.", expand=False)).all()
+
+
+@pytest.mark.parametrize(("quality", "most"), [(None, 0.2), (75, 0.2), (50, 0.3)])
+def test_other_skies_stay_below_the_limit(
+    sky: Simulation, quality: int | None, most: float
+) -> None:
+    """Hosts of other groups, and a lens beside the decoy made of the same light."""
+    images, units = cut(sky.images), "background_sigma"
+    if quality:
+        pictures = (colour_composite(images, units) * 255).astype(np.uint8)
+        images, units = np.stack([jpeg(picture, quality) for picture in pictures]), "composite"
+    for step in (1, 2, 5):
+        assert phase_correlation(images[step:], images[:-step], units).max() < most
+
+
+def jpeg(picture: NDArray[np.uint8], quality: int) -> Images:
+    content = BytesIO()
+    Image.fromarray(picture).save(content, "jpeg", quality=quality)
+    return np.moveaxis(np.asarray(Image.open(content)), -1, 0).astype(np.float32) / 255
+
+
+def test_pairs_are_found_without_comparing_all() -> None:
+    """Up to 8 bits, none is missed."""
+    random = np.random.default_rng(2)
+    hashes = random.integers(0, 2**64, 500, dtype=np.uint64)
+    copies = hashes.copy()
+    for row, copy in enumerate(copies):
+        for bit in random.choice(64, row % 20, replace=False):
+            copy ^= np.uint64(1) << np.uint64(bit)
+        copies[row] = copy
+    split = np.repeat([2, 0], 500)
+    pairs = candidates(np.concatenate([hashes, copies]), split)
+    assert (split[pairs] == [0, 2]).all()
+    both = np.concatenate([hashes, copies])[pairs]
+    distance = np.bitwise_count(both[:, 0] ^ both[:, 1])
+    assert (np.diff(distance.astype(int)) >= 0).all()
+    assert distance.max() <= MAX_DISTANCE
+    planted = distance[pairs[:, 0] == pairs[:, 1] + 500]
+    assert (np.bincount(planted)[:9] == 25).all()
+
+
+def test_a_crowd_of_look_alikes_is_not_compared_pair_by_pair() -> None:
+    split = np.arange(30_000) % 3
+    pairs = candidates(np.repeat(np.array([7, 2**63], np.uint64), 15_000), split)
+    assert len(pairs) <= NEIGHBOURS * 30_000
+    assert len(np.unique(pairs)) == 30_000
+    assert (split[pairs[:, 0]] < split[pairs[:, 1]]).all()
+
+
+def test_no_cutouts_no_pairs() -> None:
+    for n in (0, 1):
+        assert candidates(np.zeros(n, np.uint64), np.zeros(n, np.int64)).shape == (0, 2)
+
+
+def test_a_hash_is_that_of_the_image_whatever_is_beside_it(sky: Simulation) -> None:
+    images = cut(sky.images[:70])
+    together = perceptual_hash(images, "background_sigma")
+    alone = np.concatenate([perceptual_hash(one[None], "background_sigma") for one in images])
+    assert (np.bitwise_count(together ^ alone) <= 1).all()  # by rounding
+    assert len(np.unique(together)) == 70
+
+
+def test_neighbours_on_the_real_sky(shared_data: Path, tmp_path: Path) -> None:
+    """CFHTLS: two candidates are 5 arcsec apart, in images of 21. Their group holds them together;
+    without it, they are found, and nothing else is."""
+    catalogue = read_catalogue(shared_data / "cfhtls_graded" / "catalogue.csv")
+    with_groups = build_dataset(catalogue, tmp_path, image_size=112)
+    assert with_groups.near_duplicates().empty
+    assert with_groups.facts["n_alike_not_compared"] == 0
+    alone = ["CFHTLSJ020647.4-065655", "CFHTLSJ020647.6-065659"]
+    table = catalogue.table
+    table["group"] = table["id"]
+    table["label"] = table["label"].fillna(0)
+    table["split"] = [("train", "val", "test")[row % 3] for row in range(len(table))]
+    (tmp_path / "alone").mkdir()
+    found = build_dataset(catalogue, tmp_path / "alone", image_size=112).near_duplicates()
+    assert [sorted(pair) for pair in found[["id", "other_id"]].to_numpy().tolist()] == [alone]
+
+
+def test_what_is_too_much_to_compare_is_told(
+    sky: Simulation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lens_pipeline.catalogue.duplicates.PAIRS", 5)
+    monkeypatch.setattr("lens_pipeline.catalogue.duplicates.PAIRS_PER_CUTOUT", 0)
+    dataset = built(catalogue_of(sky, tmp_path), tmp_path)
+    assert len(dataset.near_duplicates()) == 5
+    assert dataset.facts["n_alike_not_compared"] >= EACH * len(COPIES) - 5
