@@ -16,7 +16,6 @@ from lens_pipeline.defs.stages import (
     result,
     run_stage,
 )
-from lens_pipeline.errors import InputError
 from lens_pipeline.steps import Recipe, Step
 
 WRITER = "lens_pipeline.shards.writer"
@@ -81,27 +80,21 @@ def lens_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.Materia
 )
 def cloud_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.MaterializeResult:
     """The shards at LENS_CLOUD_URL (a folder, `s3://`, `gs://`), under their version, verified."""
-    from lens_pipeline.shards.cloud import publish_shards
-    from lens_pipeline.shards.manifest import verify_shards
+    from lens_pipeline.shards.cloud import publish_shards, published_problems
 
     settings = lens.settings
     begun = time.perf_counter()
     log.info("cloud_shards ...")
     upstream = made(context, SHARDS)
-    try:
-        published = publish_shards(
-            Path(upstream.location), settings.cloud, storage_options=settings.storage_options
-        )
-    except (ValueError, ImportError, FileNotFoundError, PermissionError) as problem:
-        reason = " ".join(str(problem).split())
-        raise InputError(f"LENS_CLOUD_URL: {settings.cloud} cannot be used ({reason})") from None
-    problems = verify_shards(published.url, settings.storage_options)
+    shards, storage = Path(upstream.location), settings.storage_options
+    published = publish_shards(shards, settings.cloud, storage_options=storage)
+    problems = published_problems(shards, published.url, storage)
     seconds = time.perf_counter() - begun
     reused = not published.uploaded
     log.info("cloud_shards: %s in %.1f s", "reused" if reused else "made", seconds)
     # What lies there is decided by its version alone.
     key = published.dataset_version[:32]
-    step = Step(Path(upstream.location), key, published.dataset_version, seconds, reused)
+    step = Step(shards, key, published.dataset_version, seconds, reused)
     return result(
         step,
         {

@@ -1,17 +1,29 @@
-"""Publishing shards: to a folder or an object store, under their version, manifest last."""
+"""Publishing shards: to a folder or an object store, each version in a folder of its own.
 
-import os
+`<url>/<version>/` holds the shards, the index and, put last, the manifest. `<url>/latest.json` says
+which version is the newest; it is swapped when a version is whole.
+"""
+
+import json
+import logging
 import posixpath
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
-from lens_pipeline.shards.manifest import MANIFEST, difference, read_manifest
+from lens_pipeline.errors import InputError
+from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest, read_manifest
+from lens_pipeline.shards.store import Store, StoreError
+
+LATEST = "latest.json"
+AT_A_TIME = 8  # uploads
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,44 +37,114 @@ class PublishedShards:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Latest:
+    """The newest version: when its upload began (ISO 8601, UTC), and how many there were before."""
+
+    version: str
+    created: str
+    sequence: int
+
+    @property
+    def content(self) -> bytes:
+        return json.dumps({"schema": 1, **asdict(self)}).encode()
+
+    @classmethod
+    def parse(cls, content: bytes, source: str) -> Self:
+        """Raises InputError where it is not as it was written."""
+        try:
+            values = json.loads(content)
+            if values.pop("schema") != 1:
+                raise ValueError("a newer version wrote it")
+            return cls(**values)
+        except (ValueError, KeyError, TypeError, AttributeError) as problem:
+            raise InputError(f"{source}: does not name a version ({problem})") from None
+
+
 def publish_shards(
     shards: Path, url: str, *, storage_options: Mapping[str, Any] | None = None
 ) -> PublishedShards:
     """Copy the shards in a folder to `<url>/<version>/`, a folder or fsspec URL.
 
-    Files that are there already, with the manifest's checksum, are skipped. The manifest is put
-    last: who sees one sees a whole dataset. Raises InputError where `shards` has no manifest.
+    Several files at a time; those that are there already, by their checksum, are skipped, so that
+    an upload that was stopped goes on. Each is checked when it is there, and the manifest put last:
+    who sees one sees a whole dataset. Then `latest.json` names the version, unless it names one
+    whose upload began later. Raises InputError where `shards` has no manifest, or where nothing may
+    be written; StoreError where the store fails for long: what was newest before, still is.
     """
+    created = datetime.now(UTC).isoformat()
     manifest = read_manifest(shards)
     version = manifest.dataset_version
-    place = posixpath.join(url, version)
-    filesystem, root = fsspec.url_to_fs(place, **dict(storage_options or {}))
-    filesystem.makedirs(root, exist_ok=True)
-    uploaded, skipped, sent = [], [], 0
+    top = Store(url, storage_options)
+    top.check_writable()
+    place = Store(posixpath.join(url, version), storage_options)
+    if place.is_local:
+        Path(place.root).mkdir(exist_ok=True)
     total = sum(listed.bytes for listed in manifest.files)
-    with tqdm(total=total, desc="publishing", unit="B", unit_scale=True, disable=None) as progress:
-        for listed in manifest.files:
-            target = posixpath.join(root, listed.name)
-            if difference(filesystem, target, listed) is None:
-                skipped.append(listed.name)
-            else:
-                _put(filesystem, shards / listed.name, target)
-                uploaded.append(listed.name)
-                sent += listed.bytes
+    with (
+        tqdm(total=total, desc="publishing", unit="B", unit_scale=True, disable=None) as progress,
+        ThreadPoolExecutor(AT_A_TIME) as pool,
+    ):
+
+        def publish(listed: Listed) -> bool:
+            sent = not place.holds(listed, shards / listed.name)
+            if sent:
+                place.put_file(shards / listed.name, listed.name)
+                if not place.holds(listed, shards / listed.name):
+                    raise StoreError(f"{place.url}/{listed.name}: is not what was put there")
             progress.update(listed.bytes)
-    target = posixpath.join(root, MANIFEST)
-    if not filesystem.exists(target) or filesystem.cat_file(target) != manifest.text.encode():
-        _put(filesystem, shards / MANIFEST, target)
+            return sent
+
+        try:
+            sent = list(pool.map(publish, manifest.files))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    uploaded = [listed.name for listed, new in zip(manifest.files, sent, strict=True) if new]
+    skipped = [listed.name for listed, new in zip(manifest.files, sent, strict=True) if not new]
+    if place.read(MANIFEST) != manifest.text.encode():
+        place.put_bytes(MANIFEST, manifest.text.encode())
         uploaded.append(MANIFEST)
-    return PublishedShards(place, version, tuple(uploaded), tuple(skipped), sent)
+    _point_to(top, version, created)
+    n_bytes = sum(listed.bytes for listed in manifest.files if listed.name in uploaded)
+    return PublishedShards(place.url, version, tuple(uploaded), tuple(skipped), n_bytes)
 
 
-def _put(filesystem: fsspec.AbstractFileSystem, source: Path, target: str) -> None:
-    """An object store shows an object when it is whole; in a folder it is renamed into place."""
-    if not isinstance(filesystem, LocalFileSystem):
-        filesystem.put_file(str(source), target)
-        return
-    folder, name = posixpath.split(target)
-    aside = Path(folder, f".{name}.{os.getpid()}")
-    filesystem.put_file(str(source), str(aside))
-    aside.replace(target)
+def _point_to(store: Store, version: str, created: str) -> None:
+    def newer(found: bytes | None) -> bytes | None:
+        before = Latest.parse(found, f"{store.url}/{LATEST}") if found else None
+        if before and (before.version == version or before.created > created):
+            return None
+        return Latest(version, created, before.sequence + 1 if before else 1).content
+
+    store.swap(LATEST, newer)
+
+
+def published_problems(
+    shards: Path, url: str, storage_options: Mapping[str, Any] | None = None
+) -> list[str]:
+    """How what lies at the URL of a version differs from the whole shards in a folder; each problem
+    names its object."""
+    place = Store(url, storage_options)
+    manifest: Manifest = read_manifest(shards)
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        there = pool.map(lambda listed: place.holds(listed, shards / listed.name), manifest.files)
+        problems = [
+            f"{place.url}/{listed.name}: is missing, or not as the manifest says"
+            for listed, is_there in zip(manifest.files, there, strict=True)
+            if not is_there
+        ]
+    if place.read(MANIFEST) != manifest.text.encode():
+        problems.append(f"{place.url}/{MANIFEST}: is missing, or another")
+    return problems
+
+
+def newest_version(url: str, storage_options: Mapping[str, Any] | None = None) -> str | None:
+    """The URL of the version that `<url>/latest.json` names; None where there is no such file."""
+    store = Store(url, storage_options)
+    content = store.read(LATEST)
+    if content is None:
+        return None
+    latest = Latest.parse(content, f"{store.url}/{LATEST}")
+    log.info("%s: version %s, made %s", url, latest.version, latest.created)
+    return posixpath.join(store.url, latest.version)

@@ -14,6 +14,7 @@ from lens_pipeline.catalogue.images import central, files_fingerprint
 from lens_pipeline.catalogue.table import read_catalogue, source_fingerprint
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings, absolute
+from lens_pipeline.shards.cloud import LATEST, newest_version
 from lens_pipeline.shards.manifest import MANIFEST
 from lens_pipeline.shards.prepare import IMAGE_SIZE
 from lens_pipeline.shards.reader import open_shards
@@ -104,8 +105,9 @@ def open_cutouts(
 ) -> Cutouts:
     """The cutouts in a folder or at an fsspec URL, of whatever kind they are there.
 
-    location: shards with their manifest; a processed dataset; a catalogue, or a folder of cutouts,
-    which are read once and kept as a processed dataset; by default the newest shards of LENS_HOME.
+    location: shards with their manifest, or the newest version of those that are published there;
+    a processed dataset; a catalogue, or a folder of cutouts, which are read once and kept as a
+    processed dataset; by default the newest shards of LENS_HOME.
     image_size: the central square to keep, by default all, and 64 pixels of a catalogue. cache:
     where remote shards and read cutouts are kept, by default in LENS_HOME. Raises InputError where
     there is nothing of the kind.
@@ -115,6 +117,9 @@ def open_cutouts(
     options = dict(storage_options if storage_options is not None else settings.storage_options)
     place = absolute(str(location)) if location is not None else str(newest_shards(settings.home))
     filesystem, inside = fsspec.url_to_fs(place, **options)
+    if filesystem.exists(f"{inside}/{LATEST}"):
+        place = newest_version(place, options) or place
+        inside = fsspec.url_to_fs(place, **options)[1]
     if filesystem.exists(f"{inside}/{MANIFEST}"):
         return cropped(open_shards(place, cache=cache, storage_options=options), image_size, place)
     if Path(place, "dataset.json").is_file():

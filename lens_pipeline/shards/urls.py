@@ -16,6 +16,7 @@ from tqdm import tqdm
 from lens_pipeline.catalogue.dataset import CutoutFormat
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import absolute
+from lens_pipeline.shards.cloud import newest_version
 from lens_pipeline.shards.cutouts import Split, cropped, cut_to
 from lens_pipeline.shards.encoding import Encoding
 from lens_pipeline.shards.foreign import Decoder, ImageDecoder, StoredDecoder, index_tars
@@ -49,14 +50,20 @@ def open_tars(
 ) -> Tars:
     """The tars that a path or fsspec URL with braces names; errors name it as `name`.
 
-    See `LensWebDatasetDataModule`. Raises InputError where there are none, where they are not just
-    those of a split of the manifest that lies beside them, or where one is not whole.
+    See `LensWebDatasetDataModule`. Where there are none in their folder, and a `latest.json` is,
+    they are those of the version that it names. Raises InputError where there are none, where they
+    are not just those of a split of the manifest that lies beside them, or where one is not whole.
     """
     options = dict(storage_options or {})
     urls = expanded(pattern, name)
     folder = posixpath.dirname(urls[0])
     filesystem, root = fsspec.url_to_fs(folder, **options)
     local = isinstance(filesystem, LocalFileSystem)
+    there = filesystem.exists(posixpath.join(root, posixpath.basename(urls[0])))
+    newest = None if there else newest_version(folder, options)
+    if newest is not None:
+        urls = [posixpath.join(newest, posixpath.basename(url)) for url in urls]
+        folder, root = newest, posixpath.join(root, posixpath.basename(newest))
     if filesystem.exists(posixpath.join(root, MANIFEST)):
         manifest = read_manifest(folder, options)
         shards = _shards_named(manifest, urls, folder, name)

@@ -1,0 +1,227 @@
+"""Places for shards: a folder, or a prefix in a bucket, through fsspec.
+
+Whatever a store raises becomes a message that names the object and the cause. What may pass, such
+as a server that restarts, is tried again for some time.
+"""
+
+import base64
+import hashlib
+import logging
+import os
+import posixpath
+import random
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import filelock
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from lens_pipeline.errors import InputError
+from lens_pipeline.shards.manifest import Listed, difference
+from lens_pipeline.steps import write_aside
+
+T = TypeVar("T")
+PATIENCE = 60.0  # seconds for which a request is tried again
+FIRST_PAUSE = 0.25
+# A connection that stalls is given up: without these, libraries wait for minutes, or for ever.
+TIMEOUTS: Mapping[str, dict[str, Any]] = {
+    "s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 20}},
+    "gs": {"timeout": 20},
+}
+FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, InputError, TypeError, ValueError)
+
+log = logging.getLogger(__name__)
+
+
+class StoreError(Exception):
+    """A store that failed, in spite of all patience; the message names the object and the cause."""
+
+
+class Store:
+    """A folder or a prefix in a bucket. Raises InputError for a URL that fsspec does not know."""
+
+    def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
+        self.url = url.rstrip("/")
+        protocol = url.partition("://")[0].replace("gcs", "gs").replace("s3a", "s3")
+        options = {**TIMEOUTS.get(protocol, {}), **(storage_options or {})}
+        try:
+            self.filesystem, self.root = fsspec.url_to_fs(self.url, **options)
+        except (ValueError, ImportError) as problem:
+            raise InputError(f"{url}: cannot be used ({_words(problem)})") from None
+        self.is_local = isinstance(self.filesystem, LocalFileSystem)
+        self._protocol = protocol
+
+    def at(self, name: str) -> str:
+        """The path of an object for the filesystem."""
+        return posixpath.join(self.root, name)
+
+    def check_writable(self) -> None:
+        """Raises InputError, at once, where nothing can be written: which of the reasons it is."""
+        probe = f".writable-{uuid.uuid4().hex}"
+        if self.is_local:
+            try:
+                self.filesystem.makedirs(self.root, exist_ok=True)
+            except OSError as problem:
+                raise InputError(f"{self.url}: cannot be a folder ({_words(problem)})") from None
+        else:
+            bucket = self.root.partition("/")[0]
+            try:
+                self._again(lambda: self.filesystem.ls(bucket, refresh=True), bucket)
+            except FileNotFoundError:
+                raise InputError(f"{self.url}: there is no bucket {bucket}") from None
+            except PermissionError as problem:
+                raise InputError(
+                    f"{self.url}: the store refuses these credentials ({_words(problem)})"
+                ) from None
+        try:
+            self.put_bytes(probe, b"")
+            self._again(lambda: self.filesystem.rm_file(self.at(probe)), probe)
+        except PermissionError as problem:
+            raise InputError(
+                f"{self.url}: may be read with these credentials, and not written "
+                f"({_words(problem)})"
+            ) from None
+
+    def put_file(self, source: Path, name: str) -> None:
+        """A store shows an object when it is whole; in a folder it is renamed into place."""
+        if self.is_local:
+            aside = self.at(f".{name}.{os.getpid()}")
+            self.filesystem.put_file(str(source), aside)
+            Path(aside).replace(self.at(name))
+        else:
+            self._again(lambda: self.filesystem.put_file(str(source), self.at(name)), name)
+
+    def put_bytes(self, name: str, content: bytes) -> None:
+        if self.is_local:
+            write_aside(Path(self.at(name)), content.decode())
+        else:
+            self._again(lambda: self.filesystem.pipe_file(self.at(name), content), name)
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a small object, None where there is none."""
+        try:
+            return self._again(lambda: self.filesystem.cat_file(self.at(name)), name)
+        except FileNotFoundError:
+            return None
+
+    def holds(self, listed: Listed, source: Path | None = None) -> bool:
+        """Whether an object is what the manifest lists; source: a local file that is.
+
+        By the checksum that the store gives where it can be compared; else it is read back.
+        """
+        try:
+            info = self._again(lambda: self._info(listed.name), listed.name)
+        except FileNotFoundError:
+            return False
+        if info["size"] != listed.bytes:
+            return False
+        if source is not None and _md5_of(info) == _md5(source):
+            return True
+        wrong = self._again(
+            lambda: difference(self.filesystem, self.at(listed.name), listed), listed.name
+        )
+        return wrong is None
+
+    def swap(self, name: str, change: Callable[[bytes | None], bytes | None]) -> bytes | None:
+        """Replace a small object by what `change` makes of it, and of nothing else: where another
+        process was quicker, `change` is asked again. None leaves it; returns what lies there."""
+        if self.is_local:
+            with filelock.FileLock(self.at(f".{name}.lock")):
+                found = self.read(name)
+                wanted = change(found)
+                if wanted is not None:
+                    self.put_bytes(name, wanted)
+            return wanted if wanted is not None else found
+        while True:
+            found, token = self._with_token(name)
+            wanted = change(found)
+            if wanted is None:
+                return found
+            if self._put_if(name, wanted, token):
+                return wanted
+
+    def _with_token(self, name: str) -> tuple[bytes | None, str | None]:
+        """An object, and what tells this state of it from others."""
+        while True:
+            try:
+                before = self._again(lambda: self._info(name), name)
+            except FileNotFoundError:
+                return None, None
+            content = self.read(name)
+            token = str(before.get("generation") or before.get("ETag"))
+            if content is not None and len(content) == before["size"]:
+                return content, token
+
+    def _put_if(self, name: str, content: bytes, token: str | None) -> bool:
+        """Whether an object that was in the state of the token (None: absent) is replaced."""
+        path = self.at(name)
+
+        def put() -> bool:
+            try:
+                if token is None:
+                    self.filesystem.pipe_file(path, content, mode="create")
+                elif self._protocol == "s3":
+                    self.filesystem.pipe_file(path, content, IfMatch=token)
+                elif self._protocol == "gs":
+                    bucket, key, _ = self.filesystem.split_path(path)
+                    self.filesystem.call(
+                        "POST", f"{self.filesystem._location}/upload/storage/v1/b/{bucket}/o",
+                        uploadType="media", name=key, ifGenerationMatch=token, data=content,
+                    )  # fmt: skip
+                else:
+                    self.filesystem.pipe_file(path, content)
+            except Exception as problem:
+                if _is_precondition(problem):
+                    return False
+                raise
+            return True
+
+        return self._again(put, name)
+
+    def _info(self, name: str) -> dict[str, Any]:
+        self.filesystem.invalidate_cache(self.root)
+        return dict(self.filesystem.info(self.at(name)))
+
+    def _again(self, request: Callable[[], T], name: str) -> T:
+        """What a request gives, tried for PATIENCE seconds. Raises StoreError after that; at once
+        what trying again does not change."""
+        until, pause = time.monotonic() + PATIENCE, FIRST_PAUSE
+        while True:
+            try:
+                return request()
+            except FINAL:
+                raise
+            except Exception as problem:  # noqa: BLE001  (each store has errors of its own)
+                if time.monotonic() + pause > until:
+                    raise StoreError(f"{self.url}/{name}: {_words(problem)}") from None
+                log.info("%s/%s: %s; once more", self.url, name, _words(problem))
+            time.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(2 * pause, 10)
+
+
+def _is_precondition(problem: Exception) -> bool:
+    """Whether a conditional put was refused because the object has changed meanwhile."""
+    answer = getattr(problem.__cause__, "response", {})  # of an S3 store
+    code = answer.get("Error", {}).get("Code") or str(getattr(problem, "code", ""))
+    conflicts = ("PreconditionFailed", "ConditionalRequestConflict", "412")
+    return isinstance(problem, FileExistsError) or code in conflicts
+
+
+def _md5_of(info: Mapping[str, Any]) -> str | None:
+    """The MD5 that a store gives of an object; an ETag may be something else, and then differs."""
+    if info.get("md5Hash"):
+        return base64.b64decode(info["md5Hash"]).hex()
+    return str(info.get("ETag", "")).strip('"') or None
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _words(problem: BaseException) -> str:
+    return " ".join(str(problem).split())[:300] or type(problem).__name__
