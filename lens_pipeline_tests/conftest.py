@@ -1,9 +1,11 @@
 """Shared fixtures: a clean environment, small real datasets, and one home that a run has filled."""
 
 import os
+import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,13 @@ import pytest
 from lens_pipeline.catalogue.dataset import Dataset, build_dataset
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
+from lens_pipeline_tests.object_stores import FaultyProxy, GCSServer, S3Server, sign_in
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 LENS_PIPELINE = str(Path(sys.executable).with_name("lens-pipeline"))  # the installed command
 NO_SKIP = os.environ.get("LENS_NO_SKIP") == "1"
+# gcsfs reads it when it is imported, for the whole process; see GCSServer.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -98,3 +103,56 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_home(home: Path, tmp_path: Path) -> Path:
     """A copy of `home` to change. MLflow's artifacts stay where they are."""
     return Path(shutil.copytree(home, tmp_path / "home"))
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server. It may be killed: `s3_bucket` starts it again."""
+    if reason := S3Server.missing():
+        pytest.skip(reason)
+    with S3Server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GCSServer]:
+    """A server of GCS's interface. It may be killed: `gcs_bucket` starts it again."""
+    if reason := GCSServer.missing():
+        pytest.skip(reason)
+    with GCSServer(tmp_path_factory.mktemp("gcs")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of an empty bucket on `s3_server`, its administrator signed in."""
+    import s3fs
+
+    if not s3_server.running:
+        s3_server.restart()
+    sign_in(monkeypatch, s3_server.environment())
+    name = f"lens-{secrets.token_hex(8)}"
+    s3_server.make_bucket(name)
+    yield f"s3://{name}"
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def gcs_bucket(gcs_server: GCSServer) -> Iterator[str]:
+    """The URL of an empty bucket on `gcs_server`."""
+    import gcsfs
+
+    if not gcs_server.running:
+        gcs_server.restart()
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    name = f"lens-{secrets.token_hex(8)}"
+    gcs_server.make_bucket(name)
+    yield f"gs://{name}"
+    gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def faulty_proxy() -> Iterator[Callable[[S3Server | GCSServer], FaultyProxy]]:
+    """Makes proxies in front of a server: `storage_options(proxy.url)` leads through one."""
+    with ExitStack() as stack:
+        yield lambda server: stack.enter_context(FaultyProxy(server.url))

@@ -13,12 +13,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import fsspec
 import numpy as np
 from astropy.stats import mad_std, sigma_clip
 from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.fits_images import read_fits
+from lens_pipeline.storage import locate
 
 SIGMA_UNITS = "background_sigma"
 COMPOSITE = "composite"
@@ -104,7 +104,7 @@ def files_fingerprint(references: Iterable[str], options: dict[str, Any] | None 
     digest = hashlib.sha256()
     for path in sorted({file_of(reference) for reference in references}):
         try:
-            filesystem, inside = fsspec.url_to_fs(path, **(options or {}))
+            filesystem, inside = locate(path, options)
             info = filesystem.info(inside)
             changed = info.get("ETag") or info.get("etag") or info.get("mtime")
             state = f"{info['size']} {changed}"
@@ -127,8 +127,8 @@ def read_image(
     try:
         if path.endswith(".npy"):
             return Cutout(_as_cube(_read_npy(reference, path, options)), _linear(flux_unit))
-        with fsspec.open(path, "rb", **(options or {})) as file:
-            content = file.read()
+        filesystem, inside = locate(path, options)
+        content = filesystem.cat_file(inside)
     except FileNotFoundError:
         raise CutoutError("the file is missing") from None
     except CutoutError:
@@ -186,8 +186,8 @@ def _read_npz(content: bytes, units: str) -> Cutout:
 def _read_npy(reference: str, path: str, options: dict[str, Any] | None) -> NDArray[Any]:
     row = STACK_ROW.match(reference)
     if "://" in path:
-        with fsspec.open(path, "rb", **(options or {})) as file:
-            array = np.load(io.BytesIO(file.read()), allow_pickle=False)
+        filesystem, inside = locate(path, options)
+        array = np.load(io.BytesIO(filesystem.cat_file(inside)), allow_pickle=False)
     else:
         array = np.load(path, mmap_mode="r" if row else None, allow_pickle=False)
     if row:

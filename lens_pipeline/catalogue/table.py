@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.storage import locate
 
 SPLITS = ("train", "val", "test")
 SUFFIXES = (".csv", ".parquet", ".fits", ".fit", ".vot", ".votable", ".xml")
@@ -69,7 +70,7 @@ def read_catalogue(path: str | Path, storage_options: Mapping[str, Any] | None =
     source = str(path)
     options = dict(storage_options or {})
     try:
-        filesystem, inside = fsspec.url_to_fs(source, **options)
+        filesystem, inside = locate(source, options)
         if filesystem.isdir(inside):
             table, folder = _read_folder(source, filesystem, inside), source
         else:
@@ -90,7 +91,7 @@ def source_fingerprint(source: str, storage_options: Mapping[str, Any] | None = 
     Raises InputError where there is no such file or folder.
     """
     try:
-        filesystem, inside = fsspec.url_to_fs(source, **dict(storage_options or {}))
+        filesystem, inside = locate(source, storage_options)
         if not filesystem.isdir(inside):
             return hashlib.sha256(filesystem.cat_file(inside)).hexdigest()
         # What `_read_folder` looks at: other things may lie there, LENS_HOME among them.
@@ -112,8 +113,8 @@ def _read_table(source: str, options: dict[str, Any]) -> pd.DataFrame:
         raise InputError(
             f"{source}: a catalogue is a folder or one of {', '.join(SUFFIXES)}; convert it"
         )
-    with fsspec.open(source, "rb", **options) as file:
-        content = io.BytesIO(file.read())
+    filesystem, inside = locate(source, options)
+    content = io.BytesIO(filesystem.cat_file(inside))
     if suffix == ".csv":
         return _read_csv(content, source)
     if suffix == ".parquet":

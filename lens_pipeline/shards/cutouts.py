@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,6 +18,7 @@ from lens_pipeline.shards.manifest import MANIFEST
 from lens_pipeline.shards.prepare import IMAGE_SIZE
 from lens_pipeline.shards.reader import open_shards
 from lens_pipeline.steps import Recipe, run_step
+from lens_pipeline.storage import locate
 
 
 class Split(Protocol):
@@ -116,10 +116,10 @@ def open_cutouts(
     cache = cache or settings.home / "cache"
     options = dict(storage_options if storage_options is not None else settings.storage_options)
     place = absolute(str(location)) if location is not None else str(newest_shards(settings.home))
-    filesystem, inside = fsspec.url_to_fs(place, **options)
+    filesystem, inside = locate(place, options)
     if filesystem.exists(f"{inside}/{LATEST}"):
         place = newest_version(place, options) or place
-        inside = fsspec.url_to_fs(place, **options)[1]
+        inside = locate(place, options)[1]
     if filesystem.exists(f"{inside}/{MANIFEST}"):
         return cropped(open_shards(place, cache=cache, storage_options=options), image_size, place)
     if Path(place, "dataset.json").is_file():

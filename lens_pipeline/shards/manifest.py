@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.storage import locate
 
 MANIFEST = "manifest.json"
 INDEX = "index.parquet"
@@ -108,8 +109,8 @@ def read_manifest(
     """The manifest in a folder or at an fsspec URL. Raises InputError where there is none."""
     path = posixpath.join(str(location), MANIFEST)
     try:
-        with fsspec.open(path, "rb", **dict(storage_options or {})) as file:
-            content = file.read()
+        filesystem, inside = locate(path, storage_options)
+        content = filesystem.cat_file(inside)
     except FileNotFoundError:
         raise InputError(
             f"{path}: there is no such file; shards are whole once their manifest is there"
@@ -128,7 +129,7 @@ def verify_shards(
         manifest = read_manifest(location, storage_options)
     except InputError as problem:
         return [str(problem)]
-    filesystem, root = fsspec.url_to_fs(str(location), **dict(storage_options or {}))
+    filesystem, root = locate(str(location), storage_options)
     return list(_problems(filesystem, root, manifest))
 
 

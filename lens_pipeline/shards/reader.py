@@ -31,6 +31,7 @@ from lens_pipeline.shards.manifest import (
     read_manifest,
 )
 from lens_pipeline.steps import write_aside
+from lens_pipeline.storage import locate
 
 _LOCAL = LocalFileSystem()
 _verified: set[tuple[int, ...]] = set()  # files whose sha256 has been checked by this process
@@ -165,7 +166,7 @@ def open_shards(
     naming the file, where there is no manifest or a file is not what the manifest says.
     """
     options = dict(storage_options or {})
-    filesystem, root = fsspec.url_to_fs(str(location), **options)
+    filesystem, root = locate(str(location), options)
     manifest = read_manifest(location, options)
     if isinstance(filesystem, LocalFileSystem):
         folder = Path(root)

@@ -6,6 +6,7 @@ as a server that restarts, is tried again for some time.
 
 import base64
 import hashlib
+import json
 import logging
 import os
 import posixpath
@@ -17,21 +18,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import filelock
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.manifest import Listed, difference
 from lens_pipeline.steps import write_aside
+from lens_pipeline.storage import locate, protocol_of
 
 T = TypeVar("T")
 PATIENCE = 60.0  # seconds for which a request is tried again
 FIRST_PAUSE = 0.25
-# A connection that stalls is given up: without these, libraries wait for minutes, or for ever.
-TIMEOUTS: Mapping[str, dict[str, Any]] = {
-    "s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 20}},
-    "gs": {"timeout": 20},
-}
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, InputError, TypeError, ValueError)
 
 log = logging.getLogger(__name__)
@@ -46,14 +42,12 @@ class Store:
 
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
         self.url = url.rstrip("/")
-        protocol = url.partition("://")[0].replace("gcs", "gs").replace("s3a", "s3")
-        options = {**TIMEOUTS.get(protocol, {}), **(storage_options or {})}
         try:
-            self.filesystem, self.root = fsspec.url_to_fs(self.url, **options)
+            self.filesystem, self.root = locate(self.url, storage_options)
         except (ValueError, ImportError) as problem:
             raise InputError(f"{url}: cannot be used ({_words(problem)})") from None
         self.is_local = isinstance(self.filesystem, LocalFileSystem)
-        self._protocol = protocol
+        self._protocol = protocol_of(self.url)
 
     def at(self, name: str) -> str:
         """The path of an object for the filesystem."""
@@ -167,11 +161,7 @@ class Store:
                 elif self._protocol == "s3":
                     self.filesystem.pipe_file(path, content, IfMatch=token)
                 elif self._protocol == "gs":
-                    bucket, key, _ = self.filesystem.split_path(path)
-                    self.filesystem.call(
-                        "POST", f"{self.filesystem._location}/upload/storage/v1/b/{bucket}/o",
-                        uploadType="media", name=key, ifGenerationMatch=token, data=content,
-                    )  # fmt: skip
+                    self._replace_generation(path, content, token)
                 else:
                     self.filesystem.pipe_file(path, content)
             except Exception as problem:
@@ -182,8 +172,25 @@ class Store:
 
         return self._again(put, name)
 
+    def _replace_generation(self, path: str, content: bytes, generation: str) -> None:
+        """GCS's conditional put, which gcsfs has for absent objects alone."""
+        bucket, key, _ = self.filesystem.split_path(path)
+        about = json.dumps({"name": key}).encode()
+        parts = [
+            (b"application/json; charset=UTF-8", about),
+            (b"application/octet-stream", content),
+        ]
+        body = b"".join(b"--=\nContent-Type: %s\n\n%s\n" % part for part in parts) + b"--=--"
+        self.filesystem.call(
+            "POST",
+            f"{self.filesystem._location}/upload/storage/v1/b/{bucket}/o",
+            uploadType="multipart",
+            ifGenerationMatch=generation,
+            headers={"Content-Type": 'multipart/related; boundary="="'},
+            data=body,
+        )
+
     def _info(self, name: str) -> dict[str, Any]:
-        self.filesystem.invalidate_cache(self.root)
         return dict(self.filesystem.info(self.at(name)))
 
     def _again(self, request: Callable[[], T], name: str) -> T:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-import fsspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.shards.foreign import END, Decoder, RawSample, samples_of
 from lens_pipeline.shards.manifest import Shard
 from lens_pipeline.shards.sampling import SMALLEST, ResumableLoader, rank_of_ranks
+from lens_pipeline.storage import locate
 
 BLOCK = 2**20
 
@@ -42,7 +42,8 @@ def read_tar(
     Raises InputError, at the latest after the last one, where the tar is not whole: where its end
     is missing, or it is not what the manifest lists.
     """
-    with fsspec.open(url, "rb", block_size=BLOCK, **dict(storage_options or {})) as opened:
+    filesystem, inside = locate(url, storage_options)
+    with filesystem.open(inside, "rb", block_size=BLOCK) as opened:
         watched = _Watched(opened)
 
         def files() -> Iterator[tuple[str, bytes, int]]:

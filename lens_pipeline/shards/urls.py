@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
@@ -23,6 +22,7 @@ from lens_pipeline.shards.foreign import Decoder, ImageDecoder, StoredDecoder, i
 from lens_pipeline.shards.manifest import MANIFEST, Manifest, Shard, read_manifest
 from lens_pipeline.shards.reader import open_shards
 from lens_pipeline.shards.streaming import read_tar
+from lens_pipeline.storage import locate
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def open_tars(
     options = dict(storage_options or {})
     urls = expanded(pattern, name)
     folder = posixpath.dirname(urls[0])
-    filesystem, root = fsspec.url_to_fs(folder, **options)
+    filesystem, root = locate(folder, options)
     local = isinstance(filesystem, LocalFileSystem)
     there = filesystem.exists(posixpath.join(root, posixpath.basename(urls[0])))
     newest = None if there else newest_version(folder, options)
@@ -120,7 +120,7 @@ def _copied(urls: Sequence[str], cache: Path | None, options: dict[str, Any]) ->
     assert cache is not None
     paths = []
     for url in tqdm(urls, desc="fetching shards", unit="shard", disable=None):
-        filesystem, inside = fsspec.url_to_fs(url, **options)
+        filesystem, inside = locate(url, options)
         try:
             about = filesystem.info(inside)
         except FileNotFoundError:

@@ -1,0 +1,299 @@
+"""Publishing to real object stores, and what happens to it there."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from lens_pipeline import LensDataModule, LensWebDatasetDataModule, storage
+from lens_pipeline.errors import InputError
+from lens_pipeline.shards import open_shards, publish_shards, read_manifest, store, verify_shards
+from lens_pipeline.shards.cloud import newest_version, published_problems
+from lens_pipeline.shards.store import Store, StoreError
+from lens_pipeline_tests.object_stores import FaultyProxy, GCSServer, S3Server, sign_in
+
+Proxies = Callable[[S3Server | GCSServer], FaultyProxy]
+
+
+@pytest.fixture(params=["s3", "gs", "folder"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, dict]:
+    """(the URL of an empty place, its storage options)"""
+    if request.param == "folder":
+        return str(tmp_path / "cloud"), {}
+    kind = {"s3": "s3", "gs": "gcs"}[request.param]
+    bucket = request.getfixturevalue(f"{kind}_bucket")
+    return f"{bucket}/lenses", request.getfixturevalue(f"{kind}_server").storage_options()
+
+
+def names(url: str, options: dict) -> set[str]:
+    filesystem, root = fsspec.url_to_fs(url, **options)
+    filesystem.invalidate_cache()
+    found = {path.rpartition("/")[2] for path in filesystem.find(root)}
+    return {name for name in found if not name.endswith(".lock")}
+
+
+def test_cloud_holds_what_the_manifest_lists_and_is_read_back(
+    shards_folder: Path, place: tuple[str, dict], tmp_path: Path
+) -> None:
+    url, options = place
+    manifest = read_manifest(shards_folder)
+    published = publish_shards(shards_folder, url, storage_options=options)
+    files = {path.name for path in shards_folder.iterdir()}
+    assert set(published.uploaded) == files
+    assert published.url == f"{url}/{manifest.dataset_version}"
+    assert names(published.url, options) == files
+    assert names(url, options) == {*files, "latest.json"}
+    assert verify_shards(published.url, options) == []
+    assert published_problems(shards_folder, published.url, options) == []
+    assert newest_version(url, options) == published.url
+
+    again = publish_shards(shards_folder, url, storage_options=options)
+    assert again.uploaded == ()
+    assert again.bytes == 0
+
+    data = LensDataModule(url, cache_dir=tmp_path / "cache", storage_options=options)
+    whole = open_shards(shards_folder).split("val")
+    read = data.split("val").gather(list(range(len(whole))))
+    np.testing.assert_array_equal(read, whole.gather(list(range(len(whole)))))
+
+
+def test_cloud_tars_are_found_through_the_newest_version(
+    shards_folder: Path, place: tuple[str, dict], tmp_path: Path
+) -> None:
+    url, options = place
+    published = publish_shards(shards_folder, url, storage_options=options)
+    streams = {
+        where: LensWebDatasetDataModule(
+            val_urls=f"{where}/val-000000.tar", batch_size=16, storage_options=options
+        )
+        for where in (url, published.url)
+    }
+    batches = [[batch["image"] for batch in d.val_dataloader()] for d in streams.values()]
+    assert all((a == b).all() for a, b in zip(*batches, strict=True))
+    assert sum(map(len, batches[0])) == len(open_shards(shards_folder).split("val"))
+    wrong = LensWebDatasetDataModule(f"{url}/train-{{0..7}}.tar", storage_options=options)
+    with pytest.raises(InputError, match=r"those are .*train-\{000000\.\.000002\}\.tar"):
+        wrong.train_dataloader()
+
+
+def test_cloud_objects_that_were_spoilt_are_put_again(
+    own_shards: Path, place: tuple[str, dict]
+) -> None:
+    url, options = place
+    published = publish_shards(own_shards, url, storage_options=options)
+    filesystem, root = fsspec.url_to_fs(published.url, **options)
+    content = bytearray(filesystem.cat_file(f"{root}/train-000001.tar"))
+    content[len(content) // 2] ^= 1
+    filesystem.pipe_file(f"{root}/train-000001.tar", bytes(content))
+    filesystem.pipe_file(f"{root}/val-000000.tar", content[:500])
+    filesystem.rm_file(f"{root}/index.parquet")
+    problems = published_problems(own_shards, published.url, options)
+    assert sorted(problem.split(":")[-2].rpartition("/")[2] for problem in problems) == [
+        "index.parquet",
+        "train-000001.tar",
+        "val-000000.tar",
+    ]
+    again = publish_shards(own_shards, url, storage_options=options)
+    assert set(again.uploaded) == {"index.parquet", "train-000001.tar", "val-000000.tar"}
+    assert verify_shards(published.url, options) == []
+
+
+def test_cloud_pointer_is_never_moved_back(
+    own_shards: Path, shards_folder: Path, place: tuple[str, dict], tmp_path: Path
+) -> None:
+    """An older upload that ends late leaves the newer version the newest."""
+    url, options = place
+    newer = publish_shards(shards_folder, url, storage_options=options)
+    late = json.loads(Store(url, options).read("latest.json") or b"")
+    assert (late["version"], late["sequence"]) == (newer.dataset_version, 1)
+    late |= {"version": "of-an-upload-that-begins-next-year", "created": "2999-01-01"}
+    Store(url, options).put_bytes("latest.json", json.dumps(late).encode())
+    publish_shards(shards_folder, url, storage_options=options)
+    assert json.loads(Store(url, options).read("latest.json") or b"") == late
+    Store(url, options).put_bytes("latest.json", b"{}")
+    with pytest.raises(InputError, match=r"latest\.json: does not name a version"):
+        newest_version(url, options)
+
+
+def test_cloud_swaps_by_many_at_once_are_all_seen(place: tuple[str, dict]) -> None:
+    url, options = place
+    Store(url, options).check_writable()
+
+    def add() -> None:
+        for _ in range(5):
+            Store(url, options).swap("count", lambda found: b"%d" % (int(found or b"0") + 1))
+
+    threads = [threading.Thread(target=add) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert Store(url, options).read("count") == b"20"
+
+
+def test_cloud_places_that_cannot_be_written_are_told_apart_at_once(
+    shards_folder: Path, s3_bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = s3_server.storage_options()
+
+    def refused(url: str) -> str:
+        begun = time.monotonic()
+        with pytest.raises(InputError) as caught:
+            publish_shards(shards_folder, url, storage_options=options)
+        assert time.monotonic() - begun < 5
+        assert url in str(caught.value)
+        return str(caught.value)
+
+    assert "there is no bucket nowhere" in refused("s3://nowhere/lenses")
+    sign_in(monkeypatch, s3_server.environment(wrong=True))
+    wrong = refused(s3_bucket)
+    assert "refuses these credentials" in wrong
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in wrong
+    sign_in(monkeypatch, s3_server.environment(read_only=True))
+    assert "may be read with these credentials, and not written" in refused(s3_bucket)
+
+
+@pytest.mark.parametrize("fault", ["503", "500", "reset", "slow"])
+@pytest.mark.parametrize("kind", ["s3", "gcs"])
+def test_cloud_uploads_survive_faults(
+    shards_folder: Path,
+    kind: str,
+    fault: str,
+    request: pytest.FixtureRequest,
+    faulty_proxy: Proxies,
+) -> None:
+    server, bucket = (request.getfixturevalue(f"{kind}_{what}") for what in ("server", "bucket"))
+    proxy = faulty_proxy(server)
+    options = server.storage_options(proxy.url)
+    if fault == "reset":
+        proxy.reset_after(100_000, times=3)
+    elif fault == "slow":
+        proxy.delay(0.5)
+    else:
+        proxy.every(5, status=int(fault))
+    published = publish_shards(shards_folder, f"{bucket}/lenses", storage_options=options)
+    assert proxy.faults > 0
+    proxy.pass_through()
+    assert verify_shards(published.url, server.storage_options()) == []
+    assert newest_version(f"{bucket}/lenses", server.storage_options()) == published.url
+
+
+def test_cloud_that_stalls_or_is_gone_is_an_error_that_names_the_object(
+    shards_folder: Path,
+    s3_bucket: str,
+    s3_server: S3Server,
+    faulty_proxy: Proxies,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = f"{s3_bucket}/lenses"
+    before = publish_shards(shards_folder, url, storage_options=s3_server.storage_options())
+    monkeypatch.setattr(store, "PATIENCE", 3.0)
+    quick = {
+        "config_kwargs": {"connect_timeout": 1, "read_timeout": 1, "retries": {"max_attempts": 0}}
+    }
+    monkeypatch.setattr(storage, "DEFAULTS", {"s3": quick | {"use_listings_cache": False}})
+    proxy = faulty_proxy(s3_server)
+    options = s3_server.storage_options(proxy.url)
+    proxy.stall()
+    with pytest.raises(StoreError, match=s3_bucket):
+        publish_shards(shards_folder, url, storage_options=options)
+    proxy.pass_through()
+    s3_server.kill()
+    with pytest.raises(StoreError, match=s3_bucket):
+        publish_shards(shards_folder, url, storage_options=s3_server.storage_options())
+    s3_server.restart()
+    assert newest_version(url, s3_server.storage_options()) == before.url
+    again = publish_shards(shards_folder, url, storage_options=s3_server.storage_options())
+    assert again.uploaded == ()
+
+
+PUBLISH = """
+import json, sys
+from pathlib import Path
+from lens_pipeline.shards import publish_shards
+published = publish_shards(Path(sys.argv[1]), sys.argv[2], storage_options=json.loads(sys.argv[3]))
+print(len(published.uploaded))
+"""
+
+
+def publisher(shards: Path, url: str, options: dict) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", PUBLISH, str(shards), url, json.dumps(options)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_cloud_upload_that_was_killed_goes_on(
+    shards_folder: Path, s3_bucket: str, s3_server: S3Server, faulty_proxy: Proxies
+) -> None:
+    url, options = f"{s3_bucket}/lenses", s3_server.storage_options()
+    version = read_manifest(shards_folder).dataset_version
+    proxy = faulty_proxy(s3_server)
+    proxy.delay(0.3)
+    with publisher(shards_folder, url, s3_server.storage_options(proxy.url)) as process:
+        until = time.monotonic() + 60
+        while not names(f"{url}/{version}", options) and time.monotonic() < until:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    there = names(f"{url}/{version}", options)
+    assert there
+    assert "manifest.json" not in there
+    assert newest_version(url, options) is None
+    published = publish_shards(shards_folder, url, storage_options=options)
+    assert set(published.skipped) == there
+    assert verify_shards(published.url, options) == []
+
+
+def test_cloud_server_restarted_during_an_upload(
+    shards_folder: Path, s3_bucket: str, s3_server: S3Server, faulty_proxy: Proxies
+) -> None:
+    url, options = f"{s3_bucket}/lenses", s3_server.storage_options()
+    version = read_manifest(shards_folder).dataset_version
+    proxy = faulty_proxy(s3_server)
+    proxy.delay(0.3)
+    with publisher(shards_folder, url, s3_server.storage_options(proxy.url)) as process:
+        until = time.monotonic() + 60
+        while not names(f"{url}/{version}", options) and time.monotonic() < until:
+            time.sleep(0.02)
+        s3_server.kill()
+        time.sleep(2)
+        s3_server.restart()
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert verify_shards(f"{url}/{version}", options) == []
+    assert newest_version(url, options) == f"{url}/{version}"
+
+
+def test_cloud_uploads_of_the_same_at_once(
+    shards_folder: Path, s3_bucket: str, s3_server: S3Server
+) -> None:
+    url, options = f"{s3_bucket}/lenses", s3_server.storage_options()
+    both = [publisher(shards_folder, url, options) for _ in range(2)]
+    for process in both:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    newest = newest_version(url, options)
+    assert newest is not None
+    assert verify_shards(newest, options) == []
+    assert json.loads(Store(url, options).read("latest.json") or b"")["sequence"] == 1
+
+
+def test_cloud_epoch_of_which_every_tenth_request_fails(
+    shards_folder: Path, s3_bucket: str, s3_server: S3Server, faulty_proxy: Proxies, tmp_path: Path
+) -> None:
+    published = publish_shards(
+        shards_folder, f"{s3_bucket}/lenses", storage_options=s3_server.storage_options()
+    )
+    proxy = faulty_proxy(s3_server)
+    proxy.every(10, status=500)
+    options = s3_server.storage_options(proxy.url)
+    data = LensDataModule(published.url, cache_dir=tmp_path, storage_options=options)
+    seen = [place for batch in data.train_dataloader() for place in batch["index"].tolist()]
+    assert sorted(seen) == list(range(len(open_shards(shards_folder).split("train"))))
