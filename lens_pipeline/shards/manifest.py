@@ -115,6 +115,8 @@ def read_manifest(
         raise InputError(
             f"{path}: there is no such file; shards are whole once their manifest is there"
         ) from None
+    except PermissionError as problem:
+        raise InputError(f"{path}: may not be read ({' '.join(str(problem).split())})") from None
     return Manifest.parse(content, path)
 
 

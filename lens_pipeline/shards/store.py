@@ -203,6 +203,11 @@ class Store:
             except FINAL:
                 raise
             except Exception as problem:  # noqa: BLE001  (each store has errors of its own)
+                if "Credentials" in type(problem).__name__:  # botocore's, which no import needs
+                    raise InputError(
+                        f"{self.url}: there are no credentials for it ({_words(problem)}); give "
+                        "them through the environment, as the provider's tools take them"
+                    ) from None
                 if time.monotonic() + pause > until:
                     raise StoreError(f"{self.url}/{name}: {_words(problem)}") from None
                 log.info("%s/%s: %s; once more", self.url, name, _words(problem))

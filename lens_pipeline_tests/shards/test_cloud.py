@@ -158,6 +158,8 @@ def test_cloud_places_that_cannot_be_written_are_told_apart_at_once(
     wrong = refused(s3_bucket)
     assert "refuses these credentials" in wrong
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in wrong
+    sign_in(monkeypatch, {"AWS_EC2_METADATA_DISABLED": "true", "HOME": "/nonexistent"})
+    assert "there are no credentials for it" in refused(s3_bucket)
     sign_in(monkeypatch, s3_server.environment(read_only=True))
     assert "may be read with these credentials, and not written" in refused(s3_bucket)
 
