@@ -99,23 +99,28 @@ class ResumableLoader(DataLoader[Any]):
 class ShardLoader(ResumableLoader):
     """A loader of batches of `EpochBatches`.
 
-    Without worker processes, a thread gathers the next batch while one is used.
+    Without worker processes they are gathered in this one: on a CPU when they are asked for, since
+    the step takes all cores; for a GPU by a thread, which pins the next while one is used.
     """
 
     def batches_from(self, start: int) -> Iterator[Any]:
         assert isinstance(self.sampler, EpochBatches)
         self.sampler.start = start
-        return super().batches_from(0) if self.num_workers else self._gathered()
+        if self.num_workers:
+            return super().batches_from(0)
+        return self._pinned_ahead() if self.pin_memory else map(self._gather, self.sampler)
 
-    def _gathered(self) -> Iterator[Any]:
-        def gather(places: list[int]) -> Any:
-            batch = self.dataset[places]
-            return {k: v.pin_memory() for k, v in batch.items()} if self.pin_memory else batch
+    def _gather(self, places: list[int]) -> dict[str, Any]:
+        return self.dataset[places]
+
+    def _pinned_ahead(self) -> Iterator[Any]:
+        def pinned(places: list[int]) -> dict[str, Any]:
+            return {name: part.pin_memory() for name, part in self._gather(places).items()}
 
         ahead: Future[Any] | None = None
         with ThreadPoolExecutor(1) as pool:
             for places in self.sampler:
-                now, ahead = ahead, pool.submit(gather, places)
+                now, ahead = ahead, pool.submit(pinned, places)
                 if now:
                     yield now.result()
             if ahead:
