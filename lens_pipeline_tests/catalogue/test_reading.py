@@ -1,5 +1,6 @@
 """Many cutouts, read in the catalogue's order: here or in other processes."""
 
+import io
 import os
 import signal
 import subprocess
@@ -12,9 +13,11 @@ import psutil
 import pytest
 
 from lens_pipeline.catalogue import reading
+from lens_pipeline.catalogue.dataset import build_dataset
 from lens_pipeline.catalogue.images import Cutout
 from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.table import Catalogue, read_catalogue
+from lens_pipeline.storage import locate
 
 N = 1500
 
@@ -84,3 +87,31 @@ def test_readers_end_with_the_process_that_started_them(
         os.kill(started.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize("kind", ["s3", "gcs"])
+def test_a_catalogue_and_its_cutouts_in_a_bucket(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    bucket, server = (request.getfixturevalue(f"{kind}_{what}") for what in ("bucket", "server"))
+    options = server.storage_options()
+    filesystem, root = locate(f"{bucket}/survey", options)
+    cutouts = np.random.default_rng(0).normal(size=(60, 1, 40, 40)).astype(np.float32)
+    for row, cutout in enumerate(cutouts):
+        content = io.BytesIO()
+        np.save(content, cutout)
+        filesystem.pipe_file(f"{root}/cutouts/{row}.npy", content.getvalue())
+    filesystem.rm_file(f"{root}/cutouts/7.npy")
+    paths = [f"cutouts/{row}.npy" for row in range(60)]
+    table = pd.DataFrame({"id": range(60), "path": paths, "label": np.arange(60) % 2})
+    filesystem.pipe_file(f"{root}/table.csv", table.to_csv(index=False).encode())
+    catalogue = read_catalogue(f"{bucket}/survey/table.csv", options)
+    dataset = build_dataset(catalogue, tmp_path, image_size=40, options=options)
+    (reject,) = dataset.rejects().itertuples()
+    assert (reject.row, reject.reason) == (7, "the file is missing")
+    assert reject.file == f"{bucket}/survey/cutouts/7.npy"
+    for part in ("train", "val", "test"):
+        rows, images = dataset.table(part)["row"], dataset.images(part)
+        for row, image in zip(rows, images, strict=True):
+            ratio = cutouts[row] / image
+            np.testing.assert_allclose(ratio, np.median(ratio), rtol=1e-4)
