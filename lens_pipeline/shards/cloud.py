@@ -18,10 +18,9 @@ from tqdm import tqdm
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest, read_manifest
-from lens_pipeline.shards.store import Store, StoreError
+from lens_pipeline.shards.store import AT_A_TIME, Store, StoreError
 
 LATEST = "latest.json"
-AT_A_TIME = 8  # uploads
 
 log = logging.getLogger(__name__)
 

@@ -6,18 +6,19 @@ mapped kills the process.
 
 import mmap
 import os
-import posixpath
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import fsspec
+import filelock
 import numpy as np
 import pandas as pd
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat
 from lens_pipeline.errors import InputError
@@ -30,6 +31,7 @@ from lens_pipeline.shards.manifest import (
     difference,
     read_manifest,
 )
+from lens_pipeline.shards.store import AT_A_TIME, Store
 from lens_pipeline.steps import write_aside
 from lens_pipeline.storage import locate
 
@@ -174,37 +176,54 @@ def open_shards(
         if cache is None:
             raise InputError(f"{location}: remote shards need a cache folder; name one")
         folder = cache / manifest.dataset_version[:32]
-        _fetch(filesystem, root, manifest, folder)
+        _fetch(Store(str(location), options), manifest, folder)
     for listed in manifest.files:
-        _check(folder / listed.name, listed)
+        wrong = _wrong(folder / listed.name, listed)
+        if wrong:
+            path = folder / listed.name
+            raise InputError(f"{path}: {wrong}; write or fetch the shards again")
     return Shards(folder, manifest)
 
 
-def _fetch(
-    filesystem: fsspec.AbstractFileSystem, root: str, manifest: Manifest, folder: Path
-) -> None:
+def _fetch(store: Store, manifest: Manifest, folder: Path) -> None:
+    """Copy what is not there yet, several files at a time; of several processes one does, the
+    others wait."""
     folder.mkdir(parents=True, exist_ok=True)
-    for listed in manifest.files:
-        path = folder / listed.name
-        if difference(_LOCAL, str(path), listed):
-            aside = path.with_name(f".{path.name}.{os.getpid()}")
-            filesystem.get_file(posixpath.join(root, listed.name), str(aside))
-            aside.replace(path)
-    write_aside(folder / MANIFEST, manifest.text)
+    with filelock.FileLock(folder / ".lock"):
+        missing = [listed for listed in manifest.files if _wrong(folder / listed.name, listed)]
+        total = sum(listed.bytes for listed in missing)
+        with (
+            tqdm(total=total, desc="fetching", unit="B", unit_scale=True, disable=None) as progress,
+            ThreadPoolExecutor(AT_A_TIME) as pool,
+        ):
+
+            def fetch(listed: Listed) -> None:
+                store.get_file(listed, folder / listed.name)
+                progress.update(listed.bytes)
+
+            try:
+                list(pool.map(fetch, missing))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        write_aside(folder / MANIFEST, manifest.text)
 
 
-def _check(path: Path, listed: Listed) -> None:
-    """Size always; sha256 once a process for each (inode, size, time of change)."""
+def _wrong(path: Path, listed: Listed) -> str | None:
+    """How a local file differs from what the manifest lists.
+
+    Size always; sha256 once a process for each (inode, size, time of change).
+    """
     state: tuple[int, ...] = ()
     if path.is_file():
         stat = path.stat()
         state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if state in _verified:
-            return
+            return None
     wrong = difference(_LOCAL, str(path), listed)
-    if wrong:
-        raise InputError(f"{path}: {wrong}; write or fetch the shards again")
-    _verified.add(state)
+    if wrong is None:
+        _verified.add(state)
+    return wrong
 
 
 def mapped(path: Path, least: int) -> memoryview:

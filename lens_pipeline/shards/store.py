@@ -5,6 +5,7 @@ as a server that restarts, is tried again for some time.
 """
 
 import base64
+import errno
 import hashlib
 import json
 import logging
@@ -26,6 +27,7 @@ from lens_pipeline.steps import write_aside
 from lens_pipeline.storage import locate, protocol_of
 
 T = TypeVar("T")
+AT_A_TIME = 8  # transfers
 PATIENCE = 60.0  # seconds for which a request is tried again
 FIRST_PAUSE = 0.25
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, InputError, TypeError, ValueError)
@@ -88,6 +90,24 @@ class Store:
             Path(aside).replace(self.at(name))
         else:
             self._again(lambda: self.filesystem.put_file(str(source), self.at(name)), name)
+
+    def get_file(self, listed: Listed, path: Path) -> None:
+        """Copy an object to a local path, whole or not at all. Raises InputError where it is not
+        what the manifest lists, or there is no room for it."""
+        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            self._again(
+                lambda: self.filesystem.get_file(self.at(listed.name), str(aside)), listed.name
+            )
+            wrong = difference(LocalFileSystem(), str(aside), listed)
+            if wrong:
+                raise InputError(f"{self.url}/{listed.name}: {wrong}; publish the shards again")
+            aside.replace(path)
+        except OSError as problem:
+            reason = problem.strerror or _words(problem)
+            raise InputError(f"{self.url}/{listed.name}: no copy at {path} ({reason})") from None
+        finally:
+            aside.unlink(missing_ok=True)
 
     def put_bytes(self, name: str, content: bytes) -> None:
         if self.is_local:
@@ -202,12 +222,14 @@ class Store:
                 return request()
             except FINAL:
                 raise
-            except Exception as problem:  # noqa: BLE001  (each store has errors of its own)
+            except Exception as problem:
                 if "Credentials" in type(problem).__name__:  # botocore's, which no import needs
                     raise InputError(
                         f"{self.url}: there are no credentials for it ({_words(problem)}); give "
                         "them through the environment, as the provider's tools take them"
                     ) from None
+                if getattr(problem, "errno", None) == errno.ENOSPC:
+                    raise
                 if time.monotonic() + pause > until:
                     raise StoreError(f"{self.url}/{name}: {_words(problem)}") from None
                 log.info("%s/%s: %s; once more", self.url, name, _words(problem))

@@ -299,3 +299,43 @@ def test_cloud_epoch_of_which_every_tenth_request_fails(
     data = LensDataModule(published.url, cache_dir=tmp_path, storage_options=options)
     seen = [place for batch in data.train_dataloader() for place in batch["index"].tolist()]
     assert sorted(seen) == list(range(len(open_shards(shards_folder).split("train"))))
+
+
+def test_cloud_is_fetched_once_by_many_at_once(
+    shards_folder: Path, s3_bucket: str, s3_server: S3Server, faulty_proxy: Proxies, tmp_path: Path
+) -> None:
+    published = publish_shards(
+        shards_folder, f"{s3_bucket}/lenses", storage_options=s3_server.storage_options()
+    )
+    proxy = faulty_proxy(s3_server)
+    proxy.delay(0.1)
+    script = (
+        "import json, sys; from pathlib import Path; from lens_pipeline.shards import open_shards; "
+        "s = open_shards(sys.argv[1], cache=Path(sys.argv[2]), "
+        "storage_options=json.loads(sys.argv[3])); print(len(s.split('train')))"
+    )
+    options = json.dumps(s3_server.storage_options(proxy.url))
+    command = [sys.executable, "-c", script, published.url, str(tmp_path), options]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    n = len(open_shards(shards_folder).split("train"))
+    assert [process.communicate(timeout=120)[0] for process in both] == [f"{n}\n"] * 2
+    tars = [line for line in proxy.seen if line.startswith("GET") and ".tar" in line]
+    assert len(tars) == len(set(tars)) == len(read_manifest(shards_folder).shards)
+
+
+@pytest.mark.parametrize("place", ["s3", "gs"], indirect=True)
+def test_cloud_objects_that_are_not_as_listed_never_reach_the_cache(
+    shards_folder: Path, place: tuple[str, dict], tmp_path: Path
+) -> None:
+    url, options = place
+    published = publish_shards(shards_folder, url, storage_options=options)
+    filesystem, root = fsspec.url_to_fs(published.url, **options)
+    content = bytearray(filesystem.cat_file(f"{root}/train-000001.tar"))
+    content[1000] ^= 1
+    filesystem.pipe_file(f"{root}/train-000001.tar", bytes(content))
+    with pytest.raises(InputError, match=f"{published.url}/train-000001.tar: has sha256"):
+        open_shards(published.url, cache=tmp_path, storage_options=options)
+    assert not list(tmp_path.rglob("*train-000001.tar*"))
+    filesystem.rm_file(f"{root}/train-000001.tar")
+    with pytest.raises(InputError, match=r"train-000001\.tar: no copy at"):
+        open_shards(published.url, cache=tmp_path, storage_options=options)
