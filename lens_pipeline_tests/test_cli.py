@@ -127,7 +127,8 @@ def test_a_few_bad_images_are_listed_and_the_run_goes_on(
 ) -> None:
     spoil_images(catalogue, 2)
     (catalogue.parent / "2.png").unlink()
-    Image.fromarray(np.zeros((64, 64), np.uint8)).save(catalogue.parent / "3.png")
+    grey = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64).astype(np.uint8)
+    Image.fromarray(grey).save(catalogue.parent / "3.png")
     home = tmp_path / "home"
     arguments = ["run", "--preset", "tiny", "--source", str(catalogue), "--home", str(home)]
     assert main([*arguments, "--archs", "lastro"]) == 0

@@ -54,4 +54,4 @@ def test_a_bucket_that_is_not_there_ends_the_run_with_one_line(
     monkeypatch.setenv("LENS_STORAGE_OPTIONS", json.dumps(s3_server.storage_options()))
     assert main(["run", "--preset", "tiny", "--home", str(own_home)]) == 2
     last = capfd.readouterr().err.strip().splitlines()[-1]
-    assert last == "error: s3://nowhere/lenses: there is no bucket nowhere"
+    assert last == "error: LENS_CLOUD_URL: s3://nowhere/lenses: there is no bucket nowhere"

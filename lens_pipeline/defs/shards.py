@@ -16,6 +16,7 @@ from lens_pipeline.defs.stages import (
     result,
     run_stage,
 )
+from lens_pipeline.errors import InputError
 from lens_pipeline.steps import Recipe, Step
 
 WRITER = "lens_pipeline.shards.writer"
@@ -87,7 +88,10 @@ def cloud_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.Materi
     log.info("cloud_shards ...")
     upstream = made(context, SHARDS)
     shards, storage = Path(upstream.location), settings.storage_options
-    published = publish_shards(shards, settings.cloud, storage_options=storage)
+    try:
+        published = publish_shards(shards, settings.cloud, storage_options=storage)
+    except InputError as problem:
+        raise InputError(f"LENS_CLOUD_URL: {problem}") from None
     problems = published_problems(shards, published.url, storage)
     seconds = time.perf_counter() - begun
     reused = not published.uploaded
