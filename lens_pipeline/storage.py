@@ -5,21 +5,47 @@ from typing import Any
 
 import fsspec
 
-_FRESH = {"use_listings_cache": False}  # other processes put and remove objects, too
-# A connection that stalls is given up: without limits, libraries wait for minutes, or for ever.
-DEFAULTS: Mapping[str, dict[str, Any]] = {
-    "s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 20}, **_FRESH},
-    "gs": {"timeout": 20, **_FRESH},
-}
+from lens_pipeline.errors import InputError
+
+CONNECT_LIMIT, READ_LIMIT = 10, 15  # seconds
 _SYNONYMS = {"s3a": "s3", "gcs": "gs"}
 
 
 def locate(
     location: str, storage_options: Mapping[str, Any] | None = None
 ) -> tuple[fsspec.AbstractFileSystem, str]:
-    """(the filesystem, the path in it). Raises ValueError or ImportError for an unknown kind."""
-    options = {**DEFAULTS.get(protocol_of(location), {}), **(storage_options or {})}
-    return fsspec.url_to_fs(location, **options)
+    """(the filesystem, the path in it). Raises InputError for a kind that is not known."""
+    options = {**_defaults(protocol_of(location)), **(storage_options or {})}
+    try:
+        return fsspec.url_to_fs(location, **options)
+    except (ValueError, ImportError) as problem:
+        reason = " ".join(str(problem).split())
+        raise InputError(f"{location}: cannot be used ({reason})") from None
+
+
+def state_of(info: Mapping[str, Any]) -> str | None:
+    """What tells a file's state from later ones, by what a filesystem says of it; None where it
+    says nothing of the kind."""
+    changed = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified")
+    return None if changed is None else f"{info['size']} {changed}"
+
+
+def _defaults(protocol: str) -> dict[str, Any]:
+    """A connection that stalls is given up: else libraries wait for minutes, or for ever. And
+    listings are always fresh, for other processes put and remove objects, too."""
+    if protocol == "s3":
+        config = {
+            "connect_timeout": CONNECT_LIMIT,
+            "read_timeout": READ_LIMIT,
+            "retries": {"max_attempts": 1},  # s3fs tries again five times around these
+        }
+        return {"config_kwargs": config, "use_listings_cache": False}
+    if protocol == "gs":
+        import aiohttp
+
+        limit = aiohttp.ClientTimeout(sock_connect=CONNECT_LIMIT, sock_read=READ_LIMIT)
+        return {"requests_timeout": limit, "use_listings_cache": False}
+    return {}
 
 
 def protocol_of(location: str) -> str:

@@ -28,6 +28,10 @@ from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.errors import InputError
 
 PARTS = (*FRACTIONS, "unlabelled")
+# What decides on the pixels, beside this package.
+LIBRARIES = (
+    "numpy", "pandas", "pyarrow", "astropy", "scipy", "pillow", "tifffile", "pypng",
+)  # fmt: skip
 SAMPLE = 256  # cutouts that decide on the bands and units of all
 REJECT_COLUMNS = ["id", "row", "file", "column", "reason"]
 
@@ -89,9 +93,14 @@ class Dataset:
     def images(self, part: str) -> NDArray[np.float32]:
         """float32 (n, bands, height, width) of a split, memory-mapped.
 
-        What is written to it stays in memory, and the file as it is.
+        What is written to it stays in memory, and the file as it is. Raises InputError where the
+        file is not whole.
         """
-        return np.load(self.folder / f"{part}.npy", mmap_mode="c", allow_pickle=False)
+        path = self.folder / f"{part}.npy"
+        try:
+            return np.load(path, mmap_mode="c", allow_pickle=False)
+        except (OSError, ValueError) as problem:
+            raise InputError(f"{path}: is not whole ({problem}); make the dataset again") from None
 
     def open_images(self, part: str) -> "ImageFile":
         """The same, to be read in blocks: unlike pages of a file that is mapped, they do not add
@@ -104,7 +113,13 @@ class Dataset:
 
     def split(self, part: str) -> "DatasetSplit":
         """`train`, `val`, `test` or `unlabelled`, for reading batches."""
-        return DatasetSplit(self.images(part), self.table(part))
+        images, table = self.images(part), self.table(part)
+        if len(images) != len(table):
+            raise InputError(
+                f"{self.folder}: {part}.npy has {len(images)} cutouts, {part}.parquet "
+                f"{len(table)}; make the dataset again"
+            )
+        return DatasetSplit(images, table)
 
     def rejects(self) -> pd.DataFrame:
         """Cutouts that could not be used: id, row (from 0), file, column, reason."""

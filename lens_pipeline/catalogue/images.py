@@ -18,7 +18,7 @@ from astropy.stats import mad_std, sigma_clip
 from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.fits_images import read_fits
-from lens_pipeline.storage import locate
+from lens_pipeline.storage import locate, state_of
 
 SIGMA_UNITS = "background_sigma"
 COMPOSITE = "composite"
@@ -106,8 +106,7 @@ def files_fingerprint(references: Iterable[str], options: dict[str, Any] | None 
         try:
             filesystem, inside = locate(path, options)
             info = filesystem.info(inside)
-            changed = info.get("ETag") or info.get("etag") or info.get("mtime")
-            state = f"{info['size']} {changed}"
+            state = str(state_of(info))
         except Exception:  # noqa: BLE001  (what is wrong is told when it is read)
             state = "missing"
         digest.update(f"{path}\0{state}\0".encode())

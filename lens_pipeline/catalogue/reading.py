@@ -44,7 +44,8 @@ def read_cutouts(
     table = catalogue.table
     paths = table[catalogue.image_columns].to_numpy().tolist()
     unit = table["flux_unit"] if "flux_unit" in table else pd.Series([None] * len(table))
-    sources = zip(range(len(table)), paths, unit.tolist(), strict=True)
+    units = [None if pd.isna(value) else value for value in unit]
+    sources = zip(range(len(table)), paths, units, strict=True)
     chunks = iter(lambda: list(islice(sources, CHUNK)), [])
     read = partial(
         _read_chunk,

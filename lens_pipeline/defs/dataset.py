@@ -155,7 +155,12 @@ def processed_dataset(context: dg.AssetExecutionContext, lens: LensHome) -> dg.M
 
     `train`, `val`, `test`, `unlabelled`, each with its table; and the cutouts that were rejected.
     """
-    from lens_pipeline.catalogue.dataset import build_dataset, check_rejects, open_dataset
+    from lens_pipeline.catalogue.dataset import (
+        LIBRARIES,
+        build_dataset,
+        check_rejects,
+        open_dataset,
+    )
     from lens_pipeline.catalogue.images import files_fingerprint
 
     settings = lens.settings
@@ -167,7 +172,7 @@ def processed_dataset(context: dg.AssetExecutionContext, lens: LensHome) -> dg.M
     recipe = Recipe(
         stage="processed_dataset",
         modules=(BUILD,),
-        libraries=("numpy", "scipy", "pandas", "pyarrow", "astropy", "pillow"),
+        libraries=LIBRARIES,
         inputs=inputs,
         settings={
             "image_size": presets.image_size(settings),

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest, read_manifest
-from lens_pipeline.shards.store import AT_A_TIME, Store, StoreError
+from lens_pipeline.shards.store import AT_A_TIME, Store, StoreError, md5_of_listed
 
 LATEST = "latest.json"
 
@@ -66,10 +66,11 @@ def publish_shards(
     """Copy the shards in a folder to `<url>/<version>/`, a folder or fsspec URL.
 
     Several files at a time; those that are there already, by their checksum, are skipped, so that
-    an upload that was stopped goes on. Each is checked when it is there, and the manifest put last:
+    an upload that was stopped goes on. Each is checked before and after, and the manifest put last:
     who sees one sees a whole dataset. Then `latest.json` names the version, unless it names one
-    whose upload began later. Raises InputError where `shards` has no manifest, or where nothing may
-    be written; StoreError where the store fails for long: what was newest before, still is.
+    whose upload began later. Raises InputError where `shards` has no manifest or is damaged, or
+    where nothing may be written; StoreError where the store fails for long: what was the newest
+    before, still is.
     """
     created = datetime.now(UTC).isoformat()
     manifest = read_manifest(shards)
@@ -86,10 +87,12 @@ def publish_shards(
     ):
 
         def publish(listed: Listed) -> bool:
-            sent = not place.holds(listed, shards / listed.name)
+            source = shards / listed.name
+            md5 = md5_of_listed(source, listed)
+            sent = not place.holds(listed, md5)
             if sent:
-                place.put_file(shards / listed.name, listed.name)
-                if not place.holds(listed, shards / listed.name):
+                place.put_file(source, listed.name)
+                if not place.holds(listed, md5):
                     raise StoreError(f"{place.url}/{listed.name}: is not what was put there")
             progress.update(listed.bytes)
             return sent
@@ -127,7 +130,10 @@ def published_problems(
     place = Store(url, storage_options)
     manifest: Manifest = read_manifest(shards)
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        there = pool.map(lambda listed: place.holds(listed, shards / listed.name), manifest.files)
+        there = pool.map(
+            lambda listed: place.holds(listed, md5_of_listed(shards / listed.name, listed)),
+            manifest.files,
+        )
         problems = [
             f"{place.url}/{listed.name}: is missing, or not as the manifest says"
             for listed, is_there in zip(manifest.files, there, strict=True)

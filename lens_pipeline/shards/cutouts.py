@@ -6,9 +6,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from lens_pipeline.catalogue.dataset import CutoutFormat, Dataset, build_dataset, open_dataset
+from lens_pipeline.catalogue.dataset import (
+    LIBRARIES,
+    CutoutFormat,
+    Dataset,
+    build_dataset,
+    open_dataset,
+)
 from lens_pipeline.catalogue.images import central, files_fingerprint
 from lens_pipeline.catalogue.table import read_catalogue, source_fingerprint
 from lens_pipeline.errors import InputError
@@ -85,6 +92,8 @@ class CroppedSplit:
 
 def cut_to(form: CutoutFormat, size: int | None, name: str) -> CutoutFormat:
     """The format with another size, if one is asked for. Raises InputError for a larger one."""
+    if size is not None and size < 1:
+        raise InputError(f"image_size {size}: at least 1 is needed")
     if size is not None and size > form.image_size:
         raise InputError(f"image_size {size}: the cutouts of {name} have {form.image_size} pixels")
     return replace(form, image_size=size or form.image_size)
@@ -122,14 +131,15 @@ def open_cutouts(
         inside = locate(place, options)[1]
     if filesystem.exists(f"{inside}/{MANIFEST}"):
         return cropped(open_shards(place, cache=cache, storage_options=options), image_size, place)
-    if Path(place, "dataset.json").is_file():
-        return cropped(open_dataset(place), image_size, place)
+    if isinstance(filesystem, LocalFileSystem) and Path(inside, "dataset.json").is_file():
+        return cropped(open_dataset(inside), image_size, place)
     return _processed(place, image_size or IMAGE_SIZE, cache, options, settings)
 
 
 def newest_shards(home: Path) -> Path:
     """Raises InputError where the home has none."""
-    found = sorted((home / "shards").glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
+    whole = (home / "shards").glob(f"[!.]*/{MANIFEST}")  # of a hidden one, not all may be there
+    found = sorted(whole, key=lambda path: path.stat().st_mtime)
     if not found:
         raise InputError(
             f"{home}: holds no shards; name a data_root, or make some: lens-pipeline run"
@@ -145,7 +155,7 @@ def _processed(
     recipe = Recipe(
         stage="processed_dataset",
         modules=(build_dataset.__module__,),
-        libraries=("numpy", "pandas", "pyarrow", "astropy", "pillow"),
+        libraries=LIBRARIES,
         inputs={
             "source": source_fingerprint(source, options),
             "images": files_fingerprint(catalogue.references, options),

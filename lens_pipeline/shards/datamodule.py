@@ -217,7 +217,14 @@ class LensWebDatasetDataModule(CutoutModule):
         if url is None:
             raise InputError(f"{name}_urls: not given; name the tars of that split")
         if name not in self.opened:
-            self.opened[name] = open_tars(url, f"{name}_urls", **self.how)
+            tars = open_tars(url, f"{name}_urls", **self.how)
+            for other, opened in self.opened.items():
+                if opened.format != tars.format:
+                    raise InputError(
+                        f"{name}_urls: its cutouts are {tars.format}; those of {other}_urls are "
+                        f"{opened.format}"
+                    )
+            self.opened[name] = tars
         return self.opened[name]
 
     @property
@@ -244,4 +251,4 @@ class LensWebDatasetDataModule(CutoutModule):
             listed=tars.listed,
             storage_options=self.how["storage_options"],
         )
-        return StreamLoader(stream, batch_size=None, **self.loading)
+        return StreamLoader(stream, **self.loading)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lens_pipeline.errors import InputError
+
 SMALLEST = 2  # cutouts a rank: batch normalisation cannot use a batch of one
 
 
@@ -25,8 +27,8 @@ class EpochBatches(DistributedSampler[list[int]]):
     Training (shuffle): the places in an order that (seed, epoch) decides, cut into global batches
     of `batch_size` x ranks, of which every rank takes its part; so each has the same number of
     batches, and a global batch holds the same cutouts for any number of ranks. Where too few are
-    left for the last one, they wait for another epoch. Evaluation: every place exactly once, over
-    all ranks together.
+    left for the last one, they wait for another epoch; InputError where that are all. Evaluation:
+    every place exactly once, over all ranks together.
     rank, ranks: of torch.distributed where it runs, else 0 of 1. `start`: batches to leave out at
     the next iteration, for an epoch that goes on.
     """
@@ -43,15 +45,29 @@ class EpochBatches(DistributedSampler[list[int]]):
         ranks: int | None = None,
     ) -> None:
         self.n, self.batch_size, self.shuffle, self.seed = n, batch_size, shuffle, seed
-        found_rank, found_ranks = rank_of_ranks()
-        self.rank, self.ranks = found_rank if rank is None else rank, ranks or found_ranks
+        self._given = rank, ranks
         self.epoch, self.start = 0, 0
+
+    # Asked when they are used: a loader may be made before torch.distributed runs.
+    @property
+    def rank(self) -> int:  # type: ignore[override]
+        given = self._given[0]
+        return rank_of_ranks()[0] if given is None else given
+
+    @property
+    def ranks(self) -> int:
+        return self._given[1] or rank_of_ranks()[1]
 
     def __len__(self) -> int:
         if not self.shuffle:
             return math.ceil(len(self._mine()) / self.batch_size)
+        if self.n < SMALLEST * self.ranks:
+            raise InputError(
+                f"train: {self.n} cutouts are too few to train on; each of {self.ranks} processes "
+                f"needs {SMALLEST}"
+            )
         whole, left = divmod(self.n, self.batch_size * self.ranks)
-        return whole + (left > 0 and (left >= SMALLEST * self.ranks or whole == 0))
+        return whole + (left >= SMALLEST * self.ranks)
 
     def __iter__(self) -> Iterator[Any]:
         start, self.start = self.start, 0
@@ -80,9 +96,13 @@ class ResumableLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.given, self.start = self.start, 0
-        for batch in self.batches_from(self.given):
-            self.given += 1
-            yield batch
+        try:
+            for batch in self.batches_from(self.given):
+                self.given += 1
+                yield batch
+        except InputError as problem:  # of a worker, it comes with that process's traceback
+            said = str(problem).strip().splitlines()[-1]
+            raise InputError(said.rpartition("InputError: ")[2]) from None
         self.given = 0
 
     def batches_from(self, start: int) -> Iterator[Any]:

@@ -30,6 +30,7 @@ T = TypeVar("T")
 AT_A_TIME = 8  # transfers
 PATIENCE = 60.0  # seconds for which a request is tried again
 FIRST_PAUSE = 0.25
+BAD_SIGNATURE = ("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken", "ExpiredToken")
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, InputError, TypeError, ValueError)
 
 log = logging.getLogger(__name__)
@@ -44,10 +45,7 @@ class Store:
 
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
         self.url = url.rstrip("/")
-        try:
-            self.filesystem, self.root = locate(self.url, storage_options)
-        except (ValueError, ImportError) as problem:
-            raise InputError(f"{url}: cannot be used ({_words(problem)})") from None
+        self.filesystem, self.root = locate(self.url, storage_options)
         self.is_local = isinstance(self.filesystem, LocalFileSystem)
         self._protocol = protocol_of(self.url)
 
@@ -58,35 +56,30 @@ class Store:
     def check_writable(self) -> None:
         """Raises InputError, at once, where nothing can be written: which of the reasons it is."""
         probe = f".writable-{uuid.uuid4().hex}"
-        if self.is_local:
-            try:
-                self.filesystem.makedirs(self.root, exist_ok=True)
-            except OSError as problem:
-                raise InputError(f"{self.url}: cannot be a folder ({_words(problem)})") from None
-        else:
-            bucket = self.root.partition("/")[0]
-            try:
-                self._again(lambda: self.filesystem.ls(bucket, refresh=True), bucket)
-            except FileNotFoundError:
-                raise InputError(f"{self.url}: there is no bucket {bucket}") from None
-            except PermissionError as problem:
-                raise InputError(
-                    f"{self.url}: the store refuses these credentials ({_words(problem)})"
-                ) from None
         try:
+            if self.is_local:
+                self.filesystem.makedirs(self.root, exist_ok=True)
             self.put_bytes(probe, b"")
-            self._again(lambda: self.filesystem.rm_file(self.at(probe)), probe)
+        except FileNotFoundError:
+            bucket = self.root.partition("/")[0]
+            raise InputError(f"{self.url}: there is no bucket {bucket}") from None
         except PermissionError as problem:
-            raise InputError(
-                f"{self.url}: may be read with these credentials, and not written "
-                f"({_words(problem)})"
-            ) from None
+            refused = "credentials are refused" if _code(problem) in BAD_SIGNATURE else "no writing"
+            raise InputError(f"{self.url}: {refused} ({_words(problem)})") from None
+        except OSError as problem:
+            raise InputError(f"{self.url}: cannot be written ({_words(problem)})") from None
+        try:
+            self._again(lambda: self.filesystem.rm_file(self.at(probe)), probe)
+        except PermissionError:
+            log.info("%s: objects may be put there, and not removed", self.url)
 
     def put_file(self, source: Path, name: str) -> None:
         """A store shows an object when it is whole; in a folder it is renamed into place."""
         if self.is_local:
             aside = self.at(f".{name}.{os.getpid()}")
             self.filesystem.put_file(str(source), aside)
+            with Path(aside).open("rb") as file:
+                os.fsync(file.fileno())  # the manifest that follows must not outlive it
             Path(aside).replace(self.at(name))
         else:
             self._again(lambda: self.filesystem.put_file(str(source), self.at(name)), name)
@@ -122,8 +115,8 @@ class Store:
         except FileNotFoundError:
             return None
 
-    def holds(self, listed: Listed, source: Path | None = None) -> bool:
-        """Whether an object is what the manifest lists; source: a local file that is.
+    def holds(self, listed: Listed, md5: str | None = None) -> bool:
+        """Whether an object is what the manifest lists; md5: of what is.
 
         By the checksum that the store gives where it can be compared; else it is read back.
         """
@@ -133,7 +126,7 @@ class Store:
             return False
         if info["size"] != listed.bytes:
             return False
-        if source is not None and _md5_of(info) == _md5(source):
+        if md5 is not None and _md5_of(info) == md5:
             return True
         wrong = self._again(
             lambda: difference(self.filesystem, self.at(listed.name), listed), listed.name
@@ -141,8 +134,12 @@ class Store:
         return wrong is None
 
     def swap(self, name: str, change: Callable[[bytes | None], bytes | None]) -> bytes | None:
-        """Replace a small object by what `change` makes of it, and of nothing else: where another
-        process was quicker, `change` is asked again. None leaves it; returns what lies there."""
+        """Replace a small object by what `change` makes of it; None leaves it as it is. Returns
+        what lies there.
+
+        Where another process was quicker, `change` is asked again: a folder, S3 and GCS can tell;
+        of other stores the last one wins.
+        """
         if self.is_local:
             with filelock.FileLock(self.at(f".{name}.lock")):
                 found = self.read(name)
@@ -237,12 +234,18 @@ class Store:
             pause = min(2 * pause, 10)
 
 
+def _code(problem: Exception) -> str:
+    """What a store calls the reason, `AccessDenied` or `412`; empty where it does not say."""
+    answer = getattr(problem.__cause__, "response", None)  # of an S3 store
+    if isinstance(answer, Mapping):
+        return str(answer.get("Error", {}).get("Code", ""))
+    return str(getattr(problem, "code", ""))
+
+
 def _is_precondition(problem: Exception) -> bool:
     """Whether a conditional put was refused because the object has changed meanwhile."""
-    answer = getattr(problem.__cause__, "response", {})  # of an S3 store
-    code = answer.get("Error", {}).get("Code") or str(getattr(problem, "code", ""))
     conflicts = ("PreconditionFailed", "ConditionalRequestConflict", "412")
-    return isinstance(problem, FileExistsError) or code in conflicts
+    return isinstance(problem, FileExistsError) or _code(problem) in conflicts
 
 
 def _md5_of(info: Mapping[str, Any]) -> str | None:
@@ -252,7 +255,12 @@ def _md5_of(info: Mapping[str, Any]) -> str | None:
     return str(info.get("ETag", "")).strip('"') or None
 
 
-def _md5(path: Path) -> str:
+def md5_of_listed(path: Path, listed: Listed) -> str:
+    """The MD5 of a local file. Raises InputError where it is not what the manifest lists: it must
+    not be published."""
+    wrong = difference(LocalFileSystem(), str(path), listed)
+    if wrong:
+        raise InputError(f"{path}: {wrong}; write the shards again")
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 

@@ -43,7 +43,11 @@ def read_tar(
     is missing, or it is not what the manifest lists.
     """
     filesystem, inside = locate(url, storage_options)
-    with filesystem.open(inside, "rb", block_size=BLOCK) as opened:
+    try:
+        file = filesystem.open(inside, "rb", block_size=BLOCK)
+    except OSError as problem:
+        raise InputError(f"{url}: cannot be opened ({' '.join(str(problem).split())})") from None
+    with file as opened:
         watched = _Watched(opened)
 
         def files() -> Iterator[tuple[str, bytes, int]]:
@@ -85,13 +89,14 @@ class TarStream(IterableDataset[dict[str, Tensor]]):
     storage_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers see it change
+        # Epoch, rank, ranks: workers see them change, and do not know them by themselves.
+        self.state = torch.tensor([0, 0, 1]).share_memory_()
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        rank, ranks = rank_of_ranks()
-        random = np.random.default_rng([self.seed, int(self.epoch), number])
+        epoch, rank, ranks = self.state.tolist()
+        random = np.random.default_rng([self.seed, epoch, number])
         urls = list(self.urls)[number::workers]
         if self.shuffle:
             random.shuffle(urls)
@@ -101,6 +106,9 @@ class TarStream(IterableDataset[dict[str, Tensor]]):
         for batch in self._global_batches(samples, ranks):
             mine = batch[rank::ranks]
             if mine:
+                for url, sample in mine:
+                    if sample.label < 0:
+                        raise InputError(f"{url}: sample {sample.id} has no label")
                 images = np.stack([self.decoder(sample, url) for url, sample in mine])
                 labels = torch.tensor([float(sample.label) for _, sample in mine])
                 yield {"image": torch.from_numpy(images), "label": labels}
@@ -155,14 +163,29 @@ class StreamLoader(ResumableLoader):
 
     epoch = 0
 
+    def __init__(self, dataset: TarStream, **how: Any) -> None:
+        super().__init__(dataset, batch_size=None, **how)
+        vars(self.sampler)["set_epoch"] = self.set_epoch  # where Lightning looks for it
+
     def batches_from(self, start: int) -> Iterator[Any]:
         assert isinstance(self.dataset, TarStream)
-        self.dataset.epoch.fill_(self.epoch)
+        self.dataset.state.copy_(torch.tensor([self.epoch, *rank_of_ranks()]))
         self.epoch += 1
         return super().batches_from(start)
 
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning says which is next."""
+        self.epoch = epoch
+
     def state_dict(self) -> dict[str, int]:
-        return super().state_dict() | {"epoch": self.epoch - (self.given > 0)}
+        state = super().state_dict() | {"epoch": self.epoch - (self.given > 0)}
+        try:
+            len(self)
+        except TypeError:
+            # Lightning takes a batch ahead of such loaders: better the epoch once more than one
+            # batch never.
+            state["given"] = 0
+        return state
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         super().load_state_dict(state)

@@ -22,7 +22,7 @@ from lens_pipeline.shards.foreign import Decoder, ImageDecoder, StoredDecoder, i
 from lens_pipeline.shards.manifest import MANIFEST, Manifest, Shard, read_manifest
 from lens_pipeline.shards.reader import open_shards
 from lens_pipeline.shards.streaming import read_tar
-from lens_pipeline.storage import locate
+from lens_pipeline.storage import locate, state_of
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def open_tars(
         decoder: Decoder = StoredDecoder(stored, form, encoding)
         return Tars(urls, form, None, decoder, dict(zip(urls, shards, strict=True)))
     if local or cache is not None:
-        paths = [Path(url) for url in urls] if local else _copied(urls, cache, options)
+        paths = [_local(url) for url in urls] if local else _copied(urls, cache, options)
         split = index_tars(paths, image_size, flux_unit)
         return Tars(urls, split.decoder.form, split)
     first = next(read_tar(urls[0], None, options), None)
@@ -115,6 +115,10 @@ def _shards_named(manifest: Manifest, urls: Sequence[str], folder: str, name: st
     return found
 
 
+def _local(url: str) -> Path:
+    return Path(locate(url)[1])
+
+
 def _copied(urls: Sequence[str], cache: Path | None, options: dict[str, Any]) -> list[Path]:
     """Local copies of tars that no manifest describes, renewed where size or ETag have changed."""
     assert cache is not None
@@ -125,10 +129,10 @@ def _copied(urls: Sequence[str], cache: Path | None, options: dict[str, Any]) ->
             about = filesystem.info(inside)
         except FileNotFoundError:
             raise InputError(f"{url}: there is no such file") from None
-        state = f"{url} {about['size']} {about.get('ETag') or about.get('etag')}"
-        folder = cache / hashlib.sha256(state.encode()).hexdigest()[:32]
+        state = state_of(about)
+        folder = cache / hashlib.sha256(f"{url} {state}".encode()).hexdigest()[:32]
         path = folder / posixpath.basename(url)
-        if not path.is_file():
+        if state is None or not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             aside = path.with_name(f".{path.name}.{os.getpid()}")
             filesystem.get_file(inside, str(aside))

@@ -1,5 +1,6 @@
 """The processed dataset: every row accounted for, splits that never leak."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -171,3 +172,14 @@ def test_bands_are_put_in_the_formats_order_or_refused_by_name() -> None:
     np.testing.assert_array_equal(form.fitted(Cutout(pixels, "background_sigma")).pixels, pixels)
     with pytest.raises(CutoutError, match=r"there is no band i; there are g, r, z"):
         form.fitted(Cutout(pixels, "background_sigma", ("g", "r", "z")))
+
+
+def test_a_dataset_that_was_cut_is_named(dataset: Dataset, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(dataset.folder, tmp_path / "dataset"))
+    images = folder / "train.npy"
+    images.write_bytes(images.read_bytes()[:-5000])
+    with pytest.raises(InputError, match=r"train\.npy: is not whole"):
+        open_dataset(folder).split("train")
+    shutil.copyfile(folder / "val.npy", images)
+    with pytest.raises(InputError, match=r"train\.npy has \d+ cutouts, train\.parquet \d+"):
+        open_dataset(folder).split("train")

@@ -156,12 +156,12 @@ def test_cloud_places_that_cannot_be_written_are_told_apart_at_once(
     assert "there is no bucket nowhere" in refused("s3://nowhere/lenses")
     sign_in(monkeypatch, s3_server.environment(wrong=True))
     wrong = refused(s3_bucket)
-    assert "refuses these credentials" in wrong
+    assert "credentials are refused" in wrong
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in wrong
     sign_in(monkeypatch, {"AWS_EC2_METADATA_DISABLED": "true", "HOME": "/nonexistent"})
     assert "there are no credentials for it" in refused(s3_bucket)
     sign_in(monkeypatch, s3_server.environment(read_only=True))
-    assert "may be read with these credentials, and not written" in refused(s3_bucket)
+    assert "no writing (Access Denied.)" in refused(s3_bucket)
 
 
 @pytest.mark.parametrize("fault", ["503", "500", "reset", "slow"])
@@ -199,10 +199,8 @@ def test_cloud_that_stalls_or_is_gone_is_an_error_that_names_the_object(
     url = f"{s3_bucket}/lenses"
     before = publish_shards(shards_folder, url, storage_options=s3_server.storage_options())
     monkeypatch.setattr(store, "PATIENCE", 3.0)
-    quick = {
-        "config_kwargs": {"connect_timeout": 1, "read_timeout": 1, "retries": {"max_attempts": 0}}
-    }
-    monkeypatch.setattr(storage, "DEFAULTS", {"s3": quick | {"use_listings_cache": False}})
+    monkeypatch.setattr(storage, "CONNECT_LIMIT", 1)
+    monkeypatch.setattr(storage, "READ_LIMIT", 0.5)
     proxy = faulty_proxy(s3_server)
     options = s3_server.storage_options(proxy.url)
     proxy.stall()
@@ -216,6 +214,35 @@ def test_cloud_that_stalls_or_is_gone_is_an_error_that_names_the_object(
     assert newest_version(url, s3_server.storage_options()) == before.url
     again = publish_shards(shards_folder, url, storage_options=s3_server.storage_options())
     assert again.uploaded == ()
+
+
+def test_cloud_that_stalls_is_given_up_on_gcs_too(
+    shards_folder: Path,
+    gcs_bucket: str,
+    gcs_server: GCSServer,
+    faulty_proxy: Proxies,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(store, "PATIENCE", 1.0)
+    monkeypatch.setattr(storage, "READ_LIMIT", 0.5)
+    proxy = faulty_proxy(gcs_server)
+    proxy.stall()
+    with pytest.raises(StoreError, match=gcs_bucket):
+        publish_shards(
+            shards_folder, gcs_bucket, storage_options=gcs_server.storage_options(proxy.url)
+        )
+
+
+def test_cloud_never_gets_a_shard_that_is_damaged_here(
+    own_shards: Path, place: tuple[str, dict]
+) -> None:
+    url, options = place
+    content = bytearray((own_shards / "train-000001.tar").read_bytes())
+    content[1000] ^= 1
+    (own_shards / "train-000001.tar").write_bytes(content)
+    with pytest.raises(InputError, match=r"train-000001\.tar: has sha256 .*write the shards again"):
+        publish_shards(own_shards, url, storage_options=options)
+    assert newest_version(url, options) is None
 
 
 PUBLISH = """

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lens_pipeline import LensDataModule
+from lens_pipeline.errors import InputError
 from lens_pipeline.shards import open_shards
 from lens_pipeline.shards.sampling import EpochBatches
 
@@ -76,6 +77,13 @@ def test_an_interrupted_epoch_goes_on_at_the_batch_where_it_stopped(
     assert all(torch.equal(one, other) for one, other in zip(rest, whole[3:], strict=True))
     # The epoch after it is whole again.
     assert len(list(again)) == len(whole)  # type: ignore[call-overload]
+
+
+def test_too_few_cutouts_to_train_on_are_an_error() -> None:
+    for n, ranks in ((1, 1), (3, 2), (7, 4)):
+        with pytest.raises(InputError, match=f"train: {n} cutouts are too few"):
+            epoch(n, 4, ranks, shuffle=True)
+    assert epoch(8, 4, 4, shuffle=True)
 
 
 TRAIN_OVER_TWO = """

@@ -13,6 +13,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import webdataset as wds
+from lightning_fabric.utilities.data import _set_sampler_epoch
 from PIL import Image
 
 from lens_pipeline import LensDataModule, LensWebDatasetDataModule, LitLensSystem
@@ -232,6 +233,32 @@ def test_bad_samples_are_named(tmp_path: Path, files: dict[str, Any], message: s
         list(LensWebDatasetDataModule(val_urls=str(tmp_path / "bad.tar")).val_dataloader())
 
 
+def test_a_bad_sample_is_named_when_streamed_and_by_a_worker_too(
+    tmp_path: Path, remote: str
+) -> None:
+    with wds.TarWriter(str(tmp_path / "bare.tar")) as writer:
+        for row in range(4):
+            writer.write({"__key__": str(row), "npy": CUTOUTS[row]})
+    upload(tmp_path, remote)
+    url = f"{remote}/bare.tar"
+    for workers in (0, 1):
+        data = LensWebDatasetDataModule(val_urls=url, num_workers=workers)
+        with pytest.raises(InputError, match=r"^memory://bucket/bare.tar: sample 0 has no label$"):
+            list(data.val_dataloader())
+    with pytest.raises(InputError, match=r"none\.tar: cannot be opened"):
+        LensWebDatasetDataModule(f"{remote}/none.tar").train_dataloader()
+    with pytest.raises(InputError, match="foo://x: cannot be used"):
+        LensWebDatasetDataModule("foo://x/a.tar").train_dataloader()
+
+
+def test_splits_of_different_cutouts_are_refused(tmp_path: Path) -> None:
+    flux, pictures = write_tars(tmp_path / "a", "npy"), write_tars(tmp_path / "b", "png")
+    data = LensWebDatasetDataModule(flux, pictures)
+    data.train_dataloader()
+    with pytest.raises(InputError, match="val_urls: its cutouts are .*composite.* train_urls"):
+        data.val_dataloader()
+
+
 @pytest.mark.parametrize(("workers", "ranks"), [(0, 1), (0, 3), (2, 2), (3, 2)])
 def test_streamed_over_ranks(
     tmp_path: Path, remote: str, workers: int, ranks: int, monkeypatch: pytest.MonkeyPatch
@@ -254,13 +281,12 @@ def test_streamed_over_ranks(
     assert len(set(trained)) == len(trained) > N - 2 * ranks * max(1, workers) - 1
 
 
-def test_a_stream_goes_on_at_the_batch_where_it_stopped(tmp_path: Path, remote: str) -> None:
-    write_tars(tmp_path / "tars", "npy")
-    upload(tmp_path / "tars", remote)
+def test_a_stream_goes_on_at_the_batch_where_it_stopped(shards_folder: Path, remote: str) -> None:
+    upload(shards_folder, remote)
 
     def loader() -> Any:
-        pattern = f"{remote}/part-{{0000..0002}}.tar"
-        return LensWebDatasetDataModule(pattern, batch_size=4).train_dataloader()
+        pattern = f"{remote}/train-{{000000..000002}}.tar"
+        return LensWebDatasetDataModule(pattern, batch_size=8).train_dataloader()
 
     whole = loader()
     epochs = [[batch["image"] for batch in whole] for _ in range(2)]
@@ -274,6 +300,19 @@ def test_a_stream_goes_on_at_the_batch_where_it_stopped(tmp_path: Path, remote: 
     rest = [batch["image"] for batch in resumed]
     assert len(rest) == len(epochs[1]) - 5
     assert all(torch.equal(a, b) for a, b in zip(rest, epochs[1][5:], strict=True))
+
+
+def test_lightning_says_which_epoch_of_a_stream_is_next(tmp_path: Path, remote: str) -> None:
+    """Else a run that goes on after an epoch would see the first one's order again."""
+    write_tars(tmp_path / "tars", "npy")
+    upload(tmp_path / "tars", remote)
+    pattern = f"{remote}/part-{{0000..0002}}.tar"
+    first = LensWebDatasetDataModule(pattern, batch_size=4).train_dataloader()
+    epochs = [torch.cat([batch["image"] for batch in first]) for _ in range(2)]
+    fresh = LensWebDatasetDataModule(pattern, batch_size=4).train_dataloader()
+    _set_sampler_epoch(fresh, 1)
+    assert torch.equal(torch.cat([batch["image"] for batch in fresh]), epochs[1])
+    assert not torch.equal(epochs[0], epochs[1])
 
 
 def test_lightning_trains_on_a_stream(shards_folder: Path, remote: str, tmp_path: Path) -> None:
