@@ -158,27 +158,33 @@ def _shuffled(samples: Iterator[Any], n: int, random: np.random.Generator) -> It
     yield from waiting
 
 
-class StreamLoader(ResumableLoader):
-    """A loader of the batches of a `TarStream`; each iteration is another epoch."""
+@dataclass
+class _NextEpoch:
+    number: int = 0
 
-    epoch = 0
+    def set_epoch(self, epoch: int) -> None:
+        self.number = epoch
+
+
+class StreamLoader(ResumableLoader):
+    """A loader of the batches of a `TarStream`; each iteration is another epoch, unless Lightning
+    says which is next."""
 
     def __init__(self, dataset: TarStream, **how: Any) -> None:
         super().__init__(dataset, batch_size=None, **how)
-        vars(self.sampler)["set_epoch"] = self.set_epoch  # where Lightning looks for it
+        self.next_epoch = _NextEpoch()
+        # Where Lightning looks for it. A method of the loader's own would make a circle, and the
+        # workers outlive their loader.
+        vars(self.sampler)["set_epoch"] = self.next_epoch.set_epoch
 
     def batches_from(self, start: int) -> Iterator[Any]:
         assert isinstance(self.dataset, TarStream)
-        self.dataset.state.copy_(torch.tensor([self.epoch, *rank_of_ranks()]))
-        self.epoch += 1
+        self.dataset.state.copy_(torch.tensor([self.next_epoch.number, *rank_of_ranks()]))
+        self.next_epoch.number += 1
         return super().batches_from(start)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning says which is next."""
-        self.epoch = epoch
-
     def state_dict(self) -> dict[str, int]:
-        state = super().state_dict() | {"epoch": self.epoch - (self.given > 0)}
+        state = super().state_dict() | {"epoch": self.next_epoch.number - (self.given > 0)}
         try:
             len(self)
         except TypeError:
@@ -189,7 +195,7 @@ class StreamLoader(ResumableLoader):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         super().load_state_dict(state)
-        self.epoch = state["epoch"]
+        self.next_epoch.number = state["epoch"]
 
     def __len__(self) -> int:
         """Raises TypeError where no manifest tells how many samples there are."""
