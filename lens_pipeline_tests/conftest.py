@@ -13,7 +13,8 @@ import pytest
 from lens_pipeline.catalogue.dataset import Dataset, build_dataset
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
-from lens_pipeline_tests.object_stores import FaultyProxy, GCSServer, S3Server, sign_in
+from lens_pipeline_tests.faulty_proxy import FaultyProxy
+from lens_pipeline_tests.object_stores import GCSServer, S3Server, sign_in
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 LENS_PIPELINE = str(Path(sys.executable).with_name("lens-pipeline"))  # the installed command

@@ -20,7 +20,8 @@ import psutil
 import pytest
 from botocore.exceptions import EndpointConnectionError, ReadTimeoutError
 
-from lens_pipeline_tests.object_stores import FaultyProxy, GCSServer, S3Server, sign_in
+from lens_pipeline_tests.faulty_proxy import FaultyProxy
+from lens_pipeline_tests.object_stores import GCSServer, S3Server, sign_in
 
 Proxied = Callable[[S3Server | GCSServer], FaultyProxy]
 CONTENT = bytes(range(250)) * 20_000  # 5 MB

@@ -119,7 +119,7 @@ class Dataset:
                 f"{self.folder}: {part}.npy has {len(images)} cutouts, {part}.parquet "
                 f"{len(table)}; make the dataset again"
             )
-        return DatasetSplit(images, table)
+        return DatasetSplit(table, images)
 
     def rejects(self) -> pd.DataFrame:
         """Cutouts that could not be used: id, row (from 0), file, column, reason."""
@@ -176,24 +176,30 @@ class ImageFile:
             n -= len(images)
 
 
-@dataclass(frozen=True)
-class DatasetSplit:
-    """The cutouts of one split, in the order of its table."""
+class CutoutRows:
+    """The ids and labels of cutouts, from a table with a row each."""
 
-    images: NDArray[np.float32]
-    table: pd.DataFrame
+    index: pd.DataFrame
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.index)
 
     @property
     def ids(self) -> NDArray[np.object_]:
-        return self.table["id"].to_numpy(dtype=object)
+        return self.index["id"].to_numpy(dtype=object)
 
     @property
     def labels(self) -> NDArray[np.int8]:
         """int8 (n,): 1 lens, 0 not, -1 unknown."""
-        return self.table["label"].fillna(-1).to_numpy(dtype=np.int8)
+        return self.index["label"].fillna(-1).to_numpy(dtype=np.int8)
+
+
+@dataclass(frozen=True)
+class DatasetSplit(CutoutRows):
+    """The cutouts of one split, in the order of its table."""
+
+    index: pd.DataFrame
+    images: NDArray[np.float32]
 
     def gather(self, indices: NDArray[np.integer] | list[int]) -> NDArray[np.float32]:
         """The cutouts float32 (n, bands, height, width) at these places of the split."""

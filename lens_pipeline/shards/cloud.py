@@ -8,17 +8,14 @@ import json
 import logging
 import posixpath
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from tqdm import tqdm
-
 from lens_pipeline.errors import InputError
-from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest, read_manifest
-from lens_pipeline.shards.store import AT_A_TIME, Store, StoreError, md5_of_listed
+from lens_pipeline.shards.manifest import MANIFEST, Listed, read_manifest
+from lens_pipeline.shards.store import Store, StoreError, md5_of_listed, transfer
 
 LATEST = "latest.json"
 
@@ -80,28 +77,18 @@ def publish_shards(
     place = Store(posixpath.join(url, version), storage_options)
     if place.is_local:
         Path(place.root).mkdir(exist_ok=True)
-    total = sum(listed.bytes for listed in manifest.files)
-    with (
-        tqdm(total=total, desc="publishing", unit="B", unit_scale=True, disable=None) as progress,
-        ThreadPoolExecutor(AT_A_TIME) as pool,
-    ):
 
-        def publish(listed: Listed) -> bool:
-            source = shards / listed.name
-            md5 = md5_of_listed(source, listed)
-            sent = not place.holds(listed, md5)
-            if sent:
-                place.put_file(source, listed.name)
-                if not place.holds(listed, md5):
-                    raise StoreError(f"{place.url}/{listed.name}: is not what was put there")
-            progress.update(listed.bytes)
-            return sent
+    def publish(listed: Listed) -> bool:
+        source = shards / listed.name
+        md5 = md5_of_listed(source, listed)
+        if place.holds(listed, md5):
+            return False
+        place.put_file(source, listed.name)
+        if not place.holds(listed, md5):
+            raise StoreError(f"{place.url}/{listed.name}: is not what was put there")
+        return True
 
-        try:
-            sent = list(pool.map(publish, manifest.files))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    sent = transfer(manifest.files, publish, "publishing")
     uploaded = [listed.name for listed, new in zip(manifest.files, sent, strict=True) if new]
     skipped = [listed.name for listed, new in zip(manifest.files, sent, strict=True) if not new]
     if place.read(MANIFEST) != manifest.text.encode():
@@ -128,17 +115,17 @@ def published_problems(
     """How what lies at the URL of a version differs from the whole shards in a folder; each problem
     names its object."""
     place = Store(url, storage_options)
-    manifest: Manifest = read_manifest(shards)
-    with ThreadPoolExecutor(AT_A_TIME) as pool:
-        there = pool.map(
-            lambda listed: place.holds(listed, md5_of_listed(shards / listed.name, listed)),
-            manifest.files,
-        )
-        problems = [
-            f"{place.url}/{listed.name}: is missing, or not as the manifest says"
-            for listed, is_there in zip(manifest.files, there, strict=True)
-            if not is_there
-        ]
+    manifest = read_manifest(shards)
+
+    def is_there(listed: Listed) -> bool:
+        return place.holds(listed, md5_of_listed(shards / listed.name, listed))
+
+    there = transfer(manifest.files, is_there, "comparing")
+    problems = [
+        f"{place.url}/{listed.name}: is missing, or not as the manifest says"
+        for listed, whole in zip(manifest.files, there, strict=True)
+        if not whole
+    ]
     if place.read(MANIFEST) != manifest.text.encode():
         problems.append(f"{place.url}/{MANIFEST}: is missing, or another")
     return problems

@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lens_pipeline.catalogue.dataset import COMPOSITE_BANDS, CutoutFormat, unnamed
+from lens_pipeline.catalogue.dataset import COMPOSITE_BANDS, CutoutFormat, CutoutRows, unnamed
 from lens_pipeline.catalogue.images import (
     COMPOSITE,
     FLUX,
@@ -152,7 +152,7 @@ def _sample(key: str, parts: dict[str, tuple[Content, int]], shard: str) -> RawS
 
 
 @dataclass(frozen=True)
-class ForeignSplit:
+class ForeignSplit(CutoutRows):
     """Cutouts in tars without a manifest.
 
     index: one row a cutout: id, label, shard (its path), offset, bytes, suffix.
@@ -160,17 +160,6 @@ class ForeignSplit:
 
     index: pd.DataFrame
     decoder: Decoder
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    @property
-    def ids(self) -> NDArray[np.object_]:
-        return self.index["id"].to_numpy(dtype=object)
-
-    @property
-    def labels(self) -> NDArray[np.int8]:
-        return self.index["label"].to_numpy(dtype=np.int8)
 
     @cached_property
     def _maps(self) -> dict[str, memoryview]:

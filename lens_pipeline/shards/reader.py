@@ -7,7 +7,6 @@ mapped kills the process.
 import mmap
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +17,8 @@ import numpy as np
 import pandas as pd
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat
+from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat, CutoutRows
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.encoding import Encoding
 from lens_pipeline.shards.manifest import (
@@ -31,7 +29,7 @@ from lens_pipeline.shards.manifest import (
     difference,
     read_manifest,
 )
-from lens_pipeline.shards.store import AT_A_TIME, Store
+from lens_pipeline.shards.store import Store, transfer
 from lens_pipeline.steps import write_aside
 from lens_pipeline.storage import locate
 
@@ -40,7 +38,7 @@ _verified: set[tuple[int, ...]] = set()  # files whose sha256 has been checked b
 
 
 @dataclass(frozen=True)
-class ShardSplit:
+class ShardSplit(CutoutRows):
     """The cutouts of one split, in the order of the dataset.
 
     index: one row a cutout: id, label, shard, offset and bytes of its pixels; shape: (bands,
@@ -51,18 +49,6 @@ class ShardSplit:
     index: pd.DataFrame
     encoding: Encoding
     shape: tuple[int, int, int]
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    @property
-    def ids(self) -> NDArray[np.object_]:
-        return self.index["id"].to_numpy(dtype=object)
-
-    @property
-    def labels(self) -> NDArray[np.int8]:
-        """int8 (n,): 1 lens, 0 not, -1 unknown."""
-        return self.index["label"].fillna(-1).to_numpy(dtype=np.int8)
 
     @cached_property
     def _maps(self) -> list[memoryview]:
@@ -191,21 +177,7 @@ def _fetch(store: Store, manifest: Manifest, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / ".lock"):
         missing = [listed for listed in manifest.files if _wrong(folder / listed.name, listed)]
-        total = sum(listed.bytes for listed in missing)
-        with (
-            tqdm(total=total, desc="fetching", unit="B", unit_scale=True, disable=None) as progress,
-            ThreadPoolExecutor(AT_A_TIME) as pool,
-        ):
-
-            def fetch(listed: Listed) -> None:
-                store.get_file(listed, folder / listed.name)
-                progress.update(listed.bytes)
-
-            try:
-                list(pool.map(fetch, missing))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        transfer(missing, lambda listed: store.get_file(listed, folder / listed.name), "fetching")
         write_aside(folder / MANIFEST, manifest.text)
 
 

@@ -14,12 +14,14 @@ import posixpath
 import random
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import filelock
 from fsspec.implementations.local import LocalFileSystem
+from tqdm import tqdm
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.manifest import Listed, difference
@@ -232,6 +234,29 @@ class Store:
                 log.info("%s/%s: %s; once more", self.url, name, _words(problem))
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, 10)
+
+
+def transfer(files: Sequence[Listed], one: Callable[[Listed], T], what: str) -> list[T]:
+    """What `one` gives for each file, several at a time; where one fails, no more are begun.
+
+    what: they are doing, for the progress bar.
+    """
+    total = sum(listed.bytes for listed in files)
+    with (
+        tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None) as progress,
+        ThreadPoolExecutor(AT_A_TIME) as pool,
+    ):
+
+        def told(listed: Listed) -> T:
+            done = one(listed)
+            progress.update(listed.bytes)
+            return done
+
+        try:
+            return list(pool.map(told, files))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _code(problem: Exception) -> str:

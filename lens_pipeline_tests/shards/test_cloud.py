@@ -19,7 +19,8 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.shards import open_shards, publish_shards, read_manifest, store, verify_shards
 from lens_pipeline.shards.cloud import newest_version, published_problems
 from lens_pipeline.shards.store import Store, StoreError
-from lens_pipeline_tests.object_stores import FaultyProxy, GCSServer, S3Server, sign_in
+from lens_pipeline_tests.faulty_proxy import FaultyProxy
+from lens_pipeline_tests.object_stores import GCSServer, S3Server, sign_in
 
 Proxies = Callable[[S3Server | GCSServer], FaultyProxy]
 
@@ -259,6 +260,13 @@ def publisher(shards: Path, url: str, options: dict) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def wait_for_an_object(url: str, options: dict) -> None:
+    until = time.monotonic() + 60
+    while not names(url, options):
+        assert time.monotonic() < until, f"nothing came to {url}"
+        time.sleep(0.02)
+
+
 def test_cloud_upload_that_was_killed_goes_on(
     shards_folder: Path, s3_bucket: str, s3_server: S3Server, faulty_proxy: Proxies
 ) -> None:
@@ -267,9 +275,7 @@ def test_cloud_upload_that_was_killed_goes_on(
     proxy = faulty_proxy(s3_server)
     proxy.delay(0.3)
     with publisher(shards_folder, url, s3_server.storage_options(proxy.url)) as process:
-        until = time.monotonic() + 60
-        while not names(f"{url}/{version}", options) and time.monotonic() < until:
-            time.sleep(0.02)
+        wait_for_an_object(f"{url}/{version}", options)
         process.send_signal(signal.SIGKILL)
     there = names(f"{url}/{version}", options)
     assert there
@@ -288,9 +294,7 @@ def test_cloud_server_restarted_during_an_upload(
     proxy = faulty_proxy(s3_server)
     proxy.delay(0.3)
     with publisher(shards_folder, url, s3_server.storage_options(proxy.url)) as process:
-        until = time.monotonic() + 60
-        while not names(f"{url}/{version}", options) and time.monotonic() < until:
-            time.sleep(0.02)
+        wait_for_an_object(f"{url}/{version}", options)
         s3_server.kill()
         time.sleep(2)
         s3_server.restart()

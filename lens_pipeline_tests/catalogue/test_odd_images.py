@@ -1,0 +1,195 @@
+"""Images that are damaged or unlike others in one way, each read for what it is."""
+
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+from astropy.io import fits
+from PIL import Image
+
+from lens_pipeline.catalogue.images import CutoutError, background_sigma, read_cutout, read_image
+from lens_pipeline_tests.catalogue.by_hand import (
+    RNG,
+    SIZE,
+    build,
+    picture,
+    pixels_by_hand,
+    rows,
+    sigma_by_hand,
+    sky,
+    write_cube,
+)
+from lens_pipeline_tests.catalogue.test_images import write_png
+
+
+def named_bands(path: Path, bands: str) -> None:
+    """One extension a band, zero point 25; sigma is 1 in G, 10 in R, 100 in I, 1000 in Z."""
+    hdus = [fits.PrimaryHDU()]
+    for band in bands:
+        sigma = 10.0 ** max("GRIZ".find(band), 0)
+        hdu = fits.ImageHDU(RNG.normal(0, sigma, (SIZE, SIZE)).astype(np.float32), name=band)
+        hdu.header["MAGZERO"] = 25.0
+        hdus.append(hdu)
+    fits.HDUList(hdus).writeto(path)
+
+
+def test_a_damaged_picture_of_sixteen_bits_does_not_end_the_process(tmp_path: Path) -> None:
+    """One flipped bit on a disk must cost one image, not the whole run."""
+    path = tmp_path / "deep.png"
+    picture(path)
+    content = bytearray(path.read_bytes())
+    content[2000] ^= 1
+    path.write_bytes(content)
+    script = (
+        "import sys\n"
+        "from lens_pipeline.catalogue.images import CutoutError, read_image\n"
+        "try:\n"
+        "    read_image(sys.argv[1])\n"
+        "except CutoutError as reason:\n"
+        "    print(reason)\n"
+    )
+    command = [sys.executable, "-c", script, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, f"ended by signal {-done.returncode}: {done.stderr}"
+    assert "cannot be read" in done.stdout
+
+
+def test_background_sigma_is_what_it_says() -> None:
+    for n_bright in (0, 100):
+        band = RNG.normal(5, 3, (200, 200)).astype(np.float32)
+        band[:n_bright, :50] += 8
+        assert background_sigma(band) == pytest.approx(sigma_by_hand(band), rel=1e-5)
+
+
+def test_a_file_with_a_further_band_is_fitted_by_name(tmp_path: Path) -> None:
+    for row in range(12):
+        named_bands(tmp_path / f"{row}.fits", "GRIZ" if row == 5 else "GRI")
+    table = pd.DataFrame({"path": [f"{row}.fits" for row in range(12)]})
+    dataset = build(tmp_path, table, image_size=SIZE)
+    assert dataset.format.bands == ("G", "R", "I")
+    assert dataset.rejects().empty
+
+
+def test_magnitudes_follow_their_bands_into_another_order(tmp_path: Path) -> None:
+    for row in range(12):
+        named_bands(tmp_path / f"{row}.fits", "IRG" if row == 5 else "GRI")
+    table = pd.DataFrame({"path": [f"{row}.fits" for row in range(12)]})
+    for entry, _ in rows(build(tmp_path, table, image_size=SIZE)):
+        found = [getattr(entry, f"background_magnitude_{band}") for band in "GRI"]
+        np.testing.assert_allclose(found, [25, 22.5, 20], atol=0.2, err_msg=f"row {entry.row}")
+
+
+def test_one_odd_image_at_the_start_does_not_name_the_bands_of_all(tmp_path: Path) -> None:
+    for row in range(24):
+        named_bands(tmp_path / f"{row}.fits", "XYZ" if row == 0 else "GRI")
+    table = pd.DataFrame({"path": [f"{row}.fits" for row in range(24)]})
+    dataset = build(tmp_path, table, image_size=SIZE, max_reject_fraction=0.1)
+    assert dataset.format.bands == ("G", "R", "I")
+    assert dataset.rejects()["row"].tolist() == [0]
+
+
+def test_names_in_the_catalogue_do_not_rename_what_a_file_names(tmp_path: Path) -> None:
+    for row in range(12):
+        named_bands(tmp_path / f"{row}.fits", "GRI")
+    table = pd.DataFrame({"path": [f"{row}.fits" for row in range(12)], "bands": "I,R,G"})
+    dataset = build(tmp_path, table, image_size=SIZE)
+    for entry, pixels in rows(dataset):
+        with fits.open(entry.path) as hdus:
+            cube = np.stack([hdus[band].data for band in dataset.format.bands])
+        np.testing.assert_allclose(pixels, pixels_by_hand(cube, SIZE), rtol=1e-4, atol=1e-5)
+
+
+def test_an_image_whose_middle_is_nan_is_refused(tmp_path: Path) -> None:
+    cube = sky(3, 128, 128)
+    cube[:, 46:82, 46:82] = np.nan  # 8 % of the image, all of its middle
+    write_cube(tmp_path / "a.npy", cube)
+    with pytest.raises(CutoutError, match="finite"):
+        read_cutout([str(tmp_path / "a.npy")], 32)
+
+
+def test_a_tiff_written_page_by_page_has_all_its_bands(tmp_path: Path) -> None:
+    cube = sky()
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for band in cube:
+            file.write(band)
+    np.testing.assert_array_equal(read_image(str(tmp_path / "a.tif")).pixels, cube)
+
+
+def test_sixteen_bit_grey_with_alpha_keeps_its_sixteen_bits(tmp_path: Path) -> None:
+    values = RNG.integers(0, 65535, (SIZE, SIZE, 2), endpoint=True).astype(np.uint16)
+    path = tmp_path / "a.png"
+    write_png(path, values)
+    content = bytearray(path.read_bytes())
+    content[25] = 4  # the colour type in the header, whose checksum follows
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4)
+    path.write_bytes(content)
+    pixels = read_image(str(path)).pixels
+    assert pixels.shape == (1, SIZE, SIZE)
+    np.testing.assert_allclose(pixels[0], values[..., 0] / 65535, atol=1e-7)
+
+
+def test_a_pixel_beyond_float32_is_too_bright_and_no_hole(tmp_path: Path) -> None:
+    cube = sky().astype(np.float64)
+    cube[1, 20, 20] = 1e39
+    write_cube(tmp_path / "a.npy", cube)
+    with pytest.raises(CutoutError, match="brighter"):
+        read_cutout([str(tmp_path / "a.npy")], SIZE)
+
+
+@pytest.mark.parametrize(("name", "flux_unit"), [("a.png", None), ("a.npy", "background_sigma")])
+def test_an_image_of_one_value_is_refused_in_every_unit(
+    tmp_path: Path, name: str, flux_unit: str | None
+) -> None:
+    blank = np.zeros((3, SIZE, SIZE), np.uint8)
+    if name.endswith("png"):
+        Image.fromarray(np.moveaxis(blank, 0, -1)).save(tmp_path / name)
+    else:
+        np.save(tmp_path / name, blank.astype(np.float32))
+    with pytest.raises(CutoutError, match="constant"):
+        read_cutout([str(tmp_path / name)], SIZE, flux_unit)
+
+
+def test_a_tiff_of_32_bit_integers_is_refused_or_on_its_own_full_scale(tmp_path: Path) -> None:
+    values = RNG.integers(0, 2**32 - 1, (SIZE, SIZE), endpoint=True, dtype=np.uint32)
+    tifffile.imwrite(tmp_path / "a.tif", values)
+    try:
+        pixels = read_image(str(tmp_path / "a.tif")).pixels
+    except CutoutError:
+        return
+    np.testing.assert_allclose(pixels[0], values / (2**32 - 1), atol=1e-6)
+
+
+def test_a_tiff_with_a_damaged_height_is_refused_before_it_fills_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, sky()[0], compression="zlib")
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        file.pages.first.tags["ImageLength"].overwrite(SIZE | 1 << 12)
+    with pytest.raises(CutoutError, match="cannot be read"):
+        read_image(str(path))
+
+
+@pytest.mark.parametrize("shape", [(0, SIZE, SIZE), (SIZE, SIZE, 0)])
+def test_an_image_without_pixels_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    np.save(tmp_path / "a.npy", np.zeros(shape, np.float32))
+    with pytest.raises(CutoutError):
+        read_cutout([str(tmp_path / "a.npy")], SIZE)
+
+
+def test_no_stated_sigma_makes_pixels_nan(tmp_path: Path) -> None:
+    """Flux and noise too faint for a float32 end in 0 / 0."""
+    image = fits.ImageHDU(np.zeros((SIZE, SIZE)), name="G_FLUX")
+    noise = fits.ImageHDU(np.full((SIZE, SIZE), 1e-50), name="G_RMS")
+    fits.HDUList([fits.PrimaryHDU(), image, noise]).writeto(tmp_path / "a.fits")
+    with pytest.raises(CutoutError):
+        read_cutout([str(tmp_path / "a.fits")], SIZE)
+
+
+def test_without_a_zero_point_the_magnitude_is_nan(tmp_path: Path) -> None:
+    write_cube(tmp_path / "a.npy", sky())
+    magnitude = read_cutout([str(tmp_path / "a.npy")], SIZE).background_magnitude
+    assert np.isnan(magnitude).all()
