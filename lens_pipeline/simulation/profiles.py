@@ -36,7 +36,7 @@ def sersic(
     major, minor = _on_own_axes(x, y, angle)
     squared = (axis_ratio * major**2 + minor**2 / axis_ratio + softening**2) / radius**2
     root = squared
-    for _ in range(index.bit_length()):  # squared^(1/2n), several times faster than a power
+    for _ in range(index.bit_length()):  # squared^(1/2n), faster than as a power
         root = root.sqrt()
     return torch.exp(b - b * root) / (total * radius**2)
 

@@ -123,7 +123,7 @@ class Renderer:
 
     Parameters of the systems are float32 tensors (B,), named as in `population.candidates`; images
     are (B, size, size), the fraction of the unlensed flux that falls in each pixel.
-    compiled: with kernels made for this processor, several times faster after some 20 s; it takes a
+    compiled: with kernels made for this processor, twice as fast after some 20 s; it takes a
     C++ compiler.
     """
 

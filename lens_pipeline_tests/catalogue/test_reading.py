@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pandas as pd
 import psutil
@@ -16,7 +17,7 @@ from lens_pipeline.catalogue import reading
 from lens_pipeline.catalogue.dataset import build_dataset
 from lens_pipeline.catalogue.images import Cutout
 from lens_pipeline.catalogue.reading import read_cutouts
-from lens_pipeline.catalogue.table import Catalogue, read_catalogue
+from lens_pipeline.catalogue.table import Catalogue, read_catalogue, source_fingerprint
 from lens_pipeline.storage import locate
 
 N = 1500
@@ -115,3 +116,20 @@ def test_a_catalogue_and_its_cutouts_in_a_bucket(
         for row, image in zip(rows, images, strict=True):
             ratio = cutouts[row] / image
             np.testing.assert_allclose(ratio, np.median(ratio), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["s3", "gcs"])
+def test_a_cutout_that_another_client_puts_is_seen(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    """A daemon looks at the same folder for months: what it once listed is not what lies there."""
+    bucket, server = (request.getfixturevalue(f"{kind}_{what}") for what in ("bucket", "server"))
+    options = server.storage_options()
+    other, root = fsspec.url_to_fs(f"{bucket}/survey", **options)
+    other.pipe_file(f"{root}/train/lens/a.png", b"a")
+    before = source_fingerprint(f"{bucket}/survey", options)
+    assert read_catalogue(f"{bucket}/survey", options).table["id"].tolist() == ["train/lens/a.png"]
+    other.pipe_file(f"{root}/train/lens/b.png", b"b")
+    assert source_fingerprint(f"{bucket}/survey", options) != before
+    catalogue = read_catalogue(f"{bucket}/survey", options)
+    assert catalogue.table["id"].tolist() == ["train/lens/a.png", "train/lens/b.png"]
