@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, masked
 from lens_pipeline.settings import Settings, absolute
 from lens_pipeline.steps import folder_aside
 from lens_pipeline.terminal import INTERRUPTED, configure_logging, interruptible
+from lens_pipeline.train_command import add_train
 
 BAD_INPUT = 2
 FAILURE = 1
@@ -85,6 +86,17 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--validate", action="store_true", help="read all back and check it")
     prepare.set_defaults(do=_prepare)
 
+    prune = commands.add_parser(
+        "prune", parents=[common], help="remove old versions of published shards"
+    )
+    prune.add_argument("--cloud-url", help="where they are published (LENS_CLOUD_URL)")
+    prune.add_argument("--keep", type=int, required=True, help="how many of the newest stay")
+    prune.add_argument("--dry-run", action="store_true", help="only say what would go")
+    prune.set_defaults(do=_prune)
+
+    train = commands.add_parser("train", parents=[common], help="one network, or several together")
+    add_train(train)
+
     predict = commands.add_parser("predict", parents=[common], help="score a catalogue")
     predict.add_argument("--catalogue", required=True)
     predict.add_argument("--out", type=Path, required=True, help="scores, .parquet or .csv")
@@ -114,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verbose:
             logging.getLogger(__name__).exception("the command failed")
         status, message = _outcome(problem, verbose)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(masked(message).split())}", file=sys.stderr)
     return status
 
 
@@ -309,6 +321,33 @@ def _storage_options(text: str) -> dict[str, Any]:
     return options
 
 
+def _prune(options: argparse.Namespace) -> int:
+    settings = Settings.load(home=options.home, cloud_url=options.cloud_url)
+    from lens_pipeline.shards.prune import prune_versions
+    from lens_pipeline.tracking import Tracking
+
+    # Somebody waits; MLflow would try a server that is gone for four minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    try:
+        referred = Tracking(settings).dataset_versions()
+    except InputError as problem:
+        raise InputError(f"nothing is removed: {problem}") from None
+    found = prune_versions(
+        settings.cloud,
+        options.keep,
+        referred=referred,
+        dry_run=options.dry_run,
+        storage_options=settings.storage_options,
+    )
+    gone = "would go" if options.dry_run else "removed"
+    for one in found:
+        state = "kept" if one.kept else gone
+        print(f"{one.version}  {one.bytes / 1e6:10.1f} MB  {state:8}  {one.reason}")
+    lost = [one.bytes / 1e6 for one in found if not one.kept]
+    print(f"{settings.cloud}: {len(lost)} of {len(found)} versions {gone}, {sum(lost):.1f} MB")
+    return 0
+
+
 def _predict(options: argparse.Namespace) -> int:
     settings = Settings.load(home=options.home)
     source = absolute(options.catalogue)
@@ -364,3 +403,7 @@ def _show(options: argparse.Namespace) -> int:
 
     with interruptible():
         return serve(settings, options.dagster_port, options.mlflow_port)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,25 +5,41 @@ import dagster as dg
 from lens_pipeline.defs.automation import full_pipeline
 from lens_pipeline.defs.checkpoints import checkpoint_assets
 from lens_pipeline.defs.dataset import cutout_catalogue, processed_dataset
-from lens_pipeline.defs.ensemble import ensemble_asset, ensemble_evaluation
+from lens_pipeline.defs.ensemble import ensemble_asset, evaluation_asset
 from lens_pipeline.defs.registry import registered_ensemble
 from lens_pipeline.defs.resources import LensHome
-from lens_pipeline.defs.shards import cloud_shards, lens_shards
+from lens_pipeline.defs.shards import cloud_shards, lens_shards, observed_shards
+from lens_pipeline.errors import InputError
 from lens_pipeline.presets import chosen_members
 from lens_pipeline.settings import Settings
+from lens_pipeline.storage import TABLES
+
+
+def source_is_published(settings: Settings) -> bool:
+    """Whether LENS_SOURCE names published shards; a folder or store is asked, nothing else."""
+    if settings.source == "simulation" or settings.source.lower().endswith(TABLES):
+        return False
+    from lens_pipeline.shards.cloud import is_published
+
+    try:
+        return is_published(settings.source, settings.storage_options)
+    except InputError as problem:
+        raise InputError(f"LENS_SOURCE: {problem}") from None
 
 
 def make_definitions(settings: Settings) -> dg.Definitions:
-    """The asset graph with the members that the settings name."""
+    """The asset graph with the members that the settings name.
+
+    Where the source is published shards, they stand in the place of all stages that make them.
+    """
+    published = source_is_published(settings)
+    made_here = (cutout_catalogue, processed_dataset, lens_shards, cloud_shards)
     return dg.Definitions(
         assets=[
-            cutout_catalogue,
-            processed_dataset,
-            lens_shards,
-            cloud_shards,
+            *((observed_shards(),) if published else made_here),
             *checkpoint_assets(settings),
             ensemble_asset(chosen_members(settings)),
-            ensemble_evaluation,
+            evaluation_asset(published),
             registered_ensemble,
         ],
         jobs=[full_pipeline],

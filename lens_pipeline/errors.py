@@ -1,4 +1,14 @@
-"""The one exception for input that a user can mend."""
+"""The one exception for input that a user can mend; no message shows a secret in a URL."""
+
+import re
+
+_PASSWORD = re.compile(r"(://[^\s/:@]*:)\S*@")
+_QUERY = re.compile(r"(://[^\s?]*\?)\S*[^\s:;,.)\]'\"]")
+
+
+def masked(text: str) -> str:
+    """A text with the passwords and queries (`?X-Amz-Signature=...`) of its URLs as ``***``."""
+    return _QUERY.sub(r"\1***", _PASSWORD.sub(r"\1***@", text))
 
 
 class InputError(ValueError):
@@ -6,3 +16,6 @@ class InputError(ValueError):
 
     The command line shows it as one line, ``error: <message>``, and exits with status 2.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(masked(message))

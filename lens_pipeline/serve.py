@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, masked
 from lens_pipeline.runner import open_instance
-from lens_pipeline.settings import Settings, masked
+from lens_pipeline.settings import Settings
 from lens_pipeline.tracking import Tracking
 
 HOST = "127.0.0.1"

@@ -6,14 +6,17 @@ absolute when the settings are read, relative to the working directory.
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from lens_pipeline.errors import InputError
+
+_SIGNED = re.compile("sig|token|key|secret|password|credential", re.IGNORECASE)
 
 
 def absolute(location: str) -> str:
@@ -24,25 +27,25 @@ def absolute(location: str) -> str:
     if "://" in location:
         if urlsplit(location).password:
             raise InputError(
-                f"{masked(location)}: a URL must not carry a password; give credentials through "
+                f"{location}: a URL must not carry a password; give credentials through "
                 "the environment, as its provider's tools take them"
             )
         return location
     return str(Path(location).expanduser().resolve())
 
 
-def masked(uri: str) -> str:
-    """The URI with its password, if it has one, replaced by ``***``."""
-    parts = urlsplit(uri)
-    if not parts.password:
-        return uri
-    user = f"{parts.username or ''}:***@"
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=user + host))
+def _written_down(location: str) -> str:
+    """`absolute`, of a location that results name. Raises InputError for a URL that is signed."""
+    if "://" in location and _SIGNED.search(urlsplit(location).query):
+        raise InputError(
+            f"{location}: a URL must not carry a signature or token, for results name it; give "
+            "credentials through the environment, as its provider's tools take them"
+        )
+    return absolute(location)
 
 
 def _absolute_source(source: str) -> str:
-    return source if source == "simulation" else absolute(source)
+    return source if source == "simulation" else _written_down(source)
 
 
 def _names(text: Any) -> Any:
@@ -61,7 +64,8 @@ class Settings(BaseSettings):
     )
     source: Annotated[str, BeforeValidator(_absolute_source)] = Field(
         default="simulation",
-        description="`simulation`, or the path or URL of a catalogue, or a folder of cutouts.",
+        description="`simulation`, or the path or URL of a catalogue, or a folder of cutouts, "
+        "or of published shards.",
     )
     bands: Annotated[tuple[str, ...] | None, NoDecode, BeforeValidator(_names)] = Field(
         default=None, description="Bands to keep, by name and in this order, as `g,r,i`; else all."
@@ -79,11 +83,20 @@ class Settings(BaseSettings):
         description="The ensemble's members, `[name=]architecture[@seed]`, comma-separated; "
         "by default the preset's.",
     )
-    cloud_url: Annotated[str | None, BeforeValidator(lambda url: url and absolute(url))] = Field(
-        default=None, description="Where shards are published; by default a folder in LENS_HOME."
+    cloud_url: Annotated[str | None, BeforeValidator(lambda url: url and _written_down(url))] = (
+        Field(
+            default=None,
+            description="Where shards are published; by default a folder in LENS_HOME.",
+        )
     )
     storage_options: dict[str, Any] = Field(
-        default_factory=dict, description="fsspec options for LENS_CLOUD_URL and LENS_SOURCE, JSON."
+        default_factory=dict,
+        description="fsspec options for LENS_CLOUD_URL and LENS_SOURCE, JSON; see below.",
+    )
+    cache_gb: float = Field(
+        default=100,
+        gt=0,
+        description="Most GB (10^9 bytes) of remote shards that are kept in a cache folder.",
     )
     tracking_uri: str | None = Field(
         default=None,
@@ -155,8 +168,28 @@ class Settings(BaseSettings):
 
     @property
     def mlflow_uri(self) -> str:
-        """The tracking URI: the environment's own, or a SQLite file in LENS_HOME."""
-        return self.tracking_uri or f"sqlite:///{self.mlflow_database}"
+        """The tracking URI: the environment's own, or a SQLite file in LENS_HOME.
+
+        Without the user and password of a server: MLflow would show them in its errors, and takes
+        them from the environment; see `mlflow_credentials`.
+        """
+        uri = self.tracking_uri or f"sqlite:///{self.mlflow_database}"
+        if not uri.startswith("http"):
+            return uri
+        parts = urlsplit(uri)
+        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+    @property
+    def mlflow_credentials(self) -> dict[str, str]:
+        """The variables in which MLflow takes what MLFLOW_TRACKING_URI says of user and password;
+        none where that is no server's address, or says nothing of the kind."""
+        parts = urlsplit(self.tracking_uri or "")
+        if not parts.scheme.startswith("http") or parts.username is None:
+            return {}
+        return {
+            "MLFLOW_TRACKING_USERNAME": unquote(parts.username),
+            "MLFLOW_TRACKING_PASSWORD": unquote(parts.password or ""),
+        }
 
     @property
     def artifact_location(self) -> str:

@@ -192,18 +192,24 @@ def _locked(path: Path) -> Any:
 
 
 def run_step(
-    recipe: Recipe, root: Path, build: Callable[[Path], object], *, verify: bool = False
+    recipe: Recipe,
+    root: Path,
+    build: Callable[[Path], object],
+    *,
+    verify: bool = False,
+    goes_on: bool = False,
 ) -> Step:
     """The folder `root/<key>`: reused where it is whole, else made by `build(empty folder)`.
 
     `build` writes into a folder aside, which is renamed when it has returned; whoever sees the
     folder sees all of it. A second process that wants the same key waits, then reuses.
-    verify: check the sha256 of a folder that is reused, not only the sizes of its files.
+    verify: check the sha256 of a folder that is reused, not only the sizes of its files. goes_on:
+    `build` can go on with what it left in the folder when it was stopped.
     """
     begun = time.perf_counter()
     folder = root / recipe.key
     with _locked(root / ".locks" / f"{recipe.key}.lock"):
-        found = _reuse(folder, recipe, verify) or _make(folder, recipe, build)
+        found = _reuse(folder, recipe, verify) or _make(folder, recipe, build, goes_on)
     return replace(found, seconds=time.perf_counter() - begun)
 
 
@@ -214,11 +220,12 @@ def _reuse(folder: Path, recipe: Recipe, verify: bool) -> Step | None:
     return Step(folder, recipe.key, _content(complete["files"]), 0.0, reused=True)
 
 
-def _make(folder: Path, recipe: Recipe, build: Callable[[Path], object]) -> Step:
+def _make(folder: Path, recipe: Recipe, build: Callable[[Path], object], goes_on: bool) -> Step:
     begun = time.perf_counter()
     aside = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)  # of a process that died
-    aside.mkdir(parents=True)
+    if not goes_on:
+        shutil.rmtree(aside, ignore_errors=True)  # of a process that died
+    aside.mkdir(parents=True, exist_ok=goes_on)
     build(aside)
     content = _seal(aside, recipe, time.perf_counter() - begun)
     shutil.rmtree(folder, ignore_errors=True)  # damaged: `_reuse` has refused it

@@ -8,6 +8,7 @@ import fsspec
 from lens_pipeline.errors import InputError
 
 CONNECT_LIMIT, READ_LIMIT = 10, 15  # seconds
+TABLES = (".csv", ".parquet", ".fits", ".fit", ".vot", ".votable", ".xml")  # of a catalogue
 _SYNONYMS = {"s3a": "s3", "gcs": "gs"}
 
 
@@ -15,7 +16,10 @@ def locate(
     location: str, storage_options: Mapping[str, Any] | None = None
 ) -> tuple[fsspec.AbstractFileSystem, str]:
     """(the filesystem, the path in it). Raises InputError for a kind that is not known."""
-    options = {**_defaults(protocol_of(location)), **(storage_options or {})}
+    options = _defaults(protocol_of(location))
+    for name, value in (storage_options or {}).items():
+        both = isinstance(value, dict) and isinstance(options.get(name), dict)
+        options[name] = {**options[name], **value} if both else value
     try:
         return fsspec.url_to_fs(location, **options)
     except (ValueError, ImportError) as problem:

@@ -9,16 +9,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
 
+from lens_pipeline.errors import masked
+
 INTERRUPTED = 130
 GRACE = 8  # seconds that an interrupted run has for an orderly end
 
 
 class _Terminal(logging.StreamHandler[TextIO]):
-    """Messages on what is standard error when they come, which a caller may have redirected."""
+    """Messages on what is standard error when they come, which a caller may have redirected; the
+    secrets in their URLs are masked."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
         super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))
 
 
 _terminal = _Terminal()
@@ -32,7 +38,8 @@ def configure_logging(verbose: bool) -> None:
     if not verbose:
         # Set by name, before the libraries configure the loggers above these.
         for library in ("pytorch_lightning", "lightning_fabric"):
-            logging.getLogger(f"{library}.utilities.rank_zero").setLevel(logging.ERROR)
+            for part in ("rank_zero", "distributed"):
+                logging.getLogger(f"{library}.utilities.{part}").setLevel(logging.ERROR)
         logging.getLogger("dagster").setLevel(logging.ERROR)
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

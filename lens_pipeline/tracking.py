@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import math
+import os
 import socket
 import warnings
 from collections.abc import Mapping
@@ -18,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
-from lens_pipeline.errors import InputError
-from lens_pipeline.settings import Settings, masked
+from lens_pipeline.errors import InputError, masked
+from lens_pipeline.settings import Settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,6 +92,7 @@ class Tracking:
         import mlflow
 
         uri = self.settings.mlflow_uri
+        os.environ.update(self.settings.mlflow_credentials)
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
         # Two processes that create one SQLite file at once would trip over each other.
@@ -185,6 +187,32 @@ class Tracking:
         """Every version of the registered model, newest first; none where there is no model."""
         found = self.client.search_model_versions(f"name = '{MODEL}'")
         return sorted(found, key=lambda version: -int(version.version))
+
+    def dataset_versions(self) -> dict[str, str]:
+        """{dataset version: the registered versions that refer to it}, of all models.
+
+        Raises InputError where the registry cannot be asked.
+        """
+        self.require_registry()
+        referring: dict[str, list[str]] = {}
+        page: str | None = ""
+        try:
+            while page is not None:
+                found = self.client.search_model_versions(page_token=page or None)
+                for version in found:
+                    if DATASET_VERSION in version.tags:
+                        name = f"{version.name} version {version.version}"
+                        referring.setdefault(version.tags[DATASET_VERSION], []).append(name)
+                page = found.token or None
+        except InputError:
+            raise
+        except Exception as problem:  # noqa: BLE001  (each kind of registry has errors of its own)
+            reason = " ".join(str(problem).split())
+            raise InputError(
+                f"MLFLOW_TRACKING_URI: the registry at {self.settings.mlflow_uri} cannot be asked "
+                f"which dataset versions its models refer to ({reason})"
+            ) from None
+        return {dataset: ", ".join(names) for dataset, names in referring.items()}
 
     def find_version(self, step_key: str) -> "ModelVersion | None":
         return next((v for v in self.versions() if v.tags.get(STEP_KEY) == step_key), None)

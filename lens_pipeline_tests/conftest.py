@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from lens_pipeline.catalogue.dataset import Dataset, build_dataset
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
+from lens_pipeline.shards.prepare import prepare_shards
 from lens_pipeline_tests.faulty_proxy import FaultyProxy
 from lens_pipeline_tests.object_stores import GCSServer, S3Server, sign_in
 
@@ -78,6 +81,27 @@ def shards_folder(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) ->
 
     out = tmp_path_factory.mktemp("shards")
     write_shards(dataset.folder, out, shard_size=50)
+    return out
+
+
+@pytest.fixture(scope="session")
+def uneven_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise of three bands and 32 pixels; `lenses` have a ring. 71 to train on."""
+    folder = tmp_path_factory.mktemp("uneven")
+    random = np.random.default_rng(0)
+    y, x = np.mgrid[:32, :32] - 15.5
+    ring = 6 * np.exp(-((np.hypot(x, y) - 7) ** 2) / 4)
+    rows = []
+    for split, n in (("train", 71), ("val", 40), ("test", 20)):
+        for k in range(n):
+            name = f"{split}{k:02d}.npy"
+            pixels = random.normal(size=(3, 32, 32)) + ring * (k % 2)
+            np.save(folder / name, pixels.astype(np.float32))
+            rows.append({"id": name[:-4], "path": name, "label": k % 2, "split": split})
+    pd.DataFrame(rows).to_csv(folder / "catalogue.csv", index=False)
+    out = folder / "shards"
+    out.mkdir()
+    prepare_shards(str(folder / "catalogue.csv"), out, image_size=32, shard_size=30)
     return out
 
 

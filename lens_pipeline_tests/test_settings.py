@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lens_pipeline.errors import InputError
-from lens_pipeline.settings import Settings, masked
+from lens_pipeline.errors import InputError, masked
+from lens_pipeline.settings import Settings
 
 
 def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

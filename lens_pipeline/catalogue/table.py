@@ -17,10 +17,9 @@ import numpy as np
 import pandas as pd
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.storage import locate
+from lens_pipeline.storage import TABLES, locate
 
 SPLITS = ("train", "val", "test")
-SUFFIXES = (".csv", ".parquet", ".fits", ".fit", ".vot", ".votable", ".xml")
 IMAGE_SUFFIXES = (".fits", ".fit", ".fz", ".npy", ".npz", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
 TEXT_COLUMNS = ("id", "path", "label", "group", "split", "survey", "flux_unit")
 CLASS_FOLDERS = {"lens": "1", "nonlens": "0"}
@@ -109,9 +108,9 @@ def source_fingerprint(source: str, storage_options: Mapping[str, Any] | None = 
 
 def _read_table(source: str, options: dict[str, Any]) -> pd.DataFrame:
     suffix = posixpath.splitext(source)[1].lower()
-    if suffix not in SUFFIXES:
+    if suffix not in TABLES:
         raise InputError(
-            f"{source}: a catalogue is a folder or one of {', '.join(SUFFIXES)}; convert it"
+            f"{source}: a catalogue is a folder or one of {', '.join(TABLES)}; convert it"
         )
     filesystem, inside = locate(source, options)
     content = io.BytesIO(filesystem.cat_file(inside))

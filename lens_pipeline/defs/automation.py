@@ -2,8 +2,11 @@
 
 import dagster as dg
 
+from lens_pipeline.defs.stages import CLOUD
+
 full_pipeline = dg.define_asset_job(
     "full_pipeline",
-    selection=dg.AssetSelection.all(),
+    # Of what is made elsewhere and only observed here, Dagster takes what is named.
+    selection=dg.AssetSelection.all() | dg.AssetSelection.assets(CLOUD),
     description="From the source to a registered ensemble.",
 )

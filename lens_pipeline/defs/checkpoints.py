@@ -20,11 +20,13 @@ from lens_pipeline.defs.stages import (
     result,
     run_stage,
 )
-from lens_pipeline.models.names import Member
+from lens_pipeline.errors import InputError
+from lens_pipeline.models.names import Member, check_architecture
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import Recipe, Step
+from lens_pipeline.steps import Recipe, Step, write_aside
 from lens_pipeline.tracking import DAGSTER_RUN, DATASET_VERSION, Tracking
 from lens_pipeline.training.config import TrainConfig
+from lens_pipeline.training.launch import FAILURE, train_command
 
 if TYPE_CHECKING:
     from lens_pipeline.training.member import TrainedMember
@@ -33,13 +35,26 @@ TRAIN = "lens_pipeline.training.train"
 POOL = "gpu"
 
 
-def dagster_config(defaults: BaseModel) -> type[dg.Config]:
+# What the asset graph decides, not a form: which cutouts, and that a member is one network.
+DECIDED = {
+    "model": ("model_type", "architectures", "ensemble_strategy"),
+    "training": ("loggers", "fast_dev_run"),
+    "data": (
+        *("data_root", "use_webdataset", "train_urls", "val_urls", "test_urls"),
+        *("image_size", "cache_dir"),
+    ),
+}
+
+
+def dagster_config(defaults: BaseModel, without: Iterable[str] = ()) -> type[dg.Config]:
     """The Dagster config of a pydantic model: its fields, bounds and help, these defaults."""
     fields: dict[str, Any] = {}
     for name, info in type(defaults).model_fields.items():
         value = getattr(defaults, name)
+        if name in without:
+            continue
         if isinstance(value, BaseModel):
-            section = dagster_config(value)
+            section = dagster_config(value, DECIDED.get(name, ()))
             fields[name] = (section, section())
         else:
             field = info._copy() if hasattr(info, "_copy") else info
@@ -77,7 +92,7 @@ def checkpoint_asset(member: Member, defaults: TrainConfig) -> dg.AssetsDefiniti
     ) -> dg.MaterializeResult:
         settings = lens.settings
         upstream = made(context, CLOUD)
-        trained_with = TrainConfig.model_validate(config.model_dump())
+        trained_with = defaults.with_changes(config.model_dump(), key.to_user_string())
         recipe = Recipe(
             stage=f"checkpoints/{member.name}",
             modules=(TRAIN,),
@@ -87,10 +102,10 @@ def checkpoint_asset(member: Member, defaults: TrainConfig) -> dg.AssetsDefiniti
         )
 
         def build(out: Path) -> None:
-            _train(settings, upstream, member, trained_with, recipe, out, context.run_id)
+            _train(context, settings, upstream, member, trained_with, recipe, out)
 
         root = settings.home / "checkpoints" / member.name
-        step = run_stage(key, recipe, root, build, settings)
+        step = run_stage(key, recipe, root, build, settings, goes_on=True)
         trained = _trained(step)
         curves = drawn("curves.png", step, lambda: draw_curves(trained), settings)
         run_id = _record(lens.tracking, member, step, trained, curves, upstream, context.run_id)
@@ -122,8 +137,8 @@ def checkpoint_asset(member: Member, defaults: TrainConfig) -> dg.AssetsDefiniti
 
 def network_libraries(members: Iterable[Member]) -> tuple[str, ...]:
     """The distributions that build these members' networks."""
-    timm = any(member.architecture.startswith("timm:") for member in members)
-    return ("torch", "torchvision", "timm") if timm else ("torch", "torchvision")
+    used = {check_architecture(member.architecture).library for member in members}
+    return ("torch", "torchvision", *(["timm"] if used & {"timm", "efficientnet"} else []))
 
 
 def _probability(logit: Any) -> Any:
@@ -145,22 +160,35 @@ def draw_curves(trained: "TrainedMember") -> bytes:
 
 
 def _train(
+    context: dg.AssetExecutionContext,
     settings: Settings,
     upstream: Made,
     member: Member,
     config: TrainConfig,
     recipe: Recipe,
     out: Path,
-    dagster_run: str,
+) -> None:
+    tracking = Tracking(settings)
+    tags = _tags(upstream, member, context.run_id)
+    run_id = tracking.start_run(member.name, recipe.key, tags)
+    try:
+        if config.hardware.devices > 1:
+            _train_in_processes(context, settings, upstream, config, out, run_id)
+        else:
+            _train_here(settings, upstream, config, out, run_id)
+    except BaseException:
+        tracking.client.set_terminated(run_id, "FAILED")
+        raise
+
+
+def _train_here(
+    settings: Settings, upstream: Made, config: TrainConfig, out: Path, run_id: str
 ) -> None:
     from pytorch_lightning.loggers import MLFlowLogger
 
     from lens_pipeline.shards.datamodule import LensDataModule
     from lens_pipeline.training.train import train
 
-    tracking = Tracking(settings)
-    tags = _tags(upstream, member, dagster_run)
-    run_id = tracking.start_run(member.name, recipe.key, tags)
     logger = MLFlowLogger(run_id=run_id, tracking_uri=settings.mlflow_uri, log_model=False)
     data = LensDataModule(
         data_root=upstream.location,
@@ -170,11 +198,36 @@ def _train(
         cache_dir=settings.home / "cache",
         storage_options=settings.storage_options,
     )
+    train(config, data, out, loggers=[logger])
+
+
+def _train_in_processes(
+    context: dg.AssetExecutionContext,
+    settings: Settings,
+    upstream: Made,
+    config: TrainConfig,
+    out: Path,
+    run_id: str,
+) -> None:
+    """One process a device, started by one that is not Dagster's: Lightning runs `__main__` again
+    in each. Its first tells the log of this step."""
+    places: dict[str, dict[str, Any]] = {
+        "data": {"data_root": upstream.location},
+        "training": {"loggers": ("csv", "mlflow")},
+    }
+    settings_file = out / "config.yaml"
+    write_aside(settings_file, config.with_changes(places, "training").yaml)
     try:
-        train(config, data, out, loggers=[logger])
-    except BaseException:
-        tracking.client.set_terminated(run_id, "FAILED")
+        dg.PipesSubprocessClient().run(
+            command=train_command(settings_file, out, settings.home),
+            context=context,
+            env={"MLFLOW_RUN_ID": run_id, "MLFLOW_TRACKING_URI": settings.mlflow_uri},
+        )
+    except Exception:
+        if (out / FAILURE).exists():
+            raise InputError((out / FAILURE).read_text()) from None
         raise
+    settings_file.unlink()
 
 
 def _tags(upstream: Made, member: Member, dagster_run: str) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """The ensemble and what it is worth: `lens_ensemble`, `ensemble_evaluation`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
@@ -23,10 +24,18 @@ from lens_pipeline.defs.stages import (
     run_stage,
 )
 from lens_pipeline.models.names import Member
+from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Recipe
+
+if TYPE_CHECKING:
+    from lens_pipeline.catalogue.table import Catalogue
+    from lens_pipeline.ensemble.predictor import ScoredDataset
 
 SYSTEM = "lens_pipeline.ensemble.system"
 EVALUATE = "lens_pipeline.ensemble.evaluate"
+AS_DATASET = "lens_pipeline.shards.as_dataset"
+# What decides on what is scored, by content, and what opens it.
+Source = tuple[dict[str, str], Callable[[], "tuple[ScoredDataset, Catalogue]"]]
 
 
 def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
@@ -77,68 +86,96 @@ def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
     return lens_ensemble
 
 
-@dg.asset(
-    key=EVALUATION,
-    deps=[ENSEMBLE, DATASET, CATALOGUE],
-    group_name="ensemble",
-    kinds={"pandas"},
-    code_version=code_version(EVALUATE),
-    check_specs=[
-        dg.AssetCheckSpec(
-            "passes_the_gate",
-            asset=EVALUATION,
-            description="The ensemble may become champion: see the reasons.",
-        )
-    ],
-)
-def ensemble_evaluation(context: dg.AssetExecutionContext, lens: LensHome) -> dg.MaterializeResult:
-    """What the ensemble is worth on the test split: metrics with intervals, scores, a report."""
-    from lens_pipeline.catalogue.dataset import open_dataset
-    from lens_pipeline.evaluation.result import read_evaluation
+def evaluation_asset(published: bool) -> dg.AssetsDefinition:
+    """published: score what the shards hold, for there is no dataset that they were made from."""
+    modules = (EVALUATE, AS_DATASET) if published else (EVALUATE,)
 
-    settings = lens.settings
-    ensemble, dataset, table = (made(context, key) for key in (ENSEMBLE, DATASET, CATALOGUE))
-    recipe = Recipe(
-        stage="ensemble_evaluation",
-        modules=(EVALUATE,),
-        libraries=("torch", "numpy", "scipy", "pandas", "pyarrow", "matplotlib"),
-        inputs={"ensemble": ensemble.content, "dataset": dataset.content, "table": table.content},
-        settings={"gate": settings.gate},
+    @dg.asset(
+        key=EVALUATION,
+        deps=[ENSEMBLE, CLOUD] if published else [ENSEMBLE, DATASET, CATALOGUE],
+        group_name="ensemble",
+        kinds={"pandas"},
+        code_version=code_version(*modules),
+        check_specs=[
+            dg.AssetCheckSpec(
+                "passes_the_gate",
+                asset=EVALUATION,
+                description="The ensemble may become champion: see the reasons.",
+            )
+        ],
     )
+    def ensemble_evaluation(
+        context: dg.AssetExecutionContext, lens: LensHome
+    ) -> dg.MaterializeResult:
+        """What the ensemble is worth on the test split: metrics, intervals, scores, a report."""
+        from lens_pipeline.evaluation.result import read_evaluation
 
-    def build(out: Path) -> None:
-        from lens_pipeline.ensemble.evaluate import evaluate_ensemble
-
-        evaluate_ensemble(
-            ensemble.folder,
-            open_dataset(dataset.folder),
-            catalogue_of(settings, table),
-            out,
-            gate=settings.gate,
+        settings = lens.settings
+        ensemble = made(context, ENSEMBLE)
+        source = _published_source if published else _dataset_source
+        inputs, opened = source(context, settings)
+        recipe = Recipe(
+            stage="ensemble_evaluation",
+            modules=modules,
+            libraries=("torch", "numpy", "scipy", "pandas", "pyarrow", "matplotlib"),
+            inputs={"ensemble": ensemble.content, **inputs},
+            settings={"gate": settings.gate},
         )
 
-    step = run_stage(EVALUATION, recipe, settings.reports, build, settings)
-    evaluation = read_evaluation(step.folder)
-    decision = evaluation.gate(settings.gate)
-    figures = {
-        name: value["value"]
-        for name, value in evaluation.metrics["ensemble"].items()
-        if isinstance(value, dict) and value["value"] is not None
-    }
-    return result(
-        step,
-        {
-            "ROC": picture(step.folder / "roc.png"),
-            "reliability": picture(step.folder / "reliability.png"),
-            **figures,
-            "report": dg.MetadataValue.path(str(step.folder / "report.html")),
-        },
-        checks=(
-            dg.AssetCheckResult(
-                check_name="passes_the_gate",
-                passed=decision.passed,
-                severity=dg.AssetCheckSeverity.WARN,
-                metadata={"reasons": "; ".join(decision.reasons), **decision.figures},
+        def build(out: Path) -> None:
+            from lens_pipeline.ensemble.evaluate import evaluate_ensemble
+
+            evaluate_ensemble(ensemble.folder, *opened(), out, gate=settings.gate)
+
+        step = run_stage(EVALUATION, recipe, settings.reports, build, settings)
+        evaluation = read_evaluation(step.folder)
+        decision = evaluation.gate(settings.gate)
+        figures = {
+            name: value["value"]
+            for name, value in evaluation.metrics["ensemble"].items()
+            if isinstance(value, dict) and value["value"] is not None
+        }
+        return result(
+            step,
+            {
+                "ROC": picture(step.folder / "roc.png"),
+                "reliability": picture(step.folder / "reliability.png"),
+                **figures,
+                "report": dg.MetadataValue.path(str(step.folder / "report.html")),
+            },
+            checks=(
+                dg.AssetCheckResult(
+                    check_name="passes_the_gate",
+                    passed=decision.passed,
+                    severity=dg.AssetCheckSeverity.WARN,
+                    metadata={"reasons": "; ".join(decision.reasons), **decision.figures},
+                ),
             ),
-        ),
-    )
+        )
+
+    return ensemble_evaluation
+
+
+def _dataset_source(context: dg.AssetExecutionContext, settings: Settings) -> Source:
+    dataset, table = made(context, DATASET), made(context, CATALOGUE)
+
+    def opened() -> "tuple[ScoredDataset, Catalogue]":
+        from lens_pipeline.catalogue.dataset import open_dataset
+
+        return open_dataset(dataset.folder), catalogue_of(settings, table)
+
+    return {"dataset": dataset.content, "table": table.content}, opened
+
+
+def _published_source(context: dg.AssetExecutionContext, settings: Settings) -> Source:
+    shards = made(context, CLOUD)
+
+    def opened() -> "tuple[ScoredDataset, Catalogue]":
+        from lens_pipeline.shards.as_dataset import shards_as_dataset
+
+        dataset = shards_as_dataset(
+            shards.location, cache=settings.home / "cache", storage_options=settings.storage_options
+        )
+        return dataset, dataset.catalogue
+
+    return {"shards": shards.content}, opened

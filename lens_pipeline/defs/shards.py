@@ -1,6 +1,7 @@
 """From the dataset to shards, here and in the cloud: `lens_shards`, `cloud_shards`."""
 
 import time
+import warnings
 from pathlib import Path
 
 import dagster as dg
@@ -116,3 +117,36 @@ def cloud_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.Materi
         ),
         location=published.url,
     )
+
+
+def observed_shards() -> dg.SourceAsset:
+    """`cloud_shards` where another deployment publishes them: the newest version at LENS_SOURCE is
+    observed, and what was made from an older one is then out of date."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)
+
+        @dg.observable_source_asset(
+            key=CLOUD,
+            group_name="data",
+            description="The newest version of the shards that are published at LENS_SOURCE.",
+        )
+        def cloud_shards(lens: LensHome) -> dg.ObserveResult:
+            from lens_pipeline.shards.cloud import published_version
+            from lens_pipeline.shards.manifest import read_manifest
+
+            settings = lens.settings
+            url = published_version(settings.source, settings.storage_options)
+            manifest = read_manifest(url, settings.storage_options)
+            return dg.ObserveResult(
+                data_version=dg.DataVersion(manifest.dataset_version[:32]),
+                metadata={
+                    "location": url,
+                    "content": manifest.dataset_version,
+                    "dataset version": manifest.dataset_version,
+                    "shards": len(manifest.shards),
+                    "samples": sum(shard.samples for shard in manifest.shards),
+                    "MB": sum(shard.bytes for shard in manifest.shards) / 1e6,
+                },
+            )
+
+    return cloud_shards

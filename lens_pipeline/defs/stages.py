@@ -45,25 +45,24 @@ def code_version(*modules: str) -> str:
 
 
 def made(context: dg.AssetExecutionContext, key: dg.AssetKey) -> Made:
-    """What an upstream asset left: in this run where it is part of it, else when it was last made.
+    """What an upstream asset left: in this run where it is part of it, else when it was last made
+    (or observed, where it is made elsewhere).
 
-    Raises InputError where it has never been made.
+    Raises InputError where it has never been.
     """
-    in_run = context.instance.get_records_for_run(
-        context.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION
-    ).records
-    for record in reversed(in_run):
-        event = record.event_log_entry.asset_materialization
+    observed = context.job_def.asset_layer.asset_graph.get(key).is_observable
+    kind = "OBSERVATION" if observed else "MATERIALIZATION"
+    of_type = dg.DagsterEventType[f"ASSET_{kind}"]
+    instance = context.instance
+    in_run = instance.get_records_for_run(context.run_id, of_type=of_type).records
+    fetch = instance.fetch_observations if observed else instance.fetch_materializations
+    for record in (*reversed(in_run), *fetch(key, limit=1).records):
+        entry = record.event_log_entry
+        event = entry.asset_observation or entry.asset_materialization
         if event is not None and event.asset_key == key:
-            return _read(event)
-    latest = context.instance.get_latest_materialization_event(key)
-    if latest is None or latest.asset_materialization is None:
-        raise InputError(f"{key.to_user_string()} has not been made yet; materialise it first")
-    return _read(latest.asset_materialization)
-
-
-def _read(event: dg.AssetMaterialization) -> Made:
-    return Made(str(event.metadata["location"].value), str(event.metadata["content"].value))
+            return Made(*(str(event.metadata[name].value) for name in ("location", "content")))
+    todo = "observed yet; observe" if observed else "made yet; materialise"
+    raise InputError(f"{key.to_user_string()} has not been {todo} it first")
 
 
 def run_stage(
@@ -72,11 +71,12 @@ def run_stage(
     root: Path,
     build: Callable[[Path], object],
     settings: Settings,
+    goes_on: bool = False,
 ) -> Step:
     """Run an asset's step, telling the terminal when it begins and how it ended."""
     name = key.to_user_string()
     log.info("%s ...", name)
-    step = run_step(recipe, root, build, verify=settings.verify)
+    step = run_step(recipe, root, build, verify=settings.verify, goes_on=goes_on)
     log.info("%s: %s in %.1f s", name, "reused" if step.reused else "made", step.seconds)
     return step
 

@@ -10,9 +10,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.catalogue.table import Catalogue
-from lens_pipeline.ensemble.predictor import score_dataset
+from lens_pipeline.ensemble.predictor import ScoredDataset, score_dataset
 from lens_pipeline.ensemble.system import load_ensemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import lens_metrics
@@ -31,7 +30,7 @@ GALLERY = 16
 
 def evaluate_ensemble(
     ensemble_folder: Path,
-    dataset: Dataset,
+    dataset: ScoredDataset,
     catalogue: Catalogue,
     out: Path,
     *,
@@ -90,7 +89,7 @@ def evaluate_ensemble(
     return evaluation
 
 
-def _facts(dataset: Dataset, version: str, scores: pd.DataFrame) -> dict[str, str]:
+def _facts(dataset: ScoredDataset, version: str, scores: pd.DataFrame) -> dict[str, str]:
     simulated = dataset.facts["origin"] == "simulation"
     form = dataset.format
     return {
@@ -104,7 +103,7 @@ def _facts(dataset: Dataset, version: str, scores: pd.DataFrame) -> dict[str, st
     }
 
 
-def _gallery(dataset: Dataset, rows: pd.DataFrame) -> Figure:
+def _gallery(dataset: ScoredDataset, rows: pd.DataFrame) -> Figure:
     first = rows.head(GALLERY)
     position = pd.Series(np.arange(len(dataset.table("test"))), index=dataset.table("test")["row"])
     images: NDArray[np.float32] = np.asarray(dataset.images("test")[position[first.index]])

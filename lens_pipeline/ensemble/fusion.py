@@ -24,14 +24,19 @@ class Fused:
 
 
 def fuse(
-    logit: NDArray[np.float64], draws: NDArray[np.float64], calibration: Platt | None = None
+    logit: NDArray[np.float64],
+    draws: NDArray[np.float64],
+    calibration: Platt | None = None,
+    strategy: str = "mean",
 ) -> Fused:
-    """The mean of the members' calibrated logits, calibrated once more.
+    """A mean of the members' calibrated logits, calibrated once more.
 
     logit: float64 (n, members); draws: float64 (n, members, draws), the same with dropout.
+    strategy: `mean`, all alike; or `uncertainty_weighted`, see `_inverse_variance`.
     """
     calibrate = calibration or Platt()
-    fused = calibrate(logit.mean(axis=1))
+    weights = _inverse_variance(logit, draws) if strategy == "uncertainty_weighted" else None
+    fused = calibrate(np.average(logit, axis=1, weights=weights))
     drawn = expit(calibrate(draws)).reshape(len(draws), -1)
     return Fused(
         probability=expit(fused),
@@ -39,3 +44,15 @@ def fuse(
         std=drawn.std(axis=1),
         entropy=(entr(drawn) + entr(1 - drawn)).mean(axis=1),
     )
+
+
+def _inverse_variance(
+    logit: NDArray[np.float64], draws: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Weights (n, members): one over a member's variance of draws plus that between the members.
+
+    The more the members disagree, the less one's own steadiness says, and the more alike they count
+    (as studies do in a random-effects mean, DerSimonian & Laird 1986).
+    """
+    variance = draws.var(axis=2) + logit.var(axis=1, keepdims=True)
+    return 1 / np.maximum(variance, np.finfo(np.float64).tiny)

@@ -1,13 +1,14 @@
 """Score tables: one row per catalogue row, in its order."""
 
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from lens_pipeline.catalogue.dataset import PARTS, Dataset
+from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat
 from lens_pipeline.catalogue.images import CutoutError
 from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.table import Catalogue
@@ -15,8 +16,33 @@ from lens_pipeline.ensemble.system import BATCH, LensEnsemble
 from lens_pipeline.errors import InputError
 
 
-def score_dataset(ensemble: LensEnsemble, dataset: Dataset, catalogue: Catalogue) -> pd.DataFrame:
-    """Scores of every cutout of a processed dataset, labelled or not, with its `split`.
+class ScoredDataset(Protocol):
+    """What is scored: a processed dataset (see `Dataset`), or shards seen as one.
+
+    folder: where it lies, a path or a URL; images: float32 (n, bands, height, width) of a split, by
+    slices and arrays of places; table: their rows.
+    """
+
+    @property
+    def folder(self) -> Path | str: ...
+
+    @property
+    def format(self) -> CutoutFormat: ...
+
+    @property
+    def facts(self) -> dict[str, Any]: ...
+
+    def images(self, part: str, /) -> Any: ...
+
+    def table(self, part: str, /) -> pd.DataFrame: ...
+
+    def rejects(self) -> pd.DataFrame: ...
+
+
+def score_dataset(
+    ensemble: LensEnsemble, dataset: ScoredDataset, catalogue: Catalogue
+) -> pd.DataFrame:
+    """Scores of every cutout of a dataset, labelled or not, with its `split`.
 
     See `score_catalogue` for the columns. Raises InputError where the dataset is of other rows.
     """

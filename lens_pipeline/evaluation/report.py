@@ -28,14 +28,14 @@ MORE_COLUMNS = COLUMNS | {
 UNRESOLVED = "–"
 
 
-def format_metrics_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+def format_metrics_table(metrics: Mapping[str, Mapping[str, Any]], split: str = "Test") -> str:
     """A table for the terminal: one row a model, each figure with its 95 % interval."""
     header = ["", *COLUMNS.values()]
     rows = [[name, *(_cell(of[key]) for key in COLUMNS)] for name, of in metrics.items()]
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in (header, *rows)]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*(line.rstrip() for line in lines), _counts(metrics)])
+    return "\n".join([*(line.rstrip() for line in lines), _counts(metrics, split)])
 
 
 def _cell(metric: Mapping[str, float | None]) -> str:
@@ -46,10 +46,10 @@ def _cell(metric: Mapping[str, float | None]) -> str:
     return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
 
 
-def _counts(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+def _counts(metrics: Mapping[str, Mapping[str, Any]], split: str = "Test") -> str:
     first = next(iter(metrics.values()))
     text = (
-        f"Test split: {first['n_lens']} lenses, {first['n_nonlens']} non-lenses; "
+        f"{split} split: {first['n_lens']} lenses, {first['n_nonlens']} non-lenses; "
         "95 % intervals by bootstrap."
     )
     if any(of[key]["value"] is None for of in metrics.values() for key in COLUMNS):

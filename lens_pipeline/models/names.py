@@ -1,19 +1,56 @@
-"""Members of an ensemble by name: `[name=]architecture[@seed]`. Needs no torch."""
+"""Architectures and members of an ensemble by name. Needs no torch."""
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lens_pipeline.errors import InputError
 
-ARCHITECTURES: dict[str, str] = {
-    "resnet18": "torchvision's ResNet-18 (He et al. 2016)",
-    "resnet34": "torchvision's ResNet-34",
-    "resnet50": "torchvision's ResNet-50",
-    "vit_b_16": "torchvision's Vision Transformer B/16 (Dosovitskiy et al. 2021)",
-    "light_transformer": "compact convolutional transformer (Hassani et al. 2021), for cutouts",
-    "deeplens": "CMU DeepLens, the field's baseline (Lanusse et al. 2018)",
-    "lastro": "EPFL-LASTRO's plain convolutional network (Schaefer et al. 2018)",
+
+@dataclass(frozen=True)
+class Architecture:
+    """Who builds a network, under which name of theirs, and what it is.
+
+    `efficientnet` is timm's network with the weights of a package of its own, and an extra of that
+    name.
+    """
+
+    library: str  # torchvision, timm, efficientnet or lens_pipeline
+    name: str
+    description: str = ""
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "resnet18": Architecture("torchvision", "resnet18", "ResNet-18 (He et al. 2016)"),
+    "resnet34": Architecture("torchvision", "resnet34", "ResNet-34"),
+    "resnet50": Architecture("torchvision", "resnet50", "ResNet-50"),
+    "vit_b_16": Architecture(
+        "torchvision", "vit_b_16", "Vision Transformer B/16 (Dosovitskiy et al. 2021)"
+    ),
+    "light_transformer": Architecture(
+        "lens_pipeline",
+        "light_transformer",
+        "compact convolutional transformer (Hassani et al. 2021) for cutouts",
+    ),
+    "trans_enc_s": Architecture(
+        "lens_pipeline",
+        "trans_enc_s",
+        "small plain transformer encoder over patches of 8 pixels, for cutouts",
+    ),
+    "deeplens": Architecture(
+        "lens_pipeline", "deeplens", "CMU DeepLens, the field's baseline (Lanusse et al. 2018)"
+    ),
+    "lastro": Architecture(
+        "lens_pipeline",
+        "lastro",
+        "EPFL-LASTRO's plain convolutional network (Schaefer et al. 2018)",
+    ),
+    "efficientnet_lite0": Architecture(
+        "efficientnet",
+        "tf_efficientnet_lite0",
+        "EfficientNet-Lite0 (Tan & Le 2019), pretrained without a network",
+    ),
 }
 RESERVED = "ensemble"
 LIBRARIES = ("torchvision", "timm")  # any of their classifiers, as `timm:convnext_atto`
@@ -38,7 +75,10 @@ def parse_members(text: str) -> tuple[Member, ...]:
         if match is None:
             raise InputError(f"LENS_ARCHS: {part!r} is not [name=]architecture[@seed]")
         architecture = match["architecture"]
-        check_architecture(architecture)
+        try:
+            check_architecture(architecture)
+        except InputError as error:
+            raise InputError(f"LENS_ARCHS: {error}") from None
         name = re.sub(r"[^A-Za-z0-9_]", "_", match["name"] or architecture)
         if name == RESERVED:
             raise InputError(f"LENS_ARCHS: no member may be called {name}: that is all of them")
@@ -55,13 +95,29 @@ def parse_members(text: str) -> tuple[Member, ...]:
     return tuple(members)
 
 
-def check_architecture(architecture: str) -> None:
-    """Raises InputError, naming the nearest valid ones, where an architecture is not known."""
-    library, colon, _ = architecture.partition(":")
-    if architecture in ARCHITECTURES or (colon and library in LIBRARIES):
-        return
-    near = difflib.get_close_matches(architecture, ARCHITECTURES, n=2) or list(ARCHITECTURES)
+def check_architecture(architecture: str) -> Architecture:
+    """The architecture of that name.
+
+    Whether a library has a network of the name that follows its colon is seen when it is built.
+    Raises InputError, naming the nearest valid ones, where an architecture is not known.
+    """
+    if architecture in ARCHITECTURES:
+        return ARCHITECTURES[architecture]
+    library, colon, name = architecture.partition(":")
+    if library in LIBRARIES and name:
+        return Architecture(library, name)
+    unprefixed = name if colon else architecture
     raise InputError(
-        f"LENS_ARCHS: {architecture!r} is not an architecture; did you mean {', '.join(near)}? "
-        "(torchvision:NAME and timm:NAME work, too)"
+        f"{architecture!r} is not an architecture; {nearest(unprefixed, ARCHITECTURES)} "
+        f"(a network of a library: torchvision:{unprefixed or 'NAME'}, timm:{unprefixed or 'NAME'})"
     )
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint: the names nearest to one that does not exist, or some where none is near."""
+    names = list(names)
+    near = difflib.get_close_matches(name.lower(), names, n=2)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    more = f" and {len(names) - 9} more" if len(names) > 9 else ""
+    return f"there are {', '.join(names[:9])}{more}"

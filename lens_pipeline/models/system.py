@@ -1,31 +1,26 @@
 """The Lightning system of one member: network, loss, optimiser, metrics."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import (
-    BinaryAccuracy,
-    BinaryAUROC,
-    BinaryAveragePrecision,
-    BinaryF1Score,
-    BinaryPrecision,
-    BinaryRecall,
-    BinarySensitivityAtSpecificity,
-)
+from torchvision.ops import sigmoid_focal_loss
 
 from lens_pipeline.catalogue.images import SIGMA_UNITS
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.architectures import build_backbone
 from lens_pipeline.models.augmentation import augment
+from lens_pipeline.models.metrics import StageMetrics
+from lens_pipeline.models.pretrained import read_checkpoint
+from lens_pipeline.models.schedules import schedule
 
 # Fixed for all images and bands. In background sigma, asinh is linear over the noise and
 # logarithmic over galaxies; a composite has been stretched by whoever made it.
 SOFTENING_SIGMA = 2.0
+METRIC_STATE = "train_metrics"  # in a checkpoint
 
 
 def stretch(images: Tensor, units: str) -> Tensor:
@@ -35,15 +30,175 @@ def stretch(images: Tensor, units: str) -> Tensor:
     return (images - 0.5) / 0.25
 
 
-class LitLensSystem(pl.LightningModule):
+class LensClassifier(pl.LightningModule):
+    """What all systems share: `member_logits` is theirs, their settings are in `hparams`.
+
+    hparams: as described at `LitLensSystem`. Metrics are logged by epoch, as `train/loss`,
+    `val/auroc`, `test/tpr0`: see `StageMetrics`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics = nn.ModuleDict(
+            {"train_": StageMetrics(False), "val_": StageMetrics(True), "test_": StageMetrics(True)}
+        )
+
+    def member_logits(self, images: Tensor) -> Tensor:
+        """Logits (n, members) of images (n, bands, height, width)."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.member_logits(images).mean(dim=1)
+
+    def loss(self, logits: Tensor, label: Tensor) -> Tensor:
+        """The mean over members (n, members) and cutouts, label (n,).
+
+        Binary cross-entropy, lenses weighing `pos_weight`; or the focal loss (Lin et al. 2017),
+        `alpha` giving lenses the same weight. Labels move by half of `label_smoothing` towards each
+        other in training.
+        """
+        smoothing = self.hparams["label_smoothing"] if self.training else 0.0
+        target = (label * (1 - smoothing) + smoothing / 2)[:, None].expand_as(logits)
+        weight = self.hparams["pos_weight"]
+        if self.hparams["loss"] == "focal":
+            return sigmoid_focal_loss(
+                logits,
+                target,
+                alpha=weight / (1 + weight),
+                gamma=self.hparams["focal_gamma"],
+                reduction="mean",
+            )
+        return functional.binary_cross_entropy_with_logits(
+            logits, target, pos_weight=logits.new_tensor(weight)
+        )
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        images = batch["image"]
+        if self.hparams["augment"]:
+            images = augment(images, self.hparams["shift"], self.hparams["noise"])
+        loss = self._step("train", images, batch["label"])
+        if self.trainer.world_size > 1 and self.trainer.is_last_batch:
+            # Of a last batch that does not divide evenly, each rank has another number of cutouts,
+            # and DDP takes the mean over ranks.
+            mine = torch.tensor(float(len(images)), device=loss.device)
+            loss = loss * mine / self.trainer.strategy.reduce(mine.clone(), reduce_op="mean")
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._step("val", batch["image"], batch["label"])
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._step("test", batch["image"], batch["label"])
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self(batch["image"])
+
+    def _step(self, stage: str, images: Tensor, label: Tensor) -> Tensor:
+        logits = self.member_logits(images)
+        loss = self.loss(logits, label)
+        self._metrics(stage).update(loss, logits.mean(dim=1), label)
+        return loss
+
+    def _metrics(self, stage: str) -> StageMetrics:
+        metrics = self.metrics[f"{stage}_"]  # a module has an attribute `train` of its own
+        assert isinstance(metrics, StageMetrics)
+        return metrics
+
+    def _tell(self, stage: str) -> None:
+        values = {f"{stage}/{k}": v.float() for k, v in self._metrics(stage).compute().items()}
+        self.log_dict(values)
+        self._metrics(stage).reset()
+
+    def on_train_start(self) -> None:
+        # Where the loader was, in a training that goes on. Lightning looks when it makes one;
+        # where a schedule asks for the number of steps, that is before it reads the checkpoint.
+        self.trainer.fit_loop._load_combined_loader_states()
+
+    def on_train_epoch_end(self) -> None:
+        self._tell("train")
+
+    def on_validation_epoch_end(self) -> None:
+        self._tell("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._tell("test")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[METRIC_STATE] = self._metrics("train").saved()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if METRIC_STATE in checkpoint:
+            self._metrics("train").restore(checkpoint[METRIC_STATE])
+
+    def setup(self, stage: str) -> None:
+        data = getattr(self._trainer, "datamodule", None)
+        form = getattr(data, "format", None)
+        if form is not None:
+            for name, mine, theirs in (
+                ("bands", self.hparams["bands"], len(form.bands)),
+                ("units", self.hparams["units"], form.units),
+            ):
+                if mine != theirs:
+                    raise InputError(
+                        f"{name}: the network was made for {mine!r}, and the cutouts have "
+                        f"{theirs!r}; make it with {name}={theirs!r}"
+                    )
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: Any = "cpu", **changes: Any
+    ) -> Self:
+        """A trained system; `changes` of its arguments. Executes no code of the file.
+
+        Raises InputError, naming the file, where it is no checkpoint of such a system, or carries
+        more than numbers and settings.
+        """
+        found = read_checkpoint(Path(checkpoint_path))
+        if not isinstance(found, dict) or "state_dict" not in found:
+            raise InputError(f"{checkpoint_path}: is no checkpoint of a {cls.__name__}")
+        system = cls(**(found.get("hyper_parameters", {}) | changes))
+        try:
+            system.load_state_dict(found["state_dict"])
+        except RuntimeError as problem:
+            first = str(problem).splitlines()[1].strip()
+            raise InputError(
+                f"{checkpoint_path}: is no checkpoint of this {cls.__name__} ({first})"
+            ) from None
+        return system.to(map_location)
+
+    def configure_optimizers(self) -> Any:
+        wanted = self.hparams
+        optimiser = torch.optim.AdamW(
+            self.parameters(), lr=wanted["lr"], weight_decay=wanted["weight_decay"]
+        )
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise InputError(
+                "how many batches the tars hold is not known, and so no schedule of the learning "
+                "rate; give limit_train_batches or max_steps, or name a cache_dir"
+            )
+        schedulers = schedule(
+            optimiser,
+            wanted["schedule"],
+            steps=int(steps),
+            epochs=max(1, self.trainer.max_epochs or 1),
+            **{name: wanted[name] for name in ("warmup", "decay", "decay_epochs")},
+        )
+        return [optimiser], schedulers
+
+
+class LitLensSystem(LensClassifier):
     """One network that tells lenses from non-lenses.
 
     Input: float32 (n, bands, height, width) in the units of the stored cutouts; output: logits
     (n,).
-    arch: a name of `lens_pipeline.models.names`; units: `background_sigma` or `composite`;
-    dropout_rate: in the head alone, so that Monte Carlo dropout needs the backbone once;
-    pos_weight: weight of a lens in the loss, for imbalanced sets; warmup: fraction of all steps in
-    which the learning rate rises, before it falls along a cosine; shift, noise: see `augment`.
+
+    arch: a name of `lens_pipeline.models.names`; lr, weight_decay: AdamW's; dropout_rate: in the
+    head alone, so that Monte Carlo dropout needs the backbone once; pretrained: see
+    `build_backbone`; compile_model: by `torch.compile`; channels_last: the layout that convolutions
+    prefer; units: `background_sigma` or `composite`; pos_weight, loss, focal_gamma,
+    label_smoothing: see `LensClassifier.loss`; schedule, warmup, decay, decay_epochs: see
+    `schedule`; augment: turn and flip in training, shift and noise: see `augment`.
     Raises InputError for noise on composites.
     """
 
@@ -53,104 +208,49 @@ class LitLensSystem(pl.LightningModule):
         lr: float = 1e-3,
         weight_decay: float = 1e-2,
         dropout_rate: float = 0.3,
+        pretrained: bool | str | Path = False,
+        compile_model: bool = False,
+        channels_last: bool = False,
         bands: int = 3,
         image_size: int = 64,
-        units: str = "background_sigma",
+        units: str = SIGMA_UNITS,
         pos_weight: float = 1.0,
+        loss: str = "bce",
+        focal_gamma: float = 2.0,
+        label_smoothing: float = 0.0,
+        schedule: str = "cosine",
         warmup: float = 0.1,
+        decay: float = 0.1,
+        decay_epochs: int = 10,
+        augment: bool = True,
         shift: float = 0.0,
         noise: float = 0.0,
     ) -> None:
         super().__init__()
         if noise and units != SIGMA_UNITS:
             raise InputError(f"noise {noise}: goes with flux in background sigma, not {units}")
-        self.save_hyperparameters(logger=False)  # the whole configuration is logged elsewhere
-        self.backbone, n_features = build_backbone(arch, bands, image_size)
+        # Of a trained network only its own weights count; the whole configuration is logged
+        # elsewhere.
+        self.save_hyperparameters(ignore=["pretrained"], logger=False)
+        self.backbone, n_features = build_backbone(arch, bands, image_size, pretrained)
         self.dropout = nn.Dropout(dropout_rate)
         self.head = nn.Linear(n_features, 1)
-        self.register_buffer("pos_weight", torch.tensor(float(pos_weight)), persistent=False)
-        basic: dict[str, Metric | MetricCollection] = {
-            "accuracy": BinaryAccuracy(),
-            "precision": BinaryPrecision(),
-            "recall": BinaryRecall(),
-            "f1": BinaryF1Score(),
-        }
-        self.train_metrics = MetricCollection(basic, prefix="train/")
-        ranking: dict[str, Metric | MetricCollection] = {
-            "auroc": BinaryAUROC(),
-            "average_precision": BinaryAveragePrecision(),
-            # The highest recall at a specificity of at least 0.99 is the TPR at FPR <= 0.01.
-            "tpr_at_fpr_1e-2": _Recall(min_specificity=0.99),
-        }
-        self.val_metrics = MetricCollection(basic | ranking, prefix="val/").clone()
-        self.test_metrics = self.val_metrics.clone(prefix="test/")
+        if channels_last:
+            self.backbone.to(memory_format=torch.channels_last)
+        if compile_model:
+            self.backbone.compile()  # in place: the names of the weights stay
 
     def features(self, images: Tensor) -> Tensor:
         """The backbone's output, float32 (n, features)."""
-        return self.backbone(stretch(images, self.hparams["units"]))
+        images = stretch(images, self.hparams["units"])
+        if self.hparams["channels_last"]:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return self.backbone(images)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.dropout(self.features(images))).squeeze(1)
-
-    def _loss(self, logit: Tensor, label: Tensor) -> Tensor:
-        return functional.binary_cross_entropy_with_logits(
-            logit, label, pos_weight=self.get_buffer("pos_weight")
-        )
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        images = augment(batch["image"], self.hparams["shift"], self.hparams["noise"])
-        logit = self(images)
-        loss = self._loss(logit, batch["label"])
-        self.train_metrics.update(logit.detach().sigmoid(), batch["label"].int())
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(logit))
-        self.log_dict(self.train_metrics, on_step=False, on_epoch=True)
-        return loss
-
-    def _evaluation_step(self, batch: dict[str, Tensor], stage: str) -> None:
-        metrics = self.val_metrics if stage == "val" else self.test_metrics
-        logit = self(batch["image"])
-        loss = self._loss(logit, batch["label"])
-        metrics.update(logit.sigmoid(), batch["label"].int())
-        self.log(f"{stage}/loss", loss, batch_size=len(logit), sync_dist=True, prog_bar=True)
-        self.log_dict(metrics)
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._evaluation_step(batch, "val")
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._evaluation_step(batch, "test")
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self(batch["image"])
-
-    def configure_optimizers(self) -> Any:
-        optimiser = torch.optim.AdamW(
-            self.parameters(), lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"]
-        )
-        # The rate rises for two steps at least, and falls for as many.
-        total = max(4, int(self.trainer.estimated_stepping_batches))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser,
-            max_lr=self.hparams["lr"],
-            total_steps=total,
-            pct_start=min(max(self.hparams["warmup"], 2 / total), 1 - 2 / total),
-            cycle_momentum=False,
-        )
-        return {
-            "optimizer": optimiser,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+    def member_logits(self, images: Tensor) -> Tensor:
+        return self.head(self.dropout(self.features(images)))
 
 
 def load_system(checkpoint: Path) -> LitLensSystem:
-    """A trained system, in eval mode, on the CPU; loading executes no code of the file."""
-    system = LitLensSystem.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
-    return system.eval()
-
-
-class _Recall(BinarySensitivityAtSpecificity):
-    """The recall alone, without the threshold that reaches it."""
-
-    def compute(self) -> Tensor:  # type: ignore[override]
-        recall, _ = super().compute()
-        return recall
+    """A trained system, in eval mode, on the CPU. Raises InputError as `load_from_checkpoint`."""
+    return LitLensSystem.load_from_checkpoint(checkpoint, compile_model=False).eval()

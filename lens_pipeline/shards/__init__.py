@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "cloud": ["PublishedShards", "publish_shards"],
         "datamodule": ["LensDataModule", "LensWebDatasetDataModule"],
+        "prune": ["FoundVersion", "prune_versions"],
         "manifest": ["Manifest", "read_manifest", "verify_shards"],
         "reader": ["Shards", "open_shards"],
         "writer": ["write_shards"],

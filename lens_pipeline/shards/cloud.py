@@ -92,8 +92,9 @@ def publish_shards(
     uploaded = [listed.name for listed, new in zip(manifest.files, sent, strict=True) if new]
     skipped = [listed.name for listed, new in zip(manifest.files, sent, strict=True) if not new]
     if place.read(MANIFEST) != manifest.text.encode():
-        place.put_bytes(MANIFEST, manifest.text.encode())
         uploaded.append(MANIFEST)
+    # Even where it is there: its time says when this version was published last.
+    place.put_bytes(MANIFEST, manifest.text.encode())
     _point_to(top, version, created)
     n_bytes = sum(listed.bytes for listed in manifest.files if listed.name in uploaded)
     return PublishedShards(place.url, version, tuple(uploaded), tuple(skipped), n_bytes)
@@ -140,3 +141,18 @@ def newest_version(url: str, storage_options: Mapping[str, Any] | None = None) -
     latest = Latest.parse(content, f"{store.url}/{LATEST}")
     log.info("%s: version %s, made %s", url, latest.version, latest.created)
     return posixpath.join(store.url, latest.version)
+
+
+def is_published(url: str, storage_options: Mapping[str, Any] | None = None) -> bool:
+    """Whether shards are published at a URL: versions of them with a `latest.json`, or one."""
+    store = Store(url, storage_options)
+    return any(store.read(name) is not None for name in (LATEST, MANIFEST))
+
+
+def published_version(url: str, storage_options: Mapping[str, Any] | None = None) -> str:
+    """The URL of the newest version at a URL, or of the one that lies there. Raises InputError
+    where there is neither."""
+    newest = newest_version(url, storage_options)
+    if newest is None and not is_published(url, storage_options):
+        raise InputError(f"{url}: no shards are published there, for it holds no {LATEST}")
+    return newest or url

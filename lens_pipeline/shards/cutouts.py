@@ -20,10 +20,11 @@ from lens_pipeline.catalogue.images import central, files_fingerprint
 from lens_pipeline.catalogue.table import read_catalogue, source_fingerprint
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings, absolute
-from lens_pipeline.shards.cloud import LATEST, newest_version
+from lens_pipeline.shards.cloud import newest_version
 from lens_pipeline.shards.manifest import MANIFEST
 from lens_pipeline.shards.prepare import IMAGE_SIZE
-from lens_pipeline.shards.reader import open_shards
+from lens_pipeline.shards.reader import FetchedSplit, shards_at
+from lens_pipeline.shards.store import Store
 from lens_pipeline.steps import Recipe, run_step
 from lens_pipeline.storage import locate
 
@@ -90,6 +91,12 @@ class CroppedSplit:
         return np.ascontiguousarray(central(self.whole.gather(indices), self.size))
 
 
+def fetched(split: Split) -> FetchedSplit | None:
+    """What is behind a split whose shards are fetched when they are needed."""
+    whole = split.whole if isinstance(split, CroppedSplit) else split
+    return whole if isinstance(whole, FetchedSplit) else None
+
+
 def cut_to(form: CutoutFormat, size: int | None, name: str) -> CutoutFormat:
     """The format with another size, if one is asked for. Raises InputError for a larger one."""
     if size is not None and size < 1:
@@ -110,6 +117,7 @@ def open_cutouts(
     *,
     image_size: int | None = None,
     cache: Path | None = None,
+    cache_gb: float | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Cutouts:
     """The cutouts in a folder or at an fsspec URL, of whatever kind they are there.
@@ -118,19 +126,20 @@ def open_cutouts(
     a processed dataset; a catalogue, or a folder of cutouts, which are read once and kept as a
     processed dataset; by default the newest shards of LENS_HOME.
     image_size: the central square to keep, by default all, and 64 pixels of a catalogue. cache:
-    where remote shards and read cutouts are kept, by default in LENS_HOME. Raises InputError where
-    there is nothing of the kind.
+    where remote shards and read cutouts are kept, by default in LENS_HOME; cache_gb: how much of
+    the shards, LENS_CACHE_GB by default. Raises InputError where there is nothing of the kind.
     """
     settings = Settings.load()
     cache = cache or settings.home / "cache"
     options = dict(storage_options if storage_options is not None else settings.storage_options)
     place = absolute(str(location)) if location is not None else str(newest_shards(settings.home))
+    shards = shards_at(Store(place, options), cache, cache_gb)
+    newest = newest_version(place, options) if shards is None else None
+    if newest is not None:
+        place, shards = newest, shards_at(Store(newest, options), cache, cache_gb)
+    if shards is not None:
+        return cropped(shards, image_size, place)
     filesystem, inside = locate(place, options)
-    if filesystem.exists(f"{inside}/{LATEST}"):
-        place = newest_version(place, options) or place
-        inside = locate(place, options)[1]
-    if filesystem.exists(f"{inside}/{MANIFEST}"):
-        return cropped(open_shards(place, cache=cache, storage_options=options), image_size, place)
     if isinstance(filesystem, LocalFileSystem) and Path(inside, "dataset.json").is_file():
         return cropped(open_dataset(inside), image_size, place)
     return _processed(place, image_size or IMAGE_SIZE, cache, options, settings)

@@ -13,13 +13,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from lens_pipeline.catalogue.dataset import CutoutFormat
 from lens_pipeline.errors import InputError
-from lens_pipeline.shards.cutouts import Cutouts, Split, open_cutouts
-from lens_pipeline.shards.sampling import EpochBatches, ShardLoader
+from lens_pipeline.shards.cutouts import Cutouts, Split, fetched, open_cutouts
+from lens_pipeline.shards.reader import FetchedSplit
+from lens_pipeline.shards.sampling import EpochBatches, ShardLoader, Windows
 from lens_pipeline.shards.streaming import StreamLoader, TarStream
 from lens_pipeline.shards.urls import Tars, open_tars
 
 Batch = dict[str, Tensor]
 SPLITS = ("train", "val", "test")
+ALONE = {"num_workers": 0, "persistent_workers": False, "prefetch_factor": None}
+MIXED = 8  # shards, while they arrive
 
 
 class SplitDataset(Dataset[Batch]):
@@ -67,8 +70,8 @@ class CutoutModule(pl.LightningDataModule):
             "persistent_workers": helped if persistent_workers is None else persistent_workers,
             "prefetch_factor": prefetch_factor,
         }
-        if not helped:  # torch refuses both, though they only say how workers would work
-            self.loading |= {"persistent_workers": False, "prefetch_factor": None}
+        if not helped:  # torch refuses what only says how workers would work
+            self.loading |= ALONE
 
     @property
     def format(self) -> CutoutFormat:
@@ -106,12 +109,18 @@ class CutoutModule(pl.LightningDataModule):
         unknown = np.flatnonzero(data.split.labels < 0)
         if len(unknown):
             raise InputError(f"{name}: cutout {data.split.ids[unknown[0]]} has no label")
-        return ShardLoader(
-            data,
-            batch_size=None,  # the sampler gives whole batches
-            sampler=EpochBatches(len(data.split), self.batch_size, shuffle=shuffle, seed=self.seed),
-            **self.loading,
+        remote = fetched(data.split)
+        sampler = EpochBatches(
+            len(data.split),
+            self.batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            windows=_windows(remote) if remote else None,
         )
+        if remote is None:
+            return ShardLoader(data, sampler, **self.loading)
+        alone = {} if remote.fetched.shared else ALONE
+        return ShardLoader(data, sampler, remote.ahead, **self.loading | alone)
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self.loader("train", shuffle=True)
@@ -123,13 +132,24 @@ class CutoutModule(pl.LightningDataModule):
         return self.loader("test", shuffle=False)
 
 
+def _windows(split: FetchedSplit) -> Windows:
+    """Half of what may be kept is for the shards that are mixed, half for those that come next."""
+    whole = 2 * split.fetched.largest.bytes
+    size = max(1, min(MIXED, split.fetched.bound // whole))
+    return Windows(split.shards[0], size, always=split.n_bytes > split.fetched.bound)
+
+
 class LensDataModule(CutoutModule):
     """Batches of the cutouts in a folder or at a URL: shards, a processed dataset, a catalogue.
 
-    data_root, image_size, cache_dir, storage_options: see `open_cutouts`; num_workers: 0 gathers in
-    the training process, for a GPU one batch ahead; pin_memory: by default where there is a GPU;
-    persistent_workers, prefetch_factor: torch's, of workers. Raises InputError where the cutouts
-    are not whole.
+    data_root, image_size, cache_dir, cache_gb, storage_options: see `open_cutouts`; num_workers: 0
+    gathers in the training process, for a GPU one batch ahead; pin_memory: by default where there
+    is a GPU; persistent_workers, prefetch_factor: torch's, of workers. Raises InputError where the
+    cutouts are not whole.
+
+    Remote shards are fetched in the background, in the order in which the epoch needs them: the
+    first one, or every one where the cache cannot hold the split, takes shards in an order that
+    (seed, epoch) decides and mixes the cutouts of up to 8 of them; others mix all.
     """
 
     def __init__(
@@ -144,6 +164,7 @@ class LensDataModule(CutoutModule):
         prefetch_factor: int | None = None,
         cache_dir: str | Path | None = None,
         storage_options: Mapping[str, Any] | None = None,
+        cache_gb: float | None = None,
     ) -> None:
         super().__init__(
             batch_size, num_workers, seed, pin_memory, persistent_workers, prefetch_factor
@@ -152,6 +173,7 @@ class LensDataModule(CutoutModule):
         self.size = image_size
         self.cache_dir = Path(cache_dir) if cache_dir is not None else None
         self.storage_options = storage_options
+        self.cache_gb = cache_gb
 
     @cached_property
     def cutouts(self) -> Cutouts:
@@ -159,6 +181,7 @@ class LensDataModule(CutoutModule):
             self.data_root,
             image_size=self.size,
             cache=self.cache_dir,
+            cache_gb=self.cache_gb,
             storage_options=self.storage_options,
         )
 
@@ -174,9 +197,11 @@ class LensWebDatasetDataModule(CutoutModule):
     """Batches of WebDataset tars, ours or others', at paths or fsspec URLs with braces.
 
     train_urls, val_urls, test_urls: `s3://bucket/lenses/train-{000000..000009}.tar`. Tars with a
-    manifest beside them are checked against it, and must be all of a split. Local tars, and those
-    that may be copied into `cache_dir`, are read at random. Others are streamed: shuffled within
-    `shuffle_buffer` cutouts, their batches without `index`.
+    manifest beside them are checked against it, and must be all of a split. Remote ones are fetched
+    ahead into `cache_dir`, which holds up to `cache_gb` of them, or else into memory, for which
+    there are no workers. Remote tars without a manifest are copied into `cache_dir` before they are
+    read; without one they are streamed: shuffled within `shuffle_buffer` cutouts, their batches
+    without `index`.
     image_size: the central square to keep, by default all; flux_unit: of NumPy files in tars
     without a manifest: `background_sigma`, or else linear flux, brought to that unit cutout by
     cutout. The rest: see `LensDataModule`. Raises InputError where a tar is not whole.
@@ -198,6 +223,7 @@ class LensWebDatasetDataModule(CutoutModule):
         prefetch_factor: int | None = None,
         cache_dir: str | Path | None = None,
         storage_options: Mapping[str, Any] | None = None,
+        cache_gb: float | None = None,
     ) -> None:
         super().__init__(
             batch_size, num_workers, seed, pin_memory, persistent_workers, prefetch_factor
@@ -207,6 +233,7 @@ class LensWebDatasetDataModule(CutoutModule):
             "image_size": image_size,
             "flux_unit": flux_unit,
             "cache": Path(cache_dir) if cache_dir is not None else None,
+            "cache_gb": cache_gb,
             "storage_options": dict(storage_options or {}),
         }
         self.shuffle_buffer = shuffle_buffer
@@ -248,7 +275,6 @@ class LensWebDatasetDataModule(CutoutModule):
             shuffle=shuffle,
             seed=self.seed,
             buffer=self.shuffle_buffer,
-            listed=tars.listed,
             storage_options=self.how["storage_options"],
         )
         return StreamLoader(stream, **self.loading)

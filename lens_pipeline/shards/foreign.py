@@ -1,6 +1,5 @@
 """Tars that another WebDataset writer made: without a manifest, so they are looked through once."""
 
-import io
 import json
 import re
 import tarfile
@@ -21,13 +20,11 @@ from lens_pipeline.catalogue.images import (
     FLUX,
     SIGMA_UNITS,
     CutoutError,
-    central,
     decode_image,
     usable_cutout,
 )
 from lens_pipeline.errors import InputError
-from lens_pipeline.shards.encoding import Encoding
-from lens_pipeline.shards.reader import mapped
+from lens_pipeline.shards.cache import mapped
 
 Content = bytes | memoryview
 IMAGES = ("npy", "png", "jpg", "jpeg")
@@ -87,27 +84,6 @@ class ImageDecoder:
         return cls(CutoutFormat(bands, image_size or min(sides), units, None), flux_unit)
 
 
-@dataclass(frozen=True)
-class StoredDecoder:
-    """Reads a sample that `write_shards` wrote; whole: what it wrote, form: what is kept of it."""
-
-    whole: CutoutFormat
-    form: CutoutFormat
-    encoding: Encoding
-
-    def __call__(self, sample: RawSample, shard: str) -> NDArray[np.floating]:
-        shape = len(self.whole.bands), self.whole.image_size, self.whole.image_size
-        content = bytes(sample.content)
-        try:
-            if self.encoding.is_raw:
-                pixels = np.load(io.BytesIO(content), allow_pickle=False)
-            else:
-                pixels = self.encoding.decode(content, shape)
-        except (ValueError, OSError) as problem:
-            raise InputError(f"{shard}: sample {sample.id}: cannot be read ({problem})") from None
-        return central(pixels, self.form.image_size)
-
-
 def samples_of(files: Iterable[tuple[str, Content, int]], shard: str) -> Iterator[RawSample]:
     """The samples of a tar from the (name, content, offset) of its files, in their order.
 
@@ -165,6 +141,14 @@ class ForeignSplit(CutoutRows):
     def _maps(self) -> dict[str, memoryview]:
         end = (self.index["offset"] + self.index["bytes"]).groupby(self.index["shard"]).max()
         return {str(shard): mapped(Path(str(shard)), int(least)) for shard, least in end.items()}
+
+    def held(self) -> Self:
+        """Itself, its tars mapped from now on: others may make room in a cache."""
+        assert self._maps
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_maps"}
 
     @cached_property
     def _places(self) -> list[tuple[Any, ...]]:

@@ -20,6 +20,7 @@ from lens_pipeline.storage import locate
 
 MANIFEST = "manifest.json"
 INDEX = "index.parquet"
+CATALOGUE = "catalogue.parquet"
 BLOCK = 2**20
 
 
@@ -45,19 +46,21 @@ class Shard(Listed):
 @dataclass(frozen=True)
 class Manifest:
     """format: the fields of `CutoutFormat`; encoding: `name` and `quality` of `Encoding`; dataset:
-    the `content` of the processed dataset that was written.
+    the `content` of the processed dataset that was written; simulated: whether its cutouts are.
     """
 
     format: dict[str, Any]
     encoding: dict[str, Any]
     dataset: str
+    simulated: bool
     index: Listed
+    catalogue: Listed
     shards: tuple[Shard, ...]
 
     @property
     def files(self) -> tuple[Listed, ...]:
         """All files but the manifest itself."""
-        return (*self.shards, self.index)
+        return (*self.shards, self.index, self.catalogue)
 
     def patterns(self, location: str) -> dict[str, str]:
         """{split: path or URL with braces of all its shards, as WebDataset takes it}."""
@@ -72,7 +75,7 @@ class Manifest:
     @property
     def text(self) -> str:
         """What the file holds: the same for the same content."""
-        values = {"schema": 1, **asdict(self)}
+        values = {"schema": 2, **asdict(self)}
         # Without it, a digit changed in the number of samples would go unnoticed.
         checksum = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
         return json.dumps(values | {"checksum": checksum}, indent=1, sort_keys=True) + "\n"
@@ -87,13 +90,15 @@ class Manifest:
         """Raises InputError where the content is no manifest, or not as it was written."""
         try:
             values = json.loads(content)
-            if values.pop("schema") != 1:
-                raise ValueError("its schema is not 1; a newer version wrote it")
+            if values.pop("schema") != 2:
+                raise ValueError("its schema is not 2: another version of this program wrote it")
             manifest = cls(
                 format=values["format"],
                 encoding=values["encoding"],
                 dataset=values["dataset"],
+                simulated=values["simulated"],
                 index=Listed(**values["index"]),
+                catalogue=Listed(**values["catalogue"]),
                 shards=tuple(Shard(**shard) for shard in values["shards"]),
             )
             if manifest.text.encode() != content:
@@ -141,12 +146,12 @@ def _problems(
     total = sum(listed.bytes for listed in manifest.files)
     index_is_whole = False
     with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=None) as progress:
-        for listed in (manifest.index, *manifest.shards):
+        for listed in (manifest.index, manifest.catalogue, *manifest.shards):
             path = posixpath.join(root, listed.name)
             wrong = difference(filesystem, path, listed)
             if listed is manifest.index:
                 index_is_whole = wrong is None
-            elif wrong and index_is_whole and filesystem.exists(path):
+            elif wrong and isinstance(listed, Shard) and index_is_whole and filesystem.exists(path):
                 index_path = posixpath.join(root, INDEX)
                 wrong += f"; {_damage(filesystem, path, listed.name, index_path)}"
             if wrong:

@@ -4,69 +4,63 @@ Nothing is mapped before it has been checked: reading past the end of a truncate
 mapped kills the process.
 """
 
-import mmap
-import os
+import io
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import pandas as pd
-from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat, CutoutRows
 from lens_pipeline.errors import InputError
-from lens_pipeline.shards.encoding import Encoding
-from lens_pipeline.shards.manifest import (
-    INDEX,
-    MANIFEST,
-    Listed,
-    Manifest,
-    difference,
-    read_manifest,
+from lens_pipeline.shards.cache import (
+    Ahead,
+    CacheFolder,
+    Fetched,
+    ShardCache,
+    ShardMemory,
+    local_difference,
+    mapped,
 )
-from lens_pipeline.shards.store import Store, transfer
-from lens_pipeline.steps import write_aside
-from lens_pipeline.storage import locate
-
-_LOCAL = LocalFileSystem()
-_verified: set[tuple[int, ...]] = set()  # files whose sha256 has been checked by this process
+from lens_pipeline.shards.encoding import Encoding
+from lens_pipeline.shards.manifest import INDEX, MANIFEST, Manifest
+from lens_pipeline.shards.store import Store
 
 
 @dataclass(frozen=True)
-class ShardSplit(CutoutRows):
+class ShardSplit(CutoutRows, ABC):
     """The cutouts of one split, in the order of the dataset.
 
     index: one row a cutout: id, label, shard, offset and bytes of its pixels; shape: (bands,
     height, width) of each.
     """
 
-    folder: Path
     index: pd.DataFrame
     encoding: Encoding
     shape: tuple[int, int, int]
 
-    @cached_property
-    def _maps(self) -> list[memoryview]:
-        end = (self.index["offset"] + self.index["bytes"]).groupby(self.index["shard"]).max()
-        return [mapped(self.folder / name, end[name]) for name in self.index["shard"].unique()]
+    @abstractmethod
+    def _views(self, indices: NDArray[np.integer] | list[int]) -> Mapping[str, memoryview]:
+        """The content of the shards that hold these cutouts, by name."""
 
     @cached_property
-    def _places(self) -> tuple[list[int], list[int]]:
-        """For each cutout: which map, and where in it."""
-        shard, _ = pd.factorize(self.index["shard"])
-        return shard.tolist(), self.index["offset"].tolist()
+    def _places(self) -> tuple[list[str], list[int]]:
+        """For each cutout: which shard, and where in it."""
+        names = self.index["shard"].astype("category")
+        of_code = list(names.cat.categories)  # a string each, not one a row
+        return [of_code[code] for code in names.cat.codes], self.index["offset"].tolist()
 
     def gather(self, indices: NDArray[np.integer] | list[int]) -> NDArray[np.floating]:
         """The cutouts (n, bands, height, width) at these places of the split.
 
         As they are stored, float16 or float32; pictures are decoded to float32.
         """
-        maps, (shard, offset) = self._maps, self._places
+        maps, (shard, offset) = self._views(indices), self._places
         if not self.encoding.is_raw:
             size = self.index["bytes"].to_numpy()
             return np.stack(
@@ -84,10 +78,56 @@ class ShardSplit(CutoutRows):
 
 
 @dataclass(frozen=True)
-class Shards:
-    """Whole, checked shards in a local folder."""
+class LocalSplit(ShardSplit):
+    """In mapped files of a folder."""
 
     folder: Path
+
+    def _views(self, indices: NDArray[np.integer] | list[int]) -> Mapping[str, memoryview]:
+        return self._maps
+
+    @cached_property
+    def _maps(self) -> dict[str, memoryview]:
+        end = (self.index["offset"] + self.index["bytes"]).groupby(self.index["shard"]).max()
+        return {str(name): mapped(self.folder / str(name), least) for name, least in end.items()}
+
+
+@dataclass(frozen=True)
+class FetchedSplit(ShardSplit):
+    """In remote shards, each of which is fetched when a cutout of it is asked for, or `ahead`."""
+
+    fetched: Fetched
+
+    def _views(self, indices: NDArray[np.integer] | list[int]) -> Mapping[str, memoryview]:
+        shard, _ = self._places
+        return self.fetched.views({shard[i] for i in indices})
+
+    @cached_property
+    def shards(self) -> tuple[NDArray[np.intp], list[str]]:
+        """For each cutout the number of its shard; the names of the shards."""
+        number, names = pd.factorize(self.index["shard"])
+        return number, list(names)
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(self.fetched.listed[name].bytes for name in self.shards[1])
+
+    def ahead(self, places: NDArray[np.integer]) -> Ahead:
+        """Fetches the shards of these cutouts in the order of their use while its block runs, which
+        tells it how many of the cutouts have been read."""
+        number, names = self.shards
+        used = number[places]
+        last = np.zeros(len(names), int)
+        last[used] = np.arange(1, len(used) + 1)
+        return Ahead(self.fetched, {names[one]: int(last[one]) for one in pd.unique(used)})
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The shards of a manifest: `at` a local folder, where they are whole and checked, or fetched
+    when they are needed."""
+
+    at: Path | Fetched
     manifest: Manifest
 
     @property
@@ -105,21 +145,22 @@ class Shards:
 
     @cached_property
     def _index(self) -> pd.DataFrame:
-        index = pd.read_parquet(self.folder / INDEX)
+        if isinstance(self.at, Fetched):
+            index = pd.read_parquet(io.BytesIO(self.at.views([INDEX])[INDEX]))
+        else:
+            index = pd.read_parquet(self.at / INDEX)
         self._check_index(index)
         return index
 
     @cached_property
     def _splits(self) -> dict[str, ShardSplit]:
-        return {
-            name: ShardSplit(
-                self.folder,
-                self._index[self._index["split"] == name].reset_index(drop=True),
-                self.encoding,
-                self.shape,
-            )
-            for name in PARTS
-        }
+        return {name: self._split(name) for name in PARTS}
+
+    def _split(self, name: str) -> ShardSplit:
+        rows = self._index[self._index["split"] == name].reset_index(drop=True)
+        if isinstance(self.at, Fetched):
+            return FetchedSplit(rows, self.encoding, self.shape, self.at)
+        return LocalSplit(rows, self.encoding, self.shape, self.at)
 
     def split(self, name: str) -> ShardSplit:
         """`train`, `val`, `test` or `unlabelled`; its files stay mapped between uses."""
@@ -138,75 +179,48 @@ class Shards:
         counts = index["shard"].value_counts()
         complete = all(counts.get(s.name, 0) == s.samples for s in self.manifest.shards)
         if not complete or not (alike & inside).all():
-            path = self.folder / INDEX
-            raise InputError(f"{path}: does not fit the shards of its manifest; write them again")
+            where = self.at.url if isinstance(self.at, Fetched) else self.at
+            raise InputError(
+                f"{where}/{INDEX}: does not fit the shards of its manifest; write them again"
+            )
 
 
 def open_shards(
     location: str | Path,
     *,
     cache: Path | None = None,
+    cache_gb: float | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Shards:
-    """Open the shards in a folder or at an fsspec URL, every file checked against the manifest.
+    """Open the shards in a folder or at an fsspec URL.
 
-    cache: a local folder to which remote shards are copied, under their version. Raises InputError,
-    naming the file, where there is no manifest or a file is not what the manifest says.
+    In a folder every file is checked against the manifest. Remote ones are fetched when they are
+    needed, and checked then: into `cache`, a folder that holds up to `cache_gb` of shards
+    (LENS_CACHE_GB by default), or else into memory. Raises InputError, naming the file, where there
+    is no manifest or a file is not what the manifest says.
     """
-    options = dict(storage_options or {})
-    filesystem, root = locate(str(location), options)
-    manifest = read_manifest(location, options)
-    if isinstance(filesystem, LocalFileSystem):
-        folder = Path(root)
-    else:
-        if cache is None:
-            raise InputError(f"{location}: remote shards need a cache folder; name one")
-        folder = cache / manifest.dataset_version[:32]
-        _fetch(Store(str(location), options), manifest, folder)
-    for listed in manifest.files:
-        wrong = _wrong(folder / listed.name, listed)
-        if wrong:
-            path = folder / listed.name
-            raise InputError(f"{path}: {wrong}; write or fetch the shards again")
-    return Shards(folder, manifest)
+    found = shards_at(Store(str(location), storage_options), cache, cache_gb)
+    if found is None:
+        raise InputError(
+            f"{location}/{MANIFEST}: there is no such file; shards are whole once their manifest "
+            "is there"
+        )
+    return found
 
 
-def _fetch(store: Store, manifest: Manifest, folder: Path) -> None:
-    """Copy what is not there yet, several files at a time; of several processes one does, the
-    others wait."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / ".lock"):
-        missing = [listed for listed in manifest.files if _wrong(folder / listed.name, listed)]
-        transfer(missing, lambda listed: store.get_file(listed, folder / listed.name), "fetching")
-        write_aside(folder / MANIFEST, manifest.text)
-
-
-def _wrong(path: Path, listed: Listed) -> str | None:
-    """How a local file differs from what the manifest lists.
-
-    Size always; sha256 once a process for each (inode, size, time of change).
-    """
-    state: tuple[int, ...] = ()
-    if path.is_file():
-        stat = path.stat()
-        state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if state in _verified:
-            return None
-    wrong = difference(_LOCAL, str(path), listed)
-    if wrong is None:
-        _verified.add(state)
-    return wrong
-
-
-def mapped(path: Path, least: int) -> memoryview:
-    """The bytes of a file. Raises InputError where there is none, or fewer bytes than `least`."""
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < max(least, 1):
-                raise InputError(
-                    f"{path}: was cut to {size} bytes; write or fetch the shards again"
-                )
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except OSError as problem:
-        raise InputError(f"{path}: cannot be read ({problem.strerror})") from None
+def shards_at(store: Store, cache: Path | None, cache_gb: float | None) -> Shards | None:
+    """See `open_shards`; None where there is no manifest."""
+    manifest = store.manifest()
+    if manifest is None:
+        return None
+    if store.is_local:
+        folder = Path(store.root)
+        for listed in manifest.files:
+            wrong = local_difference(folder / listed.name, listed)
+            if wrong:
+                raise InputError(f"{folder / listed.name}: {wrong}; write the shards again")
+        return Shards(folder, manifest)
+    if cache is None:
+        return Shards(ShardMemory(store.url, manifest, store.storage_options), manifest)
+    kept = CacheFolder.of(cache, cache_gb)
+    return Shards(ShardCache(store.url, manifest, kept, store.storage_options), manifest)

@@ -1,15 +1,20 @@
 """Which cutouts a batch holds: an order that follows from (seed, epoch), shared out over ranks."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, DistributedSampler
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.shards.store import StoreError
 
 SMALLEST = 2  # cutouts a rank: batch normalisation cannot use a batch of one
 
@@ -21,6 +26,28 @@ def rank_of_ranks() -> tuple[int, int]:
     return 0, 1
 
 
+@dataclass(frozen=True)
+class Windows:
+    """An order for cutouts whose shards arrive one by one: shards in any order, and the cutouts of
+    `size` of them mixed.
+
+    shard: int (n,), the number of each cutout's; always: in every epoch, not in the first alone.
+    """
+
+    shard: NDArray[np.integer]
+    size: int
+    always: bool
+
+    def order(self, generator: torch.Generator) -> NDArray[np.integer]:
+        """A shard gives its cutouts, at random, while `size` others begin; half a window of shards
+        begins at once, and half of one ends together, or there the mixing would be poor."""
+        n_shards = int(self.shard.max()) + 1
+        turn = torch.randperm(n_shards, generator=generator)
+        begin = (turn - self.size / 2).clamp(0, max(n_shards - self.size, 0)).numpy()
+        within = torch.rand(len(self.shard), generator=generator, dtype=torch.float64).numpy()
+        return np.argsort(begin[self.shard] + self.size * within, kind="stable")
+
+
 class EpochBatches(DistributedSampler[list[int]]):
     """Batches of places in a split, one list each.
 
@@ -29,6 +56,8 @@ class EpochBatches(DistributedSampler[list[int]]):
     batches, and a global batch holds the same cutouts for any number of ranks. Where too few are
     left for the last one, they wait for another epoch; InputError where that are all. Evaluation:
     every place exactly once, over all ranks together.
+    windows: of shards that are fetched, an order that needs them one after the other; other epochs,
+    and other splits, are shuffled as a whole.
     rank, ranks: of torch.distributed where it runs, else 0 of 1. `start`: batches to leave out at
     the next iteration, for an epoch that goes on.
     """
@@ -43,8 +72,10 @@ class EpochBatches(DistributedSampler[list[int]]):
         seed: int = 0,
         rank: int | None = None,
         ranks: int | None = None,
+        windows: Windows | None = None,
     ) -> None:
         self.n, self.batch_size, self.shuffle, self.seed = n, batch_size, shuffle, seed
+        self.windows = windows
         self._given = rank, ranks
         self.epoch, self.start = 0, 0
 
@@ -60,7 +91,7 @@ class EpochBatches(DistributedSampler[list[int]]):
 
     def __len__(self) -> int:
         if not self.shuffle:
-            return math.ceil(len(self._mine()) / self.batch_size)
+            return math.ceil(len(range(self.rank, self.n, self.ranks)) / self.batch_size)
         if self.n < SMALLEST * self.ranks:
             raise InputError(
                 f"train: {self.n} cutouts are too few to train on; each of {self.ranks} processes "
@@ -71,19 +102,22 @@ class EpochBatches(DistributedSampler[list[int]]):
 
     def __iter__(self) -> Iterator[Any]:
         start, self.start = self.start, 0
-        numbers = range(start, len(self))
-        if not self.shuffle:
-            mine, step = self._mine(), self.batch_size
-            yield from (list(mine[k * step : (k + 1) * step]) for k in numbers)
-            return
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(self.n, generator=generator)
-        step = self.batch_size * self.ranks
-        for k in numbers:
-            yield order[k * step + self.rank : (k + 1) * step : self.ranks].tolist()
+        places = self.places(start)
+        for first in range(0, len(places), self.batch_size):
+            yield places[first : first + self.batch_size].tolist()
 
-    def _mine(self) -> range:
-        return range(self.rank, self.n, self.ranks)
+    def places(self, start: int) -> NDArray[np.integer]:
+        """Of this rank, from batch `start` on, in the order of the batches."""
+        end = len(self) * self.batch_size
+        return self._order()[self.rank :: self.ranks][start * self.batch_size : end]
+
+    def _order(self) -> NDArray[np.integer]:
+        if not self.shuffle:
+            return np.arange(self.n)
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        if self.windows is not None and (self.epoch == 0 or self.windows.always):
+            return self.windows.order(generator)
+        return torch.randperm(self.n, generator=generator).numpy()
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -100,9 +134,10 @@ class ResumableLoader(DataLoader[Any]):
             for batch in self.batches_from(self.given):
                 self.given += 1
                 yield batch
-        except InputError as problem:  # of a worker, it comes with that process's traceback
+        except (InputError, StoreError) as problem:
+            # Of a worker, it comes with that process's traceback.
             said = str(problem).strip().splitlines()[-1]
-            raise InputError(said.rpartition("InputError: ")[2]) from None
+            raise type(problem)(said.rpartition(f"{type(problem).__name__}: ")[2]) from None
         self.given = 0
 
     def batches_from(self, start: int) -> Iterator[Any]:
@@ -116,19 +151,44 @@ class ResumableLoader(DataLoader[Any]):
         self.start = state["given"]
 
 
+class _Reading(Protocol):
+    def read(self, n: int) -> None: ...
+
+
 class ShardLoader(ResumableLoader):
     """A loader of batches of `EpochBatches`.
 
     Without worker processes they are gathered in this one: on a CPU when they are asked for, since
     the step takes all cores; for a GPU by a thread, which pins the next while one is used.
+    ahead: fetches, while its block runs, what places will need, and is told how many of them have
+    been read.
     """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        sampler: EpochBatches,
+        ahead: Callable[[NDArray[np.integer]], AbstractContextManager[_Reading]] | None = None,
+        **how: Any,
+    ) -> None:
+        super().__init__(dataset, batch_size=None, sampler=sampler, **how)  # it gives whole batches
+        self.ahead = ahead
 
     def batches_from(self, start: int) -> Iterator[Any]:
         assert isinstance(self.sampler, EpochBatches)
         self.sampler.start = start
         if self.num_workers:
-            return super().batches_from(0)
-        return self._pinned_ahead() if self.pin_memory else map(self._gather, self.sampler)
+            batches = super().batches_from(0)
+        else:
+            batches = self._pinned_ahead() if self.pin_memory else map(self._gather, self.sampler)
+        return batches if self.ahead is None else self._fetched(batches, self.ahead, start)
+
+    def _fetched(self, batches: Iterator[Any], ahead: Any, start: int) -> Iterator[Any]:
+        assert isinstance(self.sampler, EpochBatches)
+        with ahead(self.sampler.places(start)) as reading:
+            for number, batch in enumerate(batches, 1):
+                reading.read(number * self.sampler.batch_size)
+                yield batch
 
     def _gather(self, places: list[int]) -> dict[str, Any]:
         return self.dataset[places]

@@ -11,31 +11,61 @@ import json
 import logging
 import os
 import posixpath
+import queue
 import random
+import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import filelock
+import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.shards.manifest import Listed, difference
+from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest, difference
 from lens_pipeline.steps import write_aside
 from lens_pipeline.storage import locate, protocol_of
 
 T = TypeVar("T")
+R = TypeVar("R")
 AT_A_TIME = 8  # transfers
 PATIENCE = 60.0  # seconds for which a request is tried again
 FIRST_PAUSE = 0.25
+BEHIND_THE_END = ("InvalidRange", "416")
+NOT_SHOWN = (403, 410)  # what web servers may answer for what is not there
 BAD_SIGNATURE = ("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken", "ExpiredToken")
-FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, InputError, TypeError, ValueError)
+FINAL = (
+    *(FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError),
+    *(InputError, TypeError, ValueError),
+)
+IN_MEMORY = 10**9  # bytes of objects that are fetched
+BLOCK = 2**26  # bytes that are asked for at once: what a lost connection costs
 
 log = logging.getLogger(__name__)
+
+
+_opened: weakref.WeakValueDictionary[int, fsspec.AbstractFileSystem] = weakref.WeakValueDictionary()
+_inherited: list[fsspec.AbstractFileSystem] = []
+
+
+def _keep_inherited() -> None:
+    """In a process that was forked: it never closes the connections of the one that it comes from.
+
+    Collected here, a filesystem would take its sockets off the event loop's epoll, which both
+    processes share: there, the next answer would be waited for until the timeout.
+    """
+    _inherited.extend(_opened.values())
+
+
+os.register_at_fork(after_in_child=_keep_inherited)
 
 
 class StoreError(Exception):
@@ -46,10 +76,21 @@ class Store:
     """A folder or a prefix in a bucket. Raises InputError for a URL that fsspec does not know."""
 
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
-        self.url = url.rstrip("/")
+        self.url, self.storage_options = url.rstrip("/"), storage_options
         self.filesystem, self.root = locate(self.url, storage_options)
+        _opened[id(self.filesystem)] = self.filesystem
         self.is_local = isinstance(self.filesystem, LocalFileSystem)
         self._protocol = protocol_of(self.url)
+
+    @cached_property
+    def _reader(self) -> fsspec.AbstractFileSystem:
+        """s3fs, by itself, makes of one attempt to read 25: minutes where a connection stalls."""
+        if self._protocol != "s3":
+            return self.filesystem
+        reader, _ = locate(self.url, {**(self.storage_options or {}), "skip_instance_cache": True})
+        reader.retries = 1
+        _opened[id(reader)] = reader
+        return reader
 
     def at(self, name: str) -> str:
         """The path of an object for the filesystem."""
@@ -86,24 +127,6 @@ class Store:
         else:
             self._again(lambda: self.filesystem.put_file(str(source), self.at(name)), name)
 
-    def get_file(self, listed: Listed, path: Path) -> None:
-        """Copy an object to a local path, whole or not at all. Raises InputError where it is not
-        what the manifest lists, or there is no room for it."""
-        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            self._again(
-                lambda: self.filesystem.get_file(self.at(listed.name), str(aside)), listed.name
-            )
-            wrong = difference(LocalFileSystem(), str(aside), listed)
-            if wrong:
-                raise InputError(f"{self.url}/{listed.name}: {wrong}; publish the shards again")
-            aside.replace(path)
-        except OSError as problem:
-            reason = problem.strerror or _words(problem)
-            raise InputError(f"{self.url}/{listed.name}: no copy at {path} ({reason})") from None
-        finally:
-            aside.unlink(missing_ok=True)
-
     def put_bytes(self, name: str, content: bytes) -> None:
         if self.is_local:
             write_aside(Path(self.at(name)), content.decode())
@@ -111,11 +134,77 @@ class Store:
             self._again(lambda: self.filesystem.pipe_file(self.at(name), content), name)
 
     def read(self, name: str) -> bytes | None:
-        """The content of a small object, None where there is none."""
+        """The content of a small object, None where there is none. Raises InputError where it may
+        not be read."""
         try:
             return self._again(lambda: self.filesystem.cat_file(self.at(name)), name)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except PermissionError as problem:
+            raise self._forbidden(name, problem) from None
+
+    def manifest(self) -> Manifest | None:
+        """None where there is none. Raises InputError for one that is not as it was written."""
+        content = self.read(MANIFEST)
+        return None if content is None else Manifest.parse(content, f"{self.url}/{MANIFEST}")
+
+    def about(self, name: str) -> dict[str, Any] | None:
+        """What the filesystem says of an object, its `size` among it; None where there is none."""
+        try:
+            return self._again(lambda: self._info(name), name)
         except FileNotFoundError:
             return None
+
+    def part(self, name: str, start: int, n_bytes: int) -> bytes:
+        """So many bytes of an object from `start` on, or as many as there are. Raises InputError
+        where there is no such object, or it may not be read."""
+
+        def get() -> bytes:
+            try:
+                return self._reader.cat_file(self.at(name), start=start, end=start + n_bytes)
+            except Exception as problem:
+                if _code(problem) in BEHIND_THE_END:
+                    return b""
+                raise
+
+        try:
+            return self._again(get, name)
+        except FileNotFoundError:
+            raise InputError(f"{self.url}/{name}: is missing") from None
+        except PermissionError as problem:
+            raise self._forbidden(name, problem) from None
+
+    def whole(self, name: str, n_bytes: int) -> bytes | bytearray:
+        """The content of an object. Raises InputError where it has another size."""
+        content: bytes | bytearray = self.part(name, 0, BLOCK)
+        size = len(content)
+        if size == BLOCK:
+            first, content = content, bytearray(n_bytes)
+            content[:size] = first
+            while size <= n_bytes:
+                part = self.part(name, size, BLOCK)
+                content[size : size + len(part)] = part
+                size += len(part)
+                if len(part) < BLOCK:
+                    break
+        if size != n_bytes:
+            more = "more" if size > n_bytes else size
+            raise InputError(f"{self.url}/{name}: has {more} bytes, not {n_bytes} as was announced")
+        return content
+
+    def listed(self, listed: Listed) -> bytes | bytearray:
+        """The content of an object. Raises InputError where it is not what the manifest lists."""
+        content = self.whole(listed.name, listed.bytes)
+        found = hashlib.sha256(content).hexdigest()
+        if found != listed.sha256:
+            raise InputError(
+                f"{self.url}/{listed.name}: has sha256 {found[:12]}...; the manifest says "
+                f"{listed.sha256[:12]}...; publish the shards again"
+            )
+        return content
+
+    def _forbidden(self, name: str, problem: PermissionError) -> InputError:
+        return InputError(f"{self.url}/{name}: may not be read ({_words(problem)})")
 
     def holds(self, listed: Listed, md5: str | None = None) -> bool:
         """Whether an object is what the manifest lists; md5: of what is.
@@ -229,6 +318,8 @@ class Store:
                     ) from None
                 if getattr(problem, "errno", None) == errno.ENOSPC:
                     raise
+                if getattr(problem, "status", None) in NOT_SHOWN:
+                    raise FileNotFoundError(name) from None
                 if time.monotonic() + pause > until:
                     raise StoreError(f"{self.url}/{name}: {_words(problem)}") from None
                 log.info("%s/%s: %s; once more", self.url, name, _words(problem))
@@ -236,7 +327,17 @@ class Store:
             pause = min(2 * pause, 10)
 
 
-def transfer(files: Sequence[Listed], one: Callable[[Listed], T], what: str) -> list[T]:
+def at_a_time(n_bytes: int) -> int:
+    """How many transfers, of which each keeps so many bytes in memory."""
+    return max(1, min(AT_A_TIME, IN_MEMORY // max(1, n_bytes)))
+
+
+def transfer(
+    files: Sequence[Listed],
+    one: Callable[[Listed], T],
+    what: str,
+    at_a_time: int = AT_A_TIME,
+) -> list[T]:
     """What `one` gives for each file, several at a time; where one fails, no more are begun.
 
     what: they are doing, for the progress bar.
@@ -244,7 +345,7 @@ def transfer(files: Sequence[Listed], one: Callable[[Listed], T], what: str) -> 
     total = sum(listed.bytes for listed in files)
     with (
         tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None) as progress,
-        ThreadPoolExecutor(AT_A_TIME) as pool,
+        ThreadPoolExecutor(at_a_time) as pool,
     ):
 
         def told(listed: Listed) -> T:
@@ -257,6 +358,39 @@ def transfer(files: Sequence[Listed], one: Callable[[Listed], T], what: str) -> 
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def ahead_of(items: Iterable[T], get: Callable[[T], R], at_a_time: int) -> Generator[R, None, None]:
+    """What `get` gives of each item, in their order, begun before it is asked for: so many at a
+    time, by threads that no end of the process waits for. Errors come in their item's place."""
+    tasks: queue.SimpleQueue[tuple[T, Future[R]] | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        while (task := tasks.get()) is not None:
+            item, future = task
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(get(item))
+            except BaseException as problem:  # noqa: BLE001 - whoever waits for it is told
+                future.set_exception(problem)
+
+    for _ in range(at_a_time):
+        threading.Thread(target=work, daemon=True).start()
+    begun: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            begun.append(Future())
+            tasks.put((item, begun[-1]))
+            if len(begun) > at_a_time:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        for future in begun:
+            future.cancel()
+        for _ in range(at_a_time):
+            tasks.put(None)
 
 
 def _code(problem: Exception) -> str:

@@ -1,10 +1,11 @@
-"""Tars read from beginning to end over the network, where nothing may be kept on the disk."""
+"""Tars without a manifest, read from beginning to end over the network, where nothing may be kept
+on the disk."""
 
-import hashlib
+import posixpath
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,70 +14,71 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.foreign import END, Decoder, RawSample, samples_of
-from lens_pipeline.shards.manifest import Shard
 from lens_pipeline.shards.sampling import SMALLEST, ResumableLoader, rank_of_ranks
-from lens_pipeline.storage import locate
+from lens_pipeline.shards.store import AT_A_TIME, Store, ahead_of
 
-BLOCK = 2**20
+BLOCK = 2**23  # bytes that are fetched at once
 
 
-class _Watched:
-    """A file that is read once, from its beginning: how long it was, its sha256, its end."""
+class _Ahead:
+    """An object that is read once, from its beginning: blocks of it are fetched ahead, each tried
+    again where it fails."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.digest, self.size, self.end = file, hashlib.sha256(), 0, b""
+    def __init__(self, store: Store, name: str, size: int) -> None:
+        self.end, self._left = b"", b""
+        self._blocks = ahead_of(
+            range(0, size, BLOCK), lambda start: store.part(name, start, BLOCK), AT_A_TIME
+        )
 
-    def read(self, n: int = -1) -> bytes:
-        content = self.file.read(n)
-        self.digest.update(content)
-        self.size += len(content)
+    def read(self, n: int) -> bytes:
+        if not self._left:
+            self._left = next(self._blocks, b"")
+        content, self._left = self._left[:n], self._left[n:]
         self.end = (self.end + content)[-len(END) :]
         return content
 
+    def close(self) -> None:
+        self._blocks.close()
 
-def read_tar(
-    url: str, listed: Shard | None = None, storage_options: Mapping[str, Any] | None = None
-) -> Iterator[RawSample]:
-    """The samples of a tar at an fsspec URL, in their order.
 
-    Raises InputError, at the latest after the last one, where the tar is not whole: where its end
-    is missing, or it is not what the manifest lists.
+def read_tar(store: Store, name: str) -> Iterator[RawSample]:
+    """The samples of a tar, in their order.
+
+    Raises InputError where there is none, and, at the latest after the last sample, where its end
+    is missing; StoreError where the store fails for long.
     """
-    filesystem, inside = locate(url, storage_options)
+    url, about = f"{store.url}/{name}", store.about(name)
+    if about is None:
+        raise InputError(f"{url}: there is no such file")
+    opened = _Ahead(store, name, about["size"])
+
+    def files() -> Iterator[tuple[str, bytes, int]]:
+        with tarfile.open(fileobj=opened, mode="r|", bufsize=BLOCK) as tar:  # type: ignore[call-overload]
+            for file in tar:
+                content = tar.extractfile(file)
+                yield file.name, b"" if content is None else content.read(), file.offset_data
+
     try:
-        file = filesystem.open(inside, "rb", block_size=BLOCK)
-    except OSError as problem:
-        raise InputError(f"{url}: cannot be opened ({' '.join(str(problem).split())})") from None
-    with file as opened:
-        watched = _Watched(opened)
-
-        def files() -> Iterator[tuple[str, bytes, int]]:
-            with tarfile.open(fileobj=watched, mode="r|", bufsize=BLOCK) as tar:  # type: ignore[call-overload]
-                for file in tar:
-                    content = tar.extractfile(file)
-                    yield file.name, b"" if content is None else content.read(), file.offset_data
-
-        try:
-            yield from samples_of(files(), url)
-            while watched.read(BLOCK):
-                pass
-        except tarfile.TarError as problem:
-            raise InputError(f"{url}: is no whole tar ({problem})") from None
-    if watched.end != END:
+        yield from samples_of(files(), url)
+        while opened.read(BLOCK):
+            pass
+    except tarfile.TarError as problem:
+        raise InputError(f"{url}: is no whole tar ({problem})") from None
+    finally:
+        opened.close()
+    if opened.end != END:
         raise InputError(f"{url}: is no whole tar (its end is missing)")
-    if listed and (watched.size, watched.digest.hexdigest()) != (listed.bytes, listed.sha256):
-        raise InputError(f"{url}: is not what its manifest lists; publish the shards again")
 
 
 @dataclass
 class TarStream(IterableDataset[dict[str, Tensor]]):
-    """Batches `image` (n, bands, height, width) and `label` float32 (n,) of tars at fsspec URLs.
+    """Batches `image` (n, bands, height, width) and `label` float32 (n,) of tars at fsspec URLs,
+    all in one folder.
 
     Tars are shared out over the workers of a loader; every rank reads them all and decodes its part
     of each global batch, so that all have the same number of training batches, and each sample is
     seen once in evaluation, whatever lies in the tars. shuffle: the order of the tars, and of
-    samples within `buffer` of them, follows from (seed, epoch). listed: what the manifest says of
-    the tars, where there is one.
+    samples within `buffer` of them, follows from (seed, epoch).
     """
 
     urls: Sequence[str]
@@ -85,7 +87,6 @@ class TarStream(IterableDataset[dict[str, Tensor]]):
     shuffle: bool
     seed: int = 0
     buffer: int = 1000
-    listed: Mapping[str, Shard] = field(default_factory=dict)
     storage_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -113,21 +114,10 @@ class TarStream(IterableDataset[dict[str, Tensor]]):
                 labels = torch.tensor([float(sample.label) for _, sample in mine])
                 yield {"image": torch.from_numpy(images), "label": labels}
 
-    def n_batches(self, workers: int) -> int:
-        """Of each rank. Raises TypeError where no manifest tells how many samples there are."""
-        if any(url not in self.listed for url in self.urls):
-            raise TypeError("the tars have no manifest: how many batches they hold is not known")
-        rank, ranks = rank_of_ranks()
-        whole, total = self.batch_size * ranks, 0
-        for number in range(workers):
-            n = sum(self.listed[url].samples for url in list(self.urls)[number::workers])
-            full, left = divmod(n, whole)
-            total += full + (left >= SMALLEST * ranks if self.shuffle else left > rank)
-        return total
-
     def _samples(self, urls: Iterable[str]) -> Iterator[tuple[str, RawSample]]:
+        store = Store(posixpath.dirname(self.urls[0]), self.storage_options)
         for url in urls:
-            for sample in read_tar(url, self.listed.get(url), self.storage_options):
+            for sample in read_tar(store, posixpath.basename(url)):
                 yield url, sample
 
     def _global_batches(self, samples: Iterator[Any], ranks: int) -> Iterator[list[Any]]:
@@ -184,20 +174,10 @@ class StreamLoader(ResumableLoader):
         return super().batches_from(start)
 
     def state_dict(self) -> dict[str, int]:
-        state = super().state_dict() | {"epoch": self.next_epoch.number - (self.given > 0)}
-        try:
-            len(self)
-        except TypeError:
-            # Lightning takes a batch ahead of such loaders: better the epoch once more than one
-            # batch never.
-            state["given"] = 0
-        return state
+        # How many batches there are is not known, and Lightning takes one ahead of such loaders:
+        # better the epoch once more than one batch never.
+        return {"given": 0, "epoch": self.next_epoch.number - (self.given > 0)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         super().load_state_dict(state)
         self.next_epoch.number = state["epoch"]
-
-    def __len__(self) -> int:
-        """Raises TypeError where no manifest tells how many samples there are."""
-        assert isinstance(self.dataset, TarStream)
-        return self.dataset.n_batches(max(1, self.num_workers))

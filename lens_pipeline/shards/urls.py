@@ -1,42 +1,37 @@
 """WebDataset tars by their URLs: which they are, and how they can be read."""
 
 import hashlib
-import os
 import posixpath
+import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from braceexpand import braceexpand
-from fsspec.implementations.local import LocalFileSystem
-from tqdm import tqdm
 
 from lens_pipeline.catalogue.dataset import CutoutFormat
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import absolute
+from lens_pipeline.shards.cache import CacheFolder
 from lens_pipeline.shards.cloud import newest_version
-from lens_pipeline.shards.cutouts import Split, cropped, cut_to
-from lens_pipeline.shards.encoding import Encoding
-from lens_pipeline.shards.foreign import Decoder, ImageDecoder, StoredDecoder, index_tars
-from lens_pipeline.shards.manifest import MANIFEST, Manifest, Shard, read_manifest
-from lens_pipeline.shards.reader import open_shards
+from lens_pipeline.shards.cutouts import Split, cropped
+from lens_pipeline.shards.foreign import Decoder, ImageDecoder, index_tars
+from lens_pipeline.shards.manifest import Listed, Manifest
+from lens_pipeline.shards.reader import shards_at
+from lens_pipeline.shards.store import AT_A_TIME, Store, ahead_of, at_a_time, transfer
 from lens_pipeline.shards.streaming import read_tar
-from lens_pipeline.storage import locate, state_of
+from lens_pipeline.storage import state_of
 
 
 @dataclass(frozen=True)
 class Tars:
-    """The tars of one split: either a `split` for reading at places, or a `decoder` for streaming.
-
-    listed: what a manifest says of each URL.
-    """
+    """The tars of a split: either a `split` for reading at places, or a `decoder` for streaming."""
 
     urls: Sequence[str]
     format: CutoutFormat
     split: Split | None = None
     decoder: Decoder | None = None
-    listed: Mapping[str, Shard] = field(default_factory=dict)
 
 
 def open_tars(
@@ -46,6 +41,7 @@ def open_tars(
     image_size: int | None = None,
     flux_unit: str | None = None,
     cache: Path | None = None,
+    cache_gb: float | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Tars:
     """The tars that a path or fsspec URL with braces names; errors name it as `name`.
@@ -54,33 +50,28 @@ def open_tars(
     they are those of the version that it names. Raises InputError where there are none, where they
     are not just those of a split of the manifest that lies beside them, or where one is not whole.
     """
-    options = dict(storage_options or {})
     urls = expanded(pattern, name)
-    folder = posixpath.dirname(urls[0])
-    filesystem, root = locate(folder, options)
-    local = isinstance(filesystem, LocalFileSystem)
-    there = filesystem.exists(posixpath.join(root, posixpath.basename(urls[0])))
-    newest = None if there else newest_version(folder, options)
-    if newest is not None:
-        urls = [posixpath.join(newest, posixpath.basename(url)) for url in urls]
-        folder, root = newest, posixpath.join(root, posixpath.basename(newest))
-    if filesystem.exists(posixpath.join(root, MANIFEST)):
-        manifest = read_manifest(folder, options)
-        shards = _shards_named(manifest, urls, folder, name)
-        if local or cache is not None:
-            whole = open_shards(folder, cache=cache, storage_options=options)
-            mine = cropped(whole, image_size, folder)
-            return Tars(urls, mine.format, mine.split(shards[0].split))
-        stored = CutoutFormat.from_dict(manifest.format)
-        form = cut_to(stored, image_size, folder)
-        encoding = Encoding(units=stored.units, **manifest.encoding)
-        decoder: Decoder = StoredDecoder(stored, form, encoding)
-        return Tars(urls, form, None, decoder, dict(zip(urls, shards, strict=True)))
-    if local or cache is not None:
-        paths = [_local(url) for url in urls] if local else _copied(urls, cache, options)
-        split = index_tars(paths, image_size, flux_unit)
-        return Tars(urls, split.decoder.form, split)
-    first = next(read_tar(urls[0], None, options), None)
+    store = Store(posixpath.dirname(urls[0]), storage_options)
+    shards = shards_at(store, cache, cache_gb)
+    if shards is None and store.about(posixpath.basename(urls[0])) is None:
+        newest = newest_version(store.url, storage_options)
+        if newest is not None:
+            urls = [posixpath.join(newest, posixpath.basename(url)) for url in urls]
+            store = Store(newest, storage_options)
+            shards = shards_at(store, cache, cache_gb)
+    if shards is not None:
+        split = _split_named(shards.manifest, urls, store.url, name)
+        mine = cropped(shards, image_size, store.url)
+        return Tars(urls, mine.format, mine.split(split))
+    if store.is_local or cache is not None:
+        names = [posixpath.basename(url) for url in urls]
+        if cache is None or store.is_local:
+            paths = [Path(store.at(tar)) for tar in names]
+        else:
+            paths = _copied(store, names, CacheFolder.of(cache, cache_gb))
+        indexed = index_tars(paths, image_size, flux_unit).held()
+        return Tars(urls, indexed.decoder.form, indexed)
+    first = next(read_tar(store, posixpath.basename(urls[0])), None)
     if first is None:
         raise InputError(f"{urls[0]}: no cutouts")
     decoder = ImageDecoder.like(first, urls[0], image_size, flux_unit)
@@ -99,12 +90,12 @@ def expanded(pattern: str, name: str) -> list[str]:
     return urls
 
 
-def _shards_named(manifest: Manifest, urls: Sequence[str], folder: str, name: str) -> list[Shard]:
-    """What the manifest says of the tars. Raises InputError where they are not all of a split."""
-    of_name = {shard.name: shard for shard in manifest.shards}
+def _split_named(manifest: Manifest, urls: Sequence[str], folder: str, name: str) -> str:
+    """The split of the manifest whose tars these are. Raises InputError where they are not all."""
+    split_of = {shard.name: shard.split for shard in manifest.shards}
     named = [posixpath.basename(url) for url in urls]
-    found = [of_name[tar] for tar in named if tar in of_name]
-    split = found[0].split if found else name.removesuffix("_urls")
+    found = [split_of[tar] for tar in named if tar in split_of]
+    split = found[0] if found else name.removesuffix("_urls")
     right = {shard.name for shard in manifest.shards if shard.split == split}
     if set(named) != right or len(named) != len(right):
         pattern = manifest.patterns(folder).get(split, "none")
@@ -112,30 +103,28 @@ def _shards_named(manifest: Manifest, urls: Sequence[str], folder: str, name: st
             f"{name}: names {len(named)} tars, which are not just the {len(right)} of the split "
             f"{split} there; those are {pattern}"
         )
-    return found
+    return split
 
 
-def _local(url: str) -> Path:
-    return Path(locate(url)[1])
-
-
-def _copied(urls: Sequence[str], cache: Path | None, options: dict[str, Any]) -> list[Path]:
+def _copied(store: Store, names: Sequence[str], cache: CacheFolder) -> list[Path]:
     """Local copies of tars that no manifest describes, renewed where size or ETag have changed."""
-    assert cache is not None
-    paths = []
-    for url in tqdm(urls, desc="fetching shards", unit="shard", disable=None):
-        filesystem, inside = locate(url, options)
-        try:
-            about = filesystem.info(inside)
-        except FileNotFoundError:
-            raise InputError(f"{url}: there is no such file") from None
-        state = state_of(about)
-        folder = cache / hashlib.sha256(f"{url} {state}".encode()).hexdigest()[:32]
-        path = folder / posixpath.basename(url)
-        if state is None or not path.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            aside = path.with_name(f".{path.name}.{os.getpid()}")
-            filesystem.get_file(inside, str(aside))
-            aside.replace(path)
-        paths.append(path)
-    return paths
+    path_of, tars = {}, []
+    for name, about in zip(names, ahead_of(names, store.about, AT_A_TIME), strict=True):
+        if about is None:
+            raise InputError(f"{store.url}/{name}: there is no such file")
+        state = state_of(about) or uuid.uuid4().hex
+        key = hashlib.sha256(f"{store.url}/{name} {state}".encode()).hexdigest()[:32]
+        path_of[name] = cache.path / key / name
+        tars.append(Listed(name, "", about["size"]))
+    cache.check_holds(sum(tar.bytes for tar in tars), f"{store.url}: {len(tars)} tars")
+
+    def copy(tar: Listed) -> None:
+        path = path_of[tar.name]
+        with cache.lock(path):
+            if not path.is_file():
+                content = store.whole(tar.name, tar.bytes)
+                with cache.room(tar.bytes):
+                    cache.write(path, content, f"{store.url}/{tar.name}")
+
+    transfer(tars, copy, "fetching", at_a_time(max(tar.bytes for tar in tars)))
+    return list(path_of.values())

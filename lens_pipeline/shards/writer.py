@@ -18,7 +18,7 @@ from tqdm import tqdm
 from lens_pipeline.catalogue.dataset import PARTS, Dataset, open_dataset
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.encoding import Encoding
-from lens_pipeline.shards.manifest import INDEX, MANIFEST, Listed, Manifest, Shard
+from lens_pipeline.shards.manifest import CATALOGUE, INDEX, MANIFEST, Listed, Manifest, Shard
 from lens_pipeline.shards.tar import Bytes, Member, tar_end, tar_part, word_sums
 from lens_pipeline.steps import file_sha256
 
@@ -38,7 +38,8 @@ def write_shards(
 
     `{split}-{number:06d}.tar` with `shard_size` cutouts each: per sample `.npy` (or `.png`, `.jpg`:
     see `Encoding`), `.cls` (1 lens, 0 not; absent for unlabelled), `.json` (its `id`);
-    `index.parquet`; `manifest.json`, last. Shards are written in parallel, a thread a core. The
+    `index.parquet`; `catalogue.parquet`, the rows of the dataset's tables in the same order,
+    without their paths; `manifest.json`, last. Shards are written in parallel, a thread a core. The
     same dataset gives the same bytes. Raises InputError for settings out of range.
     """
     if shard_size < 1:
@@ -57,15 +58,24 @@ def write_shards(
             tables.append(table)
             progress.update(shard.samples)
     pd.concat(tables, ignore_index=True).to_parquet(out / INDEX, index=False)
+    rows = pd.concat([source.table(part) for part in PARTS], ignore_index=True)
+    places = [name for name in rows if name == "path" or str(name).startswith("path_")]
+    rows.drop(columns=places).to_parquet(out / CATALOGUE, index=False)
     manifest = Manifest(
         format=asdict(source.format),
         encoding={"name": stored.name, "quality": stored.quality},
         dataset=source.facts["content"],
-        index=Listed(INDEX, file_sha256(out / INDEX), (out / INDEX).stat().st_size),
+        simulated=source.facts["origin"] == "simulation",
+        index=_listed(out / INDEX),
+        catalogue=_listed(out / CATALOGUE),
         shards=tuple(shards),
     )
     (out / MANIFEST).write_text(manifest.text)
     return manifest
+
+
+def _listed(path: Path) -> Listed:
+    return Listed(path.name, file_sha256(path), path.stat().st_size)
 
 
 @dataclass(frozen=True)

@@ -1,51 +1,158 @@
-"""All that decides how one member is trained. Plain pydantic: importing it is light."""
+"""All that decides how a network is trained. Plain pydantic: importing it is light."""
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lens_pipeline.errors import InputError
 
+Precision = Literal["auto", "32-true", "16-mixed", "bf16-mixed"]
+Monitor = Literal[
+    "val/loss",
+    "val/accuracy",
+    "val/precision",
+    "val/recall",
+    "val/f1",
+    "val/auroc",
+    "val/average_precision",
+    "val/tpr0",
+    "val/tpr10",
+    "val/tpr_at_fpr_1e-2",
+    "val/tpr_at_fpr_1e-3",
+    "val/tpr_at_fpr_1e-4",
+]
+LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def _number(text: Any) -> Any:
+    """YAML takes `3e-4` for text: its numbers have a point."""
+    if isinstance(text, str):
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    return text
+
+
+def _start(value: Any) -> Any:
+    return (
+        {True: "published", False: "none"}.get(value, value) if isinstance(value, bool) else value
+    )
+
+
+Float = Annotated[float, BeforeValidator(_number)]
 
 
 class ModelSection(_Section):
     """The network."""
 
     arch: str = Field(default="resnet18", description="Architecture, as in LENS_ARCHS.")
-    dropout_rate: float = Field(
+    model_type: Literal["single", "ensemble"] = Field(
+        default="single", description="`ensemble` trains several architectures together."
+    )
+    architectures: tuple[str, ...] = Field(
+        default=("resnet18", "resnet34", "vit_b_16"),
+        description="Members of an ensemble that is trained together.",
+    )
+    ensemble_strategy: Literal["mean", "uncertainty_weighted"] = Field(
+        default="uncertainty_weighted", description="How an ensemble fuses its members."
+    )
+    pretrained: Annotated[str, BeforeValidator(_start)] = Field(
+        default="none",
+        description="Weights to start from: `none`, `published` (or true), a file, or a registered "
+        "model of ours, as `models:/lens_ensemble@champion`.",
+    )
+    dropout_rate: Float = Field(
         default=0.3, ge=0, lt=1, description="Dropout in the head, 0 to below 1."
     )
+    compile_model: bool = Field(default=False, description="Compile the network; worth it on GPUs.")
 
 
 class TrainingSection(_Section):
     """The optimisation."""
 
     epochs: int = Field(default=30, ge=1, le=10_000, description="Passes over the training set.")
-    batch_size: int = Field(default=64, ge=2, le=65_536, description="Cutouts a step.")
-    learning_rate: float = Field(
-        default=1e-3, gt=0, le=1, description="Peak of the schedule: a warm-up, then a cosine."
+    batch_size: int = Field(
+        default=64, ge=2, le=65_536, description="Cutouts a step, on each device."
     )
-    weight_decay: float = Field(default=1e-2, ge=0, le=1, description="AdamW's.")
-    warmup: float = Field(
-        default=0.1, gt=0, lt=1, description="Fraction of all steps in which the rate rises."
+    find_batch_size: bool = Field(
+        default=False, description="Halve the batch size where memory is short, and begin again."
+    )
+    learning_rate: Float = Field(
+        default=1e-3, gt=0, le=1, description="Peak of the schedule, above 0 to 1."
+    )
+    weight_decay: Float = Field(default=1e-2, ge=0, le=1, description="AdamW's, 0 to 1.")
+    schedule: Literal["cosine", "step", "plateau", "constant"] = Field(
+        default="cosine", description="Of the learning rate, after its warm-up."
+    )
+    warmup: Float = Field(
+        default=0.1, ge=0, lt=1, description="Fraction of all steps in which the rate rises."
+    )
+    decay: Float = Field(
+        default=0.1, gt=0, lt=1, description="Factor of a `step`, or at a `plateau`."
+    )
+    decay_epochs: int = Field(
+        default=10, ge=1, description="Epochs of a `step`, or without gain before a `plateau`."
+    )
+    loss: Literal["bce", "focal"] = Field(
+        default="bce", description="Binary cross-entropy, or the focal loss."
+    )
+    focal_gamma: Float = Field(
+        default=2.0, ge=0, le=10, description="How much the focal loss leaves easy cutouts out."
     )
     balance: bool = Field(
         default=True, description="Weigh lenses by non-lenses / lenses in the training set."
     )
-    shift: float = Field(
+    label_smoothing: Float = Field(
+        default=0.0, ge=0, lt=0.5, description="Moves labels by half of it, 0 to below 0.5."
+    )
+    augment: bool = Field(default=True, description="Turn and flip cutouts at random.")
+    shift: Float = Field(
         default=0.0, ge=0, le=16, description="Cutouts are moved by up to so many pixels."
     )
-    noise: float = Field(
+    noise: Float = Field(
         default=0.0, ge=0, le=2, description="And get up to so much more noise, in sigma."
     )
-    monitor: Literal["val/auroc", "val/average_precision", "val/tpr_at_fpr_1e-2"] = Field(
+    gradient_clip: Float = Field(
+        default=0.0, ge=0, description="Largest norm of the gradient; 0 does not clip."
+    )
+    accumulate_grad_batches: int = Field(
+        default=1, ge=1, le=4096, description="Batches of a step of the optimiser."
+    )
+    ema: Float = Field(
+        default=0.0, ge=0, lt=1, description="Decay of a moving average of the weights; 0: none."
+    )
+    monitor: Monitor = Field(
         default="val/tpr_at_fpr_1e-2",
-        description="The best epoch is the one where this is highest.",
+        description="The best epoch is the one where this is highest (or the loss lowest).",
+    )
+    save_top_k: int = Field(
+        default=1, ge=1, le=100, description="Checkpoints of so many best epochs are kept."
+    )
+    patience: int = Field(
+        default=0, ge=0, description="Stop after so many epochs without gain; 0: never."
+    )
+    min_delta: Float = Field(default=1e-4, ge=0, description="What counts as a gain.")
+    save_every_n_steps: int = Field(
+        default=0, ge=0, description="Steps between writings of last.ckpt; 0: every minute."
+    )
+    fast_dev_run: bool = Field(default=False, description="One batch of each kind, as a trial.")
+    limit_train_batches: int | None = Field(
+        default=None, ge=1, description="Batches of an epoch; by default all."
+    )
+    limit_val_batches: int | None = Field(
+        default=None, ge=1, description="Batches of a validation; by default all."
+    )
+    loggers: tuple[LoggerName, ...] = Field(
+        default=("csv",), description="csv (always), tensorboard, wandb, mlflow."
     )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Of weights, order and augmentation.")
 
@@ -57,17 +164,35 @@ class HardwareSection(_Section):
         default="auto", description="`auto` takes a GPU where there is one."
     )
     devices: int = Field(default=1, ge=1, le=1024, description="Devices to train on.")
-    precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed"] = Field(
-        default="auto", description="`auto`: bf16-mixed on a GPU that has it, else 32-true."
+    strategy: Literal["auto", "ddp"] = Field(
+        default="auto", description="How devices share the work; `auto` is ddp where there are two."
+    )
+    precision: Precision = Field(
+        default="auto", description="`auto`: bf16 or fp16 on a GPU by what it has, else 32-true."
+    )
+    channels_last: bool = Field(
+        default=False, description="The layout of images that convolutions prefer."
     )
 
 
 class DataSection(_Section):
-    """How batches are read."""
+    """How batches are read, and of which cutouts."""
 
+    data_root: str | None = Field(
+        default=None,
+        description="Shards, a processed dataset, a catalogue; by default the newest shards.",
+    )
+    use_webdataset: bool = Field(default=False, description="Read the tars of the URLs instead.")
+    train_urls: str | None = Field(default=None, description="Tars, with braces.")
+    val_urls: str | None = Field(default=None, description="Tars, with braces.")
+    test_urls: str | None = Field(default=None, description="Tars, with braces.")
+    image_size: int | None = Field(
+        default=None, ge=16, le=2048, description="The central square to keep, in pixels."
+    )
     num_workers: int = Field(
         default=0, ge=0, le=256, description="Loader processes; 0 reads in the training process."
     )
+    cache_dir: str | None = Field(default=None, description="Where remote shards are kept.")
 
 
 class TrainConfig(_Section):
@@ -99,3 +224,37 @@ class TrainConfig(_Section):
                 near = difflib.get_close_matches(path, valid, n=1, cutoff=0.0)
                 hint = f"; did you mean {near[0]}?"
             raise InputError(f"{source}: {path}: {first['msg']}{hint}") from None
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The configuration in a YAML file. Raises InputError, naming the file, as `parse` does."""
+        return cls.parse(read_yaml(path), str(path))
+
+    def with_changes(self, changes: Mapping[str, Mapping[str, Any]], source: str) -> Self:
+        """This one with other values, {section: {field: value}}. Raises InputError as `parse`."""
+        values = self.model_dump()
+        for section, fields in changes.items():
+            if isinstance(values.get(section), dict) and isinstance(fields, Mapping):
+                values[section] |= fields
+            else:
+                values[section] = fields
+        return self.parse(values, source)
+
+    @property
+    def yaml(self) -> str:
+        """As `read` takes it."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises InputError, naming the file, where there is none."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as problem:
+        raise InputError(f"{path}: cannot be read ({problem.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        said = " ".join(str(problem).split())
+        raise InputError(f"{path}: is no YAML ({said})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: must hold sections (model, training, hardware, data)")
+    return values

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from lens_pipeline.training.config import TrainConfig
 
@@ -12,16 +11,19 @@ BEST = "best.ckpt"
 LAST = "last.ckpt"
 CURVES = "curves.csv"
 SETTINGS = "settings.yaml"
-SCORES = "val_scores.parquet"
+SCORES = "val_scores.parquet"  # written last
+TOP = "top"  # other checkpoints of good epochs
+DATA = "cutouts.sha256"  # of ids and labels: a training goes on with the same
 
 
 @dataclass(frozen=True)
 class TrainedMember:
     """A trained network on disk.
 
-    best.ckpt (weights), last.ckpt (all that training goes on from): Lightning checkpoints, loadable
-    with `weights_only`; settings.yaml: the resolved configuration; curves.csv: metrics by epoch;
-    val_scores.parquet: id, label, logit.
+    best.ckpt and, where more are kept, top/*.ckpt (weights), last.ckpt (all that training goes on
+    from): Lightning checkpoints, loadable with `weights_only`; settings.yaml: the resolved
+    configuration; curves.csv: metrics by epoch; logs/: those of the loggers; val_scores.parquet:
+    id, label, logit.
     """
 
     folder: Path
@@ -42,4 +44,4 @@ class TrainedMember:
 
     @property
     def config(self) -> TrainConfig:
-        return TrainConfig(**yaml.safe_load((self.folder / SETTINGS).read_text()))
+        return TrainConfig.read(self.folder / SETTINGS)

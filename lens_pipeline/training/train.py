@@ -1,10 +1,11 @@
-"""Train one member on shards: from a configuration to a folder with its checkpoint."""
+"""Train one network, or several together: from a configuration to a folder with its checkpoint."""
 
 import logging
 import shutil
 import sys
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +13,55 @@ import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch
-import yaml
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger, Logger
+from pytorch_lightning.callbacks import (
+    Callback,
+    DeviceStatsMonitor,
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
+from pytorch_lightning.loggers import Logger
 
-from lens_pipeline.ensemble.uncertainty import member_logits
-from lens_pipeline.models.system import LitLensSystem, load_system
+from lens_pipeline.errors import InputError
+from lens_pipeline.evaluation.metrics import FPRS
+from lens_pipeline.models.system import LensClassifier, LitLensSystem
+from lens_pipeline.shards.cutouts import Split
 from lens_pipeline.shards.datamodule import CutoutModule
+from lens_pipeline.steps import digest, write_aside
+from lens_pipeline.training.callbacks import (
+    Curves,
+    FiniteLoss,
+    RenamedCheckpoints,
+    StepSeeds,
+    save_aside,
+)
 from lens_pipeline.training.config import TrainConfig
+from lens_pipeline.training.loggers import file_loggers
 from lens_pipeline.training.member import (
     BEST,
     CURVES,
+    DATA,
     LAST,
     SCORES,
     SETTINGS,
+    TOP,
     TrainedMember,
 )
 
+WEIGHTS = ("state_dict", "hyper_parameters", "epoch", "global_step", "pytorch-lightning_version")
+MINUTE = timedelta(seconds=60)
+BATCH = 256
+# What may change between a training and its going on: it does not decide the weights.
+FREE = {
+    ("data", "num_workers"),
+    ("data", "cache_dir"),
+    ("training", "loggers"),
+    ("training", "save_every_n_steps"),
+    ("training", "save_top_k"),
+}
+
 log = logging.getLogger(__name__)
-
-
-def resolved_precision(config: TrainConfig) -> Any:
-    """`auto`: bf16 where the GPU computes in it; a CPU without the instructions is far slower."""
-    if config.hardware.precision != "auto":
-        return config.hardware.precision
-    on_gpu = config.hardware.accelerator != "cpu" and torch.cuda.is_available()
-    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(False) else "32-true"
-
-
-class _EpochLines(Callback):
-    """A line an epoch, for logs; where there is a terminal the progress bar tells the rest."""
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        now = trainer.callback_metrics
-        log.info(
-            "  epoch %d/%d: loss %.3f, validation loss %.3f, AUROC %.3f",
-            trainer.current_epoch + 1,
-            trainer.max_epochs,
-            *(now[name] for name in ("train/loss", "val/loss", "val/auroc")),
-        )
 
 
 def train(
@@ -59,77 +70,264 @@ def train(
     out: Path,
     loggers: Sequence[Logger] = (),
     callbacks: Sequence[Callback] = (),
+    system_type: type[LensClassifier] = LitLensSystem,
 ) -> TrainedMember:
-    """Train one network and leave its files in `out`, an empty folder.
+    """Train what the configuration says and leave its files in `out`.
 
-    The same configuration and data give the same weights, bit for bit, on a CPU. Lightning ends the
-    process on Ctrl-C; here it stays a KeyboardInterrupt.
+    system_type: LitEnsembleSystem where `model.model_type` is `ensemble`. out: an empty folder, or
+    one in which the same training was stopped, anywhere: it goes on from last.ckpt, and ends with
+    the weights of an undisturbed one; of one that has ended nothing is done again. The same
+    configuration and data give the same weights, bit for bit, on a CPU. Lightning ends the process
+    on Ctrl-C; here it stays a KeyboardInterrupt. Raises InputError for what this machine does
+    not have, where the folder holds another training, where a loss is no number, or memory or disk
+    are too small.
     """
-    pl.seed_everything(config.training.seed, workers=True, verbose=False)
-    counts = data.class_counts("train")
-    system = LitLensSystem(
-        arch=config.model.arch,
-        lr=config.training.learning_rate,
-        weight_decay=config.training.weight_decay,
-        dropout_rate=config.model.dropout_rate,
-        bands=len(data.bands),
-        image_size=data.image_size,
-        units=data.units,
-        pos_weight=counts[0] / counts[1] if config.training.balance else 1.0,
-        warmup=config.training.warmup,
-        shift=config.training.shift,
-        noise=config.training.noise,
-    )
+    check_devices(config)
+    going_on = _begin(config, data, out)
+    if (out / SCORES).exists():
+        return TrainedMember(out)
+    while True:
+        try:
+            trainer, chosen = _fit(config, data, out, going_on, loggers, callbacks, system_type)
+            break
+        except torch.OutOfMemoryError:
+            half = config.training.batch_size // 2
+            if not config.training.find_batch_size or half < 2:
+                raise InputError(
+                    f"training.batch_size {config.training.batch_size}: the GPU has too little "
+                    "memory for it; halve it and double training.accumulate_grad_batches, or set "
+                    "training.find_batch_size"
+                ) from None
+            log.warning("training.batch_size: too little memory; trying %d", half)
+        config = config.with_changes({"training": {"batch_size": half}}, "training")
+        shutil.rmtree(out)
+        torch.cuda.empty_cache()
+        going_on = _begin(config, data, out)
+    trained = TrainedMember(out)
+    if trainer.is_global_zero and not config.training.fast_dev_run:
+        _finish(data, out, chosen, system_type)
+    return trained
+
+
+def resolved_precision(config: TrainConfig) -> Any:
+    """`auto`: bf16 where the GPU computes in it, fp16 on older ones; a CPU without the instructions
+    is far slower with either."""
+    if config.hardware.precision != "auto":
+        return config.hardware.precision
+    if config.hardware.accelerator == "cpu" or not torch.cuda.is_available():
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(False) else "16-mixed"
+
+
+def check_devices(config: TrainConfig) -> None:
+    """Raises InputError where the machine has not the devices that the configuration names."""
+    wanted, n_gpus = config.hardware, torch.cuda.device_count()
+    on_gpu = wanted.accelerator == "gpu" or (wanted.accelerator == "auto" and n_gpus > 0)
+    if on_gpu and wanted.devices > n_gpus:
+        raise InputError(
+            f"hardware.devices {wanted.devices}: this machine has {n_gpus} GPUs; name fewer, or "
+            "set hardware.accelerator to cpu"
+        )
+
+
+def build_system(
+    config: TrainConfig, data: CutoutModule, system_type: type[LensClassifier]
+) -> LensClassifier:
+    """The untrained system of a configuration, for the cutouts of `data`."""
+    chosen, how = config.model, config.training
+    pos_weight = 1.0
+    if how.balance:
+        n_nonlens, n_lens = data.class_counts("train")
+        if not n_lens or not n_nonlens:
+            raise InputError("train: has cutouts of one class only; training needs both")
+        pos_weight = n_nonlens / n_lens
+    shared: dict[str, Any] = {
+        "lr": how.learning_rate,
+        "pos_weight": pos_weight,
+        "bands": len(data.bands),
+        "image_size": data.image_size,
+        "units": data.units,
+        "channels_last": config.hardware.channels_last,
+        "pretrained": {"none": False, "published": True}.get(chosen.pretrained, chosen.pretrained),
+        "dropout_rate": chosen.dropout_rate,
+        "compile_model": chosen.compile_model,
+        **how.model_dump(
+            include={
+                "weight_decay",
+                "loss",
+                "focal_gamma",
+                "label_smoothing",
+                "schedule",
+                "warmup",
+                "decay",
+                "decay_epochs",
+                "augment",
+                "shift",
+                "noise",
+            }
+        ),
+    }
+    which = {"architectures", "ensemble_strategy"} if chosen.model_type == "ensemble" else {"arch"}
+    return system_type(**chosen.model_dump(include=which), **shared)
+
+
+def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> Path | None:
+    """The checkpoint to go on from, if there is one. Raises InputError where the folder holds
+    another training."""
+    out.mkdir(parents=True, exist_ok=True)
+    cutouts = digest([[list(s.ids), s.labels.tolist()] for s in map(data.split, ("train", "val"))])
+    last = out / LAST
+    if last.exists():
+        before = TrainConfig.read(out / SETTINGS).model_dump()
+        changed = [
+            f"{section}.{name} ({before[section].get(name)!r}, now {value!r})"
+            for section, fields in config.model_dump().items()
+            for name, value in fields.items()
+            if (section, name) not in FREE and before[section].get(name) != value
+        ]
+        if changed:
+            raise InputError(
+                f"{out}: holds a training with other settings: {', '.join(changed)}; go on with "
+                "the same, or name another folder"
+            )
+        if (out / DATA).read_text() != cutouts:
+            raise InputError(
+                f"{out}: holds a training on other cutouts; go on with the same, or name another "
+                "folder"
+            )
+        if not (out / SCORES).exists():
+            log.info("  goes on from %s", last)
+    write_aside(out / DATA, cutouts)
+    write_aside(out / SETTINGS, config.yaml)
+    return last if last.exists() else None
+
+
+def _monitor(config: TrainConfig, data: CutoutModule) -> str:
+    """What chooses the best epoch: another where the validation set cannot resolve it."""
+    wanted = config.training.monitor
+    fpr = FPRS.get(wanted.removeprefix("val/"))
+    n_nonlens, _ = data.class_counts("val")
+    if fpr and n_nonlens * fpr < 1:
+        log.info(
+            "  %d non-lenses of the validation set cannot resolve %s; val/auroc chooses the epoch",
+            n_nonlens,
+            wanted,
+        )
+        return "val/auroc"
+    return wanted
+
+
+def _fit(
+    config: TrainConfig,
+    data: CutoutModule,
+    out: Path,
+    going_on: Path | None,
+    loggers: Sequence[Logger],
+    callbacks: Sequence[Callback],
+    system_type: type[LensClassifier],
+) -> tuple[pl.Trainer, ModelCheckpoint]:
+    how, hardware = config.training, config.hardware
+    data.batch_size = how.batch_size
+    pl.seed_everything(how.seed, workers=True, verbose=False)
+    system = build_system(config, data, system_type)
+    monitor = _monitor(config, data)
+    mode = "min" if monitor == "val/loss" else "max"
     best = ModelCheckpoint(
-        dirpath=out,
-        filename=Path(BEST).stem,
-        monitor=config.training.monitor,
-        mode="max",
-        save_weights_only=True,
+        dirpath=out / TOP,
+        filename="epoch_{epoch:03d}",
+        auto_insert_metric_name=False,
+        monitor=monitor,
+        mode=mode,
+        save_top_k=how.save_top_k,
         enable_version_counter=False,
     )
-    last = ModelCheckpoint(dirpath=out, filename=Path(LAST).stem, enable_version_counter=False)
+    often: dict[str, Any] = (
+        {"every_n_train_steps": how.save_every_n_steps}
+        if how.save_every_n_steps
+        else {"train_time_interval": MINUTE}
+    )
+    by_epoch: dict[str, Any] = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
+    last = [
+        ModelCheckpoint(dirpath=out, filename=Path(LAST).stem, enable_version_counter=False, **when)
+        for when in (often, by_epoch)
+    ]
+    chosen: list[Callback] = [StepSeeds(how.seed), FiniteLoss(), *callbacks, Curves()]
+    if how.ema:
+        chosen.append(EMAWeightAveraging(decay=how.ema))
+    if how.patience:
+        chosen.append(EarlyStopping(monitor, how.min_delta, how.patience, mode=mode))
+    if not how.fast_dev_run:
+        chosen.append(LearningRateMonitor("step"))
+    if torch.cuda.is_available() and hardware.accelerator != "cpu":
+        chosen.append(DeviceStatsMonitor())
     with warnings.catch_warnings():
         # Few workers are meant: batches are gathered from mapped memory.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        # Each rank has computed them over all.
+        warnings.filterwarnings("ignore", message=".*recommended to use `self.log.*")
+        warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
         trainer = pl.Trainer(
-            max_epochs=config.training.epochs,
-            accelerator=config.hardware.accelerator,
-            devices=config.hardware.devices,
+            max_epochs=how.epochs,
+            accelerator=hardware.accelerator,
+            devices=hardware.devices,
+            strategy="ddp" if hardware.devices > 1 else hardware.strategy,
             precision=resolved_precision(config),
-            logger=[CSVLogger(out, name="", version="csv"), *loggers],
-            callbacks=[best, last, _EpochLines(), *callbacks],
+            logger=[*file_loggers(config, out), *loggers],
+            callbacks=[*chosen, best, *last],
+            plugins=[RenamedCheckpoints()],
+            gradient_clip_val=how.gradient_clip or None,
+            accumulate_grad_batches=how.accumulate_grad_batches,
+            fast_dev_run=how.fast_dev_run,
+            limit_train_batches=how.limit_train_batches,
+            limit_val_batches=how.limit_val_batches,
+            sync_batchnorm=hardware.devices > 1 and torch.cuda.is_available(),
             deterministic="warn",
             enable_model_summary=False,
             num_sanity_val_steps=0,
             enable_progress_bar=sys.stderr.isatty(),
-            log_every_n_steps=1,
         )
         try:
-            trainer.fit(system, data)
+            trainer.fit(system, data, ckpt_path=going_on, weights_only=True)
         except SystemExit:
             raise KeyboardInterrupt from None
-    return _finish(config, data, out)
+    if trainer.is_global_zero and not how.fast_dev_run:
+        curves = next(c for c in chosen if isinstance(c, Curves))
+        pd.DataFrame(curves.rows).to_csv(out / CURVES, index=False)
+    return trainer, best
 
 
-def _finish(config: TrainConfig, data: CutoutModule, out: Path) -> TrainedMember:
-    """Curves, validation scores and settings, beside the checkpoints."""
-    steps = pd.read_csv(out / "csv" / "metrics.csv")
-    curves = steps.drop(columns="step").groupby("epoch").first().reset_index()
-    curves.to_csv(out / CURVES, index=False)
-    shutil.rmtree(out / "csv")
-    split = data.split("val")
-    system = load_system(out / BEST)
-    logits = [
-        member_logits(system, split.gather(np.arange(start, min(start + 256, len(split)))))[0]
-        for start in range(0, len(split), 256)
-    ]
-    scores = pd.DataFrame({"id": split.ids, "label": split.labels, "logit": np.concatenate(logits)})
-    scores.to_parquet(out / SCORES, index=False)
+def _finish(
+    data: CutoutModule, out: Path, best: ModelCheckpoint, system_type: type[LensClassifier]
+) -> None:
+    """The best checkpoint, weights alone, and its scores of the validation set."""
+    for path in (out / TOP).glob("*.ckpt"):
+        checkpoint = torch.load(path, weights_only=True)
+        save_aside({name: checkpoint[name] for name in WEIGHTS}, path)
+    Path(best.best_model_path).replace(out / BEST)
+    if not any((out / TOP).iterdir()):
+        (out / TOP).rmdir()
     # Where this was trained is no part of what was: the same training leaves the same bytes.
     checkpoint = torch.load(out / LAST, weights_only=True)
-    torch.save(checkpoint | {"callbacks": {}}, out / LAST)
-    (out / SETTINGS).write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
-    return TrainedMember(out)
+    save_aside(checkpoint | {"callbacks": {}}, out / LAST)
+    split = data.split("val")
+    system = system_type.load_from_checkpoint(out / BEST, compile_model=False)
+    scores = pd.DataFrame(
+        {"id": split.ids, "label": split.labels, "logit": split_logits(system, split)}
+    )
+    aside = out / f".{SCORES}"
+    scores.to_parquet(aside, index=False)
+    aside.replace(out / SCORES)
+
+
+@torch.inference_mode()
+def split_logits(system: LensClassifier, split: Split) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Logits float64 (n,) of a split, in its order, on a GPU where there is one."""
+    system = system.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    logits = []
+    for start in range(0, len(split), BATCH):
+        images = split.gather(np.arange(start, min(start + BATCH, len(split))))
+        batch = torch.from_numpy(images.astype(np.float32)).to(system.device)
+        logits.append(system(batch).double().cpu().numpy())
+    return np.concatenate(logits)

@@ -1,6 +1,5 @@
 """The Lightning system: stretch, augmentation, dropout, checkpoints."""
 
-import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 import lens_pipeline
+from lens_pipeline.errors import InputError
 from lens_pipeline.models.system import LitLensSystem, load_system, stretch
 
 
@@ -43,7 +43,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
     path = tmp_path / "best.ckpt"
     torch.save({"state_dict": Payload()}, path)
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(InputError, match=f"{path}: refused"):
         load_system(path)
     assert not (tmp_path / "executed").exists()
 
@@ -56,20 +56,101 @@ def test_the_entry_point_of_the_library_makes_a_network_of_an_architecture() -> 
     assert system(torch.from_numpy(np.zeros((2, 3, 64, 64), np.float32))).shape == (2,)
 
 
-@pytest.mark.parametrize("total", [*range(1, 25), 50, 100])
-def test_the_learning_rate_rises_then_falls_for_any_number_of_steps(total: int) -> None:
-    system = LitLensSystem("lastro", lr=0.1, warmup=0.1, image_size=32)
-    system.trainer = SimpleNamespace(estimated_stepping_batches=total)  # type: ignore[assignment]
-    found = system.configure_optimizers()
-    optimiser, schedule = found["optimizer"], found["lr_scheduler"]["scheduler"]
+def test_other_weights_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "best.ckpt"
+    state = {"state_dict": {}, "hyper_parameters": dict(LitLensSystem("lastro").hparams)}
+    torch.save(state, path)
+    with pytest.raises(InputError, match=f"{path}: is no checkpoint of this LitLensSystem"):
+        load_system(path)
+
+
+def _rates(total: int, **how: object) -> list[float]:
+    """The learning rate of each step, in epochs of ten steps with a flat validation loss."""
+    system = LitLensSystem("lastro", lr=0.1, image_size=32, **how)  # type: ignore[arg-type]
+    system.trainer = SimpleNamespace(  # type: ignore[assignment]
+        estimated_stepping_batches=total, max_epochs=max(1, total // 10)
+    )
+    (optimiser,), schedules = system.configure_optimizers()
     rates = []
-    for _ in range(total):
+    for step in range(total):
         rates.append(optimiser.param_groups[0]["lr"])
         optimiser.step()
-        schedule.step() if len(rates) < max(4, total) else None
+        for entry in schedules:
+            if entry["interval"] == "step":
+                entry["scheduler"].step()
+            elif step % 10 == 9:
+                entry["scheduler"].step(1.0)
+    return rates
+
+
+@pytest.mark.parametrize("total", [*range(1, 25), 50, 100])
+def test_the_learning_rate_rises_then_falls_for_any_number_of_steps(total: int) -> None:
+    rates = _rates(total, warmup=0.1)
     peak = int(np.argmax(rates))
     assert (np.diff(rates[: peak + 1]) > 0).all()
     assert (np.diff(rates[peak:]) < 0).all()
     if total >= 4:
         assert rates[peak] == pytest.approx(0.1, rel=0.01)
         assert 0 < peak < total - 1
+
+
+def test_the_cosine_is_that_of_its_formula() -> None:
+    rates = _rates(100, warmup=0.1)
+    assert rates[:11] == pytest.approx([0.1 * (k + 1) / 11 for k in range(11)])
+    assert rates[10:] == pytest.approx([0.05 * (1 + np.cos(np.pi * k / 90)) for k in range(90)])
+
+
+def test_steps_are_of_epochs() -> None:
+    rates = _rates(60, schedule="step", warmup=0.0, decay=0.5, decay_epochs=2)
+    assert rates == pytest.approx([0.1 * 0.5 ** (k // 20) for k in range(60)])
+
+
+def test_a_plateau_is_warmed_up_and_falls_when_the_loss_does_not() -> None:
+    rates = _rates(60, schedule="plateau", warmup=0.1, decay=0.5, decay_epochs=2)
+    assert (np.diff(rates[:7]) > 0).all()
+    assert rates[6:40] == pytest.approx([0.1] * 34)
+    assert rates[40:] == pytest.approx([0.05] * 20)
+
+
+def test_a_constant_rate_is_warmed_up() -> None:
+    rates = _rates(20, schedule="constant", warmup=0.1)
+    assert rates[0] < rates[1] < rates[2]
+    assert rates[2:] == pytest.approx([0.1] * 18)
+
+
+def test_the_losses_are_those_of_their_formulas() -> None:
+    """Binary cross-entropy with a weight; Lin et al. 2017, equation 5."""
+    logit, label = torch.tensor([[2.0], [-1.0], [0.5]]), torch.tensor([1.0, 1.0, 0.0])
+    p = logit.squeeze(1).sigmoid().double()
+    right = torch.where(label == 1, p, 1 - p)
+    weight = torch.where(label == 1, 4.0, 1.0)
+    system = LitLensSystem("lastro", pos_weight=4.0)
+    expected = -(weight * right.log()).mean()
+    assert system.loss(logit, label).item() == pytest.approx(expected.item(), rel=1e-6)
+    focal = LitLensSystem("lastro", pos_weight=4.0, loss="focal", focal_gamma=2.0)
+    alpha = torch.where(label == 1, 0.8, 0.2)
+    expected = -(alpha * (1 - right) ** 2 * right.log()).mean()
+    assert focal.loss(logit, label).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_labels_are_smoothed_in_training_alone() -> None:
+    logit, label = torch.tensor([[1.5], [-0.5]]), torch.tensor([1.0, 0.0])
+    smooth, plain = LitLensSystem("lastro", label_smoothing=0.2), LitLensSystem("lastro")
+    p = logit.squeeze(1).sigmoid()
+    target = torch.tensor([0.9, 0.1])
+    expected = -(target * p.log() + (1 - target) * (1 - p).log()).mean()
+    assert smooth.loss(logit, label).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert smooth.eval().loss(logit, label).item() == pytest.approx(
+        plain.eval().loss(logit, label).item()
+    )
+
+
+def test_channels_last_changes_the_layout_alone() -> None:
+    torch.manual_seed(0)
+    plain = LitLensSystem("resnet18", image_size=32).eval()
+    torch.manual_seed(0)
+    other = LitLensSystem("resnet18", image_size=32, channels_last=True).eval()
+    weight = other.backbone.get_parameter("network.conv1.weight")
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(plain(images), other(images), rtol=1e-4, atol=1e-4)

@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import fsspec
@@ -16,7 +18,15 @@ import pytest
 
 from lens_pipeline import LensDataModule, LensWebDatasetDataModule, storage
 from lens_pipeline.errors import InputError
-from lens_pipeline.shards import open_shards, publish_shards, read_manifest, store, verify_shards
+from lens_pipeline.shards import (
+    open_shards,
+    prune,
+    prune_versions,
+    publish_shards,
+    read_manifest,
+    store,
+    verify_shards,
+)
 from lens_pipeline.shards.cloud import newest_version, published_problems
 from lens_pipeline.shards.store import Store, StoreError
 from lens_pipeline_tests.faulty_proxy import FaultyProxy
@@ -332,41 +342,114 @@ def test_cloud_epoch_of_which_every_tenth_request_fails(
     assert sorted(seen) == list(range(len(open_shards(shards_folder).split("train"))))
 
 
-def test_cloud_is_fetched_once_by_many_at_once(
-    shards_folder: Path, s3_bucket: str, s3_server: S3Server, faulty_proxy: Proxies, tmp_path: Path
-) -> None:
-    published = publish_shards(
-        shards_folder, f"{s3_bucket}/lenses", storage_options=s3_server.storage_options()
-    )
-    proxy = faulty_proxy(s3_server)
-    proxy.delay(0.1)
-    script = (
-        "import json, sys; from pathlib import Path; from lens_pipeline.shards import open_shards; "
-        "s = open_shards(sys.argv[1], cache=Path(sys.argv[2]), "
-        "storage_options=json.loads(sys.argv[3])); print(len(s.split('train')))"
-    )
-    options = json.dumps(s3_server.storage_options(proxy.url))
-    command = [sys.executable, "-c", script, published.url, str(tmp_path), options]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    n = len(open_shards(shards_folder).split("train"))
-    assert [process.communicate(timeout=120)[0] for process in both] == [f"{n}\n"] * 2
-    tars = [line for line in proxy.seen if line.startswith("GET") and ".tar" in line]
-    assert len(tars) == len(set(tars)) == len(read_manifest(shards_folder).shards)
+def publish_versions(shards: Path, url: str, options: dict, count: int) -> list[str]:
+    """The same shards under other names, the oldest first; a store may count whole seconds only."""
+    versions = []
+    for number in range(count):
+        manifest = replace(read_manifest(shards), dataset=f"dataset {number}")
+        (shards / "manifest.json").write_text(manifest.text)
+        time.sleep(1.1)
+        versions.append(publish_shards(shards, url, storage_options=options).dataset_version)
+    return versions
 
 
-@pytest.mark.parametrize("place", ["s3", "gs"], indirect=True)
-def test_cloud_objects_that_are_not_as_listed_never_reach_the_cache(
-    shards_folder: Path, place: tuple[str, dict], tmp_path: Path
+def versions_at(url: str, options: dict) -> set[str]:
+    filesystem, root = fsspec.url_to_fs(url, **options)
+    return {path[len(root) + 1 :].partition("/")[0] for path in filesystem.find(root)}
+
+
+def test_cloud_versions_that_nobody_needs_are_pruned(
+    own_shards: Path, place: tuple[str, dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, options = place
-    published = publish_shards(shards_folder, url, storage_options=options)
-    filesystem, root = fsspec.url_to_fs(published.url, **options)
-    content = bytearray(filesystem.cat_file(f"{root}/train-000001.tar"))
-    content[1000] ^= 1
-    filesystem.pipe_file(f"{root}/train-000001.tar", bytes(content))
-    with pytest.raises(InputError, match=f"{published.url}/train-000001.tar: has sha256"):
-        open_shards(published.url, cache=tmp_path, storage_options=options)
-    assert not list(tmp_path.rglob("*train-000001.tar*"))
-    filesystem.rm_file(f"{root}/train-000001.tar")
-    with pytest.raises(InputError, match=r"train-000001\.tar: no copy at"):
-        open_shards(published.url, cache=tmp_path, storage_options=options)
+    referred, latest, old, newest = publish_versions(own_shards, url, options, 4)
+    filesystem, root = fsspec.url_to_fs(url, **options)
+    stopped = "0" * 64
+    for name in (f"{stopped}/train-000000.tar", "notes/of_mine.txt"):
+        filesystem.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
+        filesystem.pipe_file(f"{root}/{name}", b"content")
+    pointer = json.loads(Store(url, options).read("latest.json") or b"")
+    content = json.dumps(pointer | {"version": latest}).encode()
+    Store(url, options).put_bytes("latest.json", content)
+
+    def pruned(**more: bool) -> dict[str, tuple[bool, str]]:
+        known = {referred: "lens_ensemble version 1"}
+        found = prune_versions(url, 1, referred=known, storage_options=options, **more)
+        assert all(one.bytes > 0 for one in found)
+        return {one.version: (one.kept, one.reason) for one in found}
+
+    before = versions_at(url, options)
+    young = pruned()
+    assert all(kept for kept, _ in young.values())
+    assert young[old] == young[stopped] == (True, "younger than a day")
+    assert versions_at(url, options) == before
+    monkeypatch.setattr(prune, "YOUNG", timedelta(0))
+    expected = {
+        newest: (True, "of the newest 1"),
+        latest: (True, "latest.json names it"),
+        referred: (True, "lens_ensemble version 1 refers to it"),
+        old: (False, "is older"),
+        stopped: (False, "an upload that was stopped"),
+    }
+    assert pruned(dry_run=True) == expected
+    assert versions_at(url, options) == before
+    assert pruned() == expected
+    assert versions_at(url, options) == before - {old, stopped}
+    assert all(verify_shards(f"{url}/{v}", options) == [] for v in (newest, latest, referred))
+    # Published again, it is the newest again, though none of its shards was sent.
+    again = publish_versions(own_shards, url, options, 1)
+    assert again == [referred]
+    assert pruned()[referred][1] == (
+        "latest.json names it; of the newest 1; lens_ensemble version 1 refers to it"
+    )
+
+
+def test_cloud_prune_that_is_stopped_leaves_nothing_that_looks_whole(
+    own_shards: Path,
+    s3_bucket: str,
+    s3_server: S3Server,
+    faulty_proxy: Proxies,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url, options = f"{s3_bucket}/lenses", s3_server.storage_options()
+    old, newest = publish_versions(own_shards, url, options, 2)
+    monkeypatch.setattr(prune, "YOUNG", timedelta(0))
+    monkeypatch.setattr(store, "PATIENCE", 0.5)
+    proxy = faulty_proxy(s3_server)
+    proxy.every(1, status=503, only=r"DELETE .*\.tar")
+    through = s3_server.storage_options(proxy.url)
+    with pytest.raises(StoreError, match=rf"{s3_bucket}/lenses/{old}/.*\.tar"):
+        prune_versions(url, 1, referred={}, storage_options=through)
+    left = names(f"{url}/{old}", options)
+    assert "train-000000.tar" in left
+    assert "manifest.json" not in left
+    proxy.pass_through()
+    reasons = {
+        one.version: one.reason
+        for one in prune_versions(url, 1, referred={}, storage_options=through)
+    }
+    assert reasons[old] == "an upload that was stopped"
+    assert versions_at(url, options) == {"latest.json", newest}
+
+
+def test_cloud_prune_says_at_once_where_it_cannot_be(
+    own_shards: Path, s3_bucket: str, s3_server: S3Server, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    options = s3_server.storage_options()
+    publish_shards(own_shards, f"{s3_bucket}/lenses", storage_options=options)
+
+    def refused(url: str, keep: int = 1) -> str:
+        with pytest.raises(InputError) as caught:
+            prune_versions(url, keep, referred={}, storage_options=options)
+        return str(caught.value)
+
+    assert "keep 0: at least 1" in refused(f"{s3_bucket}/lenses", 0)
+    assert "no shards are published" in refused(f"{s3_bucket}/elsewhere")
+    assert "there is no bucket nowhere" in refused("s3://nowhere/lenses")
+    options = {}
+    assert "there is no such folder" in refused(str(tmp_path / "nowhere"))
+    assert not (tmp_path / "nowhere").exists()
+    options = s3_server.storage_options()
+    sign_in(monkeypatch, s3_server.environment(read_only=True))
+    assert "no writing" in refused(f"{s3_bucket}/lenses")

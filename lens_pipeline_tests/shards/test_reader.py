@@ -154,15 +154,23 @@ def test_published_shards_are_the_same_and_sent_once(shards_folder: Path, tmp_pa
     assert publish_shards(shards_folder, str(tmp_path)).uploaded == ()
 
 
-def test_remote_shards_through_a_cache(shards_folder: Path, tmp_path: Path) -> None:
-    """memory:// is a remote store for fsspec; whole cached files are not fetched again."""
+@pytest.mark.parametrize("kept", ["folder", "memory"])
+def test_remote_shards_are_fetched_when_they_are_needed(
+    shards_folder: Path, tmp_path: Path, kept: str
+) -> None:
+    """memory:// is a remote store for fsspec; what was fetched is not fetched again."""
     published = publish_shards(shards_folder, "memory://bucket/lenses")
-    shards = open_shards(published.url, cache=tmp_path)
-    local = open_shards(shards_folder)
-    np.testing.assert_array_equal(
-        shards.split("test").gather([2, 0]), local.split("test").gather([2, 0])
-    )
-    fsspec.filesystem("memory").rm(
-        "/bucket/lenses/" + published.dataset_version + "/test-000000.tar"
-    )
-    assert open_shards(published.url, cache=tmp_path).folder == shards.folder
+    wanted = open_shards(shards_folder).split("test").gather([2, 0])
+    cache = tmp_path if kept == "folder" else None
+    split = open_shards(published.url, cache=cache).split("test")
+    assert not list(tmp_path.rglob("*.tar"))
+    np.testing.assert_array_equal(split.gather([2, 0]), wanted)
+    assert len(list(tmp_path.rglob("*.tar"))) == (kept == "folder")
+    fsspec.filesystem("memory").rm(f"{published.url}/test-000000.tar".removeprefix("memory:/"))
+    np.testing.assert_array_equal(split.gather([2, 0]), wanted)
+    again = open_shards(published.url, cache=cache).split("test")
+    if kept == "folder":
+        np.testing.assert_array_equal(again.gather([2, 0]), wanted)
+    else:
+        with pytest.raises(InputError, match=f"{published.url}/test-000000.tar: is missing"):
+            again.gather([2, 0])

@@ -4,18 +4,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from lens_pipeline import LensDataModule
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards import open_shards
-from lens_pipeline.shards.sampling import EpochBatches
+from lens_pipeline.shards.sampling import EpochBatches, Windows
 
 
 def epoch(
-    n: int, batch_size: int, ranks: int, number: int = 0, **how: bool
+    n: int, batch_size: int, ranks: int, number: int = 0, **how: Any
 ) -> list[list[list[int]]]:
     """The batches of each rank."""
     found = []
@@ -53,6 +55,46 @@ def test_a_global_batch_holds_the_same_cutouts_for_any_number_of_ranks() -> None
         assert sorted(whole) == sorted(i for part in parts for i in part)
 
 
+SHARD = np.repeat(np.arange(30), 100)[:2950]  # the last one is shorter
+
+
+@pytest.mark.parametrize("size", [1, 4, 8, 50])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_windows_need_few_shards_at_a_time_and_give_every_cutout_once(
+    size: int, ranks: int
+) -> None:
+    windows = Windows(SHARD, size, always=False)
+    found = epoch(len(SHARD), 16, ranks, shuffle=True, windows=windows)
+    order = [i for batches in zip(*found, strict=True) for batch in batches for i in batch]
+    assert len(set(order)) == len(order) > len(SHARD) - 2 * ranks
+    used = SHARD[order]
+    first = [int(np.argmax(used == shard)) for shard in range(30)]
+    last = [len(used) - int(np.argmax(used[::-1] == shard)) for shard in range(30)]
+    together = [sum(first[s] <= at < last[s] for s in range(30)) for at in range(len(used))]
+    assert max(together) <= min(30, 1.5 * size + 1 + ranks)
+    assert np.mean(together) > min(30, size) / 2  # and they are mixed
+    assert len(set(used[:100])) >= min(size, 30) / 2
+
+
+def test_windows_follow_from_seed_and_epoch_for_any_number_of_ranks() -> None:
+    windows = Windows(SHARD, 4, always=False)
+    (alone,) = epoch(2950, 32, 1, shuffle=True, windows=windows)
+    two = epoch(2950, 16, 2, shuffle=True, windows=windows)
+    for whole, *parts in zip(alone, *two, strict=True):
+        assert sorted(whole) == sorted(i for part in parts for i in part)
+    assert epoch(2950, 32, 1, shuffle=True, windows=windows) == [alone]
+    # Once they have arrived, all are shuffled as they would be without.
+    later = epoch(2950, 32, 1, 1, shuffle=True, windows=windows)
+    assert later == epoch(2950, 32, 1, 1, shuffle=True)
+    always = Windows(SHARD, 4, always=True)
+    again = [epoch(2950, 32, 1, n, shuffle=True, windows=always)[0] for n in (0, 1)]
+    assert again[0] == alone
+    assert len(set(SHARD[again[1][0]])) <= 4
+    assert again[1] != alone
+    evaluated = epoch(2950, 32, 2, shuffle=False, windows=always)
+    assert evaluated == epoch(2950, 32, 2, shuffle=False)
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_interrupted_epoch_goes_on_at_the_batch_where_it_stopped(
     shards_folder: Path, num_workers: int
@@ -84,6 +126,8 @@ def test_too_few_cutouts_to_train_on_are_an_error() -> None:
         with pytest.raises(InputError, match=f"train: {n} cutouts are too few"):
             epoch(n, 4, ranks, shuffle=True)
     assert epoch(8, 4, 4, shuffle=True)
+    with pytest.raises(InputError, match="train: 0 cutouts are too few"):
+        epoch(0, 4, 1, shuffle=True, windows=Windows(SHARD[:0], 4, always=False))
 
 
 TRAIN_OVER_TWO = """

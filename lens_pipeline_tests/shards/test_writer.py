@@ -70,7 +70,7 @@ def test_ids_of_any_length(dataset: Dataset, tmp_path: Path) -> None:
 def test_manifest_lists_what_lies_there(dataset: Dataset, shards_folder: Path) -> None:
     content = (shards_folder / "manifest.json").read_bytes()
     manifest = json.loads(content)
-    listed = [*manifest["shards"], manifest["index"]]
+    listed = [*manifest["shards"], manifest["index"], manifest["catalogue"]]
     assert {f["name"] for f in listed} | {"manifest.json"} == {
         p.name for p in shards_folder.iterdir()
     }

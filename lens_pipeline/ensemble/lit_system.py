@@ -1,0 +1,72 @@
+"""Several networks trained together, as one Lightning system."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, fields
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.special import expit
+from torch import Tensor, nn
+
+from lens_pipeline.ensemble.fusion import Fused, fuse
+from lens_pipeline.ensemble.uncertainty import member_logits
+from lens_pipeline.models.names import parse_members
+from lens_pipeline.models.system import LensClassifier, LitLensSystem
+
+
+class LitEnsembleSystem(LensClassifier):
+    """Networks that see the same batches; the loss is the mean of theirs, and so each learns as it
+    would alone.
+
+    Input and output: as of `LitLensSystem`; the logit is the mean of the members'.
+    architectures: members as in LENS_ARCHS; ensemble_strategy: see `fuse`; the rest: of each
+    member, see `LitLensSystem`.
+    """
+
+    def __init__(
+        self,
+        architectures: Sequence[str] = ("resnet18", "resnet34", "vit_b_16"),
+        ensemble_strategy: str = "uncertainty_weighted",
+        **shared: Any,
+    ) -> None:
+        super().__init__()
+        members = {
+            member.name: LitLensSystem(member.architecture, **shared)
+            for member in parse_members(",".join(architectures))
+        }
+        self.members = nn.ModuleDict(members)
+        common = dict(next(iter(members.values())).hparams)
+        del common["arch"]
+        own = {"architectures": list(architectures), "ensemble_strategy": ensemble_strategy}
+        self.save_hyperparameters(common | own, logger=False)
+
+    def member_logits(self, images: Tensor) -> Tensor:
+        systems = map(_system, self.members.values())
+        return torch.cat([system.member_logits(images) for system in systems], dim=1)
+
+    @torch.inference_mode()
+    def predict(self, loader: Iterable[dict[str, Tensor]]) -> pd.DataFrame:
+        """Scores of the batches of a loader, in their order, one row a cutout.
+
+        Columns: probability, logit, std, entropy (see `Fused`), probability_<member>. They are not
+        calibrated. The system is put into eval mode.
+        """
+        self.eval()
+        rows = []
+        for batch in loader:
+            images = batch["image"].numpy()
+            found = [member_logits(_system(member), images) for member in self.members.values()]
+            logit = np.stack([of_one for of_one, _ in found], axis=1)
+            draws = np.stack([drawn for _, drawn in found], axis=1)
+            fused = fuse(logit, draws, strategy=self.hparams["ensemble_strategy"])
+            rows.append(np.column_stack([*astuple(fused), expit(logit)]))
+        names = [f"probability_{name}" for name in self.members]
+        columns = [*(field.name for field in fields(Fused)), *names]
+        return pd.DataFrame(np.concatenate(rows), columns=columns)
+
+
+def _system(member: nn.Module) -> LitLensSystem:
+    assert isinstance(member, LitLensSystem)
+    return member

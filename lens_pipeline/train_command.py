@@ -1,0 +1,158 @@
+"""`lens-pipeline train`: one network, or several together, from a configuration to a checkpoint."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lens_pipeline.errors import InputError
+from lens_pipeline.settings import Settings, absolute
+from lens_pipeline.steps import digest, write_aside
+from lens_pipeline.terminal import configure_logging
+from lens_pipeline.training.config import TrainConfig
+from lens_pipeline.training.flags import add_flags, changes
+from lens_pipeline.training.launch import FAILURE, is_first, launch
+
+if TYPE_CHECKING:
+    from pytorch_lightning.loggers import Logger
+
+    from lens_pipeline.training.member import TrainedMember
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, help="a YAML file; flags override it")
+    parser.add_argument(
+        "--checkpoint-dir",
+        type=Path,
+        help="where the files go; a training that was stopped there goes on "
+        "[LENS_HOME/trainings/...]",
+    )
+    add_flags(parser)
+    parser.set_defaults(do=train_command)
+
+
+def train_command(options: argparse.Namespace) -> int:
+    settings = Settings.load(home=options.home)
+    config = TrainConfig.read(options.config) if options.config else TrainConfig()
+    config = config.with_changes(changes(options), "train")
+    config = config.with_changes({"data": _absolute_data(config)}, "train")
+    out = options.checkpoint_dir or settings.home / "trainings" / _name(config)
+    out = Path(absolute(str(out)))
+    from lens_pipeline.training.train import check_devices
+
+    check_devices(config)
+    if config.hardware.devices > 1:
+        trained = _in_processes(config, settings, out, options.verbose)
+    else:
+        trained = train_here(config, settings, out)
+    if config.training.fast_dev_run:
+        print("one batch of each kind went through")
+        return 0
+    _tell(trained, config)
+    return 0
+
+
+def train_here(config: TrainConfig, settings: Settings, out: Path) -> "TrainedMember":
+    """Train in this process, with the loggers that the configuration names."""
+    from lens_pipeline.ensemble.lit_system import LitEnsembleSystem
+    from lens_pipeline.models.system import LitLensSystem
+    from lens_pipeline.training.data import data_module
+    from lens_pipeline.training.train import train
+
+    data = data_module(config, settings.home / "cache", settings.storage_options)
+    loggers = [_mlflow(config, settings)] if "mlflow" in config.training.loggers else []
+    together = config.model.model_type == "ensemble"
+    system_type = LitEnsembleSystem if together else LitLensSystem
+    return train(config, data, out, loggers=loggers, system_type=system_type)
+
+
+def _mlflow(config: TrainConfig, settings: Settings) -> "Logger":
+    from pytorch_lightning.loggers import MLFlowLogger
+
+    from lens_pipeline.tracking import Tracking
+
+    tracking = Tracking(settings)
+    assert tracking.client  # makes the registry's database where there is none
+    run_id = os.environ.get("MLFLOW_RUN_ID")  # of who started this process
+    if run_id is None and is_first():
+        run_id = tracking.start_run(_name(config), digest(config.model_dump()), {})
+    return MLFlowLogger(run_id=run_id, tracking_uri=settings.mlflow_uri, log_model=False)
+
+
+def _in_processes(
+    config: TrainConfig, settings: Settings, out: Path, verbose: bool
+) -> "TrainedMember":
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from lens_pipeline.training.member import TrainedMember
+
+    out.mkdir(parents=True, exist_ok=True)
+    failure = out / FAILURE
+    failure.unlink(missing_ok=True)
+    try:
+        launch(_one_of_many, (config, settings, out, verbose), config.hardware.devices)
+    except ChildFailedError as problem:
+        if failure.exists():
+            raise InputError(failure.read_text()) from None
+        rank, why = problem.get_first_failure()
+        raise RuntimeError(f"process {rank} of {config.hardware.devices} ended: {why}") from None
+    return TrainedMember(out)
+
+
+def _one_of_many(config: TrainConfig, settings: Settings, out: Path, verbose: bool) -> None:
+    configure_logging(verbose)
+    if not is_first():
+        logging.getLogger("lens_pipeline").setLevel(logging.ERROR)
+    try:
+        with _reporting():
+            train_here(config, settings, out)
+    except InputError as problem:
+        write_aside(out / FAILURE, str(problem))
+        sys.exit(1)
+
+
+@contextmanager
+def _reporting() -> Iterator[None]:
+    """Of the processes that a Dagster step has started, the first tells the step's log."""
+    if "DAGSTER_PIPES_CONTEXT" not in os.environ or not is_first():
+        yield
+        return
+    from dagster_pipes import open_dagster_pipes
+
+    logger = logging.getLogger("lens_pipeline")
+    with open_dagster_pipes() as pipes:
+        for handler in pipes.log.handlers:
+            logger.addHandler(handler)
+        yield
+
+
+def _name(config: TrainConfig) -> str:
+    """Of a training: what is trained, and a hash of all settings, so that the same goes on."""
+    model = config.model
+    what = "_".join(model.architectures) if model.model_type == "ensemble" else model.arch
+    safe = "".join(c if c.isalnum() or c in "_-" else "_" for c in what)
+    return f"{safe}-{digest(config.model_dump())[:8]}"
+
+
+def _absolute_data(config: TrainConfig) -> dict[str, Any]:
+    places = ("data_root", "train_urls", "val_urls", "test_urls", "cache_dir")
+    named = {name: getattr(config.data, name) for name in places}
+    return {name: absolute(place) for name, place in named.items() if place is not None}
+
+
+def _tell(trained: "TrainedMember", config: TrainConfig) -> None:
+    from scipy.special import expit
+
+    from lens_pipeline.evaluation.metrics import lens_metrics
+    from lens_pipeline.evaluation.report import format_metrics_table
+
+    scores = trained.val_scores
+    metrics = lens_metrics(scores["label"], expit(scores["logit"]))
+    name = "ensemble" if config.model.model_type == "ensemble" else config.model.arch
+    print(format_metrics_table({name: metrics}, split="Validation"))
+    print(f"Checkpoint  {trained.checkpoint}")
+    print(f"Settings    {trained.folder / 'settings.yaml'}")

@@ -1,0 +1,151 @@
+"""What watches a training: its seeds, its losses, its curves, and how checkpoints are written."""
+
+import errno
+import io
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning.callbacks import Callback, Checkpoint
+from torch import Tensor
+
+from lens_pipeline.errors import InputError
+
+NAMED = 5  # cutouts in a message
+
+log = logging.getLogger(__name__)
+
+
+class StepSeeds(Callback):
+    """Dropout and augmentation of a step follow from (seed, step, rank) alone.
+
+    So a training that goes on after a kill draws what an undisturbed one would.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.fit_loop.total_batch_idx
+        torch.manual_seed((self.seed << 32) + (step << 10) + trainer.global_rank)
+
+
+class FiniteLoss(Callback):
+    """Ends a training whose loss or weights are no numbers, before a checkpoint can hold them.
+
+    The loss of a step is read when the next one ends: a GPU need not wait for it.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: tuple[Tensor, Any, int] | None = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, n: int
+    ) -> None:
+        self._look(trainer)
+        self.waiting = outputs["loss"].detach(), batch.get("index"), n
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._look(trainer)
+        finite = torch.stack([p.detach().isfinite().all() for p in pl_module.parameters()])
+        if not finite.all():
+            raise InputError(
+                f"epoch {trainer.current_epoch}: the weights are no numbers any more; the last "
+                "good checkpoint is kept; lower training.learning_rate, or set "
+                "training.gradient_clip"
+            )
+
+    def _look(self, trainer: pl.Trainer) -> None:
+        if self.waiting is None:
+            return
+        (loss, index, number), self.waiting = self.waiting, None
+        if not bool(loss.isfinite()):
+            raise InputError(
+                f"epoch {trainer.current_epoch}, batch {number}: the loss is {float(loss)}; the "
+                f"last good checkpoint is kept; look at {_cutouts(trainer, index)}, or lower "
+                "training.learning_rate"
+            )
+
+
+def _cutouts(trainer: pl.Trainer, index: Tensor | None) -> str:
+    if index is None:
+        return "its cutouts"
+    ids = trainer.datamodule.split("train").ids[index.cpu().numpy()]  # type: ignore[attr-defined]
+    more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
+    return f"the cutouts {', '.join(map(str, ids[:NAMED]))}{more}"
+
+
+class Curves(Checkpoint):
+    """`rows`: the metrics of each epoch, kept with every checkpoint; a line of them in the log.
+
+    It is a checkpoint callback because those alone are called when the system has told its metrics.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        now = trainer.callback_metrics
+        row = {
+            name: float(now[name]) for name in sorted(now) if name.startswith(("train/", "val/"))
+        }
+        self.rows.append({"epoch": trainer.current_epoch, **row})
+        log.info(
+            "  epoch %d/%d: loss %.3f%s",
+            trainer.current_epoch + 1,
+            trainer.max_epochs,
+            row["train/loss"],
+            ", validation loss {val/loss:.3f}, AUROC {val/auroc:.3f}".format(**row)
+            if "val/auroc" in row
+            else "",
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = state_dict["rows"]
+
+
+class RenamedCheckpoints(TorchCheckpointIO):
+    """Checkpoints written aside and renamed: a reader sees the old one or the new one."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        save_aside(checkpoint, Path(path))
+
+
+def save_aside(checkpoint: dict[str, Any], path: Path) -> None:
+    """Raises InputError where the disk is full; what was there stays."""
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        size = content.getbuffer().nbytes / 1e6
+        raise InputError(
+            f"{path}: no room for a checkpoint of {size:.0f} MB; the last one that was written is "
+            "kept; make room, and the same command goes on from it"
+        ) from None
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,43 @@
+"""The cutouts that a configuration names."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lens_pipeline.errors import InputError
+from lens_pipeline.shards.datamodule import (
+    CutoutModule,
+    LensDataModule,
+    LensWebDatasetDataModule,
+)
+from lens_pipeline.training.config import TrainConfig
+
+
+def data_module(
+    config: TrainConfig, cache: Path, storage_options: Mapping[str, Any] | None = None
+) -> CutoutModule:
+    """cache: where remote shards are kept, unless `data.cache_dir` says otherwise.
+
+    Raises InputError where the cutouts are not whole, or `data` contradicts itself.
+    """
+    chosen = config.data
+    urls = {name: getattr(chosen, name) for name in ("train_urls", "val_urls", "test_urls")}
+    given = [name for name, url in urls.items() if url is not None]
+    shared: dict[str, Any] = {
+        "batch_size": config.training.batch_size,
+        "num_workers": chosen.num_workers,
+        "image_size": chosen.image_size,
+        "seed": config.training.seed,
+        "cache_dir": chosen.cache_dir or cache,
+        "storage_options": storage_options,
+    }
+    if not chosen.use_webdataset:
+        if given:
+            raise InputError(f"data.{given[0]}: is for WebDataset tars; set data.use_webdataset")
+        return LensDataModule(chosen.data_root, **shared)
+    if chosen.data_root is not None:
+        raise InputError("data.data_root: goes without data.use_webdataset, which takes URLs")
+    for name in ("train_urls", "val_urls"):
+        if urls[name] is None:
+            raise InputError(f"data.{name}: is needed with data.use_webdataset")
+    return LensWebDatasetDataModule(**urls, **shared)

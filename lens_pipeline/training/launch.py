@@ -1,0 +1,52 @@
+"""Training in several processes of this machine, one a device, by torchrun's own launcher."""
+
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+QUIET = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")
+
+
+FAILURE = ".failure"  # in the folder of a training: why one of its processes ended
+
+
+def train_command(config: Path, out: Path, home: Path) -> list[str]:
+    """What trains by a configuration file, in a process of its own or several."""
+    return [
+        *(sys.executable, "-m", "lens_pipeline.cli", "train", "--config", str(config)),
+        *("--checkpoint-dir", str(out), "--home", str(home)),
+    ]
+
+
+def is_first() -> bool:
+    """Whether this is the process that reports: of many, one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def launch(entry: Callable[..., None], arguments: tuple[Any, ...], devices: int) -> None:
+    """Run a function once for each device; when one process fails, all are ended.
+
+    Raises ChildFailedError (of torch) where one has failed.
+    """
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in QUIET:  # it tells of a failure with a page of its own
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Together the processes use the cores that there are.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=devices,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.5,
+        start_method="spawn",
+    )
+    elastic_launch(config, entry)(*arguments)

@@ -1,0 +1,34 @@
+"""Where the metrics of a training go, by name."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+from lens_pipeline.errors import InputError
+from lens_pipeline.training.config import TrainConfig
+
+FOLDER = "logs"
+PROJECT = "lens-pipeline"
+
+
+def file_loggers(config: TrainConfig, out: Path) -> list[Logger]:
+    """The loggers that write into `out/logs`: CSV always, TensorBoard and Weights & Biases by
+    choice (`WANDB_MODE=offline` needs no account).
+
+    Raises InputError where a package is missing.
+    """
+    folder = out / FOLDER
+    loggers: list[Logger] = [CSVLogger(folder, name="csv")]
+    for name, make in (
+        ("tensorboard", lambda: TensorBoardLogger(folder, name="tensorboard")),
+        ("wandb", lambda: WandbLogger(project=PROJECT, save_dir=folder)),
+    ):
+        if name in config.training.loggers:
+            if find_spec(name) is None:
+                raise InputError(
+                    f"training.loggers: {name} needs its package; install lens-pipeline[{name}]"
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            loggers.append(make())
+    return loggers

@@ -1,0 +1,76 @@
+"""`lens-pipeline prune`: which versions stay, and that it removes nothing where it cannot know."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lens_pipeline.cli import main
+from lens_pipeline.shards import publish_shards, read_manifest
+
+LONG_AGO = 1_500_000_000
+
+
+@pytest.fixture
+def cloud(own_home: Path, own_shards: Path) -> dict[str, str]:
+    """{what: version} at the cloud of `own_home`, all published long ago: that of its model, one
+    that nobody needs, the newest."""
+    cloud = own_home / "cloud"
+    (of_model,) = (path.name for path in cloud.iterdir() if path.is_dir())
+    versions = {"of the model": of_model}
+    for number, name in enumerate(("old", "newest")):
+        manifest = replace(read_manifest(own_shards), dataset=name)
+        (own_shards / "manifest.json").write_text(manifest.text)
+        versions[name] = publish_shards(own_shards, str(cloud)).dataset_version
+        for path in (cloud / versions[name]).iterdir():
+            os.utime(path, (LONG_AGO + number, LONG_AGO + number))
+    for path in (cloud / of_model).iterdir():
+        os.utime(path, (LONG_AGO - 1, LONG_AGO - 1))
+    return versions
+
+
+def left(home: Path) -> set[str]:
+    return {path.name for path in (home / "cloud").iterdir() if path.is_dir()}
+
+
+def test_prune_keeps_what_a_registered_model_refers_to(
+    own_home: Path, cloud: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["prune", "--home", str(own_home), "--keep", "1"]
+    assert main([*command, "--dry-run"]) == 0
+    assert left(own_home) == set(cloud.values())
+    would = capsys.readouterr().out
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert would.replace("would go", "removed").split() == printed.split()
+    lines = {line.split()[0]: " ".join(line.split()[3:]) for line in printed.splitlines()[:3]}
+    assert lines == {
+        cloud["newest"]: "kept latest.json names it; of the newest 1",
+        cloud["old"]: "removed is older",
+        cloud["of the model"]: "kept lens_ensemble version 1 refers to it",
+    }
+    assert "1 of 3 versions removed" in printed.splitlines()[3]
+    assert left(own_home) == {cloud["newest"], cloud["of the model"]}
+
+
+def test_prune_removes_nothing_where_the_registry_cannot_be_asked(
+    own_home: Path,
+    cloud: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    where = ["--cloud-url", str(own_home / "cloud"), "--keep", "1"]
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:pa55word@127.0.0.1:9")
+    assert main(["prune", "--home", str(own_home), *where]) == 2
+    unreachable = capsys.readouterr().err.splitlines()[-1]
+    assert unreachable.startswith("error: nothing is removed: MLFLOW_TRACKING_URI: the registry at")
+    assert "pa55word" not in unreachable
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert main(["prune", "--home", str(tmp_path / "another"), *where]) == 2
+    assert "this home has no model registry" in capsys.readouterr().err
+    assert main(["prune", "--home", str(own_home), "--keep", "0"]) == 2
+    assert "keep 0: at least 1 is needed" in capsys.readouterr().err
+    assert left(own_home) == set(cloud.values())

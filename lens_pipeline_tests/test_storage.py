@@ -1,0 +1,69 @@
+"""What LENS_STORAGE_OPTIONS says reaches the store."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from lens_pipeline.storage import READ_LIMIT, locate
+from lens_pipeline_tests.object_stores import sign_in
+
+
+@pytest.fixture
+def requests_seen() -> Iterator[tuple[str, list[Any]]]:
+    """(the address of a server that has nothing, the requests that have come to it)"""
+    seen: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self)
+            self.send_error(404)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", seen
+    server.shutdown()
+
+
+def ask(url: str, options: dict[str, Any]) -> Any:
+    filesystem, path = locate(url, options)
+    with suppress(FileNotFoundError):
+        filesystem.cat_file(path)
+    return filesystem
+
+
+def test_endpoint_region_and_who_pays_on_s3(
+    requests_seen: tuple[str, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, seen = requests_seen
+    sign_in(monkeypatch, {"AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "secret"})
+    options = {
+        "endpoint_url": url,
+        "client_kwargs": {"region_name": "eu-west-3"},
+        "requester_pays": True,
+        "config_kwargs": {"s3": {"addressing_style": "path"}},
+    }
+    filesystem = ask("s3://bucket/lenses/manifest.json", options)
+    assert seen
+    assert seen[0].path.startswith("/bucket/lenses/manifest.json")
+    assert seen[0].headers["x-amz-request-payer"] == "requester"
+    assert "/eu-west-3/s3/" in seen[0].headers["Authorization"]
+    # A setting of the client leaves the others as they are.
+    assert filesystem.config_kwargs["read_timeout"] == READ_LIMIT
+
+
+def test_endpoint_and_who_pays_on_gcs(requests_seen: tuple[str, list[Any]]) -> None:
+    url, seen = requests_seen
+    options = {"endpoint_url": url, "token": "anon", "requester_pays": "my-project"}
+    ask("gs://bucket/lenses/manifest.json", options)
+    assert seen
+    assert "/b/bucket/o/lenses" in seen[0].path
+    assert "userProject=my-project" in seen[0].path

@@ -1,0 +1,43 @@
+"""A training in a process of its own, killed at a step."""
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import Callback
+
+from lens_pipeline import LensDataModule
+from lens_pipeline.training.config import TrainConfig
+from lens_pipeline.training.train import train
+
+
+class KillAt(Callback):
+    """kill -9 when a batch of all has been trained on, before a checkpoint is written."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: object, batch: object, n: int
+    ) -> None:
+        if trainer.fit_loop.total_batch_idx == self.batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(config: TrainConfig, shards: Path, out: Path, kill_at: int | None) -> None:
+    data = LensDataModule(shards, num_workers=config.data.num_workers)
+    train(config, data, out, callbacks=[KillAt(kill_at)] if kill_at is not None else [])
+
+
+def in_a_process(config: TrainConfig, shards: Path, out: Path, kill_at: int | None = None) -> int:
+    """The exit code."""
+    # Forked from a server that has imported torch and never used it: its threads are unborn.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=run, args=(config, shards, out, kill_at))
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode

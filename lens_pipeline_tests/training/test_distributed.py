@@ -1,0 +1,113 @@
+"""Several processes train what one would."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lens_pipeline.cli import main
+from lens_pipeline.evaluation.metrics import lens_metrics
+from lens_pipeline.shards.manifest import read_manifest
+from lens_pipeline.training import TrainedMember
+
+
+def _trained(shards: Path, out: Path, devices: int, arch: str, **flags: Any) -> TrainedMember:
+    flags = {"epochs": 1, "batch_size": 16 // devices, "dropout_rate": 0.0, "seed": 0} | flags
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    status = main(
+        [
+            *("train", "--data-root", str(shards), "--checkpoint-dir", str(out)),
+            *("--arch", arch, "--devices", str(devices), "--accelerator", "cpu", "--no-augment"),
+            *arguments,
+        ]
+    )
+    assert status == 0
+    return TrainedMember(out)
+
+
+def _uneven(shards: Path) -> None:
+    n = sum(s.samples for s in read_manifest(shards).shards if s.split == "train")
+    assert n % 16 % 2 == 1  # the last batch does not divide evenly over two
+
+
+@pytest.mark.parametrize(
+    "arch", ["light_transformer", pytest.param("vit_b_16", marks=pytest.mark.slow)]
+)
+def test_two_processes_end_with_the_weights_of_one(
+    arch: str, uneven_shards: Path, tmp_path: Path
+) -> None:
+    """Over more than twenty steps, in batches that do not divide evenly."""
+    _uneven(uneven_shards)
+    how = {"epochs": 4, "learning_rate": 3e-4}
+    one = _trained(uneven_shards, tmp_path / "one", 1, arch, **how)
+    two = _trained(uneven_shards, tmp_path / "two", 2, arch, **how)
+    ours, theirs = (torch.load(m.folder / "last.ckpt", weights_only=True) for m in (one, two))
+    assert ours["global_step"] == theirs["global_step"] >= 20
+    for name, value in ours["state_dict"].items():
+        torch.testing.assert_close(value, theirs["state_dict"][name], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        one.curves["val/auroc"].to_numpy(), two.curves["val/auroc"].to_numpy(), atol=0.01
+    )
+    assert one.val_scores["id"].tolist() == two.val_scores["id"].tolist()
+
+
+def test_an_error_of_one_process_is_told_once(
+    uneven_shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "--data-root", str(uneven_shards), "--checkpoint-dir", str(tmp_path)]
+    arguments += ["--devices", "2", "--accelerator", "cpu", "--image-size", "512"]
+    assert main(arguments) == 2
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert "image_size 512" in told[0]
+
+
+@pytest.mark.slow
+def test_a_step_of_dagster_trains_in_two_processes(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They are torchrun's, and tell the step's log and the member's MLflow run."""
+    from dagster import DagsterInstance
+
+    from lens_pipeline.settings import Settings
+    from lens_pipeline.tracking import Tracking
+
+    home = tmp_path / "home"
+    chosen = ["--archs", "light_transformer", "--preset", "tiny", "--home", str(home)]
+    hardware = ["--set", "hardware.devices=2", "--set", "hardware.accelerator=cpu"]
+    assert main(["run", *chosen, *hardware]) == 0
+    (folder,) = (home / "checkpoints" / "light_transformer").glob("[!.]*")
+    trained = TrainedMember(folder)
+    assert trained.config.hardware.devices == 2
+    with DagsterInstance.from_config(str(home / "dagster")) as instance:
+        (run,) = instance.get_runs()
+        told = [entry.user_message for entry in instance.all_logs(run.run_id)]
+    assert any("epoch 1/1: loss" in line for line in told)
+    tracking = Tracking(Settings.load(home=str(home)))
+    (recorded,) = [
+        run
+        for run in tracking.client.search_runs([tracking.experiment_id])
+        if run.data.tags.get("lens.member") == "light_transformer"
+    ]
+    assert recorded.info.status == "FINISHED"
+    assert "val/auroc" in recorded.data.metrics
+
+
+@pytest.mark.slow
+def test_batch_statistics_of_two_processes_are_worth_those_of_one(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    """BatchNorm sees half a batch in each: AUROC differs by less than between seeds."""
+
+    def auroc(name: str, devices: int, seed: int) -> float:
+        scores = _trained(
+            uneven_shards, tmp_path / name, devices, "lastro", epochs=6, seed=seed
+        ).val_scores
+        probability = 1 / (1 + np.exp(-scores["logit"]))
+        return float(lens_metrics(scores["label"], probability, bootstrap=0)["auroc"]["value"])
+
+    alone = [auroc(f"one{seed}", 1, seed) for seed in range(3)]
+    together = auroc("two", 2, 0)
+    assert abs(together - alone[0]) <= max(alone) - min(alone)

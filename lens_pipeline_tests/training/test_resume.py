@@ -1,0 +1,88 @@
+"""A training that was killed goes on where it was, and ends as if nothing had happened."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lens_pipeline.errors import InputError
+from lens_pipeline.shards.datamodule import LensDataModule
+from lens_pipeline.training import TrainedMember, train
+from lens_pipeline.training.config import TrainConfig
+from lens_pipeline_tests.training.killed import in_a_process
+
+
+def _config(**training: Any) -> TrainConfig:
+    return TrainConfig.parse(
+        {
+            "model": {"arch": "lastro"},
+            "training": {"epochs": 3, "batch_size": 16, "save_every_n_steps": 3} | training,
+        },
+        "test",
+    )
+
+
+def _state(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return torch.load(folder / name, weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"shift": 2.0, "noise": 0.3},
+        {"ema": 0.9, "schedule": "plateau", "accumulate_grad_batches": 2, "augment": False},
+    ],
+    ids=["augmented", "averaged"],
+)
+def test_killed_three_times_the_weights_are_those_of_an_undisturbed_training(
+    how: dict[str, Any], shards_folder: Path, tmp_path: Path
+) -> None:
+    config = _config(**how)
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    assert in_a_process(config, shards_folder, undisturbed) == 0
+    per_epoch = len(LensDataModule(shards_folder, batch_size=16).train_dataloader())
+    random = np.random.default_rng(0)
+    # In the first epoch, at the end of one, and in the last.
+    for at in (int(random.integers(4, per_epoch)), 2 * per_epoch - 1, 2 * per_epoch + 4):
+        code = in_a_process(config, shards_folder, killed, at)
+        assert code == -signal.SIGKILL
+    assert in_a_process(config, shards_folder, killed) == 0
+    for name in ("best.ckpt", "last.ckpt"):
+        theirs, ours = _state(undisturbed, name), _state(killed, name)
+        assert theirs.keys() == ours.keys()
+        assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
+    pd.testing.assert_frame_equal(TrainedMember(undisturbed).curves, TrainedMember(killed).curves)
+    pd.testing.assert_frame_equal(
+        TrainedMember(undisturbed).val_scores, TrainedMember(killed).val_scores
+    )
+
+
+def test_other_settings_do_not_go_on(shards_folder: Path, tmp_path: Path) -> None:
+    assert in_a_process(_config(), shards_folder, tmp_path, 5) == -signal.SIGKILL
+    changed = _config(learning_rate=0.01, epochs=4)
+    with pytest.raises(InputError, match=r"training\.epochs \(3, now 4\), training\.learning_rate"):
+        train(changed, LensDataModule(shards_folder), tmp_path)
+    assert (tmp_path / "last.ckpt").is_file()
+
+
+def test_other_cutouts_do_not_go_on(own_shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert in_a_process(_config(), own_shards, out, 5) == -signal.SIGKILL
+    (out / "cutouts.sha256").write_text("others")
+    with pytest.raises(InputError, match=f"{out}: holds a training on other cutouts"):
+        train(_config(), LensDataModule(own_shards), out)
+
+
+def test_a_training_that_has_ended_is_not_begun_again(shards_folder: Path, tmp_path: Path) -> None:
+    config = _config(epochs=1)
+    data = LensDataModule(shards_folder)
+    train(config, data, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.ckpt")}
+    train(config, data, tmp_path)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.ckpt")}
+    with pytest.raises(InputError, match="other settings"):
+        train(_config(epochs=2), data, tmp_path)

@@ -1,0 +1,210 @@
+"""Training from a configuration: what it leaves, and what it says when it cannot go on."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import Callback
+
+from lens_pipeline import LensDataModule, LitEnsembleSystem
+from lens_pipeline.errors import InputError
+from lens_pipeline.models.system import load_system
+from lens_pipeline.training import TrainedMember, train
+from lens_pipeline.training.config import TrainConfig
+
+
+def _config(arch: str = "lastro", **training: Any) -> TrainConfig:
+    values = {"epochs": 2, "batch_size": 16} | training
+    return TrainConfig.parse({"model": {"arch": arch}, "training": values}, "test")
+
+
+def _train(
+    config: TrainConfig, shards: Path, out: Path, *callbacks: Callback, **how: Any
+) -> TrainedMember:
+    return train(config, LensDataModule(shards), out, callbacks=callbacks, **how)
+
+
+def test_a_ring_is_learnt_and_its_files_are_left(uneven_shards: Path, tmp_path: Path) -> None:
+    config = _config(epochs=8, save_top_k=2, monitor="val/auroc")
+    trained = _train(config, uneven_shards, tmp_path)
+    assert trained.config == config
+    curves = trained.curves
+    assert curves["epoch"].tolist() == list(range(8))
+    assert curves["val/auroc"].max() > 0.9
+    assert {"train/loss", "train/f1", "val/tpr0", "val/tpr10", "val/average_precision"} < set(
+        curves
+    )
+    scores = trained.val_scores
+    assert len(scores) == 40
+    # The best checkpoint is of the epoch with the highest figure, and its scores are its own.
+    checkpoint = torch.load(trained.checkpoint, weights_only=True)
+    assert checkpoint["epoch"] == curves["val/auroc"].idxmax()
+    assert "optimizer_states" not in checkpoint
+    split = LensDataModule(uneven_shards).split("val")
+    images = torch.from_numpy(split.gather(list(range(40))).astype(np.float32))
+    with torch.inference_mode():
+        logit = load_system(trained.checkpoint)(images)
+    np.testing.assert_allclose(scores["logit"], logit, rtol=1e-5, atol=1e-5)
+    assert [path.name for path in (tmp_path / "top").iterdir()] != []
+
+
+def test_the_same_settings_file_gives_the_same_weights(uneven_shards: Path, tmp_path: Path) -> None:
+    """`lens-pipeline train --config` on what a run has saved repeats it to the last bit."""
+    from lens_pipeline.cli import main
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    place = ["--data-root", str(uneven_shards)]
+    flags = ["--arch", "lastro", "--epochs", "2", "--batch-size", "16", "--shift", "1"]
+    assert main(["train", *place, *flags, "--checkpoint-dir", str(first)]) == 0
+    settings = str(first / "settings.yaml")
+    assert main(["train", "--config", settings, "--checkpoint-dir", str(second)]) == 0
+    one, two = (torch.load(f / "best.ckpt", weights_only=True) for f in (first, second))
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, two["state_dict"][name])
+
+
+class _Spoil(Callback):
+    """A cutout's pixels are no numbers, at one batch."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.ids = at, np.array([])
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, number: int
+    ) -> None:
+        if trainer.fit_loop.total_batch_idx == self.at:
+            batch["image"][0] = torch.nan
+            self.ids = trainer.datamodule.split("train").ids[batch["index"]]  # type: ignore[attr-defined]
+
+
+def test_a_loss_that_is_no_number_names_the_cutouts(uneven_shards: Path, tmp_path: Path) -> None:
+    config = _config(save_every_n_steps=1)
+    spoil = _Spoil(6)
+    with pytest.raises(InputError, match=r"epoch 1, batch 1: the loss is nan") as said:
+        _train(config, uneven_shards, tmp_path, spoil)
+    assert spoil.ids[0] in str(said.value)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 6  # the last good one
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+    # With good pixels it goes on from there.
+    assert len(_train(config, uneven_shards, tmp_path).curves) == 2
+
+
+def test_weights_that_are_no_numbers_are_not_kept(uneven_shards: Path, tmp_path: Path) -> None:
+    class Break(Callback):
+        def on_before_zero_grad(self, trainer: Trainer, module: LightningModule, _: Any) -> None:
+            if trainer.global_step == 3:
+                next(module.parameters()).data[0] = torch.inf
+
+    with pytest.raises(InputError, match=r"the (weights are no numbers|loss is nan)"):
+        _train(_config(save_every_n_steps=1), uneven_shards, tmp_path, Break())
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+
+
+class _SmallMemory(Callback):
+    """A GPU that has room for so many cutouts."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, number: int
+    ) -> None:
+        if len(batch["image"]) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_too_little_memory_is_told_with_the_way_out(uneven_shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"training\.batch_size 16: .*accumulate_grad_batches"):
+        _train(_config(), uneven_shards, tmp_path, _SmallMemory(5))
+
+
+def test_a_batch_size_that_fits_is_found(uneven_shards: Path, tmp_path: Path) -> None:
+    trained = _train(_config(find_batch_size=True), uneven_shards, tmp_path, _SmallMemory(5))
+    assert trained.config.training.batch_size == 4
+    assert len(trained.curves) == 2
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of a hundred megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(folder)], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(uneven_shards: Path, small_disk: Path) -> None:
+    out = small_disk / "out"
+    config = _config(save_every_n_steps=1, epochs=1)
+
+    class Fill(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 3:
+                with pytest.raises(OSError, match="No space"):
+                    (small_disk / "others").write_bytes(bytes(110_000_000))
+
+    with pytest.raises(InputError, match=rf"{out}/\S+: no room for a checkpoint"):
+        _train(config, uneven_shards, out, Fill())
+    kept = torch.load(out / "last.ckpt", weights_only=True)
+    assert kept["global_step"] in (2, 3)
+    (small_disk / "others").unlink()
+    assert len(_train(config, uneven_shards, out).curves) == 1
+
+
+def test_stops_early_when_nothing_is_gained(uneven_shards: Path, tmp_path: Path) -> None:
+    config = _config(epochs=50, patience=2, min_delta=1.0, monitor="val/auroc")
+    assert len(_train(config, uneven_shards, tmp_path).curves) == 3
+
+
+def test_every_logger_is_told(
+    uneven_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = _config(epochs=1, loggers=("csv", "tensorboard", "wandb"))
+    _train(config, uneven_shards, tmp_path)
+    logs = tmp_path / "logs"
+    table = pd.read_csv(next(logs.glob("csv/*/metrics.csv")))
+    assert table["val/auroc"].notna().any()
+    assert list(logs.glob("tensorboard/*/events*"))
+    assert list(logs.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_an_ensemble_learns_together_and_predicts(uneven_shards: Path, tmp_path: Path) -> None:
+    config = TrainConfig.parse(
+        {
+            "model": {"model_type": "ensemble", "architectures": ["lastro", "b=lastro@1"]},
+            "training": {"epochs": 8, "batch_size": 16},
+        },
+        "test",
+    )
+    trained = _train(config, uneven_shards, tmp_path, system_type=LitEnsembleSystem)
+    assert trained.curves["val/auroc"].max() > 0.9
+    system = LitEnsembleSystem.load_from_checkpoint(trained.checkpoint)
+    data = LensDataModule(uneven_shards)
+    table = system.predict(data.test_dataloader())
+    assert len(table) == 20
+    assert list(table)[-2:] == ["probability_lastro", "probability_b"]
+    assert table["probability"].between(0, 1).all()
+    assert (table["std"] > 0).all()
+
+
+def test_settings_are_plain_yaml(tmp_path: Path) -> None:
+    config = _config(learning_rate=3e-4)
+    assert TrainConfig.parse(yaml.safe_load(config.yaml), "test") == config
