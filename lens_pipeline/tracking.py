@@ -21,6 +21,7 @@ import filelock
 
 from lens_pipeline.errors import InputError, masked
 from lens_pipeline.settings import Settings
+from lens_pipeline.steps import folder_aside
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -286,6 +287,39 @@ class Tracking:
             reason = " ".join(str(problem).split())
             raise InputError(f"--model: {uri} cannot be loaded ({reason})") from None
         return model.unwrap_python_model().ensemble, uri
+
+    def member_checkpoint(self, uri: str, architecture: str) -> Path:
+        """A local copy of the checkpoint of a registered ensemble's member of this architecture.
+
+        Raises InputError where the registry has no such model, or the model no such member.
+        """
+        self.require_registry()
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        from lens_pipeline.models.pretrained import read_checkpoint
+
+        name, at, alias = uri.removeprefix("models:/").partition("@")
+        try:
+            if at:
+                version = self.client.get_model_version_by_alias(name, alias).version
+                uri = f"models:/{name}/{version}"  # an alias may move meanwhile
+            folder = self.settings.home / "cache" / uri.replace(":", "")
+            if not folder.exists():
+                with folder_aside(folder) as aside:
+                    mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(aside))
+        except MlflowException as problem:
+            reason = " ".join(str(problem).split())
+            raise InputError(f"model.pretrained: {uri} cannot be had ({reason})") from None
+        members = {
+            read_checkpoint(path)["hyper_parameters"]["arch"]: path
+            for path in sorted(folder.rglob("members/*.ckpt"))
+        }
+        if architecture not in members:
+            raise InputError(
+                f"model.pretrained: {uri} has no {architecture}; it has {', '.join(members)}"
+            )
+        return members[architecture]
 
     def require_registry(self) -> None:
         """Raises InputError, naming the home, where there is no registry yet."""

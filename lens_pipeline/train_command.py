@@ -39,12 +39,17 @@ def train_command(options: argparse.Namespace) -> int:
     settings = Settings.load(home=options.home)
     config = TrainConfig.read(options.config) if options.config else TrainConfig()
     config = config.with_changes(changes(options), "train")
-    config = config.with_changes({"data": _absolute_data(config)}, "train")
+    config = config.with_changes({"data": _places(config, settings)}, "train")
     out = options.checkpoint_dir or settings.home / "trainings" / _name(config)
     out = Path(absolute(str(out)))
     from lens_pipeline.training.train import check_devices
 
     check_devices(config)
+    if config.model.pretrained.startswith("models:/"):
+        from lens_pipeline.tracking import Tracking
+
+        weights = Tracking(settings).member_checkpoint(config.model.pretrained, config.model.arch)
+        config = config.with_changes({"model": {"pretrained": str(weights)}}, "train")
     if config.hardware.devices > 1:
         trained = _in_processes(config, settings, out, options.verbose)
     else:
@@ -73,14 +78,18 @@ def train_here(config: TrainConfig, settings: Settings, out: Path) -> "TrainedMe
 def _mlflow(config: TrainConfig, settings: Settings) -> "Logger":
     from pytorch_lightning.loggers import MLFlowLogger
 
-    from lens_pipeline.tracking import Tracking
+    from lens_pipeline.tracking import Tracking, flat
 
     tracking = Tracking(settings)
     assert tracking.client  # makes the registry's database where there is none
-    run_id = os.environ.get("MLFLOW_RUN_ID")  # of who started this process
-    if run_id is None and is_first():
+    run_id = os.environ.get("MLFLOW_RUN_ID")  # of who started this process, and records the rest
+    begun_here = run_id is None and is_first()
+    if begun_here:
         run_id = tracking.start_run(_name(config), digest(config.model_dump()), {})
-    return MLFlowLogger(run_id=run_id, tracking_uri=settings.mlflow_uri, log_model=False)
+    logger = MLFlowLogger(run_id=run_id, tracking_uri=settings.mlflow_uri, log_model=False)
+    if begun_here:
+        logger.log_hyperparams(flat(config.model_dump()))
+    return logger
 
 
 def _in_processes(
@@ -138,10 +147,16 @@ def _name(config: TrainConfig) -> str:
     return f"{safe}-{digest(config.model_dump())[:8]}"
 
 
-def _absolute_data(config: TrainConfig) -> dict[str, Any]:
-    places = ("data_root", "train_urls", "val_urls", "test_urls", "cache_dir")
-    named = {name: getattr(config.data, name) for name in places}
-    return {name: absolute(place) for name, place in named.items() if place is not None}
+def _places(config: TrainConfig, settings: Settings) -> dict[str, Any]:
+    """Where the data lie, for another working directory and another day."""
+    from lens_pipeline.shards.cutouts import newest_shards
+
+    names = ("data_root", "train_urls", "val_urls", "test_urls", "cache_dir")
+    places = {name: getattr(config.data, name) for name in names}
+    found = {name: absolute(place) for name, place in places.items() if place is not None}
+    if not config.data.use_webdataset and not found.keys() - {"cache_dir"}:
+        found["data_root"] = str(newest_shards(settings.home))
+    return found
 
 
 def _tell(trained: "TrainedMember", config: TrainConfig) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from lens_pipeline.cli import main
@@ -108,3 +109,24 @@ print(len(scores), *scores.columns)
     assert done.returncode == 0, done.stderr
     members = ["probability_light_transformer", "probability_lastro"]
     assert done.stdout.split() == ["4", "probability", "logit", "std", "entropy", *members]
+
+
+def test_a_registered_member_is_trained_further(
+    own_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its weights are where the training begins: with a rate of almost nothing they stay."""
+    begin = ["train", "--home", str(own_home), "--pretrained", "models:/lens_ensemble@challenger"]
+    flags = ["--epochs", "1", "--learning-rate", "1e-12", "--weight-decay", "0"]
+    out = tmp_path / "out"
+    assert main([*begin, *flags, "--arch", "lastro", "--checkpoint-dir", str(out)]) == 0
+    (before,) = (own_home / "checkpoints" / "lastro").glob("[!.]*/best.ckpt")
+    old, new = (
+        torch.load(path, weights_only=True)["state_dict"] for path in (before, out / "best.ckpt")
+    )
+    weights = [name for name in old if name.startswith("backbone.") and name.endswith("weight")]
+    assert weights
+    for name in weights:
+        torch.testing.assert_close(new[name], old[name], rtol=0, atol=1e-6)
+    capsys.readouterr()
+    assert main([*begin, "--arch", "resnet18"]) == 2
+    assert "has no resnet18; it has" in capsys.readouterr().err

@@ -93,6 +93,12 @@ def checkpoint_asset(member: Member, defaults: TrainConfig) -> dg.AssetsDefiniti
         settings = lens.settings
         upstream = made(context, CLOUD)
         trained_with = defaults.with_changes(config.model_dump(), key.to_user_string())
+        start = trained_with.model.pretrained
+        if start.startswith("models:/"):
+            weights = lens.tracking.member_checkpoint(start, member.architecture)
+            trained_with = trained_with.with_changes(
+                {"model": {"pretrained": str(weights)}}, key.to_user_string()
+            )
         recipe = Recipe(
             stage=f"checkpoints/{member.name}",
             modules=(TRAIN,),

@@ -33,7 +33,7 @@ class StepSeeds(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.fit_loop.total_batch_idx
-        torch.manual_seed((self.seed << 32) + (step << 10) + trainer.global_rank)
+        torch.manual_seed(((self.seed << 32) + (step << 10) + trainer.global_rank) % 2**64)
 
 
 class FiniteLoss(Callback):

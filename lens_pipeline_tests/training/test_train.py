@@ -186,6 +186,22 @@ def test_every_logger_is_told(
     assert list(logs.glob("wandb/offline-run-*/*.wandb"))
 
 
+def test_mlflow_is_told_of_a_training(uneven_shards: Path, tmp_path: Path) -> None:
+    from lens_pipeline.cli import main
+    from lens_pipeline.settings import Settings
+    from lens_pipeline.tracking import Tracking
+
+    home = str(tmp_path / "home")
+    flags = ["--arch", "lastro", "--epochs", "2", "--batch-size", "16", "--loggers", "csv,mlflow"]
+    assert main(["train", "--data-root", str(uneven_shards), "--home", home, *flags]) == 0
+    tracking = Tracking(Settings.load(home=home))
+    (run,) = tracking.client.search_runs([tracking.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.arch"] == "lastro"
+    history = tracking.client.get_metric_history(run.info.run_id, "val/auroc")
+    assert len(history) == 2
+
+
 def test_an_ensemble_learns_together_and_predicts(uneven_shards: Path, tmp_path: Path) -> None:
     config = TrainConfig.parse(
         {
