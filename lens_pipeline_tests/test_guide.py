@@ -155,6 +155,7 @@ def test_guide_loggers(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     trainer = Trainer(**SMALL | {"logger": loggers}, limit_train_batches=1)
     trainer.fit(LitLensSystem("lastro"), LensDataModule())
+    loggers[-1].experiment.finish()
     assert list(Path("logs").glob("csv/*/metrics.csv"))
     assert list(Path("logs").glob("tensorboard/*/events*"))
 

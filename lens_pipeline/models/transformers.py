@@ -55,7 +55,7 @@ class LightTransformer(nn.Module):
         )
         self.encoder = _encoder(self.n_features, heads=4, depth=4)
         self.norm = nn.LayerNorm(self.n_features)
-        self.attention = nn.Linear(self.n_features, 1)
+        self.attention = nn.Linear(self.n_features, 1, bias=False)  # softmax takes one away
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.tokenizer(x).flatten(2).transpose(1, 2)

@@ -1,5 +1,6 @@
 """Where the metrics of a training go, by name."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,3 +33,10 @@ def file_loggers(config: TrainConfig, out: Path) -> list[Logger]:
             folder.mkdir(parents=True, exist_ok=True)
             loggers.append(make())
     return loggers
+
+
+def end(loggers: Sequence[Logger]) -> None:
+    """Weights & Biases would go on with the same run in the next training of this process."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()

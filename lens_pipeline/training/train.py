@@ -37,7 +37,7 @@ from lens_pipeline.training.callbacks import (
     save_aside,
 )
 from lens_pipeline.training.config import TrainConfig
-from lens_pipeline.training.loggers import file_loggers
+from lens_pipeline.training.loggers import end, file_loggers
 from lens_pipeline.training.member import (
     BEST,
     CURVES,
@@ -260,6 +260,7 @@ def _fit(
         chosen.append(LearningRateMonitor("step"))
     if torch.cuda.is_available() and hardware.accelerator != "cpu":
         chosen.append(DeviceStatsMonitor())
+    into_files = file_loggers(config, out)
     with warnings.catch_warnings():
         # Few workers are meant: batches are gathered from mapped memory.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -274,7 +275,7 @@ def _fit(
             devices=hardware.devices,
             strategy="ddp" if hardware.devices > 1 else hardware.strategy,
             precision=resolved_precision(config),
-            logger=[*file_loggers(config, out), *loggers],
+            logger=[*into_files, *loggers],
             callbacks=[*chosen, best, *last],
             plugins=[RenamedCheckpoints()],
             gradient_clip_val=how.gradient_clip or None,
@@ -292,6 +293,8 @@ def _fit(
             trainer.fit(system, data, ckpt_path=going_on, weights_only=True)
         except SystemExit:
             raise KeyboardInterrupt from None
+        finally:
+            end(into_files)
     if trainer.is_global_zero and not how.fast_dev_run:
         curves = next(c for c in chosen if isinstance(c, Curves))
         pd.DataFrame(curves.rows).to_csv(out / CURVES, index=False)

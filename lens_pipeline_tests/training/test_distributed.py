@@ -46,7 +46,12 @@ def test_two_processes_end_with_the_weights_of_one(
     ours, theirs = (torch.load(m.folder / "last.ckpt", weights_only=True) for m in (one, two))
     assert ours["global_step"] == theirs["global_step"] >= 20
     for name, value in ours["state_dict"].items():
-        torch.testing.assert_close(value, theirs["state_dict"][name], rtol=0, atol=1e-5)
+        other = theirs["state_dict"][name]
+        if name.endswith("in_proj_bias"):
+            # No output depends on a key's bias: its gradient is what rounding leaves, and AdamW
+            # makes a step of any gradient.
+            value, other = (torch.cat([b.chunk(3)[0], b.chunk(3)[2]]) for b in (value, other))
+        torch.testing.assert_close(value, other, rtol=0, atol=1e-5)
     np.testing.assert_allclose(
         one.curves["val/auroc"].to_numpy(), two.curves["val/auroc"].to_numpy(), atol=0.01
     )
