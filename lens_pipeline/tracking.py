@@ -305,9 +305,11 @@ class Tracking:
                 version = self.client.get_model_version_by_alias(name, alias).version
                 uri = f"models:/{name}/{version}"  # an alias may move meanwhile
             folder = self.settings.home / "cache" / uri.replace(":", "")
-            if not folder.exists():
-                with folder_aside(folder) as aside:
-                    mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(aside))
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
+                if not folder.exists():
+                    with folder_aside(folder) as aside:
+                        mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(aside))
         except MlflowException as problem:
             reason = " ".join(str(problem).split())
             raise InputError(f"model.pretrained: {uri} cannot be had ({reason})") from None

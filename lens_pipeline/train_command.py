@@ -66,10 +66,13 @@ def train_here(config: TrainConfig, settings: Settings, out: Path) -> "TrainedMe
     from lens_pipeline.ensemble.lit_system import LitEnsembleSystem
     from lens_pipeline.models.system import LitLensSystem
     from lens_pipeline.training.data import data_module
+    from lens_pipeline.training.member import SCORES
     from lens_pipeline.training.train import train
 
     data = data_module(config, settings.home / "cache", settings.storage_options)
-    loggers = [_mlflow(config, settings)] if "mlflow" in config.training.loggers else []
+    to_do = not config.training.fast_dev_run and not (out / SCORES).exists()
+    told = "mlflow" in config.training.loggers and to_do
+    loggers = [_mlflow(config, settings)] if told else []
     together = config.model.model_type == "ensemble"
     system_type = LitEnsembleSystem if together else LitLensSystem
     return train(config, data, out, loggers=loggers, system_type=system_type)

@@ -233,7 +233,7 @@ def _train_in_processes(
         if (out / FAILURE).exists():
             raise InputError((out / FAILURE).read_text()) from None
         raise
-    settings_file.unlink()
+    settings_file.unlink(missing_ok=True)
 
 
 def _tags(upstream: Made, member: Member, dagster_run: str) -> dict[str, str]:

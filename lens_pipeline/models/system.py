@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchvision.ops import sigmoid_focal_loss
 
 from lens_pipeline.catalogue.images import SIGMA_UNITS
@@ -116,6 +117,16 @@ class LensClassifier(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self._tell("train")
+        # Before the epoch's checkpoint is written; Lightning would do it after, and a training that
+        # goes on from there would miss it.
+        schedulers = self.lr_schedulers() or []
+        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(self.trainer.callback_metrics["val/loss"])
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
 
     def on_validation_epoch_end(self) -> None:
         self._tell("val")

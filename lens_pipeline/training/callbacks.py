@@ -10,7 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
-from pytorch_lightning.callbacks import Callback, Checkpoint
+from pytorch_lightning.callbacks import Callback, Checkpoint, ModelCheckpoint
 from torch import Tensor
 
 from lens_pipeline.errors import InputError
@@ -116,6 +116,16 @@ class Curves(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = state_dict["rows"]
+
+
+class WithinEpoch(ModelCheckpoint):
+    """Not at an epoch's last batch, whose validation would never be made up for; nor between the
+    batches of one step, whose gradients no checkpoint holds."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *about: Any) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        if not loop.batch_progress.is_last_batch and not loop._should_accumulate():
+            super().on_train_batch_end(trainer, *about)
 
 
 class RenamedCheckpoints(TorchCheckpointIO):

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from lens_pipeline.errors import InputError
 
@@ -223,7 +230,17 @@ class TrainConfig(_Section):
                 ]
                 near = difflib.get_close_matches(path, valid, n=1, cutoff=0.0)
                 hint = f"; did you mean {near[0]}?"
-            raise InputError(f"{source}: {path}: {first['msg']}{hint}") from None
+            said = first["msg"].removeprefix("Value error, ")
+            where = f"{source}: {path}" if path else source
+            raise InputError(f"{where}: {said}{hint}") from None
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.training.find_batch_size and self.hardware.devices > 1:
+            raise ValueError("training.find_batch_size: goes with one device alone")
+        if self.model.model_type == "ensemble" and self.model.pretrained.startswith("models:/"):
+            raise ValueError("model.pretrained: a registered member is the start of one network")
+        return self
 
     @classmethod
     def read(cls, path: Path) -> Self:

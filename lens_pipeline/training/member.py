@@ -12,6 +12,7 @@ LAST = "last.ckpt"
 CURVES = "curves.csv"
 SETTINGS = "settings.yaml"
 SCORES = "val_scores.parquet"  # written last
+FITTED = ".fitted"  # names the best checkpoint, from the end of the fit to that of all
 TOP = "top"  # other checkpoints of good epochs
 DATA = "cutouts.sha256"  # of ids and labels: a training goes on with the same
 

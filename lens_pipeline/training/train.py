@@ -34,14 +34,17 @@ from lens_pipeline.training.callbacks import (
     FiniteLoss,
     RenamedCheckpoints,
     StepSeeds,
+    WithinEpoch,
     save_aside,
 )
 from lens_pipeline.training.config import TrainConfig
+from lens_pipeline.training.launch import is_first
 from lens_pipeline.training.loggers import end, file_loggers
 from lens_pipeline.training.member import (
     BEST,
     CURVES,
     DATA,
+    FITTED,
     LAST,
     SCORES,
     SETTINGS,
@@ -83,16 +86,16 @@ def train(
     are too small.
     """
     check_devices(config)
-    going_on = _begin(config, data, out)
+    config, going_on = _begin(config, data, out)
     if (out / SCORES).exists():
         return TrainedMember(out)
-    while True:
+    while not (out / FITTED).exists():
         try:
-            trainer, chosen = _fit(config, data, out, going_on, loggers, callbacks, system_type)
+            _fit(config, data, out, going_on, loggers, callbacks, system_type)
             break
         except torch.OutOfMemoryError:
             half = config.training.batch_size // 2
-            if not config.training.find_batch_size or half < 2:
+            if not config.training.find_batch_size or half < 2 or going_on:
                 raise InputError(
                     f"training.batch_size {config.training.batch_size}: the GPU has too little "
                     "memory for it; halve it and double training.accumulate_grad_batches, or set "
@@ -100,13 +103,13 @@ def train(
                 ) from None
             log.warning("training.batch_size: too little memory; trying %d", half)
         config = config.with_changes({"training": {"batch_size": half}}, "training")
-        shutil.rmtree(out)
+        (out / LAST).unlink(missing_ok=True)
+        shutil.rmtree(out / TOP, ignore_errors=True)
         torch.cuda.empty_cache()
-        going_on = _begin(config, data, out)
-    trained = TrainedMember(out)
-    if trainer.is_global_zero and not config.training.fast_dev_run:
-        _finish(data, out, chosen, system_type)
-    return trained
+        config, going_on = _begin(config, data, out)
+    if is_first() and not config.training.fast_dev_run:
+        _finish(data, out, system_type)
+    return TrainedMember(out)
 
 
 def resolved_precision(config: TrainConfig) -> Any:
@@ -171,14 +174,17 @@ def build_system(
     return system_type(**chosen.model_dump(include=which), **shared)
 
 
-def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> Path | None:
-    """The checkpoint to go on from, if there is one. Raises InputError where the folder holds
-    another training."""
+def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> tuple[TrainConfig, Path | None]:
+    """(the configuration with the batch size that was found, the checkpoint to go on from, if there
+    is one). Raises InputError where the folder holds another training."""
     out.mkdir(parents=True, exist_ok=True)
     cutouts = digest([[list(s.ids), s.labels.tolist()] for s in map(data.split, ("train", "val"))])
     last = out / LAST
     if last.exists():
         before = TrainConfig.read(out / SETTINGS).model_dump()
+        if config.training.find_batch_size:
+            found = {"batch_size": before["training"]["batch_size"]}
+            config = config.with_changes({"training": found}, "training")
         changed = [
             f"{section}.{name} ({before[section].get(name)!r}, now {value!r})"
             for section, fields in config.model_dump().items()
@@ -199,14 +205,17 @@ def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> Path | None:
             log.info("  goes on from %s", last)
     write_aside(out / DATA, cutouts)
     write_aside(out / SETTINGS, config.yaml)
-    return last if last.exists() else None
+    return config, last if last.exists() else None
 
 
 def _monitor(config: TrainConfig, data: CutoutModule) -> str:
     """What chooses the best epoch: another where the validation set cannot resolve it."""
     wanted = config.training.monitor
-    fpr = FPRS.get(wanted.removeprefix("val/"))
+    fpr = {"tpr10": 0.1, **FPRS}.get(wanted.removeprefix("val/"))
     n_nonlens, _ = data.class_counts("val")
+    if config.training.limit_val_batches is not None:
+        seen = config.training.limit_val_batches * config.training.batch_size
+        n_nonlens = min(n_nonlens, seen // 2)
     if fpr and n_nonlens * fpr < 1:
         log.info(
             "  %d non-lenses of the validation set cannot resolve %s; val/auroc chooses the epoch",
@@ -225,7 +234,7 @@ def _fit(
     loggers: Sequence[Logger],
     callbacks: Sequence[Callback],
     system_type: type[LensClassifier],
-) -> tuple[pl.Trainer, ModelCheckpoint]:
+) -> None:
     how, hardware = config.training, config.hardware
     data.batch_size = how.batch_size
     pl.seed_everything(how.seed, workers=True, verbose=False)
@@ -248,8 +257,8 @@ def _fit(
     )
     by_epoch: dict[str, Any] = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
     last = [
-        ModelCheckpoint(dirpath=out, filename=Path(LAST).stem, enable_version_counter=False, **when)
-        for when in (often, by_epoch)
+        kind(dirpath=out, filename=Path(LAST).stem, enable_version_counter=False, **when)
+        for kind, when in ((WithinEpoch, often), (ModelCheckpoint, by_epoch))
     ]
     chosen: list[Callback] = [StepSeeds(how.seed), FiniteLoss(), *callbacks, Curves()]
     if how.ema:
@@ -298,30 +307,36 @@ def _fit(
     if trainer.is_global_zero and not how.fast_dev_run:
         curves = next(c for c in chosen if isinstance(c, Curves))
         pd.DataFrame(curves.rows).to_csv(out / CURVES, index=False)
-    return trainer, best
+        write_aside(out / FITTED, Path(best.best_model_path).name)
 
 
-def _finish(
-    data: CutoutModule, out: Path, best: ModelCheckpoint, system_type: type[LensClassifier]
-) -> None:
-    """The best checkpoint, weights alone, and its scores of the validation set."""
+def _finish(data: CutoutModule, out: Path, system_type: type[LensClassifier]) -> None:
+    """The best checkpoint, weights alone, and its scores of the validation set. Stopped anywhere,
+    it can be done again."""
+    best = out / TOP / (out / FITTED).read_text()
+    for path in out.rglob(".*.ckpt.*"):  # of a process that was killed while it wrote
+        path.unlink()
     for path in (out / TOP).glob("*.ckpt"):
-        checkpoint = torch.load(path, weights_only=True)
-        save_aside({name: checkpoint[name] for name in WEIGHTS}, path)
-    Path(best.best_model_path).replace(out / BEST)
-    if not any((out / TOP).iterdir()):
-        (out / TOP).rmdir()
-    # Where this was trained is no part of what was: the same training leaves the same bytes.
-    checkpoint = torch.load(out / LAST, weights_only=True)
-    save_aside(checkpoint | {"callbacks": {}}, out / LAST)
-    split = data.split("val")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        weights = {name: checkpoint[name] for name in WEIGHTS}
+        save_aside(weights, path)
+        if path == best:
+            save_aside(weights, out / BEST)
     system = system_type.load_from_checkpoint(out / BEST, compile_model=False)
+    split = data.split("val")
     scores = pd.DataFrame(
         {"id": split.ids, "label": split.labels, "logit": split_logits(system, split)}
     )
+    # Where this was trained is no part of what was: the same training leaves the same bytes.
+    checkpoint = torch.load(out / LAST, map_location="cpu", weights_only=True)
+    save_aside(checkpoint | {"callbacks": {}}, out / LAST)
+    best.unlink(missing_ok=True)
+    if (out / TOP).exists() and not any((out / TOP).iterdir()):
+        (out / TOP).rmdir()
     aside = out / f".{SCORES}"
     scores.to_parquet(aside, index=False)
     aside.replace(out / SCORES)
+    (out / FITTED).unlink()
 
 
 @torch.inference_mode()

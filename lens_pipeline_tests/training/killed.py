@@ -14,29 +14,47 @@ from lens_pipeline.training.train import train
 
 
 class KillAt(Callback):
-    """kill -9 when a batch of all has been trained on, before a checkpoint is written."""
+    """kill -9 when a batch of all has been trained on, before a checkpoint is written; or in the
+    validation after it; or when all is fitted."""
 
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
+    def __init__(self, batch: int, when: str = "batch") -> None:
+        self.batch, self.when = batch, when
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: object, batch: object, n: int
     ) -> None:
-        if trainer.fit_loop.total_batch_idx == self.batch:
+        self._now("batch", trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: object) -> None:
+        self._now("validation", trainer)
+
+    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._now("end", trainer)
+
+    def _now(self, when: str, trainer: Trainer) -> None:
+        if when == self.when and trainer.fit_loop.total_batch_idx >= self.batch:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(config: TrainConfig, shards: Path, out: Path, kill_at: int | None) -> None:
+def run(
+    config: TrainConfig, shards: Path, out: Path, kill_at: int | None, when: str = "batch"
+) -> None:
     data = LensDataModule(shards, num_workers=config.data.num_workers)
-    train(config, data, out, callbacks=[KillAt(kill_at)] if kill_at is not None else [])
+    train(config, data, out, callbacks=[KillAt(kill_at, when)] if kill_at is not None else [])
 
 
-def in_a_process(config: TrainConfig, shards: Path, out: Path, kill_at: int | None = None) -> int:
+def in_a_process(
+    config: TrainConfig,
+    shards: Path,
+    out: Path,
+    kill_at: int | None = None,
+    when: str = "batch",
+) -> int:
     """The exit code."""
     # Forked from a server that has imported torch and never used it: its threads are unborn.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    process = context.Process(target=run, args=(config, shards, out, kill_at))
+    process = context.Process(target=run, args=(config, shards, out, kill_at, when))
     process.start()
     process.join()
     assert process.exitcode is not None

@@ -34,11 +34,14 @@ def _state(folder: Path, name: str) -> dict[str, torch.Tensor]:
     "how",
     [
         {"shift": 2.0, "noise": 0.3},
-        {"ema": 0.9, "schedule": "plateau", "accumulate_grad_batches": 2, "augment": False},
+        {
+            **{"ema": 0.9, "accumulate_grad_batches": 2, "augment": False},
+            **{"schedule": "plateau", "decay_epochs": 1, "learning_rate": 0.02},
+        },
     ],
     ids=["augmented", "averaged"],
 )
-def test_killed_three_times_the_weights_are_those_of_an_undisturbed_training(
+def test_killed_at_four_moments_the_weights_are_those_of_an_undisturbed_training(
     how: dict[str, Any], shards_folder: Path, tmp_path: Path
 ) -> None:
     config = _config(**how)
@@ -46,9 +49,15 @@ def test_killed_three_times_the_weights_are_those_of_an_undisturbed_training(
     assert in_a_process(config, shards_folder, undisturbed) == 0
     per_epoch = len(LensDataModule(shards_folder, batch_size=16).train_dataloader())
     random = np.random.default_rng(0)
-    # In the first epoch, at the end of one, and in the last.
-    for at in (int(random.integers(4, per_epoch)), 2 * per_epoch - 1, 2 * per_epoch + 4):
-        code = in_a_process(config, shards_folder, killed, at)
+    # In the first epoch, in the validation after it, in the last epoch, and after it.
+    first = int(random.integers(4, per_epoch))
+    for at, when in (
+        (first, "batch"),
+        (per_epoch - 1, "validation"),
+        (2 * per_epoch + 4, "batch"),
+        (3 * per_epoch - 1, "end"),
+    ):
+        code = in_a_process(config, shards_folder, killed, at, when)
         assert code == -signal.SIGKILL
     assert in_a_process(config, shards_folder, killed) == 0
     for name in ("best.ckpt", "last.ckpt"):
