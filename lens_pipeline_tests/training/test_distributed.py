@@ -32,9 +32,7 @@ def _uneven(shards: Path) -> None:
     assert n % 16 % 2 == 1  # the last batch does not divide evenly over two
 
 
-@pytest.mark.parametrize(
-    "arch", ["light_transformer", pytest.param("vit_b_16", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("arch", ["light_transformer", "trans_enc_s"])
 def test_two_processes_end_with_the_weights_of_one(
     arch: str, uneven_shards: Path, tmp_path: Path
 ) -> None:
