@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-GROUPS = 8  # of channels that are normalised together (Wu & He 2018)
-
 
 def _encoder(width: int, heads: int, depth: int) -> nn.Sequential:
     """Pre-norm encoder layers, each drawn by itself (`nn.TransformerEncoder` copies one)."""
@@ -32,8 +30,7 @@ class LightTransformer(nn.Module):
 
     Three convolutions, each halving the grid, make tokens that know their neighbourhood, as arcs
     need; four pre-norm encoder layers relate them; attention pooling weighs them. The convolutions'
-    zero padding carries the position, so any size works without position embeddings. There are no
-    batch statistics: an image's output never depends on its batch.
+    zero padding carries the position, so any size works without position embeddings.
 
     Input float32 (n, bands, height, width); output (n, 128).
     """
@@ -47,7 +44,7 @@ class LightTransformer(nn.Module):
             *(
                 nn.Sequential(
                     nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
-                    nn.GroupNorm(GROUPS, after),
+                    nn.BatchNorm2d(after),
                     nn.ReLU(inplace=True),
                 )
                 for before, after in pairwise(widths)
@@ -71,7 +68,8 @@ class TransEncS(nn.Module):
     pre-norm encoder layers of width 192. Positions are fixed 2-D sinusoids (Beyer et al. 2022),
     counted from the middle of the cutout, where the deflector is: a patch keeps its code when the
     cutout grows. Zeros round the cutout fill the last patches. Unlike the light transformer it has
-    no convolution: every layer sees the whole cutout.
+    no convolution and no batch statistics: every layer sees the whole cutout, and an image's
+    output never depends on its batch.
 
     Input float32 (n, bands, height, width); output (n, 192).
     """
