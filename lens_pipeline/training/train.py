@@ -22,6 +22,7 @@ from pytorch_lightning.callbacks import (
     ModelCheckpoint,
 )
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_only
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import FPRS
@@ -38,7 +39,6 @@ from lens_pipeline.training.callbacks import (
     save_aside,
 )
 from lens_pipeline.training.config import TrainConfig
-from lens_pipeline.training.launch import is_first
 from lens_pipeline.training.loggers import end, file_loggers
 from lens_pipeline.training.member import (
     BEST,
@@ -88,6 +88,7 @@ def train(
     check_devices(config)
     config, going_on = _begin(config, data, out)
     if (out / SCORES).exists():
+        (out / FITTED).unlink(missing_ok=True)  # of a process that was killed just there
         return TrainedMember(out)
     while not (out / FITTED).exists():
         try:
@@ -107,7 +108,7 @@ def train(
         shutil.rmtree(out / TOP, ignore_errors=True)
         torch.cuda.empty_cache()
         config, going_on = _begin(config, data, out)
-    if is_first() and not config.training.fast_dev_run:
+    if rank_zero_only.rank == 0 and not config.training.fast_dev_run:  # type: ignore[attr-defined]
         _finish(data, out, system_type)
     return TrainedMember(out)
 
