@@ -16,7 +16,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lens_pipeline.evaluation.metrics import FPRS, lens_metrics
 
-COUNTED = {
+COUNTED = {  # at a probability of one half
     "accuracy": BinaryAccuracy,
     "precision": BinaryPrecision,
     "recall": BinaryRecall,
@@ -57,18 +57,13 @@ class RankingMetrics(Metric):
         return dict(zip(RANKED, found.unbind(), strict=True))
 
 
-def counted_metrics() -> MetricCollection:
-    """Accuracy, precision, recall and F1 at a probability of one half."""
-    return MetricCollection({name: metric() for name, metric in COUNTED.items()})
-
-
 class StageMetrics(torch.nn.Module):
     """The metrics of a stage: the mean loss, those at one half and, in evaluation, the ranking."""
 
     def __init__(self, ranking: bool) -> None:
         super().__init__()
         self.loss = MeanMetric()
-        self.counted = counted_metrics()
+        self.counted = MetricCollection({name: metric() for name, metric in COUNTED.items()})
         self.ranking = RankingMetrics() if ranking else None
 
     def update(self, loss: Tensor, logit: Tensor, label: Tensor) -> None:

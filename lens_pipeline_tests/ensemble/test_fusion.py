@@ -75,3 +75,18 @@ def test_members_that_agree_are_certain_and_members_that_differ_are_not() -> Non
 
 def test_the_entry_point_of_the_library() -> None:
     assert ensemble.fuse is fuse
+
+
+def test_a_member_counts_by_the_inverse_of_its_variance() -> None:
+    """Two members that agree, but for what dropout does to them."""
+    draws = np.array([[[0.9, 1.1], [-1.0, 3.0]]])  # variances 0.01 and 4
+    logit = np.array([[1.0, 1.2]])
+    between = 0.01  # of 1.0 and 1.2
+    weights = np.array([1 / (0.01 + between), 1 / (4.0 + between)])
+    expected = (weights * logit[0]).sum() / weights.sum()
+    fused = fuse(logit, draws, strategy="uncertainty_weighted")
+    assert fused.logit[0] == pytest.approx(expected, rel=1e-12)
+    assert fuse(logit, draws).logit[0] == pytest.approx(1.1)
+    # Without dropout, members that agree count alike.
+    same = fuse(np.ones((1, 2)), np.ones((1, 2, 3)), strategy="uncertainty_weighted")
+    assert same.logit[0] == pytest.approx(1.0)

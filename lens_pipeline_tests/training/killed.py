@@ -1,5 +1,6 @@
 """A training in a process of its own, killed at a step."""
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -10,12 +11,14 @@ from pytorch_lightning.callbacks import Callback
 
 from lens_pipeline import LensDataModule
 from lens_pipeline.training.config import TrainConfig
-from lens_pipeline.training.train import train
+
+# The package has a function of that name.
+module = importlib.import_module("lens_pipeline.training.train")
 
 
 class KillAt(Callback):
     """kill -9 when a batch of all has been trained on, before a checkpoint is written; or in the
-    validation after it; or when all is fitted."""
+    validation after it; or when all is fitted, and nothing is finished."""
 
     def __init__(self, batch: int, when: str = "batch") -> None:
         self.batch, self.when = batch, when
@@ -40,7 +43,11 @@ def run(
     config: TrainConfig, shards: Path, out: Path, kill_at: int | None, when: str = "batch"
 ) -> None:
     data = LensDataModule(shards, num_workers=config.data.num_workers)
-    train(config, data, out, callbacks=[KillAt(kill_at, when)] if kill_at is not None else [])
+    if when == "finish":
+        module.split_logits = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    module.train(
+        config, data, out, callbacks=[KillAt(kill_at, when)] if kill_at is not None else []
+    )
 
 
 def in_a_process(

@@ -41,7 +41,7 @@ def _state(folder: Path, name: str) -> dict[str, torch.Tensor]:
     ],
     ids=["augmented", "averaged"],
 )
-def test_killed_at_four_moments_the_weights_are_those_of_an_undisturbed_training(
+def test_killed_at_five_moments_the_weights_are_those_of_an_undisturbed_training(
     how: dict[str, Any], shards_folder: Path, tmp_path: Path
 ) -> None:
     config = _config(**how)
@@ -49,13 +49,15 @@ def test_killed_at_four_moments_the_weights_are_those_of_an_undisturbed_training
     assert in_a_process(config, shards_folder, undisturbed) == 0
     per_epoch = len(LensDataModule(shards_folder, batch_size=16).train_dataloader())
     random = np.random.default_rng(0)
-    # In the first epoch, in the validation after it, in the last epoch, and after it.
+    # In the first epoch, in the validation after it, in the last epoch, after it, and while it is
+    # scored.
     first = int(random.integers(4, per_epoch))
     for at, when in (
         (first, "batch"),
         (per_epoch - 1, "validation"),
         (2 * per_epoch + 4, "batch"),
         (3 * per_epoch - 1, "end"),
+        (0, "finish"),
     ):
         code = in_a_process(config, shards_folder, killed, at, when)
         assert code == -signal.SIGKILL

@@ -12,6 +12,7 @@ import torch
 import yaml
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback
+from sklearn.metrics import roc_auc_score
 
 from lens_pipeline import LensDataModule, LitEnsembleSystem
 from lens_pipeline.errors import InputError
@@ -47,6 +48,8 @@ def test_a_ring_is_learnt_and_its_files_are_left(uneven_shards: Path, tmp_path: 
     checkpoint = torch.load(trained.checkpoint, weights_only=True)
     assert checkpoint["epoch"] == curves["val/auroc"].idxmax()
     assert "optimizer_states" not in checkpoint
+    auroc = roc_auc_score(scores["label"], scores["logit"])
+    assert curves["val/auroc"].max() == pytest.approx(auroc, abs=1e-6)
     split = LensDataModule(uneven_shards).split("val")
     images = torch.from_numpy(split.gather(list(range(40))).astype(np.float32))
     with torch.inference_mode():
@@ -164,6 +167,45 @@ def test_a_full_disk_keeps_the_last_checkpoint(uneven_shards: Path, small_disk: 
     assert kept["global_step"] in (2, 3)
     (small_disk / "others").unlink()
     assert len(_train(config, uneven_shards, out).curves) == 1
+
+
+def test_twenty_non_lenses_do_not_choose_by_one_false_positive_in_a_hundred(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    config = _config(epochs=4)
+    assert config.training.monitor == "val/tpr_at_fpr_1e-2"
+    trained = _train(config, uneven_shards, tmp_path)
+    assert trained.curves["val/tpr_at_fpr_1e-2"].isna().all()
+    epoch = torch.load(trained.checkpoint, weights_only=True)["epoch"]
+    assert trained.curves["val/auroc"][epoch] == trained.curves["val/auroc"].max()
+
+
+def test_the_rate_falls_at_a_plateau(uneven_shards: Path, tmp_path: Path) -> None:
+    """With a rate of almost nothing, and no batch statistics, the validation loss stays."""
+    how = {"schedule": "plateau", "decay_epochs": 1, "learning_rate": 2e-8, "warmup": 0.0}
+    _train(_config("trans_enc_s", epochs=6, **how), uneven_shards, tmp_path)
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["optimizer_states"][0]
+    assert state["param_groups"][0]["lr"] < 3e-9
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"training": {"epoch": 3}}, "training.epoch: .*did you mean training.epochs"),
+        ({"training": {"learning_rate": 2}}, "training.learning_rate: .*less than or equal to 1"),
+        (
+            {"training": {"find_batch_size": True}, "hardware": {"devices": 2}},
+            "file: training.find_batch_size: goes with one device alone",
+        ),
+        (
+            {"model": {"model_type": "ensemble", "pretrained": "models:/lens_ensemble@champion"}},
+            "file: model.pretrained: a registered member is the start of one network",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_are_named(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        TrainConfig.parse(values, "file")
 
 
 def test_stops_early_when_nothing_is_gained(uneven_shards: Path, tmp_path: Path) -> None:
