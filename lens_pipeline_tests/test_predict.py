@@ -123,6 +123,8 @@ def test_a_registered_member_is_trained_further(
     old, new = (
         torch.load(path, weights_only=True)["state_dict"] for path in (before, out / "best.ckpt")
     )
+    # Where it began is of no use to who loads it.
+    assert "pretrained" not in torch.load(out / "best.ckpt", weights_only=True)["hyper_parameters"]
     weights = [name for name in old if name.startswith("backbone.") and name.endswith("weight")]
     assert weights
     for name in weights:

@@ -32,13 +32,17 @@ def _uneven(shards: Path) -> None:
     assert n % 16 % 2 == 1  # the last batch does not divide evenly over two
 
 
-def test_two_processes_end_with_the_weights_of_one(uneven_shards: Path, tmp_path: Path) -> None:
+def test_two_processes_end_with_the_weights_of_one(
+    uneven_shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Over twenty steps, in batches that do not divide evenly, of a network without batch
     statistics."""
     _uneven(uneven_shards)
     how = {"epochs": 4, "learning_rate": 3e-4}
     one = _trained(uneven_shards, tmp_path / "one", 1, "trans_enc_s", **how)
+    capfd.readouterr()
     two = _trained(uneven_shards, tmp_path / "two", 2, "trans_enc_s", **how)
+    assert capfd.readouterr().err.count("epoch 4/4: loss") == 1
     ours, theirs = (torch.load(m.folder / "last.ckpt", weights_only=True) for m in (one, two))
     assert ours["global_step"] == theirs["global_step"] >= 20
     for name, value in ours["state_dict"].items():

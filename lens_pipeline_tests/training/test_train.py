@@ -170,14 +170,16 @@ def test_a_full_disk_keeps_the_last_checkpoint(uneven_shards: Path, small_disk: 
 
 
 def test_twenty_non_lenses_do_not_choose_by_one_false_positive_in_a_hundred(
-    uneven_shards: Path, tmp_path: Path
+    uneven_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = _config(epochs=4)
+    config = _config()
     assert config.training.monitor == "val/tpr_at_fpr_1e-2"
-    trained = _train(config, uneven_shards, tmp_path)
+    with caplog.at_level("INFO", logger="lens_pipeline"):
+        trained = _train(config, uneven_shards, tmp_path)
+    assert "20 non-lenses of the validation set cannot resolve" in caplog.text
     assert trained.curves["val/tpr_at_fpr_1e-2"].isna().all()
     epoch = torch.load(trained.checkpoint, weights_only=True)["epoch"]
-    assert trained.curves["val/auroc"][epoch] == trained.curves["val/auroc"].max()
+    assert epoch == trained.curves["val/auroc"].idxmax()
 
 
 def test_the_rate_falls_at_the_plateaus_of_the_validation_loss(
@@ -228,12 +230,13 @@ def test_every_logger_is_told(
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = _config(epochs=1, loggers=("csv", "tensorboard", "wandb"))
-    _train(config, uneven_shards, tmp_path)
-    logs = tmp_path / "logs"
-    table = pd.read_csv(next(logs.glob("csv/*/metrics.csv")))
-    assert table["val/auroc"].notna().any()
-    assert list(logs.glob("tensorboard/*/events*"))
-    assert list(logs.glob("wandb/offline-run-*/*.wandb"))
+    for name in ("one", "another of the same process"):
+        _train(config, uneven_shards, tmp_path / name)
+        logs = tmp_path / name / "logs"
+        table = pd.read_csv(next(logs.glob("csv/*/metrics.csv")))
+        assert table["val/auroc"].notna().any()
+        assert list(logs.glob("tensorboard/*/events*"))
+        assert len(list(logs.glob("wandb/offline-run-*/*.wandb"))) == 1
 
 
 def test_mlflow_is_told_of_a_training(uneven_shards: Path, tmp_path: Path) -> None:
