@@ -15,6 +15,7 @@ from lens_pipeline.settings import Settings, absolute
 from lens_pipeline.steps import folder_aside
 from lens_pipeline.terminal import INTERRUPTED, configure_logging, interruptible
 from lens_pipeline.train_command import add_train
+from lens_pipeline.tune_command import add_tune
 
 BAD_INPUT = 2
 FAILURE = 1
@@ -96,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", parents=[common], help="one network, or several together")
     add_train(train)
+
+    tune = commands.add_parser("tune", parents=[common], help="search the best training settings")
+    add_tune(tune)
 
     predict = commands.add_parser("predict", parents=[common], help="score a catalogue")
     predict.add_argument("--catalogue", required=True)

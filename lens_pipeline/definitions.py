@@ -9,6 +9,7 @@ from lens_pipeline.defs.ensemble import ensemble_asset, evaluation_asset
 from lens_pipeline.defs.registry import registered_ensemble
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.shards import cloud_shards, lens_shards, observed_shards
+from lens_pipeline.defs.tuning import tuning
 from lens_pipeline.errors import InputError
 from lens_pipeline.presets import chosen_members
 from lens_pipeline.settings import Settings
@@ -42,7 +43,7 @@ def make_definitions(settings: Settings) -> dg.Definitions:
             evaluation_asset(published),
             registered_ensemble,
         ],
-        jobs=[full_pipeline],
+        jobs=[full_pipeline, tuning],
         resources={"lens": LensHome()},
         # A step's process is forked from one that has loaded these definitions already.
         executor=dg.multiprocess_executor.configured(

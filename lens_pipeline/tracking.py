@@ -39,6 +39,7 @@ STEP_KEY = "lens.step_key"
 HOME = "lens.home"
 DATASET_VERSION = "lens.dataset_version"
 DAGSTER_RUN = "lens.dagster_run_id"
+PARENT = "mlflow.parentRunId"
 RECORDED = "lens.recorded"  # a run that holds all it should
 log = logging.getLogger(__name__)
 
@@ -146,6 +147,18 @@ class Tracking:
             self.experiment_id, tags={STEP_KEY: step_key, HOME: self._home, **tags}, run_name=name
         )
         return str(run.info.run_id)
+
+    def reopened_run(self, name: str, key: str) -> str:
+        """The run of something that goes on, or a new one; those with the tag PARENT are nested in
+        it."""
+        found = self.find_run(key)
+        if found is None:
+            return self.start_run(name, key, {})
+        run_id = str(found.info.run_id)
+        if RECORDED in found.data.tags:
+            self.client.delete_tag(run_id, RECORDED)
+        self.client.update_run(run_id, "RUNNING")
+        return run_id
 
     def finish_run(
         self,

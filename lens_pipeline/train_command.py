@@ -37,19 +37,10 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def train_command(options: argparse.Namespace) -> int:
     settings = Settings.load(home=options.home)
-    config = TrainConfig.read(options.config) if options.config else TrainConfig()
-    config = config.with_changes(changes(options), "train")
-    config = config.with_changes({"data": _places(config, settings)}, "train")
-    out = options.checkpoint_dir or settings.home / "trainings" / _name(config)
+    config = asked_config(options, settings)
+    out = options.checkpoint_dir or settings.home / "trainings" / name_of(config)
     out = Path(absolute(str(out)))
-    from lens_pipeline.training.train import check_devices
-
-    check_devices(config)
-    if config.model.pretrained.startswith("models:/"):
-        from lens_pipeline.tracking import Tracking
-
-        weights = Tracking(settings).member_checkpoint(config.model.pretrained, config.model.arch)
-        config = config.with_changes({"model": {"pretrained": str(weights)}}, "train")
+    config = with_local_weights(config, settings)
     if config.hardware.devices > 1:
         trained = _in_processes(config, settings, out, options.verbose)
     else:
@@ -61,10 +52,30 @@ def train_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def asked_config(options: argparse.Namespace, settings: Settings) -> TrainConfig:
+    """What the file and the flags say, with the places of the data for another working directory
+    and another day. Raises InputError for what this machine does not have, too."""
+    config = TrainConfig.read(options.config) if options.config else TrainConfig()
+    config = config.with_changes(changes(options), options.command)
+    config = config.with_changes({"data": _places(config, settings)}, options.command)
+    from lens_pipeline.training.train import check_devices
+
+    check_devices(config)
+    return config
+
+
+def with_local_weights(config: TrainConfig, settings: Settings) -> TrainConfig:
+    """With a file in the place of a registered model to start from."""
+    if not config.model.pretrained.startswith("models:/"):
+        return config
+    from lens_pipeline.tracking import Tracking
+
+    weights = Tracking(settings).member_checkpoint(config.model.pretrained, config.model.arch)
+    return config.with_changes({"model": {"pretrained": str(weights)}}, "train")
+
+
 def train_here(config: TrainConfig, settings: Settings, out: Path) -> "TrainedMember":
     """Train in this process, with the loggers that the configuration names."""
-    from lens_pipeline.ensemble.lit_system import LitEnsembleSystem
-    from lens_pipeline.models.system import LitLensSystem
     from lens_pipeline.training.data import data_module
     from lens_pipeline.training.member import SCORES
     from lens_pipeline.training.train import train
@@ -73,9 +84,7 @@ def train_here(config: TrainConfig, settings: Settings, out: Path) -> "TrainedMe
     to_do = not config.training.fast_dev_run and not (out / SCORES).exists()
     told = "mlflow" in config.training.loggers and to_do
     loggers = [_mlflow(config, settings)] if told else []
-    together = config.model.model_type == "ensemble"
-    system_type = LitEnsembleSystem if together else LitLensSystem
-    return train(config, data, out, loggers=loggers, system_type=system_type)
+    return train(config, data, out, loggers=loggers)
 
 
 def _mlflow(config: TrainConfig, settings: Settings) -> "Logger":
@@ -88,7 +97,7 @@ def _mlflow(config: TrainConfig, settings: Settings) -> "Logger":
     run_id = os.environ.get("MLFLOW_RUN_ID")  # of who started this process, and records the rest
     begun_here = run_id is None and is_first()
     if begun_here:
-        run_id = tracking.start_run(_name(config), digest(config.model_dump()), {})
+        run_id = tracking.start_run(name_of(config), digest(config.model_dump()), {})
     logger = MLFlowLogger(run_id=run_id, tracking_uri=settings.mlflow_uri, log_model=False)
     if begun_here:
         logger.log_hyperparams(flat(config.model_dump()))
@@ -120,7 +129,7 @@ def _one_of_many(config: TrainConfig, settings: Settings, out: Path, verbose: bo
     if not is_first():
         logging.getLogger("lens_pipeline").setLevel(logging.ERROR)
     try:
-        with _reporting():
+        with reporting():
             train_here(config, settings, out)
     except InputError as problem:
         write_aside(out / FAILURE, str(problem))
@@ -128,7 +137,7 @@ def _one_of_many(config: TrainConfig, settings: Settings, out: Path, verbose: bo
 
 
 @contextmanager
-def _reporting() -> Iterator[None]:
+def reporting() -> Iterator[None]:
     """Of the processes that a Dagster step has started, the first tells the step's log."""
     if "DAGSTER_PIPES_CONTEXT" not in os.environ or not is_first():
         yield
@@ -142,16 +151,16 @@ def _reporting() -> Iterator[None]:
         yield
 
 
-def _name(config: TrainConfig) -> str:
-    """Of a training: what is trained, and a hash of all settings, so that the same goes on."""
+def name_of(config: TrainConfig, **more: Any) -> str:
+    """Of a training, or a study: what is trained, and a hash of all settings (and of what there is
+    more), so that the same goes on."""
     model = config.model
     what = "_".join(model.architectures) if model.model_type == "ensemble" else model.arch
     safe = "".join(c if c.isalnum() or c in "_-" else "_" for c in what)
-    return f"{safe}-{digest(config.model_dump())[:8]}"
+    return f"{safe}-{digest(config.model_dump() | more)[:8]}"
 
 
 def _places(config: TrainConfig, settings: Settings) -> dict[str, Any]:
-    """Where the data lie, for another working directory and another day."""
     from lens_pipeline.shards.cutouts import newest_shards
 
     names = ("data_root", "train_urls", "val_urls", "test_urls", "cache_dir")

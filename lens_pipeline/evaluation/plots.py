@@ -166,6 +166,35 @@ def learning_curves_figure(curves: pd.DataFrame) -> Figure:
     return figure
 
 
+def tuning_figure(trials: pd.DataFrame, settings: Mapping[str, bool], monitor: str) -> Figure:
+    """How the best value grew over the trials, and each trial's value against each setting.
+
+    trials: `number`, `state` (complete, pruned, ...), `value`, and a column for each setting;
+    settings: whether each is drawn by its logarithm; monitor: what the value is.
+    """
+    rows = (len(settings) + 4) // 4
+    figure = Figure(figsize=(11.2, 2.9 * rows), layout="constrained")
+    history, *panels = figure.subplots(rows, 4, sharey=True).flat
+    ended = {state: trials[trials["state"] == state] for state in ("complete", "pruned")}
+    best = ended["complete"].set_index("number")["value"]
+    best = best.cummin() if monitor == "val/loss" else best.cummax()
+    history.step(best.index, best, where="post", color=COLOURS[1], label="best so far")
+    for axes, name in zip((history, *panels), ("number", *settings), strict=False):
+        for (state, some), marker in zip(ended.items(), ("o", "x"), strict=True):
+            x = some[name] if pd.api.types.is_numeric_dtype(trials[name]) else some[name].map(str)
+            axes.scatter(x, some["value"], 18, COLOURS[0], marker, label=state, alpha=0.8)
+        axes.set_xlabel("trial" if name == "number" else name.rpartition(".")[2].replace("_", " "))
+        if settings.get(name):
+            axes.set_xscale("log")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
+    for axes in panels[len(settings) :]:
+        axes.set_visible(False)
+    history.set_ylabel(monitor)
+    history.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def colour_composite(images: NDArray[np.floating], units: str) -> NDArray[np.float64]:
     """Pictures (n, height, width, 3) from 0 to 1 of cutouts (n, bands, height, width).
 

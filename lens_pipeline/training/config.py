@@ -32,6 +32,14 @@ Monitor = Literal[
     "val/tpr_at_fpr_1e-3",
     "val/tpr_at_fpr_1e-4",
 ]
+# What does not decide the weights: it may change between a training and its going on.
+UNDECIDING = {
+    ("data", "num_workers"),
+    ("data", "cache_dir"),
+    ("training", "loggers"),
+    ("training", "save_every_n_steps"),
+    ("training", "save_top_k"),
+}
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
 
@@ -256,6 +264,15 @@ class TrainConfig(_Section):
             else:
                 values[section] = fields
         return self.parse(values, source)
+
+    def differences(self, now: "TrainConfig") -> list[str]:
+        """`section.field (value, now another)` of what decides the weights and is not the same."""
+        return [
+            f"{section}.{name} ({getattr(getattr(self, section), name)!r}, now {value!r})"
+            for section, fields in now.model_dump().items()
+            for name, value in fields.items()
+            if (section, name) not in UNDECIDING and getattr(getattr(self, section), name) != value
+        ]
 
     @property
     def yaml(self) -> str:

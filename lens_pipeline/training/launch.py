@@ -16,9 +16,19 @@ FAILURE = ".failure"  # in the folder of a training: why one of its processes en
 
 def train_command(config: Path, out: Path, home: Path) -> list[str]:
     """What trains by a configuration file, in a process of its own or several."""
+    return _command("train", home, config=config, checkpoint_dir=out)
+
+
+def tune_command(config: Path, space: Path, out: Path, home: Path, **how: Any) -> list[str]:
+    """What tunes a configuration, in a process of its own; `how` as the command's flags."""
+    return _command("tune", home, config=config, space=space, out=out, **how)
+
+
+def _command(name: str, home: Path, **flags: Any) -> list[str]:
+    given = {"home": home} | flags
     return [
-        *(sys.executable, "-m", "lens_pipeline.cli", "train", "--config", str(config)),
-        *("--checkpoint-dir", str(out), "--home", str(home)),
+        *(sys.executable, "-m", "lens_pipeline.cli", name),
+        *(f"--{flag.replace('_', '-')}={value}" for flag, value in given.items()),
     ]
 
 

@@ -24,6 +24,7 @@ from pytorch_lightning.callbacks import (
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
+from lens_pipeline.ensemble.lit_system import LitEnsembleSystem
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import FPRS
 from lens_pipeline.models.system import LensClassifier, LitLensSystem
@@ -55,14 +56,6 @@ from lens_pipeline.training.member import (
 WEIGHTS = ("state_dict", "hyper_parameters", "epoch", "global_step", "pytorch-lightning_version")
 MINUTE = timedelta(seconds=60)
 BATCH = 256
-# What may change between a training and its going on: it does not decide the weights.
-FREE = {
-    ("data", "num_workers"),
-    ("data", "cache_dir"),
-    ("training", "loggers"),
-    ("training", "save_every_n_steps"),
-    ("training", "save_top_k"),
-}
 
 log = logging.getLogger(__name__)
 
@@ -73,13 +66,12 @@ def train(
     out: Path,
     loggers: Sequence[Logger] = (),
     callbacks: Sequence[Callback] = (),
-    system_type: type[LensClassifier] = LitLensSystem,
 ) -> TrainedMember:
     """Train what the configuration says and leave its files in `out`.
 
-    system_type: LitEnsembleSystem where `model.model_type` is `ensemble`. out: an empty folder, or
-    one in which the same training was stopped, anywhere: it goes on from last.ckpt, and ends with
-    the weights of an undisturbed one; of one that has ended nothing is done again. The same
+    out: an empty folder, or one in which the same training was stopped, anywhere: it goes on from
+    last.ckpt, and ends with the weights of an undisturbed one; of one that has ended nothing is
+    done again. The same
     configuration and data give the same weights, bit for bit, on a CPU. Lightning ends the process
     on Ctrl-C; here it stays a KeyboardInterrupt. Raises InputError for what this machine does
     not have, where the folder holds another training, where a loss is no number, or memory or disk
@@ -92,7 +84,7 @@ def train(
         return TrainedMember(out)
     while not (out / FITTED).exists():
         try:
-            _fit(config, data, out, going_on, loggers, callbacks, system_type)
+            _fit(config, data, out, going_on, loggers, callbacks)
             break
         except torch.OutOfMemoryError:
             half = config.training.batch_size // 2
@@ -109,7 +101,7 @@ def train(
         torch.cuda.empty_cache()
         config, going_on = _begin(config, data, out)
     if rank_zero_only.rank == 0 and not config.training.fast_dev_run:  # type: ignore[attr-defined]
-        _finish(data, out, system_type)
+        _finish(config, data, out)
     return TrainedMember(out)
 
 
@@ -134,9 +126,11 @@ def check_devices(config: TrainConfig) -> None:
         )
 
 
-def build_system(
-    config: TrainConfig, data: CutoutModule, system_type: type[LensClassifier]
-) -> LensClassifier:
+def _system_type(config: TrainConfig) -> type[LensClassifier]:
+    return LitEnsembleSystem if config.model.model_type == "ensemble" else LitLensSystem
+
+
+def build_system(config: TrainConfig, data: CutoutModule) -> LensClassifier:
     """The untrained system of a configuration, for the cutouts of `data`."""
     chosen, how = config.model, config.training
     pos_weight = 1.0
@@ -172,26 +166,21 @@ def build_system(
         ),
     }
     which = {"architectures", "ensemble_strategy"} if chosen.model_type == "ensemble" else {"arch"}
-    return system_type(**chosen.model_dump(include=which), **shared)
+    return _system_type(config)(**chosen.model_dump(include=which), **shared)
 
 
 def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> tuple[TrainConfig, Path | None]:
     """(the configuration with the batch size that was found, the checkpoint to go on from, if there
     is one). Raises InputError where the folder holds another training."""
     out.mkdir(parents=True, exist_ok=True)
-    cutouts = digest([[list(s.ids), s.labels.tolist()] for s in map(data.split, ("train", "val"))])
+    cutouts = cutouts_digest(data)
     last = out / LAST
     if last.exists():
-        before = TrainConfig.read(out / SETTINGS).model_dump()
+        before = TrainConfig.read(out / SETTINGS)
         if config.training.find_batch_size:
-            found = {"batch_size": before["training"]["batch_size"]}
+            found = {"batch_size": before.training.batch_size}
             config = config.with_changes({"training": found}, "training")
-        changed = [
-            f"{section}.{name} ({before[section].get(name)!r}, now {value!r})"
-            for section, fields in config.model_dump().items()
-            for name, value in fields.items()
-            if (section, name) not in FREE and before[section].get(name) != value
-        ]
+        changed = before.differences(config)
         if changed:
             raise InputError(
                 f"{out}: holds a training with other settings: {', '.join(changed)}; go on with "
@@ -209,8 +198,14 @@ def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> tuple[TrainCon
     return config, last if last.exists() else None
 
 
-def _monitor(config: TrainConfig, data: CutoutModule) -> str:
-    """What chooses the best epoch: another where the validation set cannot resolve it."""
+def cutouts_digest(data: CutoutModule) -> str:
+    """sha256 (hex) of the ids and labels that a training sees."""
+    return digest([[list(s.ids), s.labels.tolist()] for s in map(data.split, ("train", "val"))])
+
+
+def deciding_metric(config: TrainConfig, data: CutoutModule) -> str:
+    """What chooses the best epoch: `training.monitor`, or `val/auroc` where the validation set
+    cannot resolve it."""
     wanted = config.training.monitor
     fpr = {"tpr10": 0.1, **FPRS}.get(wanted.removeprefix("val/"))
     n_nonlens, _ = data.class_counts("val")
@@ -234,13 +229,12 @@ def _fit(
     going_on: Path | None,
     loggers: Sequence[Logger],
     callbacks: Sequence[Callback],
-    system_type: type[LensClassifier],
 ) -> None:
     how, hardware = config.training, config.hardware
     data.batch_size = how.batch_size
     pl.seed_everything(how.seed, workers=True, verbose=False)
-    system = build_system(config, data, system_type)
-    monitor = _monitor(config, data)
+    system = build_system(config, data)
+    monitor = deciding_metric(config, data)
     mode = "min" if monitor == "val/loss" else "max"
     best = ModelCheckpoint(
         dirpath=out / TOP,
@@ -311,7 +305,7 @@ def _fit(
         write_aside(out / FITTED, Path(best.best_model_path).name)
 
 
-def _finish(data: CutoutModule, out: Path, system_type: type[LensClassifier]) -> None:
+def _finish(config: TrainConfig, data: CutoutModule, out: Path) -> None:
     """The best checkpoint, weights alone, and its scores of the validation set. Stopped anywhere,
     it can be done again."""
     best = out / TOP / (out / FITTED).read_text()
@@ -323,7 +317,7 @@ def _finish(data: CutoutModule, out: Path, system_type: type[LensClassifier]) ->
         save_aside(weights, path)
         if path == best:
             save_aside(weights, out / BEST)
-    system = system_type.load_from_checkpoint(out / BEST, compile_model=False)
+    system = _system_type(config).load_from_checkpoint(out / BEST, compile_model=False)
     split = data.split("val")
     scores = pd.DataFrame(
         {"id": split.ids, "label": split.labels, "logit": split_logits(system, split)}

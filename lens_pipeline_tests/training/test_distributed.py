@@ -13,8 +13,11 @@ from lens_pipeline.shards.manifest import read_manifest
 from lens_pipeline.training import TrainedMember
 
 
-def _trained(shards: Path, out: Path, devices: int, arch: str, **flags: Any) -> TrainedMember:
-    flags = {"epochs": 1, "batch_size": 16 // devices, "dropout_rate": 0.0, "seed": 0} | flags
+def _trained(
+    shards: Path, out: Path, devices: int, arch: str, global_batch: int = 16, **flags: Any
+) -> TrainedMember:
+    batch = {"batch_size": global_batch // devices}
+    flags = {"epochs": 1, "dropout_rate": 0.0, "seed": 0} | batch | flags
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     status = main(
         [
@@ -27,22 +30,38 @@ def _trained(shards: Path, out: Path, devices: int, arch: str, **flags: Any) -> 
     return TrainedMember(out)
 
 
-def _uneven(shards: Path) -> None:
+def _uneven(shards: Path, batch: int) -> None:
     n = sum(s.samples for s in read_manifest(shards).shards if s.split == "train")
-    assert n % 16 % 2 == 1  # the last batch does not divide evenly over two
+    assert n % batch % 2 == 1  # the last batch does not divide evenly over two
 
 
+@pytest.mark.parametrize(
+    ("arch", "how"),
+    [
+        ("trans_enc_s", {"epochs": 4, "learning_rate": 3e-4}),
+        pytest.param(
+            "vit_b_16",
+            # Where nothing is left to learn, gradients are rounding, and AdamW's steps are, too.
+            {"epochs": 2, "learning_rate": 3e-5, "label_smoothing": 0.1, "global_batch": 6},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["trans_enc_s", "vit_b_16"],
+)
 def test_two_processes_end_with_the_weights_of_one(
-    uneven_shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    arch: str,
+    how: dict[str, Any],
+    uneven_shards: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Over twenty steps, in batches that do not divide evenly, of a network without batch
     statistics."""
-    _uneven(uneven_shards)
-    how = {"epochs": 4, "learning_rate": 3e-4}
-    one = _trained(uneven_shards, tmp_path / "one", 1, "trans_enc_s", **how)
+    _uneven(uneven_shards, how.get("global_batch", 16))
+    one = _trained(uneven_shards, tmp_path / "one", 1, arch, **how)
     capfd.readouterr()
-    two = _trained(uneven_shards, tmp_path / "two", 2, "trans_enc_s", **how)
-    assert capfd.readouterr().err.count("epoch 4/4: loss") == 1
+    two = _trained(uneven_shards, tmp_path / "two", 2, arch, **how)
+    assert capfd.readouterr().err.count(f"epoch 2/{how['epochs']}: loss") == 1
     ours, theirs = (torch.load(m.folder / "last.ckpt", weights_only=True) for m in (one, two))
     assert ours["global_step"] == theirs["global_step"] >= 20
     for name, value in ours["state_dict"].items():
@@ -101,14 +120,15 @@ def test_a_step_of_dagster_trains_in_two_processes(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", ["lastro", "light_transformer"])
 def test_batch_statistics_of_two_processes_are_worth_those_of_one(
-    uneven_shards: Path, tmp_path: Path
+    arch: str, uneven_shards: Path, tmp_path: Path
 ) -> None:
     """BatchNorm sees half a batch in each: AUROC differs by less than between seeds."""
 
     def auroc(name: str, devices: int, seed: int) -> float:
         scores = _trained(
-            uneven_shards, tmp_path / name, devices, "lastro", epochs=6, seed=seed
+            uneven_shards, tmp_path / name, devices, arch, epochs=6, seed=seed
         ).val_scores
         probability = 1 / (1 + np.exp(-scores["logit"]))
         return float(lens_metrics(scores["label"], probability, bootstrap=0)["auroc"]["value"])

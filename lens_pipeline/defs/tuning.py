@@ -1,0 +1,114 @@
+"""The job `tuning`: a study of trainings on the newest published shards."""
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from lens_pipeline import presets
+from lens_pipeline.defs.checkpoints import POOL
+from lens_pipeline.defs.resources import LensHome
+from lens_pipeline.defs.stages import picture
+from lens_pipeline.errors import InputError
+from lens_pipeline.models.names import parse_members
+from lens_pipeline.settings import Settings
+from lens_pipeline.steps import digest, write_aside
+from lens_pipeline.training.launch import tune_command
+from lens_pipeline.training.space import DEFAULT_SPACE, Pruner, SearchSpace
+
+SHOWN = 20  # trials in the table
+
+
+class Tuning(dg.Config):
+    """What is tuned, and how long."""
+
+    member: str | None = Field(
+        default=None, description="As in LENS_ARCHS; by default the first of this home's."
+    )
+    changes: dict[str, Any] = Field(
+        default={},
+        description="What all trials share: sections and settings of a training configuration, "
+        "where they are not the member's, as {training: {epochs: 5}}.",
+    )
+    space: dict[str, Any] = Field(
+        default={name: dict(fields) for name, fields in DEFAULT_SPACE.items()},
+        description="What the trials change: sections and settings, each with its choices, "
+        "[32, 64], or its range, {low: 1e-5, high: 1e-2, log: true}.",
+    )
+    trials: int = Field(default=20, ge=1, le=100_000, description="Trials of the study in all.")
+    workers: int = Field(default=1, ge=1, le=1024, description="Trials at a time.")
+    pruner: Pruner = Field(default="median", description="What stops a trial early.")
+
+
+def newest_shards_url(settings: Settings) -> str:
+    """Where the newest version lies: of the source where it is published shards, else of what this
+    deployment publishes. Raises InputError where there is none."""
+    from lens_pipeline.shards.cloud import is_published, published_version
+
+    place = settings.cloud
+    if settings.source != "simulation" and is_published(settings.source, settings.storage_options):
+        place = settings.source
+    return published_version(place, settings.storage_options)
+
+
+@dg.op(
+    pool=POOL,
+    out=dg.Out(str, description="The file with the best settings, as `train --config` takes it."),
+)
+def tune_member(context: dg.OpExecutionContext, config: Tuning, lens: LensHome) -> str:
+    """Trainings of a member that differ in their settings, in a process of their own.
+
+    The same study goes on where it was stopped; a larger number of trials adds to it.
+    """
+    settings = lens.settings
+    (member,) = (
+        parse_members(config.member) if config.member else presets.chosen_members(settings)[:1]
+    )
+    base = presets.member_config(settings, member).with_changes(config.changes, "changes")
+    base = base.with_changes({"data": {"data_root": newest_shards_url(settings)}}, "tuning")
+    space = SearchSpace.parse(config.space, base, "space")
+    what = digest([base.model_dump(), space.as_values(), config.pruner])
+    out = settings.home / "tuning" / f"{member.name}-{what[:8]}"
+    out.mkdir(parents=True, exist_ok=True)
+    given = {"config": out / ".config.yaml", "space": out / ".space.yaml"}
+    write_aside(given["config"], base.yaml)
+    write_aside(given["space"], space.yaml)
+    how = config.model_dump(include={"trials", "workers", "pruner"})
+    dg.PipesSubprocessClient().run(
+        command=tune_command(given["config"], given["space"], out, settings.home, **how),
+        context=context,
+        env={"MLFLOW_TRACKING_URI": settings.mlflow_uri},
+    )
+    return _shown(context, out)
+
+
+def _shown(context: dg.OpExecutionContext, out: Path) -> str:
+    """The path of the best settings; the picture and the table become the output's metadata."""
+    from lens_pipeline.training.tune import BEST_CONFIG, PICTURE, TunedStudy, shown
+
+    study = TunedStudy(out)
+    if study.best is None:
+        raise InputError(f"{out}: none of {len(study.trials)} trials has been completed")
+    table = [
+        dg.TableRecord({str(name): shown(value) for name, value in row.items()})
+        for _, row in study.ranked.iterrows()
+    ]
+    context.add_output_metadata(
+        {
+            "trials": picture(out / PICTURE),
+            "table": dg.MetadataValue.table(table[:SHOWN]),
+            f"best {study.base.training.monitor}": float(study.best["value"]),
+            "best settings": dg.MetadataValue.path(out / BEST_CONFIG),
+            "study": dg.MetadataValue.path(out),
+        }
+    )
+    return str(out / BEST_CONFIG)
+
+
+@dg.job(
+    description="Search the training settings of a member that rank the validation split best.",
+    executor_def=dg.in_process_executor,
+)
+def tuning() -> None:
+    tune_member()

@@ -1,0 +1,333 @@
+"""Tuning: a study of trainings that differ in their settings, in one folder that goes on."""
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+import numpy as np
+import pandas as pd
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import Logger
+
+from lens_pipeline.errors import InputError
+from lens_pipeline.evaluation.plots import png_bytes, tuning_figure
+from lens_pipeline.shards.datamodule import CutoutModule
+from lens_pipeline.steps import write_aside
+from lens_pipeline.training.config import TrainConfig, read_yaml
+from lens_pipeline.training.member import BEST, LAST, TOP, TrainedMember
+from lens_pipeline.training.space import Pruner, Range, SearchSpace
+from lens_pipeline.training.train import cutouts_digest, deciding_metric, train
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+    from optuna.trial import FrozenTrial
+
+# Makes the loggers of a trial by its number and settings, and learns how it ended.
+Recorder = Callable[[int, TrainConfig], AbstractContextManager[Sequence[Logger]]]
+DATABASE = "study.db"
+CONFIG = "config.yaml"  # what the trials change
+SPACE = "space.yaml"
+PRUNER = "pruner.txt"
+CUTOUTS = "cutouts.sha256"
+TRIALS = "trials"
+TABLE = "trials.csv"
+PICTURE = "trials.png"
+BEST_CONFIG = "best.yaml"
+NAME = "lens_pipeline"  # of the one study in a database
+REASON = "reason"  # of a failure
+HOPELESS = 3  # trials that fail before one succeeds
+PATIENCE = 120  # seconds that SQLite waits for another worker's writing
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TunedStudy:
+    """A study on disk.
+
+    study.db: Optuna's storage (SQLite); config.yaml, space.yaml, pruner.txt: what it is;
+    trials/<number>: the training of each, weights of the best alone; trials.csv: one row a trial;
+    trials.png: its picture; best.yaml: the settings of the best, as `train` takes them.
+    """
+
+    folder: Path
+
+    @property
+    def trials(self) -> pd.DataFrame:
+        """number, state (complete, pruned, failed, running), value, epochs, seconds, the settings
+        by name, reason."""
+        return pd.read_csv(self.folder / TABLE)
+
+    @property
+    def base(self) -> TrainConfig:
+        """What the trials change; its monitor is what they are judged by."""
+        return TrainConfig.read(self.folder / CONFIG)
+
+    @property
+    def ranked(self) -> pd.DataFrame:
+        """The trials, the completed ones first, the best of them at the top."""
+        lowest = self.base.training.monitor == "val/loss"
+        ranked = self.trials.sort_values("value", ascending=lowest, kind="stable")
+        return ranked.sort_values("state", key=lambda s: s != "complete", kind="stable")
+
+    @property
+    def best(self) -> "pd.Series[Any] | None":
+        """The best trial's row; None where none has been completed."""
+        first = self.ranked.iloc[0]
+        return first if first["state"] == "complete" else None
+
+    def trained(self, number: int) -> TrainedMember:
+        """The training of a trial."""
+        return TrainedMember(self.folder / TRIALS / f"{number:04d}")
+
+
+def tune(
+    config: TrainConfig,
+    space: SearchSpace,
+    data: CutoutModule,
+    out: Path,
+    n_trials: int = 20,
+    pruner: Pruner = "median",
+    record: Recorder = lambda number, config: nullcontext([]),
+) -> TunedStudy:
+    """Train with settings from the space until the study has `n_trials`, and keep the best.
+
+    out: an empty folder, or that of the same study, which goes on: trials that were killed are
+    taken up in the middle of their epoch, each is run once, and a study that was stopped anywhere
+    ends with the same trials as an undisturbed one (on one worker). Several processes may call this
+    on the same folder at once: they share the trials. A trial's value is the best of
+    `training.monitor` over its epochs; settings are drawn by the tree-structured Parzen estimator
+    (Bergstra et al. 2011), seeded by `training.seed` and the number of the trial. pruner: `median`
+    stops a trial whose value after an epoch is below the median of the others there, `hyperband`
+    (Li et al. 2018) gives more epochs to fewer. Raises InputError where the folder holds another
+    study, where optuna is not installed, and where the first three trials fail.
+    """
+    if find_spec("optuna") is None:
+        raise InputError("tuning needs the package optuna; install lens-pipeline[tune]")
+    for name, alone in (
+        ("hardware.devices", config.hardware.devices == 1),
+        ("training.fast_dev_run", not config.training.fast_dev_run),
+    ):
+        if not alone:
+            raise InputError(f"{name}: goes with one training, not with a study of many")
+    study = _Study(out, config, space, data, pruner)
+    while (begun := study.next_trial(n_trials)) is not None:
+        trial, held = begun
+        with held:
+            study.run(trial, record)
+        study.write_down()
+    study.write_down()  # of what another was killed before
+    return TunedStudy(out)
+
+
+class _Study:
+    """A study's folder and its storage, as one worker sees them."""
+
+    def __init__(
+        self, out: Path, config: TrainConfig, space: SearchSpace, data: CutoutModule, pruner: Pruner
+    ) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.out, self.space, self.data, self.pruner = out, space, data, pruner
+        monitor = {"monitor": deciding_metric(config, data)}
+        self.config = config.with_changes({"training": monitor}, "tune")
+        self.lowest = self.config.training.monitor == "val/loss"
+        (out / TRIALS).mkdir(parents=True, exist_ok=True)
+        with self._lock():
+            self._begin()
+            self.storage = optuna.storages.RDBStorage(
+                f"sqlite:///{out / DATABASE}",
+                engine_kwargs={"connect_args": {"timeout": PATIENCE}},
+            )
+            optuna.create_study(
+                study_name=NAME,
+                storage=self.storage,
+                direction="minimize" if self.lowest else "maximize",
+                load_if_exists=True,
+            )
+
+    def _lock(self) -> filelock.BaseFileLock:
+        """Held by who looks for a trial to begin, or writes down what came of one."""
+        return filelock.FileLock(self.out / ".lock")
+
+    def _begin(self) -> None:
+        """Write down what the study is. Raises InputError where the folder holds another."""
+        cutouts = cutouts_digest(self.data)
+        if (self.out / CUTOUTS).exists():
+            before = TrainConfig.read(self.out / CONFIG)
+            changed = before.differences(self.config)
+            for name, kept, now in (
+                ("the space", read_yaml(self.out / SPACE), self.space.as_values()),
+                ("the pruner", (self.out / PRUNER).read_text(), self.pruner),
+                ("the cutouts", (self.out / CUTOUTS).read_text(), cutouts),
+            ):
+                if kept != now:
+                    changed.append(name)
+            if changed:
+                raise InputError(
+                    f"{self.out}: holds a study that differs: {', '.join(changed)}; go on with the "
+                    "same, or name another folder"
+                )
+        write_aside(self.out / CONFIG, self.config.yaml)
+        write_aside(self.out / SPACE, self.space.yaml)
+        write_aside(self.out / PRUNER, self.pruner)
+        write_aside(self.out / CUTOUTS, cutouts)
+
+    def _load(self, number: int = 0) -> "Study":
+        """The study, with the sampler of a trial."""
+        import optuna
+
+        entropy = (self.config.training.seed, number)
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        pruners = {
+            "median": lambda: optuna.pruners.MedianPruner(n_warmup_steps=1),
+            "hyperband": lambda: optuna.pruners.HyperbandPruner(
+                min_resource=1, max_resource=self.config.training.epochs
+            ),
+            "none": optuna.pruners.NopPruner,
+        }
+        return optuna.load_study(
+            study_name=NAME,
+            storage=self.storage,
+            sampler=optuna.samplers.TPESampler(seed=seed),
+            pruner=pruners[self.pruner](),
+        )
+
+    def next_trial(self, n_trials: int) -> "tuple[Trial, AbstractContextManager[Any]] | None":
+        """A trial whose worker has died, or a new one; None where there are enough. Who holds the
+        lock that comes with it is its worker: the system frees it when the worker dies."""
+        import optuna
+
+        with self._lock():
+            running = (optuna.trial.TrialState.RUNNING,)
+            for trial in self._load().get_trials(deepcopy=False, states=running):
+                try:
+                    held = self._trial_lock(trial.number).acquire(blocking=False)
+                except filelock.Timeout:
+                    continue
+                if self.storage.get_trial(trial._trial_id).state in running:
+                    # What `ask` does with a trial's id, which Optuna tells nowhere else.
+                    return optuna.Trial(self._load(trial.number), trial._trial_id), held
+                held.lock.release()  # its worker has told of it just now
+            trials = self._load().get_trials(deepcopy=False)
+            if len(trials) >= n_trials:
+                return None
+            self._check_hope(trials)
+            held = self._trial_lock(len(trials)).acquire()
+            return self._load(len(trials)).ask(), held
+
+    def _trial_lock(self, number: int) -> filelock.BaseFileLock:
+        return filelock.FileLock(self.out / TRIALS / f".{number:04d}.lock")
+
+    def _check_hope(self, trials: "Sequence[FrozenTrial]") -> None:
+        reasons = [trial.user_attrs.get(REASON) for trial in trials]
+        if len(reasons) >= HOPELESS and all(reasons):
+            raise InputError(f"each of {len(reasons)} trials has failed; the last: {reasons[-1]}")
+
+    def run(self, trial: "Trial", record: Recorder) -> None:
+        """Train with a trial's settings, and tell the study what came of it."""
+        import optuna
+
+        changes = self._draw(trial)
+        monitor = self.config.training.monitor
+        drawn = ", ".join(f"{n.split('.')[1]} {shown(v)}" for n, v in trial.params.items())
+        log.info("trial %d: %s", trial.number, drawn)
+        out = TunedStudy(self.out).trained(trial.number).folder
+        try:
+            config = self.config.with_changes(changes, f"trial {trial.number}")
+            with record(trial.number, config) as loggers:
+                trained = train(config, self.data, out, loggers, [Pruning(trial, monitor)])
+        except optuna.TrialPruned:
+            trial.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            log.info("trial %d: pruned", trial.number)
+        except InputError as problem:
+            reason = " ".join(str(problem).split())
+            trial.set_user_attr(REASON, reason)
+            trial.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            log.warning("trial %d has failed: %s", trial.number, reason)
+        else:
+            values = trained.curves[monitor]
+            value = float(values.min() if self.lowest else values.max())
+            trial.study.tell(trial, value)
+            best = trial.study.best_trial
+            told = (trial.number, monitor, value, best.value, best.number)
+            log.info("trial %d: %s %.4g; the best is %.4g of trial %d", *told)
+
+    def _draw(self, trial: "Trial") -> dict[str, dict[str, Any]]:
+        changes: dict[str, dict[str, Any]] = {}
+        for name, how in self.space.settings.items():
+            section, field = name.split(".")
+            if not isinstance(how, Range):
+                value = trial.suggest_categorical(name, how)
+            elif name in self.space.whole:
+                value = trial.suggest_int(name, int(how.low), int(how.high), log=how.log)
+            else:
+                value = trial.suggest_float(name, how.low, how.high, log=how.log)
+            changes.setdefault(section, {})[field] = value
+        return changes
+
+    def write_down(self) -> None:
+        """The table, its picture, the best settings; and the end of weights that are not those of
+        the best."""
+        by_logarithm = {
+            name: isinstance(how, Range) and how.log for name, how in self.space.settings.items()
+        }
+        with self._lock():
+            trials = self._load().get_trials(deepcopy=False)
+            table = pd.DataFrame(map(self._row, trials))
+            write_aside(self.out / TABLE, table.to_csv(index=False))
+            figure = tuning_figure(table, by_logarithm, self.config.training.monitor)
+            (self.out / PICTURE).write_bytes(png_bytes(figure))
+            study = TunedStudy(self.out)
+            best = None if study.best is None else int(study.best["number"])
+            if best is not None:
+                write_aside(self.out / BEST_CONFIG, study.trained(best).config.yaml)
+            for trial in trials:
+                if trial.state.is_finished() and trial.number != best:
+                    folder = study.trained(trial.number).folder
+                    for path in (folder / BEST, folder / LAST, *folder.glob(f"{TOP}/*")):
+                        path.unlink(missing_ok=True)
+
+    def _row(self, trial: "FrozenTrial") -> dict[str, Any]:
+        return {
+            "number": trial.number,
+            "state": {"FAIL": "failed"}.get(trial.state.name, trial.state.name.lower()),
+            "value": trial.value,
+            "epochs": len(trial.intermediate_values),
+            "seconds": trial.duration.total_seconds() if trial.duration else None,
+            **{name: trial.params.get(name) for name in self.space.settings},
+            REASON: trial.user_attrs.get(REASON),
+        }
+
+
+def shown(value: Any) -> str:
+    """A cell of the table, for people."""
+    if value is None or value != value:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+class Pruning(Callback):
+    """Tells a trial its metric after each epoch, and stops it where others were better."""
+
+    def __init__(self, trial: "Trial", monitor: str) -> None:
+        self.trial, self.monitor = trial, monitor
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        import optuna
+
+        with warnings.catch_warnings():
+            # By a training that was killed between an epoch's validation and its checkpoint.
+            warnings.filterwarnings("ignore", message=".*is ignored because this `step`.*")
+            value = float(trainer.callback_metrics[self.monitor])
+            self.trial.report(value, trainer.current_epoch)
+        if self.trial.should_prune():
+            raise optuna.TrialPruned
