@@ -166,30 +166,38 @@ def learning_curves_figure(curves: pd.DataFrame) -> Figure:
     return figure
 
 
-def tuning_figure(trials: pd.DataFrame, settings: Mapping[str, bool], monitor: str) -> Figure:
+def tuning_figure(trials: pd.DataFrame, settings: Mapping[str, str], monitor: str) -> Figure:
     """How the best value grew over the trials, and each trial's value against each setting.
 
     trials: `number`, `state` (complete, pruned, ...), `value`, and a column for each setting;
-    settings: whether each is drawn by its logarithm; monitor: what the value is.
+    settings: whether each is a `choice`, or a number whose axis is `linear` or `log`; monitor: what
+    the value is.
     """
-    rows = (len(settings) + 4) // 4
-    figure = Figure(figsize=(11.2, 2.9 * rows), layout="constrained")
-    history, *panels = figure.subplots(rows, 4, sharey=True).flat
-    ended = {state: trials[trials["state"] == state] for state in ("complete", "pruned")}
-    best = ended["complete"].set_index("number")["value"]
-    best = best.cummin() if monitor == "val/loss" else best.cummax()
-    history.step(best.index, best, where="post", color=COLOURS[1], label="best so far")
-    for axes, name in zip((history, *panels), ("number", *settings), strict=False):
-        for (state, some), marker in zip(ended.items(), ("o", "x"), strict=True):
-            x = some[name] if pd.api.types.is_numeric_dtype(trials[name]) else some[name].map(str)
+    columns = min(5, 1 + len(settings))
+    rows = -(-(1 + len(settings)) // columns)
+    figure = Figure(figsize=(2.6 * columns, 2.8 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
+    for axes, (name, scale) in zip(panels, {"number": "linear", **settings}.items(), strict=False):
+        choices = sorted(trials[name].dropna().unique()) if scale == "choice" else []
+        for state, marker in (("complete", "o"), ("pruned", "x")):
+            some = trials[trials["state"] == state]
+            x = some[name].map(choices.index) if choices else some[name]
             axes.scatter(x, some["value"], 18, COLOURS[0], marker, label=state, alpha=0.8)
+        if choices:
+            axes.set_xticks(range(len(choices)), [str(choice) for choice in choices])
+            axes.set_xlim(-0.5, len(choices) - 0.5)
+        else:
+            axes.set_xscale(scale)
         axes.set_xlabel("trial" if name == "number" else name.rpartition(".")[2].replace("_", " "))
-        if settings.get(name):
-            axes.set_xscale("log")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
-    for axes in panels[len(settings) :]:
+    for axes in panels[1 + len(settings) :]:
         axes.set_visible(False)
+    history = panels[0]
+    best = trials[trials["state"] == "complete"].set_index("number")["value"]
+    best = best.cummin() if monitor == "val/loss" else best.cummax()
+    history.step(best.index, best, where="post", color=COLOURS[1], label="best so far")
+    history.xaxis.set_major_locator(MaxNLocator(integer=True))
     history.set_ylabel(monitor)
     history.legend(frameon=False, fontsize=8)
     return figure

@@ -93,6 +93,14 @@ class SearchSpace:
             )
 
     @property
+    def scales(self) -> dict[str, str]:
+        """Of each setting: `choice`, or `linear` or `log` for a range."""
+        return {
+            name: ("log" if how.log else "linear") if isinstance(how, Range) else "choice"
+            for name, how in self.settings.items()
+        }
+
+    @property
     def yaml(self) -> str:
         """As `--space` takes it."""
         return yaml.safe_dump(self.as_values(), sort_keys=False)

@@ -277,14 +277,11 @@ class _Study:
     def write_down(self) -> None:
         """The table, its picture, the best settings; and the end of weights that are not those of
         the best."""
-        by_logarithm = {
-            name: isinstance(how, Range) and how.log for name, how in self.space.settings.items()
-        }
         with self._lock():
             trials = self._load().get_trials(deepcopy=False)
             table = pd.DataFrame(map(self._row, trials))
             write_aside(self.out / TABLE, table.to_csv(index=False))
-            figure = tuning_figure(table, by_logarithm, self.config.training.monitor)
+            figure = tuning_figure(table, self.space.scales, self.config.training.monitor)
             (self.out / PICTURE).write_bytes(png_bytes(figure))
             study = TunedStudy(self.out)
             best = None if study.best is None else int(study.best["number"])
