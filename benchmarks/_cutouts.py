@@ -9,14 +9,17 @@ import pandas as pd
 BANDS, SIZE = ("g", "r", "i"), 64
 
 
-def make_dataset(folder: Path, n: int) -> Path:
-    """A processed dataset of n labelled training cutouts (and one in each other split)."""
+def make_dataset(folder: Path, n: int, n_others: int = 1) -> Path:
+    """A processed dataset of n labelled training cutouts (and `n_others` in each other split)."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     y, x = np.mgrid[:SIZE, :SIZE] - SIZE / 2
     source = 50 * np.exp(-(x**2 + y**2) / 40).astype(np.float32)
     splits = {}
-    for split, count in (("train", n), ("val", 1), ("test", 1), ("unlabelled", 1)):
+    for split, count in (
+        ("train", n),
+        *((name, n_others) for name in ("val", "test", "unlabelled")),
+    ):
         shape = (count, len(BANDS), SIZE, SIZE)
         images = np.lib.format.open_memmap(folder / f"{split}.npy", "w+", "<f4", shape)
         for start in range(0, count, 1000):

@@ -38,6 +38,14 @@ def kinds() -> None:
         shutil.copyfile(out / "kinds.jpg", FOLDER / "kinds.jpg")
 
 
+def trials(settings: Settings) -> None:
+    """A small study on the newest shards."""
+    with tempfile.TemporaryDirectory() as name:
+        short = ["--arch", "lastro", "--epochs", "3", "--trials", "12"]
+        main(["tune", "--home", str(settings.home), "--out", name, *short])
+        shutil.copyfile(Path(name, "trials.png"), FOLDER / "trials.png")
+
+
 def asset_graph(address: str) -> None:
     """The whole graph, every group open, as Dagster's lineage page shows it."""
     browser_path = next(filter(None, map(shutil.which, CHROMIUM)))
@@ -59,5 +67,6 @@ if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
     contact_sheet(settings)
     kinds()
+    trials(settings)
     with pages(settings, 3000, 5000) as served:
         asset_graph(served.addresses["Dagster"])

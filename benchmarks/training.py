@@ -1,0 +1,180 @@
+"""How near training comes to the bare step: cutouts a second of one network in three ways.
+
+`bare step`: forward, loss, backward and AdamW on one batch that lies on the device; `plain loop`:
+the same on augmented batches of our loader; `lens_pipeline`: `train`, with metrics, logs (CSV and
+MLflow), progress and checkpoints, its validation not counted. 64 pixels, three bands; on a CPU in
+float32, on a GPU in bf16 and compiled. The three take turns, five times.
+"""
+
+import argparse
+import contextlib
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import MLFlowLogger
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks._cutouts import make_dataset
+from benchmarks._harness import SCRATCH, Row, Target, options, report
+from lens_pipeline import LensDataModule
+from lens_pipeline.models.augmentation import augment
+from lens_pipeline.shards.writer import write_shards
+from lens_pipeline.training.config import TrainConfig
+from lens_pipeline.training.train import build_system, train
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+BATCHES = {"resnet18": 512, "vit_b_16": 256} if ON_GPU else {"resnet18": 32, "vit_b_16": 16}
+WARM = 5  # steps that do not count
+BARE, PLAIN, OURS = "bare step", "plain loop", "lens_pipeline"
+
+
+def config_of(arch: str) -> TrainConfig:
+    return TrainConfig.parse(
+        {
+            "model": {"arch": arch, "compile_model": ON_GPU},
+            "training": {"epochs": 1, "batch_size": BATCHES[arch]},
+        },
+        "benchmark",
+    )
+
+
+def synchronised() -> float:
+    """The time, when the device has done all it was given."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def stepper(config: TrainConfig, data: LensDataModule) -> Callable[[Tensor, Tensor], None]:
+    """A training step without anything round it."""
+    # What a Trainer has set for the whole process.
+    torch.use_deterministic_algorithms(False)
+    system = build_system(config, data).to(DEVICE).train()
+    optimiser = torch.optim.AdamW(system.parameters(), lr=1e-3, weight_decay=1e-2)
+    in_bf16 = torch.autocast("cuda", torch.bfloat16) if ON_GPU else contextlib.nullcontext()
+
+    def step(images: Tensor, label: Tensor) -> None:
+        optimiser.zero_grad()
+        with in_bf16:
+            loss = system.loss(system.member_logits(images), label)
+        loss.backward()
+        optimiser.step()
+
+    return step
+
+
+def batches(data: LensDataModule) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of an epoch, on the device."""
+    for batch in data.train_dataloader():
+        moved = {name: value.to(DEVICE, non_blocking=True) for name, value in batch.items()}
+        yield moved["image"].float(), moved["label"]
+
+
+def bare_step(config: TrainConfig, data: LensDataModule, steps: int, out: Path) -> float:
+    step = stepper(config, data)
+    images, label = next(batches(data))
+    begun = 0.0
+    for number in range(WARM + steps):
+        if number == WARM:
+            begun = synchronised()
+        step(images, label)
+    return synchronised() - begun
+
+
+def plain_loop(config: TrainConfig, data: LensDataModule, steps: int, out: Path) -> float:
+    step = stepper(config, data)
+    begun = 0.0
+    for number, (images, label) in enumerate(batches(data)):
+        if number == WARM:
+            begun = synchronised()
+        step(augment(images, 0.0, 0.0), label)
+    return synchronised() - begun
+
+
+class Stopwatch(Callback):
+    """From the first step that counts to the last checkpoint, without validation."""
+
+    seconds = 0.0
+
+    def on_train_batch_start(self, *about: Any) -> None:
+        if about[-1] == WARM:
+            self.seconds -= synchronised()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seconds += synchronised()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seconds -= synchronised()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seconds += synchronised()
+
+
+def lens_pipeline(config: TrainConfig, data: LensDataModule, steps: int, out: Path) -> float:
+    watch = Stopwatch()
+    tracked = MLFlowLogger("benchmark", tracking_uri=f"sqlite:///{out.with_name('mlflow.db')}")
+    assert tracked.run_id  # makes the database
+    train(config, data, out, [tracked], [watch])
+    shutil.rmtree(out)
+    return watch.seconds
+
+
+WAYS = {BARE: bare_step, PLAIN: plain_loop, OURS: lens_pipeline}
+
+
+def measured(arch: str, steps: int, repeats: int) -> tuple[list[Row], list[Target]]:
+    rates: dict[str, list[float]] = {way: [] for way in WAYS}
+    config = config_of(arch)
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as name:
+        folder = Path(name)
+        n = (WARM + steps) * config.training.batch_size
+        shards = folder / "shards"
+        shards.mkdir()
+        write_shards(make_dataset(folder / "dataset", n, 128), shards)
+        data = LensDataModule(shards, batch_size=config.training.batch_size)
+        for repeat in tqdm(range(repeats), arch, file=sys.stderr):
+            for way, run in WAYS.items():
+                seconds = run(config, data, steps, folder / f"out{repeat}")
+                rates[way].append(steps * config.training.batch_size / seconds)
+    medians = {way: statistics.median(found) for way, found in rates.items()}
+    rows: list[Row] = [
+        {
+            "network": arch,
+            "batch": config.training.batch_size,
+            "way": way,
+            "cutouts/s": medians[way],
+            "of the bare step": medians[way] / medians[BARE],
+            "spread": f"{min(found):,.1f}-{max(found):,.1f}",
+        }
+        for way, found in rates.items()
+    ]
+    return rows, [
+        Target(f"{arch}, train / bare step", medians[OURS] / medians[BARE], at_least=0.90),
+        Target(f"{arch}, train / plain loop", medians[OURS] / medians[PLAIN], at_least=0.93),
+    ]
+
+
+def measure(arguments: argparse.Namespace) -> tuple[list[Row], list[Target]]:
+    rows: list[Row] = []
+    targets: list[Target] = []
+    for arch in BATCHES:
+        found, bars = measured(arch, arguments.n, arguments.repeats)
+        rows += found
+        targets += bars
+    return rows, targets
+
+
+if __name__ == "__main__":
+    arguments = options(__doc__, n=100)
+    report(arguments, lambda: measure(arguments))
