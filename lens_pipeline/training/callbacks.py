@@ -1,7 +1,6 @@
 """What watches a training: its seeds, its losses, its curves, and how checkpoints are written."""
 
 import errno
-import io
 import logging
 import os
 from pathlib import Path
@@ -37,7 +36,8 @@ class StepSeeds(Callback):
 
 
 class FiniteLoss(Callback):
-    """Ends a training whose loss or weights are no numbers, before a checkpoint can hold them.
+    """Ends a training whose loss or weights are no numbers, before a checkpoint can hold them, and
+    before its validation.
 
     The loss of a step is read when the next one ends: a GPU need not wait for it.
     """
@@ -54,10 +54,17 @@ class FiniteLoss(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._look(trainer)
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look(trainer)
+        self._look_at_weights(trainer, pl_module)
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._look(trainer)
+        self._look_at_weights(trainer, pl_module)
+
+    def _look_at_weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         finite = torch.stack([p.detach().isfinite().all() for p in pl_module.parameters()])
         if not finite.all():
             raise InputError(
@@ -139,23 +146,20 @@ class RenamedCheckpoints(TorchCheckpointIO):
 
 def save_aside(checkpoint: dict[str, Any], path: Path) -> None:
     """Raises InputError where the disk is full; what was there stays."""
-    content = io.BytesIO()
-    torch.save(checkpoint, content)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with aside.open("wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
+        # Unbuffered, so that a full disk shows where it is written to.
+        with aside.open("wb", buffering=0) as file:
+            torch.save(checkpoint, file)
             os.fsync(file.fileno())
         aside.replace(path)
     except OSError as problem:
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        size = content.getbuffer().nbytes / 1e6
         raise InputError(
-            f"{path}: no room for a checkpoint of {size:.0f} MB; the last one that was written is "
-            "kept; make room, and the same command goes on from it"
+            f"{path}: no room for a checkpoint; the last one that was written is kept; make room, "
+            "and the same command goes on from it"
         ) from None
     finally:
         aside.unlink(missing_ok=True)

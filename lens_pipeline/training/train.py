@@ -243,6 +243,8 @@ def _fit(
         monitor=monitor,
         mode=mode,
         save_top_k=how.save_top_k,
+        # Those of an average are only in a whole one.
+        save_weights_only=not how.ema,
         enable_version_counter=False,
     )
     often: dict[str, Any] = (
