@@ -1,12 +1,14 @@
 """The command `lens-pipeline`."""
 
 import argparse
+import difflib
 import json
 import logging
 import os
+import re
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +25,19 @@ SECRET_WORDS = ("key", "secret", "token", "password")
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line on stderr for a command line that is not valid."""
+    """One line on stderr for a command line that is not valid, with the nearest flag that is."""
+
+    commands: Mapping[str, argparse.ArgumentParser] = {}
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            command = self.commands[options.command]
+            flags = re.findall(r"--[a-z][a-z-]+", command.format_help())
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            command.error(f"unrecognized argument {unknown[0]}{hint}")
+        return options
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see {self.prog} --help")
@@ -115,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--dagster-port", type=int, default=3000)
     show.add_argument("--mlflow-port", type=int, default=5000)
     show.set_defaults(do=_show)
+    parser.commands = commands.choices
     return parser
 
 

@@ -28,17 +28,18 @@ def source_is_published(settings: Settings) -> bool:
         raise InputError(f"LENS_SOURCE: {problem}") from None
 
 
-def make_definitions(settings: Settings) -> dg.Definitions:
+def make_definitions(settings: Settings, retries: bool = True) -> dg.Definitions:
     """The asset graph with the members that the settings name.
 
     Where the source is published shards, they stand in the place of all stages that make them.
+    retries: whether trainings are tried again, as where nobody waits for them.
     """
     published = source_is_published(settings)
     made_here = (cutout_catalogue, processed_dataset, lens_shards, cloud_shards)
     return dg.Definitions(
         assets=[
             *((observed_shards(),) if published else made_here),
-            *checkpoint_assets(settings),
+            *checkpoint_assets(settings, retries),
             ensemble_asset(chosen_members(settings)),
             evaluation_asset(published),
             registered_ensemble,

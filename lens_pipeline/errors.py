@@ -19,3 +19,7 @@ class InputError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(masked(message))
+
+
+class NoRoomError(InputError):
+    """A full disk: what was done is kept, and goes on when there is room."""

@@ -140,7 +140,7 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
     changes: training settings by member, as in `run_config`. What a step raises comes out as it is;
     a signal that Dagster has caught comes out as KeyboardInterrupt.
     """
-    definitions = make_definitions(settings)
+    definitions = make_definitions(settings, retries=False)
     config = run_config(settings, changes)
     if verbose:
         del config["loggers"]

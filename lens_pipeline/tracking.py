@@ -151,14 +151,12 @@ class Tracking:
     def reopened_run(self, name: str, key: str) -> str:
         """The run of something that goes on, or a new one; those with the tag PARENT are nested in
         it."""
-        found = self.find_run(key)
-        if found is None:
-            return self.start_run(name, key, {})
-        run_id = str(found.info.run_id)
-        if RECORDED in found.data.tags:
-            self.client.delete_tag(run_id, RECORDED)
-        self.client.update_run(run_id, "RUNNING")
-        return run_id
+        with filelock.FileLock(self.settings.home / ".locks" / f"run-{key[:32]}.lock"):
+            found = self.find_run(key)
+            if found is None:
+                return self.start_run(name, key, {})
+            self.client.update_run(found.info.run_id, "RUNNING")
+            return str(found.info.run_id)
 
     def finish_run(
         self,
@@ -167,12 +165,16 @@ class Tracking:
         curves: "pd.DataFrame | None" = None,
         metrics: Mapping[str, float] | None = None,
         artifacts: tuple[Path, ...] = (),
+        again: bool = False,
     ) -> None:
-        """Fill in what a run lacks and mark it finished. Doing it twice changes nothing."""
+        """Fill in what a run lacks and mark it finished. Doing it twice changes nothing, unless
+        `again`: the artifacts of a run that has gone on."""
         from mlflow.entities import Metric, Param
 
         run = self.client.get_run(run_id)
-        if RECORDED in run.data.tags:  # whether it has ended says nothing: loggers end runs, too
+        if (
+            RECORDED in run.data.tags and not again
+        ):  # whether it has ended says nothing: loggers end runs, too
             return
         known = run.data.params
         params = [Param(k, str(v)) for k, v in flat(parameters).items() if k not in known]

@@ -66,8 +66,13 @@ def tune_command(options: argparse.Namespace) -> int:
     name = name_of(config, space=space.as_values(), pruner=options.pruner)
     out = Path(absolute(str(options.out or settings.home / "tuning" / name)))
     config = with_local_weights(config, settings)
-    with reporting():
-        study = _recorded(config, space, settings, out, options)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with reporting():
+            study = _recorded(config, space, settings, out, options)
+    except InputError as problem:
+        write_aside(out / FAILURE, str(problem))  # for who has started this process
+        raise
     _tell(study)
     return 0
 
@@ -92,7 +97,7 @@ def _recorded(
         else:
             _in_workers(options.workers, share, out, options.verbose)
     except BaseException:
-        tracking.client.set_terminated(parent, "FAILED")
+        tracking.client.set_terminated(parent, "KILLED")  # it goes on with the next command
         raise
     study = TunedStudy(out)
     if study.best is not None:
@@ -100,7 +105,7 @@ def _recorded(
         name = f"best {study.base.training.monitor}"
         tracking.client.log_metric(parent, name, value, step=len(study.trials))
     files = [out / name for name in (TABLE, BEST_CONFIG, PICTURE) if (out / name).exists()]
-    tracking.finish_run(parent, config.model_dump(), artifacts=tuple(files))
+    tracking.finish_run(parent, config.model_dump(), artifacts=tuple(files), again=True)
     return study
 
 
@@ -143,9 +148,12 @@ def _nested_run(
     if run_id is None:
         run_id = tracking.start_run(f"trial {number}", key, {PARENT: parent})
     logger = MLFlowLogger(run_id=run_id, tracking_uri=settings.mlflow_uri, log_model=False)
-    logger.log_hyperparams(flat(config.model_dump()))
+    known = found.data.params if found else {}
     ended = "FAILED"
     try:
+        logger.log_hyperparams(
+            {name: value for name, value in flat(config.model_dump()).items() if name not in known}
+        )
         yield logger
         ended = "FINISHED"
     except optuna.TrialPruned:
@@ -159,20 +167,23 @@ def _in_workers(n: int, share: tuple[Any, ...], out: Path, verbose: bool) -> Non
     """The study shared by processes, whose messages come through this one."""
     import torch
 
-    out.mkdir(parents=True, exist_ok=True)
-    failure = out / FAILURE
-    failure.unlink(missing_ok=True)
+    failure = out / f"{FAILURE}-{os.getpid()}"
     messages = torch.multiprocessing.get_context("spawn").Queue()
     listener = QueueListener(messages, *logging.getLogger("lens_pipeline").handlers)
     listener.start()
     try:
         torch.multiprocessing.spawn(_worker, (n, share, messages, failure, verbose), nprocs=n)
-    except torch.multiprocessing.ProcessExitedException as problem:
+    except (
+        torch.multiprocessing.ProcessExitedException,
+        torch.multiprocessing.ProcessRaisedException,
+    ) as problem:
         if failure.exists():
             raise InputError(failure.read_text()) from None
-        raise RuntimeError(f"worker {problem.error_index} of {n} ended: {problem}") from None
+        why = str(problem).strip().splitlines()[-1]
+        raise RuntimeError(f"worker {problem.error_index} of {n} ended: {why}") from None
     finally:
         listener.stop()
+        failure.unlink(missing_ok=True)
 
 
 def _worker(
@@ -197,11 +208,11 @@ def _worker(
 
 
 def _tell(study: "TunedStudy") -> None:
-    from lens_pipeline.training.tune import BEST_CONFIG, PICTURE, TABLE, shown
+    from lens_pipeline.training.tune import BEST_CONFIG, PICTURE, TABLE
 
     trials = study.ranked.head(SHOWN).drop(columns=["reason", "seconds"])
     trials.columns = [name.rpartition(".")[2] for name in trials.columns]
-    print(trials.map(shown).to_string(index=False))
+    print(trials.to_string(index=False, float_format="{:.3g}".format, na_rep=""))
     states = study.trials["state"].value_counts()
     print(", ".join(f"{count} {state}" for state, count in states.items()))
     print(f"Trials      {study.folder / TABLE}, {PICTURE} beside it")

@@ -93,6 +93,8 @@ def test_a_bad_source_stops_the_run_with_one_line(
         (["run", "--archs", "lastro@4294967296"], "2**32"),
         (["run", "--source", "https://me:secret@127.0.0.1/c.csv"], "https://me:***@127.0.0.1"),
         (["run", "--cutouts", "3"], "--cutouts"),
+        (["train", "--learnig-rate", "1e-3"], "--learnig-rate; did you mean --learning-rate"),
+        (["tune", "--trails=3"], "--trails=3; did you mean --trials"),
         (["predict", "--catalogue", "c.csv"], "--out"),
         (["predict", "--catalogue", "c.csv", "--out", "scores.txt"], ".parquet or .csv"),
         (["predict", "--catalogue", "c.csv", "--out", "scores.csv"], "no model registry"),

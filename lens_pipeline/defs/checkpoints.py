@@ -1,6 +1,7 @@
 """One asset per member, `checkpoints/<member>`, made by a factory."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +13,17 @@ from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.stages import (
     CLOUD,
     Made,
+    bad_input_is_final,
     checkpoint_key,
     code_version,
     drawn,
+    in_a_process,
     made,
     picture,
     result,
     run_stage,
+    table,
 )
-from lens_pipeline.errors import InputError
 from lens_pipeline.models.names import Member, check_architecture
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Recipe, Step, write_aside
@@ -33,6 +36,9 @@ if TYPE_CHECKING:
 
 TRAIN = "lens_pipeline.training.train"
 POOL = "gpu"
+# What fails by chance: a worker that is killed, a server that is gone. It goes on where it was.
+AGAIN = dg.RetryPolicy(max_retries=2, delay=10, backoff=dg.Backoff.EXPONENTIAL)
+EPOCHS_SHOWN = 100
 
 
 # What the asset graph decides, not a form: which cutouts, and that a member is one network.
@@ -63,7 +69,9 @@ def dagster_config(defaults: BaseModel, without: Iterable[str] = ()) -> type[dg.
     return create_model(type(defaults).__name__, __base__=(dg.Config,), **fields)
 
 
-def checkpoint_asset(member: Member, defaults: TrainConfig) -> dg.AssetsDefinition:
+def checkpoint_asset(
+    member: Member, defaults: TrainConfig, retries: bool = True
+) -> dg.AssetsDefinition:
     """The asset of one member; `defaults` is what it is trained with unless its run config says
     otherwise."""
     key = checkpoint_key(member.name)
@@ -74,6 +82,7 @@ def checkpoint_asset(member: Member, defaults: TrainConfig) -> dg.AssetsDefiniti
         group_name="training",
         kinds={"pytorch"},
         pool=POOL,
+        retry_policy=AGAIN if retries else None,
         code_version=code_version(TRAIN),
         description=f"The checkpoint of {member.name}, a {member.architecture} trained on the "
         "published shards: the best and the last epoch, its settings, curves, validation scores.",
@@ -90,53 +99,62 @@ def checkpoint_asset(member: Member, defaults: TrainConfig) -> dg.AssetsDefiniti
         config: dagster_config(defaults),  # type: ignore[valid-type]
         lens: LensHome,
     ) -> dg.MaterializeResult:
-        settings = lens.settings
-        upstream = made(context, CLOUD)
-        trained_with = defaults.with_changes(config.model_dump(), key.to_user_string())
-        start = trained_with.model.pretrained
-        if start.startswith("models:/"):
-            weights = lens.tracking.member_checkpoint(start, member.architecture)
-            trained_with = trained_with.with_changes(
-                {"model": {"pretrained": str(weights)}}, key.to_user_string()
-            )
-        recipe = Recipe(
-            stage=f"checkpoints/{member.name}",
-            modules=(TRAIN,),
-            libraries=(*network_libraries([member]), "pytorch-lightning", "torchmetrics", "numpy"),
-            inputs={"shards": upstream.content},
-            settings=trained_with.model_dump(),
-        )
-
-        def build(out: Path) -> None:
-            _train(context, settings, upstream, member, trained_with, recipe, out)
-
-        root = settings.home / "checkpoints" / member.name
-        step = run_stage(key, recipe, root, build, settings, goes_on=True)
-        trained = _trained(step)
-        curves = drawn("curves.png", step, lambda: draw_curves(trained), settings)
-        run_id = _record(lens.tracking, member, step, trained, curves, upstream, context.run_id)
-        from lens_pipeline.evaluation.metrics import lens_metrics
-
-        scores = trained.val_scores
-        auroc = lens_metrics(scores["label"], _probability(scores["logit"]), bootstrap=0)["auroc"]
-        last = trained.curves.iloc[-1].dropna()
-        return result(
-            step,
-            {
-                "learning curves": picture(curves),
-                "validation AUROC": auroc["value"],
-                **{f"last {name}": float(v) for name, v in last.items() if "/" in str(name)},
-                "MLflow run": run_id,
-            },
-            checks=(
-                dg.AssetCheckResult(
-                    check_name="better_than_chance",
-                    passed=auroc["value"] > 0.5,
-                    severity=dg.AssetCheckSeverity.WARN,
-                    metadata={"auroc": auroc["value"]},
+        with bad_input_is_final() if retries else nullcontext():
+            settings = lens.settings
+            upstream = made(context, CLOUD)
+            trained_with = defaults.with_changes(config.model_dump(), key.to_user_string())
+            start = trained_with.model.pretrained
+            if start.startswith("models:/"):
+                weights = lens.tracking.member_checkpoint(start, member.architecture)
+                trained_with = trained_with.with_changes(
+                    {"model": {"pretrained": str(weights)}}, key.to_user_string()
+                )
+            recipe = Recipe(
+                stage=f"checkpoints/{member.name}",
+                modules=(TRAIN,),
+                libraries=(
+                    *network_libraries([member]),
+                    "pytorch-lightning",
+                    "torchmetrics",
+                    "numpy",
                 ),
-            ),
-        )
+                inputs={"shards": upstream.content},
+                settings=trained_with.model_dump(),
+            )
+
+            def build(out: Path) -> None:
+                _train(context, settings, upstream, member, trained_with, recipe, out)
+
+            root = settings.home / "checkpoints" / member.name
+            step = run_stage(key, recipe, root, build, settings, goes_on=True)
+            trained = _trained(step)
+            curves = drawn("curves.png", step, lambda: draw_curves(trained), settings)
+            run_id = _record(lens.tracking, member, step, trained, curves, upstream, context.run_id)
+            from lens_pipeline.evaluation.metrics import lens_metrics
+
+            scores = trained.val_scores
+            auroc = lens_metrics(scores["label"], _probability(scores["logit"]), bootstrap=0)[
+                "auroc"
+            ]
+            last = trained.curves.iloc[-1].dropna()
+            return result(
+                step,
+                {
+                    "learning curves": picture(curves),
+                    "epochs": table(trained.curves.tail(EPOCHS_SHOWN)),
+                    "validation AUROC": auroc["value"],
+                    **{f"last {name}": float(v) for name, v in last.items() if "/" in str(name)},
+                    "MLflow run": run_id,
+                },
+                checks=(
+                    dg.AssetCheckResult(
+                        check_name="better_than_chance",
+                        passed=auroc["value"] > 0.5,
+                        severity=dg.AssetCheckSeverity.WARN,
+                        metadata={"auroc": auroc["value"]},
+                    ),
+                ),
+            )
 
     return checkpoint
 
@@ -223,16 +241,8 @@ def _train_in_processes(
     }
     settings_file = out / "config.yaml"
     write_aside(settings_file, config.with_changes(places, "training").yaml)
-    try:
-        dg.PipesSubprocessClient().run(
-            command=train_command(settings_file, out, settings.home),
-            context=context,
-            env={"MLFLOW_RUN_ID": run_id, "MLFLOW_TRACKING_URI": settings.mlflow_uri},
-        )
-    except Exception:
-        if (out / FAILURE).exists():
-            raise InputError((out / FAILURE).read_text()) from None
-        raise
+    command = train_command(settings_file, out, settings.home)
+    in_a_process(context, command, settings, out / FAILURE, {"MLFLOW_RUN_ID": run_id})
     settings_file.unlink(missing_ok=True)
 
 
@@ -266,9 +276,9 @@ def _record(
     return run_id
 
 
-def checkpoint_assets(settings: Settings) -> list[dg.AssetsDefinition]:
+def checkpoint_assets(settings: Settings, retries: bool) -> list[dg.AssetsDefinition]:
     """The assets of the members that the settings name."""
     return [
-        checkpoint_asset(member, presets.member_config(settings, member))
+        checkpoint_asset(member, presets.member_config(settings, member), retries)
         for member in presets.chosen_members(settings)
     ]

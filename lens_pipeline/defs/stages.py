@@ -1,16 +1,20 @@
 """What every asset does: run its step, find its inputs, say what came out."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Recipe, Step, digest, run_step, source_hashes
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger("lens_pipeline.stages")
 
@@ -79,6 +83,56 @@ def run_stage(
     step = run_step(recipe, root, build, verify=settings.verify, goes_on=goes_on)
     log.info("%s: %s in %.1f s", name, "reused" if step.reused else "made", step.seconds)
     return step
+
+
+@contextmanager
+def bad_input_is_final() -> Iterator[None]:
+    """Of a step that is tried again: not for bad input, which stays what it is."""
+    try:
+        yield
+    except InputError as problem:
+        raise dg.Failure(str(problem), allow_retries=False) from problem
+
+
+def in_a_process(
+    context: dg.OpExecutionContext | dg.AssetExecutionContext,
+    command: list[str],
+    settings: Settings,
+    failure: Path,
+    env: Mapping[str, str] | None = None,
+) -> None:
+    """Run a command of ours in a process that is not Dagster's; it tells the step's log.
+
+    Raises InputError with what it has written into the file `failure`.
+    """
+    failure.unlink(missing_ok=True)
+    try:
+        dg.PipesSubprocessClient().run(
+            command=command,
+            context=context,
+            env={"MLFLOW_TRACKING_URI": settings.mlflow_uri, **(env or {})},
+        )
+    except Exception:
+        if failure.exists():
+            raise InputError(failure.read_text()) from None
+        raise
+
+
+def table(rows: "pd.DataFrame") -> dg.TableMetadataValue:
+    """A data frame as metadata that the UI shows as a table."""
+    return dg.MetadataValue.table(
+        [
+            dg.TableRecord({str(name): _shown(value) for name, value in row.items()})
+            for _, row in rows.iterrows()
+        ]
+    )
+
+
+def _shown(value: Any) -> str:
+    """A cell of a table: three digits, and nothing where there is nothing."""
+    if value is None or value != value:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def result(

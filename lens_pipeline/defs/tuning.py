@@ -9,12 +9,12 @@ from pydantic import Field
 from lens_pipeline import presets
 from lens_pipeline.defs.checkpoints import POOL
 from lens_pipeline.defs.resources import LensHome
-from lens_pipeline.defs.stages import picture
+from lens_pipeline.defs.stages import in_a_process, picture, table
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.names import parse_members
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import digest, write_aside
-from lens_pipeline.training.launch import tune_command
+from lens_pipeline.training.launch import FAILURE, tune_command
 from lens_pipeline.training.space import DEFAULT_SPACE, Pruner, SearchSpace
 
 SHOWN = 20  # trials in the table
@@ -62,9 +62,10 @@ def tune_member(context: dg.OpExecutionContext, config: Tuning, lens: LensHome) 
     The same study goes on where it was stopped; a larger number of trials adds to it.
     """
     settings = lens.settings
-    (member,) = (
-        parse_members(config.member) if config.member else presets.chosen_members(settings)[:1]
-    )
+    named = parse_members(config.member) if config.member else presets.chosen_members(settings)[:1]
+    if len(named) > 1:
+        raise InputError(f"member: {config.member}: one member is tuned at a time")
+    member = named[0]
     base = presets.member_config(settings, member).with_changes(config.changes, "changes")
     base = base.with_changes({"data": {"data_root": newest_shards_url(settings)}}, "tuning")
     space = SearchSpace.parse(config.space, base, "space")
@@ -75,29 +76,22 @@ def tune_member(context: dg.OpExecutionContext, config: Tuning, lens: LensHome) 
     write_aside(given["config"], base.yaml)
     write_aside(given["space"], space.yaml)
     how = config.model_dump(include={"trials", "workers", "pruner"})
-    dg.PipesSubprocessClient().run(
-        command=tune_command(given["config"], given["space"], out, settings.home, **how),
-        context=context,
-        env={"MLFLOW_TRACKING_URI": settings.mlflow_uri},
-    )
+    command = tune_command(given["config"], given["space"], out, settings.home, **how)
+    in_a_process(context, command, settings, out / FAILURE)
     return _shown(context, out)
 
 
 def _shown(context: dg.OpExecutionContext, out: Path) -> str:
     """The path of the best settings; the picture and the table become the output's metadata."""
-    from lens_pipeline.training.tune import BEST_CONFIG, PICTURE, TunedStudy, shown
+    from lens_pipeline.training.tune import BEST_CONFIG, PICTURE, TunedStudy
 
     study = TunedStudy(out)
     if study.best is None:
         raise InputError(f"{out}: none of {len(study.trials)} trials has been completed")
-    table = [
-        dg.TableRecord({str(name): shown(value) for name, value in row.items()})
-        for _, row in study.ranked.iterrows()
-    ]
     context.add_output_metadata(
         {
             "trials": picture(out / PICTURE),
-            "table": dg.MetadataValue.table(table[:SHOWN]),
+            "table": table(study.ranked.head(SHOWN)),
             f"best {study.base.training.monitor}": float(study.best["value"]),
             "best settings": dg.MetadataValue.path(out / BEST_CONFIG),
             "study": dg.MetadataValue.path(out),

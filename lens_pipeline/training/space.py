@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.training.config import Float, TrainConfig
@@ -36,8 +36,8 @@ class Range(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    low: Float
-    high: Float
+    low: Annotated[Float, Field(allow_inf_nan=False)]
+    high: Annotated[Float, Field(allow_inf_nan=False)]
     log: bool = False
 
 
@@ -64,9 +64,12 @@ class SearchSpace:
             for field, given in fields.items():
                 name = f"{section}.{field}"
                 _check_tunable(section, field, source)
-                settings[name] = _values(name, given, source)
-                for value in _ends(settings[name]):
-                    base.with_changes({section: {field: value}}, source)
+                how = _values(name, given, source)
+                ends = (how.low, how.high) if isinstance(how, Range) else how
+                changed = [base.with_changes({section: {field: v}}, source) for v in ends]
+                # As the configuration has them: `1e-4` is text for YAML.
+                choices = tuple(getattr(getattr(c, section), field) for c in changed)
+                settings[name] = how if isinstance(how, Range) else choices
                 kind = type(getattr(getattr(base, section), field))
                 if kind is bool and isinstance(settings[name], Range):
                     raise InputError(f"{source}: {name}: must list what to choose from")
@@ -80,6 +83,14 @@ class SearchSpace:
 
     def _check_judged(self, base: TrainConfig, source: str) -> None:
         """Raises InputError where the trials could not be compared."""
+        starts = self.settings.get("model.pretrained", ())
+        if any(str(start).startswith("models:/") for start in starts):
+            raise InputError(
+                f"{source}: model.pretrained: a registered model is the start of all trials, or of "
+                "none; give it with --pretrained"
+            )
+        if base.model.model_type == "ensemble" and "model.arch" in self.settings:
+            raise InputError(f"{source}: model.arch: means nothing to an ensemble")
         of_the_loss = [name for name in OF_THE_LOSS if name in self.settings]
         if base.training.monitor == "val/loss" and of_the_loss:
             raise InputError(
@@ -139,7 +150,3 @@ def _values(name: str, given: Any, source: str) -> Range | tuple[Any, ...]:
         least = "0 < low < high" if found.log else "low < high"
         raise InputError(f"{source}: {name}: {found.low:g} to {found.high:g} is not {least}")
     return found
-
-
-def _ends(values: Range | tuple[Any, ...]) -> tuple[Any, ...]:
-    return (values.low, values.high) if isinstance(values, Range) else values

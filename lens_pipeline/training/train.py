@@ -295,6 +295,8 @@ def _fit(
             num_sanity_val_steps=0,
             enable_progress_bar=sys.stderr.isatty(),
         )
+        # Of memory that is written to anyway: with the deterministic kernels torch would do it.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         try:
             trainer.fit(system, data, ckpt_path=going_on, weights_only=True)
         except SystemExit:

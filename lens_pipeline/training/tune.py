@@ -1,6 +1,7 @@
 """Tuning: a study of trainings that differ in their settings, in one folder that goes on."""
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,12 +17,12 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, NoRoomError
 from lens_pipeline.evaluation.plots import png_bytes, tuning_figure
 from lens_pipeline.shards.datamodule import CutoutModule
 from lens_pipeline.steps import write_aside
 from lens_pipeline.training.config import TrainConfig, read_yaml
-from lens_pipeline.training.member import BEST, LAST, TOP, TrainedMember
+from lens_pipeline.training.member import TrainedMember
 from lens_pipeline.training.space import Pruner, Range, SearchSpace
 from lens_pipeline.training.train import cutouts_digest, deciding_metric, train
 
@@ -41,8 +42,8 @@ TABLE = "trials.csv"
 PICTURE = "trials.png"
 BEST_CONFIG = "best.yaml"
 NAME = "lens_pipeline"  # of the one study in a database
-REASON = "reason"  # of a failure
-HOPELESS = 3  # trials that fail before one succeeds
+REASON, PRUNED = "reason", "pruned"  # of a failure; in which epoch
+HOPELESS = 3  # trials that fail before another ends well
 PATIENCE = 120  # seconds that SQLite waits for another worker's writing
 
 log = logging.getLogger(__name__)
@@ -117,12 +118,17 @@ def tune(
     ):
         if not alone:
             raise InputError(f"{name}: goes with one training, not with a study of many")
+    if n_trials < 1:
+        raise InputError(f"n_trials {n_trials}: at least 1 is needed")
     study = _Study(out, config, space, data, pruner)
+    failed: list[str | None] = []
     while (begun := study.next_trial(n_trials)) is not None:
         trial, held = begun
         with held:
-            study.run(trial, record)
+            failed.append(study.run(trial, record))
         study.write_down()
+        if len(failed) == HOPELESS and all(failed):
+            raise InputError(f"the first {HOPELESS} trials have failed; the last: {failed[-1]}")
     study.write_down()  # of what another was killed before
     return TunedStudy(out)
 
@@ -220,31 +226,39 @@ class _Study:
             trials = self._load().get_trials(deepcopy=False)
             if len(trials) >= n_trials:
                 return None
-            self._check_hope(trials)
             held = self._trial_lock(len(trials)).acquire()
             return self._load(len(trials)).ask(), held
 
     def _trial_lock(self, number: int) -> filelock.BaseFileLock:
         return filelock.FileLock(self.out / TRIALS / f".{number:04d}.lock")
 
-    def _check_hope(self, trials: "Sequence[FrozenTrial]") -> None:
-        reasons = [trial.user_attrs.get(REASON) for trial in trials]
-        if len(reasons) >= HOPELESS and all(reasons):
-            raise InputError(f"each of {len(reasons)} trials has failed; the last: {reasons[-1]}")
+    def run(self, trial: "Trial", record: Recorder) -> str | None:
+        """Train with a trial's settings, and tell the study what came of it.
 
-    def run(self, trial: "Trial", record: Recorder) -> None:
-        """Train with a trial's settings, and tell the study what came of it."""
+        Returns why it has failed, if it has. Raises NoRoomError: the trial goes on later.
+        """
         import optuna
 
         changes = self._draw(trial)
         monitor = self.config.training.monitor
-        drawn = ", ".join(f"{n.split('.')[1]} {shown(v)}" for n, v in trial.params.items())
-        log.info("trial %d: %s", trial.number, drawn)
+        drawn = [
+            f"{name.split('.')[1]} {f'{value:.3g}' if isinstance(value, float) else value}"
+            for name, value in trial.params.items()
+        ]
+        log.info("trial %d: %s", trial.number, ", ".join(drawn))
         out = TunedStudy(self.out).trained(trial.number).folder
         try:
+            if PRUNED in trial.user_attrs:  # and its worker was killed before it could tell
+                raise optuna.TrialPruned
             config = self.config.with_changes(changes, f"trial {trial.number}")
             with record(trial.number, config) as loggers:
                 trained = train(config, self.data, out, loggers, [Pruning(trial, monitor)])
+            values = trained.curves[monitor]
+            value = float(values.min() if self.lowest else values.max())
+            if not math.isfinite(value):
+                raise InputError(f"{monitor} is {value} in every epoch")
+        except NoRoomError:
+            raise
         except optuna.TrialPruned:
             trial.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             log.info("trial %d: pruned", trial.number)
@@ -253,13 +267,13 @@ class _Study:
             trial.set_user_attr(REASON, reason)
             trial.study.tell(trial, state=optuna.trial.TrialState.FAIL)
             log.warning("trial %d has failed: %s", trial.number, reason)
+            return reason
         else:
-            values = trained.curves[monitor]
-            value = float(values.min() if self.lowest else values.max())
             trial.study.tell(trial, value)
             best = trial.study.best_trial
             told = (trial.number, monitor, value, best.value, best.number)
             log.info("trial %d: %s %.4g; the best is %.4g of trial %d", *told)
+        return None
 
     def _draw(self, trial: "Trial") -> dict[str, dict[str, Any]]:
         changes: dict[str, dict[str, Any]] = {}
@@ -282,7 +296,9 @@ class _Study:
             table = pd.DataFrame(map(self._row, trials))
             write_aside(self.out / TABLE, table.to_csv(index=False))
             figure = tuning_figure(table, self.space.scales, self.config.training.monitor)
-            (self.out / PICTURE).write_bytes(png_bytes(figure))
+            aside = self.out / f".{PICTURE}"
+            aside.write_bytes(png_bytes(figure))
+            aside.replace(self.out / PICTURE)
             study = TunedStudy(self.out)
             best = None if study.best is None else int(study.best["number"])
             if best is not None:
@@ -290,7 +306,8 @@ class _Study:
             for trial in trials:
                 if trial.state.is_finished() and trial.number != best:
                     folder = study.trained(trial.number).folder
-                    for path in (folder / BEST, folder / LAST, *folder.glob(f"{TOP}/*")):
+                    # Those of a process that was killed while it wrote, too.
+                    for path in folder.rglob("*.ckpt*"):
                         path.unlink(missing_ok=True)
 
     def _row(self, trial: "FrozenTrial") -> dict[str, Any]:
@@ -303,13 +320,6 @@ class _Study:
             **{name: trial.params.get(name) for name in self.space.settings},
             REASON: trial.user_attrs.get(REASON),
         }
-
-
-def shown(value: Any) -> str:
-    """A cell of the table, for people."""
-    if value is None or value != value:
-        return ""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 class Pruning(Callback):
@@ -327,4 +337,5 @@ class Pruning(Callback):
             value = float(trainer.callback_metrics[self.monitor])
             self.trial.report(value, trainer.current_epoch)
         if self.trial.should_prune():
+            self.trial.set_user_attr(PRUNED, trainer.current_epoch)  # it is not asked twice
             raise optuna.TrialPruned

@@ -3,7 +3,9 @@
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from pytorch_lightning import LightningModule, Trainer
@@ -54,10 +56,15 @@ def in_a_process(
     when: str = "batch",
 ) -> int:
     """The exit code."""
+    return forked(run, config, shards, out, kill_at, when)
+
+
+def forked(target: Callable[..., None], *arguments: Any) -> int:
+    """The exit code of a process that runs a function."""
     # Forked from a server that has imported torch and never used it: its threads are unborn.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    process = context.Process(target=run, args=(config, shards, out, kill_at, when))
+    process = context.Process(target=target, args=arguments)
     process.start()
     process.join()
     assert process.exitcode is not None

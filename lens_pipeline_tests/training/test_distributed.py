@@ -1,15 +1,24 @@
 """Several processes train what one would."""
 
+import contextlib
+import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from dagster import DagsterEventType, DagsterInstance
 
 from lens_pipeline.cli import main
 from lens_pipeline.evaluation.metrics import lens_metrics
+from lens_pipeline.settings import Settings
 from lens_pipeline.shards.manifest import read_manifest
+from lens_pipeline.tracking import Tracking
 from lens_pipeline.training import TrainedMember
 
 
@@ -93,11 +102,6 @@ def test_a_step_of_dagster_trains_in_two_processes(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """They are torchrun's, and tell the step's log and the member's MLflow run."""
-    from dagster import DagsterInstance
-
-    from lens_pipeline.settings import Settings
-    from lens_pipeline.tracking import Tracking
-
     home = tmp_path / "home"
     chosen = ["--archs", "light_transformer", "--preset", "tiny", "--home", str(home)]
     hardware = ["--set", "hardware.devices=2", "--set", "hardware.accelerator=cpu"]
@@ -136,3 +140,44 @@ def test_batch_statistics_of_two_processes_are_worth_those_of_one(
     alone = [auroc(f"one{seed}", 1, seed) for seed in range(3)]
     together = auroc("two", 2, 0)
     assert abs(together - alone[0]) <= max(alone) - min(alone)
+
+
+@pytest.mark.slow
+def test_a_killed_process_of_a_step_is_tried_again_from_its_checkpoint(own_home: Path) -> None:
+    """By Dagster's retry policy, in a run of the multiprocess executor."""
+    settings = Settings.load(home=str(own_home), preset="tiny")
+    settings.export()
+    config = {
+        # Long enough to be found alive, with a checkpoint behind it.
+        "training": {"epochs": 40, "save_every_n_steps": 1},
+        "hardware": {"devices": 2, "accelerator": "cpu"},
+    }
+    command = [
+        *(sys.executable, "-m", "dagster", "asset", "materialize"),
+        *("--module-name", "lens_pipeline.definitions", "--select", "checkpoints/lastro"),
+        *("--config-json", json.dumps({"ops": {"checkpoints__lastro": {"config": config}}})),
+    ]
+    known = set((own_home / "checkpoints" / "lastro").glob("[!.]*"))
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        _kill_a_training(own_home, process)
+    assert process.returncode == 0
+    (folder,) = set((own_home / "checkpoints" / "lastro").glob("[!.]*")) - known
+    assert TrainedMember(folder).curves["epoch"].tolist() == list(range(40))
+    with DagsterInstance.from_config(str(own_home / "dagster")) as instance:
+        entries = instance.all_logs(instance.get_runs(limit=1)[0].run_id)
+    assert DagsterEventType.STEP_RESTARTED in [entry.dagster_event_type for entry in entries]
+    assert any("goes on from" in entry.user_message for entry in entries)
+
+
+def _kill_a_training(home: Path, of: subprocess.Popen[bytes]) -> None:
+    """kill -9 the first process of a training that has written a checkpoint."""
+    while not list(home.glob("checkpoints/lastro/.partial-*/last.ckpt")):
+        assert of.poll() is None
+        time.sleep(0.05)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            variables = process.environ()
+            if variables.get("RANK") == "0" and variables.get("LENS_HOME") == str(home):
+                process.kill()
+                return
+    raise AssertionError("nobody trains")

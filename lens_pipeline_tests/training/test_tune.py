@@ -1,6 +1,5 @@
 """A study of trainings: what it may change, what it finds, and how it goes on."""
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from lens_pipeline.training import train
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.space import SearchSpace
 from lens_pipeline.training.tune import TunedStudy, tune
+from lens_pipeline_tests.training.killed import forked
 
 RATES = {"learning_rate": {"low": 1e-6, "high": 3e-2, "log": True}}
 
@@ -54,6 +54,7 @@ def _tune(
         ({"training": {"balance": {"low": 0, "high": 1}}}, "balance: must list what to choose"),
         ({"training": {"loss": ["bce", "hinge"]}}, "training.loss: Input should be"),
         ({"training": 3}, "training: must hold settings and their values"),
+        ({"training": {"noise": {"low": 0, "high": float("inf")}}}, "noise.high: Input should be"),
         ({}, "names no setting to tune"),
     ],
 )
@@ -68,6 +69,20 @@ def test_trials_that_could_not_be_compared_are_refused() -> None:
         _space(_config(monitor="val/loss"), training={"loss": ["bce", "focal"]})
     with pytest.raises(InputError, match=r"training\.batch_size: with training\.limit_val_batches"):
         _space(_config(limit_val_batches=2), training={"batch_size": [16, 32]})
+
+
+def test_what_no_trial_could_mean_is_refused() -> None:
+    with pytest.raises(InputError, match=r"model\.pretrained: a registered model is the start of"):
+        _space(_config(), model={"pretrained": ["none", "models:/lens_ensemble@champion"]})
+    ensemble = TrainConfig.parse({"model": {"model_type": "ensemble"}}, "test")
+    with pytest.raises(InputError, match=r"model\.arch: means nothing to an ensemble"):
+        _space(ensemble, model={"arch": ["lastro", "deeplens"]})
+
+
+def test_numbers_that_are_text_to_yaml_are_numbers() -> None:
+    given = yaml.safe_load("learning_rate: [1e-4, 0.001]")
+    assert given["learning_rate"][0] == "1e-4"
+    assert _space(_config(), training=given).settings["training.learning_rate"] == (1e-4, 1e-3)
 
 
 def test_a_space_is_what_it_writes() -> None:
@@ -129,8 +144,10 @@ def test_what_fails_is_told_and_the_others_go_on(uneven_shards: Path, tmp_path: 
     assert 0 < len(failed) < 6
     assert failed["reason"].str.contains("deeplens_of_nobody").all()
     assert study.best is not None
-    with pytest.raises(InputError, match="each of 3 trials has failed; the last: .*of_nobody"):
-        _tune(_config(), uneven_shards, tmp_path / "all", 6, model={"arch": archs["arch"][1:]})
+    for begun in (3, 6):  # and no further by itself
+        with pytest.raises(InputError, match="the first 3 trials have failed; the last: .*of_nobo"):
+            _tune(_config(), uneven_shards, tmp_path / "all", 9, model={"arch": archs["arch"][1:]})
+        assert len(TunedStudy(tmp_path / "all").trials) == begun
 
 
 def test_a_folder_holds_one_study(uneven_shards: Path, shards_folder: Path, tmp_path: Path) -> None:
@@ -172,11 +189,7 @@ def test_a_study_that_was_killed_ends_with_the_trials_of_an_undisturbed_one(
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     config = _config(save_every_n_steps=2)
     expected = _tune(config, uneven_shards, undisturbed, 4, "none", training=RATES)
-    context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=_killed, args=(config, uneven_shards, killed, 4, 1))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert forked(_killed, config, uneven_shards, killed, 4, 1) == -signal.SIGKILL
     caplog.clear()
     found = _tune(config, uneven_shards, killed, 4, "none", training=RATES)
     assert f"goes on from {killed / 'trials' / '0001' / 'last.ckpt'}" in caplog.text
