@@ -111,7 +111,7 @@ def test_a_signal_ends_a_run_within_ten_seconds_and_the_next_goes_on(
     status, seconds = job.end(how)
     assert status == 130
     assert seconds < 10
-    assert "error: interrupted" in job.text()
+    assert "error: interrupted; the same command goes on" in job.text()
     summary = finish(mine)
     assert summary["stages"]["processed_dataset"]["reused"]  # type: ignore[index]
 

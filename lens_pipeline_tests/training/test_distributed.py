@@ -1,6 +1,5 @@
 """Several processes train what one would."""
 
-import contextlib
 import json
 import subprocess
 import sys
@@ -170,14 +169,14 @@ def test_a_killed_process_of_a_step_is_tried_again_from_its_checkpoint(own_home:
 
 
 def _kill_a_training(home: Path, of: subprocess.Popen[bytes]) -> None:
-    """kill -9 the first process of a training that has written a checkpoint."""
+    """kill -9 one of the processes of a training that has written a checkpoint."""
     while not list(home.glob("checkpoints/lastro/.partial-*/last.ckpt")):
         assert of.poll() is None
         time.sleep(0.05)
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            variables = process.environ()
-            if variables.get("RANK") == "0" and variables.get("LENS_HOME") == str(home):
-                process.kill()
-                return
-    raise AssertionError("nobody trains")
+    (launcher,) = [
+        process
+        for process in psutil.Process(of.pid).children(recursive=True)
+        if process.cmdline()[1:4] == ["-m", "lens_pipeline.cli", "train"]
+    ]
+    workers = [p for p in launcher.children() if any("spawn_main" in part for part in p.cmdline())]
+    workers[0].kill()
