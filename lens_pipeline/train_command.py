@@ -20,6 +20,7 @@ from lens_pipeline.training.launch import FAILURE, is_first, launch
 if TYPE_CHECKING:
     from pytorch_lightning.loggers import Logger
 
+    from lens_pipeline.models.system import LensClassifier
     from lens_pipeline.training.member import TrainedMember
 
 
@@ -84,7 +85,14 @@ def train_here(config: TrainConfig, settings: Settings, out: Path) -> "TrainedMe
     to_do = not config.training.fast_dev_run and not (out / SCORES).exists()
     told = "mlflow" in config.training.loggers and to_do
     loggers = [_mlflow(config, settings)] if told else []
-    return train(config, data, out, loggers=loggers)
+    return train(config, data, out, loggers=loggers, system_type=system_type(config))
+
+
+def system_type(config: TrainConfig) -> "type[LensClassifier]":
+    from lens_pipeline.ensemble.lit_system import LitEnsembleSystem
+    from lens_pipeline.models.system import LitLensSystem
+
+    return LitEnsembleSystem if config.model.model_type == "ensemble" else LitLensSystem
 
 
 def _mlflow(config: TrainConfig, settings: Settings) -> "Logger":

@@ -14,7 +14,13 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings, absolute
 from lens_pipeline.steps import digest, write_aside
 from lens_pipeline.terminal import configure_logging
-from lens_pipeline.train_command import asked_config, name_of, reporting, with_local_weights
+from lens_pipeline.train_command import (
+    asked_config,
+    name_of,
+    reporting,
+    system_type,
+    with_local_weights,
+)
 from lens_pipeline.training.config import TrainConfig, read_yaml
 from lens_pipeline.training.flags import add_flags
 from lens_pipeline.training.launch import FAILURE
@@ -128,7 +134,7 @@ def _share(
             yield [logger]
 
     data = data_module(config, settings.home / "cache", settings.storage_options)
-    tune(config, space, data, out, n_trials, pruner, record)
+    tune(config, space, data, out, n_trials, pruner, record, system_type(config))
 
 
 @contextmanager

@@ -24,7 +24,6 @@ from pytorch_lightning.callbacks import (
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
-from lens_pipeline.ensemble.lit_system import LitEnsembleSystem
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import FPRS
 from lens_pipeline.models.system import LensClassifier, LitLensSystem
@@ -66,12 +65,14 @@ def train(
     out: Path,
     loggers: Sequence[Logger] = (),
     callbacks: Sequence[Callback] = (),
+    system_type: type[LensClassifier] = LitLensSystem,
 ) -> TrainedMember:
     """Train what the configuration says and leave its files in `out`.
 
-    out: an empty folder, or one in which the same training was stopped, anywhere: it goes on from
-    last.ckpt, and ends with the weights of an undisturbed one; of one that has ended nothing is
-    done again. The same
+    system_type: LitEnsembleSystem where `model.model_type` is `ensemble`; a member's training does
+    not import it, and need not be done again when ensembles change. out: an empty folder, or one in
+    which the same training was stopped, anywhere: it goes on from last.ckpt, and ends with the
+    weights of an undisturbed one; of one that has ended nothing is done again. The same
     configuration and data give the same weights, bit for bit, on a CPU. Lightning ends the process
     on Ctrl-C; here it stays a KeyboardInterrupt. Raises InputError for what this machine does
     not have, where the folder holds another training, where a loss is no number, or memory or disk
@@ -84,7 +85,7 @@ def train(
         return TrainedMember(out)
     while not (out / FITTED).exists():
         try:
-            _fit(config, data, out, going_on, loggers, callbacks)
+            _fit(config, data, out, going_on, loggers, callbacks, system_type)
             break
         except torch.OutOfMemoryError:
             half = config.training.batch_size // 2
@@ -101,7 +102,7 @@ def train(
         torch.cuda.empty_cache()
         config, going_on = _begin(config, data, out)
     if rank_zero_only.rank == 0 and not config.training.fast_dev_run:  # type: ignore[attr-defined]
-        _finish(config, data, out)
+        _finish(data, out, system_type)
     return TrainedMember(out)
 
 
@@ -126,11 +127,9 @@ def check_devices(config: TrainConfig) -> None:
         )
 
 
-def _system_type(config: TrainConfig) -> type[LensClassifier]:
-    return LitEnsembleSystem if config.model.model_type == "ensemble" else LitLensSystem
-
-
-def build_system(config: TrainConfig, data: CutoutModule) -> LensClassifier:
+def build_system(
+    config: TrainConfig, data: CutoutModule, system_type: type[LensClassifier] = LitLensSystem
+) -> LensClassifier:
     """The untrained system of a configuration, for the cutouts of `data`."""
     chosen, how = config.model, config.training
     pos_weight = 1.0
@@ -166,7 +165,7 @@ def build_system(config: TrainConfig, data: CutoutModule) -> LensClassifier:
         ),
     }
     which = {"architectures", "ensemble_strategy"} if chosen.model_type == "ensemble" else {"arch"}
-    return _system_type(config)(**chosen.model_dump(include=which), **shared)
+    return system_type(**chosen.model_dump(include=which), **shared)
 
 
 def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> tuple[TrainConfig, Path | None]:
@@ -229,11 +228,12 @@ def _fit(
     going_on: Path | None,
     loggers: Sequence[Logger],
     callbacks: Sequence[Callback],
+    system_type: type[LensClassifier],
 ) -> None:
     how, hardware = config.training, config.hardware
     data.batch_size = how.batch_size
     pl.seed_everything(how.seed, workers=True, verbose=False)
-    system = build_system(config, data)
+    system = build_system(config, data, system_type)
     monitor = deciding_metric(config, data)
     mode = "min" if monitor == "val/loss" else "max"
     best = ModelCheckpoint(
@@ -309,7 +309,7 @@ def _fit(
         write_aside(out / FITTED, Path(best.best_model_path).name)
 
 
-def _finish(config: TrainConfig, data: CutoutModule, out: Path) -> None:
+def _finish(data: CutoutModule, out: Path, system_type: type[LensClassifier]) -> None:
     """The best checkpoint, weights alone, and its scores of the validation set. Stopped anywhere,
     it can be done again."""
     best = out / TOP / (out / FITTED).read_text()
@@ -321,7 +321,7 @@ def _finish(config: TrainConfig, data: CutoutModule, out: Path) -> None:
         save_aside(weights, path)
         if path == best:
             save_aside(weights, out / BEST)
-    system = _system_type(config).load_from_checkpoint(out / BEST, compile_model=False)
+    system = system_type.load_from_checkpoint(out / BEST, compile_model=False)
     split = data.split("val")
     scores = pd.DataFrame(
         {"id": split.ids, "label": split.labels, "logit": split_logits(system, split)}

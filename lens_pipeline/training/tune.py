@@ -19,6 +19,7 @@ from pytorch_lightning.loggers import Logger
 
 from lens_pipeline.errors import InputError, NoRoomError
 from lens_pipeline.evaluation.plots import png_bytes, tuning_figure
+from lens_pipeline.models.system import LensClassifier, LitLensSystem
 from lens_pipeline.shards.datamodule import CutoutModule
 from lens_pipeline.steps import write_aside
 from lens_pipeline.training.config import TrainConfig, read_yaml
@@ -97,6 +98,7 @@ def tune(
     n_trials: int = 20,
     pruner: Pruner = "median",
     record: Recorder = lambda number, config: nullcontext([]),
+    system_type: type[LensClassifier] = LitLensSystem,
 ) -> TunedStudy:
     """Train with settings from the space until the study has `n_trials`, and keep the best.
 
@@ -107,8 +109,9 @@ def tune(
     `training.monitor` over its epochs; settings are drawn by the tree-structured Parzen estimator
     (Bergstra et al. 2011), seeded by `training.seed` and the number of the trial. pruner: `median`
     stops a trial whose value after an epoch is below the median of the others there, `hyperband`
-    (Li et al. 2018) gives more epochs to fewer. Raises InputError where the folder holds another
-    study, where optuna is not installed, and where the first three trials fail.
+    (Li et al. 2018) gives more epochs to fewer. system_type: as for `train`. Raises InputError
+    where the folder holds another study, where optuna is not installed, and where the first three
+    trials fail.
     """
     if find_spec("optuna") is None:
         raise InputError("tuning needs the package optuna; install lens-pipeline[tune]")
@@ -125,7 +128,7 @@ def tune(
     while (begun := study.next_trial(n_trials)) is not None:
         trial, held = begun
         with held:
-            failed.append(study.run(trial, record))
+            failed.append(study.run(trial, record, system_type))
         study.write_down()
         if len(failed) == HOPELESS and all(failed):
             raise InputError(f"the first {HOPELESS} trials have failed; the last: {failed[-1]}")
@@ -232,7 +235,9 @@ class _Study:
     def _trial_lock(self, number: int) -> filelock.BaseFileLock:
         return filelock.FileLock(self.out / TRIALS / f".{number:04d}.lock")
 
-    def run(self, trial: "Trial", record: Recorder) -> str | None:
+    def run(
+        self, trial: "Trial", record: Recorder, system_type: type[LensClassifier]
+    ) -> str | None:
         """Train with a trial's settings, and tell the study what came of it.
 
         Returns why it has failed, if it has. Raises NoRoomError: the trial goes on later.
@@ -252,7 +257,8 @@ class _Study:
                 raise optuna.TrialPruned
             config = self.config.with_changes(changes, f"trial {trial.number}")
             with record(trial.number, config) as loggers:
-                trained = train(config, self.data, out, loggers, [Pruning(trial, monitor)])
+                pruning = Pruning(trial, monitor)
+                trained = train(config, self.data, out, loggers, [pruning], system_type)
             values = trained.curves[monitor]
             value = float(values.min() if self.lowest else values.max())
             if not math.isfinite(value):

@@ -263,7 +263,7 @@ def test_an_ensemble_learns_together_and_predicts(uneven_shards: Path, tmp_path:
         },
         "test",
     )
-    trained = _train(config, uneven_shards, tmp_path)
+    trained = _train(config, uneven_shards, tmp_path, system_type=LitEnsembleSystem)
     assert trained.curves["val/auroc"].max() > 0.9
     system = LitEnsembleSystem.load_from_checkpoint(trained.checkpoint)
     data = LensDataModule(uneven_shards)
