@@ -2,7 +2,7 @@
 
 The simulated set of the preset `quick`: as many epochs, the same settings and the same seed for
 each; the epoch that ranks the validation split best is scored on the test split, with bootstrap
-intervals. Other seeds move a row by as much as the intervals say, or more.
+intervals; what another seed would give, they leave out.
 """
 
 import argparse

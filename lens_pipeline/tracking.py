@@ -172,9 +172,8 @@ class Tracking:
         from mlflow.entities import Metric, Param
 
         run = self.client.get_run(run_id)
-        if (
-            RECORDED in run.data.tags and not again
-        ):  # whether it has ended says nothing: loggers end runs, too
+        # Whether it has ended says nothing: loggers end runs, too.
+        if RECORDED in run.data.tags and not again:
             return
         known = run.data.params
         params = [Param(k, str(v)) for k, v in flat(parameters).items() if k not in known]

@@ -142,7 +142,7 @@ class RenamedCheckpoints(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        # A third of the time of writing; those that are kept are written once more, with it.
+        # Most of the time of writing; those that are kept are written once more, with it.
         with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
             save_aside(checkpoint, Path(path))
 

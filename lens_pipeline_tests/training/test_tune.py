@@ -9,14 +9,15 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.loggers.logger import DummyLogger
 
 from lens_pipeline import LensDataModule
 from lens_pipeline.cli import main
-from lens_pipeline.errors import InputError
-from lens_pipeline.training import train
+from lens_pipeline.errors import InputError, NoRoomError
+from lens_pipeline.training import TrainedMember, train
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.space import SearchSpace
 from lens_pipeline.training.tune import TunedStudy, tune
@@ -39,6 +40,10 @@ def _tune(
     config: TrainConfig, shards: Path, out: Path, n_trials: int, *more: Any, **sections: Any
 ) -> TunedStudy:
     return tune(config, _space(config, **sections), LensDataModule(shards), out, n_trials, *more)
+
+
+def _weights(trained: TrainedMember) -> dict[str, torch.Tensor]:
+    return torch.load(trained.checkpoint, weights_only=True)["state_dict"]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +115,8 @@ def test_the_best_settings_are_found_and_train_again_to_the_same(
     assert config.training.learning_rate == 3e-3
     again = train(config, LensDataModule(uneven_shards), tmp_path / "again")
     assert again.curves["val/average_precision"].max() == best["value"]
+    for name, value in _weights(study.trained(int(best["number"]))).items():
+        assert torch.equal(value, _weights(again)[name])
     kept = [path.parent.name for path in study.folder.glob("trials/*/best.ckpt")]
     assert kept == [f"{best['number']:04d}"]
     assert (study.folder / "trials.png").read_bytes().startswith(b"\x89PNG")
@@ -148,6 +155,30 @@ def test_what_fails_is_told_and_the_others_go_on(uneven_shards: Path, tmp_path: 
         with pytest.raises(InputError, match="the first 3 trials have failed; the last: .*of_nobo"):
             _tune(_config(), uneven_shards, tmp_path / "all", 9, model={"arch": archs["arch"][1:]})
         assert len(TunedStudy(tmp_path / "all").trials) == begun
+
+
+def test_hyperband_gives_most_trials_less_than_all_epochs(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    config = _config(epochs=4, seed=1)
+    study = _tune(config, uneven_shards, tmp_path, 8, "hyperband", training=RATES)
+    trials = study.trials
+    assert set(trials["state"]) == {"complete", "pruned"}
+    assert (trials.query("state == 'pruned'")["epochs"] < 4).all()
+
+
+def test_a_full_disk_leaves_the_trial_for_later(uneven_shards: Path, tmp_path: Path) -> None:
+    @contextmanager
+    def full(number: int, config: TrainConfig) -> Iterator[Sequence[Logger]]:
+        raise NoRoomError("no room")
+        yield []
+
+    config = _config(epochs=1)
+    with pytest.raises(NoRoomError):
+        _tune(config, uneven_shards, tmp_path, 2, "none", full, training=RATES)
+    study = _tune(config, uneven_shards, tmp_path, 2, "none", training=RATES)
+    assert study.trials["number"].tolist() == [0, 1]
+    assert study.trials["state"].tolist() == ["complete", "complete"]
 
 
 def test_a_folder_holds_one_study(uneven_shards: Path, shards_folder: Path, tmp_path: Path) -> None:
