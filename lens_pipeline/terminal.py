@@ -47,17 +47,22 @@ def configure_logging(verbose: bool) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM ends what runs here as Ctrl-C does, and neither takes longer than ten seconds."""
+    """SIGTERM ends what runs here as Ctrl-C does, and neither takes longer than ten seconds.
+
+    An error that follows a signal comes of it (a file that was being written, say), and is raised
+    as KeyboardInterrupt.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are another's
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    ended = threading.Event()
+    ended, interrupted = threading.Event(), threading.Event()
 
     def watch() -> None:
         while signals := os.read(reader, 1):
             if signals[0] in (signal.SIGINT, signal.SIGTERM):
+                interrupted.set()
                 if ended.wait(GRACE):
                     break
                 # Whatever is stuck is cut off: steps are renamed into place only when they are
@@ -71,11 +76,18 @@ def interruptible() -> Iterator[None]:
 
     before = signal.signal(signal.SIGTERM, interrupt)
     descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=watch, daemon=True).start()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
-        yield
-    finally:
-        ended.set()
-        signal.set_wakeup_fd(descriptor)
-        signal.signal(signal.SIGTERM, before)
-        os.close(writer)
+        try:
+            yield
+        finally:
+            ended.set()
+            signal.set_wakeup_fd(descriptor)
+            signal.signal(signal.SIGTERM, before)
+            os.close(writer)
+            watcher.join()
+    except Exception:
+        if interrupted.is_set():
+            raise KeyboardInterrupt from None
+        raise
