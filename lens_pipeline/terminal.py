@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
@@ -50,20 +51,26 @@ def interruptible() -> Iterator[None]:
     """SIGTERM ends what runs here as Ctrl-C does, and neither takes longer than ten seconds.
 
     An error that follows a signal comes of it (a file that was being written, say), and is raised
-    as KeyboardInterrupt.
+    as KeyboardInterrupt. An interruption that came while Python was freeing an object, where it
+    ignores every exception, is sent again.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are another's
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    ended, interrupted = threading.Event(), threading.Event()
+    ended, interrupted, ignored = threading.Event(), threading.Event(), threading.Event()
 
     def watch() -> None:
         while signals := os.read(reader, 1):
             if signals[0] in (signal.SIGINT, signal.SIGTERM):
                 interrupted.set()
-                if ended.wait(GRACE):
+                latest = time.monotonic() + GRACE
+                while not ended.wait(0.1) and time.monotonic() < latest:
+                    if ignored.is_set():
+                        ignored.clear()
+                        os.kill(os.getpid(), signals[0])
+                if ended.is_set():
                     break
                 # Whatever is stuck is cut off: steps are renamed into place only when they are
                 # whole, and the next run frees what a dead one held.
@@ -74,6 +81,13 @@ def interruptible() -> Iterator[None]:
     def interrupt(*_: Any) -> NoReturn:
         raise KeyboardInterrupt
 
+    def unraisable(what: "sys.UnraisableHookArgs", /) -> None:
+        if issubclass(what.exc_type, Exception):
+            hook(what)
+        else:
+            ignored.set()
+
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable
     before = signal.signal(signal.SIGTERM, interrupt)
     descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     watcher = threading.Thread(target=watch, daemon=True)
@@ -85,6 +99,7 @@ def interruptible() -> Iterator[None]:
             ended.set()
             signal.set_wakeup_fd(descriptor)
             signal.signal(signal.SIGTERM, before)
+            sys.unraisablehook = hook
             os.close(writer)
             watcher.join()
     except Exception:

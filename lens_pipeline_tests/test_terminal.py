@@ -2,17 +2,43 @@
 
 import os
 import signal
+import time
+import weakref
+from pathlib import Path
 
 import pytest
 
 from lens_pipeline.terminal import interruptible
 
 
+def _write_and_be_interrupted() -> None:
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        raise OSError("what was being written is not whole")
+
+
 def test_an_error_that_a_signal_has_caused_is_an_interruption() -> None:
     with pytest.raises(KeyboardInterrupt), interruptible():
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-        finally:
-            raise OSError("a file that was being written is not whole")
-    with pytest.raises(OSError, match="no signal"), interruptible():
-        raise OSError("no signal")
+        _write_and_be_interrupted()
+    with pytest.raises(FileNotFoundError), interruptible():
+        Path("/nowhere").read_text()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_an_object_is_freed_is_not_lost(how: signal.Signals) -> None:
+    def freed(_: object) -> None:
+        os.kill(os.getpid(), how)
+
+    def work() -> None:
+        thing = {1}
+        reference = weakref.ref(thing, freed)
+        del thing  # Python ignores what is raised in the callback
+        assert reference() is None
+        for _ in range(50):
+            time.sleep(0.1)
+
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        work()
+    assert time.monotonic() - begun < 4
