@@ -124,6 +124,21 @@ class Settings(BaseSettings):
     max_reject_fraction: float = Field(
         default=0.1, ge=0, le=1, description="More unusable cutouts than this stop the run."
     )
+    fusion: Literal["best", "mean", "uncertainty_weighted", "stacking", "bayesian", "single"] = (
+        Field(
+            default="best",
+            description="How members become one score; `best` compares all on the validation set.",
+        )
+    )
+    calibration: Literal["platt", "temperature", "isotonic"] = Field(
+        default="platt", description="How logits become probabilities, on the validation set."
+    )
+    prevalence: float = Field(
+        default=1e-3,
+        gt=0,
+        lt=1,
+        description="The fraction of lenses among the cutouts of the sky, for `sky_probability`.",
+    )
     gate_min_lens: int = Field(
         default=50, ge=1, description="Lenses that the test set needs before a model is promoted."
     )

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -22,6 +22,7 @@ from lens_pipeline.defs.stages import (
     picture,
     result,
     run_stage,
+    table,
 )
 from lens_pipeline.models.names import Member
 from lens_pipeline.settings import Settings
@@ -50,10 +51,18 @@ def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
     )
     def lens_ensemble(context: dg.AssetExecutionContext, lens: LensHome) -> dg.MaterializeResult:
         """The members, the calibration of each and of their fusion, in one folder."""
+        import pandas as pd
+
         from lens_pipeline.catalogue.dataset import CutoutFormat
         from lens_pipeline.shards.manifest import read_manifest
         from lens_pipeline.training.member import TrainedMember
 
+        settings = lens.settings
+        chosen: dict[str, Any] = {
+            "fusion": settings.fusion,
+            "calibration": settings.calibration,
+            "prevalence": settings.prevalence,
+        }
         upstream = {name: made(context, key) for name, key in keys.items()}
         shards = made(context, CLOUD)
         recipe = Recipe(
@@ -61,7 +70,7 @@ def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
             modules=(SYSTEM,),
             libraries=(*network_libraries(members), "numpy", "scipy"),
             inputs={name: part.content for name, part in upstream.items()},
-            settings={"dataset_version": shards.content},
+            settings={"dataset_version": shards.content, **chosen},
         )
 
         def build(out: Path) -> None:
@@ -69,7 +78,7 @@ def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
 
             trained = {name: TrainedMember(part.folder) for name, part in upstream.items()}
             parts = {name: (t.checkpoint, t.val_scores) for name, t in trained.items()}
-            manifest = read_manifest(shards.location, lens.settings.storage_options)
+            manifest = read_manifest(shards.location, settings.storage_options)
             form = CutoutFormat.from_dict(manifest.format)
             steps = {name: part.folder.name for name, part in upstream.items()}
             facts = {
@@ -77,11 +86,17 @@ def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
                 "dataset_version": manifest.dataset_version,
                 "member_steps": steps,
             }
-            assemble(parts, form, out, facts)
+            assemble(parts, form, out, facts, **chosen)
 
-        step = run_stage(ENSEMBLE, recipe, lens.settings.home / "ensemble", build, lens.settings)
+        step = run_stage(ENSEMBLE, recipe, settings.home / "ensemble", build, settings)
         description = json.loads((step.folder / "ensemble.json").read_text())
-        return result(step, {"ensemble": dg.MetadataValue.json(description)})
+        metadata: dict[str, Any] = {
+            "ensemble": dg.MetadataValue.json(description),
+            "fusion": description["fusion"]["strategy"],
+        }
+        if description["comparison"]:
+            metadata["fusions"] = table(pd.DataFrame(description["comparison"]).round(4))
+        return result(step, metadata)
 
     return lens_ensemble
 

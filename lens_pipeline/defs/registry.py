@@ -120,7 +120,7 @@ def _register(
     shape = (len(form["bands"]), form["image_size"], form["image_size"])
     tracking.finish_run(
         run_id,
-        {"fusion": facts["fusion"], "members": ",".join(steps)},
+        {"fusion": facts["fusion"]["strategy"], "members": ",".join(steps)},
         metrics=flat_metrics(metrics["ensemble"], "test/"),
     )
     tags = version_tags(key, dataset_version, member_runs, metrics["ensemble"])
