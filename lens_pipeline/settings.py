@@ -145,6 +145,16 @@ class Settings(BaseSettings):
     gate_min_nonlens: int = Field(
         default=50, ge=1, description="Non-lenses that the test set needs, likewise."
     )
+    gate_tolerance: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="A challenger that may lose this much of the champion's TPR at a small FPR, at "
+        "95 % confidence, is not promoted.",
+    )
+    gate_max_ece: float = Field(
+        default=0.1, ge=0, le=1, description="The most calibration error of a challenger."
+    )
     gate_min_auroc: float = Field(
         default=0.5, ge=0, le=1, description="The lower 95 % bound of AUROC must exceed this."
     )
@@ -219,13 +229,18 @@ class Settings(BaseSettings):
         return self.home / "reports"
 
     @property
-    def gate(self) -> dict[str, float]:
-        """The thresholds of the first model's gate."""
+    def gate(self) -> dict[str, Any]:
+        """The thresholds that every model must reach."""
         return {
             "min_lens": self.gate_min_lens,
             "min_nonlens": self.gate_min_nonlens,
             "min_auroc_low": self.gate_min_auroc,
         }
+
+    @property
+    def gate_against_champion(self) -> dict[str, Any]:
+        """The further thresholds of a model that would take a champion's place."""
+        return {"tolerance": self.gate_tolerance, "max_ece": self.gate_max_ece}
 
     def export(self) -> None:
         """Put what was set into the environment, for the steps and child processes."""

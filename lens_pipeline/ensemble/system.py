@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.models.system import LitLensSystem, load_system
 
 ENSEMBLE = "ensemble.json"
+GROUPS = "groups.parquet"
 SCHEMA = 2
 BATCH = 256
 _CALIBRATION: TypeAdapter[Calibration] = TypeAdapter(Calibration)
@@ -33,13 +34,15 @@ _FUSION: TypeAdapter[Fusion] = TypeAdapter(Fusion)
 class LensEnsemble:
     """Trained members and what turns their logits into one calibrated probability.
 
-    format: what the cutouts must be; facts: the rest of `ensemble.json` (the dataset's version).
+    format: what the cutouts must be; facts: the rest of `ensemble.json` (the dataset's version);
+    groups: those that the members have trained or validated on.
     """
 
     members: dict[str, LitLensSystem]
     fitted: FittedFusion
     format: CutoutFormat
     facts: dict[str, Any]
+    groups: frozenset[str]
 
     @property
     def columns(self) -> list[str]:
@@ -88,6 +91,7 @@ def assemble(
     form: CutoutFormat,
     out: Path,
     facts: Mapping[str, Any],
+    groups: Iterable[str],
     *,
     fusion: Choice = "best",
     calibration: Method = "platt",
@@ -96,9 +100,9 @@ def assemble(
     """Write an ensemble into `out` and return it.
 
     members: {name: (checkpoint, validation scores with columns id, label, logit, logit_std)};
-    fusion: see `choose`; calibration: see `fit_calibration`; prevalence: the fraction of lenses
-    among the cutouts of the sky, for `sky_probability`. `comparison` in
-    ensemble.json is what the choice was made by.
+    groups: those of the cutouts that they trained and validated on; fusion: see `choose`;
+    calibration: see `fit_calibration`; prevalence: the fraction of lenses among the cutouts of the
+    sky, for `sky_probability`. `comparison` in ensemble.json is what the choice was made by.
     Raises InputError where two members were validated on different cutouts, or one takes other
     cutouts than `form`.
     """
@@ -124,8 +128,15 @@ def assemble(
         "format": asdict(form),
         **facts,
     }
+    seen = pd.DataFrame({"group": sorted(set(groups))}, dtype=str)
+    seen.to_parquet(out / GROUPS, index=False)
     (out / ENSEMBLE).write_text(json.dumps(description, indent=1))
     return load_ensemble(out)
+
+
+def read_groups(folder: Path) -> frozenset[str]:
+    """The groups that the members of the ensemble in a folder have trained or validated on."""
+    return frozenset(pd.read_parquet(folder / GROUPS)["group"])
 
 
 def _common_labels(scores: Mapping[str, pd.DataFrame]) -> NDArray[np.int8]:
@@ -178,5 +189,5 @@ def load_ensemble(folder: str | Path) -> LensEnsemble:
         _FUSION.validate_python(facts["fusion"]),
         _CALIBRATION.validate_python(facts["calibration"]),
     )
-    ensemble = LensEnsemble(members, fitted, form, facts)
+    ensemble = LensEnsemble(members, fitted, form, facts, read_groups(folder))
     return ensemble.to("cuda" if torch.cuda.is_available() else "cpu")
