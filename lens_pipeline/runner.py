@@ -46,13 +46,10 @@ def prepare_home(settings: Settings) -> None:
 
 
 def keep_settings(settings: Settings) -> None:
-    """Write down in LENS_HOME what decides its graph, for who only looks at it later.
-
-    Neither storage options nor the tracking server's URI: they may hold secrets.
-    """
-    names = settings.model_fields_set - {"home", "storage_options", "tracking_uri", "verify"}
-    values = settings.model_dump(mode="json", include=names)
-    write_aside(settings.home / KEPT, json.dumps(values, indent=1, sort_keys=True) + "\n")
+    """Write down in LENS_HOME what decides its graph, for who only looks at it later."""
+    write_aside(
+        settings.home / KEPT, json.dumps(settings.decisive, indent=1, sort_keys=True) + "\n"
+    )
 
 
 def settings_of_home(home: str | None) -> Settings:

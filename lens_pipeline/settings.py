@@ -242,6 +242,15 @@ class Settings(BaseSettings):
         """The further thresholds of a model that would take a champion's place."""
         return {"tolerance": self.gate_tolerance, "max_ece": self.gate_max_ece}
 
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """What was set of all that decides on results, for JSON.
+
+        Neither storage options nor the tracking server's URI: they may hold secrets.
+        """
+        names = self.model_fields_set - {"home", "storage_options", "tracking_uri", "verify"}
+        return self.model_dump(mode="json", include=names)
+
     def export(self) -> None:
         """Put what was set into the environment, for the steps and child processes."""
         os.environ["DAGSTER_HOME"] = str(self.dagster_home)

@@ -3,6 +3,7 @@
 MLflow itself is imported where it is used: loading this module is light.
 """
 
+import importlib.metadata
 import io
 import json
 import logging
@@ -248,11 +249,16 @@ class Tracking:
         return self.client.get_model_version(MODEL, number) if number else None
 
     def register(
-        self, ensemble: Path, run_id: str, example_shape: tuple[int, int, int], tags: dict[str, str]
+        self,
+        ensemble: Path,
+        run_id: str,
+        example_shape: tuple[int, int, int],
+        tags: dict[str, str],
+        card: str,
     ) -> "ModelVersion":
         """Log the ensemble's folder as a model under a run, and make it the newest version.
 
-        example_shape: (bands, height, width) of a cutout.
+        example_shape: (bands, height, width) of a cutout; card: the version's description.
         """
         import mlflow
         import numpy as np
@@ -279,7 +285,8 @@ class Tracking:
                 signature=signature,
                 pip_requirements=["lens-pipeline"],
             )
-            return mlflow.register_model(model.model_uri, MODEL, tags=tags)
+            version = mlflow.register_model(model.model_uri, MODEL, tags=tags)
+        return self.client.update_model_version(MODEL, version.version, description=card)
 
     def set_alias(self, alias: str, version: str) -> None:
         self.client.set_registered_model_alias(MODEL, alias, version)
@@ -404,12 +411,25 @@ class Tracking:
 
 
 def version_tags(
-    step_key: str, dataset_version: str, member_runs: Mapping[str, str], metrics: Mapping[str, Any]
+    settings: Settings,
+    step_key: str,
+    dataset_version: str,
+    dagster_run: str,
+    member_runs: Mapping[str, str],
+    metrics: Mapping[str, Any],
 ) -> dict[str, str]:
-    """What a registered version carries: its dataset, its members' runs, its metrics."""
+    """What a registered version carries: its dataset, code, settings, its members' runs, its
+    metrics. The commit is that of the checkout that this runs from, where it is one."""
+    from mlflow.utils.git_utils import get_git_commit
+
+    commit = get_git_commit(str(Path(__file__).parent))
     return {
         STEP_KEY: step_key,
         DATASET_VERSION: dataset_version,
+        DAGSTER_RUN: dagster_run,
+        "lens.code_version": importlib.metadata.version("lens-pipeline"),
+        **({"lens.git_commit": commit} if commit else {}),
+        "lens.settings": json.dumps(settings.decisive, sort_keys=True),
         "lens.member_runs": json.dumps(dict(member_runs), sort_keys=True),
         **{f"lens.{name}": f"{value:.6g}" for name, value in flat_metrics(metrics).items()},
     }

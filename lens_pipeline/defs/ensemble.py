@@ -82,6 +82,7 @@ def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
             facts = {
                 "dataset": manifest.dataset,
                 "dataset_version": manifest.dataset_version,
+                "simulated": manifest.simulated,
                 "member_steps": steps,
             }
             assemble(parts, form, out, facts, seen, **chosen)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
     from lens_pipeline.evaluation.gates import GateDecision
+    from lens_pipeline.evaluation.result import Evaluation
 
 PYFUNC = "lens_pipeline.ensemble.pyfunc_model"
 
@@ -74,7 +75,7 @@ def registry_asset(published: bool) -> dg.AssetsDefinition:
             reused = version is not None
             if version is None:
                 version = _register(
-                    tracking, key, ensemble.folder, facts, evaluation.metrics, context.run_id
+                    tracking, key, ensemble.folder, facts, evaluation, context.run_id
                 )
             number = str(version.version)
             challenger = tracking.aliased(CHALLENGER)
@@ -142,9 +143,12 @@ def _register(
     key: str,
     folder: Path,
     facts: dict[str, Any],
-    metrics: dict[str, Any],
+    evaluation: "Evaluation",
     dagster_run: str,
 ) -> Any:
+    from lens_pipeline.evaluation.card import model_card
+
+    metrics = evaluation.metrics["ensemble"]
     steps, dataset_version = facts["member_steps"], facts["dataset_version"]
     runs = {name: tracking.find_run(step) for name, step in steps.items()}
     member_runs = {name: run.info.run_id for name, run in runs.items() if run is not None}
@@ -156,10 +160,10 @@ def _register(
     tracking.finish_run(
         run_id,
         {"fusion": facts["fusion"]["strategy"], "members": ",".join(steps)},
-        metrics=flat_metrics(metrics["ensemble"], "test/"),
+        metrics=flat_metrics(metrics, "test/"),
     )
-    tags = version_tags(key, dataset_version, member_runs, metrics["ensemble"])
-    return tracking.register(folder, run_id, shape, tags)
+    tags = version_tags(tracking.settings, key, dataset_version, dagster_run, member_runs, metrics)
+    return tracking.register(folder, run_id, shape, tags, model_card(facts, evaluation))
 
 
 def _stages(context: dg.AssetExecutionContext) -> dict[str, dict[str, Any]]:

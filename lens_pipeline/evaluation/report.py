@@ -31,14 +31,15 @@ UNRESOLVED = "–"
 def format_metrics_table(metrics: Mapping[str, Mapping[str, Any]], split: str = "Test") -> str:
     """A table for the terminal: one row a model, each figure with its 95 % interval."""
     header = ["", *COLUMNS.values()]
-    rows = [[name, *(_cell(of[key]) for key in COLUMNS)] for name, of in metrics.items()]
+    rows = [[name, *(metric_text(of[key]) for key in COLUMNS)] for name, of in metrics.items()]
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in (header, *rows)]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join([*(line.rstrip() for line in lines), _counts(metrics, split)])
 
 
-def _cell(metric: Mapping[str, float | None]) -> str:
+def metric_text(metric: Mapping[str, float | None]) -> str:
+    """A figure of `lens_metrics` with its interval."""
     if metric["value"] is None:
         return UNRESOLVED
     if metric["low"] is None or metric["high"] is None:
@@ -134,7 +135,7 @@ def _metrics(metrics: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _html_cell(metric: Mapping[str, float | None]) -> str:
-    value, _, interval = _cell(metric).partition(" ")
+    value, _, interval = metric_text(metric).partition(" ")
     return f"{value} <small>{interval}</small>"
 
 

@@ -1,0 +1,66 @@
+"""The model card."""
+
+from pathlib import Path
+
+import numpy as np
+from scipy.special import expit
+
+from lens_pipeline.evaluation.card import LONGEST, model_card
+from lens_pipeline.evaluation.metrics import lens_metrics
+from lens_pipeline.evaluation.result import Evaluation
+
+FACTS = {
+    "members": {"resnet18": {}, "lastro": {}},
+    "format": {
+        "bands": ["g", "r", "i"],
+        "image_size": 64,
+        "units": "background_sigma",
+        "pixel_scale": 0.263,
+    },
+    "validation": {"n_lens": 100, "n_nonlens": 300},
+    "dataset_version": "abc123",
+    "simulated": True,
+    "fusion": {"strategy": "uncertainty_weighted"},
+    "prevalence": 1e-3,
+}
+
+
+def evaluated(n: int = 600, kinds: int = 3) -> Evaluation:
+    random = np.random.default_rng(0)
+    label = np.arange(n) % 2
+    metrics = lens_metrics(label, expit(random.normal(label)))
+    of_kind = {f"kind{k}": {"n": 10, "auroc": 0.5 + k / 1000} for k in range(kinds)}
+    return Evaluation(Path(), {"ensemble": metrics}, of_kind)
+
+
+def test_the_card_says_what_the_scores_are_of_and_what_they_are_worth() -> None:
+    evaluation = evaluated()
+    card = model_card(FACTS, evaluation)
+    auroc = evaluation.metrics["ensemble"]["auroc"]
+    shown = f"{auroc['value']:.3f} [{auroc['low']:.3f}, {auroc['high']:.3f}]"
+    assert f"| AUROC | {shown} |" in card
+    for part in (
+        "resnet18, lastro",
+        "64 x 64 pixels of 0.263 arcsec, bands g, r, i, in units of background sigma",
+        "Trained on simulated cutouts, dataset version `abc123`",
+        "100 lenses and 300 non-lenses of the validation split",
+        "300 lenses and 300 non-lenses of the test split",
+        "where 0.25 of the cutouts are lenses",
+        "`sky_probability` where 0.001 are",
+        "too small to tell: TPR at FPR 1e-3",
+        "kind0 (AUROC 0.500), kind1 (AUROC 0.501), kind2 (AUROC 0.502).",
+        "purity in Euclid",
+    ):
+        assert part in card, part
+
+
+def test_a_card_of_real_cutouts_says_nothing_of_simulations() -> None:
+    card = model_card(FACTS | {"simulated": False}, evaluated())
+    assert "Trained on real cutouts" in card
+    assert "simulat" not in card
+
+
+def test_the_registry_can_keep_the_card() -> None:
+    many = {"members": {f"member{k}": {} for k in range(900)}}
+    assert len(model_card(FACTS, evaluated())) < LONGEST
+    assert len(model_card(FACTS | many, evaluated())) == LONGEST
