@@ -22,6 +22,7 @@ from lens_pipeline.defs.stages import (
     picture,
     result,
     run_stage,
+    table,
 )
 from lens_pipeline.models.names import Member
 from lens_pipeline.settings import Settings
@@ -34,6 +35,15 @@ if TYPE_CHECKING:
 SYSTEM = "lens_pipeline.ensemble.system"
 EVALUATE = "lens_pipeline.ensemble.evaluate"
 AS_DATASET = "lens_pipeline.shards.as_dataset"
+# Of an evaluation, by their titles; those of the selection function only where truths are known.
+PICTURES = {
+    "ROC": "roc",
+    "precision and recall": "precision_recall",
+    "reliability": "reliability",
+    "completeness": "completeness",
+    "completeness map": "completeness_map",
+    "purity": "purity",
+}
 # What decides on what is scored, by content, and what opens it.
 Source = tuple[dict[str, str], Callable[[], "tuple[ScoredDataset, Catalogue]"]]
 
@@ -108,6 +118,7 @@ def evaluation_asset(published: bool) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, lens: LensHome
     ) -> dg.MaterializeResult:
         """What the ensemble is worth on the test split: metrics, intervals, scores, a report."""
+        from lens_pipeline.evaluation.report import forecast_table, kinds_table
         from lens_pipeline.evaluation.result import read_evaluation
 
         settings = lens.settings
@@ -138,8 +149,13 @@ def evaluation_asset(published: bool) -> dg.AssetsDefinition:
         return result(
             step,
             {
-                "ROC": picture(step.folder / "roc.png"),
-                "reliability": picture(step.folder / "reliability.png"),
+                **{
+                    title: picture(step.folder / f"{name}.png")
+                    for title, name in PICTURES.items()
+                    if (step.folder / f"{name}.png").is_file()
+                },
+                "forecast": table(forecast_table(evaluation.forecast)),
+                **({"kinds": table(kinds_table(evaluation.kinds))} if evaluation.kinds else {}),
                 **figures,
                 "report": dg.MetadataValue.path(str(step.folder / "report.html")),
             },
@@ -157,14 +173,14 @@ def evaluation_asset(published: bool) -> dg.AssetsDefinition:
 
 
 def _dataset_source(context: dg.AssetExecutionContext, settings: Settings) -> Source:
-    dataset, table = made(context, DATASET), made(context, CATALOGUE)
+    dataset, listed = made(context, DATASET), made(context, CATALOGUE)
 
     def opened() -> "tuple[ScoredDataset, Catalogue]":
         from lens_pipeline.catalogue.dataset import open_dataset
 
-        return open_dataset(dataset.folder), catalogue_of(settings, table)
+        return open_dataset(dataset.folder), catalogue_of(settings, listed)
 
-    return {"dataset": dataset.content, "table": table.content}, opened
+    return {"dataset": dataset.content, "table": listed.content}, opened
 
 
 def _published_source(context: dg.AssetExecutionContext, settings: Settings) -> Source:

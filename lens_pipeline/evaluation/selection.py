@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import beta, binomtest
+from scipy.special import betaincinv
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import INTERVAL, lens_metrics, roc, threshold_at_fpr
@@ -57,7 +57,9 @@ def jeffreys(count: ArrayLike, n: ArrayLike, confidence: float = 0.95) -> tuple[
     where there is no other; Cameron 2011 (PASA 28, 128) for the use in astronomy.
     """
     count, n = np.asarray(count, dtype=np.float64), np.asarray(n, dtype=np.float64)
-    low, high = beta.interval(confidence, count + 0.5, n - count + 0.5)
+    low, high = (
+        betaincinv(count + 0.5, n - count + 0.5, (1 + side * confidence) / 2) for side in (-1, 1)
+    )
     return np.where(count == 0, 0.0, low), np.where(count == n, 1.0, high)
 
 
@@ -331,7 +333,7 @@ def threshold_curve(
 
 def upper_limit(n: int) -> float:
     """The 95 % upper limit of a rate of which n trials show no case (Clopper & Pearson 1934)."""
-    return float(binomtest(0, n, alternative="less").proportion_ci(LIMIT, method="exact").high)
+    return float(betaincinv(1, n, LIMIT))
 
 
 def _posteriors(counts: tuple[int, int, int, int], seed: int) -> tuple[Array, Array]:
