@@ -135,12 +135,12 @@ def format_kinds(kinds: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 68rem; margin: 2rem auto;
   padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
 h3 { font-size: 1rem; margin-bottom: .3rem; } p { max-width: 46rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid #ddd;
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93em; }
+th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #ddd;
   white-space: nowrap; }
 .wide { overflow-x: auto; } td small { color: #777; }
 figure { display: inline-block; margin: 0 1rem 1.5rem 0; vertical-align: top;

@@ -112,28 +112,29 @@ def purity_figure(label: ArrayLike, score: ArrayLike, prevalence: float) -> Figu
     positive, purity is above the dashes (see `threshold_curve`).
     """
     curve = threshold_curve(label, score, prevalence)
+    threshold = curve["threshold"].clip(1e-6, 1 - 1e-6)  # the axis has neither 0 nor 1
     figure = column_figure(3.4)
     axes = plain(figure.add_subplot(), "threshold of probability", "fraction")
-    axes.plot(curve["threshold"], curve["completeness"], color=COLOURS[0], label="completeness")
+    axes.plot(threshold, curve["completeness"], color=COLOURS[0], label="completeness")
     axes.plot(
-        curve["threshold"], curve["purity_of_sample"], color=COLOURS[1], linestyle="--",
+        threshold, curve["purity_of_sample"], color=COLOURS[1], linestyle="--",
         label="purity of the sample",
     )  # fmt: skip
-    at = one_in(prevalence)
     axes.plot(
-        curve["threshold"], curve["purity"], color=COLOURS[-1], linestyle="-.",
-        label=f"purity, {at}",
+        threshold, curve["purity"], color=COLOURS[-1], linestyle="-.",
+        label=f"purity, {one_in(prevalence)}",
     )  # fmt: skip
     axes.fill_between(
-        curve["threshold"], curve["purity_low"], curve["purity_high"], color="0.8", linewidth=0
+        threshold, curve["purity_low"], curve["purity_high"], color="0.8", linewidth=0
     )
-    none = curve[curve["false_positives"] == 0]
-    if len(none):
+    none = curve["false_positives"] == 0
+    if none.any():
         axes.plot(
-            none["threshold"], none["purity_low"], color=COLOURS[-1], linestyle=(0, (1, 1)),
+            threshold[none], curve["purity_low"][none], color=COLOURS[-1], linestyle=(0, (1, 1)),
             label="its lower limit",
         )  # fmt: skip
-    axes.set(xscale="logit", ylim=(0, 1.02))
+    ends = (min(threshold.min(), 0.1), max(threshold.max(), 0.9))
+    axes.set(xscale="logit", xlim=ends, ylim=(0, 1.02))
     legend_outside(figure, *axes.get_legend_handles_labels())
     return figure
 
@@ -175,16 +176,20 @@ def score_histogram_figure(label: ArrayLike, probability: ArrayLike) -> Figure:
     figure = column_figure()
     axes = plain(figure.add_subplot(), "probability", "cutouts")
     edges = np.linspace(0, 1, 26).tolist()
+    most = 0
     for value, name, colour, line in (
         (0, "non-lenses", NONLENS, "--"),
         (1, "lenses", LENS, "-"),
     ):
         chosen = probabilities[labels == value]
-        axes.hist(
+        counts, _, _ = axes.hist(
             chosen, edges, histtype="stepfilled", alpha=0.3, facecolor=colour, edgecolor=colour,
             linestyle=line, linewidth=1.4, label=f"{name} ({len(chosen)})",
         )  # fmt: skip
-    axes.set_yscale("symlog", linthresh=10)
+        most = max(most, int(np.max(counts)))
+    if most > 20:  # the few between the classes show beside the many at the ends
+        axes.set_yscale("symlog", linthresh=10)
+        axes.yaxis.set_major_formatter("{x:g}")
     axes.set(xlim=(0, 1), ylim=(0, None))
     axes.legend(frameon=False, fontsize=FONT, loc="upper center")
     return figure

@@ -85,7 +85,7 @@ def selection_function(table: pd.DataFrame) -> dict[str, Any]:
       `found` and `completeness`. Equal values share a bin. Columns that are absent, or of which
       nothing is known, are left out;
     - `map`: {`x`, `y` (columns), `x_edges`, `y_edges`, `n`, `found` (row by row of y)} over
-      Einstein radius and source magnitude, or None.
+      Einstein radius and source magnitude; None where fewer than 40 lenses have both.
 
     A `completeness` is {"value", "low", "high"}, a fraction with its 95 % interval.
     Raises InputError as `roc` does.
@@ -154,10 +154,10 @@ def _bins(values: Array, found: NDArray[np.bool_]) -> list[dict[str, Any]]:
 
 def _map(x: Array, y: Array, found: NDArray[np.bool_]) -> dict[str, Any] | None:
     known = ~np.isnan(x) & ~np.isnan(y)
-    if not known.any():
-        return None
     x, y, found = x[known], y[known], found[known]
-    cells = int(np.clip(np.sqrt(len(x) / LENSES_PER_CELL), 1, MAX_CELLS))
+    cells = int(min(np.sqrt(len(x) / LENSES_PER_CELL), MAX_CELLS))
+    if cells < 2:
+        return None
     n, x_edges, y_edges = np.histogram2d(x, y, bins=cells)
     hits, _, _ = np.histogram2d(x[found], y[found], bins=(x_edges, y_edges))
     return {

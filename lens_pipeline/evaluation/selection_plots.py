@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from lens_pipeline.evaluation.plots import COLOURS, FONT, column_figure, plain
 from lens_pipeline.evaluation.selection import QUANTITIES
@@ -36,8 +37,12 @@ def completeness_figure(selection: Mapping[str, Any]) -> Figure:
             markersize=3.5, linewidth=1,
         )  # fmt: skip
         plain(axes, QUANTITIES[name], "")
-        if name in LOGARITHMIC and middle.min() > 0:
+        if name in LOGARITHMIC and bins[0]["low"] > 0:
+            decades = np.log10(bins[-1]["high"] / bins[0]["low"])
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.5 else (1,)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(ylim=(-0.04, 1.04))
     for axes in list(panels)[len(quantities) :]:
         axes.set_visible(False)

@@ -150,6 +150,10 @@ class TestSelectionFunction:
         chosen = table["probability"] >= got["threshold"]
         assert found.sum() == (chosen & (table["label"] == 1))[1:].sum()
 
+    def test_a_map_needs_forty_lenses(self) -> None:
+        assert selection_function(sample(39))["map"] is None
+        assert np.shape(selection_function(sample(40))["map"]["n"]) == (2, 2)
+
     def test_where_no_threshold_is_pure_enough_nothing_is_found(self) -> None:
         table = sample(20, 5)
         table.loc[24, "probability"] = 1.0
