@@ -12,7 +12,7 @@ from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.ensemble.predictor import ScoredDataset, score_dataset
 from lens_pipeline.ensemble.system import load_ensemble
 from lens_pipeline.errors import InputError
-from lens_pipeline.evaluation.metrics import lens_metrics
+from lens_pipeline.evaluation.metrics import FPRS, lens_metrics
 from lens_pipeline.evaluation.origins import SIMULATED, basis, by_origin, described
 from lens_pipeline.evaluation.plots import contact_sheet
 from lens_pipeline.evaluation.report import Picture, Section, write_report
@@ -24,6 +24,8 @@ from lens_pipeline.evaluation.selection import (
     forecast,
     selection_function,
 )
+from lens_pipeline.models.saliency import smooth_grad
+from lens_pipeline.models.system import LitLensSystem
 
 GALLERY = 16
 
@@ -73,10 +75,11 @@ def evaluate_ensemble(
     for name in FILES:
         content = getattr(evaluation, name.removesuffix(".json"))
         (out / name).write_text(json.dumps(content, indent=1))
+    best = _best_member(evaluation.metrics)
     sections = [
         *score_sections(shown, columns, evaluation.forecast),
         *selection_sections(selection, evaluation.kinds, parts),
-        _galleries(dataset, test),
+        _galleries(dataset, test, best, ensemble.members[best]),
     ]
     for picture in (picture for section in sections for picture in section.pictures):
         (out / f"{picture.name}.png").write_bytes(picture.png)
@@ -116,19 +119,34 @@ def _facts(
     }
 
 
-def _galleries(dataset: ScoredDataset, test: pd.DataFrame) -> Section:
+def _best_member(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """By the TPR at the smallest false positive rate that is resolved, else by AUROC."""
+    members = [name for name in metrics if name != ENSEMBLE]
+    by = next(n for n in (*reversed(FPRS), "auroc") if metrics[ENSEMBLE][n]["value"] is not None)
+    return max(members, key=lambda name: metrics[name][by]["value"])
+
+
+def _galleries(
+    dataset: ScoredDataset, test: pd.DataFrame, member: str, system: LitLensSystem
+) -> Section:
     position = pd.Series(np.arange(len(dataset.table("test"))), index=dataset.table("test")["row"])
 
     def gallery(rows: pd.DataFrame, name: str, caption: str) -> Picture:
         first = rows.head(GALLERY)
         images = np.asarray(dataset.images("test")[position[first.index].to_numpy()])
         captions = [f"{row.probability:.3f}" for row in first.itertuples()]
-        return Picture(name, caption, contact_sheet(images, captions, dataset.format.units))
+        sheet = contact_sheet(
+            images, captions, dataset.format.units, maps=smooth_grad(system, images)
+        )
+        return Picture(name, caption, sheet)
 
     ranked = test.sort_values("probability")
     return Section(
         "Where it is wrong",
-        "Above each cutout, its probability.",
+        f"Above each cutout its probability; below, how much the logit of {member}, of the members "
+        "the best on this test split, changes with the flux in each pixel (SmoothGrad, Smilkov et "
+        "al. 2017), yellow at the map's own maximum. It shows where the network is sensitive, not "
+        "why.",
         pictures=[
             gallery(ranked[ranked["label"] == 1], "missed", "The lenses with the lowest scores"),
             gallery(

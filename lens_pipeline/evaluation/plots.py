@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 FONT = 8  # points
 PER_KIND = 10  # cutouts of each kind on a sheet
+COLUMNS = 8  # of a contact sheet
 
 # Lupton et al. 2004 (PASP 116, 133), the same for all cutouts, in background sigma: noise is grey,
 # arcs of a few sigma show, and cores keep their colour.
@@ -149,23 +151,35 @@ def contact_sheet(
     images: NDArray[np.floating],
     captions: Sequence[str],
     units: str,
-    columns: int = 8,
-    title: str | None = None,
+    maps: NDArray[np.floating] | None = None,
 ) -> Figure:
-    """Cutouts (n, bands, height, width) side by side, each with its caption."""
-    rows = max(1, -(-len(images) // columns))
-    figure = Figure(figsize=(1.25 * columns, 1.45 * rows + (0.35 if title else 0)))
-    figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.axis("off")
-    for axes, picture, caption in zip(
-        grid.flat, colour_composite(images, units), captions, strict=False
-    ):
-        axes.imshow(picture, origin="upper" if units == "composite" else "lower")
-        axes.set_title(caption, fontsize=8, pad=2)
-    if title:
-        figure.suptitle(title, fontsize=11)
+    """Cutouts (n, bands, height, width) side by side, each below its caption.
+
+    maps (n, height, width): what is shown below each, from 0 to its own maximum.
+    """
+    parts = [colour_composite(images, units)]
+    if maps is not None:
+        most = maps.max(axis=(1, 2), keepdims=True)
+        parts.append(colormaps["cividis"](maps / np.where(most > 0, most, 1))[..., :3])
+    upright = [part if units == "composite" else part[:, ::-1] for part in parts]
+    tiles = np.concatenate(upright, axis=1)
+    rows = max(1, -(-len(tiles) // COLUMNS))
+    height, width = tiles.shape[1:3]
+    gap, line = max(1, width // 40), -(-width // 6)
+    # One picture: a figure of a hundred axes takes longer to draw than to simulate.
+    sheet = np.ones((rows * (line + height), COLUMNS * (width + gap) - gap, 3))
+    figure = Figure(figsize=(1.25 * COLUMNS, 1.25 * COLUMNS * sheet.shape[0] / sheet.shape[1]))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    for number, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
+        row, column = divmod(number, COLUMNS)
+        top, left = row * (line + height) + line, column * (width + gap)
+        sheet[top : top + height, left : left + width] = tile
+        axes.text(
+            left + width / 2, top - line / 4, caption, fontsize=FONT, ha="center",
+            parse_math=False,
+        )  # fmt: skip
+    axes.imshow(sheet)
     return figure
 
 

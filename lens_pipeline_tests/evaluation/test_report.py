@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from lens_pipeline.evaluation.gates import GateDecision
 from lens_pipeline.evaluation.metrics import lens_metrics
@@ -133,7 +134,24 @@ def test_learning_curves_show_each_epoch() -> None:
 def test_a_contact_sheet_shows_all_cutouts_alike() -> None:
     # The same galaxy, once twice as bright: nothing is normalised image by image.
     faint = np.full((3, 16, 16), 5, dtype=np.float32)
-    figure = contact_sheet(np.stack([faint, 2 * faint]), ["a", "b"], "background_sigma")
-    shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
-    assert len(shown) == 2
-    assert shown[1].mean() > shown[0].mean() * 1.2
+    axes = contact_sheet(np.stack([faint, 2 * faint]), ["a", "b$"], "background_sigma").axes[0]
+    shown = axes.images[0].get_array()
+    first, second = shown[-16:, :16], shown[-16:, 17:33]
+    assert second.mean() > first.mean() * 1.2
+    assert np.ptp(first) < 1e-9 > np.ptp(second)
+    assert (shown[:, 33:] == 1).all()
+    assert [text.get_text() for text in axes.texts] == ["a", "b$"]
+
+
+@pytest.mark.parametrize(("units", "row"), [("background_sigma", -1), ("composite", 0)])
+def test_a_map_lies_below_its_cutout_the_same_way_up(units: str, row: int) -> None:
+    """Of flux the first row is the lowest; of a picture, the uppermost."""
+    images = np.zeros((9, 3, 16, 16), dtype=np.float32)
+    images[8, :, 0, 3] = 50 if units != "composite" else 1
+    maps = images[:, 0] * 7
+    shown = contact_sheet(images, ["x"] * 9, units, maps).axes[0].images[0].get_array()
+    cutout, below = shown[-32:-16, :16], shown[-16:, :16]
+    assert np.unravel_index(cutout.sum(axis=2).argmax(), (16, 16)) == (row % 16, 3)
+    assert np.unravel_index(below.sum(axis=2).argmax(), (16, 16)) == (row % 16, 3)
+    # A map that is 0 everywhere is drawn as such.
+    assert np.ptp(shown[3 + 16 : 3 + 32, :16], axis=(0, 1)).max() == 0
