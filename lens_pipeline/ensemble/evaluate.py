@@ -144,9 +144,9 @@ def _galleries(
     return Section(
         "Where it is wrong",
         f"Above each cutout its probability; below, how much the logit of {member}, of the members "
-        "the best on this test split, changes with the flux in each pixel (SmoothGrad, Smilkov et "
-        "al. 2017), yellow at the map's own maximum. It shows where the network is sensitive, not "
-        "why.",
+        "the best on this test split, changes with the stretched flux in each pixel (SmoothGrad, "
+        "Smilkov et al. 2017), yellow at the map's own maximum. It shows where the network is "
+        "sensitive, not why.",
         pictures=[
             gallery(ranked[ranked["label"] == 1], "missed", "The lenses with the lowest scores"),
             gallery(

@@ -1,7 +1,7 @@
 """An ensemble of two small untrained networks, tested on real and simulated cutouts."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ class Cutouts:
     folder: Path = Path("dataset")
     format: CutoutFormat = FORM
     content: str = "pixels"
-    noise: Any = field(default_factory=lambda: np.random.default_rng(0))
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -113,38 +112,54 @@ class Tags(HTMLParser):
         self.text.append(data)
 
 
-def test_real_cutouts_come_first_and_carry_the_forecast(ensemble: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def mixed(ensemble: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    """Of 60 simulated and 60 real cutouts."""
     table = rows()
     table["simulated"] = pd.array([True] * 60 + [None] * 60, dtype="boolean")
-    evaluation = evaluate(ensemble, Cutouts(table), tmp_path, prevalence=0.01)
-    scores = pd.read_parquet(tmp_path / "scores.parquet")
+    out = tmp_path_factory.mktemp("mixed")
+    return evaluate(ensemble, Cutouts(table, origin=EVIL), out, prevalence=0.01)
+
+
+def page_of(evaluation: Evaluation) -> Tags:
+    page = Tags()
+    page.feed((evaluation.folder / "report.html").read_text())
+    return page
+
+
+def test_real_cutouts_come_first_and_carry_the_forecast(mixed: Evaluation) -> None:
+    scores = pd.read_parquet(mixed.folder / "scores.parquet")
     for origin, part in (("real", scores[60:]), ("simulated", scores[:60])):
         for column, name in (("probability", "ensemble"), ("probability_lastro", "lastro")):
             by_hand = lens_metrics(part["label"].astype(int), part[column])
-            assert evaluation.origins[origin][name] == by_hand
-    whole = evaluation.metrics["ensemble"]
-    assert (whole["n_lens"], whole["n_nonlens"]) == (40, 80)
-    assert evaluation.forecast["rests_on"] == "real"
-    assert evaluation.forecast["prevalence"] == 0.01
-    assert evaluation.selection["n_nonlens"] == 80
-    assert sum(of["n"] for of in evaluation.kinds.values()) == 80
-    assert read_evaluation(tmp_path) == evaluation
-    page = Tags()
-    page.feed((tmp_path / "report.html").read_text())
-    headings = [text for text in page.text if text.startswith("Metrics: ")]
-    assert headings == [
+            assert mixed.origins[origin][name] == by_hand
+    assert mixed.forecast["rests_on"] == "real"
+    assert mixed.forecast["prevalence"] == 0.01
+    assert [text for text in page_of(mixed).text if text.startswith("Metrics: ")] == [
         "Metrics: real cutouts: 20 lenses, 40 non-lenses",
         "Metrics: simulated cutouts: 20 lenses, 40 non-lenses",
         "Metrics: all of the test split",
     ]
 
 
-def test_nothing_that_a_catalogue_holds_becomes_markup(ensemble: Path, tmp_path: Path) -> None:
-    evaluate(ensemble, Cutouts(rows(), origin=EVIL), tmp_path)
-    text = (tmp_path / "report.html").read_text()
-    assert "<script" not in text
-    page = Tags()
-    page.feed(text)
+def test_the_rest_is_of_the_whole_test_split(mixed: Evaluation) -> None:
+    whole = mixed.metrics["ensemble"]
+    assert (whole["n_lens"], whole["n_nonlens"]) == (40, 80)
+    assert mixed.selection["n_nonlens"] == 80
+    assert sum(of["n"] for of in mixed.kinds.values()) == 80
+    scores = pd.read_parquet(mixed.folder / "scores.parquet")
+    chosen = scores[scores["probability"] >= mixed.selection["threshold"]]
+    assert (chosen["label"] == 0).sum() == mixed.selection["false_positives"]
+    assert set(scores["split"]) == {"test"} < set(PARTS)
+
+
+def test_what_is_written_is_what_is_read(mixed: Evaluation) -> None:
+    assert read_evaluation(mixed.folder) == mixed
+
+
+def test_nothing_that_a_catalogue_holds_becomes_markup(mixed: Evaluation) -> None:
+    assert "<script" not in (mixed.folder / "report.html").read_text()
+    page = page_of(mixed)
     assert "script" not in page.tags
     assert page.text.count(EVIL) == 2  # the source, and a kind
 
@@ -167,8 +182,3 @@ def test_one_origin_has_no_metrics_of_its_own(ensemble: Path, tmp_path: Path) ->
 def test_a_prevalence_that_is_none_is_refused(ensemble: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="prevalence"):
         evaluate(ensemble, Cutouts(rows()), tmp_path, prevalence=1.5)
-
-
-def test_no_other_part_is_scored(ensemble: Path, tmp_path: Path) -> None:
-    evaluate(ensemble, Cutouts(rows()), tmp_path)
-    assert set(pd.read_parquet(tmp_path / "scores.parquet")["split"]) == {"test"} < set(PARTS)

@@ -41,17 +41,16 @@ def test_it_shows_where_a_network_looks_and_nothing_else() -> None:
         assert (found[~shown] == 0).all()
 
 
-def test_of_a_faint_pixel_it_is_the_slope_of_the_stretch() -> None:
-    """asinh(x / 2) has a slope of one half at 0 and of 1 / sqrt(4 + x^2) elsewhere."""
-    system = system_of("lastro")
+@pytest.mark.parametrize("units", ["background_sigma", "composite"])
+def test_bright_and_faint_pixels_count_by_what_the_network_is_given(units: str) -> None:
+    system = system_of("lastro", units=units)
     system.backbone, system.head = LooksAt(5, 20), nn.Linear(1, 1)
     with torch.no_grad():
         system.head.weight.fill_(3.0)
     images = np.zeros_like(IMAGES)
-    images[1] = 20
-    faint, bright, _ = smooth_grad(system, images, noise=0.0)
-    assert faint[5, 20] == pytest.approx(1.5)
-    assert bright[5, 20] == pytest.approx(3 / np.sqrt(404), rel=1e-5)
+    images[1] = 20 if units == "background_sigma" else 1
+    for found in smooth_grad(system, images):
+        assert found[5, 20] == pytest.approx(3.0, rel=1e-5)
 
 
 def test_without_noise_it_is_the_slope_that_finite_differences_give() -> None:
@@ -60,12 +59,13 @@ def test_without_noise_it_is_the_slope_that_finite_differences_give() -> None:
     found = smooth_grad(system, images, draws=1, noise=0.0)[0]
     system = system.double()
     for row, column in ((3, 4), (16, 16), (20, 9)):
+        stretched = np.arcsinh(images.astype(np.float64) / 2)
         logits = []
         for step in (-1e-4, 1e-4):
-            moved = torch.from_numpy(images.astype(np.float64))
+            moved = stretched.copy()
             moved[0, 0, row, column] += step
             with torch.no_grad():
-                logits.append(float(system(moved)))
+                logits.append(float(system(torch.from_numpy(2 * np.sinh(moved)))))
         slope = (logits[1] - logits[0]) / 2e-4
         assert found[row, column] == pytest.approx(abs(slope), rel=1e-3, abs=1e-7)
 
