@@ -28,6 +28,7 @@ QUANTITIES: Mapping[str, str] = {
     "flux_ratio": "arc / lens flux",
 }
 MAP = ("einstein_radius", "source_magnitude")
+NO_KIND = "not stated"
 DECADES = (1e-1, 1e-2, 1e-3, 1e-4)
 
 MAX_BINS = 8
@@ -175,13 +176,14 @@ def false_positives_by_kind(table: pd.DataFrame, threshold: float | None) -> dic
 
     table: as for `selection_function`, with a column `kind`; threshold: the lowest probability that
     is chosen, None where none is. Returns {kind: `n`, `false_positives`, `false_positive_rate` (see
-    `fraction`), `auroc` against all lenses, None where there is none}; empty without such a column.
+    `fraction`), `auroc` against all lenses, None where there is none}; those without a kind are of
+    NO_KIND, and the result is empty where no non-lens has one.
     """
-    if "kind" not in table:
+    lenses, others = (table[table["label"] == label] for label in (1, 0))
+    if "kind" not in table or others["kind"].isna().all():
         return {}
-    lenses = table[table["label"] == 1]
     kinds = {}
-    for kind, part in table[table["label"] == 0].groupby("kind"):
+    for kind, part in others.groupby(others["kind"].astype(object).fillna(NO_KIND)):
         against = pd.concat([lenses, part])
         ranked = lens_metrics(
             against["label"].to_numpy(dtype=np.int8), against["probability"].to_numpy(), bootstrap=0

@@ -182,6 +182,10 @@ def test_false_positives_are_counted_by_kind() -> None:
     assert got["ring"]["n"] == (table["kind"] == "ring").sum()
     assert got["ring"]["false_positives"] == 5
     assert false_positives_by_kind(table.drop(columns="kind"), threshold) == {}
+    table.loc[table["kind"] == "star", "kind"] = None  # as of real galaxies beside simulated ones
+    n_star = got["star"]["n"]
+    assert false_positives_by_kind(table, threshold)["not stated"]["n"] == n_star
+    assert false_positives_by_kind(table.assign(kind=None), threshold) == {}
     alone = false_positives_by_kind(table[table["label"] == 0], threshold)
     assert alone["ring"]["auroc"] is None
 
