@@ -25,7 +25,7 @@ from lens_pipeline.shards.prepare import prepare_shards
 from lens_pipeline.simulation import load_config
 from lens_pipeline.simulation.simulate import simulate_catalogue
 from lens_pipeline.training.config import TrainConfig
-from lens_pipeline.training.train import split_logits, train
+from lens_pipeline.training.train import split_scores, train
 
 QUICK = PRESETS["quick"]
 EPOCHS = 4
@@ -54,7 +54,7 @@ def measured(shards: Path, out: Path, model: dict[str, Any]) -> Row:
     seconds = time.perf_counter() - begun
     system = load_system(trained.checkpoint)
     test = data.split("test")
-    metrics = lens_metrics(test.labels, expit(split_logits(system, test)))
+    metrics = lens_metrics(test.labels, expit(split_scores(system, test)["logit"]))
     start = ", pretrained" if config.model.pretrained == "published" else ""
     row: Row = {
         "architecture": config.model.arch + start,

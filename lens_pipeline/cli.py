@@ -124,6 +124,10 @@ def _parser() -> argparse.ArgumentParser:
     promote = commands.add_parser("promote", parents=[common], help="make a version champion")
     promote.add_argument("version", help="a version of lens_ensemble")
     promote.set_defaults(do=_promote)
+    rollback = commands.add_parser(
+        "rollback", parents=[common], help="make the champion before this one champion again"
+    )
+    rollback.set_defaults(do=_rollback)
 
     show = commands.add_parser("show", parents=[common], help="open the Dagster and MLflow UIs")
     show.add_argument("--dagster-port", type=int, default=3000)
@@ -217,10 +221,8 @@ def _print_summary(settings: Settings) -> None:
         print(textwrap.fill(format_kinds(summary["kinds"]), 88, subsequent_indent="  "))
     print()
     print(f"Registered  {model['name']}, version {model['version']}; aliases: {aliases}")
-    for reason in [] if summary["gate"]["passed"] else summary["gate"]["reasons"]:
+    for reason in summary["gate"]["reasons"]:
         print(f"            gate: {reason}")
-    if "champion" not in model["aliases"] and summary["gate"]["passed"]:
-        print(f"            to make it champion: lens-pipeline promote {model['version']}")
     print(f"Report      {summary['report']}")
     print(f"Scores      {summary['scores']}")
     print(f"To look around: lens-pipeline show --home {settings.home}")
@@ -399,7 +401,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _promote(options: argparse.Namespace) -> int:
-    from lens_pipeline.tracking import CHAMPION, MODEL, Tracking
+    from lens_pipeline.tracking import MODEL, Tracking
 
     tracking = Tracking(Settings.load(home=options.home))
     tracking.require_registry()
@@ -408,8 +410,19 @@ def _promote(options: argparse.Namespace) -> int:
         raise InputError(
             f"promote {options.version}: {MODEL} has the versions {', '.join(known) or '(none)'}"
         )
-    tracking.set_alias(CHAMPION, options.version)
+    with tracking.registry_lock():
+        tracking.promote(options.version)
     print(f"{MODEL} version {options.version} is champion")
+    return 0
+
+
+def _rollback(options: argparse.Namespace) -> int:
+    from lens_pipeline.tracking import MODEL, Tracking
+
+    tracking = Tracking(Settings.load(home=options.home))
+    tracking.require_registry()
+    former, rolled_back = tracking.roll_back()
+    print(f"{MODEL} version {former} is champion again, in the place of version {rolled_back}")
     return 0
 
 

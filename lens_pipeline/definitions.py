@@ -6,7 +6,7 @@ from lens_pipeline.defs.automation import full_pipeline
 from lens_pipeline.defs.checkpoints import checkpoint_assets
 from lens_pipeline.defs.dataset import cutout_catalogue, processed_dataset
 from lens_pipeline.defs.ensemble import ensemble_asset, evaluation_asset
-from lens_pipeline.defs.registry import registered_ensemble
+from lens_pipeline.defs.registry import registry_asset
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.shards import cloud_shards, lens_shards, observed_shards
 from lens_pipeline.defs.tuning import tuning
@@ -42,7 +42,7 @@ def make_definitions(settings: Settings, retries: bool = True) -> dg.Definitions
             *checkpoint_assets(settings, retries),
             ensemble_asset(chosen_members(settings)),
             evaluation_asset(published),
-            registered_ensemble,
+            registry_asset(published),
         ],
         jobs=[full_pipeline, tuning],
         resources={"lens": LensHome()},

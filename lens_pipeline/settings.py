@@ -124,11 +124,36 @@ class Settings(BaseSettings):
     max_reject_fraction: float = Field(
         default=0.1, ge=0, le=1, description="More unusable cutouts than this stop the run."
     )
+    fusion: Literal["best", "mean", "uncertainty_weighted", "stacking", "bayesian", "single"] = (
+        Field(
+            default="best",
+            description="How members become one score; `best` compares all on the validation set.",
+        )
+    )
+    calibration: Literal["platt", "temperature", "isotonic"] = Field(
+        default="platt", description="How logits become probabilities, on the validation set."
+    )
+    prevalence: float = Field(
+        default=1e-3,
+        gt=0,
+        lt=1,
+        description="The fraction of lenses among the cutouts of the sky, for `sky_probability`.",
+    )
     gate_min_lens: int = Field(
         default=50, ge=1, description="Lenses that the test set needs before a model is promoted."
     )
     gate_min_nonlens: int = Field(
         default=50, ge=1, description="Non-lenses that the test set needs, likewise."
+    )
+    gate_tolerance: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="A challenger that may lose this much of the champion's TPR at a small FPR, at "
+        "95 % confidence, is not promoted.",
+    )
+    gate_max_ece: float = Field(
+        default=0.1, ge=0, le=1, description="The most calibration error of a challenger."
     )
     gate_min_auroc: float = Field(
         default=0.5, ge=0, le=1, description="The lower 95 % bound of AUROC must exceed this."
@@ -204,13 +229,18 @@ class Settings(BaseSettings):
         return self.home / "reports"
 
     @property
-    def gate(self) -> dict[str, float]:
-        """The thresholds of the first model's gate."""
+    def gate(self) -> dict[str, Any]:
+        """The thresholds that every model must reach."""
         return {
             "min_lens": self.gate_min_lens,
             "min_nonlens": self.gate_min_nonlens,
             "min_auroc_low": self.gate_min_auroc,
         }
+
+    @property
+    def gate_against_champion(self) -> dict[str, Any]:
+        """The further thresholds of a model that would take a champion's place."""
+        return {"tolerance": self.gate_tolerance, "max_ece": self.gate_max_ece}
 
     def export(self) -> None:
         """Put what was set into the environment, for the steps and child processes."""

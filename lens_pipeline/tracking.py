@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ import filelock
 
 from lens_pipeline.errors import InputError, masked
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import folder_aside
+from lens_pipeline.steps import digest, folder_aside
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,6 +41,8 @@ HOME = "lens.home"
 DATASET_VERSION = "lens.dataset_version"
 DAGSTER_RUN = "lens.dagster_run_id"
 PARENT = "mlflow.parentRunId"
+REPLACED = "lens.replaced"  # the champion before this one
+ROLLED_BACK = "lens.rolled_back"  # when; such a version is promoted by hand alone
 RECORDED = "lens.recorded"  # a run that holds all it should
 log = logging.getLogger(__name__)
 
@@ -56,6 +59,12 @@ def _create_database(path: Path) -> None:
         left.unlink()
     mlflow.MlflowClient(f"sqlite:///{aside}").search_experiments(max_results=1)
     aside.replace(path)
+
+
+def registry_key(ensemble: str) -> str:
+    """What a version is found by, of an ensemble by its content: the same members in the same
+    fusion are the same model, whatever made them again."""
+    return digest([MODEL, ensemble])[:32]
 
 
 def flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -274,6 +283,41 @@ class Tracking:
 
     def set_alias(self, alias: str, version: str) -> None:
         self.client.set_registered_model_alias(MODEL, alias, version)
+
+    def promote(self, version: str) -> None:
+        """Make a version champion, and write down whose place it takes. The caller holds the lock.
+
+        The alias is moved last, at once: whatever fails before leaves the champion that was.
+        """
+        champion = self.aliased(CHAMPION)
+        if champion is not None and str(champion.version) == version:
+            return
+        if ROLLED_BACK in self.client.get_model_version(MODEL, version).tags:
+            self.client.delete_model_version_tag(MODEL, version, ROLLED_BACK)
+        if champion is not None:
+            self.client.set_model_version_tag(MODEL, version, REPLACED, str(champion.version))
+        self.set_alias(CHAMPION, version)
+
+    def roll_back(self) -> tuple[str, str]:
+        """Make the champion before this one champion again: (that, this).
+
+        Raises InputError where there is no champion, or none before it.
+        """
+        with self.registry_lock():
+            champion = self.aliased(CHAMPION)
+            if champion is None:
+                raise InputError(f"{MODEL} has no champion; make one with `lens-pipeline promote`")
+            number = str(champion.version)
+            former = champion.tags.get(REPLACED)
+            if former is None or former not in {str(v.version) for v in self.versions()}:
+                raise InputError(
+                    f"{MODEL} version {number} has replaced no champion that is still there; name "
+                    "the one you want with `lens-pipeline promote`"
+                )
+            when = datetime.now(UTC).isoformat(timespec="seconds")
+            self.client.set_model_version_tag(MODEL, number, ROLLED_BACK, when)
+            self.set_alias(CHAMPION, former)
+        return former, number
 
     def aliases(self, version: str) -> list[str]:
         return sorted(self.client.get_model_version(MODEL, version).aliases)

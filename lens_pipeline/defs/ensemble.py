@@ -1,15 +1,16 @@
 """The ensemble and what it is worth: `lens_ensemble`, `ensemble_evaluation`."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import dagster as dg
 
 from lens_pipeline.defs.checkpoints import network_libraries
-from lens_pipeline.defs.dataset import catalogue_of
+from lens_pipeline.defs.gate import decide
 from lens_pipeline.defs.resources import LensHome
+from lens_pipeline.defs.scored import scored_source
 from lens_pipeline.defs.stages import (
     CATALOGUE,
     CLOUD,
@@ -25,12 +26,8 @@ from lens_pipeline.defs.stages import (
     table,
 )
 from lens_pipeline.models.names import Member
-from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Recipe
-
-if TYPE_CHECKING:
-    from lens_pipeline.catalogue.table import Catalogue
-    from lens_pipeline.ensemble.predictor import ScoredDataset
+from lens_pipeline.tracking import CHAMPION, registry_key
 
 SYSTEM = "lens_pipeline.ensemble.system"
 EVALUATE = "lens_pipeline.ensemble.evaluate"
@@ -44,8 +41,6 @@ PICTURES = {
     "completeness map": "completeness_map",
     "purity": "purity",
 }
-# What decides on what is scored, by content, and what opens it.
-Source = tuple[dict[str, str], Callable[[], "tuple[ScoredDataset, Catalogue]"]]
 
 
 def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
@@ -56,22 +51,31 @@ def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
         deps=[*keys.values(), CLOUD],
         group_name="ensemble",
         kinds={"pytorch"},
-        code_version=code_version(SYSTEM),
+        code_version=code_version(SYSTEM, AS_DATASET),
     )
     def lens_ensemble(context: dg.AssetExecutionContext, lens: LensHome) -> dg.MaterializeResult:
         """The members, the calibration of each and of their fusion, in one folder."""
+        import pandas as pd
+
         from lens_pipeline.catalogue.dataset import CutoutFormat
+        from lens_pipeline.shards.as_dataset import read_rows
         from lens_pipeline.shards.manifest import read_manifest
         from lens_pipeline.training.member import TrainedMember
 
+        settings = lens.settings
+        chosen: dict[str, Any] = {
+            "fusion": settings.fusion,
+            "calibration": settings.calibration,
+            "prevalence": settings.prevalence,
+        }
         upstream = {name: made(context, key) for name, key in keys.items()}
         shards = made(context, CLOUD)
         recipe = Recipe(
             stage="lens_ensemble",
-            modules=(SYSTEM,),
+            modules=(SYSTEM, AS_DATASET),
             libraries=(*network_libraries(members), "numpy", "scipy"),
             inputs={name: part.content for name, part in upstream.items()},
-            settings={"dataset_version": shards.content},
+            settings={"dataset_version": shards.content, **chosen},
         )
 
         def build(out: Path) -> None:
@@ -79,7 +83,9 @@ def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
 
             trained = {name: TrainedMember(part.folder) for name, part in upstream.items()}
             parts = {name: (t.checkpoint, t.val_scores) for name, t in trained.items()}
-            manifest = read_manifest(shards.location, lens.settings.storage_options)
+            manifest = read_manifest(shards.location, settings.storage_options)
+            rows = read_rows(shards.location, manifest, settings.storage_options)
+            seen = rows.loc[rows["split"].isin(["train", "val"]), "group"]
             form = CutoutFormat.from_dict(manifest.format)
             steps = {name: part.folder.name for name, part in upstream.items()}
             facts = {
@@ -87,11 +93,17 @@ def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
                 "dataset_version": manifest.dataset_version,
                 "member_steps": steps,
             }
-            assemble(parts, form, out, facts)
+            assemble(parts, form, out, facts, seen, **chosen)
 
-        step = run_stage(ENSEMBLE, recipe, lens.settings.home / "ensemble", build, lens.settings)
+        step = run_stage(ENSEMBLE, recipe, settings.home / "ensemble", build, settings)
         description = json.loads((step.folder / "ensemble.json").read_text())
-        return result(step, {"ensemble": dg.MetadataValue.json(description)})
+        metadata: dict[str, Any] = {
+            "ensemble": dg.MetadataValue.json(description),
+            "fusion": description["fusion"]["strategy"],
+        }
+        if description["comparison"]:
+            metadata["fusions"] = table(pd.DataFrame(description["comparison"]).round(4))
+        return result(step, metadata)
 
     return lens_ensemble
 
@@ -123,24 +135,36 @@ def evaluation_asset(published: bool) -> dg.AssetsDefinition:
 
         settings = lens.settings
         ensemble = made(context, ENSEMBLE)
-        source = _published_source if published else _dataset_source
-        inputs, opened = source(context, settings)
+        source = scored_source(context, settings, published)
         recipe = Recipe(
             stage="ensemble_evaluation",
             modules=modules,
             libraries=("torch", "numpy", "scipy", "pandas", "pyarrow", "matplotlib"),
-            inputs={"ensemble": ensemble.content, **inputs},
-            settings={"gate": settings.gate},
+            inputs={"ensemble": ensemble.content, **source.inputs},
+            settings={"gate": settings.gate, "prevalence": settings.prevalence},
         )
 
         def build(out: Path) -> None:
             from lens_pipeline.ensemble.evaluate import evaluate_ensemble
 
-            evaluate_ensemble(ensemble.folder, *opened(), out, gate=settings.gate)
+            evaluate_ensemble(
+                ensemble.folder,
+                *source.opened(),
+                out,
+                gate=settings.gate,
+                prevalence=settings.prevalence,
+            )
 
         step = run_stage(EVALUATION, recipe, settings.reports, build, settings)
         evaluation = read_evaluation(step.folder)
-        decision = evaluation.gate(settings.gate)
+        decision = decide(
+            lens,
+            registry_key(ensemble.content),
+            ensemble.folder,
+            step.folder,
+            source,
+            lens.tracking.aliased(CHAMPION),
+        )
         figures = {
             name: value["value"]
             for name, value in evaluation.metrics["ensemble"].items()
@@ -164,34 +188,12 @@ def evaluation_asset(published: bool) -> dg.AssetsDefinition:
                     check_name="passes_the_gate",
                     passed=decision.passed,
                     severity=dg.AssetCheckSeverity.WARN,
-                    metadata={"reasons": "; ".join(decision.reasons), **decision.figures},
+                    metadata={
+                        "reasons": "; ".join(decision.reasons),
+                        **{name: n for name, n in decision.figures.items() if n is not None},
+                    },
                 ),
             ),
         )
 
     return ensemble_evaluation
-
-
-def _dataset_source(context: dg.AssetExecutionContext, settings: Settings) -> Source:
-    dataset, listed = made(context, DATASET), made(context, CATALOGUE)
-
-    def opened() -> "tuple[ScoredDataset, Catalogue]":
-        from lens_pipeline.catalogue.dataset import open_dataset
-
-        return open_dataset(dataset.folder), catalogue_of(settings, listed)
-
-    return {"dataset": dataset.content, "table": listed.content}, opened
-
-
-def _published_source(context: dg.AssetExecutionContext, settings: Settings) -> Source:
-    shards = made(context, CLOUD)
-
-    def opened() -> "tuple[ScoredDataset, Catalogue]":
-        from lens_pipeline.shards.as_dataset import shards_as_dataset
-
-        dataset = shards_as_dataset(
-            shards.location, cache=settings.home / "cache", storage_options=settings.storage_options
-        )
-        return dataset, dataset.catalogue
-
-    return {"shards": shards.content}, opened

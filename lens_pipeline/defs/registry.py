@@ -1,12 +1,16 @@
 """The registry: `registered_ensemble`, and the summary that closes a run."""
 
 import json
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from lens_pipeline.defs.gate import decide
 from lens_pipeline.defs.resources import LensHome
+from lens_pipeline.defs.scored import scored_source
 from lens_pipeline.defs.stages import (
     ENSEMBLE,
     EVALUATION,
@@ -15,7 +19,7 @@ from lens_pipeline.defs.stages import (
     log,
     made,
 )
-from lens_pipeline.steps import digest, write_aside
+from lens_pipeline.steps import write_aside
 from lens_pipeline.tracking import (
     CHALLENGER,
     CHAMPION,
@@ -24,82 +28,113 @@ from lens_pipeline.tracking import (
     MODEL,
     Tracking,
     flat_metrics,
+    registry_key,
     version_tags,
 )
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+    from lens_pipeline.evaluation.gates import GateDecision
 
 PYFUNC = "lens_pipeline.ensemble.pyfunc_model"
 
 
-@dg.asset(
-    key=REGISTERED,
-    deps=[EVALUATION, ENSEMBLE],
-    group_name="ensemble",
-    kinds={"mlflow"},
-    code_version=code_version(PYFUNC),
-)
-def registered_ensemble(context: dg.AssetExecutionContext, lens: LensHome) -> dg.MaterializeResult:
-    """A version of `lens_ensemble` in the MLflow registry.
+def registry_asset(published: bool) -> dg.AssetsDefinition:
+    """published: there is no dataset that the shards were made from."""
 
-    The newest is `challenger`. It becomes `champion` once it has passed the gate and there is no
-    champion yet; a champion is replaced by `lens-pipeline promote`.
-    """
-    import time
-
-    from lens_pipeline.evaluation.result import read_evaluation
-
-    begun = time.perf_counter()
-    log.info("registered_ensemble ...")
-    settings, tracking = lens.settings, lens.tracking
-    ensemble, folder = made(context, ENSEMBLE), made(context, EVALUATION).folder
-    facts = json.loads((ensemble.folder / "ensemble.json").read_text())
-    evaluation = read_evaluation(folder)
-    # The same members in the same fusion are the same model, whatever made them again.
-    key = digest([MODEL, ensemble.content])[:32]
-    decision = evaluation.gate(settings.gate)
-    with tracking.registry_lock():
-        version = tracking.find_version(key)
-        reused = version is not None
-        if version is None:
-            version = _register(
-                tracking, key, ensemble.folder, facts, evaluation.metrics, context.run_id
-            )
-        number = str(version.version)
-        challenger = tracking.aliased(CHALLENGER)
-        if challenger is None or int(challenger.version) < int(number):
-            tracking.set_alias(CHALLENGER, number)
-        if decision.passed and tracking.aliased(CHAMPION) is None:
-            tracking.set_alias(CHAMPION, number)
-    aliases = tracking.aliases(number)
-    seconds = time.perf_counter() - begun
-    log.info("registered_ensemble: %s in %.1f s", "reused" if reused else "made", seconds)
-    stages = _stages(context) | {
-        REGISTERED.to_user_string(): {"seconds": round(seconds, 3), "reused": reused}
-    }
-    summary = {
-        "schema": 1,
-        "dataset_version": facts["dataset_version"],
-        "members": {n: m for n, m in evaluation.metrics.items() if n != "ensemble"},
-        "ensemble": evaluation.metrics["ensemble"],
-        "kinds": evaluation.kinds,
-        "model": {"name": MODEL, "version": number, "aliases": aliases},
-        "gate": {"passed": decision.passed, "reasons": list(decision.reasons)},
-        "stages": stages,
-        "report": str(folder / "report.html"),
-        "scores": str(folder / "scores.parquet"),
-    }
-    write_aside(settings.reports / "summary.json", json.dumps(summary, indent=1))
-    return dg.MaterializeResult(
-        metadata={
-            "model": MODEL,
-            "version": number,
-            "aliases": ", ".join(aliases),
-            "gate": "; ".join(decision.reasons),
-            "seconds": seconds,
-            "reused": reused,
-            "report": dg.MetadataValue.path(str(folder / "report.html")),
-        },
-        data_version=dg.DataVersion(key),
+    @dg.asset(
+        key=REGISTERED,
+        deps=[EVALUATION, ENSEMBLE],
+        group_name="ensemble",
+        kinds={"mlflow"},
+        code_version=code_version(PYFUNC),
     )
+    def registered_ensemble(
+        context: dg.AssetExecutionContext, lens: LensHome
+    ) -> dg.MaterializeResult:
+        """A version of `lens_ensemble` in the MLflow registry.
+
+        The newest is `challenger`. It becomes `champion` where it passes the gate: the first by
+        thresholds alone, any other against the champion, scored anew on the same cutouts.
+        """
+        import time
+
+        from lens_pipeline.evaluation.result import read_evaluation
+
+        begun = time.perf_counter()
+        log.info("registered_ensemble ...")
+        settings, tracking = lens.settings, lens.tracking
+        ensemble, folder = made(context, ENSEMBLE), made(context, EVALUATION).folder
+        facts = json.loads((ensemble.folder / "ensemble.json").read_text())
+        evaluation = read_evaluation(folder)
+        key = registry_key(ensemble.content)
+        with tracking.registry_lock():
+            version = tracking.find_version(key)
+            reused = version is not None
+            if version is None:
+                version = _register(
+                    tracking, key, ensemble.folder, facts, evaluation.metrics, context.run_id
+                )
+            number = str(version.version)
+            challenger = tracking.aliased(CHALLENGER)
+            if challenger is None or int(challenger.version) < int(number):
+                tracking.set_alias(CHALLENGER, number)
+        source = scored_source(context, settings, published)
+
+        def against(champion: "ModelVersion | None") -> "GateDecision":
+            return decide(lens, key, ensemble.folder, folder, source, champion, version)
+
+        decision = _promoted_if_passed(tracking, number, against)
+        aliases = tracking.aliases(number)
+        seconds = time.perf_counter() - begun
+        log.info("registered_ensemble: %s in %.1f s", "reused" if reused else "made", seconds)
+        stages = _stages(context) | {
+            REGISTERED.to_user_string(): {"seconds": round(seconds, 3), "reused": reused}
+        }
+        summary = {
+            "schema": 1,
+            "dataset_version": facts["dataset_version"],
+            "members": {n: m for n, m in evaluation.metrics.items() if n != "ensemble"},
+            "ensemble": evaluation.metrics["ensemble"],
+            "kinds": evaluation.kinds,
+            "model": {"name": MODEL, "version": number, "aliases": aliases},
+            "gate": asdict(decision),
+            "stages": stages,
+            "report": str(folder / "report.html"),
+            "scores": str(folder / "scores.parquet"),
+        }
+        write_aside(settings.reports / "summary.json", json.dumps(summary, indent=1))
+        return dg.MaterializeResult(
+            metadata={
+                "model": MODEL,
+                "version": number,
+                "aliases": ", ".join(aliases),
+                "gate": "; ".join(decision.reasons),
+                "seconds": seconds,
+                "reused": reused,
+                "report": dg.MetadataValue.path(str(folder / "report.html")),
+            },
+            data_version=dg.DataVersion(key),
+        )
+
+    return registered_ensemble
+
+
+def _promoted_if_passed(
+    tracking: Tracking, number: str, against: "Callable[[ModelVersion | None], GateDecision]"
+) -> "GateDecision":
+    """The decision against the champion, which takes effect only where that is champion still:
+    comparing takes a while, and another run may have promoted its own."""
+    while True:
+        champion = tracking.aliased(CHAMPION)
+        decision = against(champion)
+        with tracking.registry_lock():
+            now = tracking.aliased(CHAMPION)
+            if (now and now.version) == (champion and champion.version):
+                if decision.passed:
+                    tracking.promote(number)
+                return decision
 
 
 def _register(
@@ -120,7 +155,7 @@ def _register(
     shape = (len(form["bands"]), form["image_size"], form["image_size"])
     tracking.finish_run(
         run_id,
-        {"fusion": facts["fusion"], "members": ",".join(steps)},
+        {"fusion": facts["fusion"]["strategy"], "members": ",".join(steps)},
         metrics=flat_metrics(metrics["ensemble"], "test/"),
     )
     tags = version_tags(key, dataset_version, member_runs, metrics["ensemble"])

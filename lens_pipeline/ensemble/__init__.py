@@ -5,6 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "choice": ["FittedFusion", "choose"],
         "fusion": ["Fused", "fuse"],
         "predictor": ["score_catalogue", "score_dataset"],
         "system": ["LensEnsemble", "assemble", "load_ensemble"],

@@ -1,10 +1,20 @@
-"""Calibration of logits on validation data."""
+"""Calibration of logits on validation data, and their shift to the prevalence of the sky."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
+from pydantic import Field
+from scipy.optimize import isotonic_regression, minimize
+from scipy.special import expit, logit
+
+from lens_pipeline.errors import InputError
+
+Array = NDArray[np.float64]
+Method = Literal["platt", "temperature", "isotonic"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 @dataclass(frozen=True)
@@ -13,28 +23,100 @@ class Platt:
 
     slope: float = 1.0
     intercept: float = 0.0
+    form: Literal["line"] = "line"
 
-    def __call__(self, logit: NDArray[np.float64]) -> NDArray[np.float64]:
+    def __call__(self, logit: Array) -> Array:
         return self.slope * logit + self.intercept
 
 
-def fit_platt(logit: NDArray[np.float64], label: NDArray[np.integer]) -> Platt:
-    """Maximum-likelihood scaling of logits, with the smoothed targets of Platt (1999).
+@dataclass(frozen=True)
+class Isotonic:
+    """Calibrated logits between knots by straight lines, beyond them with a slope.
 
-    logit (n,) and label (n,) of 1 and 0, both present. The slope is kept positive: calibration
-    never turns a ranking round.
+    knots, values: the logits and what they are calibrated to, both strictly rising.
     """
+
+    knots: tuple[float, ...]
+    values: tuple[float, ...]
+    slope: float
+    form: Literal["curve"] = "curve"
+
+    def __call__(self, logit: Array) -> Array:
+        inside = np.interp(logit, self.knots, self.values)
+        return inside + self.slope * (logit - np.clip(logit, self.knots[0], self.knots[-1]))
+
+
+Calibration = Annotated[Platt | Isotonic, Field(discriminator="form")]
+
+
+def fit_calibration(
+    logits: Array, label: NDArray[np.integer], method: Method = "platt"
+) -> Calibration:
+    """What turns logits (n,) into calibrated ones, from label (n,) of 1 and 0, both present.
+
+    platt: a slope and an intercept (Platt 1999); temperature: a slope alone (Guo et al. 2017);
+    isotonic: any rising curve (Zadrozny & Elkan 2002), drawn through the middles of its steps
+    (Oron & Flournoy 2017), for steps would tie the highest scores, which are what a survey looks
+    at, and beyond the outermost with Platt's slope. All take the smoothed targets of Platt (1999),
+    so that no finite sample makes a probability of 0 or 1, and none turns a ranking round. Raises
+    InputError for a class that is absent and for logits that are not finite.
+    """
+    check_validation(logits, label)
     lens = label == 1
     n_lens, n_nonlens = int(lens.sum()), int((~lens).sum())
     target = np.where(lens, (n_lens + 1) / (n_lens + 2), 1 / (n_nonlens + 2))
+    fit: dict[Method, Callable[[], Calibration]] = {
+        "platt": lambda: _scaling(logits, target, free_intercept=True),
+        "temperature": lambda: _scaling(logits, target, free_intercept=False),
+        "isotonic": lambda: _isotonic(logits, target),
+    }
+    return fit[method]()
 
-    def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        z = parameters[0] * logit + parameters[1]
-        residual = 1 / (1 + np.exp(-np.clip(z, -500, 500))) - target
+
+def check_validation(logits: Array, label: NDArray[np.integer]) -> None:
+    """Raises InputError for logits (n,) or (n, members) and label (n,) that nothing can be fitted
+    to."""
+    bad = np.count_nonzero(~np.isfinite(logits))
+    if bad:
+        raise InputError(
+            f"logit: {bad} of {np.size(logits)} validation logits are not finite; a member's "
+            "training has failed, train it again with a lower learning rate"
+        )
+    for value, name in ((1, "lens"), (0, "non-lens")):
+        if not np.any(label == value):
+            raise InputError(f"label: the validation set has no {name}; calibration needs both")
+
+
+def _scaling(logits: Array, target: Array, free_intercept: bool) -> Platt:
+    def loss(parameters: Array) -> tuple[float, Array]:
+        z = parameters[0] * logits + parameters[1]
+        residual = expit(z) - target
         value = float(np.sum(np.logaddexp(0, z) - target * z))
-        return value, np.array([residual @ logit, residual.sum()])
+        return value, np.array([residual @ logits, residual.sum()])
 
+    free = (None, None) if free_intercept else (0.0, 0.0)
     found = minimize(
-        loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[(1e-3, 1e3), (None, None)]
+        loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[(1e-3, 1e3), free]
     )
     return Platt(float(found.x[0]), float(found.x[1]))
+
+
+def _isotonic(logits: Array, target: Array) -> Isotonic:
+    distinct, place, count = np.unique(logits, return_inverse=True, return_counts=True)
+    mean = np.bincount(place, weights=target) / count
+    steps = isotonic_regression(mean, weights=count).x
+    step = np.concatenate([[0], np.cumsum(np.diff(steps) > 1e-9)])  # rounding makes no step
+    n = np.bincount(step, weights=count)
+    knots = np.bincount(step, weights=distinct * count) / n
+    values = logit(np.bincount(step, weights=steps * count) / n)
+    slope = _scaling(logits, target, free_intercept=True).slope
+    return Isotonic(tuple(knots.tolist()), tuple(values.tolist()), slope)
+
+
+def prior_shift(prevalence: float, fitted_at: float) -> float:
+    """What to add to logits calibrated where a fraction `fitted_at` are lenses, to hold where a
+    fraction `prevalence` are: the change of the prior's log-odds (Saerens et al. 2002).
+
+    It presumes that the lenses and the non-lenses of the sky look like those of the validation set.
+    """
+    return float(logit(prevalence) - logit(fitted_at))

@@ -12,7 +12,7 @@ from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.ensemble.predictor import ScoredDataset, score_dataset
 from lens_pipeline.ensemble.system import load_ensemble
 from lens_pipeline.errors import InputError
-from lens_pipeline.evaluation.metrics import FPRS, lens_metrics
+from lens_pipeline.evaluation.metrics import lens_metrics, ranking_metric
 from lens_pipeline.evaluation.origins import SIMULATED, basis, by_origin, described
 from lens_pipeline.evaluation.plots import contact_sheet
 from lens_pipeline.evaluation.report import Picture, Section, write_report
@@ -120,10 +120,10 @@ def _facts(
 
 
 def _best_member(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """By the TPR at the smallest false positive rate that is resolved, else by AUROC."""
-    members = [name for name in metrics if name != ENSEMBLE]
-    by = next(n for n in (*reversed(FPRS), "auroc") if metrics[ENSEMBLE][n]["value"] is not None)
-    return max(members, key=lambda name: metrics[name][by]["value"])
+    by = ranking_metric(metrics[ENSEMBLE]["n_nonlens"])
+    return max(
+        (name for name in metrics if name != ENSEMBLE), key=lambda n: metrics[n][by]["value"]
+    )
 
 
 def _galleries(

@@ -1,12 +1,22 @@
 """From the members' calibrated logits to one score and its uncertainty."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import entr, expit
+from pydantic import Field
+from scipy.optimize import minimize
+from scipy.special import entr, expit, logit
 
-from lens_pipeline.ensemble.calibration import Platt
+from lens_pipeline.ensemble.calibration import Isotonic, fit_calibration
+
+Array = NDArray[np.float64]
+Strategy = Literal["mean", "uncertainty_weighted", "stacking", "bayesian", "single"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+STEADIEST = 0.1  # of a member's scatter within a class, at least, is its own noise
+UNTOLD = 0.01  # of a member's noise, at least, is what dropout does not tell
 
 
 @dataclass(frozen=True)
@@ -17,27 +27,107 @@ class Fused:
     entropy: aleatoric, the mean over them of the entropy of a yes-or-no answer, in nats.
     """
 
-    probability: NDArray[np.float64]
-    logit: NDArray[np.float64]
-    std: NDArray[np.float64]
-    entropy: NDArray[np.float64]
+    probability: Array
+    logit: Array
+    std: Array
+    entropy: Array
 
 
-def fuse(
-    logit: NDArray[np.float64],
-    draws: NDArray[np.float64],
-    calibration: Platt | None = None,
-    strategy: str = "mean",
-) -> Fused:
-    """A mean of the members' calibrated logits, calibrated once more.
+@dataclass(frozen=True)
+class Mean:
+    """The mean of the members' calibrated logits."""
 
-    logit: float64 (n, members); draws: float64 (n, members, draws), the same with dropout.
-    strategy: `mean`, all alike; or `uncertainty_weighted`, see `_inverse_variance`.
+    strategy: Literal["mean"] = "mean"
+
+    def __call__(self, logits: Array, variance: Array) -> Array:
+        return logits.mean(axis=1)
+
+
+@dataclass(frozen=True)
+class InverseVariance:
+    """A mean of the logits in which each counts, cutout by cutout, by one over its variance.
+
+    The variance is that of the member's dropout draws on the cutout, and `noise`, what the members'
+    disagreement says of it beyond that. Both are of logits on one scale, (logit - offset) / scale:
+    calibration gives a member the smaller logits the more noise it has, and one over their variance
+    would favour the worst. Where nothing was fitted there is one scale for all, and the noise is
+    the variance between the members on the cutout itself (as of studies in a random-effects mean,
+    DerSimonian & Laird 1986).
     """
-    calibrate = calibration or Platt()
-    weights = _inverse_variance(logit, draws) if strategy == "uncertainty_weighted" else None
-    fused = calibrate(np.average(logit, axis=1, weights=weights))
-    drawn = expit(calibrate(draws)).reshape(len(draws), -1)
+
+    scale: tuple[float, ...] | None = None
+    offset: tuple[float, ...] | None = None
+    noise: tuple[float, ...] | None = None
+    strategy: Literal["uncertainty_weighted"] = "uncertainty_weighted"
+
+    def __call__(self, logits: Array, variance: Array) -> Array:
+        if self.scale is None or self.offset is None or self.noise is None:
+            noise, on_scale, of_draws = logits.var(axis=1, keepdims=True), logits, variance
+        else:
+            scale, noise = np.array(self.scale), np.array(self.noise)
+            on_scale, of_draws = (logits - np.array(self.offset)) / scale, variance / scale**2
+        weight = 1 / np.maximum(of_draws + noise, np.finfo(np.float64).tiny)
+        return np.average(on_scale, axis=1, weights=weight)
+
+
+@dataclass(frozen=True)
+class Stacking:
+    """A weighted sum of the logits, with weights fitted once for all cutouts (Wolpert 1992)."""
+
+    weights: tuple[float, ...]
+    strategy: Literal["stacking"] = "stacking"
+
+    def __call__(self, logits: Array, variance: Array) -> Array:
+        return logits @ np.array(self.weights)
+
+
+@dataclass(frozen=True)
+class Bayesian:
+    """The posterior log-odds of members that err independently (Holloway et al. 2024).
+
+    curves: each member's calibration by a curve of its own; prior: the log-odds of a lens among
+    the cutouts that they were fitted on. What members have in common is counted more than once; the
+    calibration after the fusion takes that back.
+    """
+
+    curves: tuple[Isotonic, ...]
+    prior: float
+    strategy: Literal["bayesian"] = "bayesian"
+
+    def __call__(self, logits: Array, variance: Array) -> Array:
+        evidence = [curve(logits[:, i]) - self.prior for i, curve in enumerate(self.curves)]
+        return self.prior + np.sum(evidence, axis=0)
+
+
+@dataclass(frozen=True)
+class Single:
+    """One member alone: what every fusion must beat."""
+
+    member: int
+    strategy: Literal["single"] = "single"
+
+    def __call__(self, logits: Array, variance: Array) -> Array:
+        return logits[:, self.member]
+
+
+Fusion = Annotated[
+    Mean | InverseVariance | Stacking | Bayesian | Single, Field(discriminator="strategy")
+]
+
+
+def fuse(logits: Array, draws: Array, fusion: Fusion | None = None) -> Fused:
+    """One score of the members' calibrated logits.
+
+    logits: float64 (n, members); draws: float64 (n, members, draws), the same with dropout;
+    fusion: the mean unless another is given.
+    """
+    return with_uncertainty((fusion or Mean())(logits, draws.var(axis=2)), draws)
+
+
+def with_uncertainty(fused: Array, draws: Array) -> Fused:
+    """Fused logits (n,) as scores, with what the draws (n, members, draws) say of their
+    uncertainty."""
+    drawn = expit(draws).reshape(len(draws), -1)
     return Fused(
         probability=expit(fused),
         logit=fused,
@@ -46,13 +136,70 @@ def fuse(
     )
 
 
-def _inverse_variance(
-    logit: NDArray[np.float64], draws: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Weights (n, members): one over a member's variance of draws plus that between the members.
+def fit_fusion(
+    strategy: Strategy,
+    logits: Array,
+    variance: Array,
+    label: NDArray[np.integer],
+    rank: Callable[[Array], float],
+) -> Fusion:
+    """A fusion fitted to the validation set.
 
-    The more the members disagree, the less one's own steadiness says, and the more alike they count
-    (as studies do in a random-effects mean, DerSimonian & Laird 1986).
+    logits: the members' calibrated ones, float64 (n, members); variance: of their dropout draws,
+    likewise; label (n,); rank: what a score (n,) is worth, by which `single` chooses its member.
     """
-    variance = draws.var(axis=2) + logit.var(axis=1, keepdims=True)
-    return 1 / np.maximum(variance, np.finfo(np.float64).tiny)
+    fit: dict[Strategy, Callable[[], Fusion]] = {
+        "mean": Mean,
+        "uncertainty_weighted": lambda: _inverse_variance(logits, variance, label),
+        "stacking": lambda: _stacking(logits, label),
+        "bayesian": lambda: _bayesian(logits, label),
+        "single": lambda: Single(int(np.argmax([rank(one) for one in logits.T]))),
+    }
+    return fit[strategy]()
+
+
+def _inverse_variance(
+    logits: Array, variance: Array, label: NDArray[np.integer]
+) -> InverseVariance:
+    """On the common scale every member's classes have their means at 0 and 1.
+
+    What a member varies by within a class, beyond what it has in common with the others (one
+    factor behind them all, Spearman 1904), is its own noise.
+    """
+    low, high = logits[label == 0].mean(axis=0), logits[label == 1].mean(axis=0)
+    scale = np.maximum(high - low, 1e-3 * logits.std(axis=0))  # all noise, where nothing was learnt
+    scale = np.maximum(scale, np.finfo(np.float64).tiny)
+    on_scale = (logits - np.where(label[:, None] == 1, high, low)) / scale
+    covariance = np.cov(on_scale, rowvar=False).reshape(len(scale), len(scale))
+    scatter = np.diag(covariance)
+    pairs = np.triu_indices(len(scale), k=1)
+    weight = 1 / np.maximum(np.outer(scatter, scatter)[pairs], np.finfo(np.float64).tiny)
+    common = max(np.average(covariance[pairs], weights=weight), 0.0) if len(weight) else 0.0
+    own = np.maximum(scatter - common, STEADIEST * scatter)
+    noise = np.maximum(own - (variance / scale**2).mean(axis=0), UNTOLD * own)
+    return InverseVariance(tuple(scale.tolist()), tuple(low.tolist()), tuple(noise.tolist()))
+
+
+def _stacking(logits: Array, label: NDArray[np.integer]) -> Stacking:
+    """Logistic regression with weights >= 0 under a penalty on their distance from equal ones, as
+    if they were drawn round those with a deviation of one; the intercept is the calibration's."""
+    members = logits.shape[1]
+    target, equal = (label == 1).astype(np.float64), 1 / members
+
+    def loss(parameters: Array) -> tuple[float, Array]:
+        weights, intercept = parameters[:-1], parameters[-1]
+        z = logits @ weights + intercept
+        residual = expit(z) - target
+        value = np.sum(np.logaddexp(0, z) - target * z) + np.sum((weights - equal) ** 2) / 2
+        return float(value), np.append(residual @ logits + weights - equal, residual.sum())
+
+    start = np.append(np.full(members, equal), 0.0)
+    bounds = [(0.0, None)] * members + [(None, None)]
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x[:-1]
+    return Stacking(tuple(found.tolist()))
+
+
+def _bayesian(logits: Array, label: NDArray[np.integer]) -> Bayesian:
+    curves = [fit_calibration(one, label, "isotonic") for one in logits.T]
+    isotonic = tuple(curve for curve in curves if isinstance(curve, Isotonic))
+    return Bayesian(isotonic, float(logit(np.mean(label == 1))))

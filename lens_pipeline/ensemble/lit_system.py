@@ -10,7 +10,7 @@ import torch
 from scipy.special import expit
 from torch import Tensor, nn
 
-from lens_pipeline.ensemble.fusion import Fused, fuse
+from lens_pipeline.ensemble.fusion import Fused, InverseVariance, Mean, fuse
 from lens_pipeline.ensemble.uncertainty import member_logits
 from lens_pipeline.models.names import parse_members
 from lens_pipeline.models.system import LensClassifier, LitLensSystem
@@ -21,8 +21,9 @@ class LitEnsembleSystem(LensClassifier):
     would alone.
 
     Input and output: as of `LitLensSystem`; the logit is the mean of the members'.
-    architectures: members as in LENS_ARCHS; ensemble_strategy: see `fuse`; the rest: of each
-    member, see `LitLensSystem`.
+    architectures: members as in LENS_ARCHS; ensemble_strategy: `mean` or
+    `uncertainty_weighted`, of logits that are not calibrated (see `InverseVariance`); the rest: of
+    each member, see `LitLensSystem`.
     """
 
     def __init__(
@@ -46,6 +47,13 @@ class LitEnsembleSystem(LensClassifier):
         systems = map(_system, self.members.values())
         return torch.cat([system.member_logits(images) for system in systems], dim=1)
 
+    def drawn_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean logit (n,), logits (n, members x draws)): see `dropout_draws`."""
+        logits, draws = zip(
+            *(_system(member).drawn_logits(images) for member in self.members.values()), strict=True
+        )
+        return torch.stack(logits).mean(dim=0), torch.cat(draws, dim=1)
+
     @torch.inference_mode()
     def predict(self, loader: Iterable[dict[str, Tensor]]) -> pd.DataFrame:
         """Scores of the batches of a loader, in their order, one row a cutout.
@@ -54,13 +62,15 @@ class LitEnsembleSystem(LensClassifier):
         calibrated. The system is put into eval mode.
         """
         self.eval()
+        unfitted = self.hparams["ensemble_strategy"] == "uncertainty_weighted"
+        fusion = InverseVariance() if unfitted else Mean()
         rows = []
         for batch in loader:
             images = batch["image"].numpy()
             found = [member_logits(_system(member), images) for member in self.members.values()]
             logit = np.stack([of_one for of_one, _ in found], axis=1)
             draws = np.stack([drawn for _, drawn in found], axis=1)
-            fused = fuse(logit, draws, strategy=self.hparams["ensemble_strategy"])
+            fused = fuse(logit, draws, fusion)
             rows.append(np.column_stack([*astuple(fused), expit(logit)]))
         names = [f"probability_{name}" for name in self.members]
         columns = [*(field.name for field in fields(Fused)), *names]

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,37 +11,49 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from scipy.special import expit
 
 from lens_pipeline.catalogue.dataset import CutoutFormat
-from lens_pipeline.ensemble.calibration import Platt, fit_platt
-from lens_pipeline.ensemble.fusion import Fused, fuse
+from lens_pipeline.ensemble.calibration import Calibration, Method, prior_shift
+from lens_pipeline.ensemble.choice import Choice, FittedFusion, choose
+from lens_pipeline.ensemble.fusion import Fused, Fusion
 from lens_pipeline.ensemble.uncertainty import member_logits
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.system import LitLensSystem, load_system
 
 ENSEMBLE = "ensemble.json"
+GROUPS = "groups.parquet"
+SCHEMA = 2
 BATCH = 256
+_CALIBRATION: TypeAdapter[Calibration] = TypeAdapter(Calibration)
+_FUSION: TypeAdapter[Fusion] = TypeAdapter(Fusion)
 
 
 @dataclass(frozen=True)
 class LensEnsemble:
     """Trained members and what turns their logits into one calibrated probability.
 
-    format: what the cutouts must be; facts: the rest of `ensemble.json` (the dataset's version).
+    format: what the cutouts must be; facts: the rest of `ensemble.json` (the dataset's version);
+    groups: those that the members have trained or validated on.
     """
 
     members: dict[str, LitLensSystem]
-    member_calibration: dict[str, Platt]
-    calibration: Platt
+    fitted: FittedFusion
     format: CutoutFormat
     facts: dict[str, Any]
+    groups: frozenset[str]
 
     @property
     def columns(self) -> list[str]:
-        """What `predict` returns: probability, logit, std, entropy, probability_<member>."""
+        """What `predict` returns: probability, logit, std, entropy, sky_probability,
+        probability_<member>.
+
+        `probability` holds where lenses are as frequent as in the validation set,
+        `sky_probability` at the prevalence in `facts`: see `prior_shift`.
+        """
         members = [f"probability_{name}" for name in self.members]
-        return [*(field.name for field in fields(Fused)), *members]
+        return [*(field.name for field in fields(Fused)), "sky_probability", *members]
 
     def predict(self, images: NDArray[np.floating]) -> pd.DataFrame:
         """Scores of cutouts (n, bands, height, width), in the units of the stored ones.
@@ -58,14 +70,15 @@ class LensEnsemble:
 
     def _predict(self, images: NDArray[np.floating]) -> pd.DataFrame:
         logits, draws = [], []
-        for name, system in self.members.items():
+        for system in self.members.values():
             logit, drawn = member_logits(system, images)
-            calibrate = self.member_calibration[name]
-            logits.append(calibrate(logit))
-            draws.append(calibrate(drawn))
-        logit = np.stack(logits, axis=1)
-        fused = fuse(logit, np.stack(draws, axis=1), self.calibration)
-        return pd.DataFrame(np.column_stack([*astuple(fused), expit(logit)]), columns=self.columns)
+            logits.append(logit)
+            draws.append(drawn)
+        fused = self.fitted.fuse(np.stack(logits, axis=1), np.stack(draws, axis=1))
+        prior = self.facts["validation"]["n_lens"] / sum(self.facts["validation"].values())
+        on_sky = expit(fused.logit + prior_shift(self.facts["prevalence"], prior))
+        own = [expit(of(one)) for of, one in zip(self.fitted.members, logits, strict=True)]
+        return pd.DataFrame(np.column_stack([*astuple(fused), on_sky, *own]), columns=self.columns)
 
     def to(self, device: str) -> "LensEnsemble":
         for system in self.members.values():
@@ -78,48 +91,103 @@ def assemble(
     form: CutoutFormat,
     out: Path,
     facts: Mapping[str, Any],
+    groups: Iterable[str],
+    *,
+    fusion: Choice = "best",
+    calibration: Method = "platt",
+    prevalence: float = 1e-3,
 ) -> LensEnsemble:
     """Write an ensemble into `out` and return it.
 
-    members: {name: (checkpoint, validation scores with columns id, label, logit)}; all were scored
-    on the same validation cutouts, on which the calibration is fitted.
+    members: {name: (checkpoint, validation scores with columns id, label, logit, logit_std)};
+    groups: those of the cutouts that they trained and validated on; fusion: see `choose`;
+    calibration: see `fit_calibration`; prevalence: the fraction of lenses among the cutouts of the
+    sky, for `sky_probability`. `comparison` in ensemble.json is what the choice was made by.
+    Raises InputError where two members were validated on different cutouts, or one takes other
+    cutouts than `form`.
     """
+    scores = {name: table for name, (_, table) in members.items()}
+    label = _common_labels(scores)
+    logits, deviation = (
+        np.stack([table[column].to_numpy() for table in scores.values()], axis=1)
+        for column in ("logit", "logit_std")
+    )
+    fitted, comparison = choose(fusion, calibration, logits, deviation, label)
     (out / "members").mkdir()
-    calibration, calibrated = {}, []
-    label = next(iter(members.values()))[1]["label"].to_numpy()
-    for name, (checkpoint, scores) in members.items():
+    for name, (checkpoint, _) in members.items():
         shutil.copyfile(checkpoint, out / "members" / f"{name}.ckpt")
-        calibration[name] = fit_platt(scores["logit"].to_numpy(), label)
-        calibrated.append(calibration[name](scores["logit"].to_numpy()))
-    fused = np.mean(calibrated, axis=0)
+    n_lens = int(np.count_nonzero(label == 1))
     description = {
-        "schema": 1,
-        "fusion": "mean of calibrated logits",
-        "members": {name: asdict(platt) for name, platt in calibration.items()},
-        "calibration": asdict(fit_platt(fused, label)),
+        "schema": SCHEMA,
+        "fusion": asdict(fitted.fusion),
+        "members": {n: asdict(one) for n, one in zip(members, fitted.members, strict=True)},
+        "calibration": asdict(fitted.calibration),
+        "comparison": comparison.to_dict("records"),
+        "validation": {"n_lens": n_lens, "n_nonlens": len(label) - n_lens},
+        "prevalence": prevalence,
         "format": asdict(form),
         **facts,
     }
+    seen = pd.DataFrame({"group": sorted(set(groups))}, dtype=str)
+    seen.to_parquet(out / GROUPS, index=False)
     (out / ENSEMBLE).write_text(json.dumps(description, indent=1))
     return load_ensemble(out)
+
+
+def read_groups(folder: Path) -> frozenset[str]:
+    """The groups that the members of the ensemble in a folder have trained or validated on."""
+    return frozenset(pd.read_parquet(folder / GROUPS)["group"])
+
+
+def _common_labels(scores: Mapping[str, pd.DataFrame]) -> NDArray[np.int8]:
+    """The labels of the validation cutouts, which all members have in one order."""
+    (first, reference), *others = scores.items()
+    for name, table in others:
+        for column in ("id", "label"):
+            if table[column].tolist() != reference[column].tolist():
+                raise InputError(
+                    f"members {first} and {name}: the column {column} of their validation scores "
+                    "differs; train both on one dataset"
+                )
+    return reference["label"].to_numpy(dtype=np.int8)
+
+
+def _check_member(name: str, system: LitLensSystem, form: CutoutFormat) -> None:
+    for what, theirs, ours in (
+        ("bands", system.hparams["bands"], len(form.bands)),
+        ("image_size", system.hparams["image_size"], form.image_size),
+        ("units", system.hparams["units"], form.units),
+    ):
+        if theirs != ours:
+            raise InputError(
+                f"member {name}: takes cutouts of {what} {theirs}, the dataset's have {ours}; "
+                "train it on this dataset"
+            )
 
 
 def load_ensemble(folder: str | Path) -> LensEnsemble:
     """The ensemble in a folder, in eval mode, on a GPU where there is one.
 
-    Raises InputError where the folder holds none.
+    Raises InputError where the folder holds none, or one that another version has made.
     """
     folder = Path(folder)
     path = folder / ENSEMBLE
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; {folder} is not an ensemble")
     facts = json.loads(path.read_text())
+    if facts["schema"] != SCHEMA:
+        raise InputError(
+            f"{path}: has schema {facts['schema']}, this version reads {SCHEMA}; make the ensemble "
+            "again with `lens-pipeline run`"
+        )
     members = {name: load_system(folder / "members" / f"{name}.ckpt") for name in facts["members"]}
-    ensemble = LensEnsemble(
-        members,
-        {name: Platt(**platt) for name, platt in facts["members"].items()},
-        Platt(**facts["calibration"]),
-        CutoutFormat.from_dict(facts["format"]),
-        facts,
+    form = CutoutFormat.from_dict(facts["format"])
+    for name, system in members.items():
+        _check_member(name, system, form)
+    fitted = FittedFusion(
+        tuple(_CALIBRATION.validate_python(one) for one in facts["members"].values()),
+        _FUSION.validate_python(facts["fusion"]),
+        _CALIBRATION.validate_python(facts["calibration"]),
     )
+    ensemble = LensEnsemble(members, fitted, form, facts, read_groups(folder))
     return ensemble.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,8 +1,15 @@
-"""What a model must show before it may score a survey."""
+"""What a model must show before it may score a survey. Pure functions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lens_pipeline.evaluation.metrics import lens_metrics, paired_bootstrap, ranking_metric
+
+WORST = 5  # percentile: a loss beyond the tolerance is ruled out at 95 %
 
 
 @dataclass(frozen=True)
@@ -11,7 +18,11 @@ class GateDecision:
 
     passed: bool
     reasons: tuple[str, ...]
-    figures: dict[str, float | None]
+    figures: dict[str, Any]
+
+
+def refused(reason: str) -> GateDecision:
+    return GateDecision(False, (reason,), {})
 
 
 def first_model_gate(
@@ -23,13 +34,7 @@ def first_model_gate(
     lower 95 % bound of AUROC must exceed `min_auroc_low`.
     """
     low = metrics["auroc"]["low"]
-    reasons = []
-    for count, least, name in (
-        (metrics["n_lens"], min_lens, "lenses"),
-        (metrics["n_nonlens"], min_nonlens, "non-lenses"),
-    ):
-        if count < least:
-            reasons.append(f"the test set has {count} {name}; at least {least} are needed")
+    reasons = _shortages(metrics, "the test set has", min_lens, min_nonlens)
     if low is None:
         reasons.append("AUROC has no interval; the test set needs lenses and non-lenses")
     elif low <= min_auroc_low:
@@ -42,3 +47,84 @@ def first_model_gate(
         "n_nonlens": metrics["n_nonlens"],
     }
     return GateDecision(not reasons, tuple(reasons), figures)
+
+
+def champion_gate(
+    label: ArrayLike,
+    challenger: ArrayLike,
+    champion: ArrayLike,
+    *,
+    group: Sequence[str] | ArrayLike,
+    seen: ArrayLike,
+    min_lens: int,
+    min_nonlens: int,
+    min_auroc_low: float,
+    tolerance: float,
+    max_ece: float,
+) -> GateDecision:
+    """Whether a challenger may take the place of the champion.
+
+    label (n,): 1 lens, 0 not, of the current test set; challenger, champion: probabilities (n,) of
+    the same cutouts, both scored now; group (n,): what is drawn whole, see `paired_bootstrap`; seen
+    (n,): whether either model has trained or validated on the group.
+
+    Only what neither has seen counts. Of that there must be `min_lens` and `min_nonlens` cutouts,
+    the challenger must pass as a first model would, its `ece` must not exceed `max_ece`, and by
+    `ranking_metric` it must not be worse than the champion by `tolerance` or more: the lower 95 %
+    bound, of one side, of the difference over resamplings of both together.
+    """
+    new = ~np.asarray(seen, dtype=bool)
+    label, challenger, champion, group = (
+        np.asarray(values)[new] for values in (label, challenger, champion, group)
+    )
+    n_lens, n_nonlens = (int(np.count_nonzero(label == value)) for value in (1, 0))
+    figures: dict[str, Any] = {
+        "n_lens": n_lens,
+        "n_nonlens": n_nonlens,
+        "n_seen": int(np.count_nonzero(~new)),
+    }
+    kept = f"of groups that neither model has seen ({figures['n_seen']} cutouts seen) there are"
+    shortages = _shortages(figures, kept, min_lens, min_nonlens)
+    if shortages:
+        return GateDecision(False, tuple(shortages), figures)
+    metrics = lens_metrics(label, challenger)
+    reasons = list(
+        first_model_gate(
+            metrics, min_lens=min_lens, min_nonlens=min_nonlens, min_auroc_low=min_auroc_low
+        ).reasons
+    )
+    ece = metrics["ece"]["value"]
+    if ece > max_ece:
+        reasons.append(f"the calibration error is {ece:.3f}; at most {max_ece:g} is allowed")
+    metric = ranking_metric(n_nonlens)
+    scores = {"challenger": challenger, "champion": champion}
+    drawn = paired_bootstrap(label, scores, metric, group=group)
+    gain = drawn["challenger"] - drawn["champion"]
+    lowest = float(np.percentile(gain, WORST))
+    theirs = lens_metrics(label, champion, bootstrap=0)[metric]["value"]
+    if lowest <= -tolerance:
+        reasons.append(
+            f"{metric} is {metrics[metric]['value']:.3f}, the champion's {theirs:.3f}; a loss of "
+            f"{-lowest:.3f} cannot be ruled out at 95 %, {tolerance:g} is tolerated"
+        )
+    figures |= {
+        "metric": metric,
+        "challenger": metrics[metric]["value"],
+        "champion": theirs,
+        "gain": float(gain.mean()),
+        "gain_low": lowest,
+        "auroc_low": metrics["auroc"]["low"],
+        "ece": ece,
+    }
+    return GateDecision(not reasons, tuple(reasons), figures)
+
+
+def _shortages(counts: Mapping[str, Any], where: str, min_lens: int, min_nonlens: int) -> list[str]:
+    return [
+        f"{where} {count} {name}; at least {least} are needed"
+        for count, least, name in (
+            (counts["n_lens"], min_lens, "lenses"),
+            (counts["n_nonlens"], min_nonlens, "non-lenses"),
+        )
+        if count < least
+    ]

@@ -5,7 +5,7 @@ and nothing is interpolated between them. No result depends on the order of the 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ TAIL = 0.1  # of the cutouts: those with the highest scores
 TAIL_LEAST = 50  # cutouts; fewer tell nothing of their calibration
 TAIL_BINS = 5
 INTERVAL = (2.5, 97.5)  # percentiles
+ENOUGH = 10  # false positives: a rate of fewer is mostly chance
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,58 @@ def lens_metrics(
             low, high = map(float, np.percentile(drawn, INTERVAL))
         metrics[name] = {"value": value, "low": low, "high": high}
     return metrics | {"n_lens": int(levels.lens.sum()), "n_nonlens": int(levels.nonlens.sum())}
+
+
+def ranking_metric(n_nonlens: int) -> str:
+    """What models are ranked by on so many non-lenses: the TPR at the smallest FPR of `FPRS` that
+    allows ten false positives, else at the smallest that allows one, else the AUROC."""
+    by_rate = sorted(FPRS, key=FPRS.__getitem__)
+    for least in (ENOUGH, 1):
+        for name in by_rate:
+            if n_nonlens * FPRS[name] >= least:
+                return name
+    return "auroc"
+
+
+def paired_bootstrap(
+    label: ArrayLike,
+    scores: Mapping[str, ArrayLike],
+    metric: str,
+    *,
+    group: ArrayLike | None = None,
+    times: int = 1000,
+    seed: int = 0,
+) -> dict[str, Array]:
+    """A metric of several scores of the same cutouts, resampled together: {name: (times,)}.
+
+    label (n,): 1 lens, 0 not; scores: probabilities (n,) by name; metric: of `lens_metrics`; group
+    (n,): whole groups are drawn, those with lenses and those without apart; else each cutout is a
+    group of its own. A resampling that cannot resolve the metric has NaN. Raises InputError as
+    `lens_metrics` does.
+    """
+    checked = {name: _checked(label, score) for name, score in scores.items()}
+    lens = next(iter(checked.values()))[0]
+    groups = np.arange(len(lens)) if group is None else np.asarray(group)
+    _, member = np.unique(groups, return_inverse=True)
+    with_lens = np.bincount(member, weights=lens) > 0
+    strata = [np.flatnonzero(with_lens), np.flatnonzero(~with_lens)]
+    levels = {name: np.unique(-score, return_inverse=True) for name, (_, score) in checked.items()}
+    found = {name: np.full(times, np.nan) for name in scores}
+    random = np.random.default_rng(seed)
+    for draw in range(times):
+        drawn = [random.choice(stratum, len(stratum)) for stratum in strata if len(stratum)]
+        drawn_groups = np.bincount(np.concatenate(drawn), minlength=len(with_lens))
+        weight: Array = drawn_groups[member].astype(np.float64)
+        for name, (negative, level) in levels.items():
+            n = len(negative)
+            counts = _Levels(
+                -negative,
+                np.bincount(level[lens], weight[lens], n).astype(np.float64),
+                np.bincount(level[~lens], weight[~lens], n).astype(np.float64),
+            )
+            value = _metrics(counts)[metric]()
+            found[name][draw] = np.nan if value is None else value
+    return found
 
 
 def roc(label: ArrayLike, score: ArrayLike) -> tuple[Array, Array, Array]:
@@ -146,14 +199,18 @@ def _resampled(levels: _Levels, times: int, seed: int) -> list[_Levels]:
 
 
 def _values(levels: _Levels) -> dict[str, float | None]:
+    return {name: metric() for name, metric in _metrics(levels).items()}
+
+
+def _metrics(levels: _Levels) -> dict[str, Callable[[], float | None]]:
     n_lens, n_nonlens = int(levels.lens.sum()), int(levels.nonlens.sum())
     both = n_lens > 0 and n_nonlens > 0
     tail = max(TAIL_LEAST, math.ceil(TAIL * (n_lens + n_nonlens)))
 
-    def where(resolved: bool, metric: Callable[[], float]) -> float | None:
-        return float(metric()) if resolved else None
+    def where(resolved: bool, metric: Callable[[], float]) -> Callable[[], float | None]:
+        return lambda: float(metric()) if resolved else None
 
-    def at_fpr(fpr: float) -> float | None:
+    def at_fpr(fpr: float) -> Callable[[], float | None]:
         return where(both and n_nonlens * fpr >= 1, lambda: _tpr(levels, n_nonlens * fpr))
 
     return {
@@ -163,9 +220,9 @@ def _values(levels: _Levels) -> dict[str, float | None]:
         "tpr10": where(both and n_nonlens >= 10, lambda: _tpr(levels, 9)),
         **{name: at_fpr(fpr) for name, fpr in FPRS.items()},
         "precision_at_k": where(both, lambda: _precision_at(levels, min(TOP, n_lens))),
-        "ece": _ece(levels, n_lens + n_nonlens, BINS),
+        "ece": lambda: _ece(levels, n_lens + n_nonlens, BINS),
         "ece_top": where(tail <= n_lens + n_nonlens, lambda: _ece(levels, tail, TAIL_BINS)),
-        "brier": _brier(levels),
+        "brier": lambda: _brier(levels),
     }
 
 

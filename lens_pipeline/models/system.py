@@ -17,6 +17,7 @@ from lens_pipeline.models.augmentation import augment
 from lens_pipeline.models.metrics import StageMetrics
 from lens_pipeline.models.pretrained import read_checkpoint
 from lens_pipeline.models.schedules import schedule
+from lens_pipeline.models.uncertainty import dropout_draws
 
 # Fixed for all images and bands. In background sigma, asinh is linear over the noise and
 # logarithmic over galaxies; a composite has been stretched by whoever made it.
@@ -46,6 +47,10 @@ class LensClassifier(pl.LightningModule):
 
     def member_logits(self, images: Tensor) -> Tensor:
         """Logits (n, members) of images (n, bands, height, width)."""
+        raise NotImplementedError
+
+    def drawn_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(logit (n,) without dropout, logits (n, draws) with it): see `dropout_draws`."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
@@ -260,6 +265,11 @@ class LitLensSystem(LensClassifier):
 
     def member_logits(self, images: Tensor) -> Tensor:
         return self.head(self.dropout(self.features(images)))
+
+    def drawn_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.features(images).float()
+        drawn = dropout_draws(features, self.head, self.dropout.p)
+        return self.head(features).squeeze(1), drawn
 
 
 def load_system(checkpoint: Path) -> LitLensSystem:

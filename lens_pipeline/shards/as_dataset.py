@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.dataset import PARTS, REJECT_COLUMNS, CutoutFormat
 from lens_pipeline.catalogue.table import Catalogue
+from lens_pipeline.shards.manifest import Manifest
 from lens_pipeline.shards.reader import Shards, ShardSplit, open_shards
 from lens_pipeline.shards.store import Store
 
@@ -75,5 +76,13 @@ def shards_as_dataset(
 ) -> ShardsAsDataset:
     """The shards in a folder or at a URL; cache: see `open_shards`, whose errors it raises."""
     shards = open_shards(location, cache=cache, storage_options=storage_options)
-    content = Store(location, storage_options).listed(shards.manifest.catalogue)
-    return ShardsAsDataset(location, shards, pd.read_parquet(io.BytesIO(content)))
+    rows = read_rows(location, shards.manifest, storage_options)
+    return ShardsAsDataset(location, shards, rows)
+
+
+def read_rows(
+    location: str, manifest: Manifest, storage_options: Mapping[str, Any] | None = None
+) -> pd.DataFrame:
+    """The catalogue of the shards' cutouts, with `split` and `group`, one row each."""
+    content = Store(location, storage_options).listed(manifest.catalogue)
+    return pd.read_parquet(io.BytesIO(content))

@@ -323,9 +323,8 @@ def _finish(data: CutoutModule, out: Path, system_type: type[LensClassifier]) ->
             save_aside(weights, out / BEST)
     system = system_type.load_from_checkpoint(out / BEST, compile_model=False)
     split = data.split("val")
-    scores = pd.DataFrame(
-        {"id": split.ids, "label": split.labels, "logit": split_logits(system, split)}
-    )
+    labels = pd.DataFrame({"id": split.ids, "label": split.labels})
+    scores = pd.concat([labels, split_scores(system, split)], axis=1)
     # Where this was trained is no part of what was: the same training leaves the same bytes.
     checkpoint = torch.load(out / LAST, map_location="cpu", weights_only=True)
     save_aside(checkpoint | {"callbacks": {}}, out / LAST)
@@ -339,12 +338,17 @@ def _finish(data: CutoutModule, out: Path, system_type: type[LensClassifier]) ->
 
 
 @torch.inference_mode()
-def split_logits(system: LensClassifier, split: Split) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Logits float64 (n,) of a split, in its order, on a GPU where there is one."""
+def split_scores(system: LensClassifier, split: Split) -> pd.DataFrame:
+    """`logit` and `logit_std` (n,) of a split, in its order, on a GPU where there is one.
+
+    logit_std: the standard deviation of the logit under dropout, see `dropout_draws`.
+    """
     system = system.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    logits = []
+    logits, deviations = [], []
     for start in range(0, len(split), BATCH):
         images = split.gather(np.arange(start, min(start + BATCH, len(split))))
         batch = torch.from_numpy(images.astype(np.float32)).to(system.device)
-        logits.append(system(batch).double().cpu().numpy())
-    return np.concatenate(logits)
+        logit, drawn = system.drawn_logits(batch)
+        logits.append(logit.double().cpu().numpy())
+        deviations.append(drawn.double().std(dim=1, correction=0).cpu().numpy())
+    return pd.DataFrame({"logit": np.concatenate(logits), "logit_std": np.concatenate(deviations)})

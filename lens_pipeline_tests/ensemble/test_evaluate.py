@@ -80,8 +80,10 @@ def rows(n: int = 120) -> pd.DataFrame:
 def ensemble(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ensemble")
     torch.manual_seed(0)
+    label = np.arange(40) % 2
+    logit = np.random.default_rng(0).normal(label)
     scores = pd.DataFrame(
-        {"id": list("abcd"), "label": [0, 1, 0, 1], "logit": [-1.0, 1.0, 0.5, -0.2]}
+        {"id": label.astype(str), "label": label, "logit": logit, "logit_std": 0.3}
     )
     members = {}
     for name in ("lastro", "trans_enc_s"):
@@ -91,7 +93,8 @@ def ensemble(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"state_dict": system.state_dict(), "hyper_parameters": dict(system.hparams)}, path
         )
         members[name] = (path, scores)
-    assemble(members, FORM, folder, {"dataset": "pixels", "dataset_version": "1"})
+    facts = {"dataset": "pixels", "dataset_version": "1"}
+    assemble(members, FORM, folder, facts, [], fusion="mean")
     return folder
 
 

@@ -1,64 +1,48 @@
-"""Calibration and fusion against scikit-learn and against formulas written out here."""
+"""Fusions against formulas written out here and against analytic optima."""
 
 import numpy as np
 import pytest
 from scipy.special import expit
 from scipy.stats import entropy as scipy_entropy
-from sklearn.calibration import _sigmoid_calibration
+from scipy.stats import norm
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 
 from lens_pipeline import ensemble
-from lens_pipeline.ensemble.calibration import Platt, fit_platt
-from lens_pipeline.ensemble.fusion import fuse
-from lens_pipeline.evaluation.metrics import lens_metrics
+from lens_pipeline.ensemble.choice import FittedFusion, choose, compare, fit
+from lens_pipeline.ensemble.fusion import InverseVariance, Mean, Single, Stacking, fuse
+from lens_pipeline.errors import InputError
+
+NOISE = np.array([0.8, 1.5, 3.0])
+STRATEGIES = {"mean", "uncertainty_weighted", "stacking", "bayesian", "single"}
 
 
-def overconfident(n: int = 4000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Logits three times too large and shifted, with the labels that the true ones give."""
+def members(n: int, seed: int, noise: np.ndarray = NOISE) -> tuple[np.ndarray, ...]:
+    """Three members that see the same signal, each under its own known noise: raw logits (n, 3),
+    their deviations under dropout (n, 3), labels (n,)."""
     random = np.random.default_rng(seed)
-    true = random.normal(0, 1.5, n)
-    label = (random.uniform(size=n) < expit(true)).astype(int)
-    return 3 * true + 1, label
+    label = np.arange(n) % 2
+    logits = 2.0 * label[:, None] - 1 + noise * random.normal(size=(n, 3))
+    return logits, np.broadcast_to(0.3 * noise, (n, 3)), label
 
 
-def test_platt_scaling_is_that_of_scikit_learn() -> None:
-    logit, label = overconfident()
-    ours = fit_platt(logit, label)
-    a, b = _sigmoid_calibration(logit, label)  # p = 1 / (1 + exp(a logit + b))
-    assert ours.slope == pytest.approx(-a, rel=1e-3)
-    assert ours.intercept == pytest.approx(-b, abs=1e-3)
+def optimum(noise: np.ndarray = NOISE) -> float:
+    """The AUROC of weights 1 / noise^2: classes 2 apart under noise 1 / sqrt(sum 1 / noise^2)."""
+    return float(norm.cdf(2 * np.sqrt((1 / noise**2).sum()) / np.sqrt(2)))
 
 
-def test_calibration_brings_probabilities_to_what_is_observed() -> None:
-    logit, label = overconfident()
-    platt = fit_platt(logit, label)
-    assert platt.slope == pytest.approx(1 / 3, rel=0.1)
-    held_out, truth = overconfident(seed=1)
-    before = lens_metrics(truth, expit(held_out), bootstrap=0)
-    after = lens_metrics(truth, expit(platt(held_out)), bootstrap=0)
-    assert before["ece"]["value"] > 0.08
-    assert after["ece"]["value"] < 0.03
-    assert after["auroc"] == before["auroc"]
+def plain(strategy: str, fold: tuple[np.ndarray, ...], other: tuple[np.ndarray, ...]) -> float:
+    fitted = fit(strategy, "platt", *fold)
+    return roc_auc_score(other[2], fitted(*other[:2]))
 
 
-def test_calibration_never_turns_a_ranking_round() -> None:
-    logit, label = overconfident()
-    assert fit_platt(-logit, label).slope > 0
-
-
-def test_perfectly_separated_classes_keep_finite_probabilities() -> None:
-    platt = fit_platt(np.array([-5.0, -4.0, 4.0, 5.0]), np.array([0, 0, 1, 1]))
-    assert np.isfinite([platt.slope, platt.intercept]).all()
-    assert expit(platt(np.array([5.0])))[0] < 0.95  # four cutouts prove no more
-
-
-def test_fusion_is_the_mean_of_calibrated_logits() -> None:
+def test_the_mean_is_that_of_the_logits() -> None:
     random = np.random.default_rng(0)
     logit, draws = random.normal(size=(5, 3)), random.normal(size=(5, 3, 20))
-    fused = fuse(logit, draws, Platt(0.8, -0.3))
-    expected = 0.8 * logit.mean(axis=1) - 0.3
-    np.testing.assert_allclose(fused.logit, expected)
-    np.testing.assert_allclose(fused.probability, 1 / (1 + np.exp(-expected)))
-    drawn = 1 / (1 + np.exp(-(0.8 * draws - 0.3))).reshape(5, 60)
+    fused = fuse(logit, draws)
+    np.testing.assert_allclose(fused.logit, logit.mean(axis=1))
+    np.testing.assert_allclose(fused.probability, 1 / (1 + np.exp(-logit.mean(axis=1))))
+    drawn = 1 / (1 + np.exp(-draws)).reshape(5, 60)
     np.testing.assert_allclose(fused.std, drawn.std(axis=1))
     by_scipy = scipy_entropy(np.stack([drawn, 1 - drawn]), axis=0).mean(axis=1)
     np.testing.assert_allclose(fused.entropy, by_scipy)
@@ -78,15 +62,142 @@ def test_the_entry_point_of_the_library() -> None:
 
 
 def test_a_member_counts_by_the_inverse_of_its_variance() -> None:
-    """Two members that agree, but for what dropout does to them."""
+    """Two members that agree, but for what dropout does to them; nothing is fitted."""
     draws = np.array([[[0.9, 1.1], [-1.0, 3.0]]])  # variances 0.01 and 4
     logit = np.array([[1.0, 1.2]])
     between = 0.01  # of 1.0 and 1.2
     weights = np.array([1 / (0.01 + between), 1 / (4.0 + between)])
     expected = (weights * logit[0]).sum() / weights.sum()
-    fused = fuse(logit, draws, strategy="uncertainty_weighted")
-    assert fused.logit[0] == pytest.approx(expected, rel=1e-12)
-    assert fuse(logit, draws).logit[0] == pytest.approx(1.1)
+    assert fuse(logit, draws, InverseVariance()).logit[0] == pytest.approx(expected, rel=1e-12)
+    assert fuse(logit, draws, Mean()).logit[0] == pytest.approx(1.1)
     # Without dropout, members that agree count alike.
-    same = fuse(np.ones((1, 2)), np.ones((1, 2, 3)), strategy="uncertainty_weighted")
+    same = fuse(np.ones((1, 2)), np.ones((1, 2, 3)), InverseVariance())
     assert same.logit[0] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("strategy", ["uncertainty_weighted", "stacking", "bayesian"])
+def test_known_noise_is_fused_as_well_as_can_be(strategy: str) -> None:
+    validation, test = members(4000, 0), members(40_000, 1)
+    assert plain(strategy, validation, test) == pytest.approx(optimum(), abs=0.005)
+    raw_mean = roc_auc_score(test[2], test[0].mean(axis=1))
+    assert raw_mean < optimum() - 0.02
+    assert plain("single", validation, test) < optimum() - 0.005
+
+
+def test_noise_that_differs_from_cutout_to_cutout_is_told_by_dropout() -> None:
+    """Each cutout is clear to one member and noise to the others: only the draws tell to which."""
+
+    def cutouts(n: int, seed: int) -> tuple[np.ndarray, ...]:
+        random = np.random.default_rng(seed)
+        label = np.arange(n) % 2
+        noise = np.where(random.integers(3, size=n)[:, None] == np.arange(3), 0.7, 4.0)
+        return 2.0 * label[:, None] - 1 + noise * random.normal(size=(n, 3)), noise, label
+
+    test = cutouts(40_000, 1)
+    by = {name: plain(name, cutouts(4000, 0), test) for name in STRATEGIES}
+    best = roc_auc_score(test[2], (test[0] / test[1] ** 2).sum(axis=1))
+    assert by["uncertainty_weighted"] == pytest.approx(best, abs=0.005)
+    assert all(by[name] < best - 0.05 for name in STRATEGIES - {"uncertainty_weighted"})
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_every_fusion_ends_calibrated_and_never_lowers_a_score_for_a_higher_member(
+    strategy: str,
+) -> None:
+    fitted = fit(strategy, "platt", *members(4000, 0))
+    logits, deviation, label = members(40_000, 1)
+    score = fitted(logits, deviation)
+    order = np.argsort(score).reshape(20, -1)
+    predicted, observed = expit(score)[order].mean(axis=1), label[order].mean(axis=1)
+    assert np.abs(predicted - observed).max() < 0.06
+    assert np.abs(predicted - observed).mean() < 0.02
+    for member in range(3):
+        higher = logits.copy()
+        higher[:, member] += 0.5
+        assert np.all(fitted(higher, deviation) >= score)
+
+
+def test_stacking_is_the_logistic_regression_of_scikit_learn() -> None:
+    logits, deviation, label = members(4000, 0)
+    fitted = fit("stacking", "platt", logits, deviation, label)
+    calibrated = np.stack([one(x) for one, x in zip(fitted.members, logits.T, strict=True)], axis=1)
+    theirs = LogisticRegression(C=np.inf, tol=1e-8).fit(calibrated, label).coef_[0]
+    assert isinstance(fitted.fusion, Stacking)
+    np.testing.assert_allclose(fitted.fusion.weights, theirs, rtol=0.02)
+
+
+def test_a_member_that_learnt_nothing_or_the_opposite_does_no_harm() -> None:
+    random = np.random.default_rng(3)
+    for third in (0.0, -1.0):
+        parts = []
+        for seed in (0, 1):
+            logits, deviation, label = members(20_000, seed)
+            logits[:, 2] = third * (2 * label - 1) + random.normal(size=len(label))
+            parts.append((logits, deviation, label))
+        two = roc_auc_score(parts[1][2], (parts[1][0] / NOISE**2)[:, :2].sum(axis=1))
+        for strategy in ("uncertainty_weighted", "stacking", "bayesian", "single"):
+            least = two - (0.04 if strategy == "single" else 0.01)
+            assert plain(strategy, *parts) > least, (strategy, third)
+
+
+def test_the_best_is_chosen_on_cutouts_that_it_was_not_fitted_to() -> None:
+    fitted, table = choose("best", "platt", *members(3000, 0))
+    assert set(table["strategy"]) == STRATEGIES
+    assert table["strategy"][0] == fitted.fusion.strategy != "single"
+    single = table.set_index("strategy").loc["single"]
+    assert (single["gain"], single["better"]) == (0, 0.5)
+    first = table.iloc[0]
+    assert first["gain_low"] > 0
+    assert first["better"] > 0.95
+    assert first["mean"] == table["mean"].max()
+    assert first["metric"] == "tpr_at_fpr_1e-2"  # 1500 non-lenses: fifteen false positives
+    named, again = choose("stacking", "platt", *members(3000, 0))
+    assert named.fusion.strategy == "stacking"
+    assert again.equals(table)
+
+
+def test_members_of_pure_noise_gain_nothing_where_they_are_judged() -> None:
+    """Judged on what they were fitted to, they would."""
+    random = np.random.default_rng(0)
+    label = np.arange(60) % 2
+    logits = random.normal(size=(60, 40))
+    auroc = compare("platt", logits, np.ones_like(logits), label).set_index("strategy")["auroc"]
+    fitted = fit("stacking", "platt", logits, np.ones_like(logits), label)
+    assert roc_auc_score(label, fitted(logits, np.ones_like(logits))) > 0.75
+    assert auroc["stacking"] < 0.65
+
+
+def test_too_few_cutouts_take_the_mean(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="lens_pipeline"):
+        fitted, table = choose("best", "platt", *members(18, 0))
+    assert table.empty
+    assert isinstance(fitted.fusion, Mean)
+    assert "9 lenses and 9 non-lenses of the validation set cannot tell" in caplog.text
+
+
+def test_one_member_is_an_ensemble_too() -> None:
+    logits, deviation, label = members(200, 0)
+    for strategy in sorted(STRATEGIES):
+        fitted = fit(strategy, "platt", logits[:, :1], deviation[:, :1], label)
+        assert roc_auc_score(label, fitted(logits[:, :1], deviation[:, :1])) == pytest.approx(
+            roc_auc_score(label, logits[:, 0]), abs=1e-3
+        )
+
+
+def test_draws_give_the_uncertainty_of_the_calibrated_members() -> None:
+    logits, deviation, label = members(400, 0)
+    fitted = fit("single", "platt", logits, deviation, label)
+    assert isinstance(fitted, FittedFusion)
+    assert fitted.fusion == Single(0)  # the member with the least noise
+    draws = logits[..., None] + deviation[..., None] * np.array([-1.0, 1.0])
+    fused = fitted.fuse(logits, draws)
+    np.testing.assert_allclose(fused.logit, fitted(logits, deviation))
+    calibrated = [expit(one(draws[:, i])) for i, one in enumerate(fitted.members)]
+    np.testing.assert_allclose(fused.std, np.concatenate(calibrated, axis=1).std(axis=1))
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    logits, deviation, label = members(100, 0)
+    logits[3, 1] = np.nan
+    with pytest.raises(InputError, match="1 of 300 validation logits are not finite"):
+        choose("best", "platt", logits, deviation, label)

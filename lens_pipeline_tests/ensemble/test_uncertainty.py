@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from lens_pipeline.ensemble.uncertainty import DRAWS, dropout_masks, member_logits
+from lens_pipeline.ensemble.uncertainty import member_logits
 from lens_pipeline.models.system import LitLensSystem
+from lens_pipeline.models.uncertainty import DRAWS, dropout_masks
 
 IMAGES = np.random.default_rng(0).normal(size=(6, 3, 32, 32)).astype(np.float32)
 

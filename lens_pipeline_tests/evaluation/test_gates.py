@@ -1,8 +1,10 @@
-"""The first model's gate."""
+"""The gates: of the first model, and of a challenger against a champion."""
 
+import numpy as np
 import pytest
+from scipy.special import expit
 
-from lens_pipeline.evaluation.gates import first_model_gate
+from lens_pipeline.evaluation.gates import champion_gate, first_model_gate
 
 LIMITS = {"min_lens": 50, "min_nonlens": 50, "min_auroc_low": 0.5}
 
@@ -36,3 +38,101 @@ def test_each_shortfall_is_named(
     assert len(decision.reasons) == len(reasons)
     for reason, part in zip(decision.reasons, reasons, strict=True):
         assert part in reason
+
+
+AGAINST = LIMITS | {"tolerance": 0.05, "max_ece": 0.1}
+
+
+def cutouts(
+    n: int = 4000, seed: int = 0, gain: float = 0.0, noise: float = 0.2
+) -> dict[str, np.ndarray]:
+    """Two calibrated models of the same skill but for `gain`; a group is a lens and its pair."""
+    random = np.random.default_rng(seed)
+    label = np.arange(n) % 2
+    signal = random.normal(2.0 * label - 1, 1.0)
+
+    def calibrated(skill: float) -> np.ndarray:
+        seen = signal + noise * random.normal(size=n)
+        separation = (1 + skill) / (1 + noise**2)
+        return expit(2 * separation * (seen + skill * (2 * label - 1)))
+
+    return {
+        "label": label,
+        "champion": calibrated(0.0),
+        "challenger": calibrated(gain),
+        "group": np.arange(n) // 2,
+        "seen": np.zeros(n, dtype=bool),
+    }
+
+
+def test_a_better_challenger_passes_and_a_worse_one_does_not() -> None:
+    better = champion_gate(**cutouts(gain=0.3), **AGAINST)
+    assert better.passed, better.reasons
+    assert better.figures["metric"] == "tpr_at_fpr_1e-2"
+    assert better.figures["gain_low"] > 0
+    worse = champion_gate(**cutouts(gain=-0.3), **AGAINST)
+    assert not worse.passed
+    assert any("a loss of" in reason for reason in worse.reasons)
+
+
+def test_the_same_model_again_passes_and_little_evidence_does_not() -> None:
+    same = cutouts()
+    same["challenger"] = same["champion"]
+    assert champion_gate(**same, **AGAINST).passed
+    # Of the same skill, but the test set is too small to rule a loss out.
+    decision = champion_gate(**cutouts(n=220), **AGAINST)
+    assert not decision.passed
+    (reason,) = decision.reasons
+    assert "cannot be ruled out at 95 %, 0.05 is tolerated" in reason
+    assert champion_gate(**cutouts(n=220), **AGAINST | {"tolerance": 0.9}).passed
+
+
+def test_only_groups_that_neither_model_has_seen_count() -> None:
+    """On what it has seen the challenger is perfect; on the rest it is chance."""
+    test = cutouts()
+    test["seen"] = test["group"] < 1500  # 3000 cutouts
+    random = np.random.default_rng(1)
+    chance = random.uniform(0.4, 0.6, len(test["label"]))
+    test["challenger"] = np.where(test["seen"], 0.01 + 0.98 * test["label"], chance)
+    decision = champion_gate(**test, **AGAINST)
+    assert not decision.passed
+    assert decision.figures["n_seen"] == 3000
+    assert (decision.figures["n_lens"], decision.figures["n_nonlens"]) == (500, 500)
+    test["seen"] = test["group"] >= 40  # 40 lenses and 40 non-lenses are left
+    few = champion_gate(**test, **AGAINST)
+    assert [reason.split(";")[0][-9:] for reason in few.reasons] == ["40 lenses", "on-lenses"]
+    assert "neither model has seen (3920 cutouts seen)" in few.reasons[0]
+
+
+def test_a_challenger_out_of_calibration_does_not_pass() -> None:
+    test = cutouts(gain=0.3)
+    test["challenger"] = test["challenger"] ** 5  # the ranking stays
+    decision = champion_gate(**test, **AGAINST)
+    (reason,) = decision.reasons
+    assert reason.startswith("the calibration error is 0.")
+    assert champion_gate(**test, **AGAINST | {"max_ece": 0.9}).passed
+
+
+def test_copies_of_a_cutout_are_no_evidence() -> None:
+    """Sixteen copies of 220 cutouts in their groups: no more sure than once."""
+    once = cutouts(n=220)
+    copies = {name: np.tile(values, 16) for name, values in once.items()}
+    few, many = champion_gate(**once, **AGAINST), champion_gate(**copies, **AGAINST)
+    assert not few.passed
+    assert not many.passed
+    alone = copies | {"group": np.arange(len(copies["label"]))}
+    spread = [
+        gate.figures["gain"] - gate.figures["gain_low"]
+        for gate in (many, champion_gate(**alone, **AGAINST))
+    ]
+    assert spread[0] > 2 * spread[1]
+
+
+def test_the_order_of_the_cutouts_decides_nothing() -> None:
+    test = cutouts()
+    order = np.random.default_rng(5).permutation(len(test["label"]))
+    shuffled = {name: values[order] for name, values in test.items()}
+    one, other = champion_gate(**test, **AGAINST), champion_gate(**shuffled, **AGAINST)
+    assert one.passed == other.passed
+    for name in ("challenger", "champion", "ece", "n_lens"):
+        assert one.figures[name] == pytest.approx(other.figures[name], abs=1e-12)

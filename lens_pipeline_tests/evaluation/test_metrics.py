@@ -2,11 +2,17 @@
 
 import numpy as np
 import pytest
+from scipy.special import expit, logit
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
 from lens_pipeline import evaluation
 from lens_pipeline.errors import InputError
-from lens_pipeline.evaluation.metrics import lens_metrics, roc
+from lens_pipeline.evaluation.metrics import (
+    lens_metrics,
+    paired_bootstrap,
+    ranking_metric,
+    roc,
+)
 
 RATES = ("tpr0", "tpr10", "tpr_at_fpr_1e-2", "tpr_at_fpr_1e-3", "tpr_at_fpr_1e-4")
 
@@ -207,3 +213,56 @@ class TestCalibrationOfTheTop:
     def test_cutouts_that_tie_at_the_edge_are_shared(self) -> None:
         # 1000 equal scores, half of them lenses: every bin holds half, whatever the order.
         assert values(np.tile([1, 0], 500), np.full(1000, 0.8))["ece_top"] == pytest.approx(0.3)
+
+
+def test_models_are_ranked_by_the_rarest_false_positives_that_can_be_told() -> None:
+    by_count = {n: ranking_metric(n) for n in (5, 99, 100, 9_999, 10_000, 99_999, 100_000)}
+    assert by_count == {
+        5: "auroc",
+        99: "auroc",
+        100: "tpr_at_fpr_1e-2",  # one false positive: better than none
+        9_999: "tpr_at_fpr_1e-2",
+        10_000: "tpr_at_fpr_1e-3",
+        99_999: "tpr_at_fpr_1e-3",
+        100_000: "tpr_at_fpr_1e-4",
+    }
+
+
+def test_a_paired_bootstrap_draws_the_same_cutouts_for_all() -> None:
+    random = np.random.default_rng(0)
+    label = np.arange(400) % 2
+    good = expit(random.normal(2 * label - 1))
+    # Better by little: alone, either interval holds the other's value; the difference is sure.
+    better = expit(logit(good) + 0.12 * (2 * label - 1))
+    drawn = paired_bootstrap(label, {"good": good, "better": better, "again": good}, "auroc")
+    np.testing.assert_array_equal(drawn["good"], drawn["again"])
+    assert np.percentile(drawn["good"], 97.5) > roc_auc_score(label, better)
+    assert (drawn["better"] > drawn["good"]).all()
+    assert drawn["good"].mean() == pytest.approx(roc_auc_score(label, good), abs=0.005)
+    # As wide as the formula of Hanley & McNeil (1982) has it.
+    a = roc_auc_score(label, good)
+    q1, q2 = a / (2 - a), 2 * a**2 / (1 + a)
+    error = np.sqrt((a * (1 - a) + 199 * (q1 + q2 - 2 * a**2)) / 200**2)
+    assert drawn["good"].std() == pytest.approx(error, rel=0.15)
+    # Nothing depends on the order of the cutouts but which are drawn.
+    order = random.permutation(400)
+    shuffled = paired_bootstrap(label[order], {"good": good[order]}, "auroc")
+    assert shuffled["good"].std() == pytest.approx(error, rel=0.15)
+
+
+def test_groups_are_drawn_whole() -> None:
+    """Ten copies of each cutout say no more than one, and the interval must know."""
+    random = np.random.default_rng(0)
+    label = np.arange(100) % 2
+    score = expit(random.normal(label))
+    once = paired_bootstrap(label, {"s": score}, "auroc")["s"]
+    copies = np.tile(label, 10), {"s": np.tile(score, 10)}
+    grouped = paired_bootstrap(*copies, "auroc", group=np.tile(np.arange(100), 10))["s"]
+    alone = paired_bootstrap(*copies, "auroc")["s"]
+    assert grouped.std() == pytest.approx(once.std(), rel=0.1)
+    assert alone.std() == pytest.approx(once.std() / np.sqrt(10), rel=0.1)
+
+
+def test_a_resampling_that_resolves_nothing_is_no_number() -> None:
+    drawn = paired_bootstrap([1, 0, 1, 0], {"s": [0.9, 0.1, 0.8, 0.2]}, "tpr_at_fpr_1e-2", times=3)
+    assert np.isnan(drawn["s"]).all()

@@ -1,0 +1,115 @@
+"""Whether an ensemble may become champion: against the registry as it is now."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lens_pipeline.defs.resources import LensHome
+from lens_pipeline.defs.scored import Source
+from lens_pipeline.defs.stages import log
+from lens_pipeline.errors import InputError
+from lens_pipeline.steps import Recipe, run_step
+from lens_pipeline.tracking import MODEL, ROLLED_BACK, STEP_KEY
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from mlflow.entities.model_registry import ModelVersion
+
+    from lens_pipeline.ensemble.system import LensEnsemble
+    from lens_pipeline.evaluation.gates import GateDecision
+
+RESCORE = "lens_pipeline.ensemble.rescore"
+
+
+def decide(
+    lens: LensHome,
+    key: str,
+    ensemble: Path,
+    evaluation: Path,
+    source: Source,
+    champion: "ModelVersion | None",
+    version: "ModelVersion | None" = None,
+) -> "GateDecision":
+    """The decision on an ensemble and its evaluation (folders), with its reasons.
+
+    key: of the ensemble, as its version in the registry has it; champion: whose place it would
+    take, which is scored on the test split of today; version: its own in the registry, where it has
+    one.
+    """
+    from lens_pipeline.evaluation.gates import GateDecision, champion_gate, refused
+    from lens_pipeline.evaluation.result import SCORES, read_evaluation
+
+    settings = lens.settings
+    if champion is not None and champion.tags.get(STEP_KEY) == key:
+        return GateDecision(True, (), {})
+    if version is not None and ROLLED_BACK in version.tags:
+        return refused(f"version {version.version} was rolled back; promote it by hand")
+    if champion is None:
+        return read_evaluation(evaluation).gate(settings.gate)
+    if version is not None and int(version.version) < int(champion.version):
+        return refused(f"version {version.version} is older than the champion")
+    number = str(champion.version)
+    try:
+        theirs, _ = lens.tracking.load(f"models:/{MODEL}/{number}")
+    except InputError as problem:
+        return refused(f"the champion, version {number}, cannot be compared: {problem}")
+    facts = json.loads((ensemble / "ensemble.json").read_text())
+    if differing := _other_cutouts(facts["format"], theirs):
+        return refused(
+            f"the champion, version {number}, is not comparable: {differing}; if the new one is "
+            "to replace it, promote it by hand"
+        )
+    import pandas as pd
+
+    scores = pd.read_parquet(evaluation / SCORES)
+    test = scores[(scores["split"] == "test") & scores["probability"].notna()]
+    own = _groups(ensemble)
+    log.info("  comparing with the champion, version %s", number)
+    return champion_gate(
+        test["label"].to_numpy(int),
+        test["probability"].to_numpy(),
+        _scored_by(champion, theirs, source, lens).loc[test["id"]].to_numpy(),
+        group=test["group"].to_numpy(str),
+        seen=test["group"].isin(own | theirs.groups).to_numpy(),
+        **settings.gate,
+        **settings.gate_against_champion,
+    )
+
+
+def _groups(ensemble: Path) -> frozenset[str]:
+    from lens_pipeline.ensemble.system import read_groups
+
+    return read_groups(ensemble)
+
+
+def _other_cutouts(form: dict[str, Any], champion: "LensEnsemble") -> str:
+    """How the champion's cutouts differ from these; empty where they do not."""
+    theirs = champion.facts["format"]
+    return ", ".join(
+        f"its {name} is {theirs[name]}, here {form[name]}"
+        for name in form
+        if theirs[name] != form[name]
+    )
+
+
+def _scored_by(
+    champion: "ModelVersion", ensemble: "LensEnsemble", source: Source, lens: LensHome
+) -> "pd.Series":
+    """The champion's probabilities of the test split, by id: a step, for both who ask."""
+    import pandas as pd
+
+    from lens_pipeline.ensemble.rescore import SCORES, rescore_test_split
+
+    recipe = Recipe(
+        stage="champion_scores",
+        modules=(RESCORE,),
+        libraries=("torch", "numpy", "scipy", "pandas", "pyarrow"),
+        inputs={"champion": champion.tags[STEP_KEY], **source.inputs},
+    )
+    step = run_step(
+        recipe,
+        lens.settings.reports,
+        lambda out: rescore_test_split(ensemble, source.opened()[0], out),
+        verify=lens.settings.verify,
+    )
+    return pd.read_parquet(step.folder / SCORES).set_index("id")["probability"]

@@ -1,0 +1,53 @@
+"""What an ensemble is scored on: the processed dataset, or the shards where there is none."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+from lens_pipeline.defs.dataset import catalogue_of
+from lens_pipeline.defs.stages import CATALOGUE, CLOUD, DATASET, made
+from lens_pipeline.settings import Settings
+
+if TYPE_CHECKING:
+    from lens_pipeline.catalogue.table import Catalogue
+    from lens_pipeline.ensemble.predictor import ScoredDataset
+
+
+@dataclass(frozen=True)
+class Source:
+    """inputs: what decides on it, by content; opened: the dataset, and the catalogue it is of."""
+
+    inputs: dict[str, str]
+    opened: "Callable[[], tuple[ScoredDataset, Catalogue]]"
+
+
+def scored_source(context: dg.AssetExecutionContext, settings: Settings, published: bool) -> Source:
+    """published: there is no dataset that the shards were made from."""
+    return (_of_shards if published else _of_dataset)(context, settings)
+
+
+def _of_dataset(context: dg.AssetExecutionContext, settings: Settings) -> Source:
+    dataset, table = made(context, DATASET), made(context, CATALOGUE)
+
+    def opened() -> "tuple[ScoredDataset, Catalogue]":
+        from lens_pipeline.catalogue.dataset import open_dataset
+
+        return open_dataset(dataset.folder), catalogue_of(settings, table)
+
+    return Source({"dataset": dataset.content, "table": table.content}, opened)
+
+
+def _of_shards(context: dg.AssetExecutionContext, settings: Settings) -> Source:
+    shards = made(context, CLOUD)
+
+    def opened() -> "tuple[ScoredDataset, Catalogue]":
+        from lens_pipeline.shards.as_dataset import shards_as_dataset
+
+        dataset = shards_as_dataset(
+            shards.location, cache=settings.home / "cache", storage_options=settings.storage_options
+        )
+        return dataset, dataset.catalogue
+
+    return Source({"shards": shards.content}, opened)

@@ -1,0 +1,183 @@
+"""Which fusion an ensemble takes: all are fitted and compared on the validation set."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from lens_pipeline.ensemble.calibration import (
+    Calibration,
+    Method,
+    check_validation,
+    fit_calibration,
+)
+from lens_pipeline.ensemble.fusion import (
+    STRATEGIES,
+    Fused,
+    Fusion,
+    Strategy,
+    fit_fusion,
+    with_uncertainty,
+)
+from lens_pipeline.evaluation.metrics import (
+    INTERVAL,
+    lens_metrics,
+    paired_bootstrap,
+    ranking_metric,
+)
+
+Array = NDArray[np.float64]
+FOLDS = 5
+log = logging.getLogger(__name__)
+Choice = Strategy | Literal["best"]
+
+
+@dataclass(frozen=True)
+class FittedFusion:
+    """What turns the members' raw logits into a calibrated one.
+
+    members: the calibration of each; calibration: of what the fusion gives.
+    """
+
+    members: tuple[Calibration, ...]
+    fusion: Fusion
+    calibration: Calibration
+
+    def __call__(self, logits: Array, deviation: Array) -> Array:
+        """Logits (n,) of raw logits and their deviations under dropout, both (n, members)."""
+        calibrated, variance = _calibrated(self.members, logits, deviation)
+        return self.calibration(self.fusion(calibrated, variance))
+
+    def fuse(self, logits: Array, draws: Array) -> Fused:
+        """Scores of raw logits (n, members) and of the same with dropout (n, members, draws)."""
+        calibrated = [one(draws[:, i]) for i, one in enumerate(self.members)]
+        fused = self(logits, draws.std(axis=2))
+        return with_uncertainty(fused, np.stack(calibrated, axis=1))
+
+
+def fit(
+    strategy: Strategy,
+    method: Method,
+    logits: Array,
+    deviation: Array,
+    label: NDArray[np.integer],
+) -> FittedFusion:
+    """Calibrate the members, fuse them, calibrate the result.
+
+    logits, deviation: the members' raw logits and their standard deviations under dropout, float64
+    (n, members); label (n,). Raises InputError as `fit_calibration` does.
+    """
+    check_validation(logits, label)
+    members = tuple(fit_calibration(one, label, method) for one in logits.T)
+    calibrated, variance = _calibrated(members, logits, deviation)
+    fusion = fit_fusion(strategy, calibrated, variance, label, _rank(label))
+    return FittedFusion(
+        members, fusion, fit_calibration(fusion(calibrated, variance), label, method)
+    )
+
+
+def choose(
+    choice: Choice,
+    method: Method,
+    logits: Array,
+    deviation: Array,
+    label: NDArray[np.integer],
+) -> tuple[FittedFusion, pd.DataFrame]:
+    """(the fusion that was asked for, or the best; the comparison of all: see `compare`).
+
+    Other arguments as of `fit`. Where a class has fewer than two cutouts a fold nothing can be
+    compared: the table is empty, and the best is the mean.
+    """
+    check_validation(logits, label)
+    counts = np.bincount(label == 1, minlength=2)
+    table = pd.DataFrame()
+    if counts.min() >= 2 * FOLDS:
+        table = compare(method, logits, deviation, label)
+    elif choice == "best":
+        log.info(
+            "  %d lenses and %d non-lenses of the validation set cannot tell fusions apart; "
+            "the mean is taken",
+            counts[1],
+            counts[0],
+        )
+    best: Strategy = "mean" if table.empty else table["strategy"].iloc[0]
+    return fit(best if choice == "best" else choice, method, logits, deviation, label), table
+
+
+def compare(
+    method: Method, logits: Array, deviation: Array, label: NDArray[np.integer], seed: int = 0
+) -> pd.DataFrame:
+    """What each strategy is worth on validation cutouts that it was not fitted to.
+
+    Arguments as of `fit`. Each fifth of the cutouts is scored by what was fitted to the others.
+    One row a strategy, the best first: `strategy`; `metric`, the name of what they are ranked by,
+    see `ranking_metric`; its `value`, and its `mean`, `low` and `high` over a thousand resamplings,
+    the same for all; `gain`, `gain_low` and `gain_high` over the best single member; `better`, the
+    fraction of resamplings in which it was better than that; `auroc` and `ece`.
+    """
+    check_validation(logits, label)
+    fold = _folds(label, seed)
+    scores: dict[str, Array] = {}
+    for strategy in STRATEGIES:
+        score = np.empty(len(label))
+        for number in range(FOLDS):
+            out = fold == number
+            fitted = fit(strategy, method, logits[~out], deviation[~out], label[~out])
+            score[out] = expit(fitted(logits[out], deviation[out]))
+        scores[strategy] = score
+    metric = ranking_metric(int(np.count_nonzero(label == 0)))
+    drawn = paired_bootstrap(label, scores, metric, seed=seed)
+    rows = []
+    for name, score in scores.items():
+        plain = lens_metrics(label, score, bootstrap=0)
+        gain = drawn[name] - drawn["single"]
+        low, high = np.percentile(drawn[name], INTERVAL)
+        gain_low, gain_high = np.percentile(gain, INTERVAL)
+        rows.append(
+            {
+                "strategy": name,
+                "metric": metric,
+                "value": plain[metric]["value"],
+                "mean": drawn[name].mean(),
+                "low": low,
+                "high": high,
+                "gain": gain.mean(),
+                "gain_low": gain_low,
+                "gain_high": gain_high,
+                "better": float((gain > 0).mean() + (gain == 0).mean() / 2),
+                "auroc": plain["auroc"]["value"],
+                "ece": plain["ece"]["value"],
+            }
+        )
+    # Of equals the simpler: they are listed so, and the sort is stable.
+    return pd.DataFrame(rows).sort_values("mean", ascending=False, kind="stable", ignore_index=True)
+
+
+def _calibrated(
+    members: tuple[Calibration, ...], logits: Array, deviation: Array
+) -> tuple[Array, Array]:
+    """Calibrated logits and their variances under dropout, both (n, members)."""
+    centre, low, high = (
+        np.stack([one(part[:, i]) for i, one in enumerate(members)], axis=1)
+        for part in (logits, logits - deviation, logits + deviation)
+    )
+    return centre, ((high - low) / 2) ** 2
+
+
+def _folds(label: NDArray[np.integer], seed: int) -> NDArray[np.integer]:
+    """A fold for each cutout, each with its share of both classes."""
+    random, fold = np.random.default_rng(seed), np.empty(len(label), dtype=int)
+    for value in (0, 1):
+        places = random.permutation(np.flatnonzero(label == value))
+        fold[places] = np.arange(len(places)) % FOLDS
+    return fold
+
+
+def _rank(label: NDArray[np.integer]) -> Callable[[Array], float]:
+    metric = ranking_metric(int(np.count_nonzero(label == 0)))
+    return lambda score: float(lens_metrics(label, expit(score), bootstrap=0)[metric]["value"])

@@ -1,0 +1,169 @@
+"""The registry over several runs: who becomes champion, who does not, and who comes back."""
+
+import json
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+from lens_pipeline.cli import main
+
+MODEL = "lens_ensemble"
+
+
+def client_of(home: Path) -> MlflowClient:
+    database = f"sqlite:///{home / 'mlflow.db'}"
+    return MlflowClient(database, database)
+
+
+def aliases(home: Path) -> dict[str, str]:
+    found = client_of(home).get_registered_model(MODEL).aliases
+    return {alias: str(version) for alias, version in found.items()}
+
+
+class Cutouts:
+    """Noise of two bands and 32 pixels; lenses have a faint ring. One image a cutout, of which
+    catalogues are made."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        random = np.random.default_rng(0)
+        y, x = np.mgrid[:32, :32] - 15.5
+        ring = 0.9 * np.exp(-((np.hypot(x, y) - 7) ** 2) / 4)
+        self.label = np.arange(1400) % 2
+        pixels = random.normal(size=(1400, 2, 32, 32)) + ring * self.label[:, None, None, None]
+        np.save(folder / "cutouts.npy", pixels.astype(np.float32))
+        self.split = np.repeat(["train", "val", "test"], [600, 200, 600])
+
+    def catalogue(self, name: str, **columns: Any) -> str:
+        table = pd.DataFrame(
+            {
+                "id": [f"cutout-{k}" for k in range(1400)],
+                "path": [f"cutouts.npy#{k}" for k in range(1400)],
+                "label": self.label,
+                "split": self.split,
+                "bands": "g,r",
+            }
+        ).assign(**columns)
+        table.to_csv(self.folder / name, index=False)
+        return str(self.folder / name)
+
+    def shuffled(self) -> np.ndarray:
+        """Labels that are right on the test split alone."""
+        label, learnt = self.label.copy(), self.split != "test"
+        label[learnt] = np.random.default_rng(1).permutation(label[learnt])
+        return label
+
+
+@pytest.mark.slow
+def test_a_better_model_becomes_champion_a_worse_one_never_and_the_former_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home, cutouts = tmp_path / "home", Cutouts(tmp_path)
+    monkeypatch.setenv("LENS_ARCHS", "lastro")
+    monkeypatch.setenv("LENS_GATE_MAX_ECE", "0.15")
+
+    def run(catalogue: str, epochs: int, **settings: str) -> dict[str, Any]:
+        monkeypatch.setenv("LENS_SOURCE", catalogue)
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        how = ("--set", f"training.epochs={epochs}", "--set", "training.learning_rate=3e-3")
+        assert main(["run", "--preset", "tiny", "--home", str(home), *how]) == 0
+        for name in settings:
+            monkeypatch.delenv(name)
+        return json.loads((home / "reports" / "summary.json").read_text())
+
+    right = cutouts.catalogue("right.csv")
+    first = run(right, 2)
+    assert first["gate"]["passed"], first["gate"]["reasons"]
+    assert aliases(home) == {"challenger": "1", "champion": "1"}
+
+    # Worse: it has learnt nothing. Twice, for what holds within a run must hold across runs.
+    for _ in range(2):
+        worse = run(cutouts.catalogue("shuffled.csv", label=cutouts.shuffled()), 2)
+        assert aliases(home) == {"challenger": "2", "champion": "1"}
+        assert not worse["gate"]["passed"]
+        assert "cannot be ruled out" in worse["gate"]["reasons"][-1]
+        assert worse["gate"]["figures"]["n_lens"] == 300
+        assert worse["gate"]["figures"]["n_seen"] == 0
+
+    # Better by far.
+    better = run(right, 8)
+    assert better["gate"]["passed"], better["gate"]["reasons"]
+    assert better["gate"]["figures"]["gain_low"] > 0
+    assert aliases(home) == {"challenger": "3", "champion": "3"}
+    assert client_of(home).get_model_version(MODEL, "3").tags["lens.replaced"] == "1"
+    # The older model, made again, does not come back by itself.
+    again = run(right, 2)
+    assert again["gate"]["reasons"] == ["version 1 is older than the champion"]
+    assert aliases(home) == {"challenger": "3", "champion": "3"}
+
+    assert main(["rollback", "--home", str(home)]) == 0
+    assert "version 1 is champion again, in the place of version 3" in capsys.readouterr().out
+    assert aliases(home) == {"challenger": "3", "champion": "1"}
+    kept_down = run(right, 8)
+    assert kept_down["gate"]["reasons"] == ["version 3 was rolled back; promote it by hand"]
+    assert aliases(home)["champion"] == "1"
+    assert main(["promote", "3", "--home", str(home)]) == 0
+    assert aliases(home)["champion"] == "3"
+    assert run(right, 8)["gate"]["passed"]
+
+    # A model that was trained on what the champion is tested on, and the other way round.
+    swapped = {"test": "train", "train": "test", "val": "val"}
+    splits = [swapped[split] for split in cutouts.split]
+    unfair = run(cutouts.catalogue("swapped.csv", split=splits), 8)
+    assert unfair["gate"]["figures"] == {"n_lens": 0, "n_nonlens": 0, "n_seen": 600}
+    assert "neither model has seen (600 cutouts seen) there are 0" in unfair["gate"]["reasons"][0]
+    # A model of other bands.
+    (reason,) = run(right, 8, LENS_BANDS="g")["gate"]["reasons"]
+    assert "version 3, is not comparable: its bands is ['g', 'r'], here ['g']" in reason
+    assert aliases(home) == {"challenger": "5", "champion": "3"}
+
+
+def test_promotion_and_rollback_are_written_down(
+    own_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client, where = client_of(own_home), ("--home", str(own_home))
+    for refused in (2, 2):
+        assert main(["rollback", *where]) == refused
+        assert "has no champion" in capsys.readouterr().err
+    first = client.get_model_version(MODEL, "1")
+    second = client.create_model_version(MODEL, first.source, first.run_id)
+    assert main(["promote", "1", *where]) == 0
+    assert main(["rollback", *where]) == 2
+    assert "version 1 has replaced no champion" in capsys.readouterr().err
+    for _ in range(2):  # the second changes nothing
+        assert main(["promote", str(second.version), *where]) == 0
+    assert client.get_model_version(MODEL, "2").tags["lens.replaced"] == "1"
+    assert main(["rollback", *where]) == 0
+    assert aliases(own_home)["champion"] == "1"
+    assert "lens.rolled_back" in client.get_model_version(MODEL, "2").tags
+    assert main(["promote", "2", *where]) == 0
+    assert "lens.rolled_back" not in client.get_model_version(MODEL, "2").tags
+    # A former champion that somebody has deleted.
+    client.delete_model_version(MODEL, "1")
+    assert main(["rollback", *where]) == 2
+    assert aliases(own_home)["champion"] == "2"
+
+
+def test_a_registry_that_fails_in_the_middle_leaves_the_champion(
+    own_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = client_of(own_home)
+    first = client.get_model_version(MODEL, "1")
+    client.create_model_version(MODEL, first.source, first.run_id)
+    assert main(["promote", "1", "--home", str(own_home)]) == 0
+    with closing(sqlite3.connect(own_home / "mlflow.db")) as database, database:
+        for event in ("INSERT", "UPDATE", "DELETE"):
+            database.execute(
+                f"CREATE TRIGGER fails_{event} BEFORE {event} ON registered_model_aliases "
+                "BEGIN SELECT RAISE(ABORT, 'the disk has failed'); END"
+            )
+    assert main(["promote", "2", "--home", str(own_home)]) == 1
+    assert "the disk has failed" in capsys.readouterr().err
+    assert aliases(own_home)["champion"] == "1"
