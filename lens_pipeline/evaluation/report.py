@@ -143,8 +143,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #ddd;
   white-space: nowrap; }
 .wide { overflow-x: auto; } td small { color: #777; }
-figure { display: inline-block; margin: 0 1rem 1.5rem 0; vertical-align: top;
-  max-width: min(100%, 40rem); } figure.narrow { max-width: min(100%, 25rem); }
+figure { display: inline-block; margin: 0 1rem 1.5rem 0; vertical-align: top; max-width: 100%; }
+figure.narrow { max-width: min(100%, 25rem); }
 figure img { max-width: 100%; } figcaption { color: #555; font-size: .9rem; }
 .passed { color: #00693e; } .failed { color: #a33b00; }
 """
@@ -191,7 +191,7 @@ def write_report(
     for basis, of_models in metrics.items():
         parts.append(f"<h2>Metrics: {html.escape(basis)}</h2>")
         parts += [_metrics(of_models), f"<p>{html.escape(_counts(of_models))}</p>"]
-    parts += ["<h2>Gate</h2>", _gate(gate)]
+    parts += ["<h2>Gate of a first model</h2>", _gate(gate)]
     for section in sections:
         parts.append(f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>")
         parts += [_picture(picture) for picture in section.pictures]
@@ -234,7 +234,7 @@ def _html_cell(metric: Mapping[str, float | None]) -> str:
 
 def _gate(gate: GateDecision) -> str:
     if gate.passed:
-        return "<p class=passed>Passed: this model may become champion.</p>"
+        return "<p class=passed>Passed: this model may become champion where there is none.</p>"
     reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in gate.reasons)
     return f"<p class=failed>Not passed:</p><ul>{reasons}</ul>"
 
