@@ -87,6 +87,11 @@ def test_dagster_shows_the_run_with_its_pictures_and_checks(home: Path) -> None:
             assert materialization is not None
             if name.startswith("checkpoints/"):
                 assert "learning curves" in materialization.metadata
+            if name == "ensemble_evaluation":
+                shown = materialization.metadata
+                assert {"ROC", "precision and recall", "completeness", "purity"} <= set(shown)
+                (*_, last) = shown["forecast"].records
+                assert {"threshold", "candidates", "purity"} <= set(last.data)
             assert (materialization.tags or {})["dagster/data_version"]
         checks = instance.get_records_for_run(
             found.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION

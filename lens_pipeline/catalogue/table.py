@@ -31,7 +31,8 @@ class Catalogue:
 
     table: `id` (text, unique), the image columns (`path`, or `path_<band>` for each band; absolute
     paths or URLs), `label` (nullable Int8: 1 lens, 0 not, missing unknown), `group` (text), `split`
-    (text or missing), and the user's further columns as they were.
+    (text or missing), `simulated` where it is given (nullable boolean: missing is not), and the
+    user's further columns as they were.
     """
 
     table: pd.DataFrame
@@ -64,7 +65,8 @@ def read_catalogue(path: str | Path, storage_options: Mapping[str, Any] | None =
 
     Raises InputError, naming file, row and column, for: a missing or unreadable source, an empty
     table, no `id` or image column, a duplicate or missing id, a missing path, a label other than 1,
-    0 or empty, an unknown split, a group with two splits.
+    0 or empty, an unknown split, a group with two splits, a `simulated` that is neither true nor
+    false.
     """
     source = str(path)
     options = dict(storage_options or {})
@@ -191,6 +193,8 @@ def _validated(table: pd.DataFrame, source: str, folder: str) -> pd.DataFrame:
         _refuse(source, table, table[name].isna(), name, "is empty")
     _refuse(source, table, table["id"].duplicated(), "id", "is there twice; ids must be unique")
     table["label"] = _labels(table, source)
+    if "simulated" in table:
+        table["simulated"] = _zero_or_one(table, "simulated", source).astype("boolean")
     for name in images:
         table[name] = [_join(folder, path) for path in table[name]]
     table["split"] = _text(table["split"]) if "split" in table else pd.array([None] * len(table))
@@ -222,11 +226,15 @@ def _text(column: pd.Series) -> pd.Series:
 def _labels(table: pd.DataFrame, source: str) -> pd.Series:
     if "label" not in table:
         return pd.Series(pd.array([pd.NA] * len(table), dtype="Int8"))
+    return _zero_or_one(table, "label", source)
+
+
+def _zero_or_one(table: pd.DataFrame, column: str, source: str) -> pd.Series:
     known = {"1": 1, "0": 0, "1.0": 1, "0.0": 0, "True": 1, "False": 0}
-    text = _text(table["label"]).str.strip().replace("", None)
-    label = text.map(known)
-    _refuse(source, table, text.notna() & label.isna(), "label", "must be 1, 0 or empty")
-    return label.astype("Int8")
+    text = _text(table[column]).str.strip().replace("", None)
+    value = text.map(known)
+    _refuse(source, table, text.notna() & value.isna(), column, "must be 1, 0 or empty")
+    return value.astype("Int8")
 
 
 def _join(folder: str, path: str) -> str:

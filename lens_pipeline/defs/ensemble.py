@@ -32,6 +32,15 @@ from lens_pipeline.tracking import CHAMPION, registry_key
 SYSTEM = "lens_pipeline.ensemble.system"
 EVALUATE = "lens_pipeline.ensemble.evaluate"
 AS_DATASET = "lens_pipeline.shards.as_dataset"
+# Of an evaluation, by their titles; those of the selection function only where truths are known.
+PICTURES = {
+    "ROC": "roc",
+    "precision and recall": "precision_recall",
+    "reliability": "reliability",
+    "completeness": "completeness",
+    "completeness map": "completeness_map",
+    "purity": "purity",
+}
 
 
 def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
@@ -122,6 +131,7 @@ def evaluation_asset(published: bool) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, lens: LensHome
     ) -> dg.MaterializeResult:
         """What the ensemble is worth on the test split: metrics, intervals, scores, a report."""
+        from lens_pipeline.evaluation.report import forecast_table, kinds_table
         from lens_pipeline.evaluation.result import read_evaluation
 
         settings = lens.settings
@@ -132,13 +142,19 @@ def evaluation_asset(published: bool) -> dg.AssetsDefinition:
             modules=modules,
             libraries=("torch", "numpy", "scipy", "pandas", "pyarrow", "matplotlib"),
             inputs={"ensemble": ensemble.content, **source.inputs},
-            settings={"gate": settings.gate},
+            settings={"gate": settings.gate, "prevalence": settings.prevalence},
         )
 
         def build(out: Path) -> None:
             from lens_pipeline.ensemble.evaluate import evaluate_ensemble
 
-            evaluate_ensemble(ensemble.folder, *source.opened(), out, gate=settings.gate)
+            evaluate_ensemble(
+                ensemble.folder,
+                *source.opened(),
+                out,
+                gate=settings.gate,
+                prevalence=settings.prevalence,
+            )
 
         step = run_stage(EVALUATION, recipe, settings.reports, build, settings)
         evaluation = read_evaluation(step.folder)
@@ -158,8 +174,13 @@ def evaluation_asset(published: bool) -> dg.AssetsDefinition:
         return result(
             step,
             {
-                "ROC": picture(step.folder / "roc.png"),
-                "reliability": picture(step.folder / "reliability.png"),
+                **{
+                    title: picture(step.folder / f"{name}.png")
+                    for title, name in PICTURES.items()
+                    if (step.folder / f"{name}.png").is_file()
+                },
+                "forecast": table(forecast_table(evaluation.forecast)),
+                **({"kinds": table(kinds_table(evaluation.kinds))} if evaluation.kinds else {}),
                 **figures,
                 "report": dg.MetadataValue.path(str(step.folder / "report.html")),
             },

@@ -7,23 +7,25 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.ensemble.predictor import ScoredDataset, score_dataset
 from lens_pipeline.ensemble.system import load_ensemble
 from lens_pipeline.errors import InputError
-from lens_pipeline.evaluation.metrics import lens_metrics
-from lens_pipeline.evaluation.plots import (
-    contact_sheet,
-    png_bytes,
-    reliability_figure,
-    roc_figure,
-    score_histogram_figure,
+from lens_pipeline.evaluation.metrics import lens_metrics, ranking_metric
+from lens_pipeline.evaluation.origins import SIMULATED, basis, by_origin, described
+from lens_pipeline.evaluation.plots import contact_sheet
+from lens_pipeline.evaluation.report import Picture, Section, write_report
+from lens_pipeline.evaluation.result import ENSEMBLE, FILES, REPORT, SCORES, Evaluation
+from lens_pipeline.evaluation.sections import score_sections, selection_sections
+from lens_pipeline.evaluation.selection import (
+    PREVALENCE,
+    false_positives_by_kind,
+    forecast,
+    selection_function,
 )
-from lens_pipeline.evaluation.report import kinds_table, write_report
-from lens_pipeline.evaluation.result import ENSEMBLE, KINDS, METRICS, REPORT, SCORES, Evaluation
+from lens_pipeline.models.saliency import smooth_grad
+from lens_pipeline.models.system import LitLensSystem
 
 GALLERY = 16
 
@@ -35,11 +37,15 @@ def evaluate_ensemble(
     out: Path,
     *,
     gate: Mapping[str, Any],
+    prevalence: float = PREVALENCE,
 ) -> Evaluation:
-    """Score all of a dataset and write metrics.json, scores.parquet, report.html and pictures.
+    """Score all of a dataset and write the files of `Evaluation` into `out`.
 
-    gate: the thresholds of `first_model_gate`, whose verdict stands in the report. Raises
-    InputError where the ensemble was trained on another dataset.
+    gate: the thresholds of `first_model_gate`, whose verdict stands in the report; prevalence: the
+    share of lenses among a survey's objects, for the forecast. Where the test split holds real and
+    simulated cutouts, each has metrics of its own, and what ranks, calibrates and forecasts rests
+    on the real ones if there are both lenses and non-lenses among them. Raises InputError where the
+    ensemble was trained on another dataset, and for a prevalence that is not between 0 and 1.
     """
     ensemble = load_ensemble(ensemble_folder)
     if ensemble.facts["dataset"] != dataset.facts["content"]:
@@ -51,51 +57,61 @@ def evaluate_ensemble(
     scores = score_dataset(ensemble, dataset, catalogue)
     scores.to_parquet(out / SCORES, index=False)
     test = scores[(scores["split"] == "test") & scores["probability"].notna()]
-    label = test["label"].to_numpy(dtype=np.int8)
+    test = test.astype({"label": np.int8})
     columns = {name: f"probability_{name}" for name in ensemble.members}
     columns |= {ENSEMBLE: "probability"}
-    probability = {name: test[column].to_numpy() for name, column in columns.items()}
-    metrics = {name: lens_metrics(label, score) for name, score in probability.items()}
-    kinds = _by_kind(test, label) if "kind" in test else {}
-    for name, values in ((METRICS, metrics), (KINDS, kinds)):
-        (out / name).write_text(json.dumps(values, indent=1))
-
-    figures = {
-        "roc": roc_figure({name: (label, score) for name, score in probability.items()}),
-        "reliability": reliability_figure(label, probability[ENSEMBLE]),
-        "histogram": score_histogram_figure(label, probability[ENSEMBLE]),
-        "missed": _gallery(dataset, test[label == 1].sort_values("probability")),
-        "mistaken": _gallery(dataset, test[label == 0].sort_values("probability", ascending=False)),
-    }
-    for name, figure in figures.items():
-        (out / f"{name}.png").write_bytes(png_bytes(figure))
-    captions = {
-        "roc": "True against false positive rate on the test split",
-        "reliability": "Predicted against observed fraction of lenses",
-        "histogram": "Scores of lenses and non-lenses",
-        "missed": "The lenses with the lowest scores",
-        "mistaken": "The non-lenses with the highest scores",
-    }
-    evaluation = Evaluation(out, metrics, kinds)
+    parts = by_origin(test, dataset.facts["origin"] == "simulation")
+    rests_on, shown = basis(parts)
+    expected = forecast(shown["label"], shown["probability"], prevalence=prevalence)
+    selection = selection_function(test)
+    evaluation = Evaluation(
+        out,
+        metrics=_metrics(test, columns),
+        kinds=false_positives_by_kind(test, selection["threshold"]),
+        origins={o: _metrics(part, columns) for o, part in parts.items()} if len(parts) > 1 else {},
+        selection=selection,
+        forecast={"rests_on": rests_on, **expected},
+    )
+    for name in FILES:
+        content = getattr(evaluation, name.removesuffix(".json"))
+        (out / name).write_text(json.dumps(content, indent=1))
+    best = _best_member(evaluation.metrics)
+    sections = [
+        *score_sections(shown, columns, evaluation.forecast),
+        *selection_sections(selection, evaluation.kinds, parts),
+        _galleries(dataset, test, best, ensemble.members[best]),
+    ]
+    for picture in (picture for section in sections for picture in section.pictures):
+        (out / f"{picture.name}.png").write_bytes(picture.png)
+    metrics = {described(parts[origin], origin): of for origin, of in evaluation.origins.items()}
     write_report(
         out / REPORT,
         title="Lens ensemble",
-        facts=_facts(dataset, ensemble.facts["dataset_version"], scores),
-        metrics=metrics,
-        figures={captions[name]: figure for name, figure in figures.items()},
+        facts=_facts(dataset, ensemble.facts["dataset_version"], scores, parts),
+        metrics={**metrics, "all of the test split": evaluation.metrics},
         gate=evaluation.gate(gate),
-        tables={"Test split, by kind of non-lens": kinds_table(kinds)} if kinds else {},
+        sections=sections,
     )
     return evaluation
 
 
-def _facts(dataset: ScoredDataset, version: str, scores: pd.DataFrame) -> dict[str, str]:
-    simulated = dataset.facts["origin"] == "simulation"
+def _metrics(table: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    return {name: lens_metrics(table["label"], table[column]) for name, column in columns.items()}
+
+
+def _facts(
+    dataset: ScoredDataset,
+    version: str,
+    scores: pd.DataFrame,
+    parts: Mapping[str, pd.DataFrame],
+) -> dict[str, str]:
     form = dataset.format
+    tested = "; ".join(described(part, origin) for origin, part in parts.items())
+    if SIMULATED in parts:
+        tested += ". What a test on simulated cutouts says of the sky is limited"
     return {
-        "Cutouts": "simulated: what a test on them says of the sky is limited"
-        if simulated
-        else f"real, from {dataset.facts['origin']}",
+        "Tested on": tested,
+        "Source": dataset.facts["origin"],
         "Format": f"{', '.join(form.bands)}; {form.image_size} px; {form.units}",
         "Scored": f"{int(scores['probability'].notna().sum())} of {len(scores)} cutouts",
         "Splits": ", ".join(f"{k} {v['n']}" for k, v in dataset.facts["splits"].items()),
@@ -103,21 +119,40 @@ def _facts(dataset: ScoredDataset, version: str, scores: pd.DataFrame) -> dict[s
     }
 
 
-def _gallery(dataset: ScoredDataset, rows: pd.DataFrame) -> Figure:
-    first = rows.head(GALLERY)
+def _best_member(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    by = ranking_metric(metrics[ENSEMBLE]["n_nonlens"])
+    return max(
+        (name for name in metrics if name != ENSEMBLE), key=lambda n: metrics[n][by]["value"]
+    )
+
+
+def _galleries(
+    dataset: ScoredDataset, test: pd.DataFrame, member: str, system: LitLensSystem
+) -> Section:
     position = pd.Series(np.arange(len(dataset.table("test"))), index=dataset.table("test")["row"])
-    images: NDArray[np.float32] = np.asarray(dataset.images("test")[position[first.index]])
-    captions = [f"{row.probability:.3f}" for row in first.itertuples()]
-    return contact_sheet(images, captions, dataset.format.units)
 
-
-def _by_kind(test: pd.DataFrame, label: NDArray[np.int8]) -> dict[str, dict[str, Any]]:
-    """Of each kind of non-lens: how many there are, and the AUROC against all lenses."""
-    kinds = {}
-    for kind, part in test[label == 0].groupby("kind"):
-        against = pd.concat([test[label == 1], part])
-        of_kind = lens_metrics(
-            against["label"].to_numpy(dtype=np.int8), against["probability"].to_numpy(), bootstrap=0
+    def gallery(rows: pd.DataFrame, name: str, caption: str) -> Picture:
+        first = rows.head(GALLERY)
+        images = np.asarray(dataset.images("test")[position[first.index].to_numpy()])
+        captions = [f"{row.probability:.3f}" for row in first.itertuples()]
+        sheet = contact_sheet(
+            images, captions, dataset.format.units, maps=smooth_grad(system, images)
         )
-        kinds[str(kind)] = {"n": len(part), "auroc": of_kind["auroc"]["value"]}
-    return kinds
+        return Picture(name, caption, sheet)
+
+    ranked = test.sort_values("probability")
+    return Section(
+        "Where it is wrong",
+        f"Above each cutout its probability; below, how much the logit of {member}, of the members "
+        "the best on this test split, changes with the stretched flux in each pixel (SmoothGrad, "
+        "Smilkov et al. 2017), yellow at the map's own maximum. It shows where the network is "
+        "sensitive, not why.",
+        pictures=[
+            gallery(ranked[ranked["label"] == 1], "missed", "The lenses with the lowest scores"),
+            gallery(
+                ranked[ranked["label"] == 0][::-1],
+                "mistaken",
+                "The non-lenses with the highest scores",
+            ),
+        ],
+    )

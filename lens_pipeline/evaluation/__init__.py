@@ -7,5 +7,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "gates": ["GateDecision", "first_model_gate"],
         "metrics": ["lens_metrics", "roc"],
+        "selection": ["forecast", "selection_function"],
     },
 )

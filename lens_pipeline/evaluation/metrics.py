@@ -4,6 +4,7 @@ Metcalf et al. 2019 (A&A 625, A119) for TPR0 and TPR10; thresholds are realised 
 and nothing is interpolated between them. No result depends on the order of the cutouts.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ Array = NDArray[np.float64]
 FPRS = {"tpr_at_fpr_1e-2": 1e-2, "tpr_at_fpr_1e-3": 1e-3, "tpr_at_fpr_1e-4": 1e-4}
 TOP = 100
 BINS = 15
+TAIL = 0.1  # of the cutouts: those with the highest scores
+TAIL_LEAST = 50  # cutouts; fewer tell nothing of their calibration
+TAIL_BINS = 5
 INTERVAL = (2.5, 97.5)  # percentiles
 ENOUGH = 10  # false positives: a rate of fewer is mostly chance
 
@@ -48,18 +52,19 @@ def lens_metrics(
 
     label (n,): 1 lens, 0 not; score (n,): probabilities. Returns {name: {"value", "low", "high"}},
     and the integers `n_lens` and `n_nonlens`. `low` and `high` bound the middle 95 % of `bootstrap`
-    resamplings, lenses and non-lenses apart, that of ece centred on its value; they are None where
-    `bootstrap` is 0.
+    resamplings, lenses and non-lenses apart, that of ece and ece_top centred on their values; they
+    are None where `bootstrap` is 0.
 
     auroc: ties count half. average_precision: sum of precision x step in recall. tpr0, tpr10: the
     highest true positive rate with no, and with fewer than ten, false positives. tpr_at_fpr_x: the
     highest with a false positive rate <= x. precision_at_k: among the k highest scores, k = 100 or
     n_lens if fewer; of ties at the k-th, what is expected. ece: the expected calibration error over
-    15 bins of equal counts, ties and cutouts at an edge being shared. brier: the mean squared
-    error.
+    15 bins of equal counts, ties and cutouts at an edge being shared. ece_top: the same over 5 bins
+    of the tenth of the cutouts with the highest scores, 50 at least. brier: the mean squared error.
 
     A value that the sample cannot resolve is None: a TPR at an FPR below 1 / n_nonlens, tpr10 with
-    fewer than ten non-lenses, and all but ece and brier where a class is absent.
+    fewer than ten non-lenses, ece_top with fewer than 50 cutouts, and all but ece, ece_top and
+    brier where a class is absent.
     Raises InputError where label and score differ in length or hold anything else.
     """
     label, score = _checked(label, score)
@@ -71,7 +76,7 @@ def lens_metrics(
         low = high = None
         if value is not None and draws:
             drawn = np.array([draw[name] for draw in draws], dtype=np.float64)
-            if name == "ece":
+            if name in ("ece", "ece_top"):
                 # Noise alone makes a calibration error, and resampling adds as much once more.
                 drawn = np.maximum(drawn - np.median(drawn) + value, 0)
             low, high = map(float, np.percentile(drawn, INTERVAL))
@@ -148,6 +153,18 @@ def roc(label: ArrayLike, score: ArrayLike) -> tuple[Array, Array, Array]:
     )
 
 
+def threshold_at_fpr(label: ArrayLike, score: ArrayLike, fpr: float) -> float:
+    """The score from which on cutouts are chosen for the TPR that `lens_metrics` gives at that FPR.
+
+    Of the realised thresholds that reach it, the highest: it has the fewest false positives. It is
+    infinite where any threshold that finds a lens has more. Raises InputError as `roc` does.
+    """
+    rate, found, threshold = roc(label, score)
+    n_nonlens = np.count_nonzero(np.asarray(label) == 0)
+    reached = found[_allowed(rate * n_nonlens, fpr * n_nonlens)].max()
+    return float(threshold[np.argmax(found == reached)])
+
+
 def _checked(label: ArrayLike, score: ArrayLike) -> tuple[NDArray[np.bool_], Array]:
     labels, scores = np.asarray(label), np.asarray(score, dtype=np.float64)
     if labels.ndim != 1 or labels.shape != scores.shape:
@@ -188,6 +205,7 @@ def _values(levels: _Levels) -> dict[str, float | None]:
 def _metrics(levels: _Levels) -> dict[str, Callable[[], float | None]]:
     n_lens, n_nonlens = int(levels.lens.sum()), int(levels.nonlens.sum())
     both = n_lens > 0 and n_nonlens > 0
+    tail = max(TAIL_LEAST, math.ceil(TAIL * (n_lens + n_nonlens)))
 
     def where(resolved: bool, metric: Callable[[], float]) -> Callable[[], float | None]:
         return lambda: float(metric()) if resolved else None
@@ -202,7 +220,8 @@ def _metrics(levels: _Levels) -> dict[str, Callable[[], float | None]]:
         "tpr10": where(both and n_nonlens >= 10, lambda: _tpr(levels, 9)),
         **{name: at_fpr(fpr) for name, fpr in FPRS.items()},
         "precision_at_k": where(both, lambda: _precision_at(levels, min(TOP, n_lens))),
-        "ece": lambda: _ece(levels),
+        "ece": lambda: _ece(levels, n_lens + n_nonlens, BINS),
+        "ece_top": where(tail <= n_lens + n_nonlens, lambda: _ece(levels, tail, TAIL_BINS)),
         "brier": lambda: _brier(levels),
     }
 
@@ -220,8 +239,12 @@ def _average_precision(levels: _Levels) -> float:
 
 def _tpr(levels: _Levels, false_positives: float) -> float:
     """The highest true positive rate with no more than so many false positives."""
-    allowed = levels.mistaken <= false_positives * (1 + 1e-12)  # 0.01 x 300 is 3
+    allowed = _allowed(levels.mistaken, false_positives)
     return levels.found[allowed].max(initial=0) / levels.lens.sum()
+
+
+def _allowed(mistaken: Array, false_positives: float) -> NDArray[np.bool_]:
+    return mistaken <= false_positives * (1 + 1e-12)  # 0.01 x 300 is 3
 
 
 def _precision_at(levels: _Levels, k: int) -> float:
@@ -230,12 +253,13 @@ def _precision_at(levels: _Levels, k: int) -> float:
     return float(levels.lens @ (taken / np.maximum(count, 1)) / k)
 
 
-def _ece(levels: _Levels) -> float:
+def _ece(levels: _Levels, highest: int, bins: int) -> float:
+    """Over the cutouts with the highest scores, so many of them."""
     count = levels.lens + levels.nonlens
     so_far = np.concatenate([[0], np.cumsum(count)])
     excess = np.concatenate([[0], np.cumsum(levels.lens - levels.score * count)])
-    edges = np.linspace(0, so_far[-1], BINS + 1)
-    return float(np.abs(np.diff(np.interp(edges, so_far, excess))).sum() / so_far[-1])
+    edges = np.linspace(0, highest, bins + 1)
+    return float(np.abs(np.diff(np.interp(edges, so_far, excess))).sum() / highest)
 
 
 def _brier(levels: _Levels) -> float:

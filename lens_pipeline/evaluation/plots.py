@@ -6,18 +6,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from numpy.typing import ArrayLike, NDArray
-
-from lens_pipeline.evaluation.metrics import roc
+from numpy.typing import NDArray
 
 # Okabe & Ito 2008: told apart by the colour-blind, too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-LENS, NONLENS = COLOURS[1], COLOURS[0]
-BINS = 10
+FONT = 8  # points
 PER_KIND = 10  # cutouts of each kind on a sheet
+COLUMNS = 8  # of a contact sheet
 
 # Lupton et al. 2004 (PASP 116, 133), the same for all cutouts, in background sigma: noise is grey,
 # arcs of a few sigma show, and cores keep their colour.
@@ -37,96 +36,23 @@ def jpeg_bytes(figure: Figure) -> bytes:
 
 def _saved(figure: Figure, **how: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100, **how)
+    figure.savefig(buffer, dpi="figure", **how)
     return buffer.getvalue()
 
 
-def _axes(title: str | None, x: str, y: str, size: tuple[float, float] = (5.6, 4.4)) -> Axes:
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set(xlabel=x, ylabel=y)
-    if title:
-        axes.set_title(title, fontsize=11)
+def column_figure(height: float = 2.8) -> Figure:
+    """Of a journal's column: 3.4 inches wide, in type of 8 points."""
+    return Figure(figsize=(3.4, height), dpi=200, layout="constrained")
+
+
+def plain(axes: Axes, x: str, y: str) -> Axes:
+    """A panel's labels and its quiet frame."""
+    axes.set_xlabel(x, fontsize=FONT)
+    axes.set_ylabel(y, fontsize=FONT)
+    axes.tick_params(labelsize=FONT)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)
     return axes
-
-
-def _figure_of(axes: Axes) -> Figure:
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    return figure
-
-
-def roc_figure(curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
-    """ROC curves by name, each of (label, score), with the false positive rate in decades.
-
-    Lenses are one in a thousand or rarer, so what matters lies far to the left. The axis ends at
-    the lowest rate that the non-lenses can resolve.
-    """
-    axes = _axes(None, "false positive rate", "true positive rate (completeness)")
-    lowest = 1.0
-    for number, (name, (label, score)) in enumerate(curves.items()):
-        fpr, tpr, _ = roc(label, score)
-        least = 1 / np.count_nonzero(np.asarray(label) == 0)
-        lowest = min(lowest, least)
-        last = number == len(curves) - 1
-        axes.step(
-            np.maximum(fpr, least / 2),
-            tpr,
-            where="post",
-            label=name,
-            color=COLOURS[-1] if last else COLOURS[number % (len(COLOURS) - 1)],
-            linewidth=2.2 if last else 1.3,
-        )
-    chance = np.geomspace(lowest / 2, 1, 100)
-    axes.plot(chance, chance, color="0.6", linewidth=1, linestyle=":", label="chance")
-    axes.set(xscale="log", xlim=(lowest / 2, 1), ylim=(0, 1.01))
-    axes.legend(frameon=False, fontsize=9, loc="upper left")
-    return _figure_of(axes)
-
-
-def reliability_figure(label: ArrayLike, probability: ArrayLike) -> Figure:
-    """Predicted probability against the observed fraction of lenses, in bins of equal counts.
-
-    Bars: the 68 % interval of a fraction (Wilson 1927).
-    """
-    labels, probabilities = np.asarray(label), np.asarray(probability, dtype=np.float64)
-    order = np.argsort(probabilities, kind="stable")
-    parts = [part for part in np.array_split(order, BINS) if len(part)]
-    n = np.array([len(part) for part in parts])
-    predicted = np.array([probabilities[part].mean() for part in parts])
-    observed = np.array([labels[part].mean() for part in parts])
-    middle = (observed + 0.5 / n) / (1 + 1 / n)
-    half = np.sqrt(observed * (1 - observed) / n + 0.25 / n**2) / (1 + 1 / n)
-    axes = _axes(None, "predicted probability", "observed fraction of lenses")
-    axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle=":")
-    errors = [np.maximum(observed - middle + half, 0), np.maximum(middle + half - observed, 0)]
-    axes.errorbar(predicted, observed, errors, fmt="o", color=LENS, capsize=2, markersize=5)
-    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    axes.text(
-        0.98, 0.03, f"{len(labels)} cutouts, {len(parts)} bins of equal counts",
-        transform=axes.transAxes, ha="right", fontsize=8, color="0.35",
-    )  # fmt: skip
-    return _figure_of(axes)
-
-
-def score_histogram_figure(label: ArrayLike, probability: ArrayLike) -> Figure:
-    """How lenses and non-lenses are scored."""
-    labels, probabilities = np.asarray(label), np.asarray(probability, dtype=np.float64)
-    axes = _axes(None, "probability", "cutouts")
-    edges = np.linspace(0, 1, 26).tolist()
-    for value, name, colour in ((0, "non-lenses", NONLENS), (1, "lenses", LENS)):
-        chosen = probabilities[labels == value]
-        axes.hist(
-            chosen, edges, histtype="stepfilled", alpha=0.35, color=colour,
-            label=f"{name} ({len(chosen)})",
-        )  # fmt: skip
-        axes.hist(chosen, edges, histtype="step", color=colour, linewidth=1.4)
-    axes.set_yscale("symlog", linthresh=10)
-    axes.set(xlim=(0, 1), ylim=(0, None))
-    axes.legend(frameon=False, fontsize=9, loc="upper center")
-    return _figure_of(axes)
 
 
 def learning_curves_figure(curves: pd.DataFrame) -> Figure:
@@ -225,23 +151,35 @@ def contact_sheet(
     images: NDArray[np.floating],
     captions: Sequence[str],
     units: str,
-    columns: int = 8,
-    title: str | None = None,
+    maps: NDArray[np.floating] | None = None,
 ) -> Figure:
-    """Cutouts (n, bands, height, width) side by side, each with its caption."""
-    rows = max(1, -(-len(images) // columns))
-    figure = Figure(figsize=(1.25 * columns, 1.45 * rows + (0.35 if title else 0)))
-    figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.axis("off")
-    for axes, picture, caption in zip(
-        grid.flat, colour_composite(images, units), captions, strict=False
-    ):
-        axes.imshow(picture, origin="upper" if units == "composite" else "lower")
-        axes.set_title(caption, fontsize=8, pad=2)
-    if title:
-        figure.suptitle(title, fontsize=11)
+    """Cutouts (n, bands, height, width) side by side, each below its caption.
+
+    maps (n, height, width): what is shown below each, from 0 to its own maximum.
+    """
+    parts = [colour_composite(images, units)]
+    if maps is not None:
+        most = maps.max(axis=(1, 2), keepdims=True)
+        parts.append(colormaps["cividis"](maps / np.where(most > 0, most, 1))[..., :3])
+    upright = [part if units == "composite" else part[:, ::-1] for part in parts]
+    tiles = np.concatenate(upright, axis=1)
+    rows = max(1, -(-len(tiles) // COLUMNS))
+    height, width = tiles.shape[1:3]
+    gap, line = max(1, width // 40), -(-width // 6)
+    # One picture: a figure of a hundred axes takes longer to draw than to simulate.
+    sheet = np.ones((rows * (line + height), COLUMNS * (width + gap) - gap, 3))
+    figure = Figure(figsize=(1.25 * COLUMNS, 1.25 * COLUMNS * sheet.shape[0] / sheet.shape[1]))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    for number, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
+        row, column = divmod(number, COLUMNS)
+        top, left = row * (line + height) + line, column * (width + gap)
+        sheet[top : top + height, left : left + width] = tile
+        axes.text(
+            left + width / 2, top - line / 4, caption, fontsize=FONT, ha="center",
+            parse_math=False,
+        )  # fmt: skip
+    axes.imshow(sheet)
     return figure
 
 

@@ -2,7 +2,9 @@
 
 import base64
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from matplotlib.figure import Figure
 
 from lens_pipeline.evaluation.gates import GateDecision
 from lens_pipeline.evaluation.plots import png_bytes
+from lens_pipeline.evaluation.selection import QUANTITIES
 
 COLUMNS = {
     "auroc": "AUROC",
@@ -23,6 +26,7 @@ MORE_COLUMNS = COLUMNS | {
     "tpr10": "TPR10",
     "tpr_at_fpr_1e-3": "TPR at FPR 1e-3",
     "precision_at_k": "precision at k",
+    "ece_top": "calibration error, highest tenth",
     "brier": "Brier score",
 }
 UNRESOLVED = "–"
@@ -60,11 +64,69 @@ def _counts(metrics: Mapping[str, Mapping[str, Any]], split: str = "Test") -> st
 
 def kinds_table(kinds: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """A row for each kind of non-lens, those hardest to tell from lenses first."""
+    hardest = sorted(kinds.items(), key=lambda item: (item[1]["auroc"] is None, item[1]["auroc"]))
     rows = [
-        {"kind": kind, "cutouts": of_kind["n"], "AUROC": of_kind["auroc"]}
-        for kind, of_kind in sorted(kinds.items(), key=lambda item: item[1]["auroc"])
+        {
+            "kind": kind,
+            "cutouts": of_kind["n"],
+            "false positives": of_kind["false_positives"],
+            "rate": _cell(of_kind["false_positive_rate"]),
+            "AUROC": of_kind["auroc"],
+        }
+        for kind, of_kind in hardest
     ]
     return pd.DataFrame(rows)
+
+
+def completeness_table(selection: Mapping[str, Any]) -> pd.DataFrame:
+    """What `selection_function` returns, a row for each bin of each quantity."""
+    rows = [
+        {
+            "quantity": QUANTITIES[name],
+            "from": f"{of_bin['low']:.3g}",
+            "to": f"{of_bin['high']:.3g}",
+            "lenses": of_bin["n"],
+            "found": of_bin["found"],
+            "completeness": _cell(of_bin["completeness"]),
+            "not known of": quantity["missing"],
+        }
+        for name, quantity in selection["quantities"].items()
+        for of_bin in quantity["bins"]
+    ]
+    return pd.DataFrame(rows)
+
+
+def forecast_table(forecast: Mapping[str, Any]) -> pd.DataFrame:
+    """What `forecast` returns, a row a threshold."""
+    rows = []
+    for row in forecast["rows"]:
+        purity, candidates, rate = row["purity"], row["candidates"], row["false_positive_rate"]
+        resolved = row["false_positives"] > 0
+        bound = f"{_count(candidates['low'])} to {_count(candidates['high'])}"
+        rows.append(
+            {
+                "chosen for": f"FPR {row['fpr']:g}" if row["fpr"] else "no false positive",
+                "threshold": f"{row['threshold']:.4f}",
+                "false positive rate": (
+                    f"{rate['value']:.2g} [{rate['low']:.2g}, {rate['high']:.2g}]"
+                    if resolved
+                    else f"below {rate['high']:.2g}"
+                ),
+                "completeness": _cell(row["completeness"]),
+                "candidates": _counted(candidates) if resolved else bound,
+                "lenses": _counted(row["lenses"]),
+                "purity": _cell(purity) if resolved else f"above {purity['low']:.3f}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _counted(number: Mapping[str, float]) -> str:
+    return f"{_count(number['value'])} [{_count(number['low'])}, {_count(number['high'])}]"
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}"
 
 
 def format_kinds(kinds: Mapping[str, Mapping[str, Any]]) -> str:
@@ -74,17 +136,42 @@ def format_kinds(kinds: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 68rem; margin: 2rem auto;
   padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid #ddd;
+h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
+h3 { font-size: 1rem; margin-bottom: .3rem; } p { max-width: 46rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93em; }
+th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #ddd;
   white-space: nowrap; }
 .wide { overflow-x: auto; } td small { color: #777; }
-figure { display: inline-block; margin: 0 1rem 1.5rem 0; vertical-align: top; }
+figure { display: inline-block; margin: 0 1rem 1.5rem 0; vertical-align: top; max-width: 100%; }
+figure.narrow { max-width: min(100%, 25rem); }
 figure img { max-width: 100%; } figcaption { color: #555; font-size: .9rem; }
 .passed { color: #00693e; } .failed { color: #a33b00; }
 """
+
+
+@dataclass(frozen=True)
+class Picture:
+    """name: of its file, without the suffix."""
+
+    name: str
+    caption: str
+    figure: Figure
+
+    @cached_property
+    def png(self) -> bytes:
+        return png_bytes(self.figure)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading of the report; tables by their captions."""
+
+    title: str
+    text: str
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    pictures: Sequence[Picture] = ()
 
 
 def write_report(
@@ -92,29 +179,36 @@ def write_report(
     *,
     title: str,
     facts: Mapping[str, str],
-    metrics: Mapping[str, Mapping[str, Any]],
-    figures: Mapping[str, Figure],
+    metrics: Mapping[str, Mapping[str, Mapping[str, Any]]],
     gate: GateDecision,
-    tables: Mapping[str, pd.DataFrame],
+    sections: Sequence[Section],
 ) -> None:
     """Write one self-contained HTML file.
 
-    facts: what was evaluated, in words; metrics: of `lens_metrics`, by model; figures and tables by
-    their captions.
+    facts: what was evaluated, in words; metrics: {what they rest on: those of `lens_metrics`, by
+    model}.
     """
-    parts = [f"<h1>{html.escape(title)}</h1>", _facts(facts), "<h2>Metrics</h2>"]
-    parts += [_metrics(metrics), f"<p>{html.escape(_counts(metrics))}</p>"]
-    parts += ["<h2>Gate</h2>", _gate(gate)]
-    for caption, table in tables.items():
-        shown = table.to_html(index=False, float_format="{:.3f}".format, border=0, escape=True)
-        parts.append(f"<h2>{html.escape(caption)}</h2><div class=wide>{shown}</div>")
-    parts.append("<h2>Pictures</h2>")
-    parts += [_picture(caption, figure) for caption, figure in figures.items()]
+    parts = [f"<h1>{html.escape(title)}</h1>", _facts(facts)]
+    for basis, of_models in metrics.items():
+        parts.append(f"<h2>Metrics: {html.escape(basis)}</h2>")
+        parts += [_metrics(of_models), f"<p>{html.escape(_counts(of_models))}</p>"]
+    parts += ["<h2>Gate of a first model</h2>", _gate(gate)]
+    for section in sections:
+        parts.append(f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>")
+        parts += [_picture(picture) for picture in section.pictures]
+        parts += [_table(caption, table) for caption, table in section.tables.items()]
     path.write_text(
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
         f"<body>{''.join(parts)}</body></html>\n"
     )
+
+
+def _table(caption: str, table: pd.DataFrame) -> str:
+    shown = table.to_html(
+        index=False, float_format="{:.3f}".format, border=0, escape=True, na_rep=UNRESOLVED
+    )
+    return f"<h3>{html.escape(caption)}</h3><div class=wide>{shown}</div>"
 
 
 def _facts(facts: Mapping[str, str]) -> str:
@@ -141,15 +235,16 @@ def _html_cell(metric: Mapping[str, float | None]) -> str:
 
 def _gate(gate: GateDecision) -> str:
     if gate.passed:
-        return "<p class=passed>Passed: this model may become champion.</p>"
+        return "<p class=passed>Passed: this model may become champion where there is none.</p>"
     reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in gate.reasons)
     return f"<p class=failed>Not passed:</p><ul>{reasons}</ul>"
 
 
-def _picture(caption: str, figure: Figure) -> str:
-    encoded = base64.b64encode(png_bytes(figure)).decode()
-    text = html.escape(caption)
+def _picture(picture: Picture) -> str:
+    encoded = base64.b64encode(picture.png).decode()
+    text = html.escape(picture.caption)
+    narrow = " class=narrow" if picture.figure.get_figwidth() < 5 else ""
     return (
-        f'<figure><img alt="{text}" src="data:image/png;base64,{encoded}">'
+        f'<figure{narrow}><img alt="{text}" src="data:image/png;base64,{encoded}">'
         f"<figcaption>{text}</figcaption></figure>"
     )

@@ -10,23 +10,32 @@ from lens_pipeline.evaluation.gates import GateDecision, first_model_gate
 
 METRICS = "metrics.json"
 KINDS = "kinds.json"
+ORIGINS = "origins.json"
+SELECTION = "selection.json"
+FORECAST = "forecast.json"
 SCORES = "scores.parquet"
 REPORT = "report.html"
 ENSEMBLE = "ensemble"
+FILES = (METRICS, KINDS, ORIGINS, SELECTION, FORECAST)  # as `Evaluation` has them
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics.json, kinds.json, scores.parquet, report.html and pictures.
+    """The files of an evaluation's folder: JSON as below, scores.parquet, report.html, pictures.
 
     metrics: what `lens_metrics` gives on the test split, for each member and for `ensemble`.
-    kinds: {kind of non-lens: its `n` in the test split, the ensemble's `auroc` against all lenses};
-    empty where the catalogue has no column `kind`.
+    kinds: what `false_positives_by_kind` gives; empty where the catalogue has no column `kind`.
+    origins: {`real` and `simulated`: their metrics}; empty where the test split holds but one.
+    selection: of `selection_function`; forecast: of `forecast`, with what it rests on,
+    `rests_on`. These three are of the ensemble on the test split.
     """
 
     folder: Path
     metrics: dict[str, dict[str, Any]]
     kinds: dict[str, dict[str, Any]]
+    origins: dict[str, dict[str, Any]]
+    selection: dict[str, Any]
+    forecast: dict[str, Any]
 
     def gate(self, thresholds: Mapping[str, Any]) -> GateDecision:
         """Whether this ensemble may become the first champion."""
@@ -34,5 +43,4 @@ class Evaluation:
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    metrics, kinds = (json.loads((folder / name).read_text()) for name in (METRICS, KINDS))
-    return Evaluation(folder, metrics, kinds)
+    return Evaluation(folder, *(json.loads((folder / name).read_text()) for name in FILES))

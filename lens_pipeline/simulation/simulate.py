@@ -107,9 +107,9 @@ def simulate_catalogue(
     """Write n simulated cutouts into the empty folder `out`; return its `catalogue.parquet`.
 
     The catalogue has `Simulation`'s columns, `path` (`images-00000.npy#17` is row 17 of that
-    stack), `flux_unit` and `bands`; `simulation.json` says what made it. The files are the same,
-    byte for byte, for the same arguments. storage_options: of fsspec, for the pool of hosts. Raises
-    InputError as `simulate` does.
+    stack), `flux_unit`, `bands` and `simulated`; `simulation.json` says what made it. The files are
+    the same, byte for byte, for the same arguments. storage_options: of fsspec, for the pool of
+    hosts. Raises InputError as `simulate` does.
     """
     tables = []
     renderer = _renderer(config, device, image_size, compiled)
@@ -128,6 +128,7 @@ def simulate_catalogue(
     table.insert(1, "path", paths)
     table["flux_unit"] = "background_sigma"
     table["bands"] = ",".join(config.survey.bands)
+    table["simulated"] = True  # it may be put together with one of real cutouts
     about = {
         **config.model_dump(mode="json"),
         "population_version": population.VERSION,

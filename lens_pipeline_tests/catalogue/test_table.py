@@ -100,6 +100,7 @@ def test_listings_of_splits(tmp_path: Path) -> None:
         ("id,path,label\na,a.npy,1\nb,b.npy,2\n", "row 2, column label: '2' must be 1, 0 or empty"),
         ("id,path,label\na,a.npy,lens\n", "row 1, column label: 'lens' must be"),
         ("id,path,label\na,a.npy,0.5\n", "row 1, column label: '0.5' must be"),
+        ("id,path,simulated\na,a.npy,0\nb,b.npy,no\n", "row 2, column simulated: 'no' must be"),
         ("id,path,split\na,a.npy,dev\n", "row 1, column split: 'dev' must be train"),
         (
             "id,path,label,group,split\na,a,1,g,train\nb,b,0,g,test\n",

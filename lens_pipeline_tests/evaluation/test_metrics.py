@@ -185,6 +185,36 @@ def test_the_entry_point_of_the_library() -> None:
     assert evaluation.lens_metrics is lens_metrics
 
 
+class TestCalibrationOfTheTop:
+    def test_by_hand_over_five_bins_of_the_highest_tenth(self) -> None:
+        label, score = sample(1500)
+        bins = np.argsort(-score)[:150].reshape(5, 30)
+        by_hand = np.mean([abs(label[b].mean() - score[b].mean()) for b in bins])
+        assert values(label, score)["ece_top"] == pytest.approx(by_hand, abs=1e-12)
+
+    def test_it_sees_what_the_error_over_all_does_not(self) -> None:
+        # Of 100 cutouts that are called certain, half are lenses; the other 9900 are as they say.
+        label = np.r_[np.tile([1, 0], 50), np.zeros(9900)]
+        score = np.r_[np.ones(100), np.zeros(9900)]
+        got = values(label, score)
+        assert got["ece"] == pytest.approx(0.005)
+        assert got["ece_top"] == pytest.approx(0.05)
+
+    def test_at_least_fifty_cutouts(self) -> None:
+        label, score = sample(60)
+        highest = np.argsort(-score)[:50].reshape(5, 10)
+        by_hand = np.mean([abs(label[b].mean() - score[b].mean()) for b in highest])
+        metric = lens_metrics(label, score, bootstrap=20)["ece_top"]
+        assert metric["value"] == pytest.approx(by_hand, abs=1e-12)
+        assert metric["low"] <= metric["value"] <= metric["high"]
+        few = lens_metrics(*sample(49), bootstrap=5)["ece_top"]
+        assert few == {"value": None, "low": None, "high": None}
+
+    def test_cutouts_that_tie_at_the_edge_are_shared(self) -> None:
+        # 1000 equal scores, half of them lenses: every bin holds half, whatever the order.
+        assert values(np.tile([1, 0], 500), np.full(1000, 0.8))["ece_top"] == pytest.approx(0.3)
+
+
 def test_models_are_ranked_by_the_rarest_false_positives_that_can_be_told() -> None:
     by_count = {n: ranking_metric(n) for n in (5, 99, 100, 9_999, 10_000, 99_999, 100_000)}
     assert by_count == {

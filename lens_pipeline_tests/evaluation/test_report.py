@@ -5,17 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from lens_pipeline.evaluation.gates import GateDecision
 from lens_pipeline.evaluation.metrics import lens_metrics
-from lens_pipeline.evaluation.plots import (
-    contact_sheet,
-    learning_curves_figure,
+from lens_pipeline.evaluation.plots import contact_sheet, learning_curves_figure
+from lens_pipeline.evaluation.report import Picture, Section, format_metrics_table, write_report
+from lens_pipeline.evaluation.score_plots import (
     reliability_figure,
     roc_figure,
     score_histogram_figure,
 )
-from lens_pipeline.evaluation.report import format_metrics_table, write_report
 
 LABEL = np.repeat([1, 0], 40)
 SCORE = np.linspace(1, 0, 80) ** 2
@@ -44,10 +44,16 @@ def page(path: Path, name: str, *, passed: bool) -> Elements:
         path,
         title=name,
         facts={name: name},
-        metrics={name: lens_metrics(LABEL, SCORE, 10)},
-        figures={name: roc_figure({name: (LABEL, SCORE)})},
+        metrics={name: {name: lens_metrics(LABEL, SCORE, 10)}},
         gate=decision,
-        tables={name: pd.DataFrame({"kind": [name], "AUROC": [0.5]})},
+        sections=[
+            Section(
+                name,
+                name,
+                {name: pd.DataFrame({name: [name], "AUROC": [0.5]})},
+                [Picture("roc", name, roc_figure({name: (LABEL, SCORE)}))],
+            )
+        ],
     )
     elements = Elements()
     elements.feed(path.read_text())
@@ -58,8 +64,9 @@ def test_names_of_users_are_text_in_the_report_and_never_markup(tmp_path: Path) 
     name = "<script>alert(1)</script>"
     elements = page(tmp_path / "report.html", name, passed=False)
     assert "script" not in elements.tags
-    # title, heading, fact twice, metrics column, gate, table's caption and cell, picture's caption
-    assert elements.text.count(name) == 9
+    # title, heading, fact twice, metrics' heading and column, gate, section's heading and text,
+    # table's caption, column and cell, picture's caption
+    assert elements.text.count(name) == 13
 
 
 def test_the_report_needs_no_other_file(tmp_path: Path) -> None:
@@ -86,7 +93,9 @@ def test_the_roc_curve_is_drawn_from_realised_thresholds() -> None:
     assert len(x) == 81
     assert axes.get_xscale() == "log"
     assert y[-1] == 1
-    assert axes.get_xlim()[0] == 0.5 / 40
+    # As far as the published points, which 40 non-lenses do not reach.
+    assert axes.get_xlim()[0] == 0.5e-4
+    assert x.min() == 0.5 / 40
 
 
 def test_the_reliability_diagram_shows_what_was_observed() -> None:
@@ -125,7 +134,24 @@ def test_learning_curves_show_each_epoch() -> None:
 def test_a_contact_sheet_shows_all_cutouts_alike() -> None:
     # The same galaxy, once twice as bright: nothing is normalised image by image.
     faint = np.full((3, 16, 16), 5, dtype=np.float32)
-    figure = contact_sheet(np.stack([faint, 2 * faint]), ["a", "b"], "background_sigma")
-    shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
-    assert len(shown) == 2
-    assert shown[1].mean() > shown[0].mean() * 1.2
+    axes = contact_sheet(np.stack([faint, 2 * faint]), ["a", "b$"], "background_sigma").axes[0]
+    shown = axes.images[0].get_array()
+    first, second = shown[-16:, :16], shown[-16:, 17:33]
+    assert second.mean() > first.mean() * 1.2
+    assert np.ptp(first) < 1e-9 > np.ptp(second)
+    assert (shown[:, 33:] == 1).all()
+    assert [text.get_text() for text in axes.texts] == ["a", "b$"]
+
+
+@pytest.mark.parametrize(("units", "row"), [("background_sigma", -1), ("composite", 0)])
+def test_a_map_lies_below_its_cutout_the_same_way_up(units: str, row: int) -> None:
+    """Of flux the first row is the lowest; of a picture, the uppermost."""
+    images = np.zeros((9, 3, 16, 16), dtype=np.float32)
+    images[8, :, 0, 3] = 50 if units != "composite" else 1
+    maps = images[:, 0] * 7
+    shown = contact_sheet(images, ["x"] * 9, units, maps).axes[0].images[0].get_array()
+    cutout, below = shown[-32:-16, :16], shown[-16:, :16]
+    assert np.unravel_index(cutout.sum(axis=2).argmax(), (16, 16)) == (row % 16, 3)
+    assert np.unravel_index(below.sum(axis=2).argmax(), (16, 16)) == (row % 16, 3)
+    # A map that is 0 everywhere is drawn as such.
+    assert np.ptp(shown[3 + 16 : 3 + 32, :16], axis=(0, 1)).max() == 0

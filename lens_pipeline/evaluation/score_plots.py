@@ -1,0 +1,195 @@
+"""Pictures of labels and scores: ranking, calibration, purity at a threshold."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+from lens_pipeline.evaluation.metrics import roc
+from lens_pipeline.evaluation.plots import COLOURS, FONT, column_figure, plain
+from lens_pipeline.evaluation.selection import jeffreys, threshold_curve
+
+LENS, NONLENS = COLOURS[1], COLOURS[0]
+DASHES = ("--", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))  # nor by colour alone
+BINS = 10
+
+# (false positive rate, true positive rate), read off other data sets; nothing here was tested on
+# them. HOLISMOKES XI: fewer than ten of 70,910 non-lenses. Those that give no rate are left out.
+PUBLISHED = (
+    ("HOLISMOKES XVI", 1e-4, 0.75),  # a committee of five
+    ("HOLISMOKES XI", 9 / 70_910, 0.71),  # one network
+    ("Holloway 2024", 1e-3, 0.46),  # an ensemble
+    ("its best member", 1e-3, 0.34),
+)
+
+
+def line_of(number: int, last: int) -> dict[str, Any]:
+    """How the curve of that number is drawn: by colour and dashes; the last one stands out."""
+    if number == last:
+        return {"color": COLOURS[-1], "linewidth": 1.8, "linestyle": "-"}
+    colour = COLOURS[number % (len(COLOURS) - 1)]
+    return {"color": colour, "linewidth": 1.1, "linestyle": DASHES[number % len(DASHES)]}
+
+
+def legend_outside(
+    figure: Figure,
+    handles: list[Any],
+    labels: list[str],
+    place: Literal["outside lower center", "outside upper center"] = "outside lower center",
+    title: str | None = None,
+) -> None:
+    """Above or below the axes, where it covers no curve."""
+    figure.legend(
+        handles, labels, loc=place, ncols=2, frameon=False, fontsize=FONT, title=title,
+        title_fontsize=FONT, handlelength=2.6, columnspacing=1.2,
+    )  # fmt: skip
+
+
+def roc_figure(curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
+    """ROC curves by name, each of (label, score), with the false positive rate in decades.
+
+    Lenses are one in a thousand or rarer, so what matters lies far to the left: where the
+    non-lenses cannot resolve the rate, it is hatched. For orientation there are points that were
+    published of other data.
+    """
+    figure = column_figure(3.9)
+    axes = plain(figure.add_subplot(), "false positive rate", "true positive rate (completeness)")
+    lowest = 1.0
+    for number, (name, (label, score)) in enumerate(curves.items()):
+        fpr, tpr, _ = roc(label, score)
+        least = 1 / np.count_nonzero(np.asarray(label) == 0)
+        lowest = min(lowest, least)
+        axes.step(
+            np.maximum(fpr, least / 2), tpr, where="post", label=name,
+            **line_of(number, len(curves) - 1),
+        )  # fmt: skip
+    left = min(lowest, *(fpr for _, fpr, _ in PUBLISHED)) / 2
+    chance = np.geomspace(left, 1, 100)
+    axes.plot(chance, chance, color="0.6", linewidth=0.8, linestyle=(0, (1, 3)), label="chance")
+    legend_outside(figure, *axes.get_legend_handles_labels())
+    points = [
+        axes.plot(fpr, tpr, marker, markersize=4.5, markerfacecolor="white", color="0.25")[0]
+        for marker, (_, fpr, tpr) in zip("sDvo", PUBLISHED, strict=True)
+    ]
+    names = [name for name, _, _ in PUBLISHED]
+    title = "from other data, for orientation:"
+    legend_outside(figure, points, names, "outside upper center", title)
+    if left < lowest / 2:
+        axes.axvspan(left, lowest / 2, facecolor="none", edgecolor="0.88", hatch="///", zorder=0)
+    axes.set(xscale="log", xlim=(left, 1), ylim=(0, 1.01))
+    return figure
+
+
+def precision_recall_figure(
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]], prevalence: float
+) -> Figure:
+    """Purity against completeness at the sample's own mixture, by name, each of (label, score).
+
+    Of the last one, the ensemble, also at a prevalence, as far as the sample has false positives to
+    tell it.
+    """
+    figure = column_figure(3.4)
+    axes = plain(figure.add_subplot(), "completeness (recall)", "purity (precision)")
+    for number, (name, (label, score)) in enumerate(curves.items()):
+        curve = threshold_curve(label, score, prevalence)
+        line = line_of(number, len(curves) - 1)
+        axes.plot(curve["completeness"], curve["purity_of_sample"], label=name, **line)
+    axes.plot(
+        curve["completeness"], curve["purity"], color=COLOURS[-1], linewidth=1.4, linestyle=":",
+        label=f"{name}, {one_in(prevalence)}",
+    )  # fmt: skip
+    axes.set(xlim=(0, 1.01), ylim=(0, 1.03))
+    legend_outside(figure, *axes.get_legend_handles_labels())
+    return figure
+
+
+def purity_figure(label: ArrayLike, score: ArrayLike, prevalence: float) -> Figure:
+    """Completeness and purity against the threshold, at the sample's mixture and at a prevalence.
+
+    The band is the 95 % interval that the false positive rate gives; where there is no false
+    positive, purity is above the dashes (see `threshold_curve`).
+    """
+    curve = threshold_curve(label, score, prevalence)
+    threshold = curve["threshold"].clip(1e-6, 1 - 1e-6)  # the axis has neither 0 nor 1
+    figure = column_figure(3.4)
+    axes = plain(figure.add_subplot(), "threshold of probability", "fraction")
+    axes.plot(threshold, curve["completeness"], color=COLOURS[0], label="completeness")
+    axes.plot(
+        threshold, curve["purity_of_sample"], color=COLOURS[1], linestyle="--",
+        label="purity of the sample",
+    )  # fmt: skip
+    axes.plot(
+        threshold, curve["purity"], color=COLOURS[-1], linestyle="-.",
+        label=f"purity, {one_in(prevalence)}",
+    )  # fmt: skip
+    axes.fill_between(
+        threshold, curve["purity_low"], curve["purity_high"], color="0.8", linewidth=0
+    )
+    none = curve["false_positives"] == 0
+    if none.any():
+        axes.plot(
+            threshold[none], curve["purity_low"][none], color=COLOURS[-1], linestyle=(0, (1, 1)),
+            label="its lower limit",
+        )  # fmt: skip
+    ends = (min(threshold.min(), 0.1), max(threshold.max(), 0.9))
+    axes.set(xscale="logit", xlim=ends, ylim=(0, 1.02))
+    legend_outside(figure, *axes.get_legend_handles_labels())
+    return figure
+
+
+def one_in(prevalence: float) -> str:
+    """0.001 -> `1 lens in 1,000`."""
+    return f"1 lens in {round(1 / prevalence):,}"
+
+
+def reliability_figure(label: ArrayLike, probability: ArrayLike) -> Figure:
+    """Predicted probability against the observed fraction of lenses, in bins of equal counts.
+
+    Bars: the 68 % interval of a fraction (see `jeffreys`).
+    """
+    labels, probabilities = np.asarray(label), np.asarray(probability, dtype=np.float64)
+    order = np.argsort(probabilities, kind="stable")
+    parts = [part for part in np.array_split(order, BINS) if len(part)]
+    predicted = np.array([probabilities[part].mean() for part in parts])
+    observed = np.array([labels[part].mean() for part in parts])
+    low, high = jeffreys(
+        [labels[part].sum() for part in parts], [len(part) for part in parts], confidence=0.68
+    )
+    figure = column_figure()
+    axes = plain(figure.add_subplot(), "predicted probability", "observed fraction of lenses")
+    axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle=":")
+    errors = [np.maximum(observed - low, 0), np.maximum(high - observed, 0)]
+    axes.errorbar(predicted, observed, errors, fmt="o", color=LENS, capsize=2, markersize=4)
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    axes.text(
+        0.98, 0.03, f"{len(labels)} cutouts, {len(parts)} equal bins",
+        transform=axes.transAxes, ha="right", fontsize=FONT, color="0.35",
+    )  # fmt: skip
+    return figure
+
+
+def score_histogram_figure(label: ArrayLike, probability: ArrayLike) -> Figure:
+    """How lenses and non-lenses are scored."""
+    labels, probabilities = np.asarray(label), np.asarray(probability, dtype=np.float64)
+    figure = column_figure()
+    axes = plain(figure.add_subplot(), "probability", "cutouts")
+    edges = np.linspace(0, 1, 26).tolist()
+    most = 0
+    for value, name, colour, line in (
+        (0, "non-lenses", NONLENS, "--"),
+        (1, "lenses", LENS, "-"),
+    ):
+        chosen = probabilities[labels == value]
+        counts, _, _ = axes.hist(
+            chosen, edges, histtype="stepfilled", alpha=0.3, facecolor=colour, edgecolor=colour,
+            linestyle=line, linewidth=1.4, label=f"{name} ({len(chosen)})",
+        )  # fmt: skip
+        most = max(most, int(np.max(counts)))
+    if most > 20:  # the few between the classes show beside the many at the ends
+        axes.set_yscale("symlog", linthresh=10)
+        axes.yaxis.set_major_formatter("{x:g}")
+    axes.set(xlim=(0, 1), ylim=(0, None))
+    axes.legend(frameon=False, fontsize=FONT, loc="upper center")
+    return figure

@@ -1,0 +1,153 @@
+"""The report's sections, from score tables and what was computed of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from lens_pipeline.evaluation.origins import REAL, described
+from lens_pipeline.evaluation.report import (
+    Picture,
+    Section,
+    completeness_table,
+    forecast_table,
+    kinds_table,
+)
+from lens_pipeline.evaluation.score_plots import (
+    one_in,
+    precision_recall_figure,
+    purity_figure,
+    reliability_figure,
+    roc_figure,
+    score_histogram_figure,
+)
+from lens_pipeline.evaluation.selection_plots import completeness_figure, completeness_map_figure
+
+WARNING = (
+    "Simulated cutouts promise too much: networks that were trained on simulations alone fell from "
+    "92 % to 24 % purity on real images of Euclid (Euclid Q1)."
+)
+
+
+def score_sections(
+    table: pd.DataFrame, models: Mapping[str, str], forecast: Mapping[str, Any]
+) -> list[Section]:
+    """Ranking, calibration, and what a survey may expect.
+
+    table: cutouts with their `label` and scores; models: {name: column}, the ensemble last;
+    forecast: of `forecast`, with `rests_on`.
+    """
+    of = f"Of the {described(table, forecast['rests_on'])}."
+    label = table["label"].to_numpy(dtype="int8")
+    curves = {name: (label, table[column].to_numpy()) for name, column in models.items()}
+    _, score = curves[list(models)[-1]]
+    prevalence, n_objects = forecast["prevalence"], forecast["n_objects"]
+    survey = (
+        f"Of {n_objects:,} objects, {one_in(prevalence)}, if its lenses and its other objects are "
+        f"like those of the sample. {of} In brackets, 95 % intervals; where the sample shows no "
+        "false positive it does not resolve their rate, and the bounds follow from the rate's 95 % "
+        "upper limit (about 3 / n)."
+    )
+    if forecast["rests_on"] != REAL:
+        survey += f" {WARNING}"
+    return [
+        Section(
+            "Ranking",
+            of,
+            pictures=[
+                Picture(
+                    "roc",
+                    "True against false positive rate. Hatched: rates that so few non-lenses do "
+                    "not resolve. Open points were published of other data, and no difference to "
+                    "them can be read off.",
+                    roc_figure(curves),
+                ),
+                Picture(
+                    "precision_recall",
+                    "Purity against completeness, at the mixture of the sample and, dotted, "
+                    f"of the ensemble at {one_in(prevalence)}, where the sample resolves it",
+                    precision_recall_figure(curves, prevalence),
+                ),
+            ],
+        ),
+        Section(
+            "Calibration",
+            of,
+            pictures=[
+                Picture(
+                    "reliability",
+                    "Predicted against observed fraction of lenses; bars are 68 % intervals",
+                    reliability_figure(label, score),
+                ),
+                Picture(
+                    "histogram",
+                    "Scores of lenses and non-lenses",
+                    score_histogram_figure(label, score),
+                ),
+            ],
+        ),
+        Section(
+            "What a survey may expect",
+            survey,
+            tables={"Expected numbers, by threshold": forecast_table(forecast)},
+            pictures=[
+                Picture(
+                    "purity",
+                    "Completeness and purity of what lies above a threshold; grey: the 95 % "
+                    "interval of the false positive rate",
+                    purity_figure(label, score, prevalence),
+                )
+            ],
+        ),
+    ]
+
+
+def selection_sections(
+    selection: Mapping[str, Any],
+    kinds: Mapping[str, Mapping[str, Any]],
+    parts: Mapping[str, pd.DataFrame],
+) -> list[Section]:
+    """What is found of which lenses, and what is taken for one.
+
+    selection: of `selection_function`; kinds: of `false_positives_by_kind`, no section where it is
+    empty; parts: of `by_origin`, all that both rest on.
+    """
+    n, k = selection["n_nonlens"], selection["false_positives"]
+    fpr = selection["fpr"]
+    at = f"a false positive rate of at most {fpr:g}" if fpr else "no false positive"
+    if selection["threshold"] is None:
+        chosen = f"No threshold finds a lens with {at} among {n:,} non-lenses."
+    else:
+        chosen = (
+            f"Chosen are cutouts with a probability of {selection['threshold']:.4f} or more, for "
+            f"{at}, the smallest in decades that {n:,} non-lenses resolve ({k} of them are chosen)."
+        )
+    of = "; ".join(described(part, origin) for origin, part in parts.items())
+    text = f"{chosen} Of the {of}."
+    pictures, tables = [], {}
+    if selection["quantities"]:
+        tables["Completeness, by bins of equal counts"] = completeness_table(selection)
+        pictures.append(
+            Picture(
+                "completeness",
+                "Completeness against what is known of the lenses, in bins of equal counts, with "
+                "95 % intervals; dotted: of all lenses",
+                completeness_figure(selection),
+            )
+        )
+    else:
+        text += " The catalogue knows nothing of its lenses that completeness could depend on."
+    if selection["map"]:
+        pictures.append(
+            Picture(
+                "completeness_map",
+                "Completeness over Einstein radius and source magnitude; the numbers are lenses, "
+                "and empty cells have none",
+                completeness_map_figure(selection["map"]),
+            )
+        )
+    sections = [Section("Selection function", text, tables, pictures)]
+    if kinds:
+        table = {"Test split, by kind of non-lens": kinds_table(kinds)}
+        sections.append(Section("False positives by kind", chosen, table))
+    return sections

@@ -1,0 +1,187 @@
+"""An ensemble of two small untrained networks, tested on real and simulated cutouts."""
+
+import json
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat
+from lens_pipeline.catalogue.table import Catalogue
+from lens_pipeline.ensemble.evaluate import evaluate_ensemble
+from lens_pipeline.ensemble.system import assemble
+from lens_pipeline.errors import InputError
+from lens_pipeline.evaluation.metrics import lens_metrics
+from lens_pipeline.evaluation.result import Evaluation, read_evaluation
+from lens_pipeline.models.system import LitLensSystem
+
+SIZE = 16
+FORM = CutoutFormat(("g", "r", "i"), SIZE, "background_sigma", 0.26)
+GATE = {"min_lens": 50, "min_nonlens": 50, "min_auroc_low": 0.5}
+EVIL = "<script>alert('cutout')</script>"
+
+
+@dataclass(frozen=True)
+class Cutouts:
+    """A dataset in memory, all of it the test split; lenses are rings."""
+
+    rows: pd.DataFrame
+    origin: str = "survey.csv"
+    folder: Path = Path("dataset")
+    format: CutoutFormat = FORM
+    content: str = "pixels"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {
+            "content": self.content,
+            "origin": self.origin,
+            "splits": {"test": {"n": len(self.rows)}},
+        }
+
+    def images(self, part: str) -> Any:
+        y, x = np.mgrid[:SIZE, :SIZE] - SIZE / 2 + 0.5
+        ring = 8 * np.exp(-((np.hypot(x, y) - 5) ** 2))
+        noise = np.random.default_rng(0).normal(size=(len(self.rows), 3, SIZE, SIZE))
+        images = noise + self.rows["label"].to_numpy(float)[:, None, None, None] * ring
+        return images.astype(np.float32)[: None if part == "test" else 0]
+
+    def table(self, part: str) -> pd.DataFrame:
+        table = self.rows.assign(row=np.arange(len(self.rows)))
+        return table if part == "test" else table.head(0)
+
+    def rejects(self) -> pd.DataFrame:
+        return pd.DataFrame({"id": [], "row": [], "reason": []}).astype({"row": int})
+
+    @property
+    def catalogue(self) -> Catalogue:
+        return Catalogue(self.rows, "survey.csv")
+
+
+def rows(n: int = 120) -> pd.DataFrame:
+    label = pd.array(np.arange(n) % 3 == 0, dtype="boolean").astype("Int8")
+    return pd.DataFrame(
+        {
+            "id": [f"{EVIL}{number}" for number in range(n)],
+            "label": label,
+            "kind": np.where(np.arange(n) % 3 == 0, "lens", np.where(np.arange(n) % 2, EVIL, "b")),
+            "einstein_radius": np.where(np.arange(n) % 3 == 0, np.linspace(0.5, 3, n), np.nan),
+            EVIL: 1.0,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def ensemble(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ensemble")
+    torch.manual_seed(0)
+    label = np.arange(40) % 2
+    logit = np.random.default_rng(0).normal(label)
+    scores = pd.DataFrame(
+        {"id": label.astype(str), "label": label, "logit": logit, "logit_std": 0.3}
+    )
+    members = {}
+    for name in ("lastro", "trans_enc_s"):
+        system = LitLensSystem(name, image_size=SIZE)
+        path = folder / f"{name}-checkpoint.ckpt"
+        torch.save(
+            {"state_dict": system.state_dict(), "hyper_parameters": dict(system.hparams)}, path
+        )
+        members[name] = (path, scores)
+    facts = {"dataset": "pixels", "dataset_version": "1"}
+    assemble(members, FORM, folder, facts, [], fusion="mean")
+    return folder
+
+
+def evaluate(ensemble: Path, cutouts: Cutouts, out: Path, **more: Any) -> Evaluation:
+    return evaluate_ensemble(ensemble, cutouts, cutouts.catalogue, out, gate=GATE, **more)
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def mixed(ensemble: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    """Of 60 simulated and 60 real cutouts."""
+    table = rows()
+    table["simulated"] = pd.array([True] * 60 + [None] * 60, dtype="boolean")
+    out = tmp_path_factory.mktemp("mixed")
+    return evaluate(ensemble, Cutouts(table, origin=EVIL), out, prevalence=0.01)
+
+
+def page_of(evaluation: Evaluation) -> Tags:
+    page = Tags()
+    page.feed((evaluation.folder / "report.html").read_text())
+    return page
+
+
+def test_real_cutouts_come_first_and_carry_the_forecast(mixed: Evaluation) -> None:
+    scores = pd.read_parquet(mixed.folder / "scores.parquet")
+    for origin, part in (("real", scores[60:]), ("simulated", scores[:60])):
+        for column, name in (("probability", "ensemble"), ("probability_lastro", "lastro")):
+            by_hand = lens_metrics(part["label"].astype(int), part[column])
+            assert mixed.origins[origin][name] == by_hand
+    assert mixed.forecast["rests_on"] == "real"
+    assert mixed.forecast["prevalence"] == 0.01
+    assert [text for text in page_of(mixed).text if text.startswith("Metrics: ")] == [
+        "Metrics: real cutouts: 20 lenses, 40 non-lenses",
+        "Metrics: simulated cutouts: 20 lenses, 40 non-lenses",
+        "Metrics: all of the test split",
+    ]
+
+
+def test_the_rest_is_of_the_whole_test_split(mixed: Evaluation) -> None:
+    whole = mixed.metrics["ensemble"]
+    assert (whole["n_lens"], whole["n_nonlens"]) == (40, 80)
+    assert mixed.selection["n_nonlens"] == 80
+    assert sum(of["n"] for of in mixed.kinds.values()) == 80
+    scores = pd.read_parquet(mixed.folder / "scores.parquet")
+    chosen = scores[scores["probability"] >= mixed.selection["threshold"]]
+    assert (chosen["label"] == 0).sum() == mixed.selection["false_positives"]
+    assert set(scores["split"]) == {"test"} < set(PARTS)
+
+
+def test_what_is_written_is_what_is_read(mixed: Evaluation) -> None:
+    assert read_evaluation(mixed.folder) == mixed
+
+
+def test_nothing_that_a_catalogue_holds_becomes_markup(mixed: Evaluation) -> None:
+    assert "<script" not in (mixed.folder / "report.html").read_text()
+    page = page_of(mixed)
+    assert "script" not in page.tags
+    assert page.text.count(EVIL) == 2  # the source, and a kind
+
+
+def test_one_origin_has_no_metrics_of_its_own(ensemble: Path, tmp_path: Path) -> None:
+    evaluation = evaluate(ensemble, Cutouts(rows(), origin="simulation"), tmp_path)
+    assert evaluation.origins == {}
+    assert evaluation.forecast["rests_on"] == "simulated"
+    assert "promise too much" in (tmp_path / "report.html").read_text()
+    for name in ("selection", "forecast", "metrics", "kinds", "origins"):
+        json.loads((tmp_path / f"{name}.json").read_text(), parse_constant=pytest.fail)
+    names = {path.stem for path in tmp_path.glob("*.png")}
+    # One of the map's two quantities is not known.
+    assert names == {
+        *("roc", "precision_recall", "reliability", "histogram", "purity"),
+        *("completeness", "missed", "mistaken"),
+    }
+
+
+def test_a_prevalence_that_is_none_is_refused(ensemble: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="prevalence"):
+        evaluate(ensemble, Cutouts(rows()), tmp_path, prevalence=1.5)

@@ -1,0 +1,201 @@
+"""The report's sections and their figures."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from lens_pipeline.evaluation.gates import GateDecision
+from lens_pipeline.evaluation.metrics import lens_metrics
+from lens_pipeline.evaluation.origins import basis, by_origin
+from lens_pipeline.evaluation.plots import png_bytes
+from lens_pipeline.evaluation.report import (
+    Section,
+    completeness_table,
+    forecast_table,
+    kinds_table,
+    write_report,
+)
+from lens_pipeline.evaluation.score_plots import (
+    PUBLISHED,
+    one_in,
+    precision_recall_figure,
+    purity_figure,
+    roc_figure,
+)
+from lens_pipeline.evaluation.sections import score_sections, selection_sections
+from lens_pipeline.evaluation.selection import (
+    false_positives_by_kind,
+    forecast,
+    selection_function,
+)
+from lens_pipeline.evaluation.selection_plots import completeness_figure, completeness_map_figure
+from lens_pipeline_tests.evaluation.test_report import Elements
+from lens_pipeline_tests.evaluation.test_selection import sample
+
+
+def sections_of(table: pd.DataFrame, name: str = "resnet18") -> list[Section]:
+    table = table.assign(**{f"probability_{name}": table["probability"] ** 2})
+    parts = by_origin(table, simulation=False)
+    origin, shown = basis(parts)
+    expected = forecast(shown["label"], shown["probability"]) | {"rests_on": origin}
+    selection = selection_function(table)
+    return [
+        *score_sections(shown, {name: f"probability_{name}", "ensemble": "probability"}, expected),
+        *selection_sections(
+            selection, false_positives_by_kind(table, selection["threshold"]), parts
+        ),
+    ]
+
+
+def text_of(sections: list[Section]) -> str:
+    return " ".join(section.text for section in sections)
+
+
+def test_the_pictures_of_a_catalogue_with_truths() -> None:
+    sections = sections_of(sample())
+    assert [picture.name for section in sections for picture in section.pictures] == [
+        *("roc", "precision_recall", "reliability", "histogram", "purity"),
+        *("completeness", "completeness_map"),
+    ]
+    assert "real cutouts: 400 lenses, 600 non-lenses" in sections[0].text
+
+
+def test_without_truths_and_kinds_the_report_says_so() -> None:
+    sections = sections_of(sample()[["label", "probability"]])
+    assert [section.title for section in sections][-1] == "Selection function"
+    assert "knows nothing of its lenses" in sections[-1].text
+    assert sections[-1].tables == {}
+
+
+def test_figures_on_simulated_cutouts_come_with_a_warning() -> None:
+    assert "promise too much" not in text_of(sections_of(sample()))
+    assert "promise too much" in text_of(sections_of(sample().assign(simulated=True)))
+
+
+def test_nothing_that_a_catalogue_holds_becomes_markup(tmp_path: Path) -> None:
+    evil = '<script>alert("1")</script>'
+    table = sample().assign(id=evil, **{evil: 1.0})
+    table["kind"] = table["kind"].replace("ring", evil)
+    write_report(
+        tmp_path / "report.html",
+        title=evil,
+        facts={"Source": evil},
+        metrics={evil: {evil: lens_metrics(table["label"], table["probability"], 5)}},
+        gate=GateDecision(False, (evil,), {}),
+        sections=sections_of(table, evil),
+    )
+    page = (tmp_path / "report.html").read_text()
+    assert evil not in page
+    elements = Elements()
+    elements.feed(page)
+    assert "script" not in elements.tags
+    assert elements.tags.count("img") == 7
+    assert all(source.startswith("data:image/png;base64,") for source in elements.sources)
+    assert elements.text.count(evil) >= 6  # title twice, fact, metrics' heading, gate, kind
+
+
+class TestTables:
+    def test_a_bound_is_never_shown_as_a_value(self) -> None:
+        label = np.r_[np.ones(100), np.zeros(1000)]
+        score = np.r_[np.full(80, 0.9), np.full(20, 0.1), np.full(10, 0.3), np.full(990, 0.05)]
+        table = forecast_table(forecast(label, score)).set_index("chosen for")
+        pure = table.loc["no false positive"]
+        assert pure["purity"] == "above 0.211"
+        assert pure["false positive rate"] == "below 0.003"
+        assert pure["candidates"] == "800 to 3,788"
+        # All lenses are found where ten of the thousand non-lenses are chosen.
+        assert table.index.tolist() == ["FPR 0.01", "no false positive"]
+        assert table.loc["FPR 0.01", "purity"].startswith("0.091 [")
+
+    def test_kinds_are_sorted_by_how_hard_they_are(self) -> None:
+        kinds = {
+            name: {
+                "n": 5,
+                "false_positives": 1,
+                "false_positive_rate": {"value": 0.2, "low": 0.0, "high": 0.6},
+                "auroc": auroc,
+            }
+            for name, auroc in (("star", 0.9), ("ring", 0.6), ("odd", None))
+        }
+        assert kinds_table(kinds)["kind"].tolist() == ["ring", "star", "odd"]
+
+    def test_completeness_has_a_row_a_bin(self) -> None:
+        selection = selection_function(sample())
+        table = completeness_table(selection)
+        assert len(table) == 48
+        assert table.loc[0, "quantity"] == "Einstein radius (arcsec)"
+        assert table["lenses"].sum() == 6 * 400
+
+
+class TestFigures:
+    def curves(self) -> dict[str, tuple[pd.Series, pd.Series]]:
+        table = sample()
+        names = [f"member_{number}" for number in range(6)]
+        return dict.fromkeys((*names, "ensemble"), (table["label"], table["probability"]))
+
+    def fonts(self, figure: Figure) -> set[float]:
+        figure.draw_without_rendering()
+        return {
+            text.get_fontsize()
+            for text in figure.findobj(lambda artist: hasattr(artist, "get_fontsize"))
+            if text.get_text() and text.get_visible()
+        }
+
+    def test_they_are_legible_at_the_width_of_a_column(self) -> None:
+        table = sample()
+        selection = selection_function(table)
+        figures = [
+            roc_figure(self.curves()),
+            precision_recall_figure(self.curves(), 1e-3),
+            purity_figure(table["label"], table["probability"], 1e-3),
+            completeness_figure(selection),
+            completeness_map_figure(selection["map"]),
+        ]
+        for figure in figures:
+            assert figure.get_figwidth() <= 3.5
+            assert min(self.fonts(figure)) >= 8
+
+    def test_curves_differ_by_more_than_colour(self) -> None:
+        for figure in (roc_figure(self.curves()), precision_recall_figure(self.curves(), 1e-3)):
+            lines = figure.axes[0].lines[:7]
+            assert len({line.get_color() for line in lines}) == 7
+            assert all(a._dash_pattern != b._dash_pattern for a, b in pairwise(lines))
+
+    def test_published_points_are_named_as_from_other_data(self) -> None:
+        figure = roc_figure(self.curves())
+        theirs = next(legend for legend in figure.legends if legend.get_title().get_text())
+        assert "other data" in theirs.get_title().get_text()
+        assert [text.get_text() for text in theirs.get_texts()] == [
+            name for name, _, _ in PUBLISHED
+        ]
+        drawn = {tuple(np.ravel(line.get_data())) for line in figure.axes[0].lines}
+        assert {(fpr, tpr) for _, fpr, tpr in PUBLISHED} <= drawn
+
+    def test_an_empty_cell_of_the_map_is_empty_and_one_that_finds_nothing_is_not(self) -> None:
+        grid = {
+            "x": "einstein_radius", "y": "source_magnitude", "x_edges": [0, 1, 2],
+            "y_edges": [20, 22, 24], "n": [[4, 0], [2, 2]], "found": [[1, 0], [0, 2]],
+        }  # fmt: skip
+        axes = completeness_map_figure(grid).axes[0]
+        shown = axes.collections[0].get_array()
+        assert np.ma.getmaskarray(shown).tolist() == [[False, True], [False, False]]
+        assert shown[~shown.mask].tolist() == [0.25, 0, 1]
+        assert [text.get_text() for text in axes.texts] == ["4", "2", "2"]
+
+    @pytest.mark.parametrize("score", [[0.0, 0.0, 1.0, 1.0], [0.5] * 4, [1.0] * 4, [1, 0, 0.2, 0]])
+    def test_scores_at_the_ends_and_ties_are_drawn(self, score: list[float]) -> None:
+        label = [0, 1, 0, 1]
+        for figure in (
+            purity_figure(label, score, 1e-3),
+            roc_figure({"ensemble": (label, score)}),
+            precision_recall_figure({"ensemble": (label, score)}, 1e-3),
+        ):
+            assert png_bytes(figure).startswith(b"\x89PNG")
+
+    def test_a_prevalence_in_words(self) -> None:
+        assert one_in(1e-3) == "1 lens in 1,000"
+        assert one_in(1 / 2000) == "1 lens in 2,000"

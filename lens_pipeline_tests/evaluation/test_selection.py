@@ -1,0 +1,276 @@
+"""The selection function and the forecast against counting by hand and against scipy."""
+
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import beta, binomtest
+
+from lens_pipeline.errors import InputError
+from lens_pipeline.evaluation.metrics import lens_metrics, threshold_at_fpr
+from lens_pipeline.evaluation.selection import (
+    QUANTITIES,
+    false_positives_by_kind,
+    forecast,
+    fraction,
+    purity,
+    selection_function,
+    threshold_curve,
+    working_fpr,
+)
+
+
+def sample(n_lens: int = 400, n_nonlens: int = 600, seed: int = 0) -> pd.DataFrame:
+    """Lenses with truths, the wider the better scored; non-lenses of two kinds."""
+    random = np.random.default_rng(seed)
+    n = n_lens + n_nonlens
+    is_lens = np.arange(n) < n_lens
+    radius = np.where(is_lens, random.uniform(0.5, 3, n), np.nan)
+    table = pd.DataFrame(
+        {
+            "label": is_lens.astype(int),
+            "kind": np.where(is_lens, "lens", np.where(np.arange(n) % 3 == 0, "ring", "star")),
+            "einstein_radius": radius,
+            "arc_snr": np.where(is_lens, random.uniform(20, 200, n), np.nan),
+            "source_magnitude": np.where(is_lens, random.uniform(20, 26, n), np.nan),
+            "z_source": np.where(is_lens, random.uniform(1, 3, n), np.nan),
+            "z_lens": random.uniform(0.1, 0.9, n),
+            "magnification": np.where(is_lens, random.uniform(3, 20, n), np.nan),
+            "lens_magnitude": random.uniform(17, 21, n),
+        }
+    )
+    logit = random.normal(size=n) + np.where(is_lens, radius, -1.0)
+    return table.assign(probability=1 / (1 + np.exp(-logit)))
+
+
+class TestThreshold:
+    @pytest.mark.parametrize("decimals", [8, 2, 1])
+    @pytest.mark.parametrize(("name", "fpr"), [("tpr_at_fpr_1e-2", 0.01), ("tpr0", 0.0)])
+    def test_it_reaches_the_rate_of_the_metric(self, decimals: int, name: str, fpr: float) -> None:
+        table = sample()
+        label, score = table["label"], table["probability"].round(decimals)
+        chosen = score >= threshold_at_fpr(label, score, fpr)
+        assert chosen[label == 0].mean() <= fpr
+        assert chosen[label == 1].mean() == lens_metrics(label, score, 0)[name]["value"]
+
+    def test_of_thresholds_that_find_as_much_the_one_with_fewest_false_positives(self) -> None:
+        label, score = [1, 0, 0, 0, 0], [0.9, 0.8, 0.7, 0.2, 0.1]
+        assert threshold_at_fpr(label, score, 0.5) == 0.9
+
+    def test_a_non_lens_above_all_lenses_leaves_nothing_to_choose(self) -> None:
+        assert threshold_at_fpr([1, 1, 0], [0.5, 0.6, 0.7], 0.0) == np.inf
+        assert threshold_at_fpr([1, 1, 0], [0.7, 0.6, 0.7], 0.0) == np.inf  # nor does a tie
+
+    @pytest.mark.parametrize(
+        ("n", "fpr"), [(9, 0), (10, 1e-1), (99, 1e-1), (100, 1e-2), (9999, 1e-3), (10**6, 1e-4)]
+    )
+    def test_the_smallest_rate_that_the_sample_resolves(self, n: int, fpr: float) -> None:
+        assert working_fpr(n) == fpr
+
+
+class TestSelectionFunction:
+    def test_bins_hold_equal_counts_and_what_was_found_in_each(self) -> None:
+        table = sample()
+        got = selection_function(table)
+        lenses = table[table["label"] == 1]
+        assert got["fpr"] == 1e-2
+        assert got["false_positives"] <= 6
+        assert list(got["quantities"]) == list(QUANTITIES)
+        bins = got["quantities"]["einstein_radius"]["bins"]
+        assert [b["n"] for b in bins] == [50] * 8
+        by_pandas = lenses.groupby(pd.qcut(lenses["einstein_radius"], 8), observed=True)
+        found = by_pandas["probability"].apply(lambda p: (p >= got["threshold"]).sum())
+        assert [b["found"] for b in bins] == found.tolist()
+        assert bins[0]["completeness"]["value"] < bins[-1]["completeness"]["value"]
+        assert sum(b["found"] for b in bins) == round(got["completeness"]["value"] * 400)
+
+    def test_the_flux_ratio_is_that_of_the_lensed_source_to_the_lens(self) -> None:
+        table = sample()
+        # Five magnitudes are a factor of a hundred: 8 x 0.01.
+        table["magnification"] = 8.0
+        table["lens_magnitude"], table["source_magnitude"] = 19.0, 24.0
+        (only,) = selection_function(table)["quantities"]["flux_ratio"]["bins"]
+        assert only["median"] == pytest.approx(0.08)
+        assert only["n"] == 400
+
+    def test_what_is_not_known_is_left_out_and_counted(self) -> None:
+        table = sample().drop(columns=["z_source", "magnification"])
+        table["z_lens"] = np.nan
+        table.loc[:99, "arc_snr"] = np.nan
+        table.loc[100, "arc_snr"] = np.inf
+        table["source_magnitude"] = "not measured"
+        got = selection_function(table)
+        assert list(got["quantities"]) == ["einstein_radius", "arc_snr"]
+        assert got["quantities"]["einstein_radius"]["missing"] == 0
+        snr = got["quantities"]["arc_snr"]
+        assert snr["missing"] == 101
+        assert sum(b["n"] for b in snr["bins"]) == 299
+        assert got["map"] is None
+
+    def test_without_any_truth_there_is_the_completeness_alone(self) -> None:
+        got = selection_function(sample()[["label", "probability"]])
+        assert got["quantities"] == {}
+        assert got["map"] is None
+        assert got["completeness"]["value"] > 0
+
+    def test_what_is_known_of_non_lenses_does_not_count(self) -> None:
+        table = sample()
+        table.loc[table["label"] == 1, "z_lens"] = np.nan
+        assert "z_lens" not in selection_function(table)["quantities"]
+
+    def test_equal_values_share_a_bin(self) -> None:
+        table = sample()
+        table["z_lens"] = table["z_lens"].round(1)
+        bins = selection_function(table)["quantities"]["z_lens"]["bins"]
+        assert len(bins) > 1
+        assert all(a["high"] < b["low"] for a, b in pairwise(bins))
+        assert sum(b["n"] for b in bins) == 400
+
+    @pytest.mark.parametrize("decimals", [8, 1])
+    def test_the_order_of_the_cutouts_changes_nothing(self, decimals: int) -> None:
+        table = sample().round({"probability": decimals, "z_lens": 1})
+        turned = table.sample(frac=1, random_state=1)
+        assert selection_function(turned) == selection_function(table)
+        assert false_positives_by_kind(turned, 0.5) == false_positives_by_kind(table, 0.5)
+        a, b = (forecast(t["label"], t["probability"]) for t in (turned, table))
+        assert a == b
+
+    def test_the_map_counts_every_lens_once(self) -> None:
+        table = sample()
+        table.loc[0, "source_magnitude"] = np.nan
+        table.loc[1, ["einstein_radius", "source_magnitude"]] = [9.0, 20.0]  # far from all others
+        got = selection_function(table)
+        n, found = np.array(got["map"]["n"]), np.array(got["map"]["found"])
+        assert n.shape == (6, 6)
+        assert n.sum() == 399
+        assert (found <= n).all()
+        assert n[0, -1] == 1  # rows are of source magnitude, columns of Einstein radius
+        assert (n == 0).any()
+        chosen = table["probability"] >= got["threshold"]
+        assert found.sum() == (chosen & (table["label"] == 1))[1:].sum()
+
+    def test_a_map_needs_forty_lenses(self) -> None:
+        assert selection_function(sample(39))["map"] is None
+        assert np.shape(selection_function(sample(40))["map"]["n"]) == (2, 2)
+
+    def test_where_no_threshold_is_pure_enough_nothing_is_found(self) -> None:
+        table = sample(20, 5)
+        table.loc[24, "probability"] = 1.0
+        got = selection_function(table)
+        assert (got["fpr"], got["threshold"], got["false_positives"]) == (0, None, 0)
+        assert got["completeness"]["value"] == 0
+        assert false_positives_by_kind(table, got["threshold"])["ring"]["false_positives"] == 0
+
+
+def test_the_interval_of_a_fraction_is_that_of_jeffreys_and_near_that_of_wilson() -> None:
+    got = fraction(30, 50)
+    assert got["low"] == pytest.approx(beta.ppf(0.025, 30.5, 20.5))
+    wilson = binomtest(30, 50).proportion_ci(method="wilson")
+    assert (got["low"], got["high"]) == pytest.approx((wilson.low, wilson.high), abs=0.01)
+    assert fraction(0, 50)["low"] == 0
+    assert fraction(50, 50)["high"] == 1
+    assert fraction(0, 0) == {"value": None, "low": None, "high": None}
+
+
+def test_false_positives_are_counted_by_kind() -> None:
+    table = sample()
+    # The one at the threshold counts: chosen is what is not below it.
+    threshold = table.loc[table["kind"] == "ring", "probability"].nlargest(5).min()
+    got = false_positives_by_kind(table, threshold)
+    assert got.keys() == {"ring", "star"}
+    assert got["ring"]["n"] == (table["kind"] == "ring").sum()
+    assert got["ring"]["false_positives"] == 5
+    assert false_positives_by_kind(table.drop(columns="kind"), threshold) == {}
+    table.loc[table["kind"] == "star", "kind"] = None  # as of real galaxies beside simulated ones
+    n_star = got["star"]["n"]
+    assert false_positives_by_kind(table, threshold)["not stated"]["n"] == n_star
+    assert false_positives_by_kind(table.assign(kind=None), threshold) == {}
+    alone = false_positives_by_kind(table[table["label"] == 0], threshold)
+    assert alone["ring"]["auroc"] is None
+
+
+class TestForecast:
+    def test_expected_numbers_by_hand(self) -> None:
+        # 80 of 100 lenses and 10 of 1000 non-lenses above 0.5: of a million objects, a thousand of
+        # them lenses, 800 and 9990 are chosen.
+        label = np.r_[np.ones(100), np.zeros(1000)]
+        score = np.r_[np.full(80, 0.6), np.full(20, 0.1), np.full(10, 0.6), np.full(990, 0.2)]
+        got = forecast(label, score, prevalence=1e-3, n_objects=1_000_000)
+        row = got["rows"][-1]
+        assert (row["found"], row["false_positives"]) == (80, 10)
+        assert row["lenses"]["value"] == pytest.approx(800)
+        assert row["candidates"]["value"] == pytest.approx(10_790)
+        assert row["purity"]["value"] == pytest.approx(800 / 10_790)
+        for name in ("lenses", "candidates", "purity", "completeness", "false_positive_rate"):
+            assert row[name]["low"] < row[name]["value"] < row[name]["high"], name
+        # One threshold serves 10 % and 1 %; none with fewer false positives finds a lens.
+        assert [row["fpr"] for row in got["rows"]] == [1e-2]
+
+    def test_without_a_false_positive_the_purity_is_a_lower_bound_by_the_rule_of_three(
+        self,
+    ) -> None:
+        label = np.r_[np.ones(100), np.zeros(1000)]
+        score = np.r_[np.full(80, 0.9), np.full(20, 0.1), np.full(1000, 0.2)]
+        row = forecast(label, score)["rows"][-1]
+        assert row["false_positives"] == 0
+        assert row["false_positive_rate"]["high"] == pytest.approx(3 / 1000, rel=0.005)
+        assert row["purity"]["value"] is None
+        assert row["purity"]["low"] == pytest.approx(800 / (800 + 999_000 * 0.003), rel=0.005)
+        assert row["candidates"]["value"] is None
+        assert row["candidates"]["low"] == pytest.approx(800)
+        assert row["candidates"]["high"] == pytest.approx(800 + 2997, rel=0.005)
+
+    def test_one_false_positive_gives_a_value_and_a_wide_interval(self) -> None:
+        label = np.r_[np.ones(100), np.zeros(1000)]
+        score = np.r_[np.full(100, 0.9), 0.9, np.full(999, 0.2)]
+        row = forecast(label, score)["rows"][-1]
+        assert row["false_positives"] == 1
+        assert row["purity"]["value"] == pytest.approx(1000 / (1000 + 999))
+        # The exact 97.5 % limit of one count is 5.57; resamplings never show more than 3 to 4.
+        assert row["purity"]["low"] < 1000 / (1000 + 4 * 999)
+        assert row["purity"]["high"] < 1
+
+    def test_intervals_cover_the_truth_as_often_as_they_say(self) -> None:
+        tpr, fpr, prevalence = 0.7, 3 / 1000, 1e-3
+        truth = tpr * prevalence / (tpr * prevalence + fpr * (1 - prevalence))
+        random, covered, trials = np.random.default_rng(0), 0, 300
+        for _ in range(trials):
+            found, mistaken = random.binomial(100, tpr), random.binomial(1000, fpr)
+            label = np.r_[np.ones(100), np.zeros(1000)]
+            score = np.r_[np.arange(100) < found, np.arange(1000) < mistaken].astype(float)
+            of_ten = forecast(label, score, prevalence=prevalence)["rows"][0]["purity"]
+            high = 1 if of_ten["high"] is None else of_ten["high"]
+            covered += of_ten["low"] <= truth <= high
+        assert covered / trials > 0.92
+
+    @pytest.mark.parametrize("prevalence", [0.0, 1.0, -0.1, float("nan")])
+    def test_a_prevalence_that_is_none_is_refused(self, prevalence: float) -> None:
+        table = sample()
+        with pytest.raises(InputError, match="prevalence"):
+            forecast(table["label"], table["probability"], prevalence=prevalence)
+        with pytest.raises(InputError, match="prevalence"):
+            threshold_curve(table["label"], table["probability"], prevalence)
+
+    def test_purity_at_the_samples_own_mixture_is_its_precision(self) -> None:
+        table = sample()
+        curve = threshold_curve(table["label"], table["probability"])
+        assert (np.diff(curve["threshold"]) < 0).all()
+        for row in curve.itertuples():
+            chosen = table[table["probability"] >= row.threshold]
+            assert row.purity_of_sample == pytest.approx((chosen["label"] == 1).mean())
+            assert row.false_positives == (chosen["label"] == 0).sum()
+        assert curve["completeness"].iloc[-1] == 1
+        assert curve["purity"].iloc[-1] == pytest.approx(1e-3)
+        none = curve["false_positives"] == 0
+        assert none.any()
+        assert (curve["purity"].isna() == none).all()
+        some = curve[~none]
+        assert (some["purity_low"] <= some["purity"]).all()
+        assert (some["purity"] <= some["purity_high"]).all()
+        assert curve["purity_low"].notna().all()
+
+    def test_bayes(self) -> None:
+        assert purity(1.0, 0.0, 0.5) == 1
+        assert purity(0.5, 0.5, 0.001) == pytest.approx(0.001)
+        assert np.isnan(purity(0.0, 0.0, 0.5))
