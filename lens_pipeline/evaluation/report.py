@@ -70,7 +70,7 @@ def kinds_table(kinds: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
             "kind": kind,
             "cutouts": of_kind["n"],
             "false positives": of_kind["false_positives"],
-            "rate": _cell(of_kind["false_positive_rate"]),
+            "rate": metric_text(of_kind["false_positive_rate"]),
             "AUROC": of_kind["auroc"],
         }
         for kind, of_kind in hardest
@@ -87,7 +87,7 @@ def completeness_table(selection: Mapping[str, Any]) -> pd.DataFrame:
             "to": f"{of_bin['high']:.3g}",
             "lenses": of_bin["n"],
             "found": of_bin["found"],
-            "completeness": _cell(of_bin["completeness"]),
+            "completeness": metric_text(of_bin["completeness"]),
             "not known of": quantity["missing"],
         }
         for name, quantity in selection["quantities"].items()
@@ -112,10 +112,10 @@ def forecast_table(forecast: Mapping[str, Any]) -> pd.DataFrame:
                     if resolved
                     else f"below {rate['high']:.2g}"
                 ),
-                "completeness": _cell(row["completeness"]),
+                "completeness": metric_text(row["completeness"]),
                 "candidates": _counted(candidates) if resolved else bound,
                 "lenses": _counted(row["lenses"]),
-                "purity": _cell(purity) if resolved else f"above {purity['low']:.3f}",
+                "purity": metric_text(purity) if resolved else f"above {purity['low']:.3f}",
             }
         )
     return pd.DataFrame(rows)
