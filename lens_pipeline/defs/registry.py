@@ -161,6 +161,7 @@ def _register(
         run_id,
         {"fusion": facts["fusion"]["strategy"], "members": ",".join(steps)},
         metrics=flat_metrics(metrics, "test/"),
+        artifacts=evaluation.shown,
     )
     tags = version_tags(tracking.settings, key, dataset_version, dagster_run, member_runs, metrics)
     return tracking.register(folder, run_id, shape, tags, model_card(facts, evaluation))

@@ -17,7 +17,7 @@ from lens_pipeline.evaluation.origins import SIMULATED, basis, by_origin, descri
 from lens_pipeline.evaluation.plots import contact_sheet
 from lens_pipeline.evaluation.report import Picture, Section, write_report
 from lens_pipeline.evaluation.result import ENSEMBLE, FILES, REPORT, SCORES, Evaluation
-from lens_pipeline.evaluation.sections import score_sections, selection_sections
+from lens_pipeline.evaluation.sections import fusion_section, score_sections, selection_sections
 from lens_pipeline.evaluation.selection import (
     PREVALENCE,
     false_positives_by_kind,
@@ -79,6 +79,7 @@ def evaluate_ensemble(
     sections = [
         *score_sections(shown, columns, evaluation.forecast),
         *selection_sections(selection, evaluation.kinds, parts),
+        fusion_section(ensemble.facts, shown, list(ensemble.members), rests_on),
         _galleries(dataset, test, best, ensemble.members[best]),
     ]
     for picture in (picture for section in sections for picture in section.pictures):

@@ -64,8 +64,9 @@ def _limits(facts: Mapping[str, Any], evaluation: Evaluation) -> list[str]:
     ]
     if unresolved:
         limits.append(f"- The test split is too small to tell: {', '.join(unresolved)}.")
-    worst = sorted(evaluation.kinds.items(), key=lambda kind: kind[1]["auroc"])[:3]
-    if worst:
-        named = ", ".join(f"{kind} (AUROC {of_kind['auroc']:.3f})" for kind, of_kind in worst)
+    told = {k: of["auroc"] for k, of in evaluation.kinds.items() if of["auroc"] is not None}
+    if told:
+        worst = sorted(told, key=told.__getitem__)[:3]
+        named = ", ".join(f"{kind} (AUROC {told[kind]:.3f})" for kind in worst)
         limits.append(f"- Hardest to tell from lenses: {named}.")
     return limits

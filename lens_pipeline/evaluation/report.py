@@ -25,6 +25,7 @@ MORE_COLUMNS = COLUMNS | {
     "tpr0": "TPR0",
     "tpr10": "TPR10",
     "tpr_at_fpr_1e-3": "TPR at FPR 1e-3",
+    "tpr_at_fpr_1e-4": "TPR at FPR 1e-4",
     "precision_at_k": "precision at k",
     "ece_top": "calibration error, highest tenth",
     "brier": "Brier score",
@@ -116,6 +117,25 @@ def forecast_table(forecast: Mapping[str, Any]) -> pd.DataFrame:
                 "candidates": _counted(candidates) if resolved else bound,
                 "lenses": _counted(row["lenses"]),
                 "purity": metric_text(purity) if resolved else f"above {purity['low']:.3f}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def fusions_table(comparison: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The `comparison` of an ensemble, a row a fusion, the best first."""
+    rows = []
+    for row in comparison:
+        gain = {"value": row["gain"], "low": row["gain_low"], "high": row["gain_high"]}
+        metric = {"value": row["mean"], "low": row["low"], "high": row["high"]}
+        rows.append(
+            {
+                "fusion": row["strategy"].replace("_", " "),
+                MORE_COLUMNS[row["metric"]]: metric_text(metric),
+                "gain": metric_text(gain),
+                "better in": f"{row['better']:.0%}",
+                "AUROC": row["auroc"],
+                "calibration error": row["ece"],
             }
         )
     return pd.DataFrame(rows)

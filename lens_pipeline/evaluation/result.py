@@ -37,6 +37,12 @@ class Evaluation:
     selection: dict[str, Any]
     forecast: dict[str, Any]
 
+    @property
+    def shown(self) -> tuple[Path, ...]:
+        """The report, and the pictures and figures in it."""
+        pictures = sorted(self.folder.glob("*.png"))
+        return (self.folder / REPORT, *pictures, *(self.folder / name for name in FILES))
+
     def gate(self, thresholds: Mapping[str, Any]) -> GateDecision:
         """Whether this ensemble may become the first champion."""
         return first_model_gate(self.metrics[ENSEMBLE], **thresholds)

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from lens_pipeline.evaluation.metrics import roc
 from lens_pipeline.evaluation.plots import COLOURS, FONT, column_figure, plain
@@ -192,4 +193,30 @@ def score_histogram_figure(label: ArrayLike, probability: ArrayLike) -> Figure:
         axes.yaxis.set_major_formatter("{x:g}")
     axes.set(xlim=(0, 1), ylim=(0, None))
     axes.legend(frameon=False, fontsize=FONT, loc="upper center")
+    return figure
+
+
+def agreement_figure(label: NDArray[np.integer], scores: Mapping[str, ArrayLike]) -> Figure:
+    """Spearman's correlation between the scores (n,) of each two members, by name: of lenses above
+    the diagonal, of non-lenses below it; label (n,)."""
+    table = pd.DataFrame({name: np.asarray(score) for name, score in scores.items()})
+    of_lenses, of_others = (
+        table[label == value].corr(method="spearman").to_numpy() for value in (1, 0)
+    )
+    shown = np.triu(of_lenses, 1) + np.tril(of_others, -1)
+    np.fill_diagonal(shown, np.nan)
+    figure = column_figure(3.4)
+    axes = figure.add_subplot()
+    axes.imshow(shown, vmin=0, vmax=1, cmap="cividis")
+    for row, column in zip(*np.nonzero(np.isfinite(shown)), strict=True):
+        value = shown[row, column]
+        axes.text(
+            column, row, f"{value:.2f}", ha="center", va="center", fontsize=FONT,
+            color="black" if value > 0.5 else "white",
+        )  # fmt: skip
+    places, names = range(len(table.columns)), list(table.columns)
+    axes.set_xticks(places, names, rotation=40, ha="right", fontsize=FONT)
+    axes.set_yticks(places, names, fontsize=FONT)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
     return figure

@@ -1,6 +1,6 @@
 """The report's sections, from score tables and what was computed of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -11,9 +11,11 @@ from lens_pipeline.evaluation.report import (
     Section,
     completeness_table,
     forecast_table,
+    fusions_table,
     kinds_table,
 )
 from lens_pipeline.evaluation.score_plots import (
+    agreement_figure,
     one_in,
     precision_recall_figure,
     purity_figure,
@@ -100,6 +102,39 @@ def score_sections(
             ],
         ),
     ]
+
+
+def fusion_section(
+    facts: Mapping[str, Any], table: pd.DataFrame, members: Sequence[str], rests_on: str
+) -> Section:
+    """How the members become one score, and where they differ.
+
+    facts: `ensemble.json`; table: cutouts with their scores, `rests_on` what they are; members:
+    their names.
+    """
+    chosen, validation = facts["fusion"]["strategy"], facts["validation"]
+    text = (
+        f"Fusion: {chosen.replace('_', ' ')}. Below, all that were compared on the validation "
+        f"split ({validation['n_lens']:,} lenses, {validation['n_nonlens']:,} non-lenses), each "
+        "fifth scored by what was fitted to the others, with 95 % intervals; gain: over the best "
+        "single member on the same resamplings. "
+        if facts["comparison"]
+        else f"Fusion: {chosen.replace('_', ' ')}; the validation split is too small to compare "
+        "others with it. "
+    )
+    text += f"The figure is of the {described(table, rests_on)}."
+    pictures = []
+    if len(members) > 1:
+        columns = {name: table[f"probability_{name}"].to_numpy() for name in members}
+        caption = (
+            "How alike the members rank lenses (upper right) and non-lenses (lower left): "
+            "Spearman's correlation of their scores. Members that err together gain little by "
+            "being many."
+        )
+        figure = agreement_figure(table["label"].to_numpy(dtype="int8"), columns)
+        pictures.append(Picture("agreement", caption, figure))
+    tables = {"Fusions": fusions_table(facts["comparison"])} if facts["comparison"] else {}
+    return Section("How members become one score", text, tables, pictures)
 
 
 def selection_sections(

@@ -178,7 +178,7 @@ def test_one_origin_has_no_metrics_of_its_own(ensemble: Path, tmp_path: Path) ->
     # One of the map's two quantities is not known.
     assert names == {
         *("roc", "precision_recall", "reliability", "histogram", "purity"),
-        *("completeness", "missed", "mistaken"),
+        *("completeness", "agreement", "missed", "mistaken"),
     }
 
 

@@ -30,7 +30,7 @@ def evaluated(n: int = 600, kinds: int = 3) -> Evaluation:
     label = np.arange(n) % 2
     metrics = lens_metrics(label, expit(random.normal(label)))
     of_kind = {f"kind{k}": {"n": 10, "auroc": 0.5 + k / 1000} for k in range(kinds)}
-    return Evaluation(Path(), {"ensemble": metrics}, of_kind)
+    return Evaluation(Path(), {"ensemble": metrics}, of_kind, {}, {}, {})
 
 
 def test_the_card_says_what_the_scores_are_of_and_what_they_are_worth() -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 
 from lens_pipeline.evaluation.gates import GateDecision
 from lens_pipeline.evaluation.metrics import lens_metrics
@@ -26,7 +27,7 @@ from lens_pipeline.evaluation.score_plots import (
     purity_figure,
     roc_figure,
 )
-from lens_pipeline.evaluation.sections import score_sections, selection_sections
+from lens_pipeline.evaluation.sections import fusion_section, score_sections, selection_sections
 from lens_pipeline.evaluation.selection import (
     false_positives_by_kind,
     forecast,
@@ -199,3 +200,40 @@ class TestFigures:
     def test_a_prevalence_in_words(self) -> None:
         assert one_in(1e-3) == "1 lens in 1,000"
         assert one_in(1 / 2000) == "1 lens in 2,000"
+
+
+def test_the_fusion_is_shown_beside_all_that_it_was_compared_with() -> None:
+    row = {"strategy": "uncertainty_weighted", "metric": "tpr_at_fpr_1e-3", "better": 0.95}
+    figures = ("mean", "low", "high", "gain", "gain_low", "gain_high", "auroc", "ece")
+    row |= {name: number / 10 for number, name in enumerate(figures)}
+    facts = {
+        "fusion": {"strategy": "uncertainty_weighted"},
+        "validation": {"n_lens": 1200, "n_nonlens": 3400},
+        "comparison": [row],
+    }
+    random = np.random.default_rng(0)
+    table = pd.DataFrame({"label": np.arange(200) % 2, "probability_a": random.uniform(size=200)})
+    table["probability_b"] = table["probability_a"] ** 2 + 0.3 * random.uniform(size=200)
+    section = fusion_section(facts, table, ["a", "b"], "real")
+    assert section.text.startswith("Fusion: uncertainty weighted.")
+    assert "(1,200 lenses, 3,400 non-lenses)" in section.text
+    assert section.tables["Fusions"].to_dict("records") == [
+        {
+            "fusion": "uncertainty weighted",
+            "TPR at FPR 1e-3": "0.000 [0.100, 0.200]",
+            "gain": "0.300 [0.400, 0.500]",
+            "better in": "95%",
+            "AUROC": 0.6,
+            "calibration error": 0.7,
+        }
+    ]
+    (picture,) = section.pictures
+    (axes,) = picture.figure.axes
+    shown = {(text.get_position()): text.get_text() for text in axes.texts}
+    for place, label in (((1, 0), 1), ((0, 1), 0)):  # (column, row)
+        of = table[table["label"] == label]
+        expected = spearmanr(of["probability_a"], of["probability_b"]).statistic
+        assert shown[place] == f"{expected:.2f}"
+    alone = fusion_section(facts | {"comparison": []}, table, ["a"], "real")
+    assert "too small to compare" in alone.text
+    assert (alone.tables, alone.pictures) == ({}, [])
