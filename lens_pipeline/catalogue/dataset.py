@@ -193,6 +193,12 @@ class CutoutRows:
         """int8 (n,): 1 lens, 0 not, -1 unknown."""
         return self.index["label"].fillna(-1).to_numpy(dtype=np.int8)
 
+    @property
+    def groups(self) -> NDArray[np.object_]:
+        """What falls into one split together; each cutout by itself where nothing is known."""
+        column = "group" if "group" in self.index else "id"
+        return self.index[column].to_numpy(dtype=object)
+
 
 @dataclass(frozen=True)
 class DatasetSplit(CutoutRows):

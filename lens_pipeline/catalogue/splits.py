@@ -1,9 +1,11 @@
 """Which split a cutout belongs to: a function of (split seed, group) alone."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from lens_pipeline.errors import InputError
 
@@ -12,14 +14,25 @@ FRACTIONS: Mapping[str, float] = {"train": 0.65, "val": 0.15, "test": 0.20}
 
 def split_of_group(group: str, seed: int, fractions: Mapping[str, float] = FRACTIONS) -> str:
     """The split of a group: it never changes as a catalogue grows."""
-    number = hashlib.sha256(f"{seed}:{group}".encode()).digest()[:8]
-    left = int.from_bytes(number) / 2**64
+    left = _uniform(f"{seed}:{group}")
     *others, last = fractions
     for split in others:
         left -= fractions[split]
         if left < 0:
             return split
     return last
+
+
+def drawn_groups(groups: Iterable[str], fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Which rows are of groups that a draw of a fraction of them takes: a function of (seed, group)
+    alone, as the split is."""
+    drawn = {group: _uniform(f"bag:{seed}:{group}") < fraction for group in set(groups)}
+    return np.array([drawn[group] for group in groups], dtype=bool)
+
+
+def _uniform(text: str) -> float:
+    """From 0 to below 1, by the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
 
 
 def assign_splits(table: pd.DataFrame, seed: int) -> pd.Series:

@@ -219,6 +219,7 @@ def _train_here(
         batch_size=config.training.batch_size,
         num_workers=config.data.num_workers,
         seed=config.training.seed,
+        bagging=config.data.bagging,
         cache_dir=settings.home / "cache",
         storage_options=settings.storage_options,
     )

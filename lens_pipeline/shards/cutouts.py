@@ -42,6 +42,11 @@ class Split(Protocol):
         """int8 (n,): 1 lens, 0 not, -1 unknown."""
         ...
 
+    @property
+    def groups(self) -> NDArray[np.object_]:
+        """What falls into one split together."""
+        ...
+
     def gather(self, indices: NDArray[np.integer] | list[int]) -> NDArray[np.floating]:
         """The cutouts (n, bands, height, width) at these places, in the units of the format."""
         ...
@@ -86,6 +91,10 @@ class CroppedSplit:
     @property
     def labels(self) -> NDArray[np.int8]:
         return self.whole.labels
+
+    @property
+    def groups(self) -> NDArray[np.object_]:
+        return self.whole.groups
 
     def gather(self, indices: NDArray[np.integer] | list[int]) -> NDArray[np.floating]:
         return np.ascontiguousarray(central(self.whole.gather(indices), self.size))

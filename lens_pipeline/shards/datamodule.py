@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lens_pipeline.catalogue.dataset import CutoutFormat
+from lens_pipeline.catalogue.splits import drawn_groups
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.cutouts import Cutouts, Split, fetched, open_cutouts
 from lens_pipeline.shards.reader import FetchedSplit
@@ -44,7 +46,8 @@ class CutoutModule(pl.LightningDataModule):
 
     Batches: dict of `image` float32 (n, bands, height, width) in the units of the stored cutouts,
     `label` float32 (n,), `index` int64 (n,). The order of an epoch depends on (seed, epoch) alone;
-    see `EpochBatches` for how ranks share it.
+    see `EpochBatches` for how ranks share it. bagging: the fraction of the training groups that
+    batches are made of, drawn by the seed.
     """
 
     def __init__(
@@ -55,8 +58,12 @@ class CutoutModule(pl.LightningDataModule):
         pin_memory: bool | None,
         persistent_workers: bool | None,
         prefetch_factor: int | None,
+        bagging: float,
     ) -> None:
         super().__init__()
+        if not 0 < bagging <= 1:
+            raise InputError(f"bagging {bagging}: must be above 0 and at most 1")
+        self.bagging = bagging
         for name, value, least in (("batch_size", batch_size, 2), ("num_workers", num_workers, 0)):
             if value < least:
                 raise InputError(f"{name} {value}: at least {least} is needed")
@@ -95,9 +102,17 @@ class CutoutModule(pl.LightningDataModule):
         return self.format.units
 
     def class_counts(self, split: str) -> tuple[int, int]:
-        """(non-lenses, lenses) of a split."""
-        labels = self.split(split).labels
+        """(non-lenses, lenses) of a split, as far as they take part."""
+        labels = self.split(split).labels[self.taking_part(split)]
         return int((labels == 0).sum()), int((labels == 1).sum())
+
+    def taking_part(self, split: str) -> NDArray[np.bool_]:
+        """Which cutouts of a split batches are made of: of `train`, the groups that `bagging`
+        draws by the seed; of others, all."""
+        found = self.split(split)
+        if split != "train" or self.bagging == 1:
+            return np.ones(len(found), dtype=bool)
+        return drawn_groups(found.groups, self.bagging, self.seed)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         # On the device: half as many bytes cross the bus.
@@ -116,6 +131,7 @@ class CutoutModule(pl.LightningDataModule):
             shuffle=shuffle,
             seed=self.seed,
             windows=_windows(remote) if remote else None,
+            among=self.taking_part(name),
         )
         if remote is None:
             return ShardLoader(data, sampler, **self.loading)
@@ -165,9 +181,16 @@ class LensDataModule(CutoutModule):
         cache_dir: str | Path | None = None,
         storage_options: Mapping[str, Any] | None = None,
         cache_gb: float | None = None,
+        bagging: float = 1.0,
     ) -> None:
         super().__init__(
-            batch_size, num_workers, seed, pin_memory, persistent_workers, prefetch_factor
+            batch_size,
+            num_workers,
+            seed,
+            pin_memory,
+            persistent_workers,
+            prefetch_factor,
+            bagging,
         )
         self.data_root = data_root
         self.size = image_size
@@ -224,9 +247,16 @@ class LensWebDatasetDataModule(CutoutModule):
         cache_dir: str | Path | None = None,
         storage_options: Mapping[str, Any] | None = None,
         cache_gb: float | None = None,
+        bagging: float = 1.0,
     ) -> None:
         super().__init__(
-            batch_size, num_workers, seed, pin_memory, persistent_workers, prefetch_factor
+            batch_size,
+            num_workers,
+            seed,
+            pin_memory,
+            persistent_workers,
+            prefetch_factor,
+            bagging,
         )
         self.urls = dict(zip(SPLITS, (train_urls, val_urls, test_urls), strict=True))
         self.how: dict[str, Any] = {
@@ -268,6 +298,10 @@ class LensWebDatasetDataModule(CutoutModule):
         tars = self._tars(name)
         if tars.decoder is None:
             return super().loader(name, shuffle)
+        if self.bagging < 1:
+            raise InputError(
+                f"bagging {self.bagging}: streamed tars are not drawn from; name a cache_dir"
+            )
         stream = TarStream(
             tars.urls,
             tars.decoder,

@@ -58,6 +58,7 @@ class EpochBatches(DistributedSampler[list[int]]):
     every place exactly once, over all ranks together.
     windows: of shards that are fetched, an order that needs them one after the other; other epochs,
     and other splits, are shuffled as a whole.
+    among: bool (n,), the places that take part, else all; only they count.
     rank, ranks: of torch.distributed where it runs, else 0 of 1. `start`: batches to leave out at
     the next iteration, for an epoch that goes on.
     """
@@ -73,8 +74,11 @@ class EpochBatches(DistributedSampler[list[int]]):
         rank: int | None = None,
         ranks: int | None = None,
         windows: Windows | None = None,
+        among: NDArray[np.bool_] | None = None,
     ) -> None:
-        self.n, self.batch_size, self.shuffle, self.seed = n, batch_size, shuffle, seed
+        self.among = np.ones(n, dtype=bool) if among is None else among
+        self.whole, self.n = n, int(np.count_nonzero(self.among))
+        self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         self.windows = windows
         self._given = rank, ranks
         self.epoch, self.start = 0, 0
@@ -112,12 +116,16 @@ class EpochBatches(DistributedSampler[list[int]]):
         return self._order()[self.rank :: self.ranks][start * self.batch_size : end]
 
     def _order(self) -> NDArray[np.integer]:
+        order = self._order_of_all()
+        return order[self.among[order]]
+
+    def _order_of_all(self) -> NDArray[np.integer]:
         if not self.shuffle:
-            return np.arange(self.n)
+            return np.arange(self.whole)
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         if self.windows is not None and (self.epoch == 0 or self.windows.always):
             return self.windows.order(generator)
-        return torch.randperm(self.n, generator=generator).numpy()
+        return torch.randperm(self.whole, generator=generator).numpy()
 
 
 class ResumableLoader(DataLoader[Any]):

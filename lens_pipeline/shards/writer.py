@@ -124,6 +124,7 @@ class _Portion:
         index = {
             "id": self.table["id"].to_numpy(),
             "label": label.array,
+            "group": self.table["group"].to_numpy(),
             "offset": np.concatenate(offsets),
             "bytes": np.concatenate(payloads_bytes),
             "word_sum": np.concatenate(sums),

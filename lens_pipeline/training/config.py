@@ -208,6 +208,12 @@ class DataSection(_Section):
         default=0, ge=0, le=256, description="Loader processes; 0 reads in the training process."
     )
     cache_dir: str | None = Field(default=None, description="Where remote shards are kept.")
+    bagging: Float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="The fraction of the training groups to train on, drawn by the seed.",
+    )
 
 
 class TrainConfig(_Section):

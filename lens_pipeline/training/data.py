@@ -28,6 +28,7 @@ def data_module(
         "num_workers": chosen.num_workers,
         "image_size": chosen.image_size,
         "seed": config.training.seed,
+        "bagging": chosen.bagging,
         "cache_dir": chosen.cache_dir or cache,
         "storage_options": storage_options,
     }

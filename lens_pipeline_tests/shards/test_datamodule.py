@@ -130,3 +130,33 @@ def test_facts(shards_folder: Path, dataset: Dataset) -> None:
     assert (data.bands, data.image_size, data.units) == (("g", "r", "i"), 32, "background_sigma")
     batch = next(iter(data.val_dataloader()))
     assert data.on_after_batch_transfer(batch, 0)["image"].dtype == torch.float32
+
+
+def test_bagging_trains_each_seed_on_groups_of_its_own(
+    shards_folder: Path, dataset: Dataset
+) -> None:
+    table = dataset.table("train")
+
+    def drawn(seed: int, place: Path = shards_folder, bagging: float = 0.6) -> set[int]:
+        data = LensDataModule(place, batch_size=8, seed=seed, bagging=bagging)
+        first, second = (set(_epoch(data, number)[0].tolist()) for number in (0, 1))
+        taking_part = set(np.flatnonzero(data.taking_part("train")).tolist())
+        assert first | second <= taking_part
+        assert len(taking_part - first) < 2  # one that is left over waits for another epoch
+        lens = int((table["label"].to_numpy()[sorted(taking_part)] == 1).sum())
+        assert data.class_counts("train") == (len(taking_part) - lens, lens)
+        assert data.taking_part("val").all()
+        return taking_part
+
+    by_seed = [drawn(seed) for seed in range(6)]
+    for one in by_seed:
+        groups = table["group"].iloc[sorted(one)]
+        others = table["group"].drop(index=groups.index)
+        assert not set(groups) & set(others)  # a lens and its pair: both or neither
+    assert np.mean([len(one) / len(table) for one in by_seed]) == pytest.approx(0.6, abs=0.1)
+    assert len({frozenset(one) for one in by_seed}) == 6
+    # The same from the dataset that the shards were written from.
+    assert drawn(0) == by_seed[0] == drawn(0, Path(dataset.folder))
+    assert drawn(0, bagging=1.0) == set(range(len(table)))
+    with pytest.raises(InputError, match=r"bagging 0: must be above 0"):
+        LensDataModule(shards_folder, bagging=0)

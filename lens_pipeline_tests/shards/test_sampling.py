@@ -176,3 +176,17 @@ def test_two_processes_share_an_epoch(shards_folder: Path, tmp_path: Path) -> No
         places = [place for rank in ranks for batch in rank["train"][epoch] for place in batch]
         assert len(set(places)) == len(places)
     assert ranks[0]["train"][:half] != ranks[0]["train"][half:]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("shards", [None, SHARD])
+def test_of_places_that_do_not_take_part_none_is_seen(
+    ranks: int, shards: np.ndarray | None
+) -> None:
+    among = np.random.default_rng(0).random(2950) < 0.4
+    windows = Windows(shards, 4, always=True) if shards is not None else None
+    found = epoch(2950, 16, ranks, shuffle=True, among=among, windows=windows)
+    seen = [i for batches in found for batch in batches for i in batch]
+    assert len(set(seen)) == len(seen) > among.sum() - 2 * ranks
+    assert among[seen].all()
+    assert len({len(batches) for batches in found}) == 1

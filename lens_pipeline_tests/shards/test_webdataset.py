@@ -154,6 +154,20 @@ def test_our_own_shards_streamed(
     assert not torch.equal(torch.cat(epochs[0]), torch.cat(epochs[1]))
 
 
+def test_bagging_needs_cutouts_at_their_places(
+    shards_folder: Path, remote: str, tmp_path: Path
+) -> None:
+    upload(shards_folder, remote)
+    tars = f"{remote}/train-{{000000..000002}}.tar"
+    streamed = LensWebDatasetDataModule(tars, tars, bagging=0.5)
+    with pytest.raises(InputError, match="streamed tars are not drawn from; name a cache_dir"):
+        streamed.train_dataloader()
+    cached = LensWebDatasetDataModule(tars, tars, bagging=0.5, cache_dir=tmp_path)
+    from_folder = LensDataModule(shards_folder, bagging=0.5)
+    np.testing.assert_array_equal(cached.taking_part("train"), from_folder.taking_part("train"))
+    assert 0 < len(read(cached, "train")[1]) < len(cached.split("train"))
+
+
 @pytest.mark.parametrize("png16", [False, True])
 def test_a_streamed_shard_that_is_not_as_listed(
     dataset: Dataset, tmp_path: Path, remote: str, png16: bool
