@@ -76,10 +76,11 @@ def evaluate_ensemble(
         content = getattr(evaluation, name.removesuffix(".json"))
         (out / name).write_text(json.dumps(content, indent=1))
     best = _best_member(evaluation.metrics)
+    architectures = {name: one.hparams["arch"] for name, one in ensemble.members.items()}
     sections = [
         *score_sections(shown, columns, evaluation.forecast),
         *selection_sections(selection, evaluation.kinds, parts),
-        fusion_section(ensemble.facts, shown, list(ensemble.members), rests_on),
+        fusion_section(ensemble.facts, shown, architectures, rests_on, evaluation.metrics),
         _galleries(dataset, test, best, ensemble.members[best]),
     ]
     for picture in (picture for section in sections for picture in section.pictures):

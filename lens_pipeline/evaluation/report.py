@@ -141,6 +141,31 @@ def fusions_table(comparison: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def seeds_table(
+    metrics: Mapping[str, Mapping[str, Any]], architectures: Mapping[str, str]
+) -> pd.DataFrame:
+    """A row for each architecture that several members have: how far trainings of one network that
+    differ in seed (and in the groups drawn) are apart. Empty where no two have one.
+
+    metrics: of `lens_metrics`, by member; architectures: {member: architecture}.
+    """
+    rows = []
+    for architecture in dict.fromkeys(architectures.values()):
+        members = [name for name, arch in architectures.items() if arch == architecture]
+        if len(members) < 2:
+            continue
+        row: dict[str, Any] = {"architecture": architecture, "seeds": len(members)}
+        for key, title in COLUMNS.items():
+            values = [metrics[name][key]["value"] for name in members]
+            if None in values:
+                row[title] = UNRESOLVED
+            else:
+                low, high = min(values), max(values)
+                row[title] = f"{sum(values) / len(values):.3f} ({low:.3f} to {high:.3f})"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def _counted(number: Mapping[str, float]) -> str:
     return f"{_count(number['value'])} [{_count(number['low'])}, {_count(number['high'])}]"
 

@@ -1,6 +1,6 @@
 """The report's sections, from score tables and what was computed of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -13,6 +13,7 @@ from lens_pipeline.evaluation.report import (
     forecast_table,
     fusions_table,
     kinds_table,
+    seeds_table,
 )
 from lens_pipeline.evaluation.score_plots import (
     agreement_figure,
@@ -105,12 +106,16 @@ def score_sections(
 
 
 def fusion_section(
-    facts: Mapping[str, Any], table: pd.DataFrame, members: Sequence[str], rests_on: str
+    facts: Mapping[str, Any],
+    table: pd.DataFrame,
+    architectures: Mapping[str, str],
+    rests_on: str,
+    metrics: Mapping[str, Mapping[str, Any]],
 ) -> Section:
-    """How the members become one score, and where they differ.
+    """How the members become one score, where they differ, and how much by their seeds alone.
 
-    facts: `ensemble.json`; table: cutouts with their scores, `rests_on` what they are; members:
-    their names.
+    facts: `ensemble.json`; table: cutouts with their scores, `rests_on` what they are;
+    architectures: {member: architecture}; metrics: of `lens_metrics`, by member.
     """
     chosen, validation = facts["fusion"]["strategy"], facts["validation"]
     text = (
@@ -124,8 +129,8 @@ def fusion_section(
     )
     text += f"The figure is of the {described(table, rests_on)}."
     pictures = []
-    if len(members) > 1:
-        columns = {name: table[f"probability_{name}"].to_numpy() for name in members}
+    if len(architectures) > 1:
+        columns = {name: table[f"probability_{name}"].to_numpy() for name in architectures}
         caption = (
             "How alike the members rank lenses (upper right) and non-lenses (lower left): "
             "Spearman's correlation of their scores. Members that err together gain little by "
@@ -134,6 +139,14 @@ def fusion_section(
         figure = agreement_figure(table["label"].to_numpy(dtype="int8"), columns)
         pictures.append(Picture("agreement", caption, figure))
     tables = {"Fusions": fusions_table(facts["comparison"])} if facts["comparison"] else {}
+    seeds = seeds_table(metrics, architectures)
+    if seeds.empty:
+        text += (
+            " No two members share an architecture: what a seed alone changes, which the intervals "
+            "leave out, cannot be told (add `resnet18@1`, say)."
+        )
+    else:
+        tables["By seed alone: mean (lowest to highest)"] = seeds
     return Section("How members become one score", text, tables, pictures)
 
 

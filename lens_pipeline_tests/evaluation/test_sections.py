@@ -214,7 +214,12 @@ def test_the_fusion_is_shown_beside_all_that_it_was_compared_with() -> None:
     random = np.random.default_rng(0)
     table = pd.DataFrame({"label": np.arange(200) % 2, "probability_a": random.uniform(size=200)})
     table["probability_b"] = table["probability_a"] ** 2 + 0.3 * random.uniform(size=200)
-    section = fusion_section(facts, table, ["a", "b"], "real")
+    metrics = {
+        name: {key: {"value": value} for key in ("auroc", "average_precision", "ece")}
+        | {"tpr_at_fpr_1e-2": {"value": None}}
+        for name, value in (("a", 0.7), ("b", 0.8))
+    }
+    section = fusion_section(facts, table, {"a": "resnet18", "b": "resnet18"}, "real", metrics)
     assert section.text.startswith("Fusion: uncertainty weighted.")
     assert "(1,200 lenses, 3,400 non-lenses)" in section.text
     assert section.tables["Fusions"].to_dict("records") == [
@@ -227,6 +232,9 @@ def test_the_fusion_is_shown_beside_all_that_it_was_compared_with() -> None:
             "calibration error": 0.7,
         }
     ]
+    (seeds,) = section.tables["By seed alone: mean (lowest to highest)"].to_dict("records")
+    assert (seeds["architecture"], seeds["seeds"]) == ("resnet18", 2)
+    assert (seeds["AUROC"], seeds["TPR at FPR 1e-2"]) == ("0.750 (0.700 to 0.800)", "–")
     (picture,) = section.pictures
     (axes,) = picture.figure.axes
     shown = {(text.get_position()): text.get_text() for text in axes.texts}
@@ -234,6 +242,7 @@ def test_the_fusion_is_shown_beside_all_that_it_was_compared_with() -> None:
         of = table[table["label"] == label]
         expected = spearmanr(of["probability_a"], of["probability_b"]).statistic
         assert shown[place] == f"{expected:.2f}"
-    alone = fusion_section(facts | {"comparison": []}, table, ["a"], "real")
+    alone = fusion_section(facts | {"comparison": []}, table, {"a": "resnet18"}, "real", metrics)
     assert "too small to compare" in alone.text
+    assert "No two members share an architecture" in alone.text
     assert (alone.tables, alone.pictures) == ({}, [])
