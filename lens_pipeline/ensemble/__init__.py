@@ -6,7 +6,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "fusion": ["Fused", "fuse"],
+        "parts": ["score_to_file"],
         "predictor": ["score_catalogue", "score_dataset"],
+        "shard_cutouts": ["open_cutout_source"],
         "system": ["LensEnsemble", "assemble", "load_ensemble"],
     },
 )
