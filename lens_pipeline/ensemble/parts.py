@@ -30,7 +30,7 @@ from lens_pipeline.ensemble.system import BATCH, LensEnsemble
 from lens_pipeline.errors import InputError, NoRoomError
 from lens_pipeline.steps import digest, file_aside, source_hashes, write_aside
 
-ROWS = 8 * BATCH  # of a part: what a kill costs
+ROWS = 4 * BATCH  # of a part: what a kill costs
 ABOUT = "parts.json"
 SUFFIXES = (".parquet", ".csv")
 CAPTION = 17  # characters of an id that fit over a cutout
