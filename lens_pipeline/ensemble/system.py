@@ -114,7 +114,13 @@ def load_ensemble(folder: str | Path) -> LensEnsemble:
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; {folder} is not an ensemble")
     facts = json.loads(path.read_text())
-    members = {name: load_system(folder / "members" / f"{name}.ckpt") for name in facts["members"]}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # Whatever it was trained in: on a CPU convolutions are up to twice as fast in this layout.
+    layout = {"channels_last": True} if device == "cpu" else {}
+    members = {
+        name: load_system(folder / "members" / f"{name}.ckpt", **layout)
+        for name in facts["members"]
+    }
     ensemble = LensEnsemble(
         members,
         {name: Platt(**platt) for name, platt in facts["members"].items()},
@@ -122,4 +128,4 @@ def load_ensemble(folder: str | Path) -> LensEnsemble:
         CutoutFormat.from_dict(facts["format"]),
         facts,
     )
-    return ensemble.to("cuda" if torch.cuda.is_available() else "cpu")
+    return ensemble.to(device)
