@@ -73,7 +73,7 @@ def predicted(home: Path, catalogue: Path, out: Path, kill_at: int | None) -> tu
             if kill_at is not None and not killed and last.exists():
                 os.killpg(process.pid, signal.SIGKILL)
                 killed = True
-            time.sleep(0.1)
+            time.sleep(0.3)
     if process.returncode and not killed:
         raise RuntimeError(f"ended with {process.returncode}")
     return time.perf_counter() - begun, most / 1e6
