@@ -16,6 +16,7 @@ def make_dataset(folder: Path, n: int, n_others: int = 1) -> Path:
     y, x = np.mgrid[:SIZE, :SIZE] - SIZE / 2
     source = 50 * np.exp(-(x**2 + y**2) / 40).astype(np.float32)
     splits = {}
+    row = 0
     for split, count in (
         ("train", n),
         *((name, n_others) for name in ("val", "test", "unlabelled")),
@@ -31,6 +32,7 @@ def make_dataset(folder: Path, n: int, n_others: int = 1) -> Path:
             label[:] = pd.NA
         ids = [f"{split}-{number:08d}" for number in range(count)]
         table = pd.DataFrame({"id": ids, "label": label, "group": ids, "split": split})
+        table["row"] = np.arange(row, row := row + count)
         table.to_parquet(folder / f"{split}.parquet")
         splits[split] = {"n": count, "n_lens": count // 2, "n_nonlens": count - count // 2}
     pd.DataFrame({"id": []}).to_parquet(folder / "rejects.parquet")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lens_pipeline.errors import InputError, masked
+from lens_pipeline.predict_command import add_predict
 from lens_pipeline.settings import Settings, absolute
 from lens_pipeline.steps import folder_aside
 from lens_pipeline.terminal import INTERRUPTED, configure_logging, interruptible
@@ -115,11 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     tune = commands.add_parser("tune", parents=[common], help="search the best training settings")
     add_tune(tune)
 
-    predict = commands.add_parser("predict", parents=[common], help="score a catalogue")
-    predict.add_argument("--catalogue", required=True)
-    predict.add_argument("--out", type=Path, required=True, help="scores, .parquet or .csv")
-    predict.add_argument("--model", help="models:/lens_ensemble@alias or /version")
-    predict.set_defaults(do=_predict)
+    predict = commands.add_parser("predict", parents=[common], help="score the cutouts of a survey")
+    add_predict(predict)
 
     promote = commands.add_parser("promote", parents=[common], help="make a version champion")
     promote.add_argument("version", help="a version of lens_ensemble")
@@ -366,37 +364,6 @@ def _prune(options: argparse.Namespace) -> int:
         print(f"{one.version}  {one.bytes / 1e6:10.1f} MB  {state:8}  {one.reason}")
     lost = [one.bytes / 1e6 for one in found if not one.kept]
     print(f"{settings.cloud}: {len(lost)} of {len(found)} versions {gone}, {sum(lost):.1f} MB")
-    return 0
-
-
-def _predict(options: argparse.Namespace) -> int:
-    settings = Settings.load(home=options.home)
-    source = absolute(options.catalogue)
-    if options.out.suffix not in (".parquet", ".csv"):
-        raise InputError(f"--out {options.out}: must end in .parquet or .csv")
-    from lens_pipeline.tracking import Tracking
-
-    tracking = Tracking(settings)
-    tracking.require_registry()
-    from lens_pipeline.catalogue.table import read_catalogue
-
-    catalogue = read_catalogue(source, settings.storage_options)
-    ensemble, uri = tracking.load(options.model)
-    from lens_pipeline.ensemble.predictor import score_catalogue
-
-    scores = score_catalogue(ensemble, catalogue, settings.storage_options, pad=settings.pad)
-    scored = int(scores["probability"].notna().sum())
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    aside = options.out.with_name(f".{options.out.name}.{os.getpid()}")
-    if options.out.suffix == ".csv":
-        scores.to_csv(aside, index=False)
-    else:
-        scores.to_parquet(aside, index=False)
-    aside.replace(options.out)
-    print(f"{options.out}: {scored} of {len(scores)} cutouts scored by {uri}")
-    if not scored:
-        first = scores["reject_reason"].iloc[0]
-        raise InputError(f"{source}: no cutout could be scored; row 1: {first}")
     return 0
 
 

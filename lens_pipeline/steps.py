@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import filelock
 
@@ -39,14 +39,25 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old one or the new one, never a part."""
+@contextmanager
+def file_aside(path: Path) -> Iterator[BinaryIO]:
+    """A file that becomes `path` when the block ends well, so that a reader sees the old one or the
+    new one, never a part."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a small file as `file_aside` does."""
+    with file_aside(path) as file:
+        file.write(text.encode())
 
 
 @contextmanager

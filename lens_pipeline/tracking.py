@@ -10,13 +10,14 @@ import logging
 import math
 import os
 import socket
-import warnings
-from collections.abc import Mapping
-from contextlib import redirect_stderr
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import filelock
@@ -249,41 +250,43 @@ class Tracking:
         return self.client.get_model_version(MODEL, number) if number else None
 
     def register(
-        self,
-        ensemble: Path,
-        run_id: str,
-        example_shape: tuple[int, int, int],
-        tags: dict[str, str],
-        card: str,
+        self, ensemble: Path, run_id: str, tags: dict[str, str], card: str
     ) -> "ModelVersion":
         """Log the ensemble's folder as a model under a run, and make it the newest version.
 
-        example_shape: (bands, height, width) of a cutout; card: the version's description.
+        card: the version's description.
         """
         import mlflow
         import numpy as np
         from mlflow.models import ModelSignature
-        from mlflow.types import Schema, TensorSpec
+        from mlflow.types import ColSpec, Schema, TensorSpec
 
-        from lens_pipeline.ensemble import system
+        from lens_pipeline.ensemble import carried
+        from lens_pipeline.ensemble.system import load_ensemble
 
+        loaded = load_ensemble(ensemble)
+        example = carried.input_example(loaded.format)
         signature = ModelSignature(
-            inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *example_shape))])
+            inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *example.shape[1:]))]),
+            outputs=Schema([ColSpec("double", name) for name in loaded.columns]),
         )
         assert self.client  # sets MLflow's URIs
         with (
+            TemporaryDirectory() as folder,
             mlflow.start_run(run_id=run_id),
-            warnings.catch_warnings(),
+            _import_path_kept(),
             # It tells every user on stderr what our own caller says.
             redirect_stderr(io.StringIO()),
         ):
-            warnings.filterwarnings("ignore", message=".*An input example was not provided.*")
             model = mlflow.pyfunc.log_model(
                 name=MODEL,
-                python_model=str(Path(system.__file__).with_name("pyfunc_model.py")),
+                python_model=str(carried.MODEL_FILE),
                 artifacts={"ensemble": str(ensemble)},
+                code_paths=[str(carried.copy_code(Path(folder)))],
                 signature=signature,
-                pip_requirements=["lens-pipeline"],
+                input_example=example,
+                pip_requirements=carried.requirements(loaded),
+                metadata=carried.facts(loaded),
             )
             version = mlflow.register_model(model.model_uri, MODEL, tags=tags)
         return self.client.update_model_version(MODEL, version.version, description=card)
@@ -330,7 +333,7 @@ class Tracking:
         return sorted(self.client.get_model_version(MODEL, version).aliases)
 
     def load(self, uri: str | None = None) -> tuple["LensEnsemble", str]:
-        """(the ensemble, where it came from) by a `models:/` URI of this registry.
+        """(the ensemble, `models:/name/version`) by a `models:/` URI of this registry.
 
         Without one: `champion`, else the newest `challenger`. Raises InputError where the home has
         no registry, and where the registry has no such model.
@@ -347,7 +350,9 @@ class Tracking:
 
         assert self.client  # sets MLflow's URIs
         try:
-            model = mlflow.pyfunc.load_model(uri)
+            uri = self._numbered(uri)
+            with _import_path_kept():
+                model = mlflow.pyfunc.load_model(uri)
         except MlflowException as problem:
             reason = " ".join(str(problem).split())
             raise InputError(f"--model: {uri} cannot be loaded ({reason})") from None
@@ -364,11 +369,8 @@ class Tracking:
 
         from lens_pipeline.models.pretrained import read_checkpoint
 
-        name, at, alias = uri.removeprefix("models:/").partition("@")
         try:
-            if at:
-                version = self.client.get_model_version_by_alias(name, alias).version
-                uri = f"models:/{name}/{version}"  # an alias may move meanwhile
+            uri = self._numbered(uri)
             folder = self.settings.home / "cache" / uri.replace(":", "")
             folder.parent.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
@@ -396,6 +398,13 @@ class Tracking:
                 "name another with --home or LENS_HOME, or make one with `lens-pipeline run`"
             )
 
+    def _numbered(self, uri: str) -> str:
+        """The URI of the version that an alias points to now: it may move meanwhile."""
+        name, at, alias = uri.removeprefix("models:/").partition("@")
+        if not at:
+            return uri
+        return f"models:/{name}/{self.client.get_model_version_by_alias(name, alias).version}"
+
     def _default_uri(self) -> str:
         self.require_registry()
         for alias in (CHAMPION, CHALLENGER):
@@ -408,6 +417,17 @@ class Tracking:
             f"{masked(self.settings.mlflow_uri)}: no version of {MODEL} is registered; "
             "make one with `lens-pipeline run`"
         )
+
+
+@contextmanager
+def _import_path_kept() -> Iterator[None]:
+    """MLflow puts the code that a model carries before all else; here the installed code scores,
+    and so it does in processes that are started later."""
+    before = sys.path
+    try:
+        yield
+    finally:
+        sys.path = before
 
 
 def version_tags(

@@ -53,8 +53,11 @@ def test_the_scores_of_the_run_are_those_of_predict(home: Path, tmp_path: Path) 
 def test_where_no_cutout_fits_the_model_the_reason_is_told(
     home: Path, shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = shared_data / "cfhtls_graded" / "catalogue.csv"
-    out = tmp_path / "scores.csv"
+    folder = shared_data / "cfhtls_graded"
+    table = pd.read_csv(folder / "catalogue.csv").drop(columns="pixel_scale")
+    table["path"] = [str(folder / path) for path in table["path"]]
+    real, out = tmp_path / "real.csv", tmp_path / "scores.csv"
+    table.to_csv(real, index=False)
     assert main(["predict", "--home", str(home), "--catalogue", str(real), "--out", str(out)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
@@ -132,3 +135,17 @@ def test_a_registered_member_is_trained_further(
     capsys.readouterr()
     assert main([*begin, "--arch", "resnet18"]) == 2
     assert "has no resnet18; it has" in capsys.readouterr().err
+
+
+def test_shards_are_scored_as_their_catalogue_is(
+    home: Path, simulated_catalogue: Path, tmp_path: Path
+) -> None:
+    shards = next((home / "shards").glob("[!.]*/manifest.json")).parent
+    of_run = pd.read_parquet(next((home / "reports").glob("*/scores.parquet")))
+    out = tmp_path / "scores.parquet"
+    arguments = ["predict", "--home", str(home), "--out", str(out), "--catalogue"]
+    assert main([*arguments, str(shards)]) == 0
+    scores = pd.read_parquet(out)
+    assert scores["id"].tolist() == of_run["id"].tolist()
+    # Shards hold float16.
+    np.testing.assert_allclose(scores["logit"], of_run["logit"], rtol=0, atol=2e-2)

@@ -12,7 +12,9 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lens_pipeline.catalogue.fits_images import strict_fits
@@ -34,18 +36,23 @@ def read_cutouts(
     bands: Sequence[str] | None = None,
     pad: bool = False,
     options: dict[str, Any] | None = None,
+    rows: NDArray[np.integer] | None = None,
+    progress: bool = True,
 ) -> Iterator[Read]:
     """(row, cutout or the reason against it) for every row, in order; see `read_cutout`.
+
+    rows: which of them, from 0, by default all; progress: show it, on a terminal.
 
     Where the first rows show that the others will take long, processes read them, one a core at
     most; a few chunks are in memory at a time. (So a script that reads a large catalogue needs the
     `if __name__ == "__main__":` that Python asks of one that starts processes.)
     """
-    table = catalogue.table
+    rows = np.arange(len(catalogue.table)) if rows is None else rows
+    table = catalogue.table.iloc[rows]
     paths = table[catalogue.image_columns].to_numpy().tolist()
     unit = table["flux_unit"] if "flux_unit" in table else pd.Series([None] * len(table))
     units = [None if pd.isna(value) else value for value in unit]
-    sources = zip(range(len(table)), paths, units, strict=True)
+    sources = zip(rows.tolist(), paths, units, strict=True)
     chunks = iter(lambda: list(islice(sources, CHUNK)), [])
     read = partial(
         _read_chunk,
@@ -55,14 +62,15 @@ def read_cutouts(
         pad=pad,
         options=options,
     )
-    with tqdm(total=len(table), desc="reading cutouts", unit="cutout", disable=None) as progress:
+    shown = None if progress else True  # None: on a terminal
+    with tqdm(total=len(table), desc="reading cutouts", unit="cutout", disable=shown) as bar:
         begun = time.perf_counter()
         first = list(map(read, islice(chunks, 2)))
         done = sum(map(len, first))
         left = (time.perf_counter() - begun) / max(1, done) * (len(table) - done)
         for part in chain(first, _mapped(read, chunks, min(_cores(), int(left / WORTH)))):
             yield from part
-            progress.update(len(part))
+            bar.update(len(part))
 
 
 def _read_chunk(sources: list[Source], **how: Any) -> list[Read]:

@@ -1,7 +1,7 @@
 """Catalogues of cutouts: reading, schema and validation.
 
 A catalogue is a CSV, Parquet, FITS or VOTable file, or a folder laid out `{split}/{lens,nonlens}/`
-or with `{split}.csv` (columns `filepath,label`).
+or with `{split}.csv` (columns `filepath,label`), or of images alone, which have no label.
 """
 
 import hashlib
@@ -100,6 +100,8 @@ def source_fingerprint(source: str, storage_options: Mapping[str, Any] | None = 
         tables = [filesystem.cat_file(name) for name in listings if filesystem.exists(name)]
         folders = [posixpath.join(inside, split) for split in SPLITS]
         names = sorted(name for part in folders for name in filesystem.find(part))
+        if not names and not tables:
+            names = _images_in(filesystem, inside)
         return hashlib.sha256(b"\0".join([*(n.encode() for n in names), *tables])).hexdigest()
     except FileNotFoundError:
         raise InputError(f"{source}: there is no such file or folder") from None
@@ -168,15 +170,22 @@ def _read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str
         for kind, label in CLASS_FOLDERS.items():
             folder = posixpath.join(inside, split, kind)
             if filesystem.isdir(folder):
-                for name in sorted(posixpath.basename(n) for n in filesystem.ls(folder, False)):
-                    if name.lower().endswith(IMAGE_SUFFIXES):
-                        path = f"{split}/{kind}/{name}"
-                        rows.append({"id": path, "path": path, "label": label, "split": split})
+                for name in _images_in(filesystem, folder):
+                    path = f"{split}/{kind}/{name}"
+                    rows.append({"id": path, "path": path, "label": label, "split": split})
+    if not rows:
+        rows = [{"id": name, "path": name} for name in _images_in(filesystem, inside)]
     if not rows:
         raise InputError(
-            f"{source}: no cutouts; a folder needs train|val|test/lens|nonlens/ or train.csv ..."
+            f"{source}: no cutouts; a folder holds images, or train|val|test/lens|nonlens/ with "
+            "them, or train.csv ..."
         )
     return pd.DataFrame(rows)
+
+
+def _images_in(filesystem: fsspec.AbstractFileSystem, folder: str) -> list[str]:
+    names = (posixpath.basename(name) for name in filesystem.ls(folder, False))
+    return sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
 
 
 def _validated(table: pd.DataFrame, source: str, folder: str) -> pd.DataFrame:

@@ -155,8 +155,6 @@ def _register(
     run_id = tracking.start_run(
         MODEL, key, {DATASET_VERSION: dataset_version, DAGSTER_RUN: dagster_run}
     )
-    form = facts["format"]
-    shape = (len(form["bands"]), form["image_size"], form["image_size"])
     tracking.finish_run(
         run_id,
         {"fusion": facts["fusion"]["strategy"], "members": ",".join(steps)},
@@ -164,7 +162,7 @@ def _register(
         artifacts=evaluation.shown,
     )
     tags = version_tags(tracking.settings, key, dataset_version, dagster_run, member_runs, metrics)
-    return tracking.register(folder, run_id, shape, tags, model_card(facts, evaluation))
+    return tracking.register(folder, run_id, tags, model_card(facts, evaluation))
 
 
 def _stages(context: dg.AssetExecutionContext) -> dict[str, dict[str, Any]]:

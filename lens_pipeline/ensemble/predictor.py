@@ -1,17 +1,19 @@
 """Score tables: one row per catalogue row, in its order."""
 
-from itertools import islice
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat
 from lens_pipeline.catalogue.images import CutoutError
-from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.table import Catalogue
+from lens_pipeline.ensemble.cutouts import CatalogueCutouts, CutoutSource
 from lens_pipeline.ensemble.system import BATCH, LensEnsemble
 from lens_pipeline.errors import InputError
 
@@ -54,7 +56,7 @@ def score_dataset(
             "make processed_dataset again"
         )
     scores, splits = [], []
-    with _progress(len(catalogue.table)) as progress:
+    with scoring(len(catalogue.table)) as progress:
         for part in PARTS:
             images, rows = dataset.images(part), dataset.table(part)["row"]
             for start in range(0, len(images), BATCH):
@@ -77,27 +79,48 @@ def score_catalogue(
 ) -> pd.DataFrame:
     """Scores of a catalogue, read as the training set was; pad: see `build_dataset`.
 
-    Columns: id, label, probability, logit, std, entropy, probability_<member>, reject_reason, then
-    the catalogue's own. A cutout that cannot be used has null scores and a reject_reason.
+    Columns: id, label, those of `ensemble.columns`, reject_reason, then the catalogue's own. A
+    cutout that cannot be used has null scores and a reject_reason. Raises InputError where the
+    catalogue disagrees with the format of the ensemble. Of more rows than memory holds the scores:
+    `score_to_file`.
     """
-    form = ensemble.format
-    scores: list[pd.DataFrame] = []
-    rejects: dict[int, str] = {}
-    stream = read_cutouts(
-        catalogue, form.image_size, bands=form.named_bands, pad=pad, options=options
-    )
-    while batch := list(islice(stream, BATCH)):
-        good: dict[int, Any] = {}
-        for row, cutout in batch:
-            try:
-                if isinstance(cutout, CutoutError):
-                    raise cutout
-                good[row] = form.fitted(cutout).pixels
-            except CutoutError as reason:
-                rejects[row] = str(reason)
-        if good:
-            scores.append(ensemble.predict(np.stack(list(good.values()))).set_index(pd.Index(good)))
-    return _score_table(catalogue, ensemble.columns, scores, pd.Series(rejects, dtype=str))
+    source = CatalogueCutouts(catalogue, options or {}, pad)
+    source.check(ensemble.format)
+    with scoring(len(catalogue.table)) as progress:
+        batches = []
+        for batch in score_batches(ensemble, source):
+            batches.append(batch)
+            progress.update(len(batch))
+    return pd.concat(batches)
+
+
+def score_batches(
+    ensemble: LensEnsemble, source: CutoutSource, begin: int = 0
+) -> Iterator[pd.DataFrame]:
+    """The score table of a source, BATCH rows at a time, from a row on that is a multiple of it:
+    whoever goes on from there gets, to the bit, what an undisturbed reader would.
+    """
+    if begin % BATCH:
+        raise ValueError(f"row {begin} does not begin a batch")
+    n = len(source.catalogue.table)
+    cutouts = source.read(ensemble.format, np.arange(begin, n))
+    for start in range(begin, n, BATCH):
+        rows = pd.RangeIndex(start, min(start + BATCH, n))
+        good: dict[int, NDArray[np.float32]] = {}
+        rejects: dict[int, str] = {}
+        for row, cutout in zip(rows, cutouts, strict=False):
+            if isinstance(cutout, CutoutError):
+                rejects[row] = str(cutout)
+            else:
+                good[row] = cutout
+        scores = (
+            [ensemble.predict(np.stack(list(good.values()))).set_index(pd.Index(good))]
+            if good
+            else []
+        )
+        table = source.catalogue.table.iloc[start : rows.stop].set_axis(rows)
+        part = replace(source.catalogue, table=table)
+        yield _score_table(part, ensemble.columns, scores, pd.Series(rejects, dtype=str))
 
 
 def _score_table(
@@ -110,5 +133,6 @@ def _score_table(
     return pd.concat([table, own.drop(columns=[c for c in table if c in own])], axis=1)
 
 
-def _progress(total: int) -> Any:
-    return tqdm(total=total, desc="scoring", unit="cutout", disable=None)
+def scoring(total: int, done: int = 0) -> Any:
+    """A progress bar, on a terminal."""
+    return tqdm(total=total, initial=done, desc="scoring", unit="cutout", disable=None)

@@ -180,7 +180,13 @@ def load_ensemble(folder: str | Path) -> LensEnsemble:
             f"{path}: has schema {facts['schema']}, this version reads {SCHEMA}; make the ensemble "
             "again with `lens-pipeline run`"
         )
-    members = {name: load_system(folder / "members" / f"{name}.ckpt") for name in facts["members"]}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # Whatever it was trained in: on a CPU convolutions are up to twice as fast in this layout.
+    layout = {"channels_last": True} if device == "cpu" else {}
+    members = {
+        name: load_system(folder / "members" / f"{name}.ckpt", **layout)
+        for name in facts["members"]
+    }
     form = CutoutFormat.from_dict(facts["format"])
     for name, system in members.items():
         _check_member(name, system, form)
@@ -190,4 +196,4 @@ def load_ensemble(folder: str | Path) -> LensEnsemble:
         _CALIBRATION.validate_python(facts["calibration"]),
     )
     ensemble = LensEnsemble(members, fitted, form, facts, read_groups(folder))
-    return ensemble.to("cuda" if torch.cuda.is_available() else "cpu")
+    return ensemble.to(device)

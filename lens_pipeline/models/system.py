@@ -272,6 +272,6 @@ class LitLensSystem(LensClassifier):
         return self.head(features).squeeze(1), drawn
 
 
-def load_system(checkpoint: Path) -> LitLensSystem:
-    """A trained system, in eval mode, on the CPU. Raises InputError as `load_from_checkpoint`."""
-    return LitLensSystem.load_from_checkpoint(checkpoint, compile_model=False).eval()
+def load_system(checkpoint: Path, **changes: Any) -> LitLensSystem:
+    """A trained system, in eval mode, on the CPU; `changes`, errors: see `load_from_checkpoint`."""
+    return LitLensSystem.load_from_checkpoint(checkpoint, compile_model=False, **changes).eval()

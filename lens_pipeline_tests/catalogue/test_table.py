@@ -79,6 +79,20 @@ def test_folders_of_classes(tmp_path: Path) -> None:
     assert table["split"].tolist() == ["train", "train", "val"]
 
 
+def test_a_folder_of_images_alone_has_no_labels(tmp_path: Path) -> None:
+    for name in ("b.fits", "a.png", "notes.txt"):
+        (tmp_path / name).touch()
+    table = read_catalogue(tmp_path).table
+    assert table["id"].tolist() == ["a.png", "b.fits"]
+    assert table["path"].tolist() == [str(tmp_path / "a.png"), str(tmp_path / "b.fits")]
+    assert table["label"].isna().all()
+    before = source_fingerprint(str(tmp_path))
+    (tmp_path / "notes.txt").write_text("more")
+    assert source_fingerprint(str(tmp_path)) == before
+    (tmp_path / "c.npy").touch()
+    assert source_fingerprint(str(tmp_path)) != before
+
+
 def test_listings_of_splits(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("filepath,label\nimages/a.png,1\nimages/b.png,0\n")
     (tmp_path / "test.csv").write_text("filepath,label\nimages/c.png,1\n")

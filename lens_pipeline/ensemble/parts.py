@@ -1,0 +1,247 @@
+"""Scores of a survey in a file, part by part: a command that was killed goes on from the parts that
+it has finished, and memory holds one of them.
+
+Beside `scores.parquet` lies `scores.parquet.parts` meanwhile, with `part-000000.parquet`, ... of
+`ROWS` rows each, and `parts.json`, which says of what they are.
+"""
+
+import errno
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO
+
+import filelock
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lens_pipeline.catalogue.table import Catalogue
+from lens_pipeline.ensemble.cutouts import CutoutSource
+from lens_pipeline.ensemble.predictor import score_batches, scoring
+from lens_pipeline.ensemble.system import BATCH, LensEnsemble
+from lens_pipeline.errors import InputError, NoRoomError
+from lens_pipeline.steps import digest, file_aside, source_hashes, write_aside
+
+ROWS = 4 * BATCH  # of a part: what a kill costs
+ABOUT = "parts.json"
+SUFFIXES = (".parquet", ".csv")
+CAPTION = 17  # characters of an id that fit over a cutout
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScoredFile:
+    """gallery: the picture of the cutouts with the highest scores, where it was asked for."""
+
+    path: Path
+    n_rows: int
+    n_scored: int
+    gallery: Path | None
+
+
+def check_out(out: Path) -> None:
+    """Raises InputError where scores cannot be written to this file."""
+    if out.suffix not in SUFFIXES:
+        raise InputError(f"--out {out}: must end in {' or '.join(SUFFIXES)}")
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a folder; name a file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out.parent):
+            pass
+    except OSError as problem:
+        raise InputError(f"--out {out}: cannot be written ({problem.strerror})") from None
+
+
+def score_to_file(
+    ensemble: LensEnsemble, source: CutoutSource, out: Path, *, model: str, top: int = 0
+) -> ScoredFile:
+    """Write the score table of a source to a .parquet or .csv file; see `score_catalogue`.
+
+    model: where the ensemble comes from, for people; top: how many of the highest-scored cutouts a
+    picture beside the file shows. Parts of a call that did not end are gone on from.
+    Raises InputError where the file cannot be written, where the source disagrees with the format
+    of the ensemble, where the parts are of another model or source, or another process is writing
+    them, and, when all is written, where no cutout could be scored. NoRoomError: the disk is full.
+    """
+    check_out(out)
+    source.check(ensemble.format)
+    n = len(source.catalogue.table)
+    types = _types(source.catalogue, ensemble.columns)
+    content = {"uri": model, "content": digest(ensemble.facts)[:32]}
+    about = {
+        "schema": 1,
+        "model": content,
+        **source.identity,
+        "n_rows": n,
+        "rows_of_a_part": ROWS,
+        "program": digest(source_hashes([__name__]))[:32],
+    }
+    with _claimed(out.with_name(f"{out.name}.parts"), about) as folder:
+        parts = [folder / f"part-{number:06d}.parquet" for number in range(-(-n // ROWS))]
+        _score_parts(ensemble, source, parts, types)
+        logit = pd.concat([_column(part, "logit") for part in parts], ignore_index=True)
+        gallery = _draw_gallery(ensemble, source, logit, out, top) if top else None
+        _put_together(parts, folder / out.name)
+        (folder / out.name).replace(out)
+        n_scored = int(logit.notna().sum())
+        reason = None if n_scored else _column(parts[0], "reject_reason")[0]
+        shutil.rmtree(folder)
+    if reason is not None:
+        raise InputError(f"{source.catalogue.source}: no cutout could be scored; row 1: {reason}")
+    return ScoredFile(out, n, n_scored, gallery)
+
+
+@contextmanager
+def _claimed(folder: Path, about: dict[str, Any]) -> Iterator[Path]:
+    """The folder of the parts, for this process alone. Raises InputError where it is another's."""
+    folder.mkdir(exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise InputError(f"{folder}: another process is scoring into it; wait for it") from None
+    try:
+        path = folder / ABOUT
+        if not path.exists() and any(folder.glob("part-*")):
+            raise InputError(f"{folder}: has parts, and no {ABOUT} to say of what; remove it")
+        found = _read(path) if path.exists() else about
+        for name in sorted(about.keys() | found.keys()):
+            if found.get(name) != about.get(name):
+                raise InputError(
+                    f"{folder}: has parts of another {name.replace('_', ' ')} "
+                    f"({_shown(found.get(name))}; now {_shown(about.get(name))}); go on with that, "
+                    "name another --out, or remove the folder to begin again"
+                )
+        write_aside(path, json.dumps(about, indent=1))
+        yield folder
+    finally:
+        lock.release()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: cannot be read; remove {path.parent} to begin again")
+    return found
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
+
+
+def _score_parts(
+    ensemble: LensEnsemble, source: CutoutSource, parts: list[Path], types: dict[str, pa.DataType]
+) -> None:
+    n = len(source.catalogue.table)
+    done = 0
+    for number, part in enumerate(parts):
+        if not _is_whole(part, min(ROWS, n - number * ROWS)):
+            break
+        done += 1
+    if done:
+        log.info("%s: goes on from row %d of %d", parts[0].parent, min(done * ROWS, n), n)
+    batches = score_batches(ensemble, source, begin=done * ROWS)
+    with scoring(n, min(done * ROWS, n)) as progress:
+        for part in parts[done:]:
+            tables = []
+            for batch in islice(batches, ROWS // BATCH):
+                tables.append(batch)
+                progress.update(len(batch))
+            table = pd.concat(tables)
+            schema = pa.schema([(str(name), types[str(name)]) for name in table])
+            with _written(part) as file:
+                pq.write_table(pa.Table.from_pandas(table, schema, preserve_index=False), file)
+
+
+def _is_whole(part: Path, n_rows: int) -> bool:
+    try:
+        return bool(pq.read_metadata(part).num_rows == n_rows)
+    except (OSError, pa.ArrowException):
+        return False
+
+
+def _types(catalogue: Catalogue, columns: list[str]) -> dict[str, pa.DataType]:
+    """Of every column, as all rows have it: in a part a column may be empty."""
+    try:
+        own = pa.Schema.from_pandas(catalogue.table, preserve_index=False)
+    except pa.ArrowException as problem:
+        raise InputError(
+            f"{catalogue.source}: a column holds values of several kinds "
+            f"({' '.join(str(problem).split())})"
+        ) from None
+    scores = dict.fromkeys(columns, pa.float64())
+    return dict(zip(own.names, own.types, strict=True)) | scores | {"reject_reason": pa.string()}
+
+
+def _column(part: Path, name: str) -> pd.Series:
+    return pq.ParquetFile(part).read(columns=[name]).to_pandas()[name]
+
+
+def _put_together(parts: list[Path], out: Path) -> None:
+    with _written(out) as file:
+        if out.suffix == ".csv":
+            for part in parts:
+                table = pq.ParquetFile(part).read().to_pandas()
+                table.to_csv(file, header=part is parts[0], index=False, mode="wb")
+        else:
+            with pq.ParquetWriter(file, pq.read_schema(parts[0])) as writer:
+                for part in parts:
+                    writer.write_table(pq.ParquetFile(part).read())
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[BinaryIO]:
+    """See `file_aside`. Raises InputError where it cannot be written."""
+    try:
+        with file_aside(path) as file:
+            yield file
+    except OSError as problem:
+        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoRoomError(
+                f"{path}: the disk is full; make room, and the same command goes on"
+            ) from None
+        raise InputError(f"{path}: cannot be written ({problem.strerror})") from None
+
+
+def _draw_gallery(
+    ensemble: LensEnsemble, source: CutoutSource, logit: pd.Series, out: Path, top: int
+) -> Path | None:
+    """The highest-scored cutouts, the best first, with their ids and probabilities."""
+    from scipy.special import expit
+
+    from lens_pipeline.evaluation.plots import contact_sheet, jpeg_bytes
+
+    best = logit.dropna().nlargest(top)
+    ids = source.catalogue.table["id"].iloc[best.index]
+    images, captions = [], []
+    read = source.read(ensemble.format, best.index.to_numpy())
+    for cutout, name, score in zip(read, ids, expit(best), strict=True):
+        if isinstance(cutout, np.ndarray):  # else its file has gone since it was scored
+            images.append(cutout)
+            captions.append(f"{_short(name)}\n{score:.3f}")
+    if not images:
+        return None
+    gallery = out.with_name(f"{out.stem}.top.jpg")
+    figure = contact_sheet(np.stack(images), captions, ensemble.format.units)
+    with _written(gallery) as file:
+        file.write(jpeg_bytes(figure))
+    return gallery
+
+
+def _short(name: str) -> str:
+    """An id that fits over a cutout: of a long one the ends, where ids differ."""
+    half = CAPTION // 2
+    return name if len(name) <= CAPTION else f"{name[:half]}…{name[-half:]}"

@@ -1,0 +1,122 @@
+"""Shards as something to score, and which kind a path or URL is of."""
+
+import posixpath
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat
+from lens_pipeline.catalogue.images import Cutout, CutoutError, central
+from lens_pipeline.catalogue.table import Catalogue, read_catalogue
+from lens_pipeline.ensemble.cutouts import (
+    CatalogueCutouts,
+    CutoutSource,
+    check_bands,
+    check_pixel_scale,
+)
+from lens_pipeline.ensemble.system import BATCH
+from lens_pipeline.errors import InputError, masked
+from lens_pipeline.shards.as_dataset import ShardsAsDataset, shards_as_dataset
+from lens_pipeline.shards.cloud import is_published, published_version
+from lens_pipeline.shards.reader import FetchedSplit
+from lens_pipeline.storage import TABLES
+
+
+@dataclass(frozen=True)
+class ShardCutouts:
+    """All splits of shards, in the order of the catalogue that they were made from."""
+
+    dataset: ShardsAsDataset
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        found = self.dataset.catalogue
+        return Catalogue(found.table.reset_index(drop=True), found.source)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        version = self.dataset.shards.manifest.dataset_version
+        return {"catalogue": {"source": masked(self.dataset.folder), "content": version}}
+
+    @cached_property
+    def _places(self) -> tuple[NDArray[Any], NDArray[np.integer]]:
+        """Of each row: its split, and its place in there."""
+        rows = self.dataset.rows
+        place = rows.groupby("split").cumcount()
+        order = np.argsort(rows["row"].to_numpy(), kind="stable")
+        return rows["split"].to_numpy(dtype=object)[order], place.to_numpy()[order]
+
+    def check(self, form: CutoutFormat) -> None:
+        mine, where = self.dataset.format, self.dataset.folder
+        check_bands(form, mine.named_bands, where)
+        check_pixel_scale(form, self.catalogue.table, where)
+        for name, has, takes in (
+            ("bands", len(mine.bands), len(form.bands)),
+            ("units", mine.units, form.units),
+        ):
+            if has != takes and not (name == "bands" and mine.named_bands and form.named_bands):
+                raise InputError(f"{where}: {name}: {has}; the model takes {takes}")
+        if mine.image_size < form.image_size:
+            raise InputError(
+                f"{where}: the cutouts have {mine.image_size} pixels; the model takes "
+                f"{form.image_size}"
+            )
+
+    def read(
+        self, form: CutoutFormat, rows: NDArray[np.integer]
+    ) -> Iterator[NDArray[np.float32] | CutoutError]:
+        split, place = (values[rows] for values in self._places)
+        with ExitStack() as stack:
+            ahead = {}
+            for part in PARTS:
+                images = self.dataset.images(part).split
+                if isinstance(images, FetchedSplit):
+                    places = place[split == part]
+                    ahead[part] = stack.enter_context(images.ahead(places))
+            read = dict.fromkeys(PARTS, 0)
+            for start in range(0, len(split), BATCH):
+                of, at = split[start : start + BATCH], place[start : start + BATCH]
+                shape = (len(self.dataset.format.bands), form.image_size, form.image_size)
+                block = np.empty((len(of), *shape), dtype=np.float32)
+                for part in PARTS:
+                    mine = of == part
+                    if mine.any():
+                        found = self.dataset.images(part)[at[mine]]
+                        block[mine] = central(found, form.image_size)
+                        read[part] += int(mine.sum())
+                        if part in ahead:
+                            ahead[part].read(read[part])
+                for pixels in block:
+                    yield self._fitted(form, pixels)
+
+    def _fitted(self, form: CutoutFormat, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        mine = self.dataset.format
+        return form.fitted(Cutout(pixels, mine.units, mine.named_bands)).pixels
+
+
+def open_cutout_source(
+    location: str,
+    *,
+    cache: Path,
+    pad: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+) -> CutoutSource:
+    """The cutouts of a catalogue, of a folder of images, or of published shards.
+
+    location: a path or an fsspec URL; cache: where remote shards are kept while they are read; pad:
+    see `build_dataset`. Raises InputError where there is nothing of the kind.
+    """
+    is_table = posixpath.splitext(location)[1].lower() in TABLES
+    if not is_table and is_published(location, storage_options):
+        version = published_version(location, storage_options)
+        return ShardCutouts(
+            shards_as_dataset(version, cache=cache, storage_options=storage_options)
+        )
+    options = dict(storage_options or {})
+    return CatalogueCutouts(read_catalogue(location, options), options, pad)

@@ -1,0 +1,172 @@
+"""The registered model on its own: what it carries, and what it needs where it runs."""
+
+import ast
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow.models import Model
+
+from lens_pipeline.ensemble.carried import LIBRARIES
+from lens_pipeline.ensemble.system import LensEnsemble, load_ensemble
+from lens_pipeline.tracking import MODEL
+from lens_pipeline_tests.test_servers import free_port
+
+
+@pytest.fixture(scope="module")
+def model(home: Path) -> Path:
+    """The files of the registered model."""
+    return next((home / "mlartifacts").rglob("MLmodel")).parent
+
+
+@pytest.fixture(scope="module")
+def cutouts(simulated_catalogue: Path) -> np.ndarray:
+    return np.load(simulated_catalogue.parent / "images-00000.npy")[:5]
+
+
+@pytest.fixture(scope="module")
+def ensemble(home: Path) -> LensEnsemble:
+    return load_ensemble(next((home / "ensemble").glob("[!.]*/ensemble.json")).parent)
+
+
+WITHOUT_THE_PACKAGE = """
+import importlib.machinery, sys
+from pathlib import Path
+
+class Uninstalled:
+    '''lens_pipeline is found nowhere but in a model.'''
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name != "lens_pipeline":
+            return None
+        of_models = [place for place in sys.path if Path(place, "../MLmodel").is_file()]
+        found = importlib.machinery.PathFinder.find_spec(name, of_models)
+        if found is None:
+            raise ModuleNotFoundError("No module named 'lens_pipeline'", name=name)
+        return found
+
+sys.meta_path.insert(0, Uninstalled)
+try:
+    import lens_pipeline
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("lens_pipeline can be imported")
+
+import mlflow, numpy
+
+model = mlflow.pyfunc.load_model(sys.argv[1])
+model.predict(numpy.load(sys.argv[2])).to_parquet(sys.argv[3])
+import lens_pipeline
+assert Path(lens_pipeline.__file__).is_relative_to(sys.argv[1]), lens_pipeline.__file__
+assert not {"dagster", "webdataset", "caustics"} & set(sys.modules)
+"""
+
+
+def test_the_model_scores_where_the_package_is_not_installed(
+    model: Path, cutouts: np.ndarray, ensemble: LensEnsemble, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "cutouts.npy", cutouts)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_PACKAGE, model, "cutouts.npy", "scores.parquet"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(tmp_path / "scores.parquet"), ensemble.predict(cutouts)
+    )
+
+
+def test_the_model_says_what_it_takes_and_gives(
+    home: Path, model: Path, ensemble: LensEnsemble
+) -> None:
+    found = Model.load(model)
+    (taken,) = found.signature.inputs.inputs
+    assert (taken.type, taken.shape) == (np.dtype(np.float32), (-1, 3, 32, 32))
+    assert found.signature.outputs.input_names() == ensemble.columns
+    assert found.load_input_example(str(model)).shape == (1, 3, 32, 32)
+    summary = json.loads((home / "reports" / "summary.json").read_text())
+    assert found.metadata == {
+        "units": "background_sigma",
+        "bands": ["g", "r", "i"],
+        "image_size": 32,
+        "pixel_scale": 0.263,
+        "labels": ["non-lens", "lens"],
+        "dataset_version": summary["dataset_version"],
+    }
+
+
+def test_the_model_requires_what_its_code_imports(model: Path) -> None:
+    pinned = (model / "requirements.txt").read_text().split()
+    assert [line.partition("==")[0] for line in pinned] == list(LIBRARIES)
+    assert all("==" in line and "+" not in line for line in pinned)
+    files = list((model / "code").rglob("*.py"))
+    assert files
+    imported = set()
+    for file in files:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(str(node.module).partition(".")[0])
+    others = imported - set(sys.stdlib_module_names) - {"lens_pipeline"}
+    assert others == {name.replace("-", "_") for name in LIBRARIES}
+
+
+def test_the_model_answers_over_http_as_it_does_in_python(
+    home: Path, model: Path, cutouts: np.ndarray, ensemble: LensEnsemble, tmp_path: Path
+) -> None:
+    port = free_port()
+    program = str(Path(sys.executable).with_name("mlflow"))
+    command = [program, "models", "serve", "--model-uri", f"models:/{MODEL}@challenger"]
+    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+    # The server is started by the name `uvicorn`.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    more = {"MLFLOW_TRACKING_URI": f"sqlite:///{home / 'mlflow.db'}", "PATH": path}
+    example = json.loads((model / "serving_input_example.json").read_text())
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(
+            command, env=os.environ | more, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        url, begun = f"http://127.0.0.1:{port}", time.monotonic()
+        while not _answers(f"{url}/ping"):
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() - begun < 120, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        for content in ({"inputs": cutouts.tolist()}, example):
+            wanted = ensemble.predict(np.array(content["inputs"], np.float32))
+            request = urllib.request.Request(
+                f"{url}/invocations",
+                json.dumps(content).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                found = pd.DataFrame(json.load(answer)["predictions"])
+            assert list(found) == ensemble.columns
+            np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=30)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False

@@ -1,0 +1,259 @@
+"""Scoring more than memory should hold: in parts, killed and gone on, never mixed."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from lens_pipeline.catalogue.table import read_catalogue
+from lens_pipeline.cli import main
+from lens_pipeline.ensemble.cutouts import CatalogueCutouts
+from lens_pipeline.ensemble.parts import ROWS, score_to_file
+from lens_pipeline.ensemble.system import LensEnsemble, load_ensemble
+from lens_pipeline.errors import InputError
+from lens_pipeline.shards.cloud import publish_shards
+from lens_pipeline_tests.conftest import LENS_PIPELINE
+from lens_pipeline_tests.object_stores import S3Server
+
+N = 2 * ROWS + 100
+
+
+@pytest.fixture(scope="module")
+def survey(simulated_catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A catalogue of N rows, some of which are no cutouts; their images come again and again."""
+    table = pd.read_parquet(simulated_catalogue)
+    table["path"] = [str(simulated_catalogue.parent / path) for path in table["path"]]
+    table = pd.concat([table] * (1 + N // len(table)), ignore_index=True)[:N]
+    table["id"] = [f"J{number:06d}" for number in range(N)]
+    table.loc[::97, "path"] = "missing.fits"
+    # In the first part this column is empty.
+    table["note"] = [None] * (N - 1) + ["the last"]
+    path = tmp_path_factory.mktemp("survey") / "survey.parquet"
+    table.to_parquet(path, index=False)
+    return path
+
+
+def command(home: Path, survey: Path, out: Path) -> list[str]:
+    return ["predict", "--home", str(home), "--catalogue", str(survey), "--out", str(out)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(home: Path, survey: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scores of a command that nobody stopped."""
+    out = tmp_path_factory.mktemp("undisturbed") / "scores.parquet"
+    assert main(command(home, survey, out)) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def of_killed(home: Path, survey: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a command leaves that was killed after its first part."""
+    out = tmp_path_factory.mktemp("killed") / "scores.parquet"
+    parts = out.with_name("scores.parquet.parts")
+    process = subprocess.Popen([LENS_PIPELINE, *command(home, survey, out)], start_new_session=True)
+    begun = time.monotonic()
+    while not (parts / "part-000000.parquet").exists():
+        assert process.poll() is None
+        assert time.monotonic() - begun < 120
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not out.exists()
+    assert not (parts / "part-000002.parquet").exists()
+    return parts
+
+
+@pytest.fixture
+def killed(of_killed: Path, tmp_path: Path) -> Path:
+    """A copy of `of_killed`."""
+    return Path(shutil.copytree(of_killed, tmp_path / of_killed.name))
+
+
+@pytest.fixture
+def ensemble(home: Path) -> LensEnsemble:
+    return load_ensemble(next((home / "ensemble").glob("[!.]*/ensemble.json")).parent)
+
+
+def test_a_killed_command_goes_on_and_ends_with_what_it_would_have(
+    home: Path,
+    survey: Path,
+    undisturbed: Path,
+    killed: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (killed / "part-000001.parquet").write_bytes(b"PAR1")  # damaged: is scored again
+    out = killed.with_name("scores.parquet")
+    assert main(command(home, survey, out)) == 0
+    assert f"goes on from row {ROWS} of {N}" in capsys.readouterr().err
+    assert out.read_bytes() == undisturbed.read_bytes()
+    assert [path.name for path in out.parent.iterdir()] == ["scores.parquet"]
+    scores, table = pd.read_parquet(out), pd.read_parquet(survey)
+    assert scores["id"].tolist() == table["id"].tolist()
+    unusable = table["path"] == "missing.fits"
+    assert scores.loc[unusable, "probability"].isna().all()
+    assert scores.loc[unusable, "reject_reason"].eq("the file is missing").all()
+    assert scores.loc[~unusable, "probability"].notna().all()
+    assert scores["note"].iloc[-1] == "the last"
+    assert scores["label"].dtype == "Int8"
+
+
+def test_parts_of_another_model_are_refused(
+    ensemble: LensEnsemble, survey: Path, killed: Path
+) -> None:
+    out = killed.with_name("scores.parquet")
+    before = {path.name: path.stat().st_mtime_ns for path in killed.glob("part*")}
+    source = CatalogueCutouts(read_catalogue(survey))
+    ensemble.facts["calibration"]["slope"] = 2.0
+    with pytest.raises(InputError, match=r"parts of another model \(.*; now models:/mine/2, "):
+        score_to_file(ensemble, source, out, model="models:/mine/2")
+    assert {path.name: path.stat().st_mtime_ns for path in killed.glob("part*")} == before
+
+
+def test_parts_of_another_catalogue_are_refused(
+    home: Path, survey: Path, killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.read_parquet(survey)
+    table.loc[N - 1, "path"] = table.loc[5, "path"]
+    changed = survey.with_name("changed.parquet")
+    table.to_parquet(changed, index=False)
+    out = killed.with_name("scores.parquet")
+    assert main(command(home, changed, out)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{killed}: has parts of another catalogue" in error
+    (killed / "parts.json").unlink()
+    assert main(command(home, survey, out)) == 2
+    assert "no parts.json to say of what" in capsys.readouterr().err
+
+
+def test_two_commands_do_not_write_one_file(
+    home: Path, survey: Path, killed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with filelock.FileLock(killed / ".lock"):
+        assert main(command(home, survey, killed.with_name("scores.parquet"))) == 2
+    assert "another process is scoring into it" in capsys.readouterr().err
+
+
+def test_a_csv_is_the_same_table(
+    home: Path, survey: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "scores.csv"
+    assert main(command(home, survey, out)) == 0
+    csv, parquet = pd.read_csv(out), pd.read_parquet(undisturbed)
+    assert list(csv) == list(parquet)
+    assert csv["id"].tolist() == parquet["id"].tolist()
+    np.testing.assert_allclose(csv["logit"], parquet["logit"], rtol=1e-15)
+
+
+def test_the_top_is_drawn(
+    home: Path, survey: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.read_parquet(survey)[:40]
+    table.to_parquet(tmp_path / "few.parquet")
+    out = tmp_path / "scores.parquet"
+    assert main([*command(home, tmp_path / "few.parquet", out), "--top", "10"]) == 0
+    picture = tmp_path / "scores.top.jpg"
+    assert f"{picture}: the highest-scored" in capsys.readouterr().out
+    with Image.open(picture) as image:
+        assert image.width > 500
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pixel_scale": 0.3}, r"row 4, column pixel_scale: 0.3 arcsec; .* 0.263 arcsec"),
+        ({"id": "J000000"}, r"row 4, column id: 'J000000' is there twice"),
+        ({"id": None}, r"row 4, column id: is empty"),
+    ],
+)
+def test_what_a_table_may_not_say(
+    home: Path,
+    survey: Path,
+    tmp_path: Path,
+    change: dict[str, object],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    table = pd.read_parquet(survey)[:10]
+    for column, value in change.items():
+        table.loc[3, column] = value
+    path = tmp_path / "table.parquet"
+    table.to_parquet(path)
+    assert main(command(home, path, tmp_path / "scores.parquet")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {path}: ")
+    assert re.search(message, error), error
+    assert not (tmp_path / "scores.parquet").exists()
+
+
+def test_a_pixel_scale_that_is_nearly_the_models_is_warned_of(
+    home: Path, survey: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.read_parquet(survey)[:10]
+    path, out = tmp_path / "table.parquet", tmp_path / "scores.parquet"
+    for factor, warnings in ((1.004, 1), (1 + 1e-7, 0)):
+        table.assign(pixel_scale=table["pixel_scale"] * factor).to_parquet(path)
+        assert main(command(home, path, out)) == 0
+        assert capsys.readouterr().err.count("column pixel_scale: up to") == warnings
+
+
+def test_a_catalogue_that_lacks_a_band_is_refused_before_anything_is_read(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "two.csv"
+    path.write_text("id,path_g,path_r\na,a_g.fits,a_r.fits\n")
+    assert main(command(home, path, tmp_path / "scores.parquet")) == 2
+    assert "has the bands g, r; the model takes g, r, i" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["file/scores.parquet", "folder.parquet", "scores.txt"])
+def test_an_out_that_cannot_be_written_is_told_at_once(
+    out: str, home: Path, survey: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.parquet").mkdir()
+    assert main(command(home, survey, tmp_path / out)) == 2
+    assert f"error: --out {tmp_path / out}: " in capsys.readouterr().err
+
+
+def test_a_plain_folder_of_cutouts_is_scored(
+    home: Path, simulated_catalogue: Path, tmp_path: Path
+) -> None:
+    cube = np.load(simulated_catalogue.parent / "images-00000.npy")
+    (tmp_path / "field").mkdir()
+    for name, number in (("b", 0), ("a", 1)):
+        np.save(tmp_path / "field" / f"{name}.npy", cube[number])
+    out = tmp_path / "scores.parquet"
+    assert main(command(home, tmp_path / "field", out)) == 0
+    scores = pd.read_parquet(out)
+    assert scores["id"].tolist() == ["a.npy", "b.npy"]
+    assert scores["probability"].notna().all()
+
+
+def test_shards_in_a_bucket_are_scored_as_those_in_a_folder(
+    home: Path,
+    s3_server: S3Server,
+    s3_bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shards = next((home / "shards").glob("[!.]*/manifest.json")).parent
+    options = s3_server.storage_options()
+    publish_shards(shards, s3_bucket, storage_options=options)
+    monkeypatch.setenv("LENS_STORAGE_OPTIONS", json.dumps(options))
+    found = []
+    for place in (str(shards), s3_bucket):
+        out = tmp_path / "scores.parquet"
+        assert main(["predict", "--home", str(home), "--catalogue", place, "--out", str(out)]) == 0
+        found.append(pd.read_parquet(out))
+    pd.testing.assert_frame_equal(*found)
+    assert found[0]["probability"].notna().all()
