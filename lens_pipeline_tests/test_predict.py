@@ -111,7 +111,10 @@ print(len(scores), *scores.columns)
     )
     assert done.returncode == 0, done.stderr
     members = ["probability_light_transformer", "probability_lastro"]
-    assert done.stdout.split() == ["4", "probability", "logit", "std", "entropy", *members]
+    assert done.stdout.split() == [
+        *("4", "probability", "logit", "std", "entropy", "sky_probability"),
+        *members,
+    ]
 
 
 def test_a_registered_member_is_trained_further(

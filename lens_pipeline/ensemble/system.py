@@ -23,7 +23,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.models.system import LitLensSystem, load_system
 
 ENSEMBLE = "ensemble.json"
-GROUPS = "groups.parquet"
+GROUPS = "groups.json"
 SCHEMA = 2
 BATCH = 256
 _CALIBRATION: TypeAdapter[Calibration] = TypeAdapter(Calibration)
@@ -128,15 +128,14 @@ def assemble(
         "format": asdict(form),
         **facts,
     }
-    seen = pd.DataFrame({"group": sorted(set(groups))}, dtype=str)
-    seen.to_parquet(out / GROUPS, index=False)
+    (out / GROUPS).write_text(json.dumps(sorted(set(groups))))
     (out / ENSEMBLE).write_text(json.dumps(description, indent=1))
     return load_ensemble(out)
 
 
 def read_groups(folder: Path) -> frozenset[str]:
     """The groups that the members of the ensemble in a folder have trained or validated on."""
-    return frozenset(pd.read_parquet(folder / GROUPS)["group"])
+    return frozenset(json.loads((folder / GROUPS).read_text()))
 
 
 def _common_labels(scores: Mapping[str, pd.DataFrame]) -> NDArray[np.int8]:
