@@ -36,7 +36,7 @@ def make_home(home: Path) -> Path:
     make_ensemble(ensemble, [MEMBER], form)
     tracking = Tracking(Settings.load(home=str(home)))
     run = tracking.start_run("benchmark", "benchmark", {})
-    version = tracking.register(ensemble, run, tags={}, card="")
+    version = tracking.register(ensemble, run, tags={})
     tracking.set_alias(CHALLENGER, str(version.version))
     return home
 

@@ -41,7 +41,7 @@ def make_definitions(settings: Settings, retries: bool = True) -> dg.Definitions
             *((observed_shards(),) if published else made_here),
             *checkpoint_assets(settings, retries),
             ensemble_asset(chosen_members(settings)),
-            evaluation_asset(published),
+            evaluation_asset(chosen_members(settings), published),
             registry_asset(published),
         ],
         jobs=[full_pipeline, tuning],

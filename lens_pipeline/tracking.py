@@ -206,7 +206,10 @@ class Tracking:
     # The registry
 
     def registry_lock(self) -> filelock.BaseFileLock:
-        """One process of this home at a time looks for a version, registers one, moves aliases."""
+        """One process of this home at a time looks for a version, registers one, moves aliases.
+
+        MLflow itself has no lock: of homes that share a server, let one promote.
+        """
         return filelock.FileLock(self.settings.home / ".locks" / "registry.lock")
 
     def versions(self) -> list["ModelVersion"]:
@@ -249,13 +252,8 @@ class Tracking:
         number = models[0].aliases.get(alias) if models else None
         return self.client.get_model_version(MODEL, number) if number else None
 
-    def register(
-        self, ensemble: Path, run_id: str, tags: dict[str, str], card: str
-    ) -> "ModelVersion":
-        """Log the ensemble's folder as a model under a run, and make it the newest version.
-
-        card: the version's description.
-        """
+    def register(self, ensemble: Path, run_id: str, tags: dict[str, str]) -> "ModelVersion":
+        """Log the ensemble's folder as a model under a run, and make it the newest version."""
         import mlflow
         import numpy as np
         from mlflow.models import ModelSignature
@@ -288,21 +286,30 @@ class Tracking:
                 pip_requirements=carried.requirements(loaded),
                 metadata=carried.facts(loaded),
             )
-            version = mlflow.register_model(model.model_uri, MODEL, tags=tags)
-        return self.client.update_model_version(MODEL, version.version, description=card)
+            return mlflow.register_model(model.model_uri, MODEL, tags=tags)
+
+    def describe(self, version: str, card: str) -> None:
+        """Write the description of a version, where it has none yet."""
+        if not self.version(version).description:
+            self.client.update_model_version(MODEL, version, description=card)
 
     def set_alias(self, alias: str, version: str) -> None:
         self.client.set_registered_model_alias(MODEL, alias, version)
 
-    def promote(self, version: str) -> None:
+    def version(self, number: str) -> "ModelVersion":
+        """A version as it is in the registry now."""
+        return self.client.get_model_version(MODEL, number)
+
+    def promote(self, version: str, by_hand: bool = False) -> None:
         """Make a version champion, and write down whose place it takes. The caller holds the lock.
 
-        The alias is moved last, at once: whatever fails before leaves the champion that was.
+        by_hand: by somebody who knows; a version that was rolled back is so no more. The alias is
+        moved last, at once: whatever fails before leaves the champion that was.
         """
         champion = self.aliased(CHAMPION)
         if champion is not None and str(champion.version) == version:
             return
-        if ROLLED_BACK in self.client.get_model_version(MODEL, version).tags:
+        if by_hand and ROLLED_BACK in self.version(version).tags:
             self.client.delete_model_version_tag(MODEL, version, ROLLED_BACK)
         if champion is not None:
             self.client.set_model_version_tag(MODEL, version, REPLACED, str(champion.version))
@@ -319,10 +326,16 @@ class Tracking:
                 raise InputError(f"{MODEL} has no champion; make one with `lens-pipeline promote`")
             number = str(champion.version)
             former = champion.tags.get(REPLACED)
-            if former is None or former not in {str(v.version) for v in self.versions()}:
+            known = {str(version.version): version for version in self.versions()}
+            if former not in known:
                 raise InputError(
                     f"{MODEL} version {number} has replaced no champion that is still there; name "
                     "the one you want with `lens-pipeline promote`"
+                )
+            if ROLLED_BACK in known[former].tags:
+                raise InputError(
+                    f"{MODEL} version {former}, the champion before version {number}, was rolled "
+                    "back itself; name the one you want with `lens-pipeline promote`"
                 )
             when = datetime.now(UTC).isoformat(timespec="seconds")
             self.client.set_model_version_tag(MODEL, number, ROLLED_BACK, when)
@@ -353,7 +366,7 @@ class Tracking:
             uri = self._numbered(uri)
             with _import_path_kept():
                 model = mlflow.pyfunc.load_model(uri)
-        except MlflowException as problem:
+        except (MlflowException, OSError) as problem:
             reason = " ".join(str(problem).split())
             raise InputError(f"--model: {uri} cannot be loaded ({reason})") from None
         return model.unwrap_python_model().ensemble, uri

@@ -4,6 +4,7 @@ import json
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,13 @@ import pytest
 from mlflow import MlflowClient
 
 from lens_pipeline.cli import main
+from lens_pipeline.defs.gate import decide
+from lens_pipeline.defs.registry import _promoted_if_passed
+from lens_pipeline.defs.scored import Source
+from lens_pipeline.errors import InputError
+from lens_pipeline.evaluation.gates import GateDecision
+from lens_pipeline.settings import Settings
+from lens_pipeline.tracking import Tracking
 
 MODEL = "lens_ensemble"
 
@@ -117,7 +125,10 @@ def test_a_better_model_becomes_champion_a_worse_one_never_and_the_former_comes_
     swapped = {"test": "train", "train": "test", "val": "val"}
     splits = [swapped[split] for split in cutouts.split]
     unfair = run(cutouts.catalogue("swapped.csv", split=splits), 8)
-    assert unfair["gate"]["figures"] == {"n_lens": 0, "n_nonlens": 0, "n_seen": 600}
+    assert unfair["gate"]["figures"] == {
+        **{"n_lens": 0, "n_nonlens": 0},
+        **{"n_seen": 600, "n_groups": 0},
+    }
     assert "neither model has seen (600 cutouts seen) there are 0" in unfair["gate"]["reasons"][0]
     # A model of other bands.
     (reason,) = run(right, 8, LENS_BANDS="g")["gate"]["reasons"]
@@ -145,6 +156,13 @@ def test_promotion_and_rollback_are_written_down(
     assert "lens.rolled_back" in client.get_model_version(MODEL, "2").tags
     assert main(["promote", "2", *where]) == 0
     assert "lens.rolled_back" not in client.get_model_version(MODEL, "2").tags
+    # Back and forth, a rollback does not go round in a circle.
+    assert main(["promote", "1", *where]) == 0
+    assert main(["rollback", *where]) == 0
+    assert aliases(own_home)["champion"] == "2"
+    capsys.readouterr()
+    assert main(["rollback", *where]) == 2
+    assert "version 1, the champion before version 2, was rolled back" in capsys.readouterr().err
     # A former champion that somebody has deleted.
     client.delete_model_version(MODEL, "1")
     assert main(["rollback", *where]) == 2
@@ -167,3 +185,50 @@ def test_a_registry_that_fails_in_the_middle_leaves_the_champion(
     assert main(["promote", "2", "--home", str(own_home)]) == 1
     assert "the disk has failed" in capsys.readouterr().err
     assert aliases(own_home)["champion"] == "1"
+
+
+def test_what_was_rolled_back_during_the_comparison_stays_down(own_home: Path) -> None:
+    client = client_of(own_home)
+    first = client.get_model_version(MODEL, "1")
+    client.create_model_version(MODEL, first.source, first.run_id)
+    tracking = Tracking(Settings.load(home=own_home))
+    with tracking.registry_lock():
+        tracking.promote("1")
+    asked = []
+
+    def against(champion: Any, version: Any) -> GateDecision:
+        """Passes; meanwhile somebody promotes version 2, sees that it is bad, and rolls back."""
+        asked.append(dict(version.tags))
+        if len(asked) == 1:
+            assert main(["promote", "2", "--home", str(own_home)]) == 0
+            assert main(["rollback", "--home", str(own_home)]) == 0
+        return GateDecision("lens.rolled_back" not in version.tags, (), {})
+
+    assert not _promoted_if_passed(tracking, "2", against).passed
+    assert aliases(own_home)["champion"] == "1"
+    assert ["lens.rolled_back" in tags for tags in asked] == [False, True]
+
+
+def test_a_champion_that_cannot_be_loaded_is_kept_and_said(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = client_of(own_home)
+    first = client.get_model_version(MODEL, "1")
+    run = client.create_run(client.get_run(first.run_id).info.experiment_id)
+    broken = client.create_model_version(MODEL, f"{own_home}/nothing", run.info.run_id)
+    assert main(["promote", str(broken.version), "--home", str(own_home)]) == 0
+    how = ("--set", "lastro.training.learning_rate=7e-4")
+    assert main(["run", "--preset", "tiny", "--home", str(own_home), *how]) == 0
+    summary = json.loads((own_home / "reports" / "summary.json").read_text())
+    (reason,) = summary["gate"]["reasons"]
+    assert reason.startswith("the champion, version 2, cannot be compared: ")
+    assert aliases(own_home) == {"challenger": "3", "champion": "2"}
+
+
+def test_an_ensemble_of_another_dataset_is_not_decided_on(own_home: Path) -> None:
+    """Who materialises the dataset alone, and then the last asset."""
+    folder = next((own_home / "ensemble").glob("*/ensemble.json")).parent
+    dataset = SimpleNamespace(facts={"content": "other"}, folder="dataset/other")
+    source = Source({}, lambda: (dataset, None))
+    with pytest.raises(InputError, match="dataset/other: is not the dataset that the ensemble"):
+        decide(SimpleNamespace(settings=None), "key", folder, folder, source, None)

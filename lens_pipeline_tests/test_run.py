@@ -129,7 +129,7 @@ def test_mlflow_holds_a_run_per_member_and_a_version_that_names_them(home: Path)
     assert json.loads(version.tags["lens.settings"]) == {"preset": "tiny"}
     assert re.fullmatch("[0-9a-f]{40}", version.tags["lens.git_commit"])
     assert summary["dataset_version"] in version.description
-    for part in ("Trained on simulated cutouts", "32 x 32 pixels of 0.263 arcsec", "## Limits"):
+    for part in ("validated on simulated cutouts: ", "32 x 32 pixels of 0.263 arcsec", "## Limits"):
         assert part in version.description
 
 

@@ -10,7 +10,7 @@ import dagster as dg
 from lens_pipeline.defs.checkpoints import network_libraries
 from lens_pipeline.defs.gate import decide
 from lens_pipeline.defs.resources import LensHome
-from lens_pipeline.defs.scored import scored_source
+from lens_pipeline.defs.scored import AS_DATASET, scored_source
 from lens_pipeline.defs.stages import (
     CATALOGUE,
     CLOUD,
@@ -31,7 +31,6 @@ from lens_pipeline.tracking import CHAMPION, registry_key
 
 SYSTEM = "lens_pipeline.ensemble.system"
 EVALUATE = "lens_pipeline.ensemble.evaluate"
-AS_DATASET = "lens_pipeline.shards.as_dataset"
 # Of an evaluation, by their titles; those of the selection function only where truths are known.
 PICTURES = {
     "ROC": "roc",
@@ -79,19 +78,25 @@ def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
         )
 
         def build(out: Path) -> None:
-            from lens_pipeline.ensemble.system import assemble
+            from lens_pipeline.ensemble.system import assemble, groups_behind
+            from lens_pipeline.evaluation.origins import SIMULATED, by_origin, described
 
             trained = {name: TrainedMember(part.folder) for name, part in upstream.items()}
             parts = {name: (t.checkpoint, t.val_scores) for name, t in trained.items()}
             manifest = read_manifest(shards.location, settings.storage_options)
             rows = read_rows(shards.location, manifest, settings.storage_options)
-            seen = rows.loc[rows["split"].isin(["train", "val"]), "group"]
+            learnt = rows[rows["split"].isin(["train", "val"])]
+            seen = set(learnt["group"])
+            for member in trained.values():
+                seen |= groups_behind(member.config.model.pretrained)
+            parts_of = by_origin(learnt, manifest.simulated)
             form = CutoutFormat.from_dict(manifest.format)
             steps = {name: part.folder.name for name, part in upstream.items()}
             facts = {
                 "dataset": manifest.dataset,
                 "dataset_version": manifest.dataset_version,
-                "simulated": manifest.simulated,
+                "simulated": SIMULATED in parts_of,
+                "learnt_from": "; ".join(described(p, o) for o, p in parts_of.items()),
                 "member_steps": steps,
             }
             assemble(parts, form, out, facts, seen, **chosen)
@@ -109,7 +114,7 @@ def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
     return lens_ensemble
 
 
-def evaluation_asset(published: bool) -> dg.AssetsDefinition:
+def evaluation_asset(members: Sequence[Member], published: bool) -> dg.AssetsDefinition:
     """published: score what the shards hold, for there is no dataset that they were made from."""
     modules = (EVALUATE, AS_DATASET) if published else (EVALUATE,)
 
@@ -140,7 +145,10 @@ def evaluation_asset(published: bool) -> dg.AssetsDefinition:
         recipe = Recipe(
             stage="ensemble_evaluation",
             modules=modules,
-            libraries=("torch", "numpy", "scipy", "pandas", "pyarrow", "matplotlib"),
+            libraries=(
+                *network_libraries(members),
+                *("numpy", "scipy", "pandas", "pyarrow", "matplotlib"),
+            ),
             inputs={"ensemble": ensemble.content, **source.inputs},
             settings={"gate": settings.gate, "prevalence": settings.prevalence},
         )
@@ -158,13 +166,15 @@ def evaluation_asset(published: bool) -> dg.AssetsDefinition:
 
         step = run_stage(EVALUATION, recipe, settings.reports, build, settings)
         evaluation = read_evaluation(step.folder)
+        key = registry_key(ensemble.content)
         decision = decide(
             lens,
-            registry_key(ensemble.content),
+            key,
             ensemble.folder,
             step.folder,
             source,
             lens.tracking.aliased(CHAMPION),
+            lens.tracking.find_version(key),
         )
         figures = {
             name: value["value"]

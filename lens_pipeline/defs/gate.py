@@ -1,6 +1,7 @@
 """Whether an ensemble may become champion: against the registry as it is now."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,14 +9,14 @@ from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.scored import Source
 from lens_pipeline.defs.stages import log
 from lens_pipeline.errors import InputError
-from lens_pipeline.steps import Recipe, run_step
+from lens_pipeline.steps import Recipe, digest, run_step
 from lens_pipeline.tracking import MODEL, ROLLED_BACK, STEP_KEY
 
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow.entities.model_registry import ModelVersion
 
-    from lens_pipeline.ensemble.system import LensEnsemble
+    from lens_pipeline.ensemble.system import LensEnsemble, read_groups
     from lens_pipeline.evaluation.gates import GateDecision
 
 RESCORE = "lens_pipeline.ensemble.rescore"
@@ -40,6 +41,13 @@ def decide(
     from lens_pipeline.evaluation.result import SCORES, read_evaluation
 
     settings = lens.settings
+    own = json.loads((ensemble / "ensemble.json").read_text())
+    dataset = source.opened()[0]
+    if own["dataset"] != dataset.facts["content"]:
+        raise InputError(
+            f"{dataset.folder}: is not the dataset that the ensemble in {ensemble} was evaluated "
+            "on; materialise what lies between them first"
+        )
     if champion is not None and champion.tags.get(STEP_KEY) == key:
         return GateDecision(True, (), {})
     if version is not None and ROLLED_BACK in version.tags:
@@ -53,8 +61,7 @@ def decide(
         theirs, _ = lens.tracking.load(f"models:/{MODEL}/{number}")
     except InputError as problem:
         return refused(f"the champion, version {number}, cannot be compared: {problem}")
-    facts = json.loads((ensemble / "ensemble.json").read_text())
-    if differing := _other_cutouts(facts["format"], theirs):
+    if differing := _other_cutouts(own["format"], theirs):
         return refused(
             f"the champion, version {number}, is not comparable: {differing}; if the new one is "
             "to replace it, promote it by hand"
@@ -63,23 +70,19 @@ def decide(
 
     scores = pd.read_parquet(evaluation / SCORES)
     test = scores[(scores["split"] == "test") & scores["probability"].notna()]
-    own = _groups(ensemble)
+    probability = _scored_by(champion, theirs, source, lens).reindex(test["id"])
+    if probability.isna().any():
+        return refused(f"the champion, version {number}, gives no score for some of the test split")
     log.info("  comparing with the champion, version %s", number)
     return champion_gate(
         test["label"].to_numpy(int),
         test["probability"].to_numpy(),
-        _scored_by(champion, theirs, source, lens).loc[test["id"]].to_numpy(),
+        probability.to_numpy(),
         group=test["group"].to_numpy(str),
-        seen=test["group"].isin(own | theirs.groups).to_numpy(),
+        seen=test["group"].isin(read_groups(ensemble) | theirs.groups).to_numpy(),
         **settings.gate,
         **settings.gate_against_champion,
     )
-
-
-def _groups(ensemble: Path) -> frozenset[str]:
-    from lens_pipeline.ensemble.system import read_groups
-
-    return read_groups(ensemble)
 
 
 def _other_cutouts(form: dict[str, Any], champion: "LensEnsemble") -> str:
@@ -89,7 +92,12 @@ def _other_cutouts(form: dict[str, Any], champion: "LensEnsemble") -> str:
         f"its {name} is {theirs[name]}, here {form[name]}"
         for name in form
         if theirs[name] != form[name]
+        and not (name == "pixel_scale" and _alike(theirs[name], form[name]))
     )
+
+
+def _alike(one: float | None, other: float | None) -> bool:
+    return one is not None and other is not None and math.isclose(one, other, rel_tol=1e-3)
 
 
 def _scored_by(
@@ -98,13 +106,15 @@ def _scored_by(
     """The champion's probabilities of the test split, by id: a step, for both who ask."""
     import pandas as pd
 
+    from lens_pipeline.ensemble.carried import requirements
     from lens_pipeline.ensemble.rescore import SCORES, rescore_test_split
 
     recipe = Recipe(
         stage="champion_scores",
-        modules=(RESCORE,),
-        libraries=("torch", "numpy", "scipy", "pandas", "pyarrow"),
-        inputs={"champion": champion.tags[STEP_KEY], **source.inputs},
+        modules=(RESCORE, *source.modules),
+        libraries=("numpy", "scipy", "pandas", "pyarrow"),
+        inputs={"champion": digest(ensemble.facts), **source.inputs},
+        settings={"libraries": requirements(ensemble)},
     )
     step = run_step(
         recipe,

@@ -61,6 +61,7 @@ def registry_asset(published: bool) -> dg.AssetsDefinition:
         """
         import time
 
+        from lens_pipeline.evaluation.card import model_card
         from lens_pipeline.evaluation.result import read_evaluation
 
         begun = time.perf_counter()
@@ -78,12 +79,13 @@ def registry_asset(published: bool) -> dg.AssetsDefinition:
                     tracking, key, ensemble.folder, facts, evaluation, context.run_id
                 )
             number = str(version.version)
+            tracking.describe(number, model_card(facts, evaluation))
             challenger = tracking.aliased(CHALLENGER)
             if challenger is None or int(challenger.version) < int(number):
                 tracking.set_alias(CHALLENGER, number)
         source = scored_source(context, settings, published)
 
-        def against(champion: "ModelVersion | None") -> "GateDecision":
+        def against(champion: "ModelVersion | None", version: "ModelVersion") -> "GateDecision":
             return decide(lens, key, ensemble.folder, folder, source, champion, version)
 
         decision = _promoted_if_passed(tracking, number, against)
@@ -123,16 +125,19 @@ def registry_asset(published: bool) -> dg.AssetsDefinition:
 
 
 def _promoted_if_passed(
-    tracking: Tracking, number: str, against: "Callable[[ModelVersion | None], GateDecision]"
+    tracking: Tracking,
+    number: str,
+    against: "Callable[[ModelVersion | None, ModelVersion], GateDecision]",
 ) -> "GateDecision":
-    """The decision against the champion, which takes effect only where that is champion still:
-    comparing takes a while, and another run may have promoted its own."""
+    """The decision against the champion, which takes effect only where both are as they were:
+    comparing takes a while, and another run may have promoted its own, or somebody rolled back."""
     while True:
-        champion = tracking.aliased(CHAMPION)
-        decision = against(champion)
+        champion, version = tracking.aliased(CHAMPION), tracking.version(number)
+        decision = against(champion, version)
         with tracking.registry_lock():
             now = tracking.aliased(CHAMPION)
-            if (now and now.version) == (champion and champion.version):
+            same = (now and now.version) == (champion and champion.version)
+            if same and tracking.version(number).tags == version.tags:
                 if decision.passed:
                     tracking.promote(number)
                 return decision
@@ -146,8 +151,6 @@ def _register(
     evaluation: "Evaluation",
     dagster_run: str,
 ) -> Any:
-    from lens_pipeline.evaluation.card import model_card
-
     metrics = evaluation.metrics["ensemble"]
     steps, dataset_version = facts["member_steps"], facts["dataset_version"]
     runs = {name: tracking.find_run(step) for name, step in steps.items()}
@@ -162,7 +165,7 @@ def _register(
         artifacts=evaluation.shown,
     )
     tags = version_tags(tracking.settings, key, dataset_version, dagster_run, member_runs, metrics)
-    return tracking.register(folder, run_id, tags, model_card(facts, evaluation))
+    return tracking.register(folder, run_id, tags)
 
 
 def _stages(context: dg.AssetExecutionContext) -> dict[str, dict[str, Any]]:

@@ -14,13 +14,17 @@ if TYPE_CHECKING:
     from lens_pipeline.catalogue.table import Catalogue
     from lens_pipeline.ensemble.predictor import ScoredDataset
 
+AS_DATASET = "lens_pipeline.shards.as_dataset"
+
 
 @dataclass(frozen=True)
 class Source:
-    """inputs: what decides on it, by content; opened: the dataset, and the catalogue it is of."""
+    """inputs: what decides on it, by content; opened: the dataset, and the catalogue it is of;
+    modules: that read it."""
 
     inputs: dict[str, str]
     opened: "Callable[[], tuple[ScoredDataset, Catalogue]]"
+    modules: tuple[str, ...] = ()
 
 
 def scored_source(context: dg.AssetExecutionContext, settings: Settings, published: bool) -> Source:
@@ -50,4 +54,4 @@ def _of_shards(context: dg.AssetExecutionContext, settings: Settings) -> Source:
         )
         return dataset, dataset.catalogue
 
-    return Source({"shards": shards.content}, opened)
+    return Source({"shards": shards.content}, opened, (AS_DATASET,))

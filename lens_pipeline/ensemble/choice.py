@@ -76,9 +76,9 @@ def fit(
     members = tuple(fit_calibration(one, label, method) for one in logits.T)
     calibrated, variance = _calibrated(members, logits, deviation)
     fusion = fit_fusion(strategy, calibrated, variance, label, _rank(label))
-    return FittedFusion(
-        members, fusion, fit_calibration(fusion(calibrated, variance), label, method)
-    )
+    # A fusion need not have its zero where lenses and non-lenses are alike: a slope is not enough.
+    last: Method = "platt" if method == "temperature" else method
+    return FittedFusion(members, fusion, fit_calibration(fusion(calibrated, variance), label, last))
 
 
 def choose(
@@ -90,8 +90,10 @@ def choose(
 ) -> tuple[FittedFusion, pd.DataFrame]:
     """(the fusion that was asked for, or the best; the comparison of all: see `compare`).
 
-    Other arguments as of `fit`. Where a class has fewer than two cutouts a fold nothing can be
-    compared: the table is empty, and the best is the mean.
+    Other arguments as of `fit`. The best is the first in the comparison; but a single member only
+    where it beats the best of the others in 95 % of the resamplings: which of several is best by
+    chance is easily overrated, and then it is less than their fusion. Where a class has fewer than
+    two cutouts a fold nothing can be compared: the table is empty, and the best is the mean.
     """
     check_validation(logits, label)
     counts = np.bincount(label == 1, minlength=2)
@@ -105,7 +107,10 @@ def choose(
             counts[1],
             counts[0],
         )
-    best: Strategy = "mean" if table.empty else table["strategy"].iloc[0]
+    best: Strategy = "mean"
+    if not table.empty:
+        fused = table[table["strategy"] != "single"].iloc[0]
+        best = "single" if fused["better"] <= 0.05 else fused["strategy"]
     return fit(best if choice == "best" else choice, method, logits, deviation, label), table
 
 

@@ -62,7 +62,10 @@ class CatalogueCutouts:
     @property
     def identity(self) -> dict[str, Any]:
         table = self.catalogue.table
-        rows = pd.util.hash_pandas_object(table, index=False).to_numpy().tobytes()
+        plain = table.copy(deep=False)
+        for name in plain.select_dtypes("object"):
+            plain[name] = plain[name].map(repr)  # a column may hold lists
+        rows = pd.util.hash_pandas_object(plain, index=False).to_numpy().tobytes()
         content = digest([list(table), hashlib.sha256(rows).hexdigest()])[:32]
         source = {"source": masked(self.catalogue.source), "content": content}
         return {"catalogue": source, "padding": self.pad}

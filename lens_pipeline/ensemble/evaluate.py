@@ -55,6 +55,12 @@ def evaluate_ensemble(
             "checkpoints and lens_ensemble again"
         )
     scores = score_dataset(ensemble, dataset, catalogue)
+    without = scores["probability"].isna() & scores["reject_reason"].isna()
+    if without.any():
+        raise InputError(
+            f"{ensemble_folder}: gives no number for {int(without.sum())} cutouts, the first is "
+            f"{scores.loc[without, 'id'].iloc[0]}; train its members again"
+        )
     scores.to_parquet(out / SCORES, index=False)
     test = scores[(scores["split"] == "test") & scores["probability"].notna()]
     test = test.astype({"label": np.int8})

@@ -16,6 +16,7 @@ Array = NDArray[np.float64]
 Strategy = Literal["mean", "uncertainty_weighted", "stacking", "bayesian", "single"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 STEADIEST = 0.1  # of a member's scatter within a class, at least, is its own noise
+NOTHING_BUT = 1e12  # the noise of a member that says the same of every cutout
 UNTOLD = 0.01  # of a member's noise, at least, is what dropout does not tell
 
 
@@ -168,15 +169,18 @@ def _inverse_variance(
     """
     low, high = logits[label == 0].mean(axis=0), logits[label == 1].mean(axis=0)
     scale = np.maximum(high - low, 1e-3 * logits.std(axis=0))  # all noise, where nothing was learnt
-    scale = np.maximum(scale, np.finfo(np.float64).tiny)
+    constant = scale == 0
+    scale[constant] = 1
     on_scale = (logits - np.where(label[:, None] == 1, high, low)) / scale
     covariance = np.cov(on_scale, rowvar=False).reshape(len(scale), len(scale))
     scatter = np.diag(covariance)
     pairs = np.triu_indices(len(scale), k=1)
-    weight = 1 / np.maximum(np.outer(scatter, scatter)[pairs], np.finfo(np.float64).tiny)
-    common = max(np.average(covariance[pairs], weights=weight), 0.0) if len(weight) else 0.0
+    spread = np.outer(scatter, scatter)[pairs]
+    weight = np.divide(1, spread, out=np.zeros_like(spread), where=spread > 0)
+    common = max(float(weight @ covariance[pairs]) / weight.sum(), 0.0) if weight.any() else 0.0
     own = np.maximum(scatter - common, STEADIEST * scatter)
     noise = np.maximum(own - (variance / scale**2).mean(axis=0), UNTOLD * own)
+    noise[constant] = NOTHING_BUT
     return InverseVariance(tuple(scale.tolist()), tuple(low.tolist()), tuple(noise.tolist()))
 
 

@@ -95,6 +95,8 @@ def score_to_file(
         (folder / out.name).replace(out)
         n_scored = int(logit.notna().sum())
         reason = None if n_scored else _column(parts[0], "reject_reason")[0]
+        for part in parts:  # before what says of what they are: a kill leaves no riddle
+            part.unlink()
         shutil.rmtree(folder)
     if reason is not None:
         raise InputError(f"{source.catalogue.source}: no cutout could be scored; row 1: {reason}")

@@ -138,6 +138,13 @@ def read_groups(folder: Path) -> frozenset[str]:
     return frozenset(json.loads((folder / GROUPS).read_text()))
 
 
+def groups_behind(weights: str) -> frozenset[str]:
+    """The groups that weights which a training started from have learnt from: where they are a
+    member of an ensemble, its own; else none are known."""
+    folder = Path(weights).parent.parent
+    return read_groups(folder) if (folder / GROUPS).is_file() else frozenset()
+
+
 def _common_labels(scores: Mapping[str, pd.DataFrame]) -> NDArray[np.int8]:
     """The labels of the validation cutouts, which all members have in one order."""
     (first, reference), *others = scores.items()
@@ -173,11 +180,15 @@ def load_ensemble(folder: str | Path) -> LensEnsemble:
     path = folder / ENSEMBLE
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; {folder} is not an ensemble")
-    facts = json.loads(path.read_text())
-    if facts["schema"] != SCHEMA:
+    try:
+        facts = json.loads(path.read_text())
+        schema = facts["schema"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: is damaged; make the ensemble again") from None
+    if schema != SCHEMA:
         raise InputError(
-            f"{path}: has schema {facts['schema']}, this version reads {SCHEMA}; make the ensemble "
-            "again with `lens-pipeline run`"
+            f"{path}: has schema {schema}, this version reads {SCHEMA}; make the ensemble again "
+            "with `lens-pipeline run`"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Whatever it was trained in: on a CPU convolutions are up to twice as fast in this layout.

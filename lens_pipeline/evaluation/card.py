@@ -27,7 +27,7 @@ def model_card(facts: Mapping[str, Any], evaluation: Evaluation) -> str:
         f"An ensemble of {', '.join(facts['members'])}. It ranks cutouts of galaxies for visual "
         f"inspection: {cutouts}. Of other cutouts its scores mean nothing.",
         "## Data",
-        f"Trained on {'simulated' if facts['simulated'] else 'real'} cutouts, dataset version "
+        f"Trained and validated on {facts['learnt_from']}; dataset version "
         f"`{facts['dataset_version']}`. Fusion and calibration: {validation['n_lens']} lenses and "
         f"{validation['n_nonlens']} non-lenses of the validation split. Figures below: "
         f"{metrics['n_lens']} lenses and {metrics['n_nonlens']} non-lenses of the test split, with "
@@ -54,7 +54,7 @@ def _limits(facts: Mapping[str, Any], evaluation: Evaluation) -> list[str]:
     ]
     if facts["simulated"]:
         limits.append(
-            "- Trained and tested on simulations by one code. On real images expect less: networks "
+            "- Trained and tested on simulations. On real images expect less: networks "
             "that were trained on simulations alone fell from 92 % to 24 % purity in Euclid's Q1."
         )
     unresolved = [

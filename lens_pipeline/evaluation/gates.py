@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from lens_pipeline.evaluation.metrics import lens_metrics, paired_bootstrap, ranking_metric
 
 WORST = 5  # percentile: a loss beyond the tolerance is ruled out at 95 %
+FEWEST_GROUPS = 20  # of fewer that are drawn whole, resampling says little
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,13 @@ def champion_gate(
     (n,): whether either model has trained or validated on the group.
 
     Only what neither has seen counts. Of that there must be `min_lens` and `min_nonlens` cutouts,
-    the challenger must pass as a first model would, its `ece` must not exceed `max_ece`, and by
-    `ranking_metric` it must not be worse than the champion by `tolerance` or more: the lower 95 %
-    bound, of one side, of the difference over resamplings of both together.
+    in FEWEST_GROUPS groups each. The challenger must pass as a first model would, its `ece` must
+    not exceed `max_ece`, and by `ranking_metric` it must not be worse than the champion by
+    `tolerance` or more: by the lower 95 % bound, of one side, of the difference over resamplings of
+    both together, of which one that cannot resolve the metric counts as the worst.
     """
     new = ~np.asarray(seen, dtype=bool)
-    label, challenger, champion, group = (
+    label, challenger, champion, groups = (
         np.asarray(values)[new] for values in (label, challenger, champion, group)
     )
     n_lens, n_nonlens = (int(np.count_nonzero(label == value)) for value in (1, 0))
@@ -82,9 +84,14 @@ def champion_gate(
         "n_lens": n_lens,
         "n_nonlens": n_nonlens,
         "n_seen": int(np.count_nonzero(~new)),
+        "n_groups": len(np.unique(groups)),
     }
     kept = f"of groups that neither model has seen ({figures['n_seen']} cutouts seen) there are"
-    shortages = _shortages(figures, kept, min_lens, min_nonlens)
+    shortages = _shortages(figures, kept, min_lens, min_nonlens) or [
+        f"{kept} {n} groups with {name}; at least {FEWEST_GROUPS} are needed"
+        for value, name in ((1, "lenses"), (0, "non-lenses"))
+        if (n := len(np.unique(groups[label == value]))) < FEWEST_GROUPS
+    ]
     if shortages:
         return GateDecision(False, tuple(shortages), figures)
     metrics = lens_metrics(label, challenger)
@@ -98,8 +105,8 @@ def champion_gate(
         reasons.append(f"the calibration error is {ece:.3f}; at most {max_ece:g} is allowed")
     metric = ranking_metric(n_nonlens)
     scores = {"challenger": challenger, "champion": champion}
-    drawn = paired_bootstrap(label, scores, metric, group=group)
-    gain = drawn["challenger"] - drawn["champion"]
+    drawn = paired_bootstrap(label, scores, metric, group=groups)
+    gain = np.nan_to_num(drawn["challenger"] - drawn["champion"], nan=-1.0)
     lowest = float(np.percentile(gain, WORST))
     theirs = lens_metrics(label, champion, bootstrap=0)[metric]["value"]
     if lowest <= -tolerance:

@@ -5,7 +5,7 @@ and nothing is interpolated between them. No result depends on the order of the 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,7 +186,7 @@ def _levels(label: NDArray[np.bool_], score: Array) -> _Levels:
     return _Levels(-distinct, lens, nonlens)
 
 
-def _resampled(levels: _Levels, times: int, seed: int) -> list[_Levels]:
+def _resampled(levels: _Levels, times: int, seed: int) -> Iterator[_Levels]:
     random = np.random.default_rng(seed)
     n = len(levels.score)
 
@@ -195,7 +195,8 @@ def _resampled(levels: _Levels, times: int, seed: int) -> list[_Levels]:
         picked = owner[random.integers(len(owner), size=len(owner))] if len(owner) else owner
         return np.bincount(picked, minlength=n).astype(np.float64)
 
-    return [_Levels(levels.score, draw(levels.lens), draw(levels.nonlens)) for _ in range(times)]
+    for _ in range(times):
+        yield _Levels(levels.score, draw(levels.lens), draw(levels.nonlens))
 
 
 def _values(levels: _Levels) -> dict[str, float | None]:

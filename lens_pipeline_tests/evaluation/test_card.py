@@ -20,6 +20,7 @@ FACTS = {
     "validation": {"n_lens": 100, "n_nonlens": 300},
     "dataset_version": "abc123",
     "simulated": True,
+    "learnt_from": "simulated cutouts: 900 lenses, 950 non-lenses",
     "fusion": {"strategy": "uncertainty_weighted"},
     "prevalence": 1e-3,
 }
@@ -42,7 +43,8 @@ def test_the_card_says_what_the_scores_are_of_and_what_they_are_worth() -> None:
     for part in (
         "resnet18, lastro",
         "64 x 64 pixels of 0.263 arcsec, bands g, r, i, in units of background sigma",
-        "Trained on simulated cutouts, dataset version `abc123`",
+        "Trained and validated on simulated cutouts: 900 lenses, 950 non-lenses; dataset version "
+        "`abc123`",
         "100 lenses and 300 non-lenses of the validation split",
         "300 lenses and 300 non-lenses of the test split",
         "where 0.25 of the cutouts are lenses",
@@ -55,8 +57,9 @@ def test_the_card_says_what_the_scores_are_of_and_what_they_are_worth() -> None:
 
 
 def test_a_card_of_real_cutouts_says_nothing_of_simulations() -> None:
-    card = model_card(FACTS | {"simulated": False}, evaluated())
-    assert "Trained on real cutouts" in card
+    real = {"simulated": False, "learnt_from": "real cutouts: 900 lenses, 950 non-lenses"}
+    card = model_card(FACTS | real, evaluated())
+    assert "validated on real cutouts" in card
     assert "simulat" not in card
 
 

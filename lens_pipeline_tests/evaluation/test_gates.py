@@ -136,3 +136,33 @@ def test_the_order_of_the_cutouts_decides_nothing() -> None:
     assert one.passed == other.passed
     for name in ("challenger", "champion", "ece", "n_lens"):
         assert one.figures[name] == pytest.approx(other.figures[name], abs=1e-12)
+
+
+def test_resamplings_that_resolve_nothing_count_against_the_challenger() -> None:
+    """110 non-lenses in groups of uneven size: of some resamplings there are fewer than 100."""
+    random = np.random.default_rng(0)
+    n, label = 230, np.repeat([1, 0], [120, 110])
+    champion = np.where(label == 1, 0.9, 0.1) + random.uniform(-0.05, 0.05, n)
+    found = (label == 1) & (random.uniform(size=n) < 0.4)
+    challenger = np.where(found, 0.9, np.where(label == 1, 0.35, 0.3)) + random.uniform(0, 0.05, n)
+    test = {
+        "label": label,
+        "champion": champion,
+        "challenger": challenger,
+        "group": random.integers(60, size=n),
+        "seen": np.zeros(n, dtype=bool),
+    }
+    decision = champion_gate(**test, **AGAINST | {"max_ece": 1.0})
+    assert not decision.passed
+    assert any("a loss of" in reason for reason in decision.reasons)
+    assert all(np.isfinite(v) for v in decision.figures.values() if not isinstance(v, str))
+
+
+def test_one_region_of_the_sky_is_no_sample() -> None:
+    """Without several groups there is nothing to resample, and any loss looks certain."""
+    test = cutouts(gain=0.3) | {"group": np.zeros(4000, dtype=int)}
+    decision = champion_gate(**test, **AGAINST)
+    assert [reason.partition("there are ")[2] for reason in decision.reasons] == [
+        "1 groups with lenses; at least 20 are needed",
+        "1 groups with non-lenses; at least 20 are needed",
+    ]
