@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from mlflow.entities.model_registry import ModelVersion
 
-    from lens_pipeline.ensemble.system import LensEnsemble, read_groups
+    from lens_pipeline.ensemble.system import LensEnsemble
     from lens_pipeline.evaluation.gates import GateDecision
 
 RESCORE = "lens_pipeline.ensemble.rescore"
@@ -37,6 +37,7 @@ def decide(
     take, which is scored on the test split of today; version: its own in the registry, where it has
     one.
     """
+    from lens_pipeline.ensemble.system import read_groups
     from lens_pipeline.evaluation.gates import GateDecision, champion_gate, refused
     from lens_pipeline.evaluation.result import SCORES, read_evaluation
 
