@@ -13,12 +13,12 @@ from lens_pipeline.defs.tuning import tuning
 from lens_pipeline.errors import InputError
 from lens_pipeline.presets import chosen_members
 from lens_pipeline.settings import Settings
-from lens_pipeline.storage import TABLES
+from lens_pipeline.storage import names_table
 
 
 def source_is_published(settings: Settings) -> bool:
     """Whether LENS_SOURCE names published shards; a folder or store is asked, nothing else."""
-    if settings.source == "simulation" or settings.source.lower().endswith(TABLES):
+    if settings.source == "simulation" or names_table(settings.source):
         return False
     from lens_pipeline.shards.cloud import is_published
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 
@@ -25,6 +26,12 @@ def locate(
     except (ValueError, ImportError) as problem:
         reason = " ".join(str(problem).split())
         raise InputError(f"{location}: cannot be used ({reason})") from None
+
+
+def names_table(location: str) -> bool:
+    """Whether a path or URL ends as a catalogue's does; a signed one ends before its query."""
+    path = urlsplit(location).path if "://" in location else location
+    return path.lower().endswith(TABLES)
 
 
 def state_of(info: Mapping[str, Any]) -> str | None:

@@ -232,5 +232,6 @@ def test_an_ensemble_of_another_dataset_is_not_decided_on(own_home: Path) -> Non
     folder = next((own_home / "ensemble").glob("*/ensemble.json")).parent
     dataset = SimpleNamespace(facts={"content": "other"}, folder="dataset/other")
     source = Source({}, lambda: (dataset, None))
+    champion = client_of(own_home).get_model_version(MODEL, "1")
     with pytest.raises(InputError, match="dataset/other: is not the dataset that the ensemble"):
-        decide(SimpleNamespace(settings=None), "key", folder, folder, source, None)
+        decide(SimpleNamespace(settings=None), "key", folder, folder, source, champion)

@@ -42,13 +42,6 @@ def decide(
     from lens_pipeline.evaluation.result import SCORES, read_evaluation
 
     settings = lens.settings
-    own = json.loads((ensemble / "ensemble.json").read_text())
-    dataset = source.opened()[0]
-    if own["dataset"] != dataset.facts["content"]:
-        raise InputError(
-            f"{dataset.folder}: is not the dataset that the ensemble in {ensemble} was evaluated "
-            "on; materialise what lies between them first"
-        )
     if champion is not None and champion.tags.get(STEP_KEY) == key:
         return GateDecision(True, (), {})
     if version is not None and ROLLED_BACK in version.tags:
@@ -57,6 +50,13 @@ def decide(
         return read_evaluation(evaluation).gate(settings.gate)
     if version is not None and int(version.version) < int(champion.version):
         return refused(f"version {version.version} is older than the champion")
+    own = json.loads((ensemble / "ensemble.json").read_text())
+    dataset = source.opened()[0]
+    if own["dataset"] != dataset.facts["content"]:
+        raise InputError(
+            f"{dataset.folder}: is not the dataset that the ensemble in {ensemble} was evaluated "
+            "on; materialise what lies between them first"
+        )
     number = str(champion.version)
     try:
         theirs, _ = lens.tracking.load(f"models:/{MODEL}/{number}")

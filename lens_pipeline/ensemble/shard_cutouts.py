@@ -1,6 +1,5 @@
 """Shards as something to score, and which kind a path or URL is of."""
 
-import posixpath
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from lens_pipeline.errors import InputError, masked
 from lens_pipeline.shards.as_dataset import ShardsAsDataset, shards_as_dataset
 from lens_pipeline.shards.cloud import is_published, published_version
 from lens_pipeline.shards.reader import FetchedSplit
-from lens_pipeline.storage import TABLES
+from lens_pipeline.storage import names_table
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,7 @@ def open_cutout_source(
     location: a path or an fsspec URL; cache: where remote shards are kept while they are read; pad:
     see `build_dataset`. Raises InputError where there is nothing of the kind.
     """
-    is_table = posixpath.splitext(location)[1].lower() in TABLES
-    if not is_table and is_published(location, storage_options):
+    if not names_table(location) and is_published(location, storage_options):
         version = published_version(location, storage_options)
         return ShardCutouts(
             shards_as_dataset(version, cache=cache, storage_options=storage_options)

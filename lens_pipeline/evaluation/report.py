@@ -31,6 +31,7 @@ MORE_COLUMNS = COLUMNS | {
     "brier": "Brier score",
 }
 UNRESOLVED = "–"
+LONG = 20  # rows of a table that is folded up
 
 
 def format_metrics_table(metrics: Mapping[str, Mapping[str, Any]], split: str = "Test") -> str:
@@ -253,6 +254,8 @@ def _table(caption: str, table: pd.DataFrame) -> str:
     shown = table.to_html(
         index=False, float_format="{:.3f}".format, border=0, escape=True, na_rep=UNRESOLVED
     )
+    if len(table) > LONG:
+        shown = f"<details><summary>{len(table)} rows</summary>{shown}</details>"
     return f"<h3>{html.escape(caption)}</h3><div class=wide>{shown}</div>"
 
 

@@ -143,7 +143,7 @@ def fusion_section(
     if seeds.empty:
         text += (
             " No two members share an architecture: what a seed alone changes, which the intervals "
-            "leave out, cannot be told (add `b=resnet18@1`, say)."
+            "leave out, cannot be told (add b=resnet18@1, say)."
         )
     else:
         tables["By seed alone: mean (lowest to highest)"] = seeds
