@@ -4,6 +4,7 @@ import os
 import signal
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,15 @@ def test_an_error_that_a_signal_has_caused_is_an_interruption() -> None:
         Path("/nowhere").read_text()
 
 
+@pytest.fixture
+def interrupted_as_usual() -> Iterator[None]:
+    """Python's own handler of Ctrl-C: who trained before may have left none."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupted_as_usual")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_an_object_is_freed_is_not_lost(how: signal.Signals) -> None:
     def freed(_: object) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from lens_pipeline import LensDataModule, LensWebDatasetDataModule, LitLensSystem
 from lens_pipeline.catalogue.dataset import Dataset
+from lens_pipeline.catalogue.splits import drawn_groups
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards import streaming
 
@@ -154,18 +155,19 @@ def test_our_own_shards_streamed(
     assert not torch.equal(torch.cat(epochs[0]), torch.cat(epochs[1]))
 
 
-def test_bagging_needs_cutouts_at_their_places(
-    shards_folder: Path, remote: str, tmp_path: Path
-) -> None:
-    upload(shards_folder, remote)
-    tars = f"{remote}/train-{{000000..000002}}.tar"
-    streamed = LensWebDatasetDataModule(tars, tars, bagging=0.5)
+def test_bagging_needs_cutouts_at_their_places(remote: str, tmp_path: Path) -> None:
+    pattern = write_tars(tmp_path / "tars", "npy")
+    upload(tmp_path / "tars", remote)
+    urls = pattern.replace(str(tmp_path / "tars"), remote)
+    how: dict[str, Any] = {"flux_unit": "background_sigma", "bagging": 0.5}
     with pytest.raises(InputError, match="streamed tars are not drawn from; name a cache_dir"):
-        streamed.train_dataloader()
-    cached = LensWebDatasetDataModule(tars, tars, bagging=0.5, cache_dir=tmp_path)
-    from_folder = LensDataModule(shards_folder, bagging=0.5)
-    np.testing.assert_array_equal(cached.taking_part("train"), from_folder.taking_part("train"))
-    assert 0 < len(read(cached, "train")[1]) < len(cached.split("train"))
+        LensWebDatasetDataModule(urls, urls, **how).train_dataloader()
+    cached = LensWebDatasetDataModule(urls, urls, cache_dir=tmp_path / "cache", **how)
+    drawn = drawn_groups(cached.split("train").ids, 0.5, seed=0)  # each by itself
+    np.testing.assert_array_equal(cached.taking_part("train"), drawn)
+    images, _ = read(cached, "train")
+    assert set(images[:, 0, 0, 0].astype(int)) <= set(np.flatnonzero(drawn))
+    assert 0 < len(images) <= drawn.sum() < N
 
 
 @pytest.mark.parametrize("png16", [False, True])
