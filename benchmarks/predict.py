@@ -21,8 +21,9 @@ from benchmarks._ensemble import make_ensemble
 from benchmarks._harness import SCRATCH, Row, Target, options, report
 from benchmarks.growth import memory
 from lens_pipeline.catalogue.dataset import CutoutFormat
+from lens_pipeline.registry import CHALLENGER, Registry
 from lens_pipeline.settings import Settings
-from lens_pipeline.tracking import CHALLENGER, Tracking
+from lens_pipeline.tracking import Tracking
 
 MEMBER, BANDS, SIZE = "lastro", ("g", "r", "i"), 32
 FEW = 10_000
@@ -34,10 +35,11 @@ def make_home(home: Path) -> Path:
     form = CutoutFormat(BANDS, SIZE, "background_sigma", 0.263)
     home.mkdir()
     make_ensemble(ensemble, [MEMBER], form)
-    tracking = Tracking(Settings.load(home=str(home)))
-    run = tracking.start_run("benchmark", "benchmark", {})
-    version = tracking.register(ensemble, run, tags={})
-    tracking.set_alias(CHALLENGER, str(version.version))
+    settings = Settings.load(home=str(home))
+    run = Tracking(settings).start_run("benchmark", "benchmark", {})
+    registry = Registry(settings)
+    version = registry.register(ensemble, run, tags={})
+    registry.set_alias(CHALLENGER, str(version.version))
     return home
 
 

@@ -342,13 +342,13 @@ def _storage_options(text: str) -> dict[str, Any]:
 
 def _prune(options: argparse.Namespace) -> int:
     settings = Settings.load(home=options.home, cloud_url=options.cloud_url)
+    from lens_pipeline.registry import Registry
     from lens_pipeline.shards.prune import prune_versions
-    from lens_pipeline.tracking import Tracking
 
     # Somebody waits; MLflow would try a server that is gone for four minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     try:
-        referred = Tracking(settings).dataset_versions()
+        referred = Registry(settings).dataset_versions()
     except InputError as problem:
         raise InputError(f"nothing is removed: {problem}") from None
     found = prune_versions(
@@ -368,27 +368,27 @@ def _prune(options: argparse.Namespace) -> int:
 
 
 def _promote(options: argparse.Namespace) -> int:
-    from lens_pipeline.tracking import MODEL, Tracking
+    from lens_pipeline.registry import MODEL, Registry
 
-    tracking = Tracking(Settings.load(home=options.home))
-    tracking.require_registry()
-    known = [str(version.version) for version in tracking.versions()]
+    registry = Registry(Settings.load(home=options.home))
+    registry.require()
+    known = [str(version.version) for version in registry.versions()]
     if options.version not in known:
         raise InputError(
             f"promote {options.version}: {MODEL} has the versions {', '.join(known) or '(none)'}"
         )
-    with tracking.registry_lock():
-        tracking.promote(options.version, by_hand=True)
+    with registry.lock():
+        registry.promote(options.version, by_hand=True)
     print(f"{MODEL} version {options.version} is champion")
     return 0
 
 
 def _rollback(options: argparse.Namespace) -> int:
-    from lens_pipeline.tracking import MODEL, Tracking
+    from lens_pipeline.registry import MODEL, Registry
 
-    tracking = Tracking(Settings.load(home=options.home))
-    tracking.require_registry()
-    former, rolled_back = tracking.roll_back()
+    registry = Registry(Settings.load(home=options.home))
+    registry.require()
+    former, rolled_back = registry.roll_back()
     print(f"{MODEL} version {former} is champion again, in the place of version {rolled_back}")
     return 0
 

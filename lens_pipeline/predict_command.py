@@ -27,18 +27,18 @@ def _predict(options: argparse.Namespace) -> int:
         raise InputError(f"--top {options.top}: must be 0 or more")
     from lens_pipeline.ensemble.parts import check_out, score_to_file
     from lens_pipeline.ensemble.shard_cutouts import open_cutout_source
-    from lens_pipeline.tracking import Tracking
+    from lens_pipeline.registry import Registry
 
     check_out(options.out)
-    tracking = Tracking(settings)
-    tracking.require_registry()
+    registry = Registry(settings)
+    registry.require()
     cutouts = open_cutout_source(
         source,
         cache=settings.home / "cache",
         pad=settings.pad,
         storage_options=settings.storage_options,
     )
-    ensemble, uri = tracking.load(options.model)
+    ensemble, uri = registry.load(options.model)
     with interruptible():
         scored = score_to_file(ensemble, cutouts, options.out, model=uri, top=options.top)
     print(f"{scored.path}: {scored.n_scored} of {scored.n_rows} cutouts scored by {uri}")

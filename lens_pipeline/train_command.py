@@ -69,9 +69,9 @@ def with_local_weights(config: TrainConfig, settings: Settings) -> TrainConfig:
     """With a file in the place of a registered model to start from."""
     if not config.model.pretrained.startswith("models:/"):
         return config
-    from lens_pipeline.tracking import Tracking
+    from lens_pipeline.registry import Registry
 
-    weights = Tracking(settings).member_checkpoint(config.model.pretrained, config.model.arch)
+    weights = Registry(settings).member_checkpoint(config.model.pretrained, config.model.arch)
     return config.with_changes({"model": {"pretrained": str(weights)}}, "train")
 
 

@@ -18,8 +18,8 @@ from lens_pipeline.defs.registry import _promoted_if_passed
 from lens_pipeline.defs.scored import Source
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.gates import GateDecision
+from lens_pipeline.registry import Registry
 from lens_pipeline.settings import Settings
-from lens_pipeline.tracking import Tracking
 
 MODEL = "lens_ensemble"
 
@@ -193,9 +193,9 @@ def test_what_was_rolled_back_during_the_comparison_stays_down(own_home: Path) -
     client = client_of(own_home)
     first = client.get_model_version(MODEL, "1")
     client.create_model_version(MODEL, first.source, first.run_id)
-    tracking = Tracking(Settings.load(home=own_home))
-    with tracking.registry_lock():
-        tracking.promote("1")
+    registry = Registry(Settings.load(home=own_home))
+    with registry.lock():
+        registry.promote("1")
     asked = []
 
     def against(champion: Any, version: Any) -> GateDecision:
@@ -206,7 +206,7 @@ def test_what_was_rolled_back_during_the_comparison_stays_down(own_home: Path) -
             assert main(["rollback", "--home", str(own_home)]) == 0
         return GateDecision("lens.rolled_back" not in version.tags, (), {})
 
-    assert not _promoted_if_passed(tracking, "2", against).passed
+    assert not _promoted_if_passed(registry, "2", against).passed
     assert aliases(own_home)["champion"] == "1"
     assert ["lens.rolled_back" in tags for tags in asked] == [False, True]
 

@@ -17,7 +17,7 @@ from mlflow.models import Model
 
 from lens_pipeline.ensemble.carried import LIBRARIES
 from lens_pipeline.ensemble.system import LensEnsemble, load_ensemble
-from lens_pipeline.tracking import MODEL
+from lens_pipeline.registry import MODEL
 from lens_pipeline_tests.test_servers import free_port
 
 # urllib keeps the proxies that the environment named when it was first used.

@@ -105,7 +105,7 @@ def checkpoint_asset(
             trained_with = defaults.with_changes(config.model_dump(), key.to_user_string())
             start = trained_with.model.pretrained
             if start.startswith("models:/"):
-                weights = lens.tracking.member_checkpoint(start, member.architecture)
+                weights = lens.registry.member_checkpoint(start, member.architecture)
                 trained_with = trained_with.with_changes(
                     {"model": {"pretrained": str(weights)}}, key.to_user_string()
                 )

@@ -26,8 +26,8 @@ from lens_pipeline.defs.stages import (
     table,
 )
 from lens_pipeline.models.names import Member
+from lens_pipeline.registry import CHAMPION, registry_key
 from lens_pipeline.steps import Recipe
-from lens_pipeline.tracking import CHAMPION, registry_key
 
 SYSTEM = "lens_pipeline.ensemble.system"
 EVALUATE = "lens_pipeline.ensemble.evaluate"
@@ -173,8 +173,8 @@ def evaluation_asset(members: Sequence[Member], published: bool) -> dg.AssetsDef
             ensemble.folder,
             step.folder,
             source,
-            lens.tracking.aliased(CHAMPION),
-            lens.tracking.find_version(key),
+            lens.registry.aliased(CHAMPION),
+            lens.registry.find_version(key),
         )
         figures = {
             name: value["value"]

@@ -9,8 +9,9 @@ from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.scored import Source
 from lens_pipeline.defs.stages import log
 from lens_pipeline.errors import InputError
+from lens_pipeline.registry import MODEL, ROLLED_BACK
 from lens_pipeline.steps import Recipe, digest, run_step
-from lens_pipeline.tracking import MODEL, ROLLED_BACK, STEP_KEY
+from lens_pipeline.tracking import STEP_KEY
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +60,7 @@ def decide(
         )
     number = str(champion.version)
     try:
-        theirs, _ = lens.tracking.load(f"models:/{MODEL}/{number}")
+        theirs, _ = lens.registry.load(f"models:/{MODEL}/{number}")
     except InputError as problem:
         return refused(f"the champion, version {number}, cannot be compared: {problem}")
     if differing := _other_cutouts(own["format"], theirs):

@@ -19,18 +19,16 @@ from lens_pipeline.defs.stages import (
     log,
     made,
 )
-from lens_pipeline.steps import write_aside
-from lens_pipeline.tracking import (
+from lens_pipeline.registry import (
     CHALLENGER,
     CHAMPION,
-    DAGSTER_RUN,
-    DATASET_VERSION,
     MODEL,
-    Tracking,
-    flat_metrics,
+    Registry,
     registry_key,
     version_tags,
 )
+from lens_pipeline.steps import write_aside
+from lens_pipeline.tracking import DAGSTER_RUN, DATASET_VERSION, Tracking, flat_metrics
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -66,30 +64,30 @@ def registry_asset(published: bool) -> dg.AssetsDefinition:
 
         begun = time.perf_counter()
         log.info("registered_ensemble ...")
-        settings, tracking = lens.settings, lens.tracking
+        settings, registry = lens.settings, lens.registry
         ensemble, folder = made(context, ENSEMBLE), made(context, EVALUATION).folder
         facts = json.loads((ensemble.folder / "ensemble.json").read_text())
         evaluation = read_evaluation(folder)
         key = registry_key(ensemble.content)
-        with tracking.registry_lock():
-            version = tracking.find_version(key)
+        with registry.lock():
+            version = registry.find_version(key)
             reused = version is not None
             if version is None:
                 version = _register(
-                    tracking, key, ensemble.folder, facts, evaluation, context.run_id
+                    lens.tracking, registry, key, ensemble.folder, facts, evaluation, context.run_id
                 )
             number = str(version.version)
-            tracking.describe(number, model_card(facts, evaluation))
-            challenger = tracking.aliased(CHALLENGER)
+            registry.describe(number, model_card(facts, evaluation))
+            challenger = registry.aliased(CHALLENGER)
             if challenger is None or int(challenger.version) < int(number):
-                tracking.set_alias(CHALLENGER, number)
+                registry.set_alias(CHALLENGER, number)
         source = scored_source(context, settings, published)
 
         def against(champion: "ModelVersion | None", version: "ModelVersion") -> "GateDecision":
             return decide(lens, key, ensemble.folder, folder, source, champion, version)
 
-        decision = _promoted_if_passed(tracking, number, against)
-        aliases = tracking.aliases(number)
+        decision = _promoted_if_passed(registry, number, against)
+        aliases = registry.aliases(number)
         seconds = time.perf_counter() - begun
         log.info("registered_ensemble: %s in %.1f s", "reused" if reused else "made", seconds)
         stages = _stages(context) | {
@@ -125,26 +123,27 @@ def registry_asset(published: bool) -> dg.AssetsDefinition:
 
 
 def _promoted_if_passed(
-    tracking: Tracking,
+    registry: Registry,
     number: str,
     against: "Callable[[ModelVersion | None, ModelVersion], GateDecision]",
 ) -> "GateDecision":
     """The decision against the champion, which takes effect only where both are as they were:
     comparing takes a while, and another run may have promoted its own, or somebody rolled back."""
     while True:
-        champion, version = tracking.aliased(CHAMPION), tracking.version(number)
+        champion, version = registry.aliased(CHAMPION), registry.version(number)
         decision = against(champion, version)
-        with tracking.registry_lock():
-            now = tracking.aliased(CHAMPION)
+        with registry.lock():
+            now = registry.aliased(CHAMPION)
             same = (now and now.version) == (champion and champion.version)
-            if same and tracking.version(number).tags == version.tags:
+            if same and registry.version(number).tags == version.tags:
                 if decision.passed:
-                    tracking.promote(number)
+                    registry.promote(number)
                 return decision
 
 
 def _register(
     tracking: Tracking,
+    registry: Registry,
     key: str,
     folder: Path,
     facts: dict[str, Any],
@@ -164,8 +163,8 @@ def _register(
         metrics=flat_metrics(metrics, "test/"),
         artifacts=evaluation.shown,
     )
-    tags = version_tags(tracking.settings, key, dataset_version, dagster_run, member_runs, metrics)
-    return tracking.register(folder, run_id, tags)
+    tags = version_tags(registry.settings, key, dataset_version, dagster_run, member_runs, metrics)
+    return registry.register(folder, run_id, tags)
 
 
 def _stages(context: dg.AssetExecutionContext) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,8 @@
-"""What assets are given: the settings and the tracking server."""
+"""What assets are given: the settings, the tracking server and its registry."""
 
 import dagster as dg
 
+from lens_pipeline.registry import Registry
 from lens_pipeline.settings import Settings
 from lens_pipeline.tracking import Tracking
 
@@ -16,3 +17,7 @@ class LensHome(dg.ConfigurableResource):
     @property
     def tracking(self) -> Tracking:
         return Tracking(self.settings)
+
+    @property
+    def registry(self) -> Registry:
+        return Registry(self.settings)

@@ -1,0 +1,324 @@
+"""MLflow's registry: the versions of the ensemble, and who of them is champion.
+
+MLflow itself is imported where it is used: loading this module is light.
+"""
+
+import importlib.metadata
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import filelock
+
+from lens_pipeline.errors import InputError, masked
+from lens_pipeline.settings import Settings
+from lens_pipeline.steps import digest, folder_aside
+from lens_pipeline.tracking import (
+    DAGSTER_RUN,
+    DATASET_VERSION,
+    STEP_KEY,
+    Tracking,
+    flat_metrics,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+    from lens_pipeline.ensemble.system import LensEnsemble
+
+MODEL = "lens_ensemble"
+CHAMPION = "champion"
+CHALLENGER = "challenger"
+REPLACED = "lens.replaced"  # the champion before this one
+ROLLED_BACK = "lens.rolled_back"  # when; such a version is promoted by hand alone
+log = logging.getLogger(__name__)
+
+
+def registry_key(ensemble: str) -> str:
+    """What a version is found by, of an ensemble by its content: the same members in the same
+    fusion are the same model, whatever made them again."""
+    return digest([MODEL, ensemble])[:32]
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The registry of the tracking server that the settings name."""
+
+    settings: Settings
+
+    @cached_property
+    def client(self) -> "MlflowClient":
+        """See `Tracking.client`."""
+        return Tracking(self.settings).client
+
+    def lock(self) -> filelock.BaseFileLock:
+        """One process of this home at a time looks for a version, registers one, moves aliases.
+
+        MLflow itself has no lock: of homes that share a server, let one promote.
+        """
+        return filelock.FileLock(self.settings.home / ".locks" / "registry.lock")
+
+    def versions(self) -> list["ModelVersion"]:
+        """Every version of the registered model, newest first; none where there is no model."""
+        found = self.client.search_model_versions(f"name = '{MODEL}'")
+        return sorted(found, key=lambda version: -int(version.version))
+
+    def dataset_versions(self) -> dict[str, str]:
+        """{dataset version: the registered versions that refer to it}, of all models.
+
+        Raises InputError where the registry cannot be asked.
+        """
+        self.require()
+        referring: dict[str, list[str]] = {}
+        page: str | None = ""
+        try:
+            while page is not None:
+                found = self.client.search_model_versions(page_token=page or None)
+                for version in found:
+                    if DATASET_VERSION in version.tags:
+                        name = f"{version.name} version {version.version}"
+                        referring.setdefault(version.tags[DATASET_VERSION], []).append(name)
+                page = found.token or None
+        except InputError:
+            raise
+        except Exception as problem:  # noqa: BLE001  (each kind of registry has errors of its own)
+            reason = " ".join(str(problem).split())
+            raise InputError(
+                f"MLFLOW_TRACKING_URI: the registry at {self.settings.mlflow_uri} cannot be asked "
+                f"which dataset versions its models refer to ({reason})"
+            ) from None
+        return {dataset: ", ".join(names) for dataset, names in referring.items()}
+
+    def find_version(self, step_key: str) -> "ModelVersion | None":
+        return next((v for v in self.versions() if v.tags.get(STEP_KEY) == step_key), None)
+
+    def aliased(self, alias: str) -> "ModelVersion | None":
+        """The version with an alias, None where there is none; a server's errors are raised."""
+        models = self.client.search_registered_models(f"name = '{MODEL}'")
+        number = models[0].aliases.get(alias) if models else None
+        return self.client.get_model_version(MODEL, number) if number else None
+
+    def register(self, ensemble: Path, run_id: str, tags: dict[str, str]) -> "ModelVersion":
+        """Log the ensemble's folder as a model under a run, and make it the newest version."""
+        import mlflow
+        import numpy as np
+        from mlflow.models import ModelSignature
+        from mlflow.types import ColSpec, Schema, TensorSpec
+
+        from lens_pipeline.ensemble import carried
+        from lens_pipeline.ensemble.system import load_ensemble
+
+        loaded = load_ensemble(ensemble)
+        example = carried.input_example(loaded.format)
+        signature = ModelSignature(
+            inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *example.shape[1:]))]),
+            outputs=Schema([ColSpec("double", name) for name in loaded.columns]),
+        )
+        assert self.client  # sets MLflow's URIs
+        with (
+            TemporaryDirectory() as folder,
+            mlflow.start_run(run_id=run_id),
+            _import_path_kept(),
+            # It tells every user on stderr what our own caller says.
+            redirect_stderr(io.StringIO()),
+        ):
+            model = mlflow.pyfunc.log_model(
+                name=MODEL,
+                python_model=str(carried.MODEL_FILE),
+                artifacts={"ensemble": str(ensemble)},
+                code_paths=[str(carried.copy_code(Path(folder)))],
+                signature=signature,
+                input_example=example,
+                pip_requirements=carried.requirements(loaded),
+                metadata=carried.facts(loaded),
+            )
+            return mlflow.register_model(model.model_uri, MODEL, tags=tags)
+
+    def describe(self, version: str, card: str) -> None:
+        """Write the description of a version, where it has none yet."""
+        if not self.version(version).description:
+            self.client.update_model_version(MODEL, version, description=card)
+
+    def set_alias(self, alias: str, version: str) -> None:
+        self.client.set_registered_model_alias(MODEL, alias, version)
+
+    def version(self, number: str) -> "ModelVersion":
+        """A version as it is in the registry now."""
+        return self.client.get_model_version(MODEL, number)
+
+    def promote(self, version: str, by_hand: bool = False) -> None:
+        """Make a version champion, and write down whose place it takes. The caller holds the lock.
+
+        by_hand: by somebody who knows; a version that was rolled back is so no more. The alias is
+        moved last, at once: whatever fails before leaves the champion that was.
+        """
+        champion = self.aliased(CHAMPION)
+        if champion is not None and str(champion.version) == version:
+            return
+        if by_hand and ROLLED_BACK in self.version(version).tags:
+            self.client.delete_model_version_tag(MODEL, version, ROLLED_BACK)
+        if champion is not None:
+            self.client.set_model_version_tag(MODEL, version, REPLACED, str(champion.version))
+        self.set_alias(CHAMPION, version)
+
+    def roll_back(self) -> tuple[str, str]:
+        """Make the champion before this one champion again: (that, this).
+
+        Raises InputError where there is no champion, or none before it.
+        """
+        with self.lock():
+            champion = self.aliased(CHAMPION)
+            if champion is None:
+                raise InputError(f"{MODEL} has no champion; make one with `lens-pipeline promote`")
+            number = str(champion.version)
+            former = champion.tags.get(REPLACED)
+            known = {str(version.version): version for version in self.versions()}
+            if former not in known:
+                raise InputError(
+                    f"{MODEL} version {number} has replaced no champion that is still there; name "
+                    "the one you want with `lens-pipeline promote`"
+                )
+            if ROLLED_BACK in known[former].tags:
+                raise InputError(
+                    f"{MODEL} version {former}, the champion before version {number}, was rolled "
+                    "back itself; name the one you want with `lens-pipeline promote`"
+                )
+            when = datetime.now(UTC).isoformat(timespec="seconds")
+            self.client.set_model_version_tag(MODEL, number, ROLLED_BACK, when)
+            self.set_alias(CHAMPION, former)
+        return former, number
+
+    def aliases(self, version: str) -> list[str]:
+        return sorted(self.client.get_model_version(MODEL, version).aliases)
+
+    def load(self, uri: str | None = None) -> tuple["LensEnsemble", str]:
+        """(the ensemble, `models:/name/version`) by a `models:/` URI of this registry.
+
+        Without one: `champion`, else the newest `challenger`. Raises InputError where the home has
+        no registry, and where the registry has no such model.
+        """
+        uri = uri or self._default_uri()
+        if not uri.startswith("models:/"):
+            raise InputError(
+                f"--model: {uri!r} is not of this registry; it is models:/{MODEL}@alias or "
+                f"models:/{MODEL}/version (a model is code, so no other place is trusted)"
+            )
+        self.require()
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        assert self.client  # sets MLflow's URIs
+        try:
+            uri = self._numbered(uri)
+            with _import_path_kept():
+                model = mlflow.pyfunc.load_model(uri)
+        except (MlflowException, OSError) as problem:
+            reason = " ".join(str(problem).split())
+            raise InputError(f"--model: {uri} cannot be loaded ({reason})") from None
+        return model.unwrap_python_model().ensemble, uri
+
+    def member_checkpoint(self, uri: str, architecture: str) -> Path:
+        """A local copy of the checkpoint of a registered ensemble's member of this architecture.
+
+        Raises InputError where the registry has no such model, or the model no such member.
+        """
+        self.require()
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        from lens_pipeline.models.pretrained import read_checkpoint
+
+        try:
+            uri = self._numbered(uri)
+            folder = self.settings.home / "cache" / uri.replace(":", "")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
+                if not folder.exists():
+                    with folder_aside(folder) as aside:
+                        mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(aside))
+        except MlflowException as problem:
+            reason = " ".join(str(problem).split())
+            raise InputError(f"model.pretrained: {uri} cannot be had ({reason})") from None
+        members = {
+            read_checkpoint(path)["hyper_parameters"]["arch"]: path
+            for path in sorted(folder.rglob("members/*.ckpt"))
+        }
+        if architecture not in members:
+            raise InputError(
+                f"model.pretrained: {uri} has no {architecture}; it has {', '.join(members)}"
+            )
+        return members[architecture]
+
+    def require(self) -> None:
+        """Raises InputError, naming the home, where there is no registry yet."""
+        if self.settings.tracking_uri is None and not self.settings.mlflow_database.is_file():
+            raise InputError(
+                f"{self.settings.home}: this home has no model registry; "
+                "name another with --home or LENS_HOME, or make one with `lens-pipeline run`"
+            )
+
+    def _numbered(self, uri: str) -> str:
+        """The URI of the version that an alias points to now: it may move meanwhile."""
+        name, at, alias = uri.removeprefix("models:/").partition("@")
+        if not at:
+            return uri
+        return f"models:/{name}/{self.client.get_model_version_by_alias(name, alias).version}"
+
+    def _default_uri(self) -> str:
+        self.require()
+        for alias in (CHAMPION, CHALLENGER):
+            version = self.aliased(alias)
+            if version is not None:
+                if alias == CHALLENGER:
+                    log.warning("no champion: using the challenger, version %s", version.version)
+                return f"models:/{MODEL}/{version.version}"
+        raise InputError(
+            f"{masked(self.settings.mlflow_uri)}: no version of {MODEL} is registered; "
+            "make one with `lens-pipeline run`"
+        )
+
+
+@contextmanager
+def _import_path_kept() -> Iterator[None]:
+    """MLflow puts the code that a model carries before all else; here the installed code scores,
+    and so it does in processes that are started later."""
+    before = sys.path
+    try:
+        yield
+    finally:
+        sys.path = before
+
+
+def version_tags(
+    settings: Settings,
+    step_key: str,
+    dataset_version: str,
+    dagster_run: str,
+    member_runs: Mapping[str, str],
+    metrics: Mapping[str, Any],
+) -> dict[str, str]:
+    """What a registered version carries: its dataset, code, settings, its members' runs, its
+    metrics. The commit is that of the checkout that this runs from, where it is one."""
+    from mlflow.utils.git_utils import get_git_commit
+
+    commit = get_git_commit(str(Path(__file__).parent))
+    return {
+        STEP_KEY: step_key,
+        DATASET_VERSION: dataset_version,
+        DAGSTER_RUN: dagster_run,
+        "lens.code_version": importlib.metadata.version("lens-pipeline"),
+        **({"lens.git_commit": commit} if commit else {}),
+        "lens.settings": json.dumps(settings.decisive, sort_keys=True),
+        "lens.member_runs": json.dumps(dict(member_runs), sort_keys=True),
+        **{f"lens.{name}": f"{value:.6g}" for name, value in flat_metrics(metrics).items()},
+    }
