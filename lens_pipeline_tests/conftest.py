@@ -3,8 +3,9 @@
 import os
 import secrets
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -24,6 +25,20 @@ LENS_PIPELINE = str(Path(sys.executable).with_name("lens-pipeline"))  # the inst
 NO_SKIP = os.environ.get("LENS_NO_SKIP") == "1"
 # gcsfs reads it when it is imported, for the whole process; see GCSServer.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+
+
+def program_says(program: str, *arguments: object, cwd: Path, env: Mapping[str, str]) -> str:
+    """What a Python program prints, run in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.hookimpl(hookwrapper=True)

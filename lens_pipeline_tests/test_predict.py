@@ -1,8 +1,6 @@
 """Scoring a catalogue with the registered ensemble, and the aliases."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ import torch
 from mlflow import MlflowClient
 
 from lens_pipeline.cli import main
+from lens_pipeline_tests.conftest import program_says
 
 
 def test_each_row_is_scored_in_its_order_from_any_directory(
@@ -101,17 +100,9 @@ scores = model.predict(numpy.zeros((4, 3, 32, 32), numpy.float32))
 print(len(scores), *scores.columns)
 """
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{home / 'mlflow.db'}"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    said = program_says(program, cwd=tmp_path, env=environment)
     members = ["probability_light_transformer", "probability_lastro"]
-    assert done.stdout.split() == [
+    assert said.split() == [
         *("4", "probability", "logit", "std", "entropy", "sky_probability"),
         *members,
     ]

@@ -18,6 +18,7 @@ from mlflow.models import Model
 from lens_pipeline.ensemble.carried import LIBRARIES
 from lens_pipeline.ensemble.system import LensEnsemble, load_ensemble
 from lens_pipeline.registry import MODEL
+from lens_pipeline_tests.conftest import program_says
 from lens_pipeline_tests.test_servers import free_port
 
 # urllib keeps the proxies that the environment named when it was first used.
@@ -80,15 +81,8 @@ def test_the_model_scores_where_the_package_is_not_installed(
 ) -> None:
     np.save(tmp_path / "cutouts.npy", cutouts)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_THE_PACKAGE, model, "cutouts.npy", "scores.parquet"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    files = ("cutouts.npy", "scores.parquet")
+    program_says(WITHOUT_THE_PACKAGE, model, *files, cwd=tmp_path, env=environment)
     pd.testing.assert_frame_equal(
         pd.read_parquet(tmp_path / "scores.parquet"), ensemble.predict(cutouts)
     )

@@ -38,6 +38,7 @@ def survey(simulated_catalogue: Path, tmp_path_factory: pytest.TempPathFactory) 
     table.loc[::97, "path"] = "missing.fits"
     # In the first part this column is empty.
     table["note"] = [None] * (N - 1) + ["the last"]
+    table["corner"] = [[number, 2 * number] for number in range(N)]
     path = tmp_path_factory.mktemp("survey") / "survey.parquet"
     table.to_parquet(path, index=False)
     return path

@@ -1,4 +1,4 @@
-"""What LENS_STORAGE_OPTIONS says reaches the store."""
+"""Places: what LENS_STORAGE_OPTIONS says reaches the store; what names a table."""
 
 import threading
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lens_pipeline.storage import READ_LIMIT, locate
+from lens_pipeline.storage import READ_LIMIT, locate, names_table
 from lens_pipeline_tests.object_stores import sign_in
 
 
@@ -67,3 +67,18 @@ def test_endpoint_and_who_pays_on_gcs(requests_seen: tuple[str, list[Any]]) -> N
     assert seen
     assert "/b/bucket/o/lenses" in seen[0].path
     assert "userProject=my-project" in seen[0].path
+
+
+@pytest.mark.parametrize(
+    ("location", "expected"),
+    [
+        ("s3://bucket/field.parquet", True),
+        ("/data/Field.FITS", True),
+        ("https://h/c.csv?X-Amz-Signature=a/b", True),  # signed
+        ("s3://bucket/shards", False),
+        ("https://h/shards?name=c.csv", False),
+        ("/data/what.csv?", False),  # a file may be called so
+    ],
+)
+def test_what_names_a_table(location: str, expected: bool) -> None:
+    assert names_table(location) is expected

@@ -1,7 +1,8 @@
 """An ensemble of two small untrained networks, tested on real and simulated cutouts."""
 
 import json
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.ensemble.evaluate import evaluate_ensemble
-from lens_pipeline.ensemble.system import assemble
+from lens_pipeline.ensemble.system import assemble, groups_behind, load_ensemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import lens_metrics
 from lens_pipeline.evaluation.result import Evaluation, read_evaluation
@@ -185,3 +186,59 @@ def test_one_origin_has_no_metrics_of_its_own(ensemble: Path, tmp_path: Path) ->
 def test_a_prevalence_that_is_none_is_refused(ensemble: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="prevalence"):
         evaluate(ensemble, Cutouts(rows()), tmp_path, prevalence=1.5)
+
+
+def test_an_ensemble_that_gives_no_number_is_refused(ensemble: Path, tmp_path: Path) -> None:
+    """Rather than judged on those cutouts for which it gives one."""
+    spoilt = Path(shutil.copytree(ensemble, tmp_path / "spoilt"))
+    member = spoilt / "members" / "lastro.ckpt"
+    content = torch.load(member, weights_only=True)
+    content["state_dict"]["head.bias"][:] = torch.nan
+    torch.save(content, member)
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(InputError, match="spoilt: gives no number for 120 cutouts, the first is"):
+        evaluate(spoilt, Cutouts(rows()), out)
+
+
+def test_weights_that_a_training_started_from_bring_the_groups_they_have_seen(
+    ensemble: Path, tmp_path: Path
+) -> None:
+    """Of a member of an ensemble; of any other file none are known."""
+    folder = Path(shutil.copytree(ensemble, tmp_path / "older"))
+    (folder / "groups.json").write_text('["host 1", "host 2"]')
+    assert groups_behind(str(folder / "members" / "lastro.ckpt")) == {"host 1", "host 2"}
+    assert groups_behind(str(tmp_path / "other.ckpt")) == frozenset()
+    assert groups_behind("none") == frozenset()
+
+
+def test_an_ensemble_that_is_damaged_or_of_another_version_is_named(
+    ensemble: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(ensemble, tmp_path / "damaged"))
+    whole = (folder / "ensemble.json").read_text()
+    for text, said in (
+        (whole[:100], "ensemble.json: is damaged"),
+        ("{}", "ensemble.json: is damaged"),
+        (json.dumps(json.loads(whole) | {"schema": 1}), "has schema 1, this version reads 2"),
+    ):
+        (folder / "ensemble.json").write_text(text)
+        with pytest.raises(InputError, match=said):
+            load_ensemble(folder)
+
+
+def test_members_that_do_not_fit_together_are_both_named(ensemble: Path, tmp_path: Path) -> None:
+    label = np.arange(40) % 2
+    scores = pd.DataFrame({"id": label.astype(str), "label": label, "logit": 1.0, "logit_std": 0.3})
+    path = ensemble / "members" / "lastro.ckpt"
+    for column, spoilt in (("id", scores["id"][::-1].to_numpy()), ("label", 1 - label)):
+        members = {"a": (path, scores), "b": (path, scores.assign(**{column: spoilt}))}
+        with pytest.raises(InputError, match=f"members a and b: the column {column} of their"):
+            assemble(members, FORM, tmp_path, {}, [])
+    facts = {"dataset": "pixels", "dataset_version": "1"}
+    rising = scores.assign(logit=np.linspace(-1, 1, 40) + label)
+    wider = replace(FORM, bands=("g", "r"))
+    with pytest.raises(
+        InputError, match=r"member a: takes cutouts of bands 3, the dataset's have 2"
+    ):
+        assemble({"a": (path, rising)}, wider, tmp_path, facts, [])

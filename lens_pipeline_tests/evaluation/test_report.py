@@ -155,3 +155,19 @@ def test_a_map_lies_below_its_cutout_the_same_way_up(units: str, row: int) -> No
     assert np.unravel_index(below.sum(axis=2).argmax(), (16, 16)) == (row % 16, 3)
     # A map that is 0 everywhere is drawn as such.
     assert np.ptp(shown[3 + 16 : 3 + 32, :16], axis=(0, 1)).max() == 0
+
+
+def test_a_long_table_is_folded_up_and_a_short_one_is_not(tmp_path: Path) -> None:
+    short, long = (pd.DataFrame({"bin": range(n)}) for n in (20, 21))
+    write_report(
+        tmp_path / "report.html",
+        title="Lens ensemble",
+        facts={},
+        metrics={"all": {"ensemble": lens_metrics(LABEL, SCORE, 10)}},
+        gate=GateDecision(True, (), {}),
+        sections=[Section("Selection", "", {"short": short, "long": long}, [])],
+    )
+    elements = Elements()
+    elements.feed((tmp_path / "report.html").read_text())
+    assert elements.tags.count("details") == 1
+    assert "21 rows" in elements.text
