@@ -378,7 +378,7 @@ def _promote(options: argparse.Namespace) -> int:
             f"promote {options.version}: {MODEL} has the versions {', '.join(known) or '(none)'}"
         )
     with registry.lock():
-        registry.promote(options.version, by_hand=True)
+        registry.promote(options.version)
     print(f"{MODEL} version {options.version} is champion")
     return 0
 

@@ -156,16 +156,16 @@ class Registry:
         """A version as it is in the registry now."""
         return self.client.get_model_version(MODEL, number)
 
-    def promote(self, version: str, by_hand: bool = False) -> None:
+    def promote(self, version: str) -> None:
         """Make a version champion, and write down whose place it takes. The caller holds the lock.
 
-        by_hand: by somebody who knows; a version that was rolled back is so no more. The alias is
-        moved last, at once: whatever fails before leaves the champion that was.
+        One that was rolled back is so no more. The alias is moved last, at once: whatever fails
+        before leaves the champion that was.
         """
         champion = self.aliased(CHAMPION)
         if champion is not None and str(champion.version) == version:
             return
-        if by_hand and ROLLED_BACK in self.version(version).tags:
+        if ROLLED_BACK in self.version(version).tags:
             self.client.delete_model_version_tag(MODEL, version, ROLLED_BACK)
         if champion is not None:
             self.client.set_model_version_tag(MODEL, version, REPLACED, str(champion.version))

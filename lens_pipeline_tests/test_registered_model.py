@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow import MlflowClient
 from mlflow.models import Model
 
 from lens_pipeline.ensemble.carried import LIBRARIES
@@ -27,8 +28,10 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 @pytest.fixture(scope="module")
 def model(home: Path) -> Path:
-    """The files of the registered model."""
-    return next((home / "mlartifacts").rglob("MLmodel")).parent
+    """The files of the registered model. Those of copies of the home lie beside them."""
+    uri = f"sqlite:///{home / 'mlflow.db'}"
+    address = MlflowClient(uri, uri).get_model_version_download_uri(MODEL, "1")
+    return Path(address.removeprefix("file://"))
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ from lens_pipeline.evaluation.metrics import (
 
 Array = NDArray[np.float64]
 FOLDS = 5
+SURE = 0.05  # of the resamplings, at most, may contradict
 log = logging.getLogger(__name__)
 Choice = Strategy | Literal["best"]
 
@@ -90,10 +91,8 @@ def choose(
 ) -> tuple[FittedFusion, pd.DataFrame]:
     """(the fusion that was asked for, or the best; the comparison of all: see `compare`).
 
-    Other arguments as of `fit`. The best is the first in the comparison; but a single member only
-    where it beats the best of the others in 95 % of the resamplings: which of several is best by
-    chance is easily overrated, and then it is less than their fusion. Where a class has fewer than
-    two cutouts a fold nothing can be compared: the table is empty, and the best is the mean.
+    Other arguments as of `fit`. Where a class has fewer than two cutouts a fold nothing can be
+    compared: the table is empty, and the mean is the best.
     """
     check_validation(logits, label)
     counts = np.bincount(label == 1, minlength=2)
@@ -107,11 +106,17 @@ def choose(
             counts[1],
             counts[0],
         )
-    best: Strategy = "mean"
-    if not table.empty:
-        fused = table[table["strategy"] != "single"].iloc[0]
-        best = "single" if fused["better"] <= 0.05 else fused["strategy"]
+    best: Strategy = "mean" if table.empty else best_of(table)
     return fit(best if choice == "best" else choice, method, logits, deviation, label), table
+
+
+def best_of(comparison: pd.DataFrame) -> Strategy:
+    """The first in a table of `compare`; but a single member only where it beats the best of the
+    others in 95 % of the resamplings: which of several is best by chance is easily overrated, and
+    then it is less than their fusion."""
+    fused = comparison[comparison["strategy"] != "single"].iloc[0]
+    best: Strategy = "single" if fused["better"] <= SURE else fused["strategy"]
+    return best
 
 
 def compare(

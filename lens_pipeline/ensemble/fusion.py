@@ -16,6 +16,7 @@ Array = NDArray[np.float64]
 Strategy = Literal["mean", "uncertainty_weighted", "stacking", "bayesian", "single"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 STEADIEST = 0.1  # of a member's scatter within a class, at least, is its own noise
+ALIKE = 1e-9  # logits that differ by less are the same but for rounding
 NOTHING_BUT = 1e12  # the noise of a member that says the same of every cutout
 UNTOLD = 0.01  # of a member's noise, at least, is what dropout does not tell
 
@@ -169,7 +170,7 @@ def _inverse_variance(
     """
     low, high = logits[label == 0].mean(axis=0), logits[label == 1].mean(axis=0)
     scale = np.maximum(high - low, 1e-3 * logits.std(axis=0))  # all noise, where nothing was learnt
-    constant = scale == 0
+    constant = logits.std(axis=0) < ALIKE
     scale[constant] = 1
     on_scale = (logits - np.where(label[:, None] == 1, high, low)) / scale
     covariance = np.cov(on_scale, rowvar=False).reshape(len(scale), len(scale))

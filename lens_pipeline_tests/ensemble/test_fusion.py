@@ -1,6 +1,7 @@
 """Fusions against formulas written out here and against analytic optima."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.special import expit
 from scipy.stats import entropy as scipy_entropy
@@ -9,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from lens_pipeline import ensemble
-from lens_pipeline.ensemble.choice import FittedFusion, choose, compare, fit
+from lens_pipeline.ensemble.choice import FittedFusion, best_of, choose, compare, fit
 from lens_pipeline.ensemble.fusion import InverseVariance, Mean, Single, Stacking, fuse
 from lens_pipeline.errors import InputError
 
@@ -146,9 +147,8 @@ def test_a_member_that_learnt_nothing_or_the_opposite_does_no_harm() -> None:
 @pytest.mark.parametrize("method", ["platt", "temperature", "isotonic"])
 def test_a_member_that_says_the_same_of_all_counts_for_nothing(method: str) -> None:
     logits, deviation, label = members(4000, 0)
-    logits, deviation = (
-        np.column_stack([part, np.full(4000, 0.3)]) for part in (logits, deviation)
-    )
+    logits = np.column_stack([logits, np.zeros(4000)])
+    deviation = np.column_stack([deviation, np.zeros(4000)])
     for strategy in sorted(STRATEGIES):
         fitted, table = choose(strategy, method, logits, deviation, label)
         assert len(table) == len(STRATEGIES)
@@ -162,16 +162,21 @@ def test_a_member_that_says_the_same_of_all_counts_for_nothing(method: str) -> N
     assert alone(logits[:, 3:], deviation[:, 3:]) == pytest.approx(0, abs=0.01)
 
 
-def test_a_single_member_is_taken_only_where_it_surely_beats_the_fusions() -> None:
-    """By chance one member in several looks best; but one beside pure noise is."""
-    logits, deviation, label = members(600, 2, np.array([1.2, 1.2, 1.2]))
-    fitted, table = choose("best", "platt", logits, deviation, label)
-    assert fitted.fusion.strategy != "single"
-    by_strategy = table.set_index("strategy")
-    assert (
-        by_strategy.loc[fitted.fusion.strategy, "mean"]
-        == table.loc[table["strategy"] != "single", "mean"].max()
-    )
+@pytest.mark.parametrize(
+    ("better", "order", "taken"),
+    [
+        (0.30, ["single", "stacking", "mean"], "stacking"),  # that it is the best may be chance
+        (0.06, ["single", "mean", "stacking"], "mean"),
+        (0.04, ["single", "stacking", "mean"], "single"),
+        (0.90, ["mean", "single", "stacking"], "mean"),
+    ],
+)
+def test_a_single_member_is_taken_only_where_it_surely_beats_the_fusions(
+    better: float, order: list[str], taken: str
+) -> None:
+    table = pd.DataFrame({"strategy": order})
+    table["better"] = np.where(table["strategy"] == "single", 0.5, better)
+    assert best_of(table) == taken
 
 
 def test_the_best_is_chosen_on_cutouts_that_it_was_not_fitted_to() -> None:

@@ -266,3 +266,10 @@ def test_groups_are_drawn_whole() -> None:
 def test_a_resampling_that_resolves_nothing_is_no_number() -> None:
     drawn = paired_bootstrap([1, 0, 1, 0], {"s": [0.9, 0.1, 0.8, 0.2]}, "tpr_at_fpr_1e-2", times=3)
     assert np.isnan(drawn["s"]).all()
+
+
+def test_every_resampling_has_as_many_lenses() -> None:
+    """Drawn among all cutouts, one in twenty of these would have none."""
+    label = np.repeat([1, 0], [3, 50])
+    drawn = paired_bootstrap(label, {"s": np.linspace(1, 0, 53)}, "auroc")
+    assert not np.isnan(drawn["s"]).any()
