@@ -56,7 +56,7 @@ class Served:
         self._command += ["--dagster-port", str(ports[0]), "--mlflow-port", str(ports[1])]
 
     def __enter__(self) -> Self:
-        with self._log.open("ab") as log:
+        with self._log.open("wb") as log:
             self.server = subprocess.Popen(
                 self._command, stdout=log, stderr=log, env=os.environ | self._environment
             )

@@ -13,7 +13,9 @@ import pandas as pd
 import psutil
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
+from lens_pipeline.registry import MODEL
 from lens_pipeline_tests.served import Served, until
 
 EPOCHS = 100  # so long a training that each kill is sure to meet it
@@ -44,8 +46,14 @@ def test_a_dropped_catalogue_becomes_a_challenger_and_dropped_again_nothing(
         assert served.runs() == []  # there is nothing to launch
         drop()
         client = MlflowClient(served.mlflow, served.mlflow)
-        until(lambda: client.search_registered_models(), 600, f"a version\n{served.log}")
-        assert client.get_model_version_by_alias("lens_ensemble", "challenger").version == "1"
+
+        def challenger() -> str | None:
+            try:
+                return str(client.get_model_version_by_alias(MODEL, "challenger").version)
+            except MlflowException:
+                return None
+
+        assert until(challenger, 600, f"a challenger\n{served.log}") == "1"
         busy = ["QUEUED", "NOT_STARTED", "STARTING", "STARTED"]
         until(lambda: not served.runs(statuses=busy), 120, "all runs end")
         runs = served.runs()

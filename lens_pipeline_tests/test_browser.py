@@ -1,0 +1,123 @@
+"""The pages as people use them, in a real browser. Screenshots go to build/screenshots."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from lens_pipeline_tests.served import Served, until
+
+CHROMIUM = shutil.which("chromium")
+QUIET = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+SCREENSHOTS = Path(__file__).parents[1] / "build" / "screenshots"
+GROUPS = {
+    "data": ["cutout_catalogue", "processed_dataset", "lens_shards", "cloud_shards"],
+    "training": ["checkpoints/light_transformer", "checkpoints/lastro"],
+    "ensemble": ["lens_ensemble", "ensemble_evaluation", "registered_ensemble"],
+}
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def served(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A home that the main job has filled, with `lens-pipeline show`."""
+    folder = tmp_path_factory.mktemp("browser")
+    own = Path(shutil.copytree(home, folder / "home"))
+    with Served(own, folder / "log") as found:
+        yield found
+
+
+@pytest.fixture
+def page(request: pytest.FixtureRequest) -> Iterator[Page]:
+    """A page, photographed at the end of the test."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        found = browser.new_page(viewport={"width": 1500, "height": 1000})
+        found.set_default_timeout(90_000)
+        expect.set_options(timeout=90_000)
+        yield found
+        found.screenshot(path=SCREENSHOTS / f"{request.node.name}.png")
+        browser.close()
+
+
+def test_every_asset_is_in_the_graph_in_its_group(served: Served, page: Page) -> None:
+    for group, assets in GROUPS.items():
+        page.goto(f"{served.dagster}/locations/lens_pipeline/asset-groups/{group}")
+        page.get_by_text("List").first.click()
+        for asset in assets:
+            expect(page.locator(f"a[href*='/assets/{asset}']").first).to_be_visible()
+        for other in GROUPS.keys() - {group}:
+            for asset in GROUPS[other]:
+                expect(page.locator(f"a[href*='/assets/{asset}']")).to_have_count(0)
+    everything = ",".join(f"global@global:{group}" for group in GROUPS)
+    page.goto(f"{served.dagster}/asset-groups/?expanded={everything.replace(':', '%3A')}")
+    for assets in GROUPS.values():
+        for asset in assets:
+            expect(page.get_by_text(asset.rpartition("/")[2]).first).to_be_visible()
+
+
+def test_an_asset_is_made_by_a_click_and_shows_its_picture_and_its_table(
+    served: Served, page: Page
+) -> None:
+    before = {run["runId"] for run in served.runs()}
+    page.goto(f"{served.dagster}/assets/processed_dataset")
+    page.get_by_role("button", name="Materialize").first.click()
+    (run,) = until(
+        lambda: [run for run in served.runs() if run["runId"] not in before], 60, "a run"
+    )
+    assert served.ended(run["runId"], 180)["status"] == "SUCCESS", served.messages(run["runId"])
+    page.reload()
+    expect(page.locator(f"a[href*='{run['runId']}']").first).to_be_visible()
+    page.get_by_text("[Show Markdown]").first.click()
+    picture = page.locator("img[src^='data:image/']").first
+    expect(picture).to_be_visible()
+    assert picture.evaluate("image => image.naturalWidth") > 300
+
+
+def test_learning_curves_are_shown_with_their_table(served: Served, page: Page) -> None:
+    page.goto(f"{served.dagster}/assets/checkpoints/lastro")
+    page.get_by_text("[Show Markdown]").first.click()
+    picture = page.locator("img[src^='data:image/png']").first
+    expect(picture).to_be_visible()
+    assert picture.evaluate("image => image.naturalWidth") > 300
+
+
+def test_a_failed_check_is_seen_with_its_reason(served: Served, page: Page) -> None:
+    page.goto(f"{served.dagster}/assets/ensemble_evaluation?view=checks")
+    page.get_by_text("passes_the_gate").first.click()
+    expect(page.get_by_text("Failed").first).to_be_visible()
+    expect(page.get_by_text("at least 50 are needed").first).to_be_visible()
+
+
+def test_the_schedule_is_switched_on_by_a_click(served: Served, page: Page) -> None:
+    status = """query ($on: ScheduleSelector!) { scheduleOrError(scheduleSelector: $on) {
+        ... on Schedule { scheduleState { status } } } }"""
+    on = {
+        **{"repositoryName": "__repository__", "repositoryLocationName": "lens_pipeline"},
+        "scheduleName": "weekly_retraining",
+    }
+
+    def is_on() -> bool:
+        state = served.ask(status, on=on)["scheduleOrError"]["scheduleState"]["status"]
+        return bool(state == "RUNNING")
+
+    assert not is_on()
+    page.goto(f"{served.dagster}/locations/lens_pipeline/schedules/weekly_retraining")
+    page.locator("label:has(input[type=checkbox])").first.click()
+    until(is_on, 30, "the schedule is on")
+    expect(page.get_by_text("At 03:00 AM").first).to_be_visible()
+
+
+def test_mlflow_shows_the_version_with_its_alias(served: Served, page: Page) -> None:
+    page.goto(f"{served.mlflow}/#/models/lens_ensemble/versions/1")
+    expect(page.get_by_text("lens.dataset_version")).to_be_visible()
+    expect(page.get_by_text("challenger").first).to_be_visible()
