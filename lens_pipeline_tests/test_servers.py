@@ -1,9 +1,7 @@
 """The pages in a real browser, and MLflow on a real PostgreSQL."""
 
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,25 +11,20 @@ import pytest
 
 from lens_pipeline.cli import main
 from lens_pipeline_tests.conftest import LENS_PIPELINE
+from lens_pipeline_tests.object_stores import free_ports
+from lens_pipeline_tests.postgres import PASSWORD
 
 CHROMIUM = shutil.which("chromium")
-POSTGRESQL = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 QUIET = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture
 def pages(own_home: Path, tmp_path: Path) -> Iterator[tuple[str, str]]:
     """Addresses of Dagster and MLflow, served by `lens-pipeline show`."""
-    ports = [free_port(), free_port()]
+    ports = free_ports(2)
     command = [LENS_PIPELINE, "show", "--home", str(own_home)]
     command += ["--dagster-port", str(ports[0]), "--mlflow-port", str(ports[1])]
     with (tmp_path / "show.log").open("wb") as log:
@@ -74,38 +67,6 @@ def test_the_pages_show_the_run_its_pictures_and_the_model(pages: tuple[str, str
         browser.close()
 
 
-@pytest.fixture
-def postgresql(tmp_path: Path) -> Iterator[str]:
-    """A URI, with its password, of an empty database on a server of this test's own."""
-    programs, port = POSTGRESQL[-1], str(free_port())
-    # PostgreSQL refuses to run as root.
-    as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
-    prefix = as_user if os.geteuid() == 0 else []
-    folder = Path(subprocess.check_output(["mktemp", "-d"], text=True).strip())
-    (folder / "password").write_text("s3cr3t-word\n")
-    if prefix:
-        for path in (folder, folder / "password"):
-            shutil.chown(path, "postgres", "postgres")
-    data = str(folder / "data")
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -k {folder} -c fsync=off"
-
-    def control(*arguments: str) -> None:
-        command = [*prefix, *arguments]
-        subprocess.run(command, check=True, capture_output=True, cwd=folder)
-
-    first = ["-D", data, "-U", "lens", "-A", "scram-sha-256", "--pwfile", f"{folder}/password"]
-    control(str(programs / "initdb"), *first)
-    control(
-        str(programs / "pg_ctl"), "-D", data, "-w", "-l", f"{folder}/log", "-o", options, "start"
-    )
-    try:
-        yield f"postgresql://lens:s3cr3t-word@127.0.0.1:{port}/postgres"
-    finally:
-        control(str(programs / "pg_ctl"), "-D", data, "-m", "immediate", "stop")
-        shutil.rmtree(folder)
-
-
-@pytest.mark.skipif(not POSTGRESQL, reason="PostgreSQL is not installed")
 def test_the_registry_may_be_on_postgresql_and_its_password_is_never_shown(
     own_home: Path,
     postgresql: str,
@@ -122,6 +83,6 @@ def test_the_registry_may_be_on_postgresql_and_its_password_is_never_shown(
     assert client.get_model_version_by_alias("lens_ensemble", "challenger").tags["lens.auroc"]
     runs = client.search_runs([client.get_experiment_by_name("lens_pipeline").experiment_id])
     assert {run.info.run_name for run in runs} == {"light_transformer", "lastro", "lens_ensemble"}
-    assert "s3cr3t-word" not in printed.out + printed.err
+    assert PASSWORD not in printed.out + printed.err
     written = [path for path in own_home.rglob("*") if path.is_file()]
-    assert not [path for path in written if b"s3cr3t-word" in path.read_bytes()]
+    assert not [path for path in written if PASSWORD.encode() in path.read_bytes()]
