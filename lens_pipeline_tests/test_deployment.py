@@ -1,0 +1,299 @@
+"""The deployment: its files agree with the rest, and the services' own commands, run as processes
+on a real PostgreSQL, carry the main job.
+
+What a container runtime does with the Compose file is done here by hand: variables are filled in,
+and what is mounted is found where it lies on this machine.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+import pytest
+import yaml
+
+from lens_pipeline_tests.object_stores import free_ports
+from lens_pipeline_tests.postgres import PASSWORD, PROGRAMS
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
+VARIABLE = re.compile(r"\$\{(\w+)(?::([-?])([^}]*))?\}")
+SECRET = re.compile("PASSWORD|WEBHOOK|OPTIONS|TRACKING_URI")
+
+
+def compose_files() -> list[Path]:
+    return sorted(DEPLOY.glob("compose*.yaml"))
+
+
+def interpolated(value: Any, variables: Mapping[str, str]) -> Any:
+    """What Compose makes of the variables in what it has read: an empty one counts as absent."""
+
+    def filled_in(found: re.Match[str]) -> str:
+        name, rule, default = found.groups()
+        if rule == "?":
+            assert variables.get(name), f"{name}: {default}"
+        return variables.get(name) or default
+
+    if isinstance(value, dict):
+        return {name: interpolated(inner, variables) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [interpolated(inner, variables) for inner in value]
+    return VARIABLE.sub(filled_in, value) if isinstance(value, str) else value
+
+
+def env_file(path: Path) -> dict[str, str]:
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    return dict(line.split("=", 1) for line in lines)  # type: ignore[misc]
+
+
+def test_the_example_of_an_env_file_names_every_variable_and_no_secret() -> None:
+    example = env_file(DEPLOY / ".env.example")
+    used = {found[0] for path in compose_files() for found in VARIABLE.findall(path.read_text())}
+    assert used <= set(example)
+    assert not [name for name, value in example.items() if SECRET.search(name) and value]
+
+
+def test_images_are_pinned_and_every_service_is_watched_and_started_again() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    for name, service in services.items():
+        assert service["restart"] == "unless-stopped", name
+        assert service["healthcheck"]["test"], name
+    base = re.findall(r"^FROM (.+)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    for image in [*base, services["postgres"]["image"]]:
+        assert re.search(r":\d+\.\d+[\w.-]*$", image), image
+
+
+def test_the_instance_of_a_deployment_differs_from_that_of_one_machine_where_it_says_so() -> None:
+    here = yaml.safe_load((ROOT / "lens_pipeline" / "dagster.yaml").read_text())
+    there = yaml.safe_load((DEPLOY / "dagster.yaml").read_text())
+    assert there.pop("storage")
+    for limits in (here, there):
+        del limits["concurrency"]["pools"]["default_limit"]
+        del limits["concurrency"]["runs"]["max_concurrent_runs"]
+    assert there == here
+
+
+def test_what_the_container_file_copies_makes_a_package_whose_definitions_load(
+    tmp_path: Path,
+) -> None:
+    source, site = tmp_path / "source", tmp_path / "site"
+    source.mkdir()
+    for copied in re.findall(r"^COPY (.+) \S+$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE):
+        for name in copied.split():
+            subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
+            assert f"!{name}" in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
+    install = [sys.executable, "-m", "uv", "pip", "install", "--no-deps", "--target", str(site)]
+    subprocess.run([*install, str(source)], check=True, cwd=tmp_path, capture_output=True)
+    program = "import lens_pipeline.definitions as d; print(d.__file__)"
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    found = subprocess.check_output(
+        [sys.executable, "-c", program], text=True, cwd=tmp_path, env=environment
+    )
+    assert found.startswith(str(site))
+    files = {path.name for path in (site / "lens_pipeline").iterdir()}
+    assert files >= {path.name for path in (ROOT / "lens_pipeline").glob("*.yaml")}
+
+
+def graphql(address: str, query: str, **variables: Any) -> Any:
+    body = json.dumps({"query": query, "variables": variables}).encode()
+    request = Request(f"{address}/graphql", body, {"Content-Type": "application/json"})
+    with urlopen(request, timeout=60) as response:
+        answer = json.load(response)
+    assert "errors" not in answer, answer
+    return answer["data"]
+
+
+def until(holds: Callable[[], Any], seconds: float, what: str) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := holds()):
+        assert time.monotonic() < deadline, f"after {seconds} s: {what}"
+        time.sleep(1)
+    return found
+
+
+@dataclass
+class Deployment:
+    """The Compose file's services as processes of this machine.
+
+    root: stands for the containers' file system: what is mounted at /var/lib/lens lies at
+    root/var/lib/lens. database: PostgreSQL's URI, with its password.
+    """
+
+    root: Path
+    logs: Path
+    database: str
+    running: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        server = urlsplit(self.database)
+        code, dagster, mlflow = (str(port) for port in free_ports(3))
+        self.dagster, self.mlflow = f"http://127.0.0.1:{dagster}", f"http://127.0.0.1:{mlflow}"
+        self.client = {"PGHOST": "127.0.0.1", "PGPORT": str(server.port), "PGPASSWORD": PASSWORD}
+        self.variables = env_file(DEPLOY / ".env.example") | self.client
+        self.variables |= {"LENS_CODE_HOST": "127.0.0.1", "LENS_CODE_PORT": code}
+        self.variables |= {"LENS_DAGSTER_PORT": dagster, "LENS_MLFLOW_PORT": mlflow}
+        self.variables |= {"MLFLOW_TRACKING_URI": self.mlflow}
+        self.variables |= {"LENS_SOURCE": "simulation", "LENS_PRESET": "tiny"}
+        read = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+        whole = interpolated(read, self.variables)
+        self.services = whole["services"]
+        self.folder = re.findall(r"^WORKDIR (\S+)$", (DEPLOY / "Dockerfile").read_text(), re.M)[-1]
+        folders = {self.folder}
+        files = {}
+        for service in self.services.values():
+            folders |= {volume.split(":")[1] for volume in service["volumes"]}
+            files |= {config["target"]: config["source"] for config in service["configs"]}
+        for folder in folders:
+            self.here(folder).mkdir(parents=True)
+        for target, source in files.items():
+            self.here(target).parent.mkdir(parents=True, exist_ok=True)
+            content = (DEPLOY / whole["configs"][source]["file"]).read_text()
+            self.here(target).write_text(content)
+        self.mounted = re.compile(r"(?<![\w/.-])(" + "|".join([*files, *folders]) + ")")
+
+    def here(self, path: str) -> Path:
+        return self.root / path.lstrip("/")
+
+    def found(self, text: str) -> str:
+        """A text with the containers' paths as they are here."""
+        return self.mounted.sub(lambda path: str(self.here(path[0])), text)
+
+    def environment(self, name: str) -> dict[str, str]:
+        """What a service finds in its environment, over what every process here needs."""
+        programs = f"{Path(sys.executable).parent}:{PROGRAMS[-1]}:{os.environ['PATH']}"
+        service = self.services[name]
+        # Within its own container PostgreSQL is found without being told where.
+        given = self.variables if "env_file" in service else self.client
+        own = {k: self.found(v) for k, v in service["environment"].items()}
+        return os.environ | given | own | {"PATH": programs}
+
+    def execute(self, name: str, command: str) -> "subprocess.CompletedProcess[str]":
+        """Run a shell's command as in the container of a service."""
+        return subprocess.run(
+            ["bash", "-euc", self.found(command)],
+            cwd=self.logs.parent,
+            env=self.environment(name),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def healthy(self, name: str) -> bool:
+        if name in self.running and self.running[name].poll() is not None:
+            raise AssertionError(f"{name} has ended:\n{(self.logs / name).read_text()[-3000:]}")
+        test = self.services[name]["healthcheck"]["test"]
+        assert test[0] == "CMD"
+        done = subprocess.run(
+            test[1:], env=self.environment(name), capture_output=True, check=False
+        )
+        return done.returncode == 0
+
+    def up(self) -> None:
+        for name, service in self.services.items():
+            if "command" not in service or name in self.running:
+                continue
+            for other in service["depends_on"]:
+                until(lambda other=other: self.healthy(other), 180, f"{other} is not healthy")
+            with (self.logs / name).open("ab") as log:
+                self.running[name] = subprocess.Popen(
+                    [self.found(word) for word in service["command"]],
+                    cwd=self.here(self.folder),
+                    env=self.environment(name),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+        for name in self.running:
+            until(lambda name=name: self.healthy(name), 180, f"{name} is not healthy")
+
+    def stop(self, *names: str) -> None:
+        ended = {name: self.running.pop(name) for name in names if name in self.running}
+        for process in ended.values():
+            process.terminate()
+        for process in ended.values():
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+@pytest.fixture
+def deployment(tmp_path: Path, postgresql: str) -> Iterator[Deployment]:
+    (tmp_path / "logs").mkdir()
+    found = Deployment(tmp_path / "root", tmp_path / "logs", postgresql)
+    made = found.execute(
+        "postgres", "psql -U lens -d postgres -f /docker-entrypoint-initdb.d/databases.sql"
+    )
+    assert made.returncode == 0, made.stderr
+    try:
+        yield found
+    finally:
+        found.stop(*found.running)
+
+
+LAUNCH = """mutation ($job: String!) {
+  launchRun(executionParams: {runConfigData: "{}", selector: {
+    repositoryLocationName: "lens_pipeline", repositoryName: "__repository__", jobName: $job
+  }}) { __typename ... on LaunchRunSuccess { run { id } } ... on PythonError { message } }
+}"""
+STATUS = "query ($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }"
+DAEMONS = "{ instance { daemonHealth { allDaemonStatuses { daemonType required healthy } } } }"
+LOCATION = """{ workspaceOrError { ... on Workspace { locationEntries {
+  name locationOrLoadError { __typename ... on PythonError { message } }
+} } } }"""
+
+
+@pytest.mark.slow
+def test_the_services_carry_the_main_job_and_a_backup_brings_it_back(
+    deployment: Deployment,
+) -> None:
+    deployment.up()
+    entries = graphql(deployment.dagster, LOCATION)["workspaceOrError"]["locationEntries"]
+    assert [entry["name"] for entry in entries] == ["lens_pipeline"]
+    assert entries[0]["locationOrLoadError"]["__typename"] == "RepositoryLocation", entries
+    daemons = graphql(deployment.dagster, DAEMONS)["instance"]["daemonHealth"]["allDaemonStatuses"]
+    assert daemons
+    assert not [daemon for daemon in daemons if daemon["required"] and not daemon["healthy"]]
+
+    launched = graphql(deployment.dagster, LAUNCH, job="full_pipeline")["launchRun"]
+    assert launched["__typename"] == "LaunchRunSuccess", launched
+    run_id = launched["run"]["id"]
+
+    def status() -> str:
+        return str(graphql(deployment.dagster, STATUS, id=run_id)["runOrError"]["status"])
+
+    until(lambda: status() in ("SUCCESS", "FAILURE", "CANCELED"), 400, "the run has not ended")
+    assert status() == "SUCCESS", (deployment.logs / "daemon").read_text()[-5000:]
+
+    def psql(query: str) -> str:
+        done = deployment.execute("postgres", f'psql -U lens -d dagster -At -c "{query}"')
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    assert psql("select run_id, status from runs") == f"{run_id}|SUCCESS"
+    home = deployment.here("/var/lib/lens")
+    assert not list(home.rglob("*.db"))
+
+    def version() -> str:
+        from mlflow import MlflowClient
+
+        model = MlflowClient(deployment.mlflow).get_model_version_by_alias(
+            "lens_ensemble", "challenger"
+        )
+        assert model.tags["lens.auroc"]
+        return str(model.version)
+
+    assert version() == "1"
+    assert list(deployment.here("/var/lib/mlartifacts").rglob("*.ckpt"))
+
+    written = [path for path in deployment.root.parent.rglob("*") if path.is_file()]
+    assert not [path for path in written if PASSWORD.encode() in path.read_bytes()]
