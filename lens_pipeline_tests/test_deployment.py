@@ -8,6 +8,7 @@ and what is mounted is found where it lies on this machine.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -18,15 +19,21 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+import dagster as dg
 import pytest
 import yaml
 
+from lens_pipeline.defs.stages import REGISTERED
+from lens_pipeline.runner import open_instance
+from lens_pipeline.settings import Settings
 from lens_pipeline_tests.object_stores import free_ports
 from lens_pipeline_tests.postgres import PASSWORD, PROGRAMS
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
+OPERATIONS = ROOT / "docs" / "operations.md"
 VARIABLE = re.compile(r"\$\{(\w+)(?::([-?])([^}]*))?\}")
+NEW_PASSWORD = "an0ther-w@rd/%"
 SECRET = re.compile("PASSWORD|WEBHOOK|OPTIONS|TRACKING_URI")
 
 
@@ -53,6 +60,14 @@ def interpolated(value: Any, variables: Mapping[str, str]) -> Any:
 def env_file(path: Path) -> dict[str, str]:
     lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
     return dict(line.split("=", 1) for line in lines)  # type: ignore[misc]
+
+
+def documented(section: str) -> list[str]:
+    """The commands that docs/operations.md gives under a heading."""
+    _, _, text = OPERATIONS.read_text().partition(f"\n## {section}\n")
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text.partition("\n## ")[0], re.M | re.S)
+    assert blocks, section
+    return [line for block in blocks for line in block.splitlines()]
 
 
 def test_the_example_of_an_env_file_names_every_variable_and_no_secret() -> None:
@@ -143,9 +158,6 @@ class Deployment:
         self.variables |= {"LENS_DAGSTER_PORT": dagster, "LENS_MLFLOW_PORT": mlflow}
         self.variables |= {"MLFLOW_TRACKING_URI": self.mlflow}
         self.variables |= {"LENS_SOURCE": "simulation", "LENS_PRESET": "tiny"}
-        read = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
-        whole = interpolated(read, self.variables)
-        self.services = whole["services"]
         self.folder = re.findall(r"^WORKDIR (\S+)$", (DEPLOY / "Dockerfile").read_text(), re.M)[-1]
         folders = {self.folder}
         files = {}
@@ -156,9 +168,18 @@ class Deployment:
             self.here(folder).mkdir(parents=True)
         for target, source in files.items():
             self.here(target).parent.mkdir(parents=True, exist_ok=True)
-            content = (DEPLOY / whole["configs"][source]["file"]).read_text()
+            content = (DEPLOY / self.compose["configs"][source]["file"]).read_text()
             self.here(target).write_text(content)
         self.mounted = re.compile(r"(?<![\w/.-])(" + "|".join([*files, *folders]) + ")")
+
+    @property
+    def compose(self) -> dict[str, Any]:
+        read = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+        return dict(interpolated(read, self.variables))
+
+    @property
+    def services(self) -> dict[str, Any]:
+        return dict(self.compose["services"])
 
     def here(self, path: str) -> Path:
         return self.root / path.lstrip("/")
@@ -176,16 +197,32 @@ class Deployment:
         own = {k: self.found(v) for k, v in service["environment"].items()}
         return os.environ | given | own | {"PATH": programs}
 
-    def execute(self, name: str, command: str) -> "subprocess.CompletedProcess[str]":
-        """Run a shell's command as in the container of a service."""
-        return subprocess.run(
+    def execute(self, name: str, command: str, typed: str = "") -> str:
+        """What a shell's command prints as in the container of a service."""
+        done = subprocess.run(
             ["bash", "-euc", self.found(command)],
             cwd=self.logs.parent,
             env=self.environment(name),
+            input=typed,
+            start_new_session=True,  # what asks for a password would ask the terminal
             capture_output=True,
             text=True,
             check=False,
         )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    def follow(self, section: str, typed: str = "") -> None:
+        """Do what docs/operations.md says under a heading, but for building and starting."""
+        for line in documented(section):
+            action, *words = line.removeprefix("docker compose ").split(" ")
+            if action == "stop":
+                self.stop(*words)
+            elif action in ("exec", "run"):
+                service, command = re.sub("^(-T |--rm |--no-deps )*", "", " ".join(words)).split(
+                    " ", 1
+                )
+                self.execute(service, command, typed)
 
     def healthy(self, name: str) -> bool:
         if name in self.running and self.running[name].poll() is not None:
@@ -230,10 +267,8 @@ class Deployment:
 def deployment(tmp_path: Path, postgresql: str) -> Iterator[Deployment]:
     (tmp_path / "logs").mkdir()
     found = Deployment(tmp_path / "root", tmp_path / "logs", postgresql)
-    made = found.execute(
-        "postgres", "psql -U lens -d postgres -f /docker-entrypoint-initdb.d/databases.sql"
-    )
-    assert made.returncode == 0, made.stderr
+    setup = "/docker-entrypoint-initdb.d/databases.sql"
+    found.execute("postgres", f"psql -U lens -d postgres -f {setup}")
     try:
         yield found
     finally:
@@ -253,9 +288,12 @@ LOCATION = """{ workspaceOrError { ... on Workspace { locationEntries {
 
 
 @pytest.mark.slow
-def test_the_services_carry_the_main_job_and_a_backup_brings_it_back(
-    deployment: Deployment,
+@pytest.mark.timeout(1500)
+def test_the_services_carry_the_main_job_and_a_backup_brings_all_of_it_back(
+    deployment: Deployment, tmp_path: Path
 ) -> None:
+    import mlflow
+
     deployment.up()
     entries = graphql(deployment.dagster, LOCATION)["workspaceOrError"]["locationEntries"]
     assert [entry["name"] for entry in entries] == ["lens_pipeline"]
@@ -271,29 +309,76 @@ def test_the_services_carry_the_main_job_and_a_backup_brings_it_back(
     def status() -> str:
         return str(graphql(deployment.dagster, STATUS, id=run_id)["runOrError"]["status"])
 
-    until(lambda: status() in ("SUCCESS", "FAILURE", "CANCELED"), 400, "the run has not ended")
+    until(lambda: status() in ("SUCCESS", "FAILURE", "CANCELED"), 600, "the run has not ended")
     assert status() == "SUCCESS", (deployment.logs / "daemon").read_text()[-5000:]
-
-    def psql(query: str) -> str:
-        done = deployment.execute("postgres", f'psql -U lens -d dagster -At -c "{query}"')
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
-
-    assert psql("select run_id, status from runs") == f"{run_id}|SUCCESS"
+    rows = deployment.execute("postgres", 'psql -U lens -d dagster -Atc "select run_id from runs"')
+    assert run_id in rows.split()
     home = deployment.here("/var/lib/lens")
     assert not list(home.rglob("*.db"))
+    summary = (home / "reports" / "summary.json").read_text()
 
-    def version() -> str:
-        from mlflow import MlflowClient
-
-        model = MlflowClient(deployment.mlflow).get_model_version_by_alias(
-            "lens_ensemble", "challenger"
+    def registered(to: str) -> set[str]:
+        """The files of the registered model, as the tracking server gives them."""
+        mlflow.set_tracking_uri(deployment.mlflow)
+        folder = mlflow.artifacts.download_artifacts(
+            artifact_uri="models:/lens_ensemble@challenger", dst_path=str(tmp_path / to)
         )
-        assert model.tags["lens.auroc"]
-        return str(model.version)
+        return {path.name for path in Path(folder).rglob("*") if path.is_file()}
 
-    assert version() == "1"
-    assert list(deployment.here("/var/lib/mlartifacts").rglob("*.ckpt"))
+    files = registered("before")
+    assert "MLmodel" in files
 
-    written = [path for path in deployment.root.parent.rglob("*") if path.is_file()]
-    assert not [path for path in written if PASSWORD.encode() in path.read_bytes()]
+    deployment.follow("Back up")
+    deployment.stop(*deployment.running)
+    for place in ("/var/lib/lens", "/var/lib/mlartifacts"):
+        for path in deployment.here(place).iterdir():
+            if path.name != "dagster":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    deployment.execute("postgres", "dropdb -U lens mlflow")
+    deployment.follow("Restore")
+    deployment.follow("Upgrade")
+    deployment.follow("Rotate credentials", typed=f"{NEW_PASSWORD}\n{NEW_PASSWORD}\n")
+    deployment.variables["PGPASSWORD"] = deployment.client["PGPASSWORD"] = NEW_PASSWORD
+    deployment.up()
+    assert status() == "SUCCESS"
+    assert registered("after") == files
+    assert (home / "reports" / "summary.json").read_text() == summary
+    deployment.follow("Start")
+    deployment.follow("Schedules and sensors")
+    deployment.follow("Clean up")
+
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    for password in (PASSWORD, NEW_PASSWORD):
+        assert not [path for path in written if password.encode() in path.read_bytes()]
+
+
+@pytest.mark.skipif(shutil.which("sqlite3") is None, reason="sqlite3 is not installed")
+def test_a_home_that_is_in_use_is_backed_up_and_restored(own_home: Path, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    backup, restored = tmp_path / "backup", tmp_path / "restored"
+    environment = os.environ | {"BACKUP": str(backup)}
+
+    def follow(section: str, home: Path) -> None:
+        lines = [line for line in documented(section) if not line.startswith(("docker", "export"))]
+        subprocess.run(
+            ["bash", "-euc", "\n".join(lines)],
+            env=environment | {"LENS_HOME": str(home)},
+            check=True,
+        )
+
+    with open_instance(Settings.load(home=own_home)) as instance:
+        run_id = instance.create_run_for_job(dg.GraphDefinition("late").to_job()).run_id
+        follow("Back up", own_home)
+    follow("Restore", restored)
+    with open_instance(Settings.load(home=restored)) as instance:
+        assert instance.get_run_by_id(run_id)
+        assert instance.fetch_materializations(REGISTERED, limit=1).records
+    client = MlflowClient(f"sqlite:///{restored / 'mlflow.db'}")
+    assert client.get_model_version_by_alias("lens_ensemble", "challenger").version
+
+    def files(home: Path) -> set[Path]:
+        found = {path.relative_to(home) for path in home.rglob("*") if path.is_file()}
+        return {path for path in found if ".db-" not in path.name}
+
+    assert files(restored) == files(own_home)
