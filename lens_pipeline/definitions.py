@@ -2,30 +2,27 @@
 
 import dagster as dg
 
-from lens_pipeline.defs.automation import full_pipeline
+from lens_pipeline.defs.automation import (
+    data,
+    evaluation_and_registration,
+    follow_up,
+    full_pipeline,
+    schedules,
+    training,
+    with_follow_up,
+)
 from lens_pipeline.defs.checkpoints import checkpoint_assets
+from lens_pipeline.defs.cleaning import cleaning
 from lens_pipeline.defs.dataset import cutout_catalogue, processed_dataset
 from lens_pipeline.defs.ensemble import ensemble_asset, evaluation_asset
 from lens_pipeline.defs.registry import registry_asset
 from lens_pipeline.defs.resources import LensHome
+from lens_pipeline.defs.sensors import failed_runs, new_challenger, source_changed
 from lens_pipeline.defs.shards import cloud_shards, lens_shards, observed_shards
+from lens_pipeline.defs.source import source_is_published
 from lens_pipeline.defs.tuning import tuning
-from lens_pipeline.errors import InputError
 from lens_pipeline.presets import chosen_members
 from lens_pipeline.settings import Settings
-from lens_pipeline.storage import names_table
-
-
-def source_is_published(settings: Settings) -> bool:
-    """Whether LENS_SOURCE names published shards; a folder or store is asked, nothing else."""
-    if settings.source == "simulation" or names_table(settings.source):
-        return False
-    from lens_pipeline.shards.cloud import is_published
-
-    try:
-        return is_published(settings.source, settings.storage_options)
-    except InputError as problem:
-        raise InputError(f"LENS_SOURCE: {problem}") from None
 
 
 def make_definitions(settings: Settings, retries: bool = True) -> dg.Definitions:
@@ -36,15 +33,18 @@ def make_definitions(settings: Settings, retries: bool = True) -> dg.Definitions
     """
     published = source_is_published(settings)
     made_here = (cutout_catalogue, processed_dataset, lens_shards, cloud_shards)
+    made = [
+        *(() if published else made_here),
+        *checkpoint_assets(settings, retries),
+        ensemble_asset(chosen_members(settings)),
+        evaluation_asset(chosen_members(settings), published),
+        registry_asset(published),
+    ]
     return dg.Definitions(
-        assets=[
-            *((observed_shards(),) if published else made_here),
-            *checkpoint_assets(settings, retries),
-            ensemble_asset(chosen_members(settings)),
-            evaluation_asset(chosen_members(settings), published),
-            registry_asset(published),
-        ],
-        jobs=[full_pipeline, tuning],
+        assets=[*([observed_shards()] if published else []), *with_follow_up(made)],
+        jobs=[full_pipeline, data, training, evaluation_and_registration, tuning, cleaning],
+        schedules=schedules(settings),
+        sensors=[source_changed, new_challenger, failed_runs, follow_up],
         resources={"lens": LensHome()},
         # A step's process is forked from one that has loaded these definitions already.
         executor=dg.multiprocess_executor.configured(

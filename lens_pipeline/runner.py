@@ -2,9 +2,8 @@
 
 import json
 import logging
-import os
-import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,16 +11,15 @@ from typing import Any
 
 import dagster as dg
 import filelock
-import psutil
 from dagster._core.instance.ref import InstanceRef
 
 from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.checkpoints import POOL
 from lens_pipeline.errors import InputError
+from lens_pipeline.processes import HOST, PID, end_rest, is_dead, is_here, process_tags
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import write_aside
 
-HOST, PID, STARTED = "lens/host", "lens/pid", "lens/started"
 DEPLOYMENT = "lens/deployment"
 UNFINISHED = [
     dg.DagsterRunStatus.NOT_STARTED,
@@ -30,7 +28,7 @@ UNFINISHED = [
     dg.DagsterRunStatus.CANCELING,
 ]
 KEPT = "settings.json"
-PATIENCE = 10  # seconds of waiting before the holder is named
+PATIENCE = 10  # seconds: of waiting, before the holder is named; for an orderly end
 log = logging.getLogger(__name__)
 
 
@@ -79,50 +77,40 @@ def open_instance(settings: Settings) -> Iterator[dg.DagsterInstance]:
         yield instance
 
 
-def process_tags() -> dict[str, str]:
-    """Tags that tell which process runs a run, even when its number is used again."""
-    pid = os.getpid()
-    return {HOST: socket.gethostname(), PID: str(pid), STARTED: _started(pid)}
-
-
-def _started(pid: int) -> str:
-    """When a process started, by a clock that nobody sets. Raises NoSuchProcess."""
-    statistics = Path(f"/proc/{pid}/stat")
-    if not Path("/proc/self/stat").exists():
-        return str(psutil.Process(pid).create_time())
-    try:
-        # Field 22, counted behind the name, which may hold anything: `man 5 proc_pid_stat`.
-        return statistics.read_text().rpartition(")")[2].split()[19]
-    except (FileNotFoundError, ProcessLookupError):
-        raise psutil.NoSuchProcess(pid) from None
-
-
-def _is_dead(tags: Mapping[str, str]) -> bool:
-    """Whether the process of a run is known to be gone: it was on this host, and is not now."""
-    if tags.get(HOST) != socket.gethostname():
-        return False
-    try:
-        return _started(int(tags[PID])) != tags[STARTED]
-    except psutil.NoSuchProcess:
-        return True
-
-
 def release_dead_runs(instance: dg.DagsterInstance) -> list[str]:
-    """Mark runs whose process has died as failed and free the pool slots of whoever has ended.
+    """Mark runs whose process has died as failed, end what they have left running, and free the
+    pool slots of whoever has ended.
 
     Returns the ids of the dead.
     """
     dead = [
-        run for run in instance.get_runs(dg.RunsFilter(statuses=UNFINISHED)) if _is_dead(run.tags)
+        run for run in instance.get_runs(dg.RunsFilter(statuses=UNFINISHED)) if is_dead(run.tags)
     ]
     for run in dead:
         log.warning("run %s has died: marking it failed", run.run_id[:8])
+        end_rest(run.tags)
         instance.report_run_failed(run, "The process of this run has died.")
     for run_id in instance.event_log_storage.get_concurrency_info(POOL).active_run_ids:
         holder = instance.get_run_by_id(run_id)
         if holder is None or holder.is_finished:
             instance.event_log_storage.free_concurrency_slots_for_run(run_id)
     return [run.run_id for run in dead]
+
+
+def end_launched_runs(instance: dg.DagsterInstance) -> None:
+    """Ask the runs that a daemon has launched on this host to end, and wait until they have, but
+    no longer than `PATIENCE`."""
+    launched = [
+        run
+        for run in instance.get_runs(dg.RunsFilter(statuses=UNFINISHED))
+        if is_here(run.tags) and run.remote_job_origin is not None
+    ]
+    for run in launched:
+        log.warning("ending run %s of %s", run.run_id[:8], run.job_name)
+        instance.run_launcher.terminate(run.run_id)
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and not all(is_dead(run.tags) for run in launched):
+        time.sleep(0.2)
 
 
 def run_config(settings: Settings, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +139,11 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
                     run_config=config,
                     instance=instance,
                     run_id=run_id,
-                    tags={**process_tags(), DEPLOYMENT: settings.deployment},
+                    tags={
+                        **process_tags(),
+                        DEPLOYMENT: settings.deployment,
+                        "dagster/max_retries": "0",  # who launched it sees that it failed
+                    },
                 )
             except dg.DagsterExecutionInterruptedError:
                 raise KeyboardInterrupt from None

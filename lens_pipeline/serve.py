@@ -1,17 +1,18 @@
 """Dagster's and MLflow's pages on one home."""
 
+import logging
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from lens_pipeline.errors import InputError, masked
-from lens_pipeline.runner import open_instance
+from lens_pipeline.runner import end_launched_runs, open_instance, release_dead_runs
 from lens_pipeline.settings import Settings
 from lens_pipeline.tracking import Tracking
 
@@ -19,26 +20,51 @@ HOST = "127.0.0.1"
 # No workers for MLflow's evaluation jobs, and no libraries' warnings on the terminal.
 QUIET = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PYTHONWARNINGS": "ignore"}
 PATIENCE = 6  # seconds that the servers have for an orderly end
+LASTED = 30  # seconds; what ends before would do so again
+log = logging.getLogger(__name__)
+
+
+class Server:
+    """A process that serves until it is ended."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.name = command[0]
+        self._start = lambda: subprocess.Popen(
+            [sys.executable, "-m", *command], env=dict(environment)
+        )
+        self._begun, self.process = time.monotonic(), self._start()
+
+    def revive(self) -> None:
+        """Start it again where it has ended. Raises RuntimeError where it did so at once."""
+        if self.process.poll() is None:
+            return
+        lasted, self._begun = time.monotonic() - self._begun, time.monotonic()
+        if lasted < LASTED:
+            raise RuntimeError(f"{self.name} ended as soon as it had begun; see its messages above")
+        log.warning("%s has ended (%d) and is started again", self.name, self.process.returncode)
+        self.process = self._start()
 
 
 @dataclass(frozen=True)
 class Pages:
-    """addresses: {"Dagster": URL, "MLflow": URL}; servers: the processes behind them."""
+    """addresses: {"Dagster": URL, "MLflow": URL}; servers: what is behind them."""
 
     addresses: dict[str, str]
-    servers: tuple["subprocess.Popen[bytes]", ...]
+    servers: tuple[Server, ...]
 
-    def alive(self) -> bool:
-        return all(server.poll() is None for server in self.servers)
+    def revive(self) -> None:
+        for server in self.servers:
+            server.revive()
 
 
 @contextmanager
 def pages(settings: Settings, dagster_port: int, mlflow_port: int) -> Iterator[Pages]:
-    """Both pages, once they answer, and Dagster's daemon; all are ended on leaving.
+    """Both pages, once they answer, and Dagster's daemon; all are ended on leaving, and so are the
+    runs that the daemon has launched: they go on where they were when they are launched again.
 
-    A run may be writing meanwhile. Where MLFLOW_TRACKING_URI names a server, its address is given
-    and none is started. Raises InputError where a port is taken, RuntimeError where a server ends
-    before it answers.
+    A run of the command line may be writing meanwhile. Where MLFLOW_TRACKING_URI names a server,
+    its address is given and none is started. Raises InputError where a port is taken, RuntimeError
+    where a server ends as soon as it has begun.
     """
     addresses = {"Dagster": f"http://{HOST}:{dagster_port}"}
     ports = {"--dagster-port": dagster_port}
@@ -50,31 +76,30 @@ def pages(settings: Settings, dagster_port: int, mlflow_port: int) -> Iterator[P
     for option, port in ports.items():
         if _answers(port):
             raise InputError(f"{option} {port}: is in use; name another")
-    with open_instance(settings):
-        pass
+    with open_instance(settings) as instance:
+        release_dead_runs(instance)
     assert Tracking(settings).experiment_id  # creates the database before two servers would
     commands = _commands(dagster_port, mlflow_port if len(ports) == 2 else None)
     # Its URI may hold a password, which everybody would read among a command's arguments.
     environment = os.environ | QUIET | {"MLFLOW_BACKEND_STORE_URI": settings.mlflow_uri}
-    servers = tuple(
-        subprocess.Popen([sys.executable, "-m", *command], env=environment) for command in commands
-    )
-    found = Pages(addresses, servers)
+    environment["LENS_MLFLOW_PAGE"] = addresses["MLflow"]
+    found = Pages(addresses, tuple(Server(command, environment) for command in commands))
     try:
         while not all(_answers(port) for port in ports.values()):
-            if not found.alive():
-                raise RuntimeError("a server has ended before it answered; see its messages above")
+            found.revive()
             time.sleep(0.2)
         yield found
     finally:
-        for server in servers:
-            server.terminate()
+        for server in found.servers:
+            server.process.terminate()
         deadline = time.monotonic() + PATIENCE
-        for server in servers:
+        for server in found.servers:
             try:
-                server.wait(max(0, deadline - time.monotonic()))
+                server.process.wait(max(0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                server.kill()
+                server.process.kill()
+        with open_instance(settings) as instance:
+            end_launched_runs(instance)
 
 
 def _commands(dagster_port: int, mlflow_port: int | None) -> list[Sequence[str]]:
@@ -82,7 +107,7 @@ def _commands(dagster_port: int, mlflow_port: int | None) -> list[Sequence[str]]
     definitions = ("-w", str(workspace), "--code-server-log-level", "warning")
     commands: list[Sequence[str]] = [
         ("dagster_webserver", *definitions, "-h", HOST, "-p", str(dagster_port)),
-        ("dagster._daemon", "run", *definitions),
+        ("dagster._daemon", "run", *definitions, "--log-level", "warning"),
     ]
     if mlflow_port is not None:
         address = ("--host", HOST, "--port", str(mlflow_port), "--workers", "1")
@@ -97,14 +122,15 @@ def _answers(port: int) -> bool:
 
 
 def serve(settings: Settings, dagster_port: int, mlflow_port: int) -> int:
-    """Serve `pages` until one ends or Ctrl-C; prints their addresses once they answer."""
+    """Serve `pages` until Ctrl-C; prints their addresses once they answer. A server that ends, or
+    is killed, is started again."""
     try:
         with pages(settings, dagster_port, mlflow_port) as found:
             for name, address in found.addresses.items():
                 print(f"{name:8} {address}", flush=True)
             print("Ctrl-C ends both.", flush=True)
-            while found.alive():
+            while True:
                 time.sleep(0.5)
+                found.revive()
     except KeyboardInterrupt:
         return 0
-    return 1

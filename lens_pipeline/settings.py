@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from lens_pipeline.errors import InputError
 
-_SIGNED = re.compile("sig|token|key|secret|password|credential", re.IGNORECASE)
+SECRET = re.compile("sig|token|key|secret|password|credential", re.IGNORECASE)
 
 
 def absolute(location: str) -> str:
@@ -36,7 +36,7 @@ def absolute(location: str) -> str:
 
 def _written_down(location: str) -> str:
     """`absolute`, of a location that results name. Raises InputError for a URL that is signed."""
-    if "://" in location and _SIGNED.search(urlsplit(location).query):
+    if "://" in location and SECRET.search(urlsplit(location).query):
         raise InputError(
             f"{location}: a URL must not carry a signature or token, for results name it; give "
             "credentials through the environment, as its provider's tools take them"
@@ -159,6 +159,17 @@ class Settings(BaseSettings):
         default=0.5, ge=0, le=1, description="The lower 95 % bound of AUROC must exceed this."
     )
 
+    retrain_cron: str = Field(
+        default="0 3 * * 1", description="When the schedule `weekly_retraining` launches, as cron."
+    )
+    time_zone: str = Field(default="UTC", description="Of the schedules, as `Europe/Paris`.")
+    webhook_url: SecretStr | None = Field(
+        default=None,
+        description="Is told by POST of failed runs and new challengers, JSON with a `text`.",
+    )
+    keep_days: int = Field(
+        default=90, ge=1, description="Days for which the job `cleaning` keeps runs and their logs."
+    )
     verify: bool = Field(
         default=False, description="Check the sha256 of what is reused, not only file sizes."
     )
@@ -248,13 +259,15 @@ class Settings(BaseSettings):
 
         Neither storage options nor the tracking server's URI: they may hold secrets.
         """
-        names = self.model_fields_set - {"home", "storage_options", "tracking_uri", "verify"}
+        places = {"home", "storage_options", "tracking_uri"}
+        operation = {"verify", "retrain_cron", "time_zone", "webhook_url", "keep_days"}
+        names = self.model_fields_set - places - operation
         return self.model_dump(mode="json", include=names)
 
     def export(self) -> None:
         """Put what was set into the environment, for the steps and child processes."""
         os.environ["DAGSTER_HOME"] = str(self.dagster_home)
-        for name in {*self.model_fields_set, "home"} - {"tracking_uri"}:
+        for name in {*self.model_fields_set, "home"} - {"tracking_uri", "webhook_url"}:
             value = getattr(self, name)
             if value is not None:
                 text = json.dumps(value) if isinstance(value, dict | bool) else str(value)

@@ -20,7 +20,8 @@ from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.checkpoints import POOL
 from lens_pipeline.ensemble.evaluate import evaluate_ensemble
 from lens_pipeline.errors import InputError
-from lens_pipeline.runner import open_instance, process_tags, release_dead_runs, settings_of_home
+from lens_pipeline.processes import process_tags
+from lens_pipeline.runner import open_instance, release_dead_runs, settings_of_home
 from lens_pipeline.settings import Settings
 from lens_pipeline.tracking import Tracking
 

@@ -1,12 +1,150 @@
-"""Jobs over the asset graph."""
+"""Jobs over the asset graph, when schedules launch them, and what follows by itself."""
+
+from collections.abc import Iterable
 
 import dagster as dg
 
-from lens_pipeline.defs.stages import CLOUD
+from lens_pipeline.alerts import alert
+from lens_pipeline.defs.cleaning import cleaning
+from lens_pipeline.defs.resources import LensHome
+from lens_pipeline.defs.source import source_state
+from lens_pipeline.defs.stages import (
+    CATALOGUE,
+    CLOUD,
+    DATASET,
+    ENSEMBLE,
+    EVALUATION,
+    REGISTERED,
+    SHARDS,
+)
+from lens_pipeline.errors import InputError
+from lens_pipeline.settings import Settings
+from lens_pipeline.steps import digest, source_hashes
+
+INPUTS = "lens/inputs"
+# Retrainings wait for each other: see `tag_concurrency_limits` in dagster.yaml.
+TRAINS = {"lens/queue": "training"}
 
 full_pipeline = dg.define_asset_job(
     "full_pipeline",
     # Of what is made elsewhere and only observed here, Dagster takes what is named.
     selection=dg.AssetSelection.all() | dg.AssetSelection.assets(CLOUD),
+    tags=TRAINS,
     description="From the source to a registered ensemble.",
 )
+data = dg.define_asset_job(
+    "data",
+    selection=dg.AssetSelection.assets(CLOUD).upstream(),
+    description="From the source to published shards; where others publish them, the newest are "
+    "observed.",
+)
+training = dg.define_asset_job(
+    "training",
+    selection=dg.AssetSelection.groups("training"),
+    tags=TRAINS,
+    description="Every member, on the newest published shards.",
+)
+evaluation_and_registration = dg.define_asset_job(
+    "evaluation_and_registration",
+    selection=dg.AssetSelection.groups("ensemble"),
+    description="From the newest checkpoints to a registered ensemble.",
+)
+
+# What each cheap stage follows. What an ensemble was trained on is none of it: new data wait for
+# new checkpoints, and are compared with old ones by nobody.
+FOLLOWS = {
+    DATASET: [CATALOGUE],
+    SHARDS: [DATASET],
+    CLOUD: [SHARDS],
+    EVALUATION: [ENSEMBLE],
+    REGISTERED: [EVALUATION],
+}
+
+
+def with_follow_up(assets: Iterable[dg.AssetsDefinition]) -> list[dg.AssetsDefinition]:
+    """The assets, the cheap ones with the condition under which they are made by themselves: anew
+    when what they follow was, unless a part of it failed and is still the old one.
+
+    Trainings have none: they are launched by the schedule, or by hand.
+    """
+
+    def conditioned(spec: dg.AssetSpec) -> dg.AssetSpec:
+        deps = {dep.asset_key for dep in spec.deps}
+        follows = FOLLOWS.get(spec.key, [])
+        if spec.key == ENSEMBLE:
+            follows = [key for key in deps if key != CLOUD]
+        if not deps.intersection(follows):
+            return spec
+        ignored = dg.AssetSelection.assets(*(deps - {*follows}))
+        followed = dg.AutomationCondition.eager().ignore(ignored)
+        failed = dg.AutomationCondition.any_deps_match(dg.AutomationCondition.execution_failed())
+        return spec.replace_attributes(
+            automation_condition=(followed & ~failed.ignore(ignored)).with_label("follow_up")
+        )
+
+    return [asset.map_asset_specs(conditioned) for asset in assets]
+
+
+follow_up = dg.AutomationConditionSensorDefinition(
+    "follow_up",
+    target=dg.AssetSelection.all(),
+    minimum_interval_seconds=30,
+    description="Makes the cheap stages anew when what they follow was: shards after cutouts, an "
+    "ensemble, its evaluation and its version in the registry after trainings.",
+)
+
+
+def retraining_inputs(settings: Settings) -> str:
+    """A hash of all that a retraining depends on: the source, the settings, the code."""
+    code = source_hashes(["lens_pipeline.definitions"])
+    return digest([source_state(settings), settings.decisive, code])
+
+
+def schedules(settings: Settings) -> list[dg.ScheduleDefinition]:
+    """Weekly retraining and nightly cleaning, by LENS_RETRAIN_CRON and LENS_TIME_ZONE; both are
+    off until somebody switches them on."""
+
+    try:
+
+        @dg.schedule(
+            name="weekly_retraining",
+            job=full_pipeline,
+            cron_schedule=settings.retrain_cron,
+            execution_timezone=settings.time_zone,
+            description="Launches full_pipeline where the source, the settings or the code are not "
+            "those of a retraining that has succeeded or is under way.",
+        )
+        def weekly_retraining(
+            context: dg.ScheduleEvaluationContext, lens: LensHome
+        ) -> dg.RunRequest | dg.SkipReason:
+            settings = lens.settings
+            try:
+                tags = {INPUTS: retraining_inputs(settings)}
+            except InputError as problem:
+                alert(settings, f"the source cannot be read, nothing is retrained: {problem}")
+                return dg.SkipReason(str(problem))
+            same = dg.RunsFilter(
+                job_name=full_pipeline.name,
+                tags=tags,
+                statuses=[
+                    status
+                    for status in dg.DagsterRunStatus
+                    if status not in (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
+                ],
+            )
+            for run in context.instance.get_runs(same, limit=1):
+                return dg.SkipReason(
+                    f"run {run.run_id[:8]} has the same source, settings and code: nothing would "
+                    "be new"
+                )
+            return dg.RunRequest(tags=tags)
+
+        nightly_cleaning = dg.ScheduleDefinition(
+            name="nightly_cleaning",
+            job=cleaning,
+            cron_schedule="0 2 * * *",
+            execution_timezone=settings.time_zone,
+        )
+    except dg.DagsterInvalidDefinitionError as problem:
+        raise InputError(f"LENS_RETRAIN_CRON, LENS_TIME_ZONE: {problem}") from None
+    return [weekly_retraining, nightly_cleaning]

@@ -1,0 +1,48 @@
+"""Messages to people: the log, and the webhook of LENS_WEBHOOK_URL."""
+
+import json
+import logging
+import os
+import time
+import urllib.request
+
+from lens_pipeline.errors import InputError, masked
+from lens_pipeline.settings import SECRET, Settings
+
+TRIES = 3
+log = logging.getLogger(__name__)
+
+
+def alert(settings: Settings, text: str, **facts: str | None) -> None:
+    """Log a text, and post it with its facts, as JSON with the key `text` (which Slack, Mattermost
+    and others show), to the webhook where there is one.
+
+    Raises InputError where the webhook cannot be told.
+    """
+    content = {"text": text, "deployment": settings.deployment, **facts}
+    content = {name: value and without_secrets(value) for name, value in content.items()}
+    log.warning("%s", content["text"])
+    if settings.webhook_url is None:
+        return
+    request = urllib.request.Request(
+        settings.webhook_url.get_secret_value(),
+        json.dumps(content).encode(),
+        {"Content-Type": "application/json"},
+    )
+    for after in range(TRIES):
+        time.sleep(after)
+        try:
+            with urllib.request.urlopen(request, timeout=10):
+                return
+        except OSError as problem:
+            reason = str(problem)
+    raise InputError(f"LENS_WEBHOOK_URL: cannot be told ({without_secrets(reason)})")
+
+
+def without_secrets(text: str) -> str:
+    """A text without passwords of URLs, and without what secret-looking variables of the
+    environment hold."""
+    for name, value in os.environ.items():
+        if SECRET.search(name) and len(value) >= 6:
+            text = text.replace(value, "***")
+    return masked(text)

@@ -1,0 +1,107 @@
+"""What is watched: the source, the registry, and runs that fail."""
+
+import json
+
+import dagster as dg
+
+from lens_pipeline.alerts import alert
+from lens_pipeline.defs.automation import data
+from lens_pipeline.defs.resources import LensHome
+from lens_pipeline.defs.source import source_state
+from lens_pipeline.defs.stages import REGISTERED
+from lens_pipeline.errors import InputError
+from lens_pipeline.steps import digest
+
+WILL_RETRY = "dagster/will_retry"
+
+
+@dg.sensor(
+    job=data,
+    minimum_interval_seconds=60,
+    description="Launches `data` when the catalogue, its cutouts or the published shards at "
+    "LENS_SOURCE are new or have changed, and have then rested for a minute.",
+)
+def source_changed(
+    context: dg.SensorEvaluationContext, lens: LensHome
+) -> dg.SensorResult | dg.SkipReason:
+    settings = lens.settings
+    if settings.source == "simulation":
+        return dg.SkipReason("LENS_SOURCE is the simulation, which changes only with its settings")
+    cursor = json.loads(context.cursor or '{"seen": null, "handled": null, "changes": 0}')
+    problem = None
+    try:
+        state = source_state(settings)
+    except InputError as unreadable:
+        if cursor["handled"] is None:
+            return dg.SkipReason(f"waits for a source: {unreadable}")
+        problem, state = unreadable, digest(str(unreadable))
+    if state == cursor["handled"]:
+        return dg.SkipReason(f"{settings.source} has not changed")
+    if state != cursor["seen"]:
+        return dg.SensorResult(
+            skip_reason=f"{settings.source} has changed; if it rests, `data` is launched next time",
+            cursor=json.dumps({**cursor, "seen": state}),
+        )
+    changes = cursor["changes"] + 1
+    handled = json.dumps({"seen": state, "handled": state, "changes": changes})
+    if problem is not None:
+        alert(settings, f"the source has changed and cannot be read: {problem}")
+        return dg.SensorResult(skip_reason=str(problem), cursor=handled)
+    # The key is of the change, not only of the state: what was here before may come back.
+    return dg.SensorResult(
+        run_requests=[dg.RunRequest(run_key=f"{changes}:{state}")], cursor=handled
+    )
+
+
+@dg.sensor(
+    minimum_interval_seconds=30,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Tells the log and LENS_WEBHOOK_URL of each new version in the registry, and "
+    "whether it became champion.",
+)
+def new_challenger(
+    context: dg.SensorEvaluationContext, lens: LensHome
+) -> dg.SensorResult | dg.SkipReason:
+    records = context.instance.fetch_materializations(REGISTERED, limit=1).records
+    made = records[0].asset_materialization if records else None
+    if made is None:
+        return dg.SkipReason("no version has been registered yet")
+    facts = {name: str(value.value) for name, value in made.metadata.items()}
+    if facts["version"] == context.cursor:
+        return dg.SkipReason(f"version {context.cursor} is the newest still")
+    champion = "champion" in facts["aliases"]
+    why = "it has become champion" if champion else f"it stays challenger: {facts['gate']}"
+    alert(
+        lens.settings,
+        f"{facts['model']} version {facts['version']} is registered; {why}",
+        version=facts["version"],
+        run=records[0].run_id,
+    )
+    return dg.SensorResult(cursor=facts["version"], skip_reason=f"told of {facts['version']}")
+
+
+@dg.run_failure_sensor(
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Tells the log and LENS_WEBHOOK_URL of each run that failed, where and why.",
+)
+def failed_runs(context: dg.RunFailureSensorContext, lens: LensHome) -> None:
+    run = context.dagster_run
+    failures = context.get_step_failure_events()
+    steps = {event.step_key: _reason(event) for event in failures}
+    reason = "; ".join(f"{step}: {why}" for step, why in steps.items())
+    again = "; it is tried again" if run.tags.get(WILL_RETRY) == "true" else ""
+    alert(
+        lens.settings,
+        f"run {run.run_id[:8]} of {run.job_name} failed{again}: "
+        f"{reason or context.failure_event.message}",
+        run=run.run_id,
+        job=run.job_name,
+    )
+
+
+def _reason(event: dg.DagsterEvent) -> str:
+    """What a step raised, in a line: the first cause, without Dagster's own wrapping."""
+    error = event.step_failure_data.error
+    while error is not None and error.cause is not None:
+        error = error.cause
+    return " ".join(error.message.split()) if error is not None else (event.message or "")

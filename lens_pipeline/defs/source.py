@@ -1,0 +1,40 @@
+"""What lies at LENS_SOURCE now."""
+
+from lens_pipeline.defs.dataset import catalogue_recipe
+from lens_pipeline.errors import InputError
+from lens_pipeline.settings import Settings
+from lens_pipeline.steps import digest
+from lens_pipeline.storage import names_table
+
+
+def source_is_published(settings: Settings) -> bool:
+    """Whether LENS_SOURCE names published shards; a folder or store is asked, nothing else."""
+    if settings.source == "simulation" or names_table(settings.source):
+        return False
+    from lens_pipeline.shards.cloud import is_published
+
+    try:
+        return is_published(settings.source, settings.storage_options)
+    except InputError as problem:
+        raise InputError(f"LENS_SOURCE: {problem}") from None
+
+
+def source_state(settings: Settings) -> str:
+    """A hash of the catalogue's content and of which cutouts it names; of the newest version where
+    the source is published shards; of the simulation's settings.
+
+    Raises InputError where the source cannot be read.
+    """
+    if source_is_published(settings):
+        from lens_pipeline.shards.cloud import published_version
+
+        return digest(published_version(settings.source, settings.storage_options))
+    state = [catalogue_recipe(settings).key]
+    if settings.source != "simulation":
+        from lens_pipeline.catalogue.images import files_fingerprint
+        from lens_pipeline.catalogue.table import read_catalogue
+
+        storage = settings.storage_options
+        references = read_catalogue(settings.source, storage).references
+        state.append(files_fingerprint(references, storage))
+    return digest(state)

@@ -1,0 +1,94 @@
+"""Runs as operating-system processes of their own, which the daemon can tell alive from dead.
+
+Dagster's own launcher starts runs within a code server and cannot tell whether one lives: where the
+code server is killed, or the machine is restarted, its runs stay "started" for ever.
+"""
+
+import os
+import signal
+import subprocess
+from collections.abc import Mapping
+from typing import Any, Self
+
+from dagster import DagsterRun
+from dagster import _check as check
+from dagster._core.launcher.base import (
+    CheckRunHealthResult,
+    LaunchRunContext,
+    RunLauncher,
+    WorkerStatus,
+)
+from dagster._grpc.types import ExecuteRunArgs
+from dagster._serdes import ConfigurableClass, ConfigurableClassData
+
+from lens_pipeline.processes import HOST, PID, end_rest, is_dead, is_here, process_tags
+
+# Waits until the run says which process it is; where nobody gets to say so, it ends.
+GATE = 'read -r go && exec "$@"'
+
+
+class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
+    """Starts each run as a process that leads a session of its own, on the host of whoever
+    launches: Dagster's daemon."""
+
+    def __init__(self, inst_data: ConfigurableClassData | None = None) -> None:
+        self._inst_data = inst_data
+        super().__init__()
+
+    @property
+    def inst_data(self) -> ConfigurableClassData | None:
+        return self._inst_data
+
+    @classmethod
+    def config_type(cls) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def from_config_value(
+        cls, inst_data: ConfigurableClassData, config_value: Mapping[str, Any]
+    ) -> Self:
+        return cls(inst_data)
+
+    def launch_run(self, context: LaunchRunContext) -> None:
+        run = context.dagster_run
+        arguments = ExecuteRunArgs(
+            job_origin=check.not_none(context.job_code_origin),
+            run_id=run.run_id,
+            instance_ref=self._instance.get_ref(),
+        )
+        process = subprocess.Popen(
+            ["sh", "-c", GATE, "run", *arguments.get_command_args()],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self._instance.add_run_tags(run.run_id, process_tags(process.pid))
+        assert process.stdin is not None
+        with process.stdin as gate:
+            gate.write(b"\n")
+
+    def terminate(self, run_id: str) -> bool:
+        """Ask a run to end in order. False where it cannot be asked from here."""
+        run = self._instance.get_run_by_id(run_id)
+        if run is None or run.is_finished:
+            return False
+        self._instance.report_run_canceling(run)
+        if not is_here(run.tags) or is_dead(run.tags):
+            return False
+        os.kill(int(run.tags[PID]), signal.SIGTERM)
+        return True
+
+    @property
+    def supports_check_run_worker_health(self) -> bool:
+        return True
+
+    def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
+        """Whether the process of a run lives. What a dead one has left is ended, for the run may be
+        tried again."""
+        if not is_dead(run.tags):
+            return CheckRunHealthResult(WorkerStatus.RUNNING)
+        left = end_rest(run.tags)
+        return CheckRunHealthResult(
+            WorkerStatus.FAILED,
+            f"process {run.tags[PID]} on {run.tags[HOST]} has died"
+            + (f"; {len(left)} that it left were ended" if left else ""),
+        )

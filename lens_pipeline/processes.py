@@ -1,0 +1,70 @@
+"""Which process runs a run, whether it lives, and what it has left behind."""
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+HOST, PID, STARTED = "lens/host", "lens/pid", "lens/started"
+
+
+def process_tags(pid: int | None = None) -> dict[str, str]:
+    """Tags that tell which process (by default this one) runs a run, even when its number is used
+    again."""
+    pid = pid or os.getpid()
+    return {HOST: socket.gethostname(), PID: str(pid), STARTED: _started(pid)}
+
+
+def _started(pid: int) -> str:
+    """When a process that has not ended was started, by a clock that nobody sets. Raises
+    NoSuchProcess."""
+    statistics = Path(f"/proc/{pid}/stat")
+    if not Path("/proc/self/stat").exists():
+        return str(psutil.Process(pid).create_time())
+    try:
+        # Field 3 and on, counted behind the name, which may hold anything: `man 5 proc_pid_stat`.
+        fields = statistics.read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(pid) from None
+    if fields[0] in "ZX":  # it has ended; whoever started it has not asked how
+        raise psutil.NoSuchProcess(pid)
+    return fields[19]
+
+
+def is_here(tags: Mapping[str, str]) -> bool:
+    """Whether the process of a run is, or was, one of this host."""
+    return tags.get(HOST) == socket.gethostname()
+
+
+def is_dead(tags: Mapping[str, str]) -> bool:
+    """Whether the process of a run is known to be gone: it was on this host, and is not now."""
+    if not is_here(tags):
+        return False
+    try:
+        return _started(int(tags[PID])) != tags[STARTED]
+    except psutil.NoSuchProcess:
+        return True
+
+
+def end_rest(tags: Mapping[str, str]) -> list[int]:
+    """Kill what a dead process that led a session has left of it, and return their numbers.
+
+    A step that trains outlives the run's process when that is killed, and would write on beside the
+    next try. The number of a session's leader is not given to another process while one of the
+    session lives; should it be somebody else's by now, nothing of ours is left.
+    """
+    leader = int(tags[PID])
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if _started(leader) != tags[STARTED]:
+            return []
+    ended = []
+    for process in psutil.pids():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if process != leader and os.getsid(process) == leader:
+                os.kill(process, signal.SIGKILL)
+                ended.append(process)
+    return ended

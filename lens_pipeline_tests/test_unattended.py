@@ -1,0 +1,115 @@
+"""Schedules and sensors launch runs that nobody asked for; whatever is killed comes back."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+from lens_pipeline_tests.served import Served, until
+
+EPOCHS = 100  # so long a training that each kill is sure to meet it
+
+
+@pytest.mark.slow
+def test_a_dropped_catalogue_becomes_a_challenger_and_dropped_again_nothing(
+    simulated_catalogue: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "source"
+    place.mkdir()
+    settings = {
+        "LENS_SOURCE": str(place / "catalogue.parquet"),
+        "LENS_PRESET": "tiny",
+        "LENS_RETRAIN_CRON": "* * * * *",
+    }
+
+    def drop() -> None:
+        for file in sorted(simulated_catalogue.parent.iterdir(), reverse=True):
+            # With its time of change: the same file, not one with the same pixels.
+            shutil.copy2(file, place)
+
+    with Served(tmp_path / "home", tmp_path / "log", settings) as served:
+        for name in ("source_changed", "follow_up"):
+            served.switch_on("sensor", name)
+        served.switch_on("schedule", "weekly_retraining")
+        time.sleep(70)
+        assert served.runs() == []  # there is nothing to launch
+        drop()
+        client = MlflowClient(served.mlflow, served.mlflow)
+        until(lambda: client.search_registered_models(), 600, f"a version\n{served.log}")
+        assert client.get_model_version_by_alias("lens_ensemble", "challenger").version == "1"
+        busy = ["QUEUED", "NOT_STARTED", "STARTING", "STARTED"]
+        until(lambda: not served.runs(statuses=busy), 120, "all runs end")
+        runs = served.runs()
+        assert {run["status"] for run in runs} == {"SUCCESS"}
+        assert all(
+            {"dagster/sensor_name", "dagster/schedule_name"} & set(run["tags"]) for run in runs
+        )
+        drop()
+        time.sleep(150)  # two ticks of each
+        assert served.runs() == runs
+
+
+@pytest.mark.slow
+def test_what_is_killed_comes_back_and_a_training_goes_on_where_it_was(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    settings = {"LENS_PRESET": "tiny", "LENS_ARCHS": "lastro"}
+    training = {"checkpoints__lastro": {"config": {"training": {"epochs": EPOCHS}}}}
+
+    def kill_run(run: str) -> None:
+        os.kill(int(served.run(run)["tags"]["lens/pid"]), signal.SIGKILL)
+
+    def kill(*words: str) -> None:
+        for process in served.processes(*words):
+            process.kill()
+
+    def trains(run: str, goes_on: bool = True) -> None:
+        """Until a run has saved an epoch of its own."""
+        begun = time.time()
+        said = "goes on from" if goes_on else "checkpoints/lastro ..."
+        until(
+            lambda: any(said in message for message in served.messages(run)),
+            180,
+            f"{said}\n{served.log}",
+        )
+        saved = "checkpoints/lastro/.*/last.ckpt"
+        until(lambda: any(f.stat().st_mtime > begun for f in home.glob(saved)), 120, "an epoch")
+
+    def retried(run: str) -> str:
+        """The run that a dead one is tried again by."""
+        assert served.ended(run, 120)["status"] == "FAILURE"
+        assert any("has died" in message for message in served.messages(run))
+        return str(
+            until(
+                lambda: [r for r in served.runs() if r["parentRunId"] == run],
+                120,
+                f"run {run} is tried again",
+            )[0]["runId"]
+        )
+
+    with Served(home, tmp_path / "log", settings) as served:
+        first = served.launch("full_pipeline", ops=training)
+        trains(first, goes_on=False)
+        kill_run(first)
+        second = retried(first)
+        trains(second)
+        kill("api", "grpc")
+        trains(second)
+        kill("dagster._daemon")
+        kill_run(second)  # which nobody sees
+        third = retried(second)
+        trains(third)
+        kill("dagster_webserver")
+        kill("mlflow", "server")
+        until(lambda: served.log.count("is started again") == 3, 60, served.log)
+        until(lambda: served.answers(), 60, "the pages answer again")
+        assert served.ended(third, 900)["status"] == "SUCCESS", served.messages(third)
+    summary = json.loads((home / "reports" / "summary.json").read_text())
+    assert summary["model"]["version"] == "1"
+    curves = pd.read_csv(next(home.glob("checkpoints/lastro/[!.]*/curves.csv")))
+    assert curves["epoch"].tolist() == list(range(EPOCHS))
