@@ -198,9 +198,12 @@ class Deployment:
         return os.environ | given | own | {"PATH": programs}
 
     def execute(self, name: str, command: str, typed: str = "") -> str:
-        """What a shell's command prints as in the container of a service."""
+        """What a command prints in the container of a service; what it is fed from, or goes to, is
+        a file of the host's."""
+        command, redirected = re.fullmatch(r"(.*?)( [<>] \S+)?", command).groups("")
+        within = f"(cd {self.folder}; {command}){redirected}"
         done = subprocess.run(
-            ["bash", "-euc", self.found(command)],
+            ["bash", "-euc", self.found(within)],
             cwd=self.logs.parent,
             env=self.environment(name),
             input=typed,
