@@ -5,21 +5,20 @@ What a container runtime does with the Compose file is done here by hand: variab
 and what is mounted is found where it lies on this machine.
 """
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
 
 import dagster as dg
+import psutil
 import pytest
 import yaml
 
@@ -28,6 +27,7 @@ from lens_pipeline.runner import open_instance
 from lens_pipeline.settings import Settings
 from lens_pipeline_tests.object_stores import free_ports
 from lens_pipeline_tests.postgres import PASSWORD, PROGRAMS
+from lens_pipeline_tests.served import Pages, until
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -118,25 +118,8 @@ def test_what_the_container_file_copies_makes_a_package_whose_definitions_load(
     assert files >= {path.name for path in (ROOT / "lens_pipeline").glob("*.yaml")}
 
 
-def graphql(address: str, query: str, **variables: Any) -> Any:
-    body = json.dumps({"query": query, "variables": variables}).encode()
-    request = Request(f"{address}/graphql", body, {"Content-Type": "application/json"})
-    with urlopen(request, timeout=60) as response:
-        answer = json.load(response)
-    assert "errors" not in answer, answer
-    return answer["data"]
-
-
-def until(holds: Callable[[], Any], seconds: float, what: str) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := holds()):
-        assert time.monotonic() < deadline, f"after {seconds} s: {what}"
-        time.sleep(1)
-    return found
-
-
 @dataclass
-class Deployment:
+class Deployment(Pages):
     """The Compose file's services as processes of this machine.
 
     root: stands for the containers' file system: what is mounted at /var/lib/lens lies at
@@ -146,7 +129,7 @@ class Deployment:
     root: Path
     logs: Path
     database: str
-    running: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
+    running: dict[str, psutil.Popen] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         server = urlsplit(self.database)
@@ -180,6 +163,10 @@ class Deployment:
     @property
     def services(self) -> dict[str, Any]:
         return dict(self.compose["services"])
+
+    @property
+    def log(self) -> str:  # type: ignore[override]
+        return (self.logs / "daemon").read_text()
 
     def here(self, path: str) -> Path:
         return self.root / path.lstrip("/")
@@ -244,7 +231,7 @@ class Deployment:
             for other in service["depends_on"]:
                 until(lambda other=other: self.healthy(other), 180, f"{other} is not healthy")
             with (self.logs / name).open("ab") as log:
-                self.running[name] = subprocess.Popen(
+                self.running[name] = psutil.Popen(
                     [self.found(word) for word in service["command"]],
                     cwd=self.here(self.folder),
                     env=self.environment(name),
@@ -256,14 +243,17 @@ class Deployment:
             until(lambda name=name: self.healthy(name), 180, f"{name} is not healthy")
 
     def stop(self, *names: str) -> None:
-        ended = {name: self.running.pop(name) for name in names if name in self.running}
-        for process in ended.values():
-            process.terminate()
-        for process in ended.values():
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        """Ask services to end; what they have started ends with them, as in a container."""
+        asked = [self.running.pop(name) for name in names if name in self.running]
+        below: list[psutil.Process] = []
+        for process in asked:
+            with suppress(psutil.NoSuchProcess):
+                below += process.children(recursive=True)
+                process.terminate()
+        psutil.wait_procs(asked, timeout=60)
+        for left in (*asked, *below):
+            with suppress(psutil.NoSuchProcess):
+                left.kill()
 
 
 @pytest.fixture
@@ -278,12 +268,6 @@ def deployment(tmp_path: Path, postgresql: str) -> Iterator[Deployment]:
         found.stop(*found.running)
 
 
-LAUNCH = """mutation ($job: String!) {
-  launchRun(executionParams: {runConfigData: "{}", selector: {
-    repositoryLocationName: "lens_pipeline", repositoryName: "__repository__", jobName: $job
-  }}) { __typename ... on LaunchRunSuccess { run { id } } ... on PythonError { message } }
-}"""
-STATUS = "query ($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }"
 DAEMONS = "{ instance { daemonHealth { allDaemonStatuses { daemonType required healthy } } } }"
 LOCATION = """{ workspaceOrError { ... on Workspace { locationEntries {
   name locationOrLoadError { __typename ... on PythonError { message } }
@@ -298,22 +282,15 @@ def test_the_services_carry_the_main_job_and_a_backup_brings_all_of_it_back(
     import mlflow
 
     deployment.up()
-    entries = graphql(deployment.dagster, LOCATION)["workspaceOrError"]["locationEntries"]
-    assert [entry["name"] for entry in entries] == ["lens_pipeline"]
-    assert entries[0]["locationOrLoadError"]["__typename"] == "RepositoryLocation", entries
-    daemons = graphql(deployment.dagster, DAEMONS)["instance"]["daemonHealth"]["allDaemonStatuses"]
+    (location,) = deployment.ask(LOCATION)["workspaceOrError"]["locationEntries"]
+    assert location["name"] == "lens_pipeline"
+    assert location["locationOrLoadError"]["__typename"] == "RepositoryLocation", location
+    daemons = deployment.ask(DAEMONS)["instance"]["daemonHealth"]["allDaemonStatuses"]
     assert daemons
     assert not [daemon for daemon in daemons if daemon["required"] and not daemon["healthy"]]
 
-    launched = graphql(deployment.dagster, LAUNCH, job="full_pipeline")["launchRun"]
-    assert launched["__typename"] == "LaunchRunSuccess", launched
-    run_id = launched["run"]["id"]
-
-    def status() -> str:
-        return str(graphql(deployment.dagster, STATUS, id=run_id)["runOrError"]["status"])
-
-    until(lambda: status() in ("SUCCESS", "FAILURE", "CANCELED"), 600, "the run has not ended")
-    assert status() == "SUCCESS", (deployment.logs / "daemon").read_text()[-5000:]
+    run_id = deployment.launch("full_pipeline")
+    assert deployment.ended(run_id, 600)["status"] == "SUCCESS", deployment.log[-5000:]
     rows = deployment.execute("postgres", 'psql -U lens -d dagster -Atc "select run_id from runs"')
     assert run_id in rows.split()
     home = deployment.here("/var/lib/lens")
@@ -343,7 +320,7 @@ def test_the_services_carry_the_main_job_and_a_backup_brings_all_of_it_back(
     deployment.follow("Rotate credentials", typed=f"{NEW_PASSWORD}\n{NEW_PASSWORD}\n")
     deployment.variables["PGPASSWORD"] = deployment.client["PGPASSWORD"] = NEW_PASSWORD
     deployment.up()
-    assert status() == "SUCCESS"
+    assert deployment.run(run_id)["status"] == "SUCCESS"
     assert registered("after") == files
     assert (home / "reports" / "summary.json").read_text() == summary
     deployment.follow("Start")
