@@ -333,11 +333,12 @@ def test_the_services_carry_the_main_job_and_a_backup_brings_all_of_it_back(
 
 
 @pytest.mark.skipif(shutil.which("sqlite3") is None, reason="sqlite3 is not installed")
-def test_a_home_that_is_in_use_is_backed_up_and_restored(own_home: Path, tmp_path: Path) -> None:
+def test_a_home_that_is_in_use_is_backed_up_restored_and_upgraded(own_home: Path, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     backup, restored = tmp_path / "backup", tmp_path / "restored"
-    environment = os.environ | {"BACKUP": str(backup)}
+    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"BACKUP": str(backup), "PATH": programs}
 
     def follow(section: str, home: Path) -> None:
         lines = [line for line in documented(section) if not line.startswith(("docker", "export"))]
@@ -362,3 +363,4 @@ def test_a_home_that_is_in_use_is_backed_up_and_restored(own_home: Path, tmp_pat
         return {path for path in found if ".db-" not in path.name}
 
     assert files(restored) == files(own_home)
+    follow("Upgrade", restored)
