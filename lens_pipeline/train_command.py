@@ -42,6 +42,9 @@ def train_command(options: argparse.Namespace) -> int:
     out = options.checkpoint_dir or settings.home / "trainings" / name_of(config)
     out = Path(absolute(str(out)))
     config = with_local_weights(config, settings)
+    from lens_pipeline.training.devices import claim_gpus
+
+    claim_gpus(config.hardware)
     if config.hardware.devices > 1:
         trained = _in_processes(config, settings, out, options.verbose)
     else:

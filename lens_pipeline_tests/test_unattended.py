@@ -5,9 +5,11 @@ import os
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 from mlflow import MlflowClient
 
@@ -113,3 +115,43 @@ def test_what_is_killed_comes_back_and_a_training_goes_on_where_it_was(tmp_path:
     assert summary["model"]["version"] == "1"
     curves = pd.read_csv(next(home.glob("checkpoints/lastro/[!.]*/curves.csv")))
     assert curves["epoch"].tolist() == list(range(EPOCHS))
+
+
+@pytest.mark.slow
+def test_a_run_ends_where_it_is_cancelled_and_where_its_pages_are_closed(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    settings = {"LENS_PRESET": "tiny", "LENS_ARCHS": "lastro"}
+    training = {"checkpoints__lastro": {"config": {"training": {"epochs": 1000}}}}
+
+    def trains(served: Served) -> tuple[str, int]:
+        """A run that has begun to train, and its process."""
+        run = served.launch("full_pipeline", ops=training)
+        until(
+            lambda: any("epoch" in message for message in served.messages(run)),
+            180,
+            f"an epoch\n{served.log}",
+        )
+        return run, int(served.run(run)["tags"]["lens/pid"])
+
+    def nothing_of(leader: int) -> bool:
+        living = [p.pid for p in psutil.process_iter(["status"]) if p.info["status"] != "zombie"]
+        of_session = []
+        for pid in living:
+            with suppress(ProcessLookupError):
+                of_session += [pid] if os.getsid(pid) == leader else []
+        return not of_session
+
+    with Served(home, tmp_path / "log", settings) as served:
+        run, process = trains(served)
+        answer = served.ask(
+            "mutation ($run: String!) { terminateRun(runId: $run) { __typename } }", run=run
+        )
+        assert answer["terminateRun"]["__typename"] == "TerminateRunSuccess"
+        assert served.ended(run, 60)["status"] == "CANCELED"
+        until(lambda: nothing_of(process), 30, "its processes have ended")
+        run, process = trains(served)
+        goes_on = any("goes on from" in message for message in served.messages(run))
+        assert goes_on, served.messages(run)
+    until(lambda: nothing_of(process), 30, "its processes have ended")
+    with Served(home, tmp_path / "log", settings) as served:
+        assert served.run(run)["status"] == "CANCELED"

@@ -211,8 +211,10 @@ def _train_here(
     from pytorch_lightning.loggers import MLFlowLogger
 
     from lens_pipeline.shards.datamodule import LensDataModule
+    from lens_pipeline.training.devices import claim_gpus
     from lens_pipeline.training.train import train
 
+    claim_gpus(config.hardware)
     logger = MLFlowLogger(run_id=run_id, tracking_uri=settings.mlflow_uri, log_model=False)
     data = LensDataModule(
         data_root=upstream.location,

@@ -1,6 +1,7 @@
 """The job `cleaning`: what Dagster keeps of runs that ended long ago is removed."""
 
 import datetime
+from pathlib import Path
 
 import dagster as dg
 
@@ -22,14 +23,10 @@ def remove_old_runs(context: dg.OpExecutionContext, lens: LensHome) -> int:
     What was last made of an asset stays known: the runs that made it are kept.
     """
     instance, days = context.instance, lens.settings.keep_days
-    kept = {
-        entry.last_run_id
-        for entry in (record.asset_entry for record in instance.get_asset_records())
-    } | {
-        entry.last_materialization_record.run_id
-        for entry in (record.asset_entry for record in instance.get_asset_records())
-        if entry.last_materialization_record is not None
-    }
+    kept = set()
+    for record in instance.get_asset_records():
+        last = record.asset_entry.last_materialization_record
+        kept |= {record.asset_entry.last_run_id, last and last.run_id}
     before = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=days)
     old = dg.RunsFilter(statuses=ENDED, updated_before=before)
     removed = 0
@@ -37,6 +34,9 @@ def remove_old_runs(context: dg.OpExecutionContext, lens: LensHome) -> int:
         if run.run_id not in kept:
             instance.delete_run(run.run_id)
             instance.compute_log_manager.delete_logs(prefix=[run.run_id])
+            # In SQLite each run has a file, which Dagster empties and leaves.
+            for file in Path(instance.root_directory).rglob(f"{run.run_id}*"):
+                file.unlink()
             removed += 1
     context.add_output_metadata({"runs removed": removed, "older than (days)": days})
     log.info("cleaning: %d runs ended more than %d days ago are removed", removed, days)

@@ -179,6 +179,9 @@ class HardwareSection(_Section):
         default="auto", description="`auto` takes a GPU where there is one."
     )
     devices: int = Field(default=1, ge=1, le=1024, description="Devices to train on.")
+    exclusive: bool = Field(
+        default=True, description="Wait for GPUs that no other training of this host has."
+    )
     strategy: Literal["auto", "ddp"] = Field(
         default="auto", description="How devices share the work; `auto` is ddp where there are two."
     )

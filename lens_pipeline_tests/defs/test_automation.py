@@ -1,0 +1,388 @@
+"""What schedules, sensors and conditions launch, and what they leave alone."""
+
+import json
+import os
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from lens_pipeline.alerts import alert
+from lens_pipeline.definitions import make_definitions
+from lens_pipeline.defs.resources import LensHome
+from lens_pipeline.errors import InputError
+from lens_pipeline.settings import Settings
+
+RESOURCES = {"lens": LensHome()}
+
+
+@pytest.fixture
+def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    (tmp_path / "dagster").mkdir()
+    with dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as found:
+        yield found
+
+
+@pytest.fixture
+def source(simulated_catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The path of a catalogue that is LENS_SOURCE, of cutouts beside it; it is not there yet."""
+    place = tmp_path / "source"
+    shutil.copytree(simulated_catalogue.parent, place)
+    (place / simulated_catalogue.name).unlink()
+    monkeypatch.setenv("LENS_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LENS_SOURCE", str(place / simulated_catalogue.name))
+    return place / simulated_catalogue.name
+
+
+@pytest.fixture
+def posted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """What is posted to the webhook, which is a real server; its first answer is a failure."""
+    found: list[dict[str, Any]] = []
+    answers = iter([503])
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            status = next(answers, 200)
+            if status == 200:
+                found.append(json.loads(content))
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Hook)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("no_proxy", "*")
+    address = f"http://127.0.0.1:{server.server_port}/hooks/t0ps3cret"
+    monkeypatch.setenv("LENS_WEBHOOK_URL", address)
+    yield found
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class Sensor:
+    """A sensor of these definitions, tick by tick."""
+
+    def __init__(self, name: str, instance: dg.DagsterInstance) -> None:
+        definitions = make_definitions(Settings.load())
+        self._sensor, self._instance = definitions.resolve_sensor_def(name), instance
+        self.cursor: str | None = None
+
+    def tick(self) -> list[str]:
+        """The keys of the runs that it requests."""
+        with dg.build_sensor_context(
+            instance=self._instance,
+            cursor=self.cursor,
+            sensor_name=self._sensor.name,
+            resources=RESOURCES,
+        ) as context:
+            found = self._sensor.evaluate_tick(context)
+        self.cursor = found.cursor
+        return [str(request.run_key) for request in found.run_requests or []]
+
+
+def test_a_new_catalogue_is_processed_once_it_rests_and_the_same_one_never_again(
+    source: Path, simulated_catalogue: Path, instance: dg.DagsterInstance
+) -> None:
+    sensor = Sensor("source_changed", instance)
+    assert [sensor.tick() for _ in range(3)] == [[], [], []]  # there is none
+    source.write_bytes(simulated_catalogue.read_bytes()[:1000])
+    assert sensor.tick() == []  # it is being written
+    shutil.copy(simulated_catalogue, source)
+    assert sensor.tick() == []  # it may be written still
+    (first,) = sensor.tick()
+    assert [sensor.tick() for _ in range(3)] == [[], [], []]
+    shutil.copy(simulated_catalogue, source)  # the same one, at another time
+    assert [sensor.tick() for _ in range(3)] == [[], [], []]
+    image = source.with_name("images-00000.npy")
+    before = image.stat()
+    os.utime(image, (0, 0))  # a cutout that has changed
+    assert sensor.tick() == []
+    (second,) = sensor.tick()
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))  # and is again what it was
+    assert sensor.tick() == []
+    (third,) = sensor.tick()
+    assert len({first, second, third}) == 3
+
+
+def test_a_source_that_can_no_longer_be_read_is_told_once(
+    source: Path,
+    simulated_catalogue: Path,
+    instance: dg.DagsterInstance,
+    posted: list[dict[str, Any]],
+) -> None:
+    sensor = Sensor("source_changed", instance)
+    shutil.copy(simulated_catalogue, source)
+    assert [len(sensor.tick()) for _ in range(2)] == [0, 1]
+    source.unlink()
+    assert [sensor.tick() for _ in range(4)] == [[], [], [], []]
+    (told,) = posted
+    assert "cannot be read" in told["text"]
+    assert source.name in told["text"]
+
+
+def test_the_simulation_is_not_watched(instance: dg.DagsterInstance) -> None:
+    assert Sensor("source_changed", instance).tick() == []
+
+
+def scheduled(instance: dg.DagsterInstance) -> list[dg.RunRequest]:
+    definitions = make_definitions(Settings.load())
+    schedule = definitions.resolve_schedule_def("weekly_retraining")
+    with dg.build_schedule_context(instance=instance, resources=RESOURCES) as context:
+        return list(schedule.evaluate_tick(context).run_requests or [])
+
+
+def test_nothing_is_retrained_twice_from_the_same_source_settings_and_code(
+    source: Path,
+    simulated_catalogue: Path,
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(request: dg.RunRequest, status: dg.DagsterRunStatus) -> None:
+        instance.add_run(
+            dg.DagsterRun(job_name="full_pipeline", tags=dict(request.tags), status=status)
+        )
+
+    assert scheduled(instance) == []  # the source is not there
+    shutil.copy(simulated_catalogue, source)
+    (request,) = scheduled(instance)
+    for status in (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED):
+        run(request, status)
+    assert scheduled(instance) == [request]  # which did not succeed
+    run(request, dg.DagsterRunStatus.STARTED)
+    assert scheduled(instance) == []
+    monkeypatch.setenv("LENS_IMAGE_SIZE", "48")
+    (other,) = scheduled(instance)
+    assert other.tags != request.tags
+    run(other, dg.DagsterRunStatus.SUCCESS)
+    assert scheduled(instance) == []
+    monkeypatch.setenv("LENS_TIME_ZONE", "Europe/Paris")  # decides on no result
+    assert scheduled(instance) == []
+    os.utime(source.with_name("images-00000.npy"), (0, 0))
+    assert len(scheduled(instance)) == 1
+
+
+def test_the_schedule_is_that_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LENS_RETRAIN_CRON", "30 4 * * 6")
+    monkeypatch.setenv("LENS_TIME_ZONE", "Pacific/Honolulu")
+    schedule = make_definitions(Settings.load()).resolve_schedule_def("weekly_retraining")
+    assert schedule.cron_schedule == "30 4 * * 6"
+    assert schedule.execution_timezone == "Pacific/Honolulu"
+    assert schedule.default_status is dg.DefaultScheduleStatus.STOPPED
+    for name, wrong in (("LENS_RETRAIN_CRON", "monthly"), ("LENS_TIME_ZONE", "Europe/Paree")):
+        monkeypatch.setenv(name, wrong)
+        with pytest.raises(InputError, match=f"{name}.*{wrong}"):
+            make_definitions(Settings.load())
+        monkeypatch.delenv(name)
+
+
+CHEAP_END = {"lens_ensemble", "ensemble_evaluation", "registered_ensemble"}
+
+
+@pytest.fixture
+def follow_up(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], set[str]]:
+    """What is launched by itself at a tick, all assets having been made once."""
+    monkeypatch.setenv("LENS_ARCHS", "a=lastro,b=resnet18")
+    definitions = make_definitions(Settings.load())
+    for key in definitions.resolve_all_asset_keys():
+        made(instance, key.to_user_string())
+    cursor = None
+
+    def tick() -> set[str]:
+        nonlocal cursor
+        found = dg.evaluate_automation_conditions(definitions, instance, cursor=cursor)
+        cursor = found.cursor
+        return {
+            key.to_user_string()
+            for key in definitions.resolve_all_asset_keys()
+            if found.get_num_requested(key)
+        }
+
+    assert tick() == set()
+    return tick
+
+
+def made(instance: dg.DagsterInstance, name: str) -> None:
+    key = dg.AssetKey(name.split("/"))
+    instance.report_runless_asset_event(dg.AssetMaterialization(key))
+
+
+@pytest.mark.parametrize(
+    ("changed", "launched"),
+    [
+        (["cutout_catalogue"], {"processed_dataset", "lens_shards", "cloud_shards"}),
+        (["processed_dataset"], {"lens_shards", "cloud_shards"}),
+        (["cloud_shards"], set()),  # the old checkpoints are of other cutouts
+        (["checkpoints/a"], CHEAP_END),
+        (["checkpoints/a", "checkpoints/b"], CHEAP_END),
+        (["lens_ensemble"], CHEAP_END - {"lens_ensemble"}),
+    ],
+)
+def test_cheap_stages_follow_and_no_network_is_trained(
+    changed: list[str],
+    launched: set[str],
+    instance: dg.DagsterInstance,
+    follow_up: Callable[[], set[str]],
+) -> None:
+    for name in changed:
+        made(instance, name)
+    assert follow_up() == launched
+    assert follow_up() == set()
+
+
+def test_no_ensemble_is_made_of_new_and_old_members(
+    instance: dg.DagsterInstance, follow_up: Callable[[], set[str]]
+) -> None:
+    """Where one training of several has failed, those that succeeded wait for it."""
+
+    works = False
+
+    @dg.asset(key=["checkpoints", "b"])
+    def training() -> None:
+        if not works:
+            raise RuntimeError
+
+    made(instance, "checkpoints/a")
+    dg.materialize([training], instance=instance, raise_on_error=False)
+    assert follow_up() == set()
+    works = True
+    dg.materialize([training], instance=instance)
+    assert follow_up() == CHEAP_END
+
+
+def test_an_alert_reaches_the_webhook_and_carries_no_secret(
+    posted: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://lens:pw-of-lens@db/mlflow")
+    monkeypatch.setenv("LENS_DEPLOYMENT", "staging")
+    alert(
+        Settings.load(),
+        "refused wJalrXUtnFEMI at postgresql://lens:pw-of-lens@db/mlflow",
+        run="https://store/x?X-Amz-Signature=abcdef",
+    )
+    (content,) = posted
+    assert content == {
+        "text": "refused *** at postgresql://lens:***@db/mlflow",
+        "deployment": "staging",
+        "run": "https://store/x?***",
+    }
+    for secret in ("wJalrXUtnFEMI", "pw-of-lens", "t0ps3cret"):
+        assert secret not in caplog.text
+
+
+def test_a_webhook_that_cannot_be_told_is_an_error_that_does_not_show_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("LENS_WEBHOOK_URL", "http://127.0.0.1:9/hooks/t0ps3cret")
+    with pytest.raises(InputError, match="LENS_WEBHOOK_URL") as problem:
+        alert(Settings.load(), "anything")
+    assert "t0ps3cret" not in str(problem.value)
+    assert "t0ps3cret" not in repr(Settings.load())
+
+
+def test_a_failed_run_is_told_with_where_and_why(
+    instance: dg.DagsterInstance, posted: list[dict[str, Any]]
+) -> None:
+    @dg.op
+    def spoils() -> None:
+        raise InputError("catalogue.csv: row 7: label 2 is neither 0 nor 1")
+
+    @dg.job
+    def failing() -> None:
+        spoils()
+
+    done = failing.execute_in_process(instance=instance, raise_on_error=False)
+    definitions = make_definitions(Settings.load())
+    context = dg.build_run_status_sensor_context(
+        sensor_name="failed_runs",
+        dagster_instance=instance,
+        dagster_run=done.dagster_run,
+        dagster_event=done.get_run_failure_event(),
+        resources=RESOURCES,
+    )
+    definitions.resolve_sensor_def("failed_runs")(context.for_run_failure())
+    (told,) = posted
+    assert told["text"] == (
+        f"run {done.run_id[:8]} of failing failed: spoils: "
+        "lens_pipeline.errors.InputError: catalogue.csv: row 7: label 2 is neither 0 nor 1"
+    )
+    assert (told["run"], told["job"]) == (done.run_id, "failing")
+
+
+def test_each_new_version_is_told_once(
+    instance: dg.DagsterInstance, posted: list[dict[str, Any]]
+) -> None:
+    def registered(version: str, aliases: str, gate: str) -> None:
+        facts = {"model": "lens_ensemble", "version": version, "aliases": aliases, "gate": gate}
+        instance.report_runless_asset_event(
+            dg.AssetMaterialization("registered_ensemble", metadata=facts)
+        )
+
+    sensor = Sensor("new_challenger", instance)
+    sensor.tick()
+    assert posted == []
+    registered("1", "challenger, champion", "")
+    registered("1", "challenger, champion", "")
+    for _ in range(3):
+        sensor.tick()
+    registered("2", "challenger", "8 lenses, fewer than 50")
+    for _ in range(2):
+        sensor.tick()
+    assert [told["text"] for told in posted] == [
+        "lens_ensemble version 1 is registered; it has become champion",
+        "lens_ensemble version 2 is registered; it stays challenger: 8 lenses, fewer than 50",
+    ]
+
+
+def test_cleaning_removes_old_runs_but_none_that_made_what_is_there(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dg.asset
+    def thing() -> None:
+        print("a line of its log")
+
+    monkeypatch.setenv("LENS_KEEP_DAYS", "30")
+    definitions = dg.Definitions([thing], jobs=[dg.define_asset_job("all")])
+    first, second, third = (
+        definitions.resolve_job_def("all").execute_in_process(instance=instance).run_id
+        for _ in range(3)
+    )
+    aged(instance, [first, third])  # `third` made what is there now
+    cleaning = make_definitions(Settings.load()).resolve_job_def("cleaning")
+    done = cleaning.execute_in_process(instance=instance)
+    assert done.output_for_node("remove_old_runs") == 1
+    assert {run.run_id for run in instance.get_runs()} == {second, third, done.run_id}
+    kept = {path.name for path in Path(instance.root_directory).rglob("*")}
+    assert not [name for name in kept if first in name]
+    assert [name for name in kept if second in name]
+    latest = instance.get_latest_materialization_event(dg.AssetKey("thing"))
+    assert latest is not None
+    assert latest.run_id == third
+
+
+def aged(instance: dg.DagsterInstance, run_ids: list[str]) -> None:
+    """Runs as if they had ended forty days ago."""
+    (database,) = Path(instance.root_directory).rglob("runs.db")
+    before = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(time.time() - 40 * 86400))
+    with sqlite3.connect(database) as connection:
+        marks = ",".join("?" * len(run_ids))
+        connection.execute(
+            f"update runs set update_timestamp = ? where run_id in ({marks})", [before, *run_ids]
+        )

@@ -1,0 +1,85 @@
+"""Which processes live, by their tags, and what a dead one has left."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from lens_pipeline.processes import end_rest, is_dead, process_tags
+from lens_pipeline_tests.served import until
+
+# Starts a child that would live on, tells its number, and waits.
+PARENT = """
+import subprocess, sys, time
+print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def family() -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
+    """A process that leads a session, and its child."""
+    leader = subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert leader.stdout is not None
+    child = psutil.Process(int(leader.stdout.readline()))
+    yield leader, child
+    for process in (leader, child):
+        if psutil.pid_exists(process.pid):
+            os.kill(process.pid, signal.SIGKILL)
+    leader.wait()
+    leader.stdout.close()
+
+
+Family = tuple[subprocess.Popen[str], psutil.Process]
+
+
+def test_a_killed_process_is_dead_before_anybody_asked_how_it_ended(family: Family) -> None:
+    leader, _ = family
+    tags = process_tags(leader.pid)
+    assert not is_dead(tags)
+    leader.kill()
+    until(lambda: is_dead(tags), 10, "it is dead")  # a zombie, for nobody has waited for it
+    assert psutil.Process(leader.pid).status() == psutil.STATUS_ZOMBIE
+    leader.wait()
+    assert is_dead(tags)
+
+
+def test_a_process_with_the_number_of_a_dead_one_is_another(family: Family) -> None:
+    leader, child = family
+    tags = process_tags(leader.pid) | {"lens/started": "1"}
+    assert is_dead(tags)
+    assert end_rest(tags) == []  # it is somebody else's
+    assert child.is_running()
+
+
+def test_a_process_of_another_host_is_not_known_to_be_dead(family: Family) -> None:
+    leader, _ = family
+    tags = process_tags(leader.pid) | {"lens/host": "elsewhere"}
+    leader.kill()
+    leader.wait()
+    assert not is_dead(tags)
+    assert not is_dead({})
+
+
+def test_what_a_dead_process_has_left_is_ended_and_nothing_else(family: Family) -> None:
+    leader, child = family
+    tags = process_tags(leader.pid)
+    leader.kill()
+    leader.wait()
+    other = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True
+    )
+    assert child.is_running()
+    assert end_rest(tags) == [child.pid]
+    until(
+        lambda: not psutil.pid_exists(child.pid) or child.status() == "zombie", 10, "it has ended"
+    )
+    assert other.poll() is None
+    other.kill()
+    other.wait()
