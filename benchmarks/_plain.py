@@ -67,8 +67,11 @@ def run(folder: Path, n: int) -> None:
         assert not published_problems(made, published.url)
 
     members = {}
-    for member in presets.chosen_members(settings):
+    # Dagster's order: whoever is first imports what the others find.
+    for member in sorted(presets.chosen_members(settings), key=lambda member: member.name):
         with stage(f"checkpoints/{member.name}", folder) as made:
+            from scipy.special import expit
+
             from lens_pipeline.evaluation.metrics import lens_metrics
             from lens_pipeline.shards.datamodule import LensDataModule
             from lens_pipeline.training.member import TrainedMember
@@ -83,19 +86,22 @@ def run(folder: Path, n: int) -> None:
             )
             train(chosen, data, made)
             trained = members[member.name] = TrainedMember(made)
-            lens_metrics(trained.val_scores["label"], trained.val_scores["logit"], bootstrap=0)
+            scores = trained.val_scores
+            lens_metrics(scores["label"], expit(scores["logit"]), bootstrap=0)
             (made / "curves.png").write_bytes(png_bytes(learning_curves_figure(trained.curves)))
 
     with stage("lens_ensemble", folder) as ensemble:
         from lens_pipeline.ensemble.system import assemble
 
         parts = {name: (t.checkpoint, t.val_scores) for name, t in members.items()}
+        facts = {"dataset": dataset.facts["content"], "dataset_version": published.dataset_version}
+        facts |= {"simulated": True, "learnt_from": "", "member_steps": {}}
         groups = {*dataset.table("train")["group"], *dataset.table("val")["group"]}
         assemble(
             parts,
             dataset.format,
             ensemble,
-            {},
+            facts,
             groups,
             fusion=settings.fusion,
             calibration=settings.calibration,

@@ -333,7 +333,9 @@ def test_the_services_carry_the_main_job_and_a_backup_brings_all_of_it_back(
 
 
 @pytest.mark.skipif(shutil.which("sqlite3") is None, reason="sqlite3 is not installed")
-def test_a_home_that_is_in_use_is_backed_up_restored_and_upgraded(own_home: Path, tmp_path: Path) -> None:
+def test_a_home_that_is_in_use_is_backed_up_restored_and_upgraded(
+    own_home: Path, tmp_path: Path
+) -> None:
     from mlflow import MlflowClient
 
     backup, restored = tmp_path / "backup", tmp_path / "restored"
