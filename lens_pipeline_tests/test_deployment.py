@@ -74,6 +74,8 @@ def test_the_example_of_an_env_file_names_every_variable_and_no_secret() -> None
     example = env_file(DEPLOY / ".env.example")
     used = {found[0] for path in compose_files() for found in VARIABLE.findall(path.read_text())}
     assert used <= set(example)
+    settings = {f"LENS_{name.upper()}" for name in Settings.model_fields}
+    assert {name for name in example if name.startswith("LENS_")} <= used | settings
     assert not [name for name, value in example.items() if SECRET.search(name) and value]
 
 
