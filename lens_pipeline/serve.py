@@ -76,30 +76,29 @@ def pages(settings: Settings, dagster_port: int, mlflow_port: int) -> Iterator[P
     for option, port in ports.items():
         if _answers(port):
             raise InputError(f"{option} {port}: is in use; name another")
-    with open_instance(settings) as instance:
-        release_dead_runs(instance)
     assert Tracking(settings).experiment_id  # creates the database before two servers would
     commands = _commands(dagster_port, mlflow_port if len(ports) == 2 else None)
     # Its URI may hold a password, which everybody would read among a command's arguments.
     environment = os.environ | QUIET | {"MLFLOW_BACKEND_STORE_URI": settings.mlflow_uri}
     environment["LENS_MLFLOW_PAGE"] = addresses["MLflow"]
-    found = Pages(addresses, tuple(Server(command, environment) for command in commands))
-    try:
-        while not all(_answers(port) for port in ports.values()):
-            found.revive()
-            time.sleep(0.2)
-        yield found
-    finally:
-        for server in found.servers:
-            server.process.terminate()
-        deadline = time.monotonic() + PATIENCE
-        for server in found.servers:
-            try:
-                server.process.wait(max(0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                server.process.kill()
-        with open_instance(settings) as instance:
+    with open_instance(settings) as instance:
+        release_dead_runs(instance)
+        found = Pages(addresses, tuple(Server(command, environment) for command in commands))
+        try:
+            while not all(_answers(port) for port in ports.values()):
+                found.revive()
+                time.sleep(0.2)
+            yield found
+        finally:
             end_launched_runs(instance)
+            for server in found.servers:
+                server.process.terminate()
+            deadline = time.monotonic() + PATIENCE
+            for server in found.servers:
+                try:
+                    server.process.wait(max(0, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    server.process.kill()
 
 
 def _commands(dagster_port: int, mlflow_port: int | None) -> list[Sequence[str]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -127,7 +128,7 @@ def test_a_run_ends_where_it_is_cancelled_and_where_its_pages_are_closed(tmp_pat
         """A run that has begun to train, and its process."""
         run = served.launch("full_pipeline", ops=training)
         until(
-            lambda: any("epoch" in message for message in served.messages(run)),
+            lambda: any(re.search(r"epoch \d+/", said) for said in served.messages(run)),
             180,
             f"an epoch\n{served.log}",
         )

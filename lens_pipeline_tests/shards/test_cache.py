@@ -103,6 +103,7 @@ def test_what_is_ahead_comes_in_order_and_errors_in_their_place() -> None:
         next(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["s3", "gcs"])
 @pytest.mark.parametrize("where", ["cache", "memory", "without a manifest"])
 def test_cloud_epoch_of_ten_thousand_of_which_every_tenth_request_fails(

@@ -200,6 +200,7 @@ def test_cloud_uploads_survive_faults(
     assert newest_version(f"{bucket}/lenses", server.storage_options()) == published.url
 
 
+@pytest.mark.slow
 def test_cloud_that_stalls_or_is_gone_is_an_error_that_names_the_object(
     shards_folder: Path,
     s3_bucket: str,
@@ -227,6 +228,7 @@ def test_cloud_that_stalls_or_is_gone_is_an_error_that_names_the_object(
     assert again.uploaded == ()
 
 
+@pytest.mark.slow
 def test_cloud_that_stalls_is_given_up_on_gcs_too(
     shards_folder: Path,
     gcs_bucket: str,

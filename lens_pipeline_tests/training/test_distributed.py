@@ -43,6 +43,7 @@ def _uneven(shards: Path, batch: int) -> None:
     assert n % batch % 2 == 1  # the last batch does not divide evenly over two
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "how"),
     [
@@ -85,6 +86,7 @@ def test_two_processes_end_with_the_weights_of_one(
     assert one.val_scores["id"].tolist() == two.val_scores["id"].tolist()
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_is_told_once(
     uneven_shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

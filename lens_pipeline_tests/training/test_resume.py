@@ -30,6 +30,7 @@ def _state(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return torch.load(folder / name, weights_only=True)["state_dict"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [

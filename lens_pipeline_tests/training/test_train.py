@@ -131,6 +131,7 @@ def test_too_little_memory_is_told_with_the_way_out(uneven_shards: Path, tmp_pat
         _train(_config(), uneven_shards, tmp_path, _SmallMemory(5))
 
 
+@pytest.mark.slow
 def test_a_batch_size_that_fits_is_found(uneven_shards: Path, tmp_path: Path) -> None:
     trained = _train(_config(find_batch_size=True), uneven_shards, tmp_path, _SmallMemory(5))
     assert trained.config.training.batch_size == 4
@@ -182,6 +183,7 @@ def test_twenty_non_lenses_do_not_choose_by_one_false_positive_in_a_hundred(
     assert epoch == trained.curves["val/auroc"].idxmax()
 
 
+@pytest.mark.slow
 def test_the_rate_falls_at_the_plateaus_of_the_validation_loss(
     uneven_shards: Path, tmp_path: Path
 ) -> None:
@@ -255,6 +257,7 @@ def test_mlflow_is_told_of_a_training(uneven_shards: Path, tmp_path: Path) -> No
     assert len(history) == 2
 
 
+@pytest.mark.slow
 def test_an_ensemble_learns_together_and_predicts(uneven_shards: Path, tmp_path: Path) -> None:
     config = TrainConfig.parse(
         {

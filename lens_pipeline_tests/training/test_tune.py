@@ -97,6 +97,7 @@ def test_a_space_is_what_it_writes() -> None:
     assert SearchSpace.parse(yaml.safe_load(space.yaml), _config(), "again") == space
 
 
+@pytest.mark.slow
 def test_the_best_settings_are_found_and_train_again_to_the_same(
     uneven_shards: Path, tmp_path: Path
 ) -> None:
@@ -122,6 +123,7 @@ def test_the_best_settings_are_found_and_train_again_to_the_same(
     assert (study.folder / "trials.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_trial_that_others_beat_is_stopped(uneven_shards: Path, tmp_path: Path) -> None:
     ends: dict[int, str] = {}
 
@@ -157,6 +159,7 @@ def test_what_fails_is_told_and_the_others_go_on(uneven_shards: Path, tmp_path: 
         assert len(TunedStudy(tmp_path / "all").trials) == begun
 
 
+@pytest.mark.slow
 def test_hyperband_gives_most_trials_less_than_all_epochs(
     uneven_shards: Path, tmp_path: Path
 ) -> None:
@@ -214,6 +217,7 @@ def _killed(config: TrainConfig, shards: Path, out: Path, n_trials: int, at: int
     _tune(config, shards, out, n_trials, "none", record, training=RATES)
 
 
+@pytest.mark.slow
 def test_a_study_that_was_killed_ends_with_the_trials_of_an_undisturbed_one(
     uneven_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
