@@ -34,11 +34,13 @@ test-slow: install  ## the slow tests: kill trials, the default job
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 .PHONY: lint
-lint: install  ## style, types, and which floor may import which
+lint: install  ## style, types, which floor may import which, and the deployment's files
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/hadolint deploy/Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose*.yaml
 
 .PHONY: bench
 bench: install  ## the benchmarks, one after another

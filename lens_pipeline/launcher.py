@@ -25,6 +25,7 @@ from lens_pipeline.processes import HOST, PID, end_rest, is_dead, is_here, proce
 
 # Waits until the run says which process it is; where nobody gets to say so, it ends.
 GATE = 'read -r go && exec "$@"'
+CANCELED = "lens/canceled"  # by somebody on another host
 
 
 class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
@@ -67,12 +68,16 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
             gate.write(b"\n")
 
     def terminate(self, run_id: str) -> bool:
-        """Ask a run to end in order. False where it cannot be asked from here."""
+        """Ask a run to end in order. One on another host, as where the pages are served from a
+        container of their own, is asked by the daemon there, which monitors it."""
         run = self._instance.get_run_by_id(run_id)
         if run is None or run.is_finished:
             return False
+        if HOST in run.tags and not is_here(run.tags):
+            self._instance.add_run_tags(run_id, {CANCELED: "true"})
+            return True
         self._instance.report_run_canceling(run)
-        if not is_here(run.tags) or is_dead(run.tags):
+        if HOST not in run.tags or is_dead(run.tags):
             return False
         os.kill(int(run.tags[PID]), signal.SIGTERM)
         return True
@@ -85,6 +90,8 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
         """Whether the process of a run lives. What a dead one has left is ended, for the run may be
         tried again."""
         if not is_dead(run.tags):
+            if CANCELED in run.tags and is_here(run.tags):
+                self.terminate(run.run_id)
             return CheckRunHealthResult(WorkerStatus.RUNNING)
         left = end_rest(run.tags)
         return CheckRunHealthResult(

@@ -19,6 +19,9 @@ from lens_pipeline.cli import main
 from lens_pipeline.shards.prepare import prepare_shards
 from lens_pipeline_tests.faulty_proxy import FaultyProxy
 from lens_pipeline_tests.object_stores import GCSServer, S3Server, sign_in
+from lens_pipeline_tests.postgres import postgresql
+
+__all__ = ["postgresql"]
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 LENS_PIPELINE = str(Path(sys.executable).with_name("lens-pipeline"))  # the installed command

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
@@ -15,6 +14,7 @@ from typing import Any, Self, TypeVar
 import psutil
 
 from lens_pipeline_tests.conftest import LENS_PIPELINE
+from lens_pipeline_tests.object_stores import free_ports
 
 PLACE = {"repositoryName": "__repository__", "repositoryLocationName": "lens_pipeline"}
 # urllib keeps the proxies that the environment named when it was first used.
@@ -27,12 +27,6 @@ LAUNCH = """mutation ($params: ExecutionParams!) { launchRun(executionParams: $p
     __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }"""
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def until(found: Callable[[], T], seconds: float, what: str) -> T:
     """What `found` returns as soon as it is true. AssertionError where that takes too long."""
     deadline = time.monotonic() + seconds
@@ -42,50 +36,11 @@ def until(found: Callable[[], T], seconds: float, what: str) -> T:
     return value
 
 
-class Served:
-    """A context in which `home` is served; `environment` is added to this process's own.
+class Pages:
+    """Dagster's pages, driven through GraphQL. dagster: their address; log: its servers' words."""
 
-    dagster, mlflow: addresses; log: what the command has written.
-    """
-
-    def __init__(self, home: Path, log: Path, environment: Mapping[str, str] | None = None) -> None:
-        self.home, self._log, self._environment = home, log, dict(environment or {})
-        ports = [free_port(), free_port()]
-        self.dagster, self.mlflow = (f"http://127.0.0.1:{port}" for port in ports)
-        self._command = [LENS_PIPELINE, "show", "--home", str(home)]
-        self._command += ["--dagster-port", str(ports[0]), "--mlflow-port", str(ports[1])]
-
-    def __enter__(self) -> Self:
-        with self._log.open("wb") as log:
-            self.server = subprocess.Popen(
-                self._command, stdout=log, stderr=log, env=os.environ | self._environment
-            )
-        until(lambda: "Ctrl-C" in self.log or self.server.poll() is not None, 120, "pages")
-        assert self.server.poll() is None, self.log
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        problem: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.server.send_signal(signal.SIGTERM)
-        assert self.server.wait(timeout=60) == 0, self.log
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text()
-
-    def answers(self) -> bool:
-        """Whether both pages can be had."""
-        try:
-            for address in (self.dagster, self.mlflow):
-                with DIRECT.open(address, timeout=10):
-                    pass
-        except OSError:
-            return False
-        return True
+    dagster: str
+    log: str
 
     def ask(self, query: str, **variables: object) -> dict[str, Any]:
         """The `data` of Dagster's answer."""
@@ -138,6 +93,52 @@ class Served:
             { events { ... on MessageEvent { message } } } } }"""
         events = self.ask(query, id=run_id)["logsForRun"]["events"]
         return [event["message"] for event in events if event.get("message")]
+
+
+class Served(Pages):
+    """A context in which `home` is served; `environment` is added to this process's own.
+
+    dagster, mlflow: addresses; log: what the command has written.
+    """
+
+    def __init__(self, home: Path, log: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.home, self._log, self._environment = home, log, dict(environment or {})
+        ports = free_ports(2)
+        self.dagster, self.mlflow = (f"http://127.0.0.1:{port}" for port in ports)
+        self._command = [LENS_PIPELINE, "show", "--home", str(home)]
+        self._command += ["--dagster-port", str(ports[0]), "--mlflow-port", str(ports[1])]
+
+    def __enter__(self) -> Self:
+        with self._log.open("wb") as log:
+            self.server = subprocess.Popen(
+                self._command, stdout=log, stderr=log, env=os.environ | self._environment
+            )
+        until(lambda: "Ctrl-C" in self.log or self.server.poll() is not None, 120, "pages")
+        assert self.server.poll() is None, self.log
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        problem: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.server.send_signal(signal.SIGTERM)
+        assert self.server.wait(timeout=60) == 0, self.log
+
+    @property
+    def log(self) -> str:  # type: ignore[override]
+        return self._log.read_text()
+
+    def answers(self) -> bool:
+        """Whether both pages can be had."""
+        try:
+            for address in (self.dagster, self.mlflow):
+                with DIRECT.open(address, timeout=10):
+                    pass
+        except OSError:
+            return False
+        return True
 
     def processes(self, *words: str) -> list[psutil.Process]:
         """The processes below this command in whose command line all words stand."""

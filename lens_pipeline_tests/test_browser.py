@@ -33,6 +33,8 @@ def served(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     folder = tmp_path_factory.mktemp("browser")
     own = Path(shutil.copytree(home, folder / "home"))
     with Served(own, folder / "log") as found:
+        assert f"Dagster  {found.dagster}" in found.log
+        assert f"MLflow   {found.mlflow}" in found.log
         yield found
 
 

@@ -20,10 +20,8 @@ from lens_pipeline.ensemble.carried import LIBRARIES
 from lens_pipeline.ensemble.system import LensEnsemble, load_ensemble
 from lens_pipeline.registry import MODEL
 from lens_pipeline_tests.conftest import program_says
-from lens_pipeline_tests.test_servers import free_port
-
-# urllib keeps the proxies that the environment named when it was first used.
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+from lens_pipeline_tests.object_stores import free_ports
+from lens_pipeline_tests.served import DIRECT
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +128,7 @@ def test_the_model_requires_what_its_code_imports(model: Path) -> None:
 def test_the_model_answers_over_http_as_it_does_in_python(
     home: Path, model: Path, cutouts: np.ndarray, ensemble: LensEnsemble, tmp_path: Path
 ) -> None:
-    port = free_port()
+    (port,) = free_ports(1)
     program = str(Path(sys.executable).with_name("mlflow"))
     command = [program, "models", "serve", "--model-uri", f"models:/{MODEL}@challenger"]
     command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
