@@ -110,7 +110,8 @@ def test_near_duplicates_are_warned_of_and_stop_nothing(
     monkeypatch.setenv("LENS_SOURCE", str(tmp_path / "table.csv"))
     monkeypatch.setenv("LENS_IMAGE_SIZE", "32")
     done = dg.materialize(
-        [dataset.cutout_catalogue, dataset.processed_dataset], resources={"lens": LensHome()}
+        [dataset.cutout_catalogue.asset(), dataset.processed_dataset.asset()],
+        resources={"lens": LensHome()},
     )
     assert done.success
     checks = {check.check_name: check for check in done.get_asset_check_evaluations()}
