@@ -11,7 +11,7 @@ from lens_pipeline.catalogue.dataset import PARTS, Dataset
 
 Array = NDArray[np.floating]
 
-SAMPLE = 2**22  # pixels of a band that its statistics are of: their own noise is below a per cent
+SAMPLE = 2**22  # pixels of a band that its statistics are of: a thousand cutouts of 64 x 64
 BLOCK = 2**24  # bytes that are read at a time
 BRIGHT = 0.99  # the quantile that tells of the galaxies, where the median tells of the sky
 MAD_TO_SIGMA = 1.4826  # of a normal distribution

@@ -15,7 +15,8 @@ from typing import Any, Self
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.manifest import MANIFEST, Listed, read_manifest
-from lens_pipeline.shards.store import Store, StoreError, md5_of_listed, transfer
+from lens_pipeline.shards.store import Store, md5_of_listed, transfer
+from lens_pipeline.storage import StoreError
 
 LATEST = "latest.json"
 
