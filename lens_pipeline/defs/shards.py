@@ -15,11 +15,12 @@ from lens_pipeline.defs.stages import (
     WEEKLY_DATA,
     log,
     made,
+    quiet,
     result,
     run_stage,
+    source_of,
     stage,
     table,
-    with_source,
 )
 from lens_pipeline.errors import InputError
 from lens_pipeline.steps import Recipe, Step
@@ -175,16 +176,8 @@ def cloud_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.Materi
 def observed_shards() -> dg.AssetsDefinition:
     """`cloud_shards` where another deployment publishes them: the newest version at LENS_SOURCE is
     observed, and what was made from an older one is then out of date."""
-    spec = dg.AssetSpec(
-        CLOUD,
-        group_name="data",
-        kinds={"webdataset"},
-        owners=OWNERS,
-        description="The newest version of the shards that are published at LENS_SOURCE.",
-    )
 
-    @dg.multi_observable_source_asset(specs=[spec], name=CLOUD.to_python_identifier())
-    def observe(lens: LensHome) -> dg.ObserveResult:
+    def cloud_shards(lens: LensHome) -> dg.ObserveResult:
         from lens_pipeline.shards.cloud import published_version
         from lens_pipeline.shards.manifest import read_manifest
 
@@ -201,4 +194,13 @@ def observed_shards() -> dg.AssetsDefinition:
             },
         )
 
-    return with_source(observe)
+    spec = dg.AssetSpec(
+        CLOUD,
+        group_name="data",
+        kinds={"webdataset"},
+        owners=OWNERS,
+        metadata=source_of(cloud_shards),
+        description="The newest version of the shards that are published at LENS_SOURCE.",
+    )
+    with quiet():
+        return dg.multi_observable_source_asset(specs=[spec])(cloud_shards)

@@ -3,7 +3,8 @@
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -60,16 +61,29 @@ class Stage:
         """retries: whether what failed by chance is tried again, as where nobody waits for it."""
         again = self.by_chance and retries
         declare = dg.asset(**self.declared, retry_policy=AGAIN if again else None)
-        return with_source(declare(bad_input_is_final(self.body) if again else self.body))
+        return declare(bad_input_is_final(self.body) if again else self.body)
 
 
-def with_source(asset: dg.AssetsDefinition) -> dg.AssetsDefinition:
-    """An asset that tells the UI the file and line where it is made."""
+def source_of(body: Callable[..., Any]) -> dict[str, Any]:
+    """The file and line of an asset's function, as metadata that the UI shows with the asset.
+
+    `dagster.with_source_code_references` would name those of what is wrapped round it.
+    """
+    code = body.__code__
+    with quiet():
+        place = dg.LocalFileCodeReference(
+            file_path=code.co_filename, line_number=code.co_firstlineno
+        )
+        references = dg.CodeReferencesMetadataValue(code_references=[place])
+    return {"dagster/code_references": references}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Of what of Dagster may still change: it would tell every user."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.BetaWarning)
-        (told,) = dg.with_source_code_references([asset])
-    assert isinstance(told, dg.AssetsDefinition)
-    return told
+        yield
 
 
 def stage(
@@ -82,7 +96,12 @@ def stage(
     """
 
     def declare(body: Callable[..., dg.MaterializeResult]) -> Stage:
-        common = {"key": key, "owners": OWNERS, "code_version": code_version(*modules)}
+        common = {
+            "key": key,
+            "owners": OWNERS,
+            "code_version": code_version(*modules),
+            "metadata": source_of(body),
+        }
         return Stage(body, common | declared, by_chance)
 
     return declare
