@@ -31,9 +31,9 @@ MOST: Mapping[str, float] = {
 def pixel_statistics(dataset: Dataset) -> dict[str, Any]:
     """What a dataset's pixels are like, for JSON.
 
-    `non_finite`: {split: how many pixels are NaN or infinite}; `units`, and `bands`: {band: the
-    `band_statistics` of the training split}, of cutouts drawn once for all time where there are
-    more than SAMPLE pixels.
+    `non_finite`: {split: how many pixels are NaN or infinite}; `bands`, in their order, and
+    `units`; `statistics`: {band: the `band_statistics` of the training split}, of cutouts drawn
+    once for all time where there are more than SAMPLE pixels.
     """
     train = dataset.images("train")
     most = max(1, SAMPLE // train[0, 0].size)
@@ -42,8 +42,9 @@ def pixel_statistics(dataset: Dataset) -> dict[str, Any]:
         drawn = np.sort(np.random.default_rng(0).choice(drawn, most, replace=False))
     return {
         "non_finite": {part: _non_finite(dataset, part) for part in PARTS},
+        "bands": list(dataset.format.bands),
         "units": dataset.format.units,
-        "bands": {
+        "statistics": {
             name: band_statistics(train[drawn, number])
             for number, name in enumerate(dataset.format.bands)
         },
@@ -89,8 +90,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> pd.DataFrame:
     larger `sigma` for a median, of the larger of both for what is a width; `at_most`, see MOST.
     """
     rows = []
-    for band, statistics in now["bands"].items():
-        was = before["bands"][band]
+    for band, statistics in now["statistics"].items():
+        was = before["statistics"][band]
         for name, most in MOST.items():
             unit = "sigma" if name == "median" else name
             scale = max(was[unit], statistics[unit])

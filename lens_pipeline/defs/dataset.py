@@ -307,8 +307,8 @@ def processed_dataset(context: dg.AssetExecutionContext, lens: LensHome) -> dg.M
             STATISTICS: dg.MetadataValue.json(pixels),
             **{
                 f"{name} of {band}": value
-                for band, statistics in pixels["bands"].items()
-                for name, value in statistics.items()
+                for band, of_band in pixels["statistics"].items()
+                for name, value in of_band.items()
             },
         },
         checks=(

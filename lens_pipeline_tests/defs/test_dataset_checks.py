@@ -37,7 +37,7 @@ def noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
     table = pd.DataFrame({"id": [f"c{i}" for i in range(N)], "label": np.arange(N) // 3 % 2})
     table["path"] = [f"stack.npy#{i}" for i in range(N)]
     table["split"] = np.array(["train", "val", "test"])[np.arange(N) % 3]
-    return table.assign(bands="g,r", flux_unit="background_sigma")
+    return table.assign(bands="r,g", flux_unit="background_sigma")
 
 
 def run(
@@ -160,7 +160,7 @@ def test_a_version_is_compared_with_the_last_one_that_has_other_content(
         assert check.severity == dg.AssetCheckSeverity.WARN
         assert not check.blocking
         found = figures(check)
-        assert found["of"] == "median of r"
+        assert found["of"] == "median of g"
         assert found["largest change"] == pytest.approx(0.5, abs=0.05)
         assert found["at most"] == 0.25
     pixels += 0.01
@@ -177,7 +177,7 @@ def test_other_bands_than_in_the_last_version_are_told(
     monkeypatch.setenv("LENS_BANDS", "r")
     check = checks_of(run(noise, instance, monkeypatch))["bands_are_as_in_the_last_version"]
     assert not check.passed
-    assert figures(check) == {"compared": "the bands are r, were g, r"}
+    assert figures(check) == {"compared": "the bands are r, were r, g"}
 
 
 def test_a_damaged_shard_is_named_and_not_published(
