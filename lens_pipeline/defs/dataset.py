@@ -181,8 +181,8 @@ def _splits_table(counts: Mapping[str, Mapping[str, int]]) -> dg.TableMetadataVa
 
 
 def _kinds_table(rows: "pd.DataFrame") -> dg.TableMetadataValue:
-    """How many cutouts there are of each kind."""
-    return table(rows["kind"].value_counts().rename("n").reset_index())
+    """How many cutouts there are of each kind, of the most frequent ones."""
+    return table(rows["kind"].value_counts().rename("n").head(FIRST).reset_index())
 
 
 def draw_training_cutouts(dataset: "Dataset") -> bytes:
