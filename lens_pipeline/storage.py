@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-from lens_pipeline.errors import InputError, masked
+from lens_pipeline.errors import InputError, NoAnswerError
 
 CONNECT_LIMIT, READ_LIMIT = 10, 15  # seconds
 TABLES = (".csv", ".parquet", ".fits", ".fit", ".vot", ".votable", ".xml")  # of a catalogue
@@ -20,22 +20,20 @@ FINAL = (
 _ASK_AGAIN = (408, 429)  # of the statuses that blame who asks
 
 
-class StoreError(Exception):
-    """A store that failed, in spite of all patience; the message names the object and the cause."""
-
-
 @contextmanager
 def asking(location: str) -> Iterator[None]:
     """Around what asks a store, and nothing else: what may be over in a while comes out as
-    StoreError. A local path raises what it raises."""
+    NoAnswerError. A local path raises what it raises."""
     try:
         yield
     except Exception as problem:
-        final = isinstance(problem, (*FINAL, StoreError)) or lacks_credentials(problem)
+        final = isinstance(problem, FINAL) or lacks_credentials(problem)
         if final or not protocol_of(location) or _blames_the_request(problem):
             raise
         reason = " ".join(str(problem).split())[:300] or type(problem).__name__
-        raise StoreError(masked(f"{location}: {reason}")) from None
+        raise NoAnswerError(
+            f"{location}: its store fails ({reason}); try again later, or correct the address"
+        ) from None
 
 
 def lacks_credentials(problem: Exception) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from lens_pipeline.storage import READ_LIMIT, StoreError, asking, locate, names_table
+from lens_pipeline.errors import NoAnswerError
+from lens_pipeline.storage import READ_LIMIT, asking, locate, names_table
 from lens_pipeline_tests.object_stores import sign_in
 
 
@@ -72,7 +73,7 @@ class Answered(Exception):  # noqa: N818 - as HTTP clients name theirs
 )
 def test_what_may_be_over_in_a_while_is_the_stores_failure(problem: Exception) -> None:
     signed = "s3://b/c.csv?X-Amz-Signature=abc"
-    named = pytest.raises(StoreError, match=r"^s3://b/c\.csv\?\*\*\*: \w+")
+    named = pytest.raises(NoAnswerError, match=r"^s3://b/c\.csv\?\*\*\*: its store fails \(\w+")
     with named, asking(signed):
         raise problem
     with pytest.raises(type(problem)), asking("/data/c.csv"):

@@ -18,7 +18,8 @@ from astropy.stats import mad_std, sigma_clip
 from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.fits_images import read_fits
-from lens_pipeline.storage import StoreError, asking, locate, state_of
+from lens_pipeline.errors import NoAnswerError
+from lens_pipeline.storage import asking, locate, state_of
 
 SIGMA_UNITS = "background_sigma"
 COMPOSITE = "composite"
@@ -108,7 +109,7 @@ def files_fingerprint(references: Iterable[str], options: dict[str, Any] | None 
             with asking(path):
                 info = filesystem.info(inside)
             state = str(state_of(info))
-        except StoreError:
+        except NoAnswerError:
             raise
         except Exception:  # noqa: BLE001  (what is wrong is told when it is read)
             state = "missing"
@@ -123,7 +124,7 @@ def read_image(
 
     flux_unit: `background_sigma` says that a FITS or NPY image is in these units already; else it
     is linear flux. Raises CutoutError with the reason; within `strict_fits`, for a truncated FITS
-    file, too; and StoreError where it lies in a store that fails: that says nothing of the file.
+    file, too; and NoAnswerError where it lies in a store that fails: that says nothing of the file.
     """
     path = file_of(reference)
     try:
@@ -132,7 +133,7 @@ def read_image(
         content = _content(path, options)
     except FileNotFoundError:
         raise CutoutError("the file is missing") from None
-    except (CutoutError, StoreError):
+    except (CutoutError, NoAnswerError):
         raise
     except Exception as problem:  # noqa: BLE001  (each store has errors of its own)
         raise _unreadable(problem) from None

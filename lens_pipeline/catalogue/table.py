@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.storage import TABLES, StoreError, asking, locate
+from lens_pipeline.storage import TABLES, asking, locate
 
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".fits", ".fit", ".fz", ".npy", ".npz", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -66,7 +66,7 @@ def read_catalogue(path: str | Path, storage_options: Mapping[str, Any] | None =
     Raises InputError, naming file, row and column, for: a missing or unreadable source, an empty
     table, no `id` or image column, a duplicate or missing id, a missing path, a label other than 1,
     0 or empty, an unknown split, a group with two splits, a `simulated` that is neither true nor
-    false. StoreError where its store fails.
+    false; NoAnswerError where its store fails.
     """
     source = str(path)
     options = dict(storage_options or {})
@@ -79,7 +79,7 @@ def read_catalogue(path: str | Path, storage_options: Mapping[str, Any] | None =
                 table, folder = _read_folder(source, filesystem, inside), source
         else:
             table, folder = _read_table(source, options), posixpath.dirname(source)
-    except (InputError, StoreError):
+    except InputError:
         raise
     except FileNotFoundError:
         raise InputError(f"{source}: there is no such file or folder") from None
@@ -92,14 +92,14 @@ def read_catalogue(path: str | Path, storage_options: Mapping[str, Any] | None =
 def source_fingerprint(source: str, storage_options: Mapping[str, Any] | None = None) -> str:
     """sha256 of a catalogue file; of the listing and the split tables where it is a folder.
 
-    Raises InputError where there is no such file or folder, StoreError where its store fails.
+    Raises InputError where there is no such file or folder, NoAnswerError where its store fails.
     """
     try:
         with asking(source):
             return _fingerprint(source, storage_options)
     except FileNotFoundError:
         raise InputError(f"{source}: there is no such file or folder") from None
-    except StoreError:
+    except InputError:
         raise
     except Exception as problem:  # noqa: BLE001  (each store has errors of its own)
         reason = " ".join(str(problem).split()) or type(problem).__name__

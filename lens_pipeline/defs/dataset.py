@@ -49,7 +49,7 @@ COLUMNS = {
     "label": "1 lens, 0 not, empty unknown: scored, never trained on.",
     "group": "What falls into one split together: host galaxy, sky region.",
     "split": "Stated by the catalogue; where it is empty, the group decides.",
-    "kind": "What the cutout shows.",
+    "kind": "What the cutout shows: a lens, or which non-lens.",
     "survey": "Whose image it is.",
     "ra": "Degrees.",
     "dec": "Degrees.",
@@ -61,8 +61,8 @@ COLUMNS = {
     "velocity_dispersion": "Of the lens, km/s.",
     "z_lens": "Redshift of the lens.",
     "z_source": "Redshift of the source.",
-    "arc_snr": "Signal to noise of the arcs, all pixels together.",
-    "source_magnitude": "AB, without the lens's magnification.",
+    "arc_snr": "Signal-to-noise ratio of the arcs, in the best band.",
+    "source_magnitude": "AB, unlensed.",
 }
 
 
@@ -205,7 +205,7 @@ def pixels_of(dataset: "Dataset", step: Step, settings: Settings) -> dict[str, A
 
 @stage(
     DATASET,
-    modules=(BUILD, PIXELS),
+    modules=(BUILD,),
     by_chance=True,  # the images may lie in a store
     deps=[CATALOGUE],
     group_name="data",

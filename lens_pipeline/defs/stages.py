@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from lens_pipeline.errors import InputError, masked
+from lens_pipeline.errors import InputError, NoAnswerError, masked
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Recipe, Step, digest, run_step, source_hashes
 
@@ -170,6 +170,8 @@ def bad_input_is_final(
     def guarded(*arguments: Any, **named: Any) -> dg.MaterializeResult:
         try:
             return body(*arguments, **named)
+        except NoAnswerError:
+            raise
         except InputError as problem:
             raise dg.Failure(str(problem), allow_retries=False) from problem
 

@@ -15,8 +15,7 @@ from typing import Any, Self
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.manifest import MANIFEST, Listed, read_manifest
-from lens_pipeline.shards.store import Store, md5_of_listed, transfer
-from lens_pipeline.storage import StoreError
+from lens_pipeline.shards.store import Store, StoreError, md5_of_listed, transfer
 
 LATEST = "latest.json"
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.storage import StoreError
+from lens_pipeline.shards.store import StoreError
 
 SMALLEST = 2  # cutouts a rank: batch normalisation cannot use a batch of one
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest, difference
 from lens_pipeline.steps import write_aside
-from lens_pipeline.storage import FINAL, StoreError, lacks_credentials, locate, protocol_of
+from lens_pipeline.storage import FINAL, lacks_credentials, locate, protocol_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -62,6 +62,10 @@ def _keep_inherited() -> None:
 
 
 os.register_at_fork(after_in_child=_keep_inherited)
+
+
+class StoreError(Exception):
+    """A store that failed, in spite of all patience; the message names the object and the cause."""
 
 
 class Store:

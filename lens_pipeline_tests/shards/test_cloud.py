@@ -28,8 +28,7 @@ from lens_pipeline.shards import (
     verify_shards,
 )
 from lens_pipeline.shards.cloud import newest_version, published_problems
-from lens_pipeline.shards.store import Store
-from lens_pipeline.storage import StoreError
+from lens_pipeline.shards.store import Store, StoreError
 from lens_pipeline_tests.faulty_proxy import FaultyProxy
 from lens_pipeline_tests.object_stores import GCSServer, S3Server, sign_in
 
