@@ -11,11 +11,11 @@ from lens_pipeline.defs.automation import (
     training,
     with_follow_up,
 )
-from lens_pipeline.defs.checkpoints import checkpoint_assets
+from lens_pipeline.defs.checkpoints import checkpoint_stages
 from lens_pipeline.defs.cleaning import cleaning
 from lens_pipeline.defs.dataset import cutout_catalogue, processed_dataset
-from lens_pipeline.defs.ensemble import ensemble_asset, evaluation_asset
-from lens_pipeline.defs.registry import registry_asset
+from lens_pipeline.defs.ensemble import ensemble_stage, evaluation_stage
+from lens_pipeline.defs.registry import registry_stage
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.sensors import failed_runs, new_challenger, source_changed
 from lens_pipeline.defs.shards import cloud_shards, lens_shards, observed_shards
@@ -29,17 +29,19 @@ def make_definitions(settings: Settings, retries: bool = True) -> dg.Definitions
     """The asset graph with the members that the settings name.
 
     Where the source is published shards, they stand in the place of all stages that make them.
-    retries: whether trainings are tried again, as where nobody waits for them.
+    retries: whether what fails by chance is tried again, as where nobody waits for it.
     """
     published = source_is_published(settings)
-    made_here = (cutout_catalogue, processed_dataset, lens_shards, cloud_shards)
-    made = [
-        *(() if published else made_here),
-        *checkpoint_assets(settings, retries),
-        ensemble_asset(chosen_members(settings)),
-        evaluation_asset(chosen_members(settings), published),
-        registry_asset(published),
+    members = chosen_members(settings)
+    remote = "://" in (settings.source if published else settings.cloud)
+    stages = [
+        *(() if published else (cutout_catalogue, processed_dataset, lens_shards, cloud_shards)),
+        *checkpoint_stages(settings),
+        ensemble_stage(members, remote),
+        evaluation_stage(members, published),
+        registry_stage(published),
     ]
+    made = [one.asset(retries) for one in stages]
     return dg.Definitions(
         assets=[*([observed_shards()] if published else []), *with_follow_up(made)],
         jobs=[full_pipeline, data, training, evaluation_and_registration, tuning, cleaning],

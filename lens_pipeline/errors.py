@@ -21,5 +21,10 @@ class InputError(ValueError):
         super().__init__(masked(message))
 
 
+class NoAnswerError(InputError):
+    """A store that fails: the address may be wrong, or the store unwell for a while. Whoever waits
+    is told; whoever does not, tries again."""
+
+
 class NoRoomError(InputError):
     """A full disk: what was done is kept, and goes on when there is room."""

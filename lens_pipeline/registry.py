@@ -8,7 +8,7 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -41,6 +41,8 @@ CHAMPION = "champion"
 CHALLENGER = "challenger"
 REPLACED = "lens.replaced"  # the champion before this one
 ROLLED_BACK = "lens.rolled_back"  # when; such a version is promoted by hand alone
+GATE = "lens.gate"  # what the last decision on a version was
+PASSED = "passed"
 log = logging.getLogger(__name__)
 
 
@@ -102,11 +104,22 @@ class Registry:
     def find_version(self, step_key: str) -> "ModelVersion | None":
         return next((v for v in self.versions() if v.tags.get(STEP_KEY) == step_key), None)
 
-    def aliased(self, alias: str) -> "ModelVersion | None":
-        """The version with an alias, None where there is none; a server's errors are raised."""
+    def _numbers(self) -> dict[str, str]:
+        """{alias: the version that has it}; a server's errors are raised."""
         models = self.client.search_registered_models(f"name = '{MODEL}'")
-        number = models[0].aliases.get(alias) if models else None
+        return {a: str(number) for a, number in models[0].aliases.items()} if models else {}
+
+    def aliased(self, alias: str) -> "ModelVersion | None":
+        """The version with an alias, None where there is none."""
+        number = self._numbers().get(alias)
         return self.client.get_model_version(MODEL, number) if number else None
+
+    def all_aliases(self) -> dict[str, list[str]]:
+        """{version: its aliases} of the versions that have any."""
+        found: dict[str, list[str]] = {}
+        for alias, number in sorted(self._numbers().items()):
+            found.setdefault(number, []).append(alias)
+        return found
 
     def register(self, ensemble: Path, run_id: str, tags: dict[str, str]) -> "ModelVersion":
         """Log the ensemble's folder as a model under a run, and make it the newest version."""
@@ -156,6 +169,17 @@ class Registry:
         """A version as it is in the registry now."""
         return self.client.get_model_version(MODEL, number)
 
+    def version_page(self, number: str) -> str | None:
+        """The address of a version's page; None where MLflow serves none."""
+        pages = self.settings.mlflow_pages
+        return pages and f"{pages}/#/models/{MODEL}/versions/{number}"
+
+    def judge(self, version: str, reasons: Sequence[str]) -> None:
+        """Write down on a version what keeps it from becoming champion; nothing does: it passed."""
+        verdict = "; ".join(reasons) or PASSED
+        if self.version(version).tags.get(GATE) != verdict:
+            self.client.set_model_version_tag(MODEL, version, GATE, verdict)
+
     def promote(self, version: str) -> None:
         """Make a version champion, and write down whose place it takes. The caller holds the lock.
 
@@ -199,7 +223,7 @@ class Registry:
         return former, number
 
     def aliases(self, version: str) -> list[str]:
-        return sorted(self.client.get_model_version(MODEL, version).aliases)
+        return self.all_aliases().get(version, [])
 
     def load(self, uri: str | None = None) -> tuple["LensEnsemble", str]:
         """(the ensemble, `models:/name/version`) by a `models:/` URI of this registry.

@@ -103,6 +103,12 @@ class Settings(BaseSettings):
         validation_alias="MLFLOW_TRACKING_URI",
         description="MLflow's tracking server; by default a database in LENS_HOME.",
     )
+    mlflow_page: str | None = Field(
+        default=None,
+        pattern="^https?://[^@?]+$",  # results name it: neither password nor token
+        description="Address of MLflow's pages, for links to them; by default that of "
+        "MLFLOW_TRACKING_URI, where it is a server's.",
+    )
     deployment: Literal["local", "staging", "production"] = Field(
         default="local", description="Name of this deployment; tagged on every run."
     )
@@ -228,6 +234,14 @@ class Settings(BaseSettings):
         }
 
     @property
+    def mlflow_pages(self) -> str | None:
+        """The address under which MLflow's pages are, without a slash at its end; None where none
+        is known."""
+        served = self.mlflow_uri if self.mlflow_uri.startswith("http") else None
+        address = self.mlflow_page or served
+        return address and address.rstrip("/")
+
+    @property
     def artifact_location(self) -> str:
         return (self.home / "mlartifacts").as_uri()
 
@@ -259,7 +273,7 @@ class Settings(BaseSettings):
 
         Neither storage options nor the tracking server's URI: they may hold secrets.
         """
-        places = {"home", "storage_options", "tracking_uri"}
+        places = {"home", "storage_options", "tracking_uri", "mlflow_page"}
         operation = {"verify", "retrain_cron", "time_zone", "webhook_url", "keep_days"}
         names = self.model_fields_set - places - operation
         return self.model_dump(mode="json", include=names)

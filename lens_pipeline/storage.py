@@ -1,16 +1,49 @@
 """Files wherever they lie: a local path, or a URL that fsspec knows (`s3://`, `gs://`, ...)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
 import fsspec
 
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, NoAnswerError
 
 CONNECT_LIMIT, READ_LIMIT = 10, 15  # seconds
 TABLES = (".csv", ".parquet", ".fits", ".fit", ".vot", ".votable", ".xml")  # of a catalogue
 _SYNONYMS = {"s3a": "s3", "gcs": "gs"}
+# What a store raises of a thing that is as it is; all else may be over in a while.
+FINAL = (
+    *(FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError),
+    *(InputError, TypeError, ValueError),
+)
+_ASK_AGAIN = (408, 429)  # of the statuses that blame who asks
+
+
+@contextmanager
+def asking(location: str) -> Iterator[None]:
+    """Around what asks a store, and nothing else: what may be over in a while comes out as
+    NoAnswerError. A local path raises what it raises."""
+    try:
+        yield
+    except Exception as problem:
+        final = isinstance(problem, FINAL) or lacks_credentials(problem)
+        if final or not protocol_of(location) or _blames_the_request(problem):
+            raise
+        reason = " ".join(str(problem).split())[:300] or type(problem).__name__
+        raise NoAnswerError(
+            f"{location}: its store fails ({reason}); try again later, or correct the address"
+        ) from None
+
+
+def lacks_credentials(problem: Exception) -> bool:
+    """Whether it is one of the errors that providers' libraries raise without credentials."""
+    return "Credentials" in type(problem).__name__  # each has its own, and no import needs them
+
+
+def _blames_the_request(problem: Exception) -> bool:
+    status = getattr(problem, "status", None) or getattr(problem, "code", None)
+    return isinstance(status, int) and 400 <= status < 500 and status not in _ASK_AGAIN
 
 
 def locate(

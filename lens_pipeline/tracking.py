@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import filelock
 
@@ -113,6 +114,12 @@ class Tracking:
             served = self.settings.mlflow_uri.startswith("http")
             location = None if served else self.settings.artifact_location
             return str(self.client.create_experiment(EXPERIMENT, location))
+
+    def run_page(self, run_id: str, artifact: str | None = None) -> str | None:
+        """The address of a run's page, or of an artifact's on it; None where MLflow serves none."""
+        pages = self.settings.mlflow_pages
+        shown = f"/artifacts/{quote(artifact)}" if artifact else ""
+        return pages and f"{pages}/#/experiments/{self.experiment_id}/runs/{run_id}{shown}"
 
     @property
     def _home(self) -> str:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import dagster as dg
@@ -13,7 +14,9 @@ from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs import checkpoints, dataset, ensemble, shards
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.settings import Settings
+from lens_pipeline.shards import publish_shards
 from lens_pipeline.steps import source_hashes
+from lens_pipeline_tests.graph import MEMBERS, SHOWN, described
 
 HEAVY = [
     *("torch", "pytorch_lightning", "mlflow", "pandas", "astropy", "matplotlib", "skimage"),
@@ -40,32 +43,56 @@ def test_the_library_imports_in_an_instant() -> None:
     assert int(done.stdout) < 300
 
 
-def graph(archs: str) -> dict[str, set[str]]:
-    """{asset: what it is made from}."""
-    definitions = make_definitions(Settings.load(archs=archs))
-    resolved = definitions.resolve_asset_graph()
-    return {
-        key.to_user_string(): {parent.to_user_string() for parent in resolved.get(key).parent_keys}
-        for key in resolved.get_all_asset_keys()
-    }
+def test_the_asset_graph_is_as_it_was() -> None:
+    """Keys, origins, groups, owners, pools, retries, freshness and checks; see `graph.py`."""
+    assert described(Settings.load(archs=MEMBERS)) + "\n" == SHOWN.read_text()
 
 
-def test_the_asset_graph_is_that_of_the_design() -> None:
-    members = {"checkpoints/a", "checkpoints/timm_convnext_atto"}
-    found = graph("a=resnet18@3,timm:convnext_atto")
-    assert set(found) == {
-        *("cutout_catalogue", "processed_dataset", "lens_shards", "cloud_shards"),
-        *members,
-        *("lens_ensemble", "ensemble_evaluation", "registered_ensemble"),
-    }
-    assert found["processed_dataset"] == {"cutout_catalogue"}
-    assert found["lens_shards"] == {"processed_dataset"}
-    assert found["cloud_shards"] == {"lens_shards"}
-    for member in members:
-        assert found[member] == {"cloud_shards"}
-    assert members <= found["lens_ensemble"]
-    assert "lens_ensemble" in found["ensemble_evaluation"]
-    assert "ensemble_evaluation" in found["registered_ensemble"]
+def test_dagster_accepts_the_project() -> None:
+    """With the workspace as who clones the repository has it, in a process of its own."""
+    workspace = Path(__file__).parents[1] / "workspace.yaml"
+    done = subprocess.run(
+        [sys.executable, "-m", "dagster", "definitions", "validate", "-w", str(workspace)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "All code locations passed validation" in done.stdout + done.stderr
+
+
+def test_where_somebody_waits_nothing_is_tried_again() -> None:
+    for retries in (True, False):
+        graph = make_definitions(Settings.load(archs="resnet18"), retries).resolve_asset_graph()
+        policies = {
+            key.to_user_string(): graph.get(key).assets_def.op.retry_policy
+            for key in graph.get_all_asset_keys()
+        }
+        again = {name for name, policy in policies.items() if policy is not None}
+        here = {"lens_shards", "lens_ensemble"}  # they need no network
+        assert again == (set(policies) - here if retries else set())
+
+
+def test_the_ensemble_is_tried_again_where_its_shards_lie_in_a_store() -> None:
+    settings = Settings.load(archs="resnet18", cloud_url="s3://bucket/lenses")
+    node = make_definitions(settings).resolve_asset_graph().get(dg.AssetKey("lens_ensemble"))
+    assert node.assets_def.op.retry_policy is not None
+
+
+def test_published_shards_that_are_observed_are_described_as_all_else_is(
+    shards_folder: Path, tmp_path: Path
+) -> None:
+    publish_shards(shards_folder, str(tmp_path))
+    settings = Settings.load(archs="resnet18", source=str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", dg.BetaWarning)  # the user could do nothing about it
+        first, *_ = described(settings).split("\n\n")
+    assert first.splitlines() == [
+        "cloud_shards (observed)",
+        "  group: data",
+        "  kinds: webdataset",
+        "  owners: team:lens-finding",
+    ]
 
 
 def test_a_members_run_config_has_the_bounds_and_help_of_its_settings() -> None:
@@ -86,6 +113,9 @@ def test_every_asset_says_what_it_is() -> None:
         node = resolved.get(key)
         assert node.description, key
         assert node.code_version, key
+        (source,) = node.metadata["dagster/code_references"].code_references
+        lines = Path(source.file_path).read_text().splitlines()
+        assert lines[source.line_number - 1].lstrip().startswith("@stage("), key
 
 
 def test_a_change_of_a_plot_makes_no_data_and_no_network_again() -> None:
@@ -110,7 +140,8 @@ def test_near_duplicates_are_warned_of_and_stop_nothing(
     monkeypatch.setenv("LENS_SOURCE", str(tmp_path / "table.csv"))
     monkeypatch.setenv("LENS_IMAGE_SIZE", "32")
     done = dg.materialize(
-        [dataset.cutout_catalogue, dataset.processed_dataset], resources={"lens": LensHome()}
+        [dataset.cutout_catalogue.asset(), dataset.processed_dataset.asset()],
+        resources={"lens": LensHome()},
     )
     assert done.success
     checks = {check.check_name: check for check in done.get_asset_check_evaluations()}

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from lens_pipeline.storage import READ_LIMIT, locate, names_table
+from lens_pipeline.errors import NoAnswerError
+from lens_pipeline.storage import READ_LIMIT, asking, locate, names_table
 from lens_pipeline_tests.object_stores import sign_in
 
 
@@ -58,6 +59,33 @@ def test_endpoint_region_and_who_pays_on_s3(
     assert "/eu-west-3/s3/" in seen[0].headers["Authorization"]
     # A setting of the client leaves the others as they are.
     assert filesystem.config_kwargs["read_timeout"] == READ_LIMIT
+
+
+class Answered(Exception):  # noqa: N818 - as HTTP clients name theirs
+    def __init__(self, status: int) -> None:
+        super().__init__(f"status {status}")
+        self.status = status
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [ConnectionError("reset"), TimeoutError(), OSError("SlowDown"), Answered(503), Answered(429)],
+)
+def test_what_may_be_over_in_a_while_is_the_stores_failure(problem: Exception) -> None:
+    signed = "s3://b/c.csv?X-Amz-Signature=abc"
+    named = pytest.raises(NoAnswerError, match=r"^s3://b/c\.csv\?\*\*\*: its store fails \(\w+")
+    with named, asking(signed):
+        raise problem
+    with pytest.raises(type(problem)), asking("/data/c.csv"):
+        raise problem
+
+
+@pytest.mark.parametrize(
+    "problem", [FileNotFoundError(), PermissionError(), ValueError("no number"), Answered(403)]
+)
+def test_what_stays_as_it_is_comes_out_of_a_store_unchanged(problem: Exception) -> None:
+    with pytest.raises(type(problem)), asking("s3://b/c.csv"):
+        raise problem
 
 
 def test_endpoint_and_who_pays_on_gcs(requests_seen: tuple[str, list[Any]]) -> None:

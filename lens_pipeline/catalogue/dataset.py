@@ -23,7 +23,12 @@ from lens_pipeline.catalogue.images import (
     file_of,
 )
 from lens_pipeline.catalogue.reading import read_cutouts
-from lens_pipeline.catalogue.splits import FRACTIONS, assign_splits, check_splits
+from lens_pipeline.catalogue.splits import (
+    FRACTIONS,
+    assign_splits,
+    check_splits,
+    class_counts,
+)
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.errors import InputError
 
@@ -325,7 +330,7 @@ def build_dataset(
         "n_rejects": len(listed),
         "n_near_duplicates": len(duplicates),
         "n_alike_not_compared": not_compared,
-        "splits": {part: _counts(table["label"].iloc[rows]) for part, rows in kept.items()},
+        "splits": {part: class_counts(table["label"].iloc[rows]) for part, rows in kept.items()},
         "content": _content(out),
     }
     (out / "dataset.json").write_text(json.dumps(facts, indent=1, sort_keys=True))
@@ -399,11 +404,3 @@ def check_rejects(rejects: pd.DataFrame, n_rows: int, limit: float, source: str)
             f"LENS_MAX_REJECT_FRACTION={limit:g} allows; the first is row {first['row'] + 1}, "
             f"column {first['column']}, {first['file']}: {first['reason']}"
         )
-
-
-def _counts(label: pd.Series) -> dict[str, int]:
-    return {
-        "n": len(label),
-        "n_lens": int((label == 1).sum()),
-        "n_nonlens": int((label == 0).sum()),
-    }

@@ -18,7 +18,8 @@ from astropy.stats import mad_std, sigma_clip
 from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.fits_images import read_fits
-from lens_pipeline.storage import locate, state_of
+from lens_pipeline.errors import NoAnswerError
+from lens_pipeline.storage import asking, locate, state_of
 
 SIGMA_UNITS = "background_sigma"
 COMPOSITE = "composite"
@@ -105,8 +106,11 @@ def files_fingerprint(references: Iterable[str], options: dict[str, Any] | None 
     for path in sorted({file_of(reference) for reference in references}):
         try:
             filesystem, inside = locate(path, options)
-            info = filesystem.info(inside)
+            with asking(path):
+                info = filesystem.info(inside)
             state = str(state_of(info))
+        except NoAnswerError:
+            raise
         except Exception:  # noqa: BLE001  (what is wrong is told when it is read)
             state = "missing"
         digest.update(f"{path}\0{state}\0".encode())
@@ -120,17 +124,16 @@ def read_image(
 
     flux_unit: `background_sigma` says that a FITS or NPY image is in these units already; else it
     is linear flux. Raises CutoutError with the reason; within `strict_fits`, for a truncated FITS
-    file, too.
+    file, too; and NoAnswerError where it lies in a store that fails: that says nothing of the file.
     """
     path = file_of(reference)
     try:
         if path.endswith(".npy"):
             return Cutout(_as_cube(_read_npy(reference, path, options)), _linear(flux_unit))
-        filesystem, inside = locate(path, options)
-        content = filesystem.cat_file(inside)
+        content = _content(path, options)
     except FileNotFoundError:
         raise CutoutError("the file is missing") from None
-    except CutoutError:
+    except (CutoutError, NoAnswerError):
         raise
     except Exception as problem:  # noqa: BLE001  (each store has errors of its own)
         raise _unreadable(problem) from None
@@ -161,6 +164,12 @@ def decode_image(content: bytes, suffix: str, flux_unit: str | None = None) -> C
     )
 
 
+def _content(path: str, options: dict[str, Any] | None) -> bytes:
+    filesystem, inside = locate(path, options)
+    with asking(path):
+        return filesystem.cat_file(inside)
+
+
 def _linear(flux_unit: str | None) -> str:
     return SIGMA_UNITS if flux_unit == SIGMA_UNITS else FLUX
 
@@ -185,8 +194,7 @@ def _read_npz(content: bytes, units: str) -> Cutout:
 def _read_npy(reference: str, path: str, options: dict[str, Any] | None) -> NDArray[Any]:
     row = STACK_ROW.match(reference)
     if "://" in path:
-        filesystem, inside = locate(path, options)
-        array = np.load(io.BytesIO(filesystem.cat_file(inside)), allow_pickle=False)
+        array = np.load(io.BytesIO(_content(path, options)), allow_pickle=False)
     else:
         array = np.load(path, mmap_mode="r" if row else None, allow_pickle=False)
     if row:

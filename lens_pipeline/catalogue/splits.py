@@ -48,6 +48,15 @@ def assign_splits(table: pd.DataFrame, seed: int) -> pd.Series:
     return split.where(table["label"].notna(), "unlabelled")
 
 
+def class_counts(label: pd.Series) -> dict[str, int]:
+    """How many cutouts there are, and of these how many of each class."""
+    return {
+        "n": len(label),
+        "n_lens": int((label == 1).sum()),
+        "n_nonlens": int((label == 0).sum()),
+    }
+
+
 def check_splits(split: pd.Series, label: pd.Series, source: str) -> None:
     """Raises InputError, naming the class and the split, where a split lacks a class."""
     if label.isna().all():

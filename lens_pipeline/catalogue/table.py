@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.storage import TABLES, locate
+from lens_pipeline.storage import TABLES, asking, locate
 
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".fits", ".fit", ".fz", ".npy", ".npz", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -66,14 +66,17 @@ def read_catalogue(path: str | Path, storage_options: Mapping[str, Any] | None =
     Raises InputError, naming file, row and column, for: a missing or unreadable source, an empty
     table, no `id` or image column, a duplicate or missing id, a missing path, a label other than 1,
     0 or empty, an unknown split, a group with two splits, a `simulated` that is neither true nor
-    false.
+    false; NoAnswerError where its store fails.
     """
     source = str(path)
     options = dict(storage_options or {})
     try:
         filesystem, inside = locate(source, options)
-        if filesystem.isdir(inside):
-            table, folder = _read_folder(source, filesystem, inside), source
+        with asking(source):
+            is_folder = filesystem.isdir(inside)
+        if is_folder:
+            with asking(source):
+                table, folder = _read_folder(source, filesystem, inside), source
         else:
             table, folder = _read_table(source, options), posixpath.dirname(source)
     except InputError:
@@ -89,25 +92,32 @@ def read_catalogue(path: str | Path, storage_options: Mapping[str, Any] | None =
 def source_fingerprint(source: str, storage_options: Mapping[str, Any] | None = None) -> str:
     """sha256 of a catalogue file; of the listing and the split tables where it is a folder.
 
-    Raises InputError where there is no such file or folder.
+    Raises InputError where there is no such file or folder, NoAnswerError where its store fails.
     """
     try:
-        filesystem, inside = locate(source, storage_options)
-        if not filesystem.isdir(inside):
-            return hashlib.sha256(filesystem.cat_file(inside)).hexdigest()
-        # What `_read_folder` looks at: other things may lie there, LENS_HOME among them.
-        listings = [posixpath.join(inside, f"{split}.csv") for split in SPLITS]
-        tables = [filesystem.cat_file(name) for name in listings if filesystem.exists(name)]
-        folders = [posixpath.join(inside, split) for split in SPLITS]
-        names = sorted(name for part in folders for name in filesystem.find(part))
-        if not names and not tables:
-            names = _images_in(filesystem, inside)
-        return hashlib.sha256(b"\0".join([*(n.encode() for n in names), *tables])).hexdigest()
+        with asking(source):
+            return _fingerprint(source, storage_options)
     except FileNotFoundError:
         raise InputError(f"{source}: there is no such file or folder") from None
+    except InputError:
+        raise
     except Exception as problem:  # noqa: BLE001  (each store has errors of its own)
         reason = " ".join(str(problem).split()) or type(problem).__name__
         raise InputError(f"{source}: cannot be read ({reason})") from None
+
+
+def _fingerprint(source: str, storage_options: Mapping[str, Any] | None) -> str:
+    filesystem, inside = locate(source, storage_options)
+    if not filesystem.isdir(inside):
+        return hashlib.sha256(filesystem.cat_file(inside)).hexdigest()
+    # What `_read_folder` looks at: other things may lie there, LENS_HOME among them.
+    listings = [posixpath.join(inside, f"{split}.csv") for split in SPLITS]
+    tables = [filesystem.cat_file(name) for name in listings if filesystem.exists(name)]
+    folders = [posixpath.join(inside, split) for split in SPLITS]
+    names = sorted(name for part in folders for name in filesystem.find(part))
+    if not names and not tables:
+        names = _images_in(filesystem, inside)
+    return hashlib.sha256(b"\0".join([*(n.encode() for n in names), *tables])).hexdigest()
 
 
 def _read_table(source: str, options: dict[str, Any]) -> pd.DataFrame:
@@ -117,7 +127,8 @@ def _read_table(source: str, options: dict[str, Any]) -> pd.DataFrame:
             f"{source}: a catalogue is a folder or one of {', '.join(TABLES)}; convert it"
         )
     filesystem, inside = locate(source, options)
-    content = io.BytesIO(filesystem.cat_file(inside))
+    with asking(source):
+        content = io.BytesIO(filesystem.cat_file(inside))
     if suffix == ".csv":
         return _read_csv(content, source)
     if suffix == ".parquet":

@@ -1,7 +1,6 @@
 """One asset per member, `checkpoints/<member>`, made by a factory."""
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +12,16 @@ from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.stages import (
     CLOUD,
     Made,
-    bad_input_is_final,
+    Stage,
     checkpoint_key,
-    code_version,
     drawn,
     in_a_process,
+    link,
     made,
     picture,
     result,
     run_stage,
+    stage,
     table,
 )
 from lens_pipeline.models.names import Member, check_architecture
@@ -36,9 +36,8 @@ if TYPE_CHECKING:
 
 TRAIN = "lens_pipeline.training.train"
 POOL = "gpu"
-# What fails by chance: a worker that is killed, a server that is gone. It goes on where it was.
-AGAIN = dg.RetryPolicy(max_retries=2, delay=10, backoff=dg.Backoff.EXPONENTIAL)
 EPOCHS_SHOWN = 100
+CHANCE = 0.5  # AUROC of a coin
 
 
 # What the asset graph decides, not a form: which cutouts, and that a member is one network.
@@ -69,28 +68,27 @@ def dagster_config(defaults: BaseModel, without: Iterable[str] = ()) -> type[dg.
     return create_model(type(defaults).__name__, __base__=(dg.Config,), **fields)
 
 
-def checkpoint_asset(
-    member: Member, defaults: TrainConfig, retries: bool = True
-) -> dg.AssetsDefinition:
+def checkpoint_stage(member: Member, defaults: TrainConfig) -> Stage:
     """The asset of one member; `defaults` is what it is trained with unless its run config says
     otherwise."""
     key = checkpoint_key(member.name)
 
-    @dg.asset(
-        key=key,
+    @stage(
+        key,
+        modules=(TRAIN,),
+        by_chance=True,  # a training that was killed goes on where it was
         deps=[CLOUD],
         group_name="training",
         kinds={"pytorch"},
         pool=POOL,
-        retry_policy=AGAIN if retries else None,
-        code_version=code_version(TRAIN),
-        description=f"The checkpoint of {member.name}, a {member.architecture} trained on the "
-        "published shards: the best and the last epoch, its settings, curves, validation scores.",
+        description=f"The network {member.name}, a {member.architecture} that has learnt from the "
+        "training split to tell lenses from what looks like them: its best and its last epoch, its "
+        "settings, curves by epoch, and its scores of the validation split.",
         check_specs=[
             dg.AssetCheckSpec(
                 "better_than_chance",
                 asset=key,
-                description="AUROC on the validation split is above 0.5.",
+                description="The lower 95 % bound of AUROC on the validation split is above 0.5.",
             )
         ],
     )
@@ -99,76 +97,78 @@ def checkpoint_asset(
         config: dagster_config(defaults),  # type: ignore[valid-type]
         lens: LensHome,
     ) -> dg.MaterializeResult:
-        with bad_input_is_final() if retries else nullcontext():
-            settings = lens.settings
-            upstream = made(context, CLOUD)
-            trained_with = defaults.with_changes(config.model_dump(), key.to_user_string())
-            start = trained_with.model.pretrained
-            if start.startswith("models:/"):
-                weights = lens.registry.member_checkpoint(start, member.architecture)
-                trained_with = trained_with.with_changes(
-                    {"model": {"pretrained": str(weights)}}, key.to_user_string()
-                )
-            recipe = Recipe(
-                stage=f"checkpoints/{member.name}",
-                modules=(TRAIN,),
-                libraries=(
-                    *network_libraries([member]),
-                    "pytorch-lightning",
-                    "torchmetrics",
-                    "numpy",
-                ),
-                inputs={"shards": upstream.content},
-                settings=trained_with.model_dump(),
+        settings = lens.settings
+        upstream = made(context, CLOUD)
+        trained_with = defaults.with_changes(config.model_dump(), key.to_user_string())
+        start = trained_with.model.pretrained
+        if start.startswith("models:/"):
+            weights = lens.registry.member_checkpoint(start, member.architecture)
+            trained_with = trained_with.with_changes(
+                {"model": {"pretrained": str(weights)}}, key.to_user_string()
             )
+        recipe = Recipe(
+            stage=f"checkpoints/{member.name}",
+            modules=(TRAIN,),
+            libraries=(
+                *network_libraries([member]),
+                "pytorch-lightning",
+                "torchmetrics",
+                "numpy",
+            ),
+            inputs={"shards": upstream.content},
+            settings=trained_with.model_dump(),
+        )
 
-            def build(out: Path) -> None:
-                _train(context, settings, upstream, member, trained_with, recipe, out)
+        def build(out: Path) -> None:
+            _train(context, settings, upstream, member, trained_with, recipe, out)
 
-            root = settings.home / "checkpoints" / member.name
-            step = run_stage(key, recipe, root, build, settings, goes_on=True)
-            trained = _trained(step)
-            curves = drawn("curves.png", step, lambda: draw_curves(trained), settings)
-            run_id = _record(lens.tracking, member, step, trained, curves, upstream, context.run_id)
-            from lens_pipeline.evaluation.metrics import lens_metrics
-
-            scores = trained.val_scores
-            auroc = lens_metrics(scores["label"], _probability(scores["logit"]), bootstrap=0)[
-                "auroc"
-            ]
-            last = trained.curves.iloc[-1].dropna()
-            return result(
-                step,
-                {
-                    "learning curves": picture(curves),
-                    "epochs": table(trained.curves.tail(EPOCHS_SHOWN)),
-                    "validation AUROC": auroc["value"],
-                    **{f"last {name}": float(v) for name, v in last.items() if "/" in str(name)},
-                    "MLflow run": run_id,
-                },
-                checks=(
-                    dg.AssetCheckResult(
-                        check_name="better_than_chance",
-                        passed=auroc["value"] > 0.5,
-                        severity=dg.AssetCheckSeverity.WARN,
-                        metadata={"auroc": auroc["value"]},
-                    ),
+        root = settings.home / "checkpoints" / member.name
+        step = run_stage(key, recipe, root, build, settings, goes_on=True)
+        trained = _trained(step)
+        curves = drawn("curves.png", step, lambda: draw_curves(trained), settings)
+        run_id = _record(lens.tracking, member, step, trained, curves, upstream, context.run_id)
+        auroc, low = _validation_auroc(trained)
+        last = trained.curves.iloc[-1].dropna()
+        return result(
+            step,
+            {
+                "learning curves": picture(curves),
+                "epochs": table(trained.curves.tail(EPOCHS_SHOWN)),
+                "validation AUROC": auroc,
+                **{f"last {name}": float(v) for name, v in last.items() if "/" in str(name)},
+                "MLflow run": link(lens.tracking.run_page(run_id), run_id),
+            },
+            checks=(
+                dg.AssetCheckResult(
+                    check_name="better_than_chance",
+                    passed=low > CHANCE,
+                    severity=dg.AssetCheckSeverity.WARN,
+                    metadata={"AUROC": auroc, "lower 95 % bound": low, "above": CHANCE},
                 ),
-            )
+            ),
+        )
 
     return checkpoint
+
+
+def _validation_auroc(trained: "TrainedMember") -> tuple[float, float]:
+    """AUROC on the validation split, and the lower bound of the middle 95 % of resamplings."""
+    import numpy as np
+    from scipy.special import expit
+
+    from lens_pipeline.evaluation.metrics import INTERVAL, lens_metrics, paired_bootstrap
+
+    label, logit = trained.val_scores["label"], trained.val_scores["logit"]
+    probability = expit(logit)
+    auroc = lens_metrics(label, probability, bootstrap=0)["auroc"]["value"]
+    drawn_again = paired_bootstrap(label, {"": probability}, "auroc")[""]
+    return auroc, float(np.percentile(drawn_again, INTERVAL[0]))
 
 
 def network_libraries(members: Iterable[Member]) -> tuple[str, ...]:
     """The distributions that build these members' networks."""
     used = {check_architecture(member.architecture).library for member in members}
     return ("torch", "torchvision", *(["timm"] if used & {"timm", "efficientnet"} else []))
-
-
-def _probability(logit: Any) -> Any:
-    from scipy.special import expit
-
-    return expit(logit)
 
 
 def _trained(step: Step) -> "TrainedMember":
@@ -279,9 +279,9 @@ def _record(
     return run_id
 
 
-def checkpoint_assets(settings: Settings, retries: bool) -> list[dg.AssetsDefinition]:
+def checkpoint_stages(settings: Settings) -> list[Stage]:
     """The assets of the members that the settings name."""
     return [
-        checkpoint_asset(member, presets.member_config(settings, member), retries)
+        checkpoint_stage(member, presets.member_config(settings, member))
         for member in presets.chosen_members(settings)
     ]

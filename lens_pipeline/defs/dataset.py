@@ -1,8 +1,10 @@
 """From a source to the processed dataset: `cutout_catalogue`, `processed_dataset`."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -11,24 +13,57 @@ from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.stages import (
     CATALOGUE,
     DATASET,
+    WEEKLY_DATA,
     Made,
-    code_version,
+    column_schema,
+    derived,
     drawn,
     made,
     picture,
     result,
     run_stage,
+    stage,
+    table,
 )
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import Recipe
+from lens_pipeline.steps import Recipe, Step
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from lens_pipeline.catalogue.dataset import Dataset
     from lens_pipeline.catalogue.table import Catalogue
 
 SIMULATION = "lens_pipeline.simulation.simulate"
 TABLE = "lens_pipeline.catalogue.table"
 BUILD = "lens_pipeline.catalogue.dataset"
+PIXELS = "lens_pipeline.catalogue.drift"
+STATISTICS = "pixel statistics"  # the metadata by which versions are compared
+# Of a class, in a split. Fewer cannot tell fusions apart (five folds of two), nor resolve any rate.
+FEW = 10
+FIRST = 20  # rows of a longer table
+PAGE = 10  # materialisations that are looked at together; each carries its pictures
+COLUMNS = {
+    "id": "Unique, any characters.",
+    "path": "The image.",
+    "label": "1 lens, 0 not, empty unknown: scored, never trained on.",
+    "group": "What falls into one split together: host galaxy, sky region.",
+    "split": "Stated by the catalogue; where it is empty, the group decides.",
+    "kind": "What the cutout shows: a lens, or which non-lens.",
+    "survey": "Whose image it is.",
+    "ra": "Degrees.",
+    "dec": "Degrees.",
+    "pixel_scale": "Arcsec/pixel.",
+    "bands": "Those of the image, in its order.",
+    "flux_unit": "`background_sigma` where pixels are in that unit already.",
+    "simulated": "Whether the cutout is simulated.",
+    "einstein_radius": "Arcsec.",
+    "velocity_dispersion": "Of the lens, km/s.",
+    "z_lens": "Redshift of the lens.",
+    "z_source": "Redshift of the source.",
+    "arc_snr": "Signal-to-noise ratio of the arcs, in the best band.",
+    "source_magnitude": "AB, unlensed.",
+}
 
 
 def catalogue_recipe(settings: Settings) -> Recipe:
@@ -94,33 +129,60 @@ def catalogue_of(settings: Settings, upstream: Made) -> "Catalogue":
     return replace(read_catalogue(upstream.folder / "catalogue.parquet"), source=settings.source)
 
 
-@dg.asset(
-    key=CATALOGUE,
+@stage(
+    CATALOGUE,
+    modules=(SIMULATION, TABLE),
+    by_chance=True,  # the source may lie in a store
     group_name="data",
     kinds={"parquet"},
-    code_version=code_version(SIMULATION, TABLE),
+    freshness_policy=WEEKLY_DATA,
 )
 def cutout_catalogue(lens: LensHome) -> dg.MaterializeResult:
-    """A validated table, one row a cutout: the user's (LENS_SOURCE), or the simulator's."""
+    """Which galaxies there are, and which of them are lenses: a validated table, one row a cutout.
+
+    The user's own (LENS_SOURCE), or the simulator's, with every parameter of what it drew.
+    """
+    from lens_pipeline.catalogue.dataset import PARTS
+    from lens_pipeline.catalogue.splits import assign_splits, class_counts
+
     settings = lens.settings
     recipe = catalogue_recipe(settings)
     root = settings.home / "catalogue"
     step = run_stage(
         CATALOGUE, recipe, root, lambda out: make_catalogue(settings, recipe, out), settings
     )
-    table = catalogue_of(settings, Made(str(step.folder), step.content)).table
-    labels = table["label"]
+    rows = catalogue_of(settings, Made(str(step.folder), step.content)).table
+    labels, split = rows["label"], assign_splits(rows, settings.seed)
     return result(
         step,
         {
             "source": settings.source,
-            "cutouts": len(table),
+            "cutouts": len(rows),
             "lenses": int((labels == 1).sum()),
             "non-lenses": int((labels == 0).sum()),
             "unlabelled": int(labels.isna().sum()),
-            "groups": int(table["group"].nunique()),
+            "groups": int(rows["group"].nunique()),
+            "splits": _splits_table({p: class_counts(labels[split == p]) for p in PARTS}),
+            **({"kinds": _kinds_table(rows)} if "kind" in rows else {}),
+            "first rows": table(rows.head(FIRST)),
+            "dagster/row_count": len(rows),
+            "dagster/column_schema": column_schema(rows, COLUMNS),
         },
     )
+
+
+def _splits_table(counts: Mapping[str, Mapping[str, int]]) -> dg.TableMetadataValue:
+    """Cutouts of each class by split, and the fraction of lenses among the labelled."""
+    import pandas as pd
+
+    rows = pd.DataFrame(counts).T.rename_axis("split").reset_index()
+    labelled = rows["n_lens"] + rows["n_nonlens"]
+    return table(rows.assign(lens_fraction=rows["n_lens"] / labelled))
+
+
+def _kinds_table(rows: "pd.DataFrame") -> dg.TableMetadataValue:
+    """How many cutouts there are of each kind, of the most frequent ones."""
+    return table(rows["kind"].value_counts().rename("n").head(FIRST).reset_index())
 
 
 def draw_training_cutouts(dataset: "Dataset") -> bytes:
@@ -130,18 +192,50 @@ def draw_training_cutouts(dataset: "Dataset") -> bytes:
     return jpeg_bytes(first_cutouts_sheet(images, table, dataset.format.units))
 
 
-@dg.asset(
-    key=DATASET,
+def pixels_of(dataset: "Dataset", step: Step, settings: Settings) -> dict[str, Any]:
+    """The `pixel_statistics` of a dataset, of which every pixel is read once."""
+    from lens_pipeline.catalogue.drift import pixel_statistics
+
+    def measured() -> bytes:
+        return json.dumps(pixel_statistics(dataset), indent=1).encode()
+
+    file = derived("statistics", "pixels.json", step, measured, settings, (PIXELS,), ("numpy",))
+    return json.loads(file.read_text())
+
+
+@stage(
+    DATASET,
+    modules=(BUILD,),
+    by_chance=True,  # the images may lie in a store
     deps=[CATALOGUE],
     group_name="data",
     kinds={"numpy"},
-    code_version=code_version(BUILD),
+    freshness_policy=WEEKLY_DATA,
     check_specs=[
         dg.AssetCheckSpec(
             "no_group_spans_two_splits",
             asset=DATASET,
             blocking=True,
             description="Rows of one group (host galaxy, sky region) are all in one split.",
+        ),
+        dg.AssetCheckSpec(
+            "every_split_holds_both_classes",
+            asset=DATASET,
+            blocking=True,
+            description=f"train, val and test have {FEW} lenses and {FEW} non-lenses each. Fewer "
+            "are warned of; without any, nothing can be trained or told.",
+        ),
+        dg.AssetCheckSpec(
+            "all_pixels_are_finite",
+            asset=DATASET,
+            blocking=True,
+            description="No stored pixel is NaN or infinite: one is enough to spoil a training.",
+        ),
+        dg.AssetCheckSpec(
+            "bands_are_as_in_the_last_version",
+            asset=DATASET,
+            description="Level, noise and brightness of each band of the training split are like "
+            "those of the last version whose content is another.",
         ),
         dg.AssetCheckSpec(
             "no_near_duplicates_across_splits",
@@ -151,9 +245,10 @@ def draw_training_cutouts(dataset: "Dataset") -> bytes:
     ],
 )
 def processed_dataset(context: dg.AssetExecutionContext, lens: LensHome) -> dg.MaterializeResult:
-    """Cutouts float32 (n, bands, height, width) per split, in units of the background's sigma.
+    """The cutouts that networks learn from and are judged by, all of one size and in one unit.
 
-    `train`, `val`, `test`, `unlabelled`, each with its table; and the cutouts that were rejected.
+    float32 (n, bands, height, width) per split (`train`, `val`, `test`, `unlabelled`), in units of
+    the background's sigma, each with its table; and the cutouts that were rejected.
     """
     from lens_pipeline.catalogue.dataset import (
         LIBRARIES,
@@ -195,8 +290,7 @@ def processed_dataset(context: dg.AssetExecutionContext, lens: LensHome) -> dg.M
     step = run_stage(DATASET, recipe, settings.home / "dataset", build, settings)
     dataset = open_dataset(step.folder)
     sheet = drawn("cutouts.jpg", step, lambda: draw_training_cutouts(dataset), settings)
-    torn = dataset.groups_in_two_splits()
-    duplicates = dataset.near_duplicates()
+    pixels = pixels_of(dataset, step, settings)
     rejects = dataset.rejects()
     # It may have been made when more were allowed.
     check_rejects(rejects, dataset.facts["n_rows"], settings.max_reject_fraction, settings.source)
@@ -204,34 +298,129 @@ def processed_dataset(context: dg.AssetExecutionContext, lens: LensHome) -> dg.M
         step,
         {
             "cutouts": picture(sheet),
-            "splits": dg.MetadataValue.json(dataset.facts["splits"]),
+            "splits": _splits_table(dataset.facts["splits"]),
             "bands": ", ".join(dataset.format.bands),
             "units": dataset.format.units,
             "rejects": len(rejects),
             "reject fraction": len(rejects) / dataset.facts["n_rows"],
-            "first rejects": dg.MetadataValue.md(rejects.head(20).to_csv(index=False, sep="|")),
+            "first rejects": table(rejects.head(FIRST)),
+            STATISTICS: dg.MetadataValue.json(pixels),
+            **{
+                f"{name} of {band}": value
+                for band, of_band in pixels["statistics"].items()
+                for name, value in of_band.items()
+            },
         },
         checks=(
-            dg.AssetCheckResult(
-                check_name="no_group_spans_two_splits",
-                passed=not torn,
-                metadata={"groups": len(torn), "first": ", ".join(torn[:5])},
-            ),
-            dg.AssetCheckResult(
-                check_name="no_near_duplicates_across_splits",
-                passed=duplicates.empty,
-                severity=dg.AssetCheckSeverity.WARN,
-                metadata={
-                    "pairs": len(duplicates),
-                    "alike, but not compared": dataset.facts["n_alike_not_compared"],
-                    "first": dg.MetadataValue.table(
-                        [
-                            dg.TableRecord({str(name): value for name, value in pair.items()})
-                            for pair in duplicates.head(20).to_dict("records")
-                        ],
-                        dg.TableSchema([dg.TableColumn(str(name)) for name in duplicates]),
-                    ),
-                },
-            ),
+            _no_group_spans_two_splits(dataset),
+            _every_split_holds_both_classes(dataset),
+            _all_pixels_are_finite(pixels),
+            _bands_are_as_in_the_last_version(context, step, pixels),
+            _no_near_duplicates_across_splits(dataset),
         ),
+    )
+
+
+def _no_group_spans_two_splits(dataset: "Dataset") -> dg.AssetCheckResult:
+    torn = dataset.groups_in_two_splits()
+    return dg.AssetCheckResult(
+        check_name="no_group_spans_two_splits",
+        passed=not torn,
+        metadata={"groups": len(torn), "at most": 0, "first": ", ".join(torn[:5])},
+    )
+
+
+def _every_split_holds_both_classes(dataset: "Dataset") -> dg.AssetCheckResult:
+    from lens_pipeline.catalogue.splits import FRACTIONS
+
+    counts = {part: dataset.facts["splits"][part] for part in FRACTIONS}
+    fewest = min(of[name] for of in counts.values() for name in ("n_lens", "n_nonlens"))
+    error, warning = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
+    return dg.AssetCheckResult(
+        check_name="every_split_holds_both_classes",
+        passed=fewest >= FEW,
+        severity=warning if fewest else error,
+        metadata={
+            "fewest of a class": fewest,
+            "at least": FEW,
+            **{f"lenses in {part}": of["n_lens"] for part, of in counts.items()},
+            **{f"non-lenses in {part}": of["n_nonlens"] for part, of in counts.items()},
+            **{
+                f"lens fraction of {part}": of["n_lens"] / (of["n_lens"] + of["n_nonlens"])
+                for part, of in counts.items()
+                if of["n_lens"] + of["n_nonlens"]
+            },
+        },
+    )
+
+
+def _all_pixels_are_finite(pixels: Mapping[str, Any]) -> dg.AssetCheckResult:
+    of_split = pixels["non_finite"]
+    return dg.AssetCheckResult(
+        check_name="all_pixels_are_finite",
+        passed=not any(of_split.values()),
+        metadata={
+            "non-finite pixels": sum(of_split.values()),
+            "at most": 0,
+            **{f"of these in {part}": n for part, n in of_split.items()},
+        },
+    )
+
+
+def _bands_are_as_in_the_last_version(
+    context: dg.AssetExecutionContext, step: Step, pixels: Mapping[str, Any]
+) -> dg.AssetCheckResult:
+    from lens_pipeline.catalogue.drift import changes, other_format
+
+    def judged(passed: bool, **metadata: Any) -> dg.AssetCheckResult:
+        return dg.AssetCheckResult(
+            check_name="bands_are_as_in_the_last_version",
+            passed=passed,
+            severity=dg.AssetCheckSeverity.WARN,
+            metadata={name.replace("_", " "): value for name, value in metadata.items()},
+        )
+
+    before = _last_pixels(context, step.content)
+    if before is None:
+        return judged(True, compared="there is no earlier version to compare with")
+    if differing := other_format(before, pixels):
+        return judged(False, compared=differing)
+    found = changes(before, pixels)
+    worst = found.iloc[int((found["change"] / found["at_most"]).to_numpy().argmax())]
+    return judged(
+        bool((found["change"] <= found["at_most"]).all()),
+        largest_change=float(worst["change"]),
+        at_most=float(worst["at_most"]),
+        of=f"{worst['statistic']} of {worst['band']}",
+        changes=table(found),
+    )
+
+
+def _last_pixels(context: dg.AssetExecutionContext, content: str) -> dict[str, Any] | None:
+    """The pixel statistics of the newest materialisation that has another content, if any."""
+    cursor, more = None, True
+    while more:
+        page = context.instance.fetch_materializations(DATASET, limit=PAGE, cursor=cursor)
+        for record in page.records:
+            event = record.asset_materialization
+            if event is None or STATISTICS not in event.metadata:
+                continue
+            if event.metadata["content"].value != content:
+                return event.metadata[STATISTICS].value
+        cursor, more = page.cursor, page.has_more
+    return None
+
+
+def _no_near_duplicates_across_splits(dataset: "Dataset") -> dg.AssetCheckResult:
+    duplicates = dataset.near_duplicates()
+    return dg.AssetCheckResult(
+        check_name="no_near_duplicates_across_splits",
+        passed=duplicates.empty,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata={
+            "pairs": len(duplicates),
+            "at most": 0,
+            "alike, but not compared": dataset.facts["n_alike_not_compared"],
+            "first": table(duplicates.head(FIRST)),
+        },
     )

@@ -1,13 +1,14 @@
 """The ensemble and what it is worth: `lens_ensemble`, `ensemble_evaluation`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
 from lens_pipeline.defs.checkpoints import network_libraries
+from lens_pipeline.defs.dataset import COLUMNS as CATALOGUE_COLUMNS
 from lens_pipeline.defs.gate import decide
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.scored import AS_DATASET, scored_source
@@ -17,17 +18,21 @@ from lens_pipeline.defs.stages import (
     DATASET,
     ENSEMBLE,
     EVALUATION,
+    Stage,
     checkpoint_key,
-    code_version,
+    column_schema,
+    linked_table,
     made,
     picture,
     result,
     run_stage,
+    stage,
     table,
 )
 from lens_pipeline.models.names import Member
 from lens_pipeline.registry import CHAMPION, registry_key
 from lens_pipeline.steps import Recipe
+from lens_pipeline.tracking import Tracking
 
 SYSTEM = "lens_pipeline.ensemble.system"
 EVALUATE = "lens_pipeline.ensemble.evaluate"
@@ -40,20 +45,35 @@ PICTURES = {
     "completeness map": "completeness_map",
     "purity": "purity",
 }
+COLUMNS = CATALOGUE_COLUMNS | {
+    "probability": "That it is a lens, where lenses are as frequent as in the validation split.",
+    "sky_probability": "The same where they are as frequent as LENS_PREVALENCE says.",
+    "logit": "Of `probability`.",
+    "std": "Epistemic: how much members and dropout draws differ.",
+    "entropy": "Aleatoric, in nats.",
+    "reject_reason": "Why the image could not be used, and has no scores.",
+    "split": "Where it was used; `unlabelled` is scored alone.",
+}
 
 
-def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
+def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
+    """remote: whether the shards, of which it reads the manifest, lie in a store."""
     keys = {member.name: checkpoint_key(member.name) for member in members}
 
-    @dg.asset(
-        key=ENSEMBLE,
+    @stage(
+        ENSEMBLE,
+        modules=(SYSTEM, AS_DATASET),
+        by_chance=remote,
         deps=[*keys.values(), CLOUD],
         group_name="ensemble",
         kinds={"pytorch"},
-        code_version=code_version(SYSTEM, AS_DATASET),
     )
     def lens_ensemble(context: dg.AssetExecutionContext, lens: LensHome) -> dg.MaterializeResult:
-        """The members, the calibration of each and of their fusion, in one folder."""
+        """The lens finder: all members together, which give a galaxy one probability.
+
+        The networks, the calibration of each on the validation split, their fusion and its own
+        calibration, in one folder.
+        """
         import pandas as pd
 
         from lens_pipeline.catalogue.dataset import CutoutFormat
@@ -114,30 +134,44 @@ def ensemble_asset(members: Sequence[Member]) -> dg.AssetsDefinition:
     return lens_ensemble
 
 
-def evaluation_asset(members: Sequence[Member], published: bool) -> dg.AssetsDefinition:
+def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
     """published: score what the shards hold, for there is no dataset that they were made from."""
     modules = (EVALUATE, AS_DATASET) if published else (EVALUATE,)
 
-    @dg.asset(
-        key=EVALUATION,
+    @stage(
+        EVALUATION,
+        modules=modules,
+        by_chance=True,  # it asks the registry who is champion
         deps=[ENSEMBLE, CLOUD] if published else [ENSEMBLE, DATASET, CATALOGUE],
         group_name="ensemble",
         kinds={"pandas"},
-        code_version=code_version(*modules),
         check_specs=[
             dg.AssetCheckSpec(
                 "passes_the_gate",
                 asset=EVALUATION,
                 description="The ensemble may become champion: see the reasons.",
-            )
+            ),
+            dg.AssetCheckSpec(
+                "probabilities_are_calibrated",
+                asset=EVALUATION,
+                description="The expected calibration error on the test split is at most "
+                "LENS_GATE_MAX_ECE: of cutouts with a probability of 0.8, some 80 % are lenses.",
+            ),
         ],
     )
     def ensemble_evaluation(
         context: dg.AssetExecutionContext, lens: LensHome
     ) -> dg.MaterializeResult:
-        """What the ensemble is worth on the test split: metrics, intervals, scores, a report."""
+        """What the lens finder is worth on galaxies that it has not seen, the test split's.
+
+        Metrics with 95 % intervals, completeness and purity, what a survey may expect of it, a
+        report; and the scores of every cutout.
+        """
+        import pandas as pd
+
         from lens_pipeline.evaluation.report import forecast_table, kinds_table
-        from lens_pipeline.evaluation.result import read_evaluation
+        from lens_pipeline.evaluation.result import ENSEMBLE as FUSED
+        from lens_pipeline.evaluation.result import SCORES, read_evaluation
 
         settings = lens.settings
         ensemble = made(context, ENSEMBLE)
@@ -176,9 +210,11 @@ def evaluation_asset(members: Sequence[Member], published: bool) -> dg.AssetsDef
             lens.registry.aliased(CHAMPION),
             lens.registry.find_version(key),
         )
+        scores = pd.read_parquet(step.folder / SCORES)
+        metrics = evaluation.metrics[FUSED]
         figures = {
             name: value["value"]
-            for name, value in evaluation.metrics["ensemble"].items()
+            for name, value in metrics.items()
             if isinstance(value, dict) and value["value"] is not None
         }
         return result(
@@ -189,10 +225,13 @@ def evaluation_asset(members: Sequence[Member], published: bool) -> dg.AssetsDef
                     for title, name in PICTURES.items()
                     if (step.folder / f"{name}.png").is_file()
                 },
+                "members": _members_table(lens.tracking, ensemble.folder, evaluation.metrics),
                 "forecast": table(forecast_table(evaluation.forecast)),
                 **({"kinds": table(kinds_table(evaluation.kinds))} if evaluation.kinds else {}),
                 **figures,
                 "report": dg.MetadataValue.path(str(step.folder / "report.html")),
+                "dagster/row_count": len(scores),
+                "dagster/column_schema": column_schema(scores, COLUMNS),
             },
             checks=(
                 dg.AssetCheckResult(
@@ -204,7 +243,45 @@ def evaluation_asset(members: Sequence[Member], published: bool) -> dg.AssetsDef
                         **{name: n for name, n in decision.figures.items() if n is not None},
                     },
                 ),
+                _probabilities_are_calibrated(metrics["ece"], settings.gate_max_ece),
             ),
         )
 
     return ensemble_evaluation
+
+
+def _probabilities_are_calibrated(
+    error: Mapping[str, float | None], most: float
+) -> dg.AssetCheckResult:
+    """error: `ece` of `lens_metrics`, which any labelled cutout resolves."""
+    value = error["value"]
+    return dg.AssetCheckResult(
+        check_name="probabilities_are_calibrated",
+        passed=value is not None and value <= most,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata={
+            "calibration error": value,
+            "at most": most,
+            "lower 95 % bound": error["low"],
+            "upper 95 % bound": error["high"],
+        },
+    )
+
+
+def _members_table(
+    tracking: Tracking, ensemble: Path, metrics: Mapping[str, Mapping[str, Any]]
+) -> dg.MetadataValue:
+    """The members and the ensemble on the test split, each member with the page of its run."""
+    import pandas as pd
+
+    from lens_pipeline.evaluation.report import COLUMNS as FIGURES
+    from lens_pipeline.evaluation.report import metric_text
+
+    steps = json.loads((ensemble / "ensemble.json").read_text())["member_steps"]
+    runs = {name: tracking.find_run(step) for name, step in steps.items()}
+    rows = [
+        {"member": name} | {title: metric_text(of[figure]) for figure, title in FIGURES.items()}
+        for name, of in metrics.items()
+    ]
+    pages = {name: tracking.run_page(run.info.run_id) for name, run in runs.items() if run}
+    return linked_table(pd.DataFrame(rows), {"member": pages})

@@ -15,14 +15,20 @@ from lens_pipeline.defs.stages import (
     ENSEMBLE,
     EVALUATION,
     REGISTERED,
-    code_version,
+    WEEKLY_MODEL,
+    Stage,
+    link,
+    linked_table,
     log,
     made,
+    stage,
 )
 from lens_pipeline.registry import (
     CHALLENGER,
     CHAMPION,
+    GATE,
     MODEL,
+    PASSED,
     Registry,
     registry_key,
     version_tags,
@@ -37,22 +43,25 @@ if TYPE_CHECKING:
     from lens_pipeline.evaluation.result import Evaluation
 
 PYFUNC = "lens_pipeline.ensemble.pyfunc_model"
+SHOWN = 10  # versions in a table
 
 
-def registry_asset(published: bool) -> dg.AssetsDefinition:
+def registry_stage(published: bool) -> Stage:
     """published: there is no dataset that the shards were made from."""
 
-    @dg.asset(
-        key=REGISTERED,
+    @stage(
+        REGISTERED,
+        modules=(PYFUNC,),
+        by_chance=True,
         deps=[EVALUATION, ENSEMBLE],
         group_name="ensemble",
         kinds={"mlflow"},
-        code_version=code_version(PYFUNC),
+        freshness_policy=WEEKLY_MODEL,
     )
     def registered_ensemble(
         context: dg.AssetExecutionContext, lens: LensHome
     ) -> dg.MaterializeResult:
-        """A version of `lens_ensemble` in the MLflow registry.
+        """The lens finder that surveys are scored with: a version of `lens_ensemble` in MLflow.
 
         The newest is `challenger`. It becomes `champion` where it passes the gate: the first by
         thresholds alone, any other against the champion, scored anew on the same cutouts.
@@ -60,7 +69,8 @@ def registry_asset(published: bool) -> dg.AssetsDefinition:
         import time
 
         from lens_pipeline.evaluation.card import model_card
-        from lens_pipeline.evaluation.result import read_evaluation
+        from lens_pipeline.evaluation.result import ENSEMBLE as FUSED
+        from lens_pipeline.evaluation.result import REPORT, read_evaluation
 
         begun = time.perf_counter()
         log.info("registered_ensemble ...")
@@ -87,6 +97,7 @@ def registry_asset(published: bool) -> dg.AssetsDefinition:
             return decide(lens, key, ensemble.folder, folder, source, champion, version)
 
         decision = _promoted_if_passed(registry, number, against)
+        registry.judge(number, decision.reasons)
         aliases = registry.aliases(number)
         seconds = time.perf_counter() - begun
         log.info("registered_ensemble: %s in %.1f s", "reused" if reused else "made", seconds)
@@ -96,30 +107,54 @@ def registry_asset(published: bool) -> dg.AssetsDefinition:
         summary = {
             "schema": 1,
             "dataset_version": facts["dataset_version"],
-            "members": {n: m for n, m in evaluation.metrics.items() if n != "ensemble"},
-            "ensemble": evaluation.metrics["ensemble"],
+            "members": {n: m for n, m in evaluation.metrics.items() if n != FUSED},
+            "ensemble": evaluation.metrics[FUSED],
             "kinds": evaluation.kinds,
             "model": {"name": MODEL, "version": number, "aliases": aliases},
             "gate": asdict(decision),
             "stages": stages,
-            "report": str(folder / "report.html"),
+            "report": str(folder / REPORT),
             "scores": str(folder / "scores.parquet"),
         }
         write_aside(settings.reports / "summary.json", json.dumps(summary, indent=1))
+        page, report, run_id = lens.tracking.run_page, folder / REPORT, str(version.run_id)
         return dg.MaterializeResult(
             metadata={
                 "model": MODEL,
                 "version": number,
                 "aliases": ", ".join(aliases),
-                "gate": "; ".join(decision.reasons),
+                "gate": "; ".join(decision.reasons) or PASSED,
                 "seconds": seconds,
                 "reused": reused,
-                "report": dg.MetadataValue.path(str(folder / "report.html")),
+                "versions": _versions_table(registry),
+                "model version": link(registry.version_page(number), number),
+                "MLflow run": link(page(run_id), run_id),
+                "report": link(page(run_id, REPORT), dg.MetadataValue.path(report)),
+                "AUROC": evaluation.metrics[FUSED]["auroc"]["value"],
             },
             data_version=dg.DataVersion(key),
         )
 
     return registered_ensemble
+
+
+def _versions_table(registry: Registry) -> dg.MetadataValue:
+    """The newest versions, with their pages: who they are, and what was decided on them."""
+    import pandas as pd
+
+    found = registry.versions()[:SHOWN]
+    numbers = [str(version.version) for version in found]
+    aliases = registry.all_aliases()
+    rows = pd.DataFrame(
+        {
+            "version": numbers,
+            "aliases": [", ".join(aliases.get(number, ())) for number in numbers],
+            "AUROC": [version.tags.get("lens.auroc") for version in found],
+            "dataset version": [version.tags.get(DATASET_VERSION, "")[:12] for version in found],
+            "gate": [version.tags.get(GATE) for version in found],
+        }
+    )
+    return linked_table(rows, {"version": {n: registry.version_page(n) for n in numbers}})
 
 
 def _promoted_if_passed(

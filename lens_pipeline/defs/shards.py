@@ -1,8 +1,8 @@
 """From the dataset to shards, here and in the cloud: `lens_shards`, `cloud_shards`."""
 
 import time
-import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -10,33 +10,53 @@ from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.stages import (
     CLOUD,
     DATASET,
+    OWNERS,
     SHARDS,
-    code_version,
+    WEEKLY_DATA,
     log,
     made,
+    quiet,
     result,
     run_stage,
+    source_of,
+    stage,
+    table,
 )
 from lens_pipeline.errors import InputError
 from lens_pipeline.steps import Recipe, Step
 
 WRITER = "lens_pipeline.shards.writer"
 PUBLISH = "lens_pipeline.shards.cloud"
+SHOWN = 100  # shards in a table
+
+if TYPE_CHECKING:
+    from lens_pipeline.shards.manifest import Manifest
 
 
-@dg.asset(
-    key=SHARDS,
+@stage(
+    SHARDS,
+    modules=(WRITER,),
+    by_chance=False,
     deps=[DATASET],
     group_name="data",
     kinds={"webdataset"},
-    code_version=code_version(WRITER),
+    freshness_policy=WEEKLY_DATA,
+    check_specs=[
+        dg.AssetCheckSpec(
+            "manifest_is_whole",
+            asset=SHARDS,
+            blocking=True,
+            description="Every file that the manifest lists is there, to the byte.",
+        )
+    ],
 )
 def lens_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.MaterializeResult:
-    """WebDataset tars of every split (float16), an index for random access, and a manifest.
+    """The same cutouts packed for training: a few large files in place of a million small ones.
 
-    The dataset version is the manifest's sha256.
+    WebDataset tars of every split (float16), an index for random access, and a manifest, whose
+    sha256 is the dataset version.
     """
-    from lens_pipeline.shards.manifest import read_manifest
+    from lens_pipeline.shards.manifest import read_manifest, verify_shards
     from lens_pipeline.shards.writer import write_shards
 
     upstream = made(context, DATASET)
@@ -54,23 +74,53 @@ def lens_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.Materia
         lens.settings,
     )
     manifest = read_manifest(step.folder)
+    problems = verify_shards(step.folder)
+    if problems:
+        log.error("  %s; make the shards again with --verify (LENS_VERIFY=true)", problems[0])
     return result(
         step,
-        {
-            "dataset version": manifest.dataset_version,
-            "shards": len(manifest.shards),
-            "samples": sum(shard.samples for shard in manifest.shards),
-            "MB": sum(shard.bytes for shard in manifest.shards) / 1e6,
-        },
+        _described(manifest),
+        checks=(
+            dg.AssetCheckResult(
+                check_name="manifest_is_whole",
+                passed=not problems,
+                metadata=_counted(problems),
+            ),
+        ),
     )
 
 
-@dg.asset(
-    key=CLOUD,
+def _described(manifest: "Manifest") -> dict[str, Any]:
+    """What the UI shows of shards, wherever they lie."""
+    import pandas as pd
+
+    rows = pd.DataFrame([vars(shard) for shard in manifest.shards[:SHOWN]])
+    return {
+        "dataset version": manifest.dataset_version,
+        "shards": len(manifest.shards),
+        "samples": sum(shard.samples for shard in manifest.shards),
+        "MB": sum(shard.bytes for shard in manifest.shards) / 1e6,
+        "format": dg.MetadataValue.json(manifest.format),
+        "table": table(
+            rows.assign(MB=rows["bytes"] / 1e6, sha256=rows["sha256"].str[:12])[
+                ["name", "split", "samples", "n_lens", "n_nonlens", "MB", "sha256"]
+            ]
+        ),
+    }
+
+
+def _counted(problems: list[str]) -> dict[str, Any]:
+    return {"problems": len(problems), "at most": 0, "first": "; ".join(problems[:5])}
+
+
+@stage(
+    CLOUD,
+    modules=(PUBLISH,),
+    by_chance=True,
     deps=[SHARDS],
     group_name="data",
     kinds={"webdataset"},
-    code_version=code_version(PUBLISH),
+    freshness_policy=WEEKLY_DATA,
     check_specs=[
         dg.AssetCheckSpec(
             "cloud_equals_manifest",
@@ -81,8 +131,12 @@ def lens_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.Materia
     ],
 )
 def cloud_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.MaterializeResult:
-    """The shards at LENS_CLOUD_URL (a folder, `s3://`, `gs://`), under their version, verified."""
+    """The shards where every machine can read them, under their version, compared once there.
+
+    At LENS_CLOUD_URL: a folder, `s3://`, `gs://`.
+    """
     from lens_pipeline.shards.cloud import publish_shards, published_problems
+    from lens_pipeline.shards.manifest import read_manifest
 
     settings = lens.settings
     begun = time.perf_counter()
@@ -103,50 +157,50 @@ def cloud_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.Materi
     return result(
         step,
         {
-            "dataset version": published.dataset_version,
+            **_described(read_manifest(shards)),
             "uploaded": len(published.uploaded),
             "already there": len(published.skipped),
-            "MB": published.bytes / 1e6,
+            "uploaded MB": published.bytes / 1e6,
         },
         checks=(
             dg.AssetCheckResult(
                 check_name="cloud_equals_manifest",
                 passed=not problems,
-                metadata={"problems": len(problems), "first": "; ".join(problems[:5])},
+                metadata=_counted(problems),
             ),
         ),
         location=published.url,
     )
 
 
-def observed_shards() -> dg.SourceAsset:
+def observed_shards() -> dg.AssetsDefinition:
     """`cloud_shards` where another deployment publishes them: the newest version at LENS_SOURCE is
     observed, and what was made from an older one is then out of date."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", dg.BetaWarning)
 
-        @dg.observable_source_asset(
-            key=CLOUD,
-            group_name="data",
-            description="The newest version of the shards that are published at LENS_SOURCE.",
+    def cloud_shards(lens: LensHome) -> dg.ObserveResult:
+        from lens_pipeline.shards.cloud import published_version
+        from lens_pipeline.shards.manifest import read_manifest
+
+        settings = lens.settings
+        url = published_version(settings.source, settings.storage_options)
+        manifest = read_manifest(url, settings.storage_options)
+        return dg.ObserveResult(
+            asset_key=CLOUD,
+            data_version=dg.DataVersion(manifest.dataset_version[:32]),
+            metadata={
+                "location": url,
+                "content": manifest.dataset_version,
+                **_described(manifest),
+            },
         )
-        def cloud_shards(lens: LensHome) -> dg.ObserveResult:
-            from lens_pipeline.shards.cloud import published_version
-            from lens_pipeline.shards.manifest import read_manifest
 
-            settings = lens.settings
-            url = published_version(settings.source, settings.storage_options)
-            manifest = read_manifest(url, settings.storage_options)
-            return dg.ObserveResult(
-                data_version=dg.DataVersion(manifest.dataset_version[:32]),
-                metadata={
-                    "location": url,
-                    "content": manifest.dataset_version,
-                    "dataset version": manifest.dataset_version,
-                    "shards": len(manifest.shards),
-                    "samples": sum(shard.samples for shard in manifest.shards),
-                    "MB": sum(shard.bytes for shard in manifest.shards) / 1e6,
-                },
-            )
-
-    return cloud_shards
+    spec = dg.AssetSpec(
+        CLOUD,
+        group_name="data",
+        kinds={"webdataset"},
+        owners=OWNERS,
+        metadata=source_of(cloud_shards),
+        description="The newest version of the shards that are published at LENS_SOURCE.",
+    )
+    with quiet():
+        return dg.multi_observable_source_asset(specs=[spec])(cloud_shards)

@@ -1,15 +1,18 @@
 """What every asset does: run its step, find its inputs, say what came out."""
 
+import functools
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, NoAnswerError, masked
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Recipe, Step, digest, run_step, source_hashes
 
@@ -26,9 +29,82 @@ ENSEMBLE = dg.AssetKey("lens_ensemble")
 EVALUATION = dg.AssetKey("ensemble_evaluation")
 REGISTERED = dg.AssetKey("registered_ensemble")
 
+OWNERS = ("team:lens-finding",)
+# What fails by chance: a store or server that is gone for a while, a worker that is killed. After
+# 10 s, and once more 30 s later; stores have been asked for longer by then.
+AGAIN = dg.RetryPolicy(max_retries=2, delay=10, backoff=dg.Backoff.EXPONENTIAL)
+# Data are made anew at the head of each weekly retraining. A day late is worth a look; three, and
+# it must be mended within the week for the next one to have anything new to learn from.
+WEEKLY_DATA = dg.FreshnessPolicy.time_window(
+    fail_window=timedelta(days=10), warn_window=timedelta(days=8)
+)
+# One retraining may fail and be repeated at leisure, for the champion goes on scoring; two in a row
+# mean that the registry has stopped following the survey.
+WEEKLY_MODEL = dg.FreshnessPolicy.time_window(
+    fail_window=timedelta(days=15), warn_window=timedelta(days=8)
+)
+
 
 def checkpoint_key(member: str) -> dg.AssetKey:
     return dg.AssetKey(["checkpoints", member])
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An asset that is still to be told whether it is tried again: see `stage`."""
+
+    body: Callable[..., dg.MaterializeResult]
+    declared: Mapping[str, Any]
+    by_chance: bool
+
+    def asset(self, retries: bool = True) -> dg.AssetsDefinition:
+        """retries: whether what failed by chance is tried again, as where nobody waits for it."""
+        again = self.by_chance and retries
+        declare = dg.asset(**self.declared, retry_policy=AGAIN if again else None)
+        return declare(bad_input_is_final(self.body) if again else self.body)
+
+
+def source_of(body: Callable[..., Any]) -> dict[str, Any]:
+    """The file and line of an asset's function, as metadata that the UI shows with the asset.
+
+    `dagster.with_source_code_references` would name those of what is wrapped round it.
+    """
+    code = body.__code__
+    with quiet():
+        place = dg.LocalFileCodeReference(
+            file_path=code.co_filename, line_number=code.co_firstlineno
+        )
+        references = dg.CodeReferencesMetadataValue(code_references=[place])
+    return {"dagster/code_references": references}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Of what of Dagster may still change: it would tell every user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        yield
+
+
+def stage(
+    key: dg.AssetKey, *, modules: tuple[str, ...], by_chance: bool, **declared: Any
+) -> Callable[[Callable[..., dg.MaterializeResult]], Stage]:
+    """Declares an asset of the pipeline; `declared` is what else `dagster.asset` takes.
+
+    modules: the library modules that it runs; by_chance: whether it needs what may be gone for a
+    while (a network, a server, a worker).
+    """
+
+    def declare(body: Callable[..., dg.MaterializeResult]) -> Stage:
+        common = {
+            "key": key,
+            "owners": OWNERS,
+            "code_version": code_version(*modules),
+            "metadata": source_of(body),
+        }
+        return Stage(body, common | declared, by_chance)
+
+    return declare
 
 
 @dataclass(frozen=True)
@@ -85,13 +161,21 @@ def run_stage(
     return step
 
 
-@contextmanager
-def bad_input_is_final() -> Iterator[None]:
+def bad_input_is_final(
+    body: Callable[..., dg.MaterializeResult],
+) -> Callable[..., dg.MaterializeResult]:
     """Of a step that is tried again: not for bad input, which stays what it is."""
-    try:
-        yield
-    except InputError as problem:
-        raise dg.Failure(str(problem), allow_retries=False) from problem
+
+    @functools.wraps(body)
+    def guarded(*arguments: Any, **named: Any) -> dg.MaterializeResult:
+        try:
+            return body(*arguments, **named)
+        except NoAnswerError:
+            raise
+        except InputError as problem:
+            raise dg.Failure(str(problem), allow_retries=False) from problem
+
+    return guarded
 
 
 def in_a_process(
@@ -118,21 +202,55 @@ def in_a_process(
         raise
 
 
+def link(address: str | None, otherwise: str | dg.MetadataValue) -> str | dg.MetadataValue:
+    """A link as metadata, or what is shown where there is no such page."""
+    return dg.MetadataValue.url(address) if address else otherwise
+
+
+def linked_table(
+    rows: "pd.DataFrame", links: Mapping[str, Mapping[str, str | None]]
+) -> dg.MetadataValue:
+    """A data frame as a table in Markdown, whose cells may be links.
+
+    links: {column: {what stands in a cell: the address it leads to, if any}}.
+    """
+
+    def cell(column: str, value: Any) -> str:
+        text = _shown(value).replace("|", "\\|")
+        address = links.get(column, {}).get(text)
+        return f"[{text}]({address})" if address else text
+
+    lines = [[str(name) for name in rows], ["---"] * len(rows.columns)]
+    lines += [[cell(str(name), value) for name, value in row.items()] for _, row in rows.iterrows()]
+    return dg.MetadataValue.md("\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+def column_schema(rows: "pd.DataFrame", help_of: Mapping[str, str]) -> dg.TableSchema:
+    """The columns of a table as the UI lists them, those that are known with what they mean."""
+    return dg.TableSchema(
+        [
+            dg.TableColumn(str(name), type=str(kind), description=help_of.get(str(name)))
+            for name, kind in rows.dtypes.items()
+        ]
+    )
+
+
 def table(rows: "pd.DataFrame") -> dg.TableMetadataValue:
     """A data frame as metadata that the UI shows as a table."""
     return dg.MetadataValue.table(
         [
             dg.TableRecord({str(name): _shown(value) for name, value in row.items()})
             for _, row in rows.iterrows()
-        ]
+        ],
+        dg.TableSchema([dg.TableColumn(str(name)) for name in rows]),
     )
 
 
 def _shown(value: Any) -> str:
-    """A cell of a table: three digits, and nothing where there is nothing."""
+    """A cell of a table: three digits, nothing where there is nothing, no secret of a URL."""
     if value is None or value != value:
         return ""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else masked(str(value))
 
 
 def result(
@@ -159,16 +277,28 @@ def result(
 def drawn(name: str, of: Step, draw: Callable[[], bytes], settings: Settings) -> Path:
     """The PNG or JPEG file `name`, drawn from what a step made by a function of `plots`.
 
-    It is a step of its own: with another colour it is drawn again, and no network trained again.
+    With another colour it is drawn again, and no network trained again.
     """
-    recipe = Recipe(
-        stage=f"picture/{name}",
-        modules=("lens_pipeline.evaluation.plots",),
-        libraries=("matplotlib",),
-        inputs={"step": of.content},
-    )
-    root = settings.home / "pictures"
-    step = run_step(recipe, root, lambda out: (out / name).write_bytes(draw()))
+    plots = "lens_pipeline.evaluation.plots"
+    return derived("pictures", name, of, draw, settings, (plots,), ("matplotlib",))
+
+
+def derived(
+    kind: str,
+    name: str,
+    of: Step,
+    content: Callable[[], bytes],
+    settings: Settings,
+    modules: tuple[str, ...],
+    libraries: tuple[str, ...],
+) -> Path:
+    """The file `name` among those of a kind, of what a step made. It is a step of its own: what is
+    only looked at is written once, and nothing else is made again when it changes.
+
+    modules, libraries: see `Recipe`.
+    """
+    recipe = Recipe(f"{kind}/{name}", modules, libraries, inputs={"step": of.content})
+    step = run_step(recipe, settings.home / kind, lambda out: (out / name).write_bytes(content()))
     return step.folder / name
 
 

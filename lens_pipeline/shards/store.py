@@ -32,7 +32,7 @@ from tqdm import tqdm
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest, difference
 from lens_pipeline.steps import write_aside
-from lens_pipeline.storage import locate, protocol_of
+from lens_pipeline.storage import FINAL, lacks_credentials, locate, protocol_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -42,10 +42,6 @@ FIRST_PAUSE = 0.25
 BEHIND_THE_END = ("InvalidRange", "416")
 NOT_SHOWN = (403, 410)  # what web servers may answer for what is not there
 BAD_SIGNATURE = ("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken", "ExpiredToken")
-FINAL = (
-    *(FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError),
-    *(InputError, TypeError, ValueError),
-)
 IN_MEMORY = 10**9  # bytes of objects that are fetched
 BLOCK = 2**26  # bytes that are asked for at once: what a lost connection costs
 
@@ -311,7 +307,7 @@ class Store:
             except FINAL:
                 raise
             except Exception as problem:
-                if "Credentials" in type(problem).__name__:  # botocore's, which no import needs
+                if lacks_credentials(problem):
                     raise InputError(
                         f"{self.url}: there are no credentials for it ({_words(problem)}); give "
                         "them through the environment, as the provider's tools take them"

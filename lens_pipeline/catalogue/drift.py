@@ -1,0 +1,103 @@
+"""What the pixels of a dataset are like, and whether those of a new version are like the last's."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from lens_pipeline.catalogue.dataset import PARTS, Dataset
+
+Array = NDArray[np.floating]
+
+SAMPLE = 2**22  # pixels of a band that its statistics are of: a thousand cutouts of 64 x 64
+BLOCK = 2**24  # bytes that are read at a time
+BRIGHT = 0.99  # the quantile that tells of the galaxies, where the median tells of the sky
+MAD_TO_SIGMA = 1.4826  # of a normal distribution
+
+# The most that a band may change from one version to the next, each with its scale.
+MOST: Mapping[str, float] = {
+    # Of the noise. What sky subtraction leaves differs by less from one night to another.
+    "median": 0.25,
+    # Of itself. Pixels are in units of the background's noise, whatever the depth: a fifth more or
+    # less is noise of another kind (resampled, weighted otherwise), or another calibration of it.
+    "sigma": 0.2,
+    # Of itself. It is half a magnitude: other galaxies, another zero point, bands in another order.
+    "bright": 0.4,
+}
+
+
+def pixel_statistics(dataset: Dataset) -> dict[str, Any]:
+    """What a dataset's pixels are like, for JSON.
+
+    `non_finite`: {split: how many pixels are NaN or infinite}; `bands`, in their order, and
+    `units`; `statistics`: {band: the `band_statistics` of the training split}, of cutouts drawn
+    once for all time where there are more than SAMPLE pixels.
+    """
+    train = dataset.images("train")
+    most = max(1, SAMPLE // train[0, 0].size)
+    drawn = np.arange(len(train))
+    if most < len(train):
+        drawn = np.sort(np.random.default_rng(0).choice(drawn, most, replace=False))
+    return {
+        "non_finite": {part: _non_finite(dataset, part) for part in PARTS},
+        "bands": list(dataset.format.bands),
+        "units": dataset.format.units,
+        "statistics": {
+            name: band_statistics(train[drawn, number])
+            for number, name in enumerate(dataset.format.bands)
+        },
+    }
+
+
+def band_statistics(pixels: Array) -> dict[str, float]:
+    """Statistics that a few odd pixels do not move, of those that are finite, in their unit.
+
+    `median`; `sigma`: 1.4826 times the median absolute deviation from it; `bright`: by how much the
+    99th percentile exceeds it.
+    """
+    finite = pixels[np.isfinite(pixels)]
+    median = np.median(finite)
+    return {
+        "median": float(median),
+        "sigma": float(MAD_TO_SIGMA * np.median(np.abs(finite - median))),
+        "bright": float(np.quantile(finite, BRIGHT) - median),
+    }
+
+
+def _non_finite(dataset: Dataset, part: str) -> int:
+    n, *shape = dataset.images(part).shape
+    block = np.empty((max(1, BLOCK // (4 * int(np.prod(shape)))), *shape), dtype=np.float32)
+    with dataset.open_images(part) as file:
+        return sum(int(np.sum(~np.isfinite(images))) for images in file.blocks(0, n, block))
+
+
+def other_format(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """How the bands or units of two `pixel_statistics` differ; empty where they are the same."""
+    pairs = {
+        "bands": [", ".join(one["bands"]) for one in (now, before)],
+        "units": [one["units"] for one in (now, before)],
+    }
+    return "; ".join(f"the {what} are {a}, were {b}" for what, (a, b) in pairs.items() if a != b)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> pd.DataFrame:
+    """How far the bands of two `pixel_statistics` of one format differ: one row for each band and
+    statistic.
+
+    `band`, `statistic`, `before`, `now`, and `change`: the difference of these two in units of the
+    larger `sigma` for a median, of the larger of both for what is a width; `at_most`, see MOST.
+    """
+    rows = []
+    for band, statistics in now["statistics"].items():
+        was = before["statistics"][band]
+        for name, most in MOST.items():
+            unit = "sigma" if name == "median" else name
+            scale = max(was[unit], statistics[unit])
+            difference = abs(statistics[name] - was[name])
+            # Without a scale (a band that is black almost everywhere) any difference is one.
+            change = difference / scale if scale > 0 else float(difference > 0)
+            rows.append((band, name, was[name], statistics[name], change, most))
+    names = ["band", "statistic", "before", "now", "change", "at_most"]
+    return pd.DataFrame(rows, columns=names)

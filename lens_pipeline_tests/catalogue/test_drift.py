@@ -1,0 +1,118 @@
+"""What pixels are like, by NumPy's and astropy's own formulas, and how far two versions differ."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from astropy.stats import mad_std
+
+from lens_pipeline.catalogue.dataset import Dataset, open_dataset
+from lens_pipeline.catalogue.drift import (
+    MOST,
+    SAMPLE,
+    band_statistics,
+    changes,
+    other_format,
+    pixel_statistics,
+)
+
+
+def statistics_of(**bands: np.ndarray) -> dict[str, Any]:
+    found = {name: band_statistics(pixels) for name, pixels in bands.items()}
+    return {"bands": list(bands), "units": "background_sigma", "statistics": found}
+
+
+def test_the_statistics_of_a_band_are_those_of_numpy_and_astropy() -> None:
+    pixels = np.random.default_rng(1).lognormal(size=(7, 31, 33)).astype(np.float32)
+    found = band_statistics(pixels)
+    assert found["median"] == pytest.approx(np.median(pixels))
+    assert found["sigma"] == pytest.approx(mad_std(pixels), rel=1e-4)
+    assert found["bright"] == pytest.approx(np.percentile(pixels, 99) - np.median(pixels))
+    spoilt = pixels.copy()
+    spoilt[0, 0, :3] = (np.nan, np.inf, -np.inf)
+    assert band_statistics(spoilt) == pytest.approx(found, rel=0.01)
+
+
+def test_a_dataset_is_measured_on_its_training_split_band_by_band(dataset: Dataset) -> None:
+    found = pixel_statistics(dataset)
+    train = np.asarray(dataset.images("train"))
+    assert train.size < SAMPLE  # so all of it is looked at
+    assert found["bands"] == ["g", "r", "i"]
+    for number, statistics in enumerate(found["statistics"].values()):
+        assert statistics["median"] == pytest.approx(np.median(train[:, number]))
+    assert found["units"] == "background_sigma"
+    assert found["non_finite"] == {"train": 0, "val": 0, "test": 0, "unlabelled": 0}
+
+
+def test_a_large_dataset_is_measured_on_a_sample_that_stays_the_same(tmp_path: Path) -> None:
+    """Of cutouts that alternate, as simulated pairs do, a sample must not take every second."""
+    n = 2 * SAMPLE // 128**2
+    pixels = np.random.default_rng(0).normal(size=(n, 1, 128, 128)).astype(np.float32)
+    pixels[::2] += 1
+    facts = '{"bands": ["r"], "image_size": 128, "units": "flux", "pixel_scale": null}'
+    (tmp_path / "dataset.json").write_text(facts)
+    for part in ("train", "val", "test", "unlabelled"):
+        np.save(tmp_path / f"{part}.npy", pixels if part == "train" else pixels[:2])
+    found = pixel_statistics(open_dataset(tmp_path))
+    assert found == pixel_statistics(open_dataset(tmp_path))
+    assert found["statistics"]["r"]["median"] == pytest.approx(np.median(pixels), abs=0.1)
+    assert found["statistics"]["r"]["sigma"] == pytest.approx(mad_std(pixels), rel=0.1)
+
+
+def test_pixels_that_are_not_finite_are_counted_in_every_split(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    for path in dataset.folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for part, bad in (("train", [np.nan, np.inf, -np.inf]), ("unlabelled", [np.nan])):
+        images = np.load(tmp_path / f"{part}.npy", mmap_mode="r+")
+        images[-1, 0, 0, : len(bad)] = bad
+        images.flush()
+    found = pixel_statistics(open_dataset(tmp_path))["non_finite"]
+    assert found == {"train": 3, "val": 0, "test": 0, "unlabelled": 1}
+
+
+@pytest.mark.parametrize(
+    ("statistic", "altered", "change"),
+    [
+        ("median", lambda pixels: pixels + 0.5, 0.5),
+        ("sigma", lambda pixels: 2 * pixels, 0.5),
+        ("bright", lambda pixels: np.where(pixels > 2, 4 * pixels, pixels), 0.75),
+    ],
+)
+def test_each_statistic_tells_of_its_own_change(
+    statistic: str, altered: Callable[[np.ndarray], np.ndarray], change: float
+) -> None:
+    pixels = np.random.default_rng(2).normal(size=(50, 32, 32))
+    before = statistics_of(g=pixels, r=pixels)
+    now = statistics_of(g=pixels, r=altered(pixels))
+    found = changes(before, now).set_index(["band", "statistic"])
+    assert found.loc[("r", statistic), "change"] == pytest.approx(change, abs=0.02)
+    assert found.loc[("r", statistic), "change"] > MOST[statistic]
+    assert (found.loc["g", "change"] == 0).all()
+    backward = changes(now, before).set_index(["band", "statistic"])
+    assert backward["change"].to_dict() == pytest.approx(found["change"].to_dict())
+
+
+def test_another_draw_of_the_same_sky_is_no_change() -> None:
+    one, other = (np.random.default_rng(seed).normal(size=(50, 32, 32)) for seed in (3, 4))
+    found = changes(statistics_of(g=one), statistics_of(g=other))
+    assert (found["change"] < 0.2 * found["at_most"]).all()
+
+
+def test_a_band_that_is_black_almost_everywhere_can_be_compared() -> None:
+    black = np.zeros((50, 32, 32))
+    assert (changes(statistics_of(g=black), statistics_of(g=black))["change"] == 0).all()
+    found = changes(statistics_of(g=black), statistics_of(g=black + 0.1)).set_index("statistic")
+    assert found.loc["median", "change"] == 1
+
+
+def test_other_bands_and_units_are_told() -> None:
+    pixels = np.random.default_rng(5).normal(size=(5, 32, 32))
+    before, now = statistics_of(g=pixels, r=pixels), statistics_of(r=pixels)
+    assert other_format(before, now) == "the bands are r, were g, r"
+    assert other_format(now, now) == ""
+    picture = {**now, "units": "composite"}
+    assert other_format(now, picture) == "the units are composite, were background_sigma"

@@ -1,0 +1,231 @@
+"""What is checked of a dataset and its shards, on small catalogues of noise."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import numpy as np
+import pandas as pd
+import pytest
+
+from lens_pipeline.catalogue.dataset import open_dataset
+from lens_pipeline.defs.dataset import cutout_catalogue, processed_dataset
+from lens_pipeline.defs.resources import LensHome
+from lens_pipeline.defs.shards import cloud_shards, lens_shards
+from lens_pipeline.defs.stages import DATASET, SHARDS
+from lens_pipeline.shards.manifest import read_manifest
+
+STAGES = [one.asset() for one in (cutout_catalogue, processed_dataset, lens_shards, cloud_shards)]
+N = 90
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    with dg.DagsterInstance.ephemeral() as ephemeral:
+        yield ephemeral
+
+
+@pytest.fixture
+def noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
+    """A catalogue's table: 30 cutouts a split, each second one a lens, of a stack of noise."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LENS_HOME", "home")
+    monkeypatch.setenv("LENS_IMAGE_SIZE", "32")
+    pixels = np.random.default_rng(3).normal(size=(N, 2, 32, 32)).astype(np.float32)
+    np.save(tmp_path / "stack.npy", pixels)
+    table = pd.DataFrame({"id": [f"c{i}" for i in range(N)], "label": np.arange(N) // 3 % 2})
+    table["path"] = [f"stack.npy#{i}" for i in range(N)]
+    table["split"] = np.array(["train", "val", "test"])[np.arange(N) % 3]
+    return table.assign(bands="r,g", flux_unit="background_sigma")
+
+
+def run(
+    table: pd.DataFrame,
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+    stages: int = 2,
+) -> dg.ExecuteInProcessResult:
+    """Materialise the first stages of a catalogue with this table."""
+    table.to_csv("table.csv", index=False)
+    monkeypatch.setenv("LENS_SOURCE", "table.csv")
+    return dg.materialize(
+        STAGES[:stages],
+        instance=instance,
+        resources={"lens": LensHome()},
+        raise_on_error=False,
+    )
+
+
+def checks_of(ran: dg.ExecuteInProcessResult) -> dict[str, dg.AssetCheckEvaluation]:
+    return {check.check_name: check for check in ran.get_asset_check_evaluations()}
+
+
+def figures(check: dg.AssetCheckEvaluation) -> dict[str, Any]:
+    return {name: value.value for name, value in check.metadata.items()}
+
+
+def test_a_sound_dataset_passes_and_each_check_shows_its_figure(
+    noise: pd.DataFrame, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = run(noise, instance, monkeypatch, stages=4)
+    assert ran.success
+    checks = checks_of(ran)
+    assert all(check.passed for check in checks.values()), checks
+    blocking = {name for name, check in checks.items() if check.blocking}
+    assert blocking == {
+        "no_group_spans_two_splits",
+        "every_split_holds_both_classes",
+        "all_pixels_are_finite",
+        "manifest_is_whole",
+        "cloud_equals_manifest",
+    }
+    of_classes = figures(checks["every_split_holds_both_classes"])
+    assert (of_classes["fewest of a class"], of_classes["at least"]) == (15, 10)
+    assert of_classes["lens fraction of val"] == 0.5
+    assert figures(checks["all_pixels_are_finite"])["non-finite pixels"] == 0
+    first = figures(checks["bands_are_as_in_the_last_version"])
+    assert first == {"compared": "there is no earlier version to compare with"}
+    assert figures(checks["manifest_is_whole"])["problems"] == 0
+
+
+def test_a_split_with_few_lenses_is_warned_of(
+    noise: pd.DataFrame, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lenses = noise.index[(noise["split"] == "val") & (noise["label"] == 1)]
+    noise.loc[lenses[3:], "label"] = 0
+    ran = run(noise, instance, monkeypatch, stages=3)
+    assert ran.success
+    check = checks_of(ran)["every_split_holds_both_classes"]
+    assert not check.passed
+    assert check.severity == dg.AssetCheckSeverity.WARN
+    found = figures(check)
+    assert (found["fewest of a class"], found["lenses in val"]) == (3, 3)
+    assert found["lens fraction of val"] == 0.1
+    assert found["lens fraction of test"] == 0.5
+
+
+def test_a_split_without_lenses_stops_what_follows(
+    noise: pd.DataFrame, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which building a dataset refuses itself: here it is one that something else has left."""
+    assert run(noise, instance, monkeypatch).success
+    (facts,) = Path("home").glob("dataset/*/dataset.json")
+    facts.chmod(0o644)
+    facts.write_text(facts.read_text().replace('"n_lens": 15', '"n_lens":  0', 1))
+    ran = run(noise, instance, monkeypatch, stages=3)
+    check = checks_of(ran)["every_split_holds_both_classes"]
+    assert not check.passed
+    assert check.severity == dg.AssetCheckSeverity.ERROR
+    assert figures(check)["fewest of a class"] == 0
+    assert not ran.asset_materializations_for_node("lens_shards")
+
+
+def test_a_pixel_that_is_not_finite_stops_what_follows(
+    noise: pd.DataFrame, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which reading an image mends or refuses itself: here a disk has changed it."""
+    assert run(noise, instance, monkeypatch).success
+    (images,) = Path("home").glob("dataset/*/test.npy")
+    images.chmod(0o644)
+    pixels = np.load(images, mmap_mode="r+")
+    pixels[4, 1, 0, :2] = (np.nan, np.inf)
+    pixels.flush()
+    for measured in Path("home").glob("statistics/*/pixels.json"):
+        measured.unlink()
+    ran = run(noise, instance, monkeypatch, stages=3)
+    check = checks_of(ran)["all_pixels_are_finite"]
+    assert not check.passed
+    found = figures(check)
+    assert (found["non-finite pixels"], found["at most"]) == (2, 0)
+    assert (found["of these in test"], found["of these in train"]) == (2, 0)
+    assert not ran.asset_materializations_for_node("lens_shards")
+
+
+def test_a_version_is_compared_with_the_last_one_that_has_other_content(
+    noise: pd.DataFrame, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bands_check() -> dg.AssetCheckEvaluation:
+        ran = run(noise, instance, monkeypatch)
+        assert ran.success
+        return checks_of(ran)["bands_are_as_in_the_last_version"]
+
+    assert "compared" in figures(bands_check())
+    pixels = np.load("stack.npy")
+    pixels[:, 1] += 0.5  # a sky that was subtracted otherwise
+    np.save("stack.npy", pixels)
+    for _ in range(2):  # made, then reused: compared with the same one
+        check = bands_check()
+        assert not check.passed
+        assert check.severity == dg.AssetCheckSeverity.WARN
+        assert not check.blocking
+        found = figures(check)
+        assert found["of"] == "median of g"
+        assert found["largest change"] == pytest.approx(0.5, abs=0.05)
+        assert found["at most"] == 0.25
+    pixels += 0.01
+    np.save("stack.npy", pixels)
+    check = bands_check()
+    assert check.passed
+    assert figures(check)["largest change"] < 0.05
+
+
+def test_other_bands_than_in_the_last_version_are_told(
+    noise: pd.DataFrame, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(noise, instance, monkeypatch).success
+    monkeypatch.setenv("LENS_BANDS", "r")
+    check = checks_of(run(noise, instance, monkeypatch))["bands_are_as_in_the_last_version"]
+    assert not check.passed
+    assert figures(check) == {"compared": "the bands are r, were r, g"}
+
+
+def test_a_damaged_shard_is_named_and_not_published(
+    noise: pd.DataFrame,
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert run(noise, instance, monkeypatch, stages=3).success
+    (tar,) = Path("home").glob("shards/*/val-000000.tar")
+    content = bytearray(tar.read_bytes())
+    content[3000] ^= 1
+    tar.chmod(0o644)
+    tar.write_bytes(content)
+    ran = run(noise, instance, monkeypatch, stages=4)
+    check = checks_of(ran)["manifest_is_whole"]
+    assert not check.passed
+    found = figures(check)
+    assert found["problems"] == 1
+    assert "val-000000.tar: has sha256" in found["first"]
+    assert not ran.asset_materializations_for_node("cloud_shards")
+    assert "make the shards again with --verify" in caplog.text
+    monkeypatch.setenv("LENS_VERIFY", "true")
+    assert run(noise, instance, monkeypatch, stages=4).success
+
+
+def test_tables_show_the_splits_the_columns_and_the_shards(
+    noise: pd.DataFrame, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise.loc[:8, "label"] = None
+    ran = run(noise, instance, monkeypatch, stages=3)
+    assert ran.success
+    events = [event.step_materialization_data for event in ran.get_asset_materialization_events()]
+    shown = {event.materialization.asset_key: event.materialization.metadata for event in events}
+    catalogue = shown[dg.AssetKey("cutout_catalogue")]
+    splits = {r.data["split"]: r.data for r in catalogue["splits"].records}
+    assert {part: of["n"] for part, of in splits.items()} == {
+        "train": "27",
+        "val": "27",
+        "test": "27",
+        "unlabelled": "9",
+    }
+    columns = {c.name: c for c in catalogue["dagster/column_schema"].schema.columns}
+    assert set(columns) >= set(noise)
+    assert "0 not" in (columns["label"].description or "")
+    dataset = open_dataset(shown[DATASET]["location"].value)
+    counted = {r.data["split"]: r.data["n_lens"] for r in shown[DATASET]["splits"].records}
+    assert counted == {p: str(of["n_lens"]) for p, of in dataset.facts["splits"].items()}
+    manifest = read_manifest(shown[SHARDS]["location"].value)
+    listed = [r.data["name"] for r in shown[SHARDS]["table"].records]
+    assert listed == [shard.name for shard in manifest.shards]

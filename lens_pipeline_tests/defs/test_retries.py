@@ -1,0 +1,124 @@
+"""What fails by chance is tried again, against a real S3 server that is unwell for a while."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import dagster as dg
+import fsspec
+import numpy as np
+import pandas as pd
+import pytest
+
+from lens_pipeline.defs import stages
+from lens_pipeline.defs.dataset import cutout_catalogue, processed_dataset
+from lens_pipeline.defs.resources import LensHome
+from lens_pipeline.errors import InputError, NoAnswerError
+from lens_pipeline_tests.faulty_proxy import FaultyProxy
+from lens_pipeline_tests.object_stores import GCSServer, S3Server
+
+Proxies = Callable[[S3Server | GCSServer], FaultyProxy]
+N = 90
+STAGES = (cutout_catalogue, processed_dataset)
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    with dg.instance_for_test() as persistent:  # another thread looks at it
+        yield persistent
+
+
+@pytest.fixture
+def proxy(
+    s3_bucket: str,
+    s3_server: S3Server,
+    faulty_proxy: Proxies,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> FaultyProxy:
+    """In front of the server where the catalogue and its images are, as LENS_SOURCE says."""
+    filesystem, root = fsspec.url_to_fs(s3_bucket, **s3_server.storage_options())
+    table = pd.DataFrame({"id": [f"c{i}" for i in range(N)], "label": np.arange(N) // 3 % 2})
+    table["path"] = [f"{i}.npy" for i in range(N)]
+    table["split"] = np.array(["train", "val", "test"])[np.arange(N) % 3]
+    images = tmp_path / "images"
+    images.mkdir()
+    for i, pixels in enumerate(np.random.default_rng(3).normal(size=(N, 1, 32, 32))):
+        np.save(images / f"{i}.npy", pixels)
+    table.to_csv(images / "table.csv", index=False)
+    filesystem.put([str(path) for path in images.iterdir()], root + "/")
+    through = faulty_proxy(s3_server)
+    monkeypatch.setenv("LENS_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LENS_IMAGE_SIZE", "32")
+    monkeypatch.setenv("LENS_SOURCE", f"{s3_bucket}/table.csv")
+    monkeypatch.setenv("LENS_STORAGE_OPTIONS", json.dumps(s3_server.storage_options(through.url)))
+    monkeypatch.setattr(stages, "AGAIN", stages.AGAIN._replace(delay=0.5))
+    return through
+
+
+def retries(ran: dg.ExecuteInProcessResult) -> list[str | None]:
+    return [
+        e.step_key for e in ran.all_events if e.event_type == dg.DagsterEventType.STEP_UP_FOR_RETRY
+    ]
+
+
+@pytest.mark.parametrize(
+    ("unwell", "tried_again"),
+    [(r"table\.csv", "cutout_catalogue"), (r"GET .*7\.npy", "processed_dataset")],
+)
+def test_a_store_that_is_unwell_for_a_while_costs_neither_the_run_nor_an_image(
+    proxy: FaultyProxy, instance: dg.DagsterInstance, unwell: str, tried_again: str
+) -> None:
+    proxy.every(1, status=503, only=unwell)
+    ended = threading.Event()
+
+    def recover() -> None:
+        kind = dg.DagsterEventType.STEP_UP_FOR_RETRY
+        while not ended.wait(0.1):
+            runs = instance.get_run_ids(limit=1)
+            if runs and instance.get_records_for_run(runs[0], of_type=kind).records:
+                proxy.pass_through()
+                return
+
+    recovery = threading.Thread(target=recover)
+    recovery.start()
+    try:
+        ran = dg.materialize(
+            [one.asset() for one in STAGES], instance=instance, resources={"lens": LensHome()}
+        )
+    finally:
+        ended.set()
+        recovery.join()
+    assert ran.success
+    assert retries(ran) == [tried_again]
+    shown = ran.asset_materializations_for_node("processed_dataset")[0].metadata
+    assert shown["rejects"].value == 0
+
+
+def test_where_somebody_waits_the_first_failure_comes_out_as_it_is(proxy: FaultyProxy) -> None:
+    proxy.every(1, status=503, only=r"table\.csv")
+    begun = time.monotonic()
+    with pytest.raises(NoAnswerError, match=r"s3://.*/table\.csv: its store fails"):
+        dg.materialize([cutout_catalogue.asset(retries=False)], resources={"lens": LensHome()})
+    assert time.monotonic() - begun < 60
+
+
+def test_bad_input_is_never_tried_again(
+    proxy: FaultyProxy,
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+    s3_bucket: str,
+) -> None:
+    monkeypatch.setenv("LENS_SOURCE", f"{s3_bucket}/nothing.csv")
+    resources = {"lens": LensHome()}
+    with pytest.raises(InputError, match="there is no such file or folder"):
+        dg.materialize([cutout_catalogue.asset(retries=False)], resources=resources)
+    ran = dg.materialize(
+        [cutout_catalogue.asset()], instance=instance, resources=resources, raise_on_error=False
+    )
+    assert not ran.success
+    assert retries(ran) == []
+    (failed,) = [e for e in ran.all_events if e.is_step_failure]
+    assert "there is no such file or folder" in str(failed.step_failure_data.error)

@@ -1,0 +1,156 @@
+"""What the main job checks and shows of networks, ensembles and versions."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+from sklearn.metrics import roc_auc_score
+
+from lens_pipeline.cli import main
+from lens_pipeline.registry import Registry
+from lens_pipeline.runner import open_instance
+from lens_pipeline.settings import Settings
+from lens_pipeline.tracking import Tracking
+
+PAGES = "http://mlflow.example:5000"
+
+
+def checks_of(home: Path) -> dict[tuple[str, str], dg.AssetCheckEvaluation]:
+    """The checks of the home's last run, by asset and name."""
+    with open_instance(Settings.load(home=home)) as instance:
+        (run_id,) = instance.get_run_ids(limit=1)
+        kind = dg.DagsterEventType.ASSET_CHECK_EVALUATION
+        records = instance.get_records_for_run(run_id, of_type=kind).records
+    events = [record.event_log_entry.dagster_event for record in records]
+    found = [event.asset_check_evaluation_data for event in events if event is not None]
+    return {(check.asset_key.to_user_string(), check.check_name): check for check in found}
+
+
+def shown_of(home: Path, asset: str) -> Mapping[str, dg.MetadataValue]:
+    """The metadata of an asset's last materialisation."""
+    with open_instance(Settings.load(home=home)) as instance:
+        event = instance.get_latest_materialization_event(dg.AssetKey(asset.split("/")))
+    assert event is not None
+    assert event.asset_materialization is not None
+    return event.asset_materialization.metadata
+
+
+def summary_of(home: Path) -> dict[str, Any]:
+    return json.loads((home / "reports" / "summary.json").read_text())
+
+
+def markdown_rows(value: dg.MetadataValue) -> list[dict[str, str]]:
+    lines = [line.strip("| ").split(" | ") for line in str(value.value).splitlines()]
+    return [dict(zip(lines[0], line, strict=False)) for line in lines[2:]]
+
+
+def test_a_network_is_judged_by_what_chance_leaves_of_its_auroc(home: Path) -> None:
+    """On 16 cutouts an AUROC of 0.6 is none."""
+    check = checks_of(home)["checkpoints/lastro", "better_than_chance"]
+    (scores,) = home.glob("checkpoints/lastro/*/val_scores.parquet")
+    table = pd.read_parquet(scores)
+    label, logit = table["label"].to_numpy(int), table["logit"].to_numpy()
+    auroc = roc_auc_score(label, logit)
+    random = np.random.default_rng(0)
+    classes = [np.flatnonzero(label == value) for value in (0, 1)]
+    draws = [
+        np.concatenate([random.choice(rows, len(rows)) for rows in classes]) for _ in range(2000)
+    ]
+    low = np.percentile([roc_auc_score(label[rows], logit[rows]) for rows in draws], 2.5)
+    assert check.metadata["AUROC"].value == pytest.approx(auroc)
+    assert check.metadata["lower 95 % bound"].value == pytest.approx(low, abs=0.04)
+    assert check.metadata["above"].value == 0.5
+    assert auroc > 0.5 > low
+    assert not check.passed
+    assert check.severity == dg.AssetCheckSeverity.WARN
+
+
+def test_calibration_is_judged_on_the_test_split(home: Path) -> None:
+    check = checks_of(home)["ensemble_evaluation", "probabilities_are_calibrated"]
+    error = summary_of(home)["ensemble"]["ece"]
+    assert check.metadata["calibration error"].value == error["value"]
+    assert check.metadata["upper 95 % bound"].value == error["high"]
+    assert check.metadata["at most"].value == 0.1
+    assert error["value"] > 0.1
+    assert not check.passed
+    assert check.severity == dg.AssetCheckSeverity.WARN
+
+
+def test_without_pages_of_mlflow_places_are_shown(home: Path) -> None:
+    shown = shown_of(home, "registered_ensemble")
+    assert shown["model version"].value == "1"
+    assert shown["report"].value == summary_of(home)["report"]
+    assert [row["version"] for row in markdown_rows(shown["versions"])] == ["1"]
+    run = shown_of(home, "checkpoints/lastro")["MLflow run"].value
+    assert MlflowClient(f"sqlite:///{home / 'mlflow.db'}").get_run(run).info.run_name == "lastro"
+
+
+def test_with_pages_of_mlflow_there_are_links_to_them(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LENS_MLFLOW_PAGE", f"{PAGES}/")
+    monkeypatch.setenv("LENS_GATE_MAX_ECE", "0.5")
+    assert main(["run", "--preset", "tiny", "--home", str(own_home)]) == 0
+    stages = summary_of(own_home)["stages"]
+    assert all(stage["reused"] for stage in stages.values())
+    client = MlflowClient(f"sqlite:///{own_home / 'mlflow.db'}")
+    version = client.get_model_version("lens_ensemble", "1")
+    run = client.get_run(version.run_id)
+    page = f"{PAGES}/#/experiments/{run.info.experiment_id}/runs"
+
+    shown = shown_of(own_home, "registered_ensemble")
+    assert shown["model version"].value == f"{PAGES}/#/models/lens_ensemble/versions/1"
+    assert shown["MLflow run"].value == f"{page}/{version.run_id}"
+    assert shown["report"].value == f"{page}/{version.run_id}/artifacts/report.html"
+    assert "report.html" in [artifact.path for artifact in client.list_artifacts(version.run_id)]
+    (row,) = markdown_rows(shown["versions"])
+    assert row["version"] == f"[1]({PAGES}/#/models/lens_ensemble/versions/1)"
+    assert row["aliases"] == "challenger"
+    assert float(row["AUROC"]) == pytest.approx(shown["AUROC"].value, abs=1e-5)
+    assert row["gate"] == version.tags["lens.gate"]
+    assert "the test set has" in row["gate"]
+
+    newest = client.search_runs([run.info.experiment_id], order_by=["attributes.start_time DESC"])
+    members = {found.info.run_name: found.info.run_id for found in reversed(newest)}
+    rows = markdown_rows(shown_of(own_home, "ensemble_evaluation")["members"])
+    assert [row["member"] for row in rows] == [
+        *(f"[{name}]({page}/{members[name]})" for name in ("light_transformer", "lastro")),
+        "ensemble",
+    ]
+    linked = shown_of(own_home, "checkpoints/lastro")["MLflow run"].value
+    assert linked == f"{page}/{members['lastro']}"
+
+    # The bound is the setting's, and a place of pages decides nothing.
+    check = checks_of(own_home)["ensemble_evaluation", "probabilities_are_calibrated"]
+    assert check.passed
+    assert check.metadata["at most"].value == 0.5
+    assert json.loads((own_home / "settings.json").read_text()) == {
+        "gate_max_ece": 0.5,
+        "preset": "tiny",
+    }
+
+
+def test_a_servers_address_is_that_of_its_pages(tmp_path: Path) -> None:
+    settings = Settings.load(
+        home=tmp_path, MLFLOW_TRACKING_URI="https://me:word@mlflow.example/base/"
+    )
+    assert settings.mlflow_pages == "https://mlflow.example/base"
+    assert Registry(settings).version_page("3") == (
+        "https://mlflow.example/base/#/models/lens_ensemble/versions/3"
+    )
+    assert Tracking(Settings.load(home=tmp_path)).run_page("run") is None
+
+
+def test_the_columns_of_the_scores_are_explained(home: Path) -> None:
+    shown = shown_of(home, "ensemble_evaluation")
+    scores = pd.read_parquet(summary_of(home)["scores"])
+    columns = {c.name: c for c in shown["dagster/column_schema"].schema.columns}
+    assert list(columns) == list(scores)
+    assert "Epistemic" in (columns["std"].description or "")
+    assert shown["dagster/row_count"].value == len(scores)
