@@ -63,7 +63,8 @@ FOLLOWS = {
 
 def with_follow_up(assets: Iterable[dg.AssetsDefinition]) -> list[dg.AssetsDefinition]:
     """The assets, the cheap ones with the condition under which they are made by themselves: anew
-    when what they follow was, unless a part of it failed and is still the old one.
+    when what they follow was, unless a part of it failed and is still the old one, or a blocking
+    check has refused it: beyond its own run that blocks nothing.
 
     Trainings have none: they are launched by the schedule, or by hand.
     """
@@ -76,11 +77,11 @@ def with_follow_up(assets: Iterable[dg.AssetsDefinition]) -> list[dg.AssetsDefin
         if not deps.intersection(follows):
             return spec
         ignored = dg.AssetSelection.assets(*(deps - {*follows}))
-        followed = dg.AutomationCondition.eager().ignore(ignored)
-        failed = dg.AutomationCondition.any_deps_match(dg.AutomationCondition.execution_failed())
-        return spec.replace_attributes(
-            automation_condition=(followed & ~failed.ignore(ignored)).with_label("follow_up")
-        )
+        when = dg.AutomationCondition
+        refused = when.any_checks_match(when.check_failed(), blocking_only=True)
+        spoilt = when.any_deps_match(when.execution_failed() | refused)
+        condition = (when.eager() & ~spoilt).ignore(ignored).with_label("follow_up")
+        return spec.replace_attributes(automation_condition=condition)
 
     return [asset.map_asset_specs(conditioned) for asset in assets]
 

@@ -13,7 +13,7 @@ from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.stages import (
     CATALOGUE,
     DATASET,
-    WEEKLY_DATA,
+    WEEKLY,
     Made,
     column_schema,
     derived,
@@ -135,7 +135,7 @@ def catalogue_of(settings: Settings, upstream: Made) -> "Catalogue":
     by_chance=True,  # the source may lie in a store
     group_name="data",
     kinds={"parquet"},
-    freshness_policy=WEEKLY_DATA,
+    freshness_policy=WEEKLY,
 )
 def cutout_catalogue(lens: LensHome) -> dg.MaterializeResult:
     """Which galaxies there are, and which of them are lenses: a validated table, one row a cutout.
@@ -210,7 +210,7 @@ def pixels_of(dataset: "Dataset", step: Step, settings: Settings) -> dict[str, A
     deps=[CATALOGUE],
     group_name="data",
     kinds={"numpy"},
-    freshness_policy=WEEKLY_DATA,
+    freshness_policy=WEEKLY,
     check_specs=[
         dg.AssetCheckSpec(
             "no_group_spans_two_splits",

@@ -15,7 +15,7 @@ from lens_pipeline.defs.stages import (
     ENSEMBLE,
     EVALUATION,
     REGISTERED,
-    WEEKLY_MODEL,
+    WEEKLY,
     Stage,
     link,
     linked_table,
@@ -56,7 +56,7 @@ def registry_stage(published: bool) -> Stage:
         deps=[EVALUATION, ENSEMBLE],
         group_name="ensemble",
         kinds={"mlflow"},
-        freshness_policy=WEEKLY_MODEL,
+        freshness_policy=WEEKLY,
     )
     def registered_ensemble(
         context: dg.AssetExecutionContext, lens: LensHome

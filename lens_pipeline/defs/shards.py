@@ -12,7 +12,7 @@ from lens_pipeline.defs.stages import (
     DATASET,
     OWNERS,
     SHARDS,
-    WEEKLY_DATA,
+    WEEKLY,
     log,
     made,
     quiet,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     deps=[DATASET],
     group_name="data",
     kinds={"webdataset"},
-    freshness_policy=WEEKLY_DATA,
+    freshness_policy=WEEKLY,
     check_specs=[
         dg.AssetCheckSpec(
             "manifest_is_whole",
@@ -120,7 +120,7 @@ def _counted(problems: list[str]) -> dict[str, Any]:
     deps=[SHARDS],
     group_name="data",
     kinds={"webdataset"},
-    freshness_policy=WEEKLY_DATA,
+    freshness_policy=WEEKLY,
     check_specs=[
         dg.AssetCheckSpec(
             "cloud_equals_manifest",

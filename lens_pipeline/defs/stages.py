@@ -33,15 +33,10 @@ OWNERS = ("team:lens-finding",)
 # What fails by chance: a store or server that is gone for a while, a worker that is killed. After
 # 10 s, and once more 30 s later; stores have been asked for longer by then.
 AGAIN = dg.RetryPolicy(max_retries=2, delay=10, backoff=dg.Backoff.EXPONENTIAL)
-# Data are made anew at the head of each weekly retraining. A day late is worth a look; three, and
-# it must be mended within the week for the next one to have anything new to learn from.
-WEEKLY_DATA = dg.FreshnessPolicy.time_window(
-    fail_window=timedelta(days=10), warn_window=timedelta(days=8)
-)
-# One retraining may fail and be repeated at leisure, for the champion goes on scoring; two in a row
-# mean that the registry has stopped following the survey.
-WEEKLY_MODEL = dg.FreshnessPolicy.time_window(
-    fail_window=timedelta(days=15), warn_window=timedelta(days=8)
+# Retraining is weekly, and not launched where nothing is new: a day late is worth a look, for the
+# survey may have sent nothing, and a month without anything new is not meant.
+WEEKLY = dg.FreshnessPolicy.time_window(
+    fail_window=timedelta(days=35), warn_window=timedelta(days=8)
 )
 
 

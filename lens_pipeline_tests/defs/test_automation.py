@@ -263,6 +263,26 @@ def test_no_ensemble_is_made_of_new_and_old_members(
     assert follow_up() == CHEAP_END
 
 
+def test_nothing_follows_what_a_blocking_check_has_refused(
+    instance: dg.DagsterInstance, follow_up: Callable[[], set[str]]
+) -> None:
+    def checked(name: str, passed: bool) -> None:
+        key = dg.AssetKey("processed_dataset")
+        instance.report_runless_asset_event(dg.AssetCheckEvaluation(key, name, passed))
+
+    checked("bands_are_as_in_the_last_version", passed=False)  # which only warns
+    made(instance, "processed_dataset")
+    assert follow_up() == {"lens_shards", "cloud_shards"}
+    for name in ("lens_shards", "cloud_shards"):
+        made(instance, name)
+    follow_up()
+    made(instance, "processed_dataset")
+    checked("no_group_spans_two_splits", passed=False)
+    assert follow_up() == set()
+    checked("no_group_spans_two_splits", passed=True)
+    assert follow_up() == {"lens_shards", "cloud_shards"}
+
+
 def test_an_alert_reaches_the_webhook_and_carries_no_secret(
     posted: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
