@@ -11,10 +11,10 @@ from lens_pipeline.defs.automation import (
     training,
     with_follow_up,
 )
-from lens_pipeline.defs.checkpoints import checkpoint_stages
+from lens_pipeline.defs.checkpoints import TRAIN, checkpoint_stages
 from lens_pipeline.defs.cleaning import cleaning
-from lens_pipeline.defs.dataset import cutout_catalogue, processed_dataset
-from lens_pipeline.defs.ensemble import ensemble_stage, evaluation_stage
+from lens_pipeline.defs.dataset import BUILD, SIMULATION, cutout_catalogue, processed_dataset
+from lens_pipeline.defs.ensemble import EVALUATE, ensemble_stage, evaluation_stage
 from lens_pipeline.defs.registry import registry_stage
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.sensors import failed_runs, new_challenger, source_changed
@@ -23,6 +23,10 @@ from lens_pipeline.defs.source import source_is_published
 from lens_pipeline.defs.tuning import tuning
 from lens_pipeline.presets import chosen_members
 from lens_pipeline.settings import Settings
+
+# A step's process is forked from one that has loaded these: else each would for itself, which is
+# most of what a small run takes.
+PRELOADED = ("lens_pipeline.definitions", SIMULATION, BUILD, TRAIN, EVALUATE, "mlflow")
 
 
 def make_definitions(settings: Settings, retries: bool = True) -> dg.Definitions:
@@ -48,9 +52,8 @@ def make_definitions(settings: Settings, retries: bool = True) -> dg.Definitions
         schedules=schedules(settings),
         sensors=[source_changed, new_challenger, failed_runs, follow_up],
         resources={"lens": LensHome()},
-        # A step's process is forked from one that has loaded these definitions already.
         executor=dg.multiprocess_executor.configured(
-            {"start_method": {"forkserver": {"preload_modules": ["lens_pipeline.definitions"]}}}
+            {"start_method": {"forkserver": {"preload_modules": [*PRELOADED]}}}
         ),
     )
 

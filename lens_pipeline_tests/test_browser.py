@@ -1,5 +1,6 @@
 """The pages as people use them, in a real browser. Screenshots go to build/screenshots."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,7 +67,9 @@ def test_every_asset_is_in_the_graph_in_its_group(served: Served, page: Page) ->
     page.goto(f"{served.dagster}/asset-groups/?expanded={quote(everything)}")
     for assets in GROUPS.values():
         for asset in assets:
-            expect(page.get_by_text(asset.rpartition("/")[2]).first).to_be_visible()
+            name = asset.rpartition("/")[2]
+            shortened = re.compile(f"^{name[:6]}.*{name[-6:]}$")  # as a long one is
+            expect(page.get_by_text(shortened).first).to_be_visible()
 
 
 def test_an_asset_is_made_by_a_click_and_shows_its_picture_and_its_table(
