@@ -1,6 +1,8 @@
 """Files wherever they lie: a local path, or a URL that fsspec knows (`s3://`, `gs://`, ...)."""
 
-from collections.abc import Iterator, Mapping
+import itertools
+import posixpath
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -10,6 +12,7 @@ import fsspec
 from lens_pipeline.errors import InputError, NoAnswerError
 
 CONNECT_LIMIT, READ_LIMIT = 10, 15  # seconds
+WORTH_LISTING = 20  # files of one folder
 TABLES = (".csv", ".parquet", ".fits", ".fit", ".vot", ".votable", ".xml")  # of a catalogue
 _SYNONYMS = {"s3a": "s3", "gcs": "gs"}
 # What a store raises of a thing that is as it is; all else may be over in a while.
@@ -72,6 +75,48 @@ def state_of(info: Mapping[str, Any]) -> str | None:
     says nothing of the kind."""
     changed = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified")
     return None if changed is None else f"{info['size']} {changed}"
+
+
+def states_of(
+    paths: Iterable[str], storage_options: Mapping[str, Any] | None = None
+) -> Iterator[tuple[str, str | None]]:
+    """(path, its `state_of`) in the order of the paths; None of what cannot be had, for what is
+    wrong is told when it is read.
+
+    A bucket is asked once for a thousand objects where it would else be asked for each. Raises
+    NoAnswerError where a store fails.
+    """
+    for folder, group in itertools.groupby(sorted(paths), posixpath.dirname):
+        together = list(group)
+        listed = _listed(folder, storage_options) if len(together) >= WORTH_LISTING else None
+        for path in together:
+            try:
+                filesystem, inside = locate(path, storage_options)
+                if listed is None:
+                    with asking(path):
+                        info = filesystem.info(inside)
+                else:
+                    info = listed[inside]
+                yield path, state_of(info)
+            except NoAnswerError:
+                raise
+            except Exception:  # noqa: BLE001  (each store has errors of its own)
+                yield path, None
+
+
+def _listed(folder: str, storage_options: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What a bucket says of all in a folder, by name; None of what is no bucket, or may not be
+    listed."""
+    if protocol_of(folder) not in ("s3", "gs"):
+        return None
+    filesystem, inside = locate(folder, storage_options)
+    try:
+        with asking(folder):
+            return {entry["name"]: entry for entry in filesystem.ls(inside, detail=True)}
+    except NoAnswerError:
+        raise
+    except Exception:  # noqa: BLE001  (each store has errors of its own)
+        return None
 
 
 def _defaults(protocol: str) -> dict[str, Any]:

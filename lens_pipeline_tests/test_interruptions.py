@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
 from lens_pipeline_tests.conftest import LENS_PIPELINE
+from lens_pipeline_tests.served import Served
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("LENS_", "MLFLOW_"))}
 
@@ -18,7 +20,9 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("LENS_",
 class Job:
     """The main job in a process group of its own."""
 
-    def __init__(self, home: Path, *more: str) -> None:
+    def __init__(
+        self, home: Path, *more: str, environment: Mapping[str, str] | None = None
+    ) -> None:
         command = [LENS_PIPELINE, "run", "--preset", "tiny", "--home", str(home), *more]
         self.log = home.with_name(f"{home.name}-{time.time_ns()}.log")
         self.process = subprocess.Popen(
@@ -26,7 +30,7 @@ class Job:
             stdout=self.log.open("wb"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=ENVIRONMENT,
+            env=ENVIRONMENT | dict(environment or {}),
         )
 
     def text(self) -> str:
@@ -48,8 +52,10 @@ class Job:
         return status, time.monotonic() - begun
 
 
-def finish(home: Path, *more: str) -> dict[str, object]:
-    job = Job(home, *more)
+def finish(
+    home: Path, *more: str, environment: Mapping[str, str] | None = None
+) -> dict[str, object]:
+    job = Job(home, *more, environment=environment)
     assert job.process.wait(timeout=300) == 0, job.text()
     return json.loads((home / "reports" / "summary.json").read_text())
 
@@ -117,11 +123,26 @@ def test_a_signal_ends_a_run_within_ten_seconds_and_the_next_goes_on(
 
 
 @pytest.mark.slow
-def test_two_runs_at_once_make_each_step_once(tmp_path: Path) -> None:
+def test_runs_at_once_on_a_fresh_home_make_each_step_once_and_one_champion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of the command line, one of the pages, which are opened meanwhile."""
     mine = tmp_path / "home"
-    jobs = [Job(mine), Job(mine)]
-    for job in jobs:
-        assert job.process.wait(timeout=300) == 0, job.text()
+    easy = {"LENS_GATE_MIN_LENS": "1", "LENS_GATE_MIN_NONLENS": "1", "LENS_GATE_MIN_AUROC": "0"}
+    for name, value in {**easy, "LENS_PRESET": "tiny"}.items():
+        monkeypatch.setenv(name, value)
+    jobs = [Job(mine, environment=easy), Job(mine, environment=easy)]
+    with Served(mine, tmp_path / "log") as served:
+        launched = served.launch("full_pipeline")
+        assert served.answers()
+        for job in jobs:
+            assert job.process.wait(timeout=600) == 0, job.text()
+        assert served.ended(launched, 300)["status"] == "SUCCESS", served.messages(launched)
+        client = MlflowClient(served.mlflow, served.mlflow)
+        assert [found.version for found in client.search_model_versions("")] == ["1"]
+        assert client.get_model_version_by_alias("lens_ensemble", "champion").version == "1"
+        said = [job.text() for job in jobs] + ["\n".join(served.messages(launched))]
     for step in ("cutout_catalogue", "checkpoints/lastro", "lens_ensemble", "registered_ensemble"):
-        made = [f"{step}: made" in job.text() for job in jobs]
-        assert made.count(True) == 1, step
+        assert [f"{step}: made" in text for text in said].count(True) == 1, step
+    stages = finish(mine, environment={**easy, "LENS_VERIFY": "true"})["stages"]
+    assert all(stage["reused"] for stage in stages.values())  # type: ignore[attr-defined]

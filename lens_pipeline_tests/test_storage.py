@@ -1,7 +1,7 @@
 """Places: what LENS_STORAGE_OPTIONS says reaches the store; what names a table."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from lens_pipeline.errors import NoAnswerError
-from lens_pipeline.storage import READ_LIMIT, asking, locate, names_table
+from lens_pipeline.storage import READ_LIMIT, asking, locate, names_table, states_of
+from lens_pipeline_tests.faulty_proxy import FaultyProxy
 from lens_pipeline_tests.object_stores import sign_in
 
 
@@ -110,3 +111,33 @@ def test_endpoint_and_who_pays_on_gcs(requests_seen: tuple[str, list[Any]]) -> N
 )
 def test_what_names_a_table(location: str, expected: bool) -> None:
     assert names_table(location) is expected
+
+
+@pytest.mark.parametrize("kind", ["s3", "gcs"])
+def test_a_bucket_is_listed_instead_of_asked_for_each_object(
+    kind: str, request: pytest.FixtureRequest, faulty_proxy: Callable[[Any], FaultyProxy]
+) -> None:
+    bucket: str = request.getfixturevalue(f"{kind}_bucket")
+    server = request.getfixturevalue(f"{kind}_server")
+    proxy = faulty_proxy(server)
+    options = server.storage_options(proxy.url)
+    filesystem, root = locate(bucket, server.storage_options())
+    names = [f"{bucket}/cutouts/{k:02d}.npy" for k in range(40)]
+    for name in names:
+        filesystem.pipe_file(f"{root}{name.removeprefix(bucket)}", name.encode())
+
+    def states(paths: list[str]) -> dict[str, str | None]:
+        return dict(states_of(paths, options))
+
+    before = states(names)
+    assert proxy.requests < 10
+    assert list(before) == names
+    assert states(names[:3]) == {name: before[name] for name in names[:3]}
+    filesystem.pipe_file(f"{root}/cutouts/07.npy", b"another")
+    filesystem.rm_file(f"{root}/cutouts/11.npy")
+    after = states(names)
+    assert [name[-6:-4] for name in names if after[name] != before[name]] == ["07", "11"]
+    assert after[names[11]] is None
+    proxy.every(1)
+    with pytest.raises(NoAnswerError):
+        states(names)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.fits_images import read_fits
 from lens_pipeline.errors import NoAnswerError
-from lens_pipeline.storage import asking, locate, state_of
+from lens_pipeline.storage import asking, locate, states_of
 
 SIGMA_UNITS = "background_sigma"
 COMPOSITE = "composite"
@@ -103,17 +103,8 @@ def files_fingerprint(references: Iterable[str], options: dict[str, Any] | None 
     pixels only to find that nothing changed would take hours.
     """
     digest = hashlib.sha256()
-    for path in sorted({file_of(reference) for reference in references}):
-        try:
-            filesystem, inside = locate(path, options)
-            with asking(path):
-                info = filesystem.info(inside)
-            state = str(state_of(info))
-        except NoAnswerError:
-            raise
-        except Exception:  # noqa: BLE001  (what is wrong is told when it is read)
-            state = "missing"
-        digest.update(f"{path}\0{state}\0".encode())
+    for path, state in states_of({file_of(reference) for reference in references}, options):
+        digest.update(f"{path}\0{state or 'missing'}\0".encode())
     return digest.hexdigest()
 
 
