@@ -7,6 +7,7 @@ code server is killed, or the machine is restarted, its runs stay "started" for 
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -19,12 +20,13 @@ from dagster._core.launcher.base import (
     WorkerStatus,
 )
 from dagster._grpc.types import ExecuteRunArgs
-from dagster._serdes import ConfigurableClass, ConfigurableClassData
+from dagster._serdes import ConfigurableClass, ConfigurableClassData, serialize_value
 
 from lens_pipeline.processes import HOST, PID, end_rest, is_dead, is_here, process_tags
 
 # Waits until the run says which process it is; where nobody gets to say so, it ends.
 GATE = 'read -r go && exec "$@"'
+EXECUTE = (sys.executable, "-m", "dagster", "api", "execute_run")
 CANCELED = "lens/canceled"  # by somebody on another host
 
 
@@ -58,7 +60,7 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
             instance_ref=self._instance.get_ref(),
         )
         process = subprocess.Popen(
-            ["sh", "-c", GATE, "run", *arguments.get_command_args()],
+            ["sh", "-c", GATE, "run", *EXECUTE, serialize_value(arguments)],
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
