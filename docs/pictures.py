@@ -5,10 +5,12 @@ Needs Chromium and the development dependencies.
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Page, sync_playwright
 
 from lens_pipeline.cli import main
 from lens_pipeline.runner import settings_of_home
@@ -46,19 +48,34 @@ def trials(settings: Settings) -> None:
         shutil.copyfile(Path(name, "trials.png"), FOLDER / "trials.png")
 
 
+@contextmanager
+def browser(width: int, height: int) -> Iterator[Page]:
+    with sync_playwright() as playwright:
+        path = next(filter(None, map(shutil.which, CHROMIUM)))
+        opened = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield opened.new_page(viewport={"width": width, "height": height})
+        opened.close()
+
+
 def asset_graph(address: str) -> None:
     """The whole graph, every group open, as Dagster's lineage page shows it."""
-    browser_path = next(filter(None, map(shutil.which, CHROMIUM)))
     groups = ",".join(f"global@global:{name}" for name in GROUPS)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browser_path, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1750, "height": 640})
+    with browser(1750, 640) as page:
         page.goto(f"{address}/asset-groups/?expanded={quote(groups)}")
         page.get_by_text("cutout_catalogue").first.wait_for(timeout=60_000)
         page.get_by_text("Hide navigation").click()
         page.wait_for_timeout(3000)  # it moves into place
         page.screenshot(path=FOLDER / "asset_graph.png")
-        browser.close()
+
+
+def checks(address: str) -> None:
+    """The checks of the evaluation, with the figures that the gate judged."""
+    with browser(1500, 800) as page:
+        page.goto(f"{address}/assets/ensemble_evaluation?view=checks")
+        page.get_by_text("passes_the_gate").first.click(timeout=60_000)
+        page.get_by_text("Hide navigation").click()
+        page.wait_for_timeout(3000)
+        page.screenshot(path=FOLDER / "checks.png")
 
 
 if __name__ == "__main__":
@@ -70,3 +87,4 @@ if __name__ == "__main__":
     trials(settings)
     with pages(settings, 3000, 5000) as served:
         asset_graph(served.addresses["Dagster"])
+        checks(served.addresses["Dagster"])

@@ -103,7 +103,8 @@ def pages(settings: Settings, dagster_port: int, mlflow_port: int) -> Iterator[P
 
 def _commands(dagster_port: int, mlflow_port: int | None) -> list[Sequence[str]]:
     workspace = Path(__file__).with_name("workspace.yaml")
-    definitions = ("-w", str(workspace), "--code-server-log-level", "warning")
+    # A daemon starts its code server anew each minute, which warns that it is left alone.
+    definitions = ("-w", str(workspace), "--code-server-log-level", "error")
     commands: list[Sequence[str]] = [
         ("dagster_webserver", *definitions, "-h", HOST, "-p", str(dagster_port)),
         ("dagster._daemon", "run", *definitions, "--log-level", "warning"),

@@ -55,7 +55,9 @@ def test_a_dropped_catalogue_becomes_a_challenger_and_dropped_again_nothing(
 
         assert until(challenger, 600, f"a challenger\n{served.log}") == "1"
         busy = ["QUEUED", "NOT_STARTED", "STARTING", "STARTED"]
-        until(lambda: not served.runs(statuses=busy), 120, "all runs end")
+        both = {"data", "full_pipeline"}  # of the sensor, of the schedule
+        until(lambda: {run["jobName"] for run in served.runs()} == both, 200, "two jobs")
+        until(lambda: not served.runs(statuses=busy), 200, "all runs end")
         runs = served.runs()
         assert {run["status"] for run in runs} == {"SUCCESS"}
         assert all(
