@@ -67,7 +67,8 @@ def new_challenger(
     if made is None:
         return dg.SkipReason("no version has been registered yet")
     facts = {name: str(value.value) for name, value in made.metadata.items()}
-    if facts["version"] == context.cursor:
+    # An older one comes up again where its members are trained again, as after a change taken back.
+    if int(facts["version"]) <= int(context.cursor or 0):
         return dg.SkipReason(f"version {context.cursor} is the newest still")
     champion = "champion" in facts["aliases"]
     why = "it has become champion" if champion else f"it stays challenger: {facts['gate']}"

@@ -12,6 +12,7 @@ from threading import Thread
 from typing import Any
 
 import dagster as dg
+import fsspec
 import pytest
 
 from lens_pipeline.alerts import alert
@@ -19,6 +20,8 @@ from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
+from lens_pipeline.shards.cloud import publish_shards
+from lens_pipeline_tests.object_stores import S3Server
 
 RESOURCES = {"lens": LensHome()}
 
@@ -114,6 +117,45 @@ def test_a_new_catalogue_is_processed_once_it_rests_and_the_same_one_never_again
     assert sensor.tick() == []
     (third,) = sensor.tick()
     assert len({first, second, third}) == 3
+
+
+def test_a_change_in_a_bucket_is_seen(
+    s3_bucket: str,
+    s3_server: S3Server,
+    simulated_catalogue: Path,
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = s3_server.storage_options()
+    filesystem, root = fsspec.url_to_fs(s3_bucket, **options)
+    monkeypatch.setenv("LENS_SOURCE", f"{s3_bucket}/{simulated_catalogue.name}")
+    monkeypatch.setenv("LENS_STORAGE_OPTIONS", json.dumps(options))
+    sensor = Sensor("source_changed", instance)
+    assert sensor.tick() == []
+    for file in simulated_catalogue.parent.iterdir():
+        filesystem.put(str(file), f"{root}/{file.name}")
+    assert [len(sensor.tick()) for _ in range(3)] == [0, 1, 0]
+    filesystem.put(str(simulated_catalogue), f"{root}/{simulated_catalogue.name}")  # the same one
+    assert [len(sensor.tick()) for _ in range(2)] == [0, 0]
+    filesystem.pipe_file(f"{root}/images-00000.npy", b"other cutouts")
+    assert [len(sensor.tick()) for _ in range(3)] == [0, 1, 0]
+
+
+def test_a_new_version_of_published_shards_is_seen(
+    shards_folder: Path,
+    uneven_shards: Path,
+    tmp_path: Path,
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    publish_shards(shards_folder, str(tmp_path / "published"))
+    monkeypatch.setenv("LENS_SOURCE", str(tmp_path / "published"))
+    sensor = Sensor("source_changed", instance)
+    assert [len(sensor.tick()) for _ in range(3)] == [0, 1, 0]
+    publish_shards(shards_folder, str(tmp_path / "published"))  # the same ones
+    assert [len(sensor.tick()) for _ in range(2)] == [0, 0]
+    publish_shards(uneven_shards, str(tmp_path / "published"))
+    assert [len(sensor.tick()) for _ in range(3)] == [0, 1, 0]
 
 
 def test_a_source_that_can_no_longer_be_read_is_told_once(
@@ -365,6 +407,8 @@ def test_each_new_version_is_told_once(
     registered("2", "challenger", "8 lenses, fewer than 50")
     for _ in range(2):
         sensor.tick()
+    registered("1", "champion", "")  # made again from old settings
+    sensor.tick()
     assert [told["text"] for told in posted] == [
         "lens_ensemble version 1 is registered; it has become champion",
         "lens_ensemble version 2 is registered; it stays challenger: 8 lenses, fewer than 50",
