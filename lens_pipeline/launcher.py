@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Self
 
 from dagster import DagsterRun
@@ -22,12 +23,20 @@ from dagster._core.launcher.base import (
 from dagster._grpc.types import ExecuteRunArgs
 from dagster._serdes import ConfigurableClass, ConfigurableClassData, serialize_value
 
-from lens_pipeline.processes import HOST, PID, end_rest, is_dead, is_here, process_tags
+from lens_pipeline.processes import (
+    HOST,
+    PID,
+    end_rest,
+    has_begun,
+    is_dead,
+    is_here,
+    process_tags,
+)
 
 # Waits until the run says which process it is; where nobody gets to say so, it ends.
 GATE = 'read -r go && exec "$@"'
 EXECUTE = (sys.executable, "-m", "dagster", "api", "execute_run")
-CANCELED = "lens/canceled"  # by somebody on another host
+CANCELED = "lens/canceled"  # by somebody on another host; its value is the run
 
 
 class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
@@ -64,7 +73,7 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
-        self._instance.add_run_tags(run.run_id, process_tags(process.pid))
+        self._instance.add_run_tags(run.run_id, process_tags(run.run_id, process.pid))
         assert process.stdin is not None
         with process.stdin as gate:
             gate.write(b"\n")
@@ -75,13 +84,14 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
         run = self._instance.get_run_by_id(run_id)
         if run is None or run.is_finished:
             return False
-        if HOST in run.tags and not is_here(run.tags):
-            self._instance.add_run_tags(run_id, {CANCELED: "true"})
+        if has_begun(run_id, run.tags) and not is_here(run_id, run.tags):
+            self._instance.add_run_tags(run_id, {CANCELED: run_id})
             return True
         self._instance.report_run_canceling(run)
-        if HOST not in run.tags or is_dead(run.tags):
+        if not is_here(run_id, run.tags) or is_dead(run_id, run.tags):
             return False
-        os.kill(int(run.tags[PID]), signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.kill(int(run.tags[PID]), signal.SIGTERM)
         return True
 
     @property
@@ -91,8 +101,8 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
     def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
         """Whether the process of a run lives. What a dead one has left is ended, for the run may be
         tried again."""
-        if not is_dead(run.tags):
-            if CANCELED in run.tags and is_here(run.tags):
+        if not is_dead(run.run_id, run.tags):
+            if run.tags.get(CANCELED) == run.run_id and is_here(run.run_id, run.tags):
                 self.terminate(run.run_id)
             return CheckRunHealthResult(WorkerStatus.RUNNING)
         left = end_rest(run.tags)
@@ -101,3 +111,16 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
             f"process {run.tags[PID]} on {run.tags[HOST]} has died"
             + (f"; {len(left)} that it left were ended" if left else ""),
         )
+
+    def get_run_worker_debug_info(
+        self, run: DagsterRun, include_container_logs: bool | None = True
+    ) -> str | None:
+        """What the daemon asks for before it gives up a run that does not start, or does not end
+        though it was asked to; so what is left of its process is killed."""
+        if not is_here(run.run_id, run.tags):
+            return None
+        if not is_dead(run.run_id, run.tags):
+            with suppress(ProcessLookupError):
+                os.kill(int(run.tags[PID]), signal.SIGKILL)
+        killed = end_rest(run.tags)
+        return f"What was left of process {run.tags[PID]} is killed, with {len(killed)} others."

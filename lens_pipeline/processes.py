@@ -10,13 +10,14 @@ from pathlib import Path
 import psutil
 
 HOST, PID, STARTED = "lens/host", "lens/pid", "lens/started"
+RUN = "lens/run"  # whose tags these are: a run that is tried again inherits those of the first
 
 
-def process_tags(pid: int | None = None) -> dict[str, str]:
+def process_tags(run_id: str, pid: int | None = None) -> dict[str, str]:
     """Tags that tell which process (by default this one) runs a run, even when its number is used
     again."""
     pid = pid or os.getpid()
-    return {HOST: socket.gethostname(), PID: str(pid), STARTED: _started(pid)}
+    return {RUN: run_id, HOST: socket.gethostname(), PID: str(pid), STARTED: _started(pid)}
 
 
 def _started(pid: int) -> str:
@@ -35,14 +36,19 @@ def _started(pid: int) -> str:
     return fields[19]
 
 
-def is_here(tags: Mapping[str, str]) -> bool:
+def has_begun(run_id: str, tags: Mapping[str, str]) -> bool:
+    """Whether a run has a process, or had one."""
+    return tags.get(RUN) == run_id
+
+
+def is_here(run_id: str, tags: Mapping[str, str]) -> bool:
     """Whether the process of a run is, or was, one of this host."""
-    return tags.get(HOST) == socket.gethostname()
+    return has_begun(run_id, tags) and tags[HOST] == socket.gethostname()
 
 
-def is_dead(tags: Mapping[str, str]) -> bool:
+def is_dead(run_id: str, tags: Mapping[str, str]) -> bool:
     """Whether the process of a run is known to be gone: it was on this host, and is not now."""
-    if not is_here(tags):
+    if not is_here(run_id, tags):
         return False
     try:
         return _started(int(tags[PID])) != tags[STARTED]

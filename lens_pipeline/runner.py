@@ -77,17 +77,22 @@ def open_instance(settings: Settings) -> Iterator[dg.DagsterInstance]:
 
 
 def release_dead_runs(instance: dg.DagsterInstance) -> list[str]:
-    """Mark runs whose process has died as failed, end what they have left running, and free the
-    pool slots of whoever has ended.
+    """Mark runs whose process has died as failed (as cancelled, where that was asked for), end what
+    they have left running, and free the pool slots of whoever has ended.
 
     Returns the ids of the dead.
     """
     dead = [
-        run for run in instance.get_runs(dg.RunsFilter(statuses=UNFINISHED)) if is_dead(run.tags)
+        run
+        for run in instance.get_runs(dg.RunsFilter(statuses=UNFINISHED))
+        if is_dead(run.run_id, run.tags)
     ]
     for run in dead:
-        log.warning("run %s has died: marking it failed", run.run_id[:8])
         end_rest(run.tags)
+        if run.status == dg.DagsterRunStatus.CANCELING:
+            instance.report_run_canceled(run, "The process of this run has ended.")
+            continue
+        log.warning("run %s has died: marking it failed", run.run_id[:8])
         instance.report_run_failed(run, "The process of this run has died.")
     for run_id in instance.event_log_storage.get_concurrency_info(POOL).active_run_ids:
         holder = instance.get_run_by_id(run_id)
@@ -99,7 +104,7 @@ def release_dead_runs(instance: dg.DagsterInstance) -> list[str]:
 def end_launched_runs(instance: dg.DagsterInstance) -> None:
     """Ask the runs that a daemon has launched on this host to end, which they do by themselves."""
     for run in instance.get_runs(dg.RunsFilter(statuses=UNFINISHED)):
-        if is_here(run.tags) and run.remote_job_origin is not None:
+        if is_here(run.run_id, run.tags) and run.remote_job_origin is not None:
             log.warning("ending run %s of %s", run.run_id[:8], run.job_name)
             instance.run_launcher.terminate(run.run_id)
 
@@ -131,7 +136,7 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
                     instance=instance,
                     run_id=run_id,
                     tags={
-                        **process_tags(),
+                        **process_tags(run_id),
                         DEPLOYMENT: settings.deployment,
                         "dagster/max_retries": "0",  # who launched it sees that it failed
                     },

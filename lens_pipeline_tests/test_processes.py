@@ -41,35 +41,44 @@ Family = tuple[subprocess.Popen[str], psutil.Process]
 
 def test_a_killed_process_is_dead_before_anybody_asked_how_it_ended(family: Family) -> None:
     leader, _ = family
-    tags = process_tags(leader.pid)
-    assert not is_dead(tags)
+    tags = process_tags("r", leader.pid)
+    assert not is_dead("r", tags)
     leader.kill()
-    until(lambda: is_dead(tags), 10, "it is dead")  # a zombie, for nobody has waited for it
+    until(lambda: is_dead("r", tags), 10, "it is dead")  # a zombie, for nobody has waited for it
     assert psutil.Process(leader.pid).status() == psutil.STATUS_ZOMBIE
     leader.wait()
-    assert is_dead(tags)
+    assert is_dead("r", tags)
 
 
 def test_a_process_with_the_number_of_a_dead_one_is_another(family: Family) -> None:
     leader, child = family
-    tags = process_tags(leader.pid) | {"lens/started": "1"}
-    assert is_dead(tags)
+    tags = process_tags("r", leader.pid) | {"lens/started": "1"}
+    assert is_dead("r", tags)
     assert end_rest(tags) == []  # it is somebody else's
     assert child.is_running()
 
 
 def test_a_process_of_another_host_is_not_known_to_be_dead(family: Family) -> None:
     leader, _ = family
-    tags = process_tags(leader.pid) | {"lens/host": "elsewhere"}
+    tags = process_tags("r", leader.pid) | {"lens/host": "elsewhere"}
     leader.kill()
     leader.wait()
-    assert not is_dead(tags)
-    assert not is_dead({})
+    assert not is_dead("r", tags)
+    assert not is_dead("r", {})
+
+
+def test_a_run_is_not_taken_for_the_one_whose_tags_it_inherits(family: Family) -> None:
+    leader, _ = family
+    tags = process_tags("r", leader.pid)
+    leader.kill()
+    leader.wait()
+    assert is_dead("r", tags)
+    assert not is_dead("tried again", tags)
 
 
 def test_what_a_dead_process_has_left_is_ended_and_nothing_else(family: Family) -> None:
     leader, child = family
-    tags = process_tags(leader.pid)
+    tags = process_tags("r", leader.pid)
     leader.kill()
     leader.wait()
     other = subprocess.Popen(

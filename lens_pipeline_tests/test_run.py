@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ def test_an_ensemble_is_never_scored_on_another_datasets_test_split(
 def test_dead_and_ended_runs_give_their_slots_back_and_a_live_one_keeps_its(own_home: Path) -> None:
     settings = Settings.load(home=own_home)
     ended = subprocess.Popen([sys.executable, "-c", ""])
-    dead = process_tags() | {"lens/pid": str(ended.pid)}
+    dead = {"lens/pid": str(ended.pid)}
     ended.wait()
     with open_instance(settings) as instance:
         job = make_definitions(settings).resolve_job_def("full_pipeline")
@@ -219,19 +220,25 @@ def test_dead_and_ended_runs_give_their_slots_back_and_a_live_one_keeps_its(own_
             "dead": (dead, dg.DagsterRunStatus.STARTED),
             "dead and canceling": (dead, dg.DagsterRunStatus.CANCELING),
             "cancelled": (dead, dg.DagsterRunStatus.CANCELED),
-            "alive": (process_tags(), dg.DagsterRunStatus.STARTED),
+            "alive": ({}, dg.DagsterRunStatus.STARTED),
+            "tried again": (dead | {"lens/run": "the first"}, dg.DagsterRunStatus.STARTING),
         }
         instance.event_log_storage.set_concurrency_slots(POOL, len(cases))
-        runs = {
-            name: instance.create_run_for_job(job, tags=tags, status=status).run_id
-            for name, (tags, status) in cases.items()
-        }
+        runs = {name: str(uuid.uuid4()) for name in cases}
+        for name, (tags, status) in cases.items():
+            run_id = runs[name]
+            instance.create_run_for_job(
+                job, run_id=run_id, tags=process_tags(run_id) | tags, status=status
+            )
         for run_id in runs.values():
             claim = instance.event_log_storage.claim_concurrency_slot(POOL, run_id, "step")
             assert claim.is_claimed
         assert set(release_dead_runs(instance)) == {runs["dead"], runs["dead and canceling"]}
         info = instance.event_log_storage.get_concurrency_info(POOL)
-        assert info.active_run_ids == {runs["alive"]}
+        assert info.active_run_ids == {runs["alive"], runs["tried again"]}
+        canceled = instance.get_run_by_id(runs["dead and canceling"])
+        assert canceled is not None
+        assert canceled.status == dg.DagsterRunStatus.CANCELED  # not tried again
 
 
 def test_a_run_of_another_home_on_the_same_server_is_left_alone(tmp_path: Path) -> None:
