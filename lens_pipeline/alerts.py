@@ -1,5 +1,6 @@
 """Messages to people: the log, and the webhook of LENS_WEBHOOK_URL."""
 
+import http.client
 import json
 import logging
 import os
@@ -34,7 +35,7 @@ def alert(settings: Settings, text: str, **facts: str | None) -> None:
         try:
             with urllib.request.urlopen(request, timeout=10):
                 return
-        except OSError as problem:
+        except (OSError, http.client.HTTPException) as problem:
             reason = str(problem)
     raise InputError(f"LENS_WEBHOOK_URL: cannot be told ({without_secrets(reason)})")
 

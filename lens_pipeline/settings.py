@@ -48,6 +48,14 @@ def _absolute_source(source: str) -> str:
     return source if source == "simulation" else _written_down(source)
 
 
+def _web_address(secret: Any) -> Any:
+    """Raises ValueError for what cannot be posted to, and does not show it."""
+    value = secret.get_secret_value() if isinstance(secret, SecretStr) else secret
+    if value is not None and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", str(value)):
+        raise ValueError("is no address that begins with http:// or https://, or holds a space")
+    return secret
+
+
 def _names(text: Any) -> Any:
     return tuple(part.strip() for part in text.split(",")) if isinstance(text, str) else text
 
@@ -169,7 +177,7 @@ class Settings(BaseSettings):
         default="0 3 * * 1", description="When the schedule `weekly_retraining` launches, as cron."
     )
     time_zone: str = Field(default="UTC", description="Of the schedules, as `Europe/Paris`.")
-    webhook_url: SecretStr | None = Field(
+    webhook_url: Annotated[SecretStr | None, BeforeValidator(_web_address)] = Field(
         default=None,
         description="Is told by POST of failed runs and new challengers, JSON with a `text`.",
     )

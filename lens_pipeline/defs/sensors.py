@@ -1,6 +1,7 @@
 """What is watched: the source, the registry, and runs that fail."""
 
 import json
+from typing import Any
 
 import dagster as dg
 
@@ -10,7 +11,7 @@ from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.source import source_state
 from lens_pipeline.defs.stages import REGISTERED
 from lens_pipeline.errors import InputError
-from lens_pipeline.steps import digest
+from lens_pipeline.settings import Settings
 
 WILL_RETRY = "dagster/will_retry"
 
@@ -27,30 +28,40 @@ def source_changed(
     settings = lens.settings
     if settings.source == "simulation":
         return dg.SkipReason("LENS_SOURCE is the simulation, which changes only with its settings")
-    cursor = json.loads(context.cursor or '{"seen": null, "handled": null, "changes": 0}')
-    problem = None
+    cursor = json.loads(context.cursor or "{}")
     try:
         state = source_state(settings)
-    except InputError as unreadable:
-        if cursor["handled"] is None:
-            return dg.SkipReason(f"waits for a source: {unreadable}")
-        problem, state = unreadable, digest(str(unreadable))
-    if state == cursor["handled"]:
-        return dg.SkipReason(f"{settings.source} has not changed")
-    if state != cursor["seen"]:
+    except InputError as problem:
+        if "handled" not in cursor:
+            return dg.SkipReason(f"waits for a source: {problem}")
+        return _unreadable(settings, problem, cursor)
+    cursor.pop("problem", None)
+    if state == cursor.get("handled"):
+        return dg.SensorResult(
+            skip_reason=f"{settings.source} has not changed", cursor=json.dumps(cursor)
+        )
+    if state != cursor.get("seen"):
         return dg.SensorResult(
             skip_reason=f"{settings.source} has changed; if it rests, `data` is launched next time",
             cursor=json.dumps({**cursor, "seen": state}),
         )
-    changes = cursor["changes"] + 1
-    handled = json.dumps({"seen": state, "handled": state, "changes": changes})
-    if problem is not None:
-        alert(settings, f"the source has changed and cannot be read: {problem}")
-        return dg.SensorResult(skip_reason=str(problem), cursor=handled)
-    # The key is of the change, not only of the state: what was here before may come back.
+    changes = cursor.get("changes", 0) + 1
     return dg.SensorResult(
-        run_requests=[dg.RunRequest(run_key=f"{changes}:{state}")], cursor=handled
+        # The key is of the change, not only of the state: what was here before may come back.
+        run_requests=[dg.RunRequest(run_key=f"{changes}:{state}")],
+        cursor=json.dumps({"seen": state, "handled": state, "changes": changes}),
     )
+
+
+def _unreadable(settings: Settings, problem: InputError, cursor: dict[str, Any]) -> dg.SensorResult:
+    """A source that could be read before: people are told of it once, at the second time in a row.
+
+    What it was when it could be read is kept: if it comes back as it was, nothing has changed.
+    """
+    if cursor.get("problem") == "seen":
+        alert(settings, f"the source can no longer be read: {problem}")
+    cursor["problem"] = "told" if "problem" in cursor else "seen"
+    return dg.SensorResult(skip_reason=str(problem), cursor=json.dumps(cursor))
 
 
 @dg.sensor(

@@ -167,11 +167,20 @@ def test_a_source_that_can_no_longer_be_read_is_told_once(
     sensor = Sensor("source_changed", instance)
     shutil.copy(simulated_catalogue, source)
     assert [len(sensor.tick()) for _ in range(2)] == [0, 1]
+    content, before = source.read_bytes(), source.stat()
     source.unlink()
+    assert sensor.tick() == []
+    assert posted == []  # it may be on its way
     assert [sensor.tick() for _ in range(4)] == [[], [], [], []]
     (told,) = posted
-    assert "cannot be read" in told["text"]
+    assert "can no longer be read" in told["text"]
     assert source.name in told["text"]
+    source.write_bytes(content)  # it is back as it was
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert [sensor.tick() for _ in range(3)] == [[], [], []]
+    source.unlink()
+    assert [sensor.tick() for _ in range(2)] == [[], []]
+    assert len(posted) == 2  # another time
 
 
 def test_the_simulation_is_not_watched(instance: dg.DagsterInstance) -> None:
@@ -357,6 +366,11 @@ def test_a_webhook_that_cannot_be_told_is_an_error_that_does_not_show_it(
         alert(Settings.load(), "anything")
     assert "t0ps3cret" not in str(problem.value)
     assert "t0ps3cret" not in repr(Settings.load())
+    for wrong in ("hooks.example/t0ps3cret", "https://hooks.example/t0p s3cret", "https:///s3cret"):
+        monkeypatch.setenv("LENS_WEBHOOK_URL", wrong)
+        with pytest.raises(InputError, match="LENS_WEBHOOK_URL") as problem:
+            Settings.load()
+        assert "s3cret" not in str(problem.value)
 
 
 def test_a_failed_run_is_told_with_where_and_why(
