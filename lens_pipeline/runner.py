@@ -1,5 +1,6 @@
 """The main job in one process: the home's Dagster instance, dead runs, the run itself."""
 
+import hashlib
 import json
 import logging
 import threading
@@ -27,19 +28,26 @@ UNFINISHED = [
     dg.DagsterRunStatus.CANCELING,
 ]
 KEPT = "settings.json"
+# sha256 of dagster.yaml as former versions have made it.
+FORMER = {
+    "59045419ec5290be587670029148bbe82f980ab20d4f09a3a1ea8b73c52a7bd1",
+    "9d8f19626ababa3b6a08abcfd431509f965fedf3b83663852c46bb08256cc0f7",
+}
 PATIENCE = 10  # seconds of waiting before the holder is named
 log = logging.getLogger(__name__)
 
 
 def prepare_home(settings: Settings) -> None:
-    """Make LENS_HOME/dagster with the settings of one machine, where it is not there yet."""
+    """Make LENS_HOME/dagster with the settings of one machine, where it is not there yet; those of
+    a former version give way to them unless somebody has edited them."""
     home = settings.dagster_home
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise InputError(f"LENS_HOME: {home} cannot be made ({problem.strerror})") from None
-    if not (home / "dagster.yaml").exists():
-        write_aside(home / "dagster.yaml", Path(__file__).with_name("dagster.yaml").read_text())
+    file = home / "dagster.yaml"
+    if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() in FORMER:
+        write_aside(file, Path(__file__).with_name("dagster.yaml").read_text())
 
 
 def keep_settings(settings: Settings) -> None:

@@ -1,5 +1,6 @@
 """Dagster's and MLflow's pages on one home."""
 
+import fcntl
 import logging
 import os
 import socket
@@ -19,7 +20,9 @@ from lens_pipeline.tracking import Tracking
 HOST = "127.0.0.1"
 # No workers for MLflow's evaluation jobs, and no libraries' warnings on the terminal.
 QUIET = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PYTHONWARNINGS": "ignore"}
-PATIENCE = 6  # seconds that the servers have for an orderly end
+PATIENCE = 3  # seconds that the daemon, then the other servers, have for an orderly end
+# Seconds for a schedule or sensor to look at the source: a store may hold many cutouts.
+LOOKING = {f"DAGSTER_{kind}_GRPC_TIMEOUT_SECONDS": "600" for kind in ("SENSOR", "SCHEDULE")}
 LASTED = 30  # seconds; what ends before would do so again
 log = logging.getLogger(__name__)
 
@@ -27,10 +30,10 @@ log = logging.getLogger(__name__)
 class Server:
     """A process that serves until it is ended."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], lock: int) -> None:
         self.name = command[0]
         self._start = lambda: subprocess.Popen(
-            [sys.executable, "-m", *command], env=dict(environment)
+            [sys.executable, "-m", *command], env=dict(environment), pass_fds=[lock]
         )
         self._begun, self.process = time.monotonic(), self._start()
 
@@ -79,26 +82,48 @@ def pages(settings: Settings, dagster_port: int, mlflow_port: int) -> Iterator[P
     assert Tracking(settings).experiment_id  # creates the database before two servers would
     commands = _commands(dagster_port, mlflow_port if len(ports) == 2 else None)
     # Its URI may hold a password, which everybody would read among a command's arguments.
-    environment = os.environ | QUIET | {"MLFLOW_BACKEND_STORE_URI": settings.mlflow_uri}
+    environment = LOOKING | os.environ | QUIET | {"MLFLOW_BACKEND_STORE_URI": settings.mlflow_uri}
     environment["LENS_MLFLOW_PAGE"] = addresses["MLflow"]
-    with open_instance(settings) as instance:
+    with open_instance(settings) as instance, _alone(settings) as lock:
         release_dead_runs(instance)
-        found = Pages(addresses, tuple(Server(command, environment) for command in commands))
+        found = Pages(addresses, tuple(Server(command, environment, lock) for command in commands))
         try:
             while not all(_answers(port) for port in ports.values()):
                 found.revive()
                 time.sleep(0.2)
             yield found
         finally:
-            end_launched_runs(instance)
-            for server in found.servers:
-                server.process.terminate()
-            deadline = time.monotonic() + PATIENCE
-            for server in found.servers:
-                try:
-                    server.process.wait(max(0, deadline - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    server.process.kill()
+            _end(found.servers[:1])  # the daemon: it would launch what waits
+            try:
+                end_launched_runs(instance)
+            finally:
+                _end(found.servers)
+
+
+@contextmanager
+def _alone(settings: Settings) -> Iterator[int]:
+    """A lock on LENS_HOME, for its servers to inherit: they may outlive this process, and two
+    daemons would launch each run twice. Raises InputError where it is held."""
+    with (settings.dagster_home / ".served").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"LENS_HOME: {settings.home} is served already; use those pages, or end the "
+                "processes `dagster_webserver`, `dagster._daemon` and `mlflow` first"
+            ) from None
+        yield file.fileno()
+
+
+def _end(servers: Sequence[Server]) -> None:
+    for server in servers:
+        server.process.terminate()
+    deadline = time.monotonic() + PATIENCE
+    for server in servers:
+        try:
+            server.process.wait(max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            server.process.kill()
 
 
 def _commands(dagster_port: int, mlflow_port: int | None) -> list[Sequence[str]]:
@@ -106,8 +131,8 @@ def _commands(dagster_port: int, mlflow_port: int | None) -> list[Sequence[str]]
     # A daemon starts its code server anew each minute, which warns that it is left alone.
     definitions = ("-w", str(workspace), "--code-server-log-level", "error")
     commands: list[Sequence[str]] = [
-        ("dagster_webserver", *definitions, "-h", HOST, "-p", str(dagster_port)),
         ("dagster._daemon", "run", *definitions, "--log-level", "warning"),
+        ("dagster_webserver", *definitions, "-h", HOST, "-p", str(dagster_port)),
     ]
     if mlflow_port is not None:
         address = ("--host", HOST, "--port", str(mlflow_port), "--workers", "1")

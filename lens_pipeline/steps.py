@@ -167,6 +167,12 @@ def _whole(folder: Path, verify: bool) -> dict[str, Any] | None:
     return complete
 
 
+def inputs_of(folder: Path) -> dict[str, str]:
+    """{name: content hash} of the inputs that a finished step's folder was made from."""
+    inputs: dict[str, str] = json.loads((folder / COMPLETE).read_text())["inputs"]
+    return inputs
+
+
 def _seal(folder: Path, recipe: Recipe, seconds: float) -> str:
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):

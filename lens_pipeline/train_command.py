@@ -42,13 +42,13 @@ def train_command(options: argparse.Namespace) -> int:
     out = options.checkpoint_dir or settings.home / "trainings" / name_of(config)
     out = Path(absolute(str(out)))
     config = with_local_weights(config, settings)
-    from lens_pipeline.training.devices import claim_gpus
+    from lens_pipeline.training.devices import gpus_claimed
 
-    claim_gpus(config.hardware)
-    if config.hardware.devices > 1:
-        trained = _in_processes(config, settings, out, options.verbose)
-    else:
-        trained = train_here(config, settings, out)
+    with gpus_claimed(config.hardware):
+        if config.hardware.devices > 1:
+            trained = _in_processes(config, settings, out, options.verbose)
+        else:
+            trained = train_here(config, settings, out)
     if config.training.fast_dev_run:
         print("one batch of each kind went through")
         return 0

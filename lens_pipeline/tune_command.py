@@ -92,16 +92,18 @@ def _recorded(
 ) -> "TunedStudy":
     """The study, in an MLflow run in which those of its trials are nested."""
     from lens_pipeline.tracking import Tracking
+    from lens_pipeline.training.devices import gpus_claimed
     from lens_pipeline.training.tune import BEST_CONFIG, PICTURE, TABLE, TunedStudy
 
     tracking = Tracking(settings)
     parent = tracking.reopened_run(f"tuning {out.name}", digest(str(out)))
     share = (config, space, settings, out, options.trials, options.pruner, parent)
     try:
-        if options.workers == 1:
-            _share(*share)
-        else:
-            _in_workers(options.workers, share, out, options.verbose)
+        with gpus_claimed(config.hardware, options.workers):
+            if options.workers == 1:
+                _share(*share)
+            else:
+                _in_workers(options.workers, share, out, options.verbose)
     except BaseException:
         tracking.client.set_terminated(parent, "KILLED")  # it goes on with the next command
         raise

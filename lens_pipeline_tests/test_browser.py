@@ -9,6 +9,8 @@ from urllib.parse import quote
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
+from lens_pipeline.cli import main
+from lens_pipeline_tests.object_stores import free_ports
 from lens_pipeline_tests.served import Served, until
 
 CHROMIUM = shutil.which("chromium")
@@ -51,6 +53,15 @@ def page(request: pytest.FixtureRequest) -> Iterator[Page]:
         yield found
         found.screenshot(path=SCREENSHOTS / f"{request.node.name}.png")
         browser.close()
+
+
+def test_a_home_is_served_once(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two daemons would launch each run twice."""
+    ports = [str(port) for port in free_ports(2)]
+    command = ["show", "--home", str(served.home)]
+    assert main([*command, "--dagster-port", ports[0], "--mlflow-port", ports[1]]) == 2
+    assert f"{served.home} is served already" in capsys.readouterr().err
+    assert served.answers()
 
 
 def test_every_asset_is_in_the_graph_in_its_group(served: Served, page: Page) -> None:

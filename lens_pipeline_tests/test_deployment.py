@@ -32,7 +32,7 @@ from lens_pipeline_tests.served import Pages, until
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 OPERATIONS = ROOT / "docs" / "operations.md"
-VARIABLE = re.compile(r"\$\{(\w+)(?::([-?])([^}]*))?\}")
+VARIABLE = re.compile(r"\$\{(\w+):?([?-]?)([^{}]*)\}")  # the innermost of nested ones
 NEW_PASSWORD = "an0ther-w@rd/%"
 SECRET = re.compile("PASSWORD|WEBHOOK|OPTIONS|TRACKING_URI")
 
@@ -54,7 +54,9 @@ def interpolated(value: Any, variables: Mapping[str, str]) -> Any:
         return {name: interpolated(inner, variables) for name, inner in value.items()}
     if isinstance(value, list):
         return [interpolated(inner, variables) for inner in value]
-    return VARIABLE.sub(filled_in, value) if isinstance(value, str) else value
+    while isinstance(value, str) and VARIABLE.search(value):
+        value = VARIABLE.sub(filled_in, value)
+    return value
 
 
 def env_file(path: Path) -> dict[str, str]:

@@ -211,10 +211,9 @@ def _train_here(
     from pytorch_lightning.loggers import MLFlowLogger
 
     from lens_pipeline.shards.datamodule import LensDataModule
-    from lens_pipeline.training.devices import claim_gpus
+    from lens_pipeline.training.devices import gpus_claimed
     from lens_pipeline.training.train import train
 
-    claim_gpus(config.hardware)
     logger = MLFlowLogger(run_id=run_id, tracking_uri=settings.mlflow_uri, log_model=False)
     data = LensDataModule(
         data_root=upstream.location,
@@ -225,7 +224,8 @@ def _train_here(
         cache_dir=settings.home / "cache",
         storage_options=settings.storage_options,
     )
-    train(config, data, out, loggers=[logger])
+    with gpus_claimed(config.hardware):
+        train(config, data, out, loggers=[logger])
 
 
 def _train_in_processes(

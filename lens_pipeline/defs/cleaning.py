@@ -27,6 +27,8 @@ def remove_old_runs(context: dg.OpExecutionContext, lens: LensHome) -> int:
     for record in instance.get_asset_records():
         last = record.asset_entry.last_materialization_record
         kept |= {record.asset_entry.last_run_id, last and last.run_id}
+        seen = instance.fetch_observations(record.asset_entry.asset_key, limit=1).records
+        kept |= {observed.run_id for observed in seen}
     before = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=days)
     old = dg.RunsFilter(statuses=ENDED, updated_before=before)
     removed = 0

@@ -29,9 +29,10 @@ from lens_pipeline.defs.stages import (
     stage,
     table,
 )
+from lens_pipeline.errors import InputError
 from lens_pipeline.models.names import Member
 from lens_pipeline.registry import CHAMPION, registry_key
-from lens_pipeline.steps import Recipe
+from lens_pipeline.steps import Recipe, inputs_of
 from lens_pipeline.tracking import Tracking
 
 SYSTEM = "lens_pipeline.ensemble.system"
@@ -89,6 +90,12 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
         }
         upstream = {name: made(context, key) for name, key in keys.items()}
         shards = made(context, CLOUD)
+        for name, part in upstream.items():
+            if (learnt := inputs_of(part.folder)["shards"]) != shards.content:
+                raise InputError(
+                    f"checkpoints/{name} was trained on the dataset {learnt[:8]}, and the shards "
+                    f"are those of {shards.content[:8]} now: materialise it first"
+                )
         recipe = Recipe(
             stage="lens_ensemble",
             modules=(SYSTEM, AS_DATASET),

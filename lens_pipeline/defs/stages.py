@@ -40,6 +40,10 @@ WEEKLY = dg.FreshnessPolicy.time_window(
 )
 
 
+# Seconds that a process has to write down where it is: less than `cancel_timeout_seconds`.
+LEAVE = 150
+
+
 def checkpoint_key(member: str) -> dg.AssetKey:
     return dg.AssetKey(["checkpoints", member])
 
@@ -186,7 +190,7 @@ def in_a_process(
     """
     failure.unlink(missing_ok=True)
     try:
-        dg.PipesSubprocessClient().run(
+        dg.PipesSubprocessClient(termination_timeout_seconds=LEAVE).run(
             command=command,
             context=context,
             env={"MLFLOW_TRACKING_URI": settings.mlflow_uri, **(env or {})},

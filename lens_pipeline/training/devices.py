@@ -4,7 +4,8 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import filelock
@@ -14,26 +15,32 @@ from lens_pipeline.training.config import HardwareSection
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 log = logging.getLogger(__name__)
-_held: dict[str, filelock.BaseFileLock] = {}
 
 
-def claim_gpus(hardware: HardwareSection) -> None:
-    """Leave this process, and those it starts, only as many GPUs as a training asks for, which no
-    other process that called this uses until it ends; it waits where all are taken.
+@contextmanager
+def gpus_claimed(hardware: HardwareSection, trainings: int = 1) -> Iterator[None]:
+    """While it is open, the GPUs of a training, or of several at a time as far as there are enough,
+    are nobody else's who asks here; it waits where all are taken.
 
-    The first call decides, and must come before CUDA is initialised; later trainings of the same
-    process have what it has. Nothing happens where there are not so many, or none (whoever trains
-    says so), or where the training is told to share.
+    This process, and those it starts, are left these alone: for good, since CUDA sees what was
+    visible when it was initialised. So the first time decides, and must come before that; another
+    training of the process waits for the same. Nothing happens where there are not enough for one,
+    or none (whoever trains says so), or where the training is told to share.
     """
-    wanted = hardware.exclusive and hardware.accelerator != "cpu"
-    if _held or not wanted or torch.cuda.device_count() < hardware.devices:
+    there = torch.cuda.device_count()
+    n = min(hardware.devices * trainings, there)
+    if not hardware.exclusive or hardware.accelerator == "cpu" or n < hardware.devices:
+        yield
         return
-    names = os.environ.get(VISIBLE) or ",".join(map(str, range(torch.cuda.device_count())))
-    os.environ[VISIBLE] = ",".join(claim(names.split(","), hardware.devices))
+    names = os.environ.get(VISIBLE) or ",".join(map(str, range(there)))
+    with claimed(names.split(","), n) as mine:
+        os.environ[VISIBLE] = ",".join(mine)
+        yield
 
 
-def claim(names: Sequence[str], n: int, folder: Path | None = None) -> list[str]:
-    """`n` of these names that no other process holds, in their order; held until this process ends.
+@contextmanager
+def claimed(names: Sequence[str], n: int, folder: Path | None = None) -> Iterator[list[str]]:
+    """`n` of these names that no other process holds, in their order, while it is open.
 
     folder: of the locks; all users of the host share the default.
     """
@@ -43,19 +50,19 @@ def claim(names: Sequence[str], n: int, folder: Path | None = None) -> list[str]
         folder.chmod(0o1777)  # of everybody, as the folder it lies in
     told = False
     while True:
-        for name in names:
-            lock = filelock.FileLock(folder / f"{name}.lock", mode=0o666)
-            try:
-                lock.acquire(blocking=False)
-            except filelock.Timeout:
-                continue
-            _held[name] = lock
-            if len(_held) == n:
-                return [name for name in names if name in _held]
-        # Two that wait for the second of two GPUs, each with one, would wait for ever.
-        for held in _held.values():
-            held.release()
-        _held.clear()
+        with ExitStack() as held:
+            mine = []
+            for name in names:
+                lock = filelock.FileLock(folder / f"{name}.lock", mode=0o666)
+                try:
+                    held.enter_context(lock.acquire(blocking=False))
+                except filelock.Timeout:
+                    continue
+                mine.append(name)
+                if len(mine) == n:
+                    yield mine
+                    return
+        # All are let go: two that wait for the second of two, each with one, would wait for ever.
         if not told:
             log.warning("waiting for %d of the GPUs %s", n, ", ".join(names))
             told = True

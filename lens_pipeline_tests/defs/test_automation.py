@@ -436,17 +436,26 @@ def test_cleaning_removes_old_runs_but_none_that_made_what_is_there(
     def thing() -> None:
         print("a line of its log")
 
+    @dg.op
+    def looks(context: dg.OpExecutionContext) -> None:
+        context.log_event(dg.AssetObservation("elsewhere"))
+
+    @dg.job
+    def looking() -> None:
+        looks()
+
     monkeypatch.setenv("LENS_KEEP_DAYS", "30")
     definitions = dg.Definitions([thing], jobs=[dg.define_asset_job("all")])
     first, second, third = (
         definitions.resolve_job_def("all").execute_in_process(instance=instance).run_id
         for _ in range(3)
     )
-    aged(instance, [first, third])  # `third` made what is there now
+    saw = looking.execute_in_process(instance=instance).run_id
+    aged(instance, [first, third, saw])  # `third` made what is there now, `saw` saw it
     cleaning = make_definitions(Settings.load()).resolve_job_def("cleaning")
     done = cleaning.execute_in_process(instance=instance)
     assert done.output_for_node("remove_old_runs") == 1
-    assert {run.run_id for run in instance.get_runs()} == {second, third, done.run_id}
+    assert {run.run_id for run in instance.get_runs()} == {second, third, saw, done.run_id}
     kept = {path.name for path in Path(instance.root_directory).rglob("*")}
     assert not [name for name in kept if first in name]
     assert [name for name in kept if second in name]
