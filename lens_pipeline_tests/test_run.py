@@ -1,5 +1,6 @@
 """The main job: what it leaves, what it reuses, what it says."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from mlflow import MlflowClient
 from sklearn.metrics import roc_auc_score
 
+from lens_pipeline import runner
 from lens_pipeline.catalogue import read_catalogue
 from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.cli import main
@@ -22,7 +24,12 @@ from lens_pipeline.defs.checkpoints import POOL
 from lens_pipeline.ensemble.evaluate import evaluate_ensemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.processes import process_tags
-from lens_pipeline.runner import open_instance, release_dead_runs, settings_of_home
+from lens_pipeline.runner import (
+    open_instance,
+    prepare_home,
+    release_dead_runs,
+    settings_of_home,
+)
 from lens_pipeline.settings import Settings
 from lens_pipeline.tracking import Tracking
 
@@ -239,6 +246,39 @@ def test_dead_and_ended_runs_give_their_slots_back_and_a_live_one_keeps_its(own_
         canceled = instance.get_run_by_id(runs["dead and canceling"])
         assert canceled is not None
         assert canceled.status == dg.DagsterRunStatus.CANCELED  # not tried again
+
+
+def test_no_ensemble_is_made_of_members_of_older_shards(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where new data are published while members are trained: what they were trained on would be
+    taken for unseen."""
+    monkeypatch.setenv("LENS_PRESET", "tiny")
+    monkeypatch.setenv("LENS_SEED", "1")
+    settings = Settings.load(home=own_home)
+    settings.export()
+    definitions = make_definitions(settings, retries=False)
+    with open_instance(settings) as instance:
+        assert definitions.resolve_job_def("data").execute_in_process(instance=instance).success
+        job = definitions.resolve_job_def("evaluation_and_registration")
+        with pytest.raises(InputError, match="checkpoints/.* was trained on the dataset"):
+            job.execute_in_process(instance=instance)
+
+
+def test_the_instance_settings_of_a_former_version_are_replaced_and_edited_ones_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings.load(home=tmp_path)
+    prepare_home(settings)
+    file = tmp_path / "dagster" / "dagster.yaml"
+    shipped = file.read_text()
+    for content, kept in (("telemetry: {enabled: false}\n", False), ("# mine\n", True)):
+        file.write_text(content)
+        if not kept:
+            former = hashlib.sha256(file.read_bytes()).hexdigest()
+            monkeypatch.setattr(runner, "FORMER", {former})
+        prepare_home(settings)
+        assert file.read_text() == (content if kept else shipped)
 
 
 def test_a_run_of_another_home_on_the_same_server_is_left_alone(tmp_path: Path) -> None:
