@@ -11,7 +11,7 @@ import pytest
 from lens_pipeline.errors import NoAnswerError
 from lens_pipeline.storage import READ_LIMIT, asking, locate, names_table, states_of
 from lens_pipeline_tests.faulty_proxy import FaultyProxy
-from lens_pipeline_tests.object_stores import sign_in
+from lens_pipeline_tests.object_stores import S3Server, sign_in
 
 
 @pytest.fixture
@@ -138,6 +138,13 @@ def test_a_bucket_is_listed_instead_of_asked_for_each_object(
     after = states(names)
     assert [name[-6:-4] for name in names if after[name] != before[name]] == ["07", "11"]
     assert after[names[11]] is None
+
+
+def test_a_bucket_that_does_not_answer_says_nothing_of_what_has_changed(
+    s3_bucket: str, s3_server: S3Server, faulty_proxy: Callable[[Any], FaultyProxy]
+) -> None:
+    proxy = faulty_proxy(s3_server)
     proxy.every(1)
+    names = [f"{s3_bucket}/{k}.npy" for k in range(40)]
     with pytest.raises(NoAnswerError):
-        states(names)
+        dict(states_of(names, s3_server.storage_options(proxy.url)))
