@@ -55,6 +55,7 @@ def test_guide_local_training(newest: Path) -> None:
     assert _command("--data-root", str(newest), "--arch", "resnet18") == 0
 
 
+@pytest.mark.slow
 def test_guide_two_devices(newest: Path) -> None:
     place = ["--data-root", str(newest)]
     two = ["--devices", "2", "--strategy", "ddp"]
