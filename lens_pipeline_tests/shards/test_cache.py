@@ -447,9 +447,11 @@ def test_cloud_into_a_cache_whose_disk_is_full(
     with small_disk(tmp_path / "disk") as disk:
         full = rf"{disk}/.*{os.strerror(errno.ENOSPC)}.*LENS_CACHE_GB"
         assert re.match(rf"{published}/train-\d*\.tar: .*{full}", str(epoch(disk, 1)))
-        assert not (disk / ".incoming").exists()
-        gc.collect()  # the first epoch's reader, whose shards are in use while it is there
         until = time.monotonic() + 10
+        while (disk / ".incoming").exists():  # others were under way
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        gc.collect()  # the first epoch's reader, whose shards are in use while it is there
         while shutil.disk_usage(disk).used > 1.1 * sum(p.stat().st_size for p in disk.rglob("*")):
             assert time.monotonic() < until
             gc.collect()  # what is mapped takes room
