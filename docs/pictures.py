@@ -69,7 +69,8 @@ def asset_graph(address: str) -> None:
 
 
 def checks(address: str) -> None:
-    """The checks of the evaluation, with the figures that the gate judged."""
+    """The gate's check, with the figures that it judged; after a run of the preset for tests, with
+    why no champion comes of it."""
     with browser(1500, 800) as page:
         page.goto(f"{address}/assets/ensemble_evaluation?view=checks")
         page.get_by_text("passes_the_gate").first.click(timeout=60_000)
