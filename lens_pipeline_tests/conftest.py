@@ -44,6 +44,14 @@ def program_says(program: str, *arguments: object, cwd: Path, env: Mapping[str, 
     return done.stdout
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """With LENS_NO_SKIP=1 a skip is a failure; a GPU, alone, may be missing."""

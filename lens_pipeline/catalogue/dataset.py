@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -181,6 +181,10 @@ class ImageFile:
             n -= len(images)
 
 
+Empty = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]  # as np.empty
+
+
+@dataclass(frozen=True)
 class CutoutRows:
     """The ids and labels of cutouts, from a table with a row each."""
 
@@ -212,9 +216,15 @@ class DatasetSplit(CutoutRows):
     index: pd.DataFrame
     images: NDArray[np.float32]
 
-    def gather(self, indices: NDArray[np.integer] | list[int]) -> NDArray[np.float32]:
-        """The cutouts float32 (n, bands, height, width) at these places of the split."""
-        return self.images[np.asarray(indices, dtype=np.intp)]
+    def gather(
+        self, indices: NDArray[np.integer] | list[int], empty: Empty = np.empty
+    ) -> NDArray[np.float32]:
+        """The cutouts float32 (n, bands, height, width) at these places of the split.
+
+        empty: makes the array that they are put into.
+        """
+        out = empty((len(indices), *self.images.shape[1:]), self.images.dtype)
+        return np.take(self.images, indices, axis=0, out=out)
 
 
 def open_dataset(folder: str | Path) -> Dataset:

@@ -62,8 +62,11 @@ class StageMetrics(torch.nn.Module):
 
     def __init__(self, ranking: bool) -> None:
         super().__init__()
-        self.loss = MeanMetric()
-        self.counted = MetricCollection({name: metric() for name, metric in COUNTED.items()})
+        # What torchmetrics would look at in every batch, a GPU would have to be waited for.
+        self.loss = MeanMetric(nan_strategy="disable")
+        self.counted = MetricCollection(
+            {name: metric(validate_args=False) for name, metric in COUNTED.items()}
+        )
         self.ranking = RankingMetrics() if ranking else None
 
     def update(self, loss: Tensor, logit: Tensor, label: Tensor) -> None:
@@ -71,7 +74,8 @@ class StageMetrics(torch.nn.Module):
         # In float64 probabilities of large logits differ, too.
         probability = logit.detach().double().sigmoid()
         target = label.int()
-        self.loss.update(loss.detach(), weight=len(logit))
+        # On its device already: a number would be copied there, and the device waited for.
+        self.loss.update(loss.detach(), weight=loss.new_full((), len(logit)))
         self.counted.update(probability, target)
         if self.ranking is not None:
             self.ranking.update(probability, target)

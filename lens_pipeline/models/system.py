@@ -75,7 +75,7 @@ class LensClassifier(pl.LightningModule):
                 reduction="mean",
             )
         return functional.binary_cross_entropy_with_logits(
-            logits, target, pos_weight=logits.new_tensor(weight)
+            logits, target, pos_weight=logits.new_full((), weight)
         )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

@@ -13,6 +13,7 @@ from lens_pipeline.catalogue.dataset import (
     LIBRARIES,
     CutoutFormat,
     Dataset,
+    Empty,
     build_dataset,
     open_dataset,
 )
@@ -47,8 +48,13 @@ class Split(Protocol):
         """What falls into one split together."""
         ...
 
-    def gather(self, indices: NDArray[np.integer] | list[int]) -> NDArray[np.floating]:
-        """The cutouts (n, bands, height, width) at these places, in the units of the format."""
+    def gather(
+        self, indices: NDArray[np.integer] | list[int], empty: Empty = np.empty
+    ) -> NDArray[np.floating]:
+        """The cutouts (n, bands, height, width) at these places, in the units of the format.
+
+        empty: makes the array that they are put into.
+        """
         ...
 
 
@@ -96,8 +102,13 @@ class CroppedSplit:
     def groups(self) -> NDArray[np.object_]:
         return self.whole.groups
 
-    def gather(self, indices: NDArray[np.integer] | list[int]) -> NDArray[np.floating]:
-        return np.ascontiguousarray(central(self.whole.gather(indices), self.size))
+    def gather(
+        self, indices: NDArray[np.integer] | list[int], empty: Empty = np.empty
+    ) -> NDArray[np.floating]:
+        pixels = central(self.whole.gather(indices), self.size)
+        out = empty(pixels.shape, pixels.dtype)
+        out[...] = pixels
+        return out
 
 
 def fetched(split: Split) -> FetchedSplit | None:

@@ -9,19 +9,18 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lens_pipeline.catalogue.dataset import CutoutFormat
 from lens_pipeline.catalogue.splits import drawn_groups
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.cutouts import Cutouts, Split, fetched, open_cutouts
+from lens_pipeline.shards.prefetch import Batch
 from lens_pipeline.shards.reader import FetchedSplit
 from lens_pipeline.shards.sampling import EpochBatches, ShardLoader, Windows
 from lens_pipeline.shards.streaming import StreamLoader, TarStream
 from lens_pipeline.shards.urls import Tars, open_tars
 
-Batch = dict[str, Tensor]
 SPLITS = ("train", "val", "test")
 ALONE = {"num_workers": 0, "persistent_workers": False, "prefetch_factor": None}
 MIXED = 8  # shards, while they arrive
@@ -29,16 +28,28 @@ MIXED = 8  # shards, while they arrive
 
 class SplitDataset(Dataset[Batch]):
     """A split, gathered a batch at a time: `image` (n, bands, height, width) as stored, `label`
-    float32 (n,), `index` int64 (n,), the places in the split."""
+    float32 (n,), `index` int64 (n,), the places in the split; in pinned memory, if asked for."""
 
-    def __init__(self, split: Split) -> None:
-        self.split = split
+    def __init__(self, split: Split, pinned: bool) -> None:
+        self.split, self.pinned = split, pinned
         self.label = torch.from_numpy(split.labels.astype(np.float32))
 
     def __getitem__(self, indices: list[int]) -> Batch:
         index = torch.from_numpy(np.array(indices))  # torch.tensor takes three times as long
-        image = torch.from_numpy(self.split.gather(indices))
-        return {"image": image, "label": self.label[index], "index": index}
+        if not self.pinned:
+            image = torch.from_numpy(self.split.gather(indices))
+            return {"image": image, "label": self.label[index], "index": index}
+        image = torch.from_numpy(self.split.gather(indices, _pinned))
+        return {
+            "image": image,
+            "label": self.label[index].pin_memory(),
+            "index": index.pin_memory(),
+        }
+
+
+def _pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    of_torch = torch.from_numpy(np.empty(0, dtype)).dtype
+    return torch.empty(shape, dtype=of_torch, pin_memory=True).numpy()
 
 
 class CutoutModule(pl.LightningDataModule):
@@ -120,23 +131,30 @@ class CutoutModule(pl.LightningDataModule):
 
     def loader(self, name: str, shuffle: bool) -> DataLoader[Any]:
         """Raises InputError where a cutout of the split has no label."""
-        data = SplitDataset(self.split(name))
-        unknown = np.flatnonzero(data.split.labels < 0)
+        split = self.split(name)
+        unknown = np.flatnonzero(split.labels < 0)
         if len(unknown):
-            raise InputError(f"{name}: cutout {data.split.ids[unknown[0]]} has no label")
-        remote = fetched(data.split)
+            raise InputError(f"{name}: cutout {split.ids[unknown[0]]} has no label")
+        remote = fetched(split)
+        own_memory = remote is not None and not remote.fetched.shared
+        loading = self.loading | (ALONE if own_memory else {})
+        data = SplitDataset(split, loading["pin_memory"] and not loading["num_workers"])
         sampler = EpochBatches(
-            len(data.split),
+            len(split),
             self.batch_size,
             shuffle=shuffle,
             seed=self.seed,
             windows=_windows(remote) if remote else None,
             among=self.taking_part(name),
         )
-        if remote is None:
-            return ShardLoader(data, sampler, **self.loading)
-        alone = {} if remote.fetched.shared else ALONE
-        return ShardLoader(data, sampler, remote.ahead, **self.loading | alone)
+        ahead = remote.ahead if remote else None
+        return ShardLoader(data, sampler, ahead, self._gpu, **loading)
+
+    @property
+    def _gpu(self) -> torch.device | None:
+        """Of the trainer that asks."""
+        device = self.trainer.strategy.root_device if self.trainer is not None else None
+        return device if device is not None and device.type == "cuda" else None
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self.loader("train", shuffle=True)

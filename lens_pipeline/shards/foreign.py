@@ -14,7 +14,13 @@ import pandas as pd
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lens_pipeline.catalogue.dataset import COMPOSITE_BANDS, CutoutFormat, CutoutRows, unnamed
+from lens_pipeline.catalogue.dataset import (
+    COMPOSITE_BANDS,
+    CutoutFormat,
+    CutoutRows,
+    Empty,
+    unnamed,
+)
 from lens_pipeline.catalogue.images import (
     COMPOSITE,
     FLUX,
@@ -25,6 +31,7 @@ from lens_pipeline.catalogue.images import (
 )
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.cache import mapped
+from lens_pipeline.shards.memory import stacked
 
 Content = bytes | memoryview
 IMAGES = ("npy", "png", "jpg", "jpeg")
@@ -154,13 +161,15 @@ class ForeignSplit(CutoutRows):
     def _places(self) -> list[tuple[Any, ...]]:
         return list(self.index.itertuples(index=False, name=None))
 
-    def gather(self, indices: NDArray[np.integer] | list[int]) -> NDArray[np.floating]:
+    def gather(
+        self, indices: NDArray[np.integer] | list[int], empty: Empty = np.empty
+    ) -> NDArray[np.floating]:
         cutouts = []
         for i in indices:
             name, label, shard, offset, size, suffix = self._places[i]
             content = self._maps[shard][offset : offset + size]
             cutouts.append(self.decoder(RawSample(name, label, suffix, content), shard))
-        return np.stack(cutouts)
+        return stacked(cutouts, empty)
 
 
 def index_tars(

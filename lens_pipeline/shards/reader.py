@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat, CutoutRows
+from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat, CutoutRows, Empty
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.cache import (
     Ahead,
@@ -29,6 +29,7 @@ from lens_pipeline.shards.cache import (
 )
 from lens_pipeline.shards.encoding import Encoding
 from lens_pipeline.shards.manifest import INDEX, MANIFEST, Manifest
+from lens_pipeline.shards.memory import ShardContent, copy_from, stacked
 from lens_pipeline.shards.store import Store
 
 
@@ -45,36 +46,43 @@ class ShardSplit(CutoutRows, ABC):
     shape: tuple[int, int, int]
 
     @abstractmethod
-    def _views(self, indices: NDArray[np.integer] | list[int]) -> Mapping[str, memoryview]:
-        """The content of the shards that hold these cutouts, by name."""
+    def _contents(self, names: list[str]) -> Mapping[str, ShardContent]:
+        """Of these shards, and maybe of others."""
 
     @cached_property
-    def _places(self) -> tuple[list[str], list[int]]:
-        """For each cutout: which shard, and where in it."""
-        names = self.index["shard"].astype("category")
-        of_code = list(names.cat.categories)  # a string each, not one a row
-        return [of_code[code] for code in names.cat.codes], self.index["offset"].tolist()
+    def shards(self) -> tuple[NDArray[np.intp], list[str]]:
+        """For each cutout the number of its shard; the names of the shards."""
+        number, names = pd.factorize(self.index["shard"])
+        return number, list(names)
 
-    def gather(self, indices: NDArray[np.integer] | list[int]) -> NDArray[np.floating]:
+    @cached_property
+    def _offset(self) -> NDArray[np.int64]:
+        return self.index["offset"].to_numpy(dtype=np.int64)
+
+    def gather(
+        self, indices: NDArray[np.integer] | list[int], empty: Empty = np.empty
+    ) -> NDArray[np.floating]:
         """The cutouts (n, bands, height, width) at these places of the split.
 
-        As they are stored, float16 or float32; pictures are decoded to float32.
+        As they are stored, float16 or float32; pictures are decoded to float32. empty: makes the
+        array that they are put into.
         """
-        maps, (shard, offset) = self._views(indices), self._places
+        places = np.asarray(indices, dtype=np.intp)
+        number, names = self.shards
+        used = np.unique(number[places])
+        contents = self._contents([names[one] for one in used])
         if not self.encoding.is_raw:
             size = self.index["bytes"].to_numpy()
-            return np.stack(
-                [
-                    self.encoding.decode(
-                        bytes(maps[shard[i]][offset[i] : offset[i] + size[i]]), self.shape
-                    )
-                    for i in indices
-                ]
+            views = [contents[names[number[i]]].view for i in places]
+            ends = zip(views, self._offset[places], size[places], strict=True)
+            return stacked(
+                [self.encoding.decode(bytes(v[o : o + n]), self.shape) for v, o, n in ends], empty
             )
-        n_bytes = int(np.prod(self.shape)) * self.encoding.dtype.itemsize
-        # One copy of each cutout, all in one call: faster than assigning them to an array.
-        whole = bytearray().join([maps[shard[i]][(o := offset[i]) : o + n_bytes] for i in indices])
-        return np.frombuffer(whole, self.encoding.dtype).reshape(len(indices), *self.shape)
+        begin = np.zeros(len(names), np.int64)
+        begin[used] = [contents[names[one]].address for one in used]
+        out = empty((len(places), *self.shape), self.encoding.dtype)
+        copy_from(begin[number[places]] + self._offset[places], out)
+        return out
 
 
 @dataclass(frozen=True)
@@ -83,13 +91,16 @@ class LocalSplit(ShardSplit):
 
     folder: Path
 
-    def _views(self, indices: NDArray[np.integer] | list[int]) -> Mapping[str, memoryview]:
-        return self._maps
+    def _contents(self, names: list[str]) -> Mapping[str, ShardContent]:
+        return self._mapped
 
     @cached_property
-    def _maps(self) -> dict[str, memoryview]:
+    def _mapped(self) -> dict[str, ShardContent]:
         end = (self.index["offset"] + self.index["bytes"]).groupby(self.index["shard"]).max()
-        return {str(name): mapped(self.folder / str(name), least) for name, least in end.items()}
+        return {
+            str(name): ShardContent(mapped(self.folder / str(name), least))
+            for name, least in end.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -98,15 +109,8 @@ class FetchedSplit(ShardSplit):
 
     fetched: Fetched
 
-    def _views(self, indices: NDArray[np.integer] | list[int]) -> Mapping[str, memoryview]:
-        shard, _ = self._places
-        return self.fetched.views({shard[i] for i in indices})
-
-    @cached_property
-    def shards(self) -> tuple[NDArray[np.intp], list[str]]:
-        """For each cutout the number of its shard; the names of the shards."""
-        number, names = pd.factorize(self.index["shard"])
-        return number, list(names)
+    def _contents(self, names: list[str]) -> Mapping[str, ShardContent]:
+        return {name: ShardContent(view) for name, view in self.fetched.views(names).items()}
 
     @property
     def n_bytes(self) -> int:
@@ -175,6 +179,7 @@ class Shards:
         alike &= index["shape"].map(lambda found: tuple(found) == self.shape)
         if encoding.is_raw:
             alike &= index["bytes"] == n_bytes
+            alike &= index["offset"] % encoding.dtype.itemsize == 0
         inside = (index["offset"] >= 0) & (index["offset"] + index["bytes"] <= size)
         counts = index["shard"].value_counts()
         complete = all(counts.get(s.name, 0) == s.samples for s in self.manifest.shards)

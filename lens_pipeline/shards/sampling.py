@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.shards.prefetch import gathered_ahead
 from lens_pipeline.shards.store import StoreError
 
 SMALLEST = 2  # cutouts a rank: batch normalisation cannot use a batch of one
@@ -167,7 +167,8 @@ class ShardLoader(ResumableLoader):
     """A loader of batches of `EpochBatches`.
 
     Without worker processes they are gathered in this one: on a CPU when they are asked for, since
-    the step takes all cores; for a GPU by a thread, which pins the next while one is used.
+    the step takes all cores; for a GPU by a thread, the next ones while one is used, and brought to
+    `device` meanwhile, if one is given.
     ahead: fetches, while its block runs, what places will need, and is told how many of them have
     been read.
     """
@@ -177,18 +178,21 @@ class ShardLoader(ResumableLoader):
         dataset: Dataset[Any],
         sampler: EpochBatches,
         ahead: Callable[[NDArray[np.integer]], AbstractContextManager[_Reading]] | None = None,
+        device: torch.device | None = None,
         **how: Any,
     ) -> None:
         super().__init__(dataset, batch_size=None, sampler=sampler, **how)  # it gives whole batches
-        self.ahead = ahead
+        self.ahead, self.device = ahead, device
 
     def batches_from(self, start: int) -> Iterator[Any]:
         assert isinstance(self.sampler, EpochBatches)
         self.sampler.start = start
         if self.num_workers:
             batches = super().batches_from(0)
+        elif self.pin_memory:
+            batches = gathered_ahead(self._gather, self.sampler, self.device)
         else:
-            batches = self._pinned_ahead() if self.pin_memory else map(self._gather, self.sampler)
+            batches = map(self._gather, self.sampler)
         return batches if self.ahead is None else self._fetched(batches, self.ahead, start)
 
     def _fetched(self, batches: Iterator[Any], ahead: Any, start: int) -> Iterator[Any]:
@@ -200,16 +204,3 @@ class ShardLoader(ResumableLoader):
 
     def _gather(self, places: list[int]) -> dict[str, Any]:
         return self.dataset[places]
-
-    def _pinned_ahead(self) -> Iterator[Any]:
-        def pinned(places: list[int]) -> dict[str, Any]:
-            return {name: part.pin_memory() for name, part in self._gather(places).items()}
-
-        ahead: Future[Any] | None = None
-        with ThreadPoolExecutor(1) as pool:
-            for places in self.sampler:
-                now, ahead = ahead, pool.submit(pinned, places)
-                if now:
-                    yield now.result()
-            if ahead:
-                yield ahead.result()

@@ -3,19 +3,22 @@
 import errno
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
-from pytorch_lightning.callbacks import Callback, Checkpoint, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, Checkpoint
 from torch import Tensor
 from torch.utils.serialization import config as serialization
 
 from lens_pipeline.errors import InputError, NoRoomError
 
 NAMED = 5  # cutouts in a message
+MINUTE = 60.0  # seconds
+SHARE = 0.03  # of the time, for checkpoints after epochs
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +36,12 @@ class StepSeeds(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.fit_loop.total_batch_idx
-        torch.manual_seed(((self.seed << 32) + (step << 10) + trainer.global_rank) % 2**64)
+        seed = ((self.seed << 32) + (step << 10) + trainer.global_rank) % 2**64
+        # torch.manual_seed would keep a note for each device that has not been used yet, at every
+        # step.
+        torch.default_generator.manual_seed(seed)
+        if pl_module.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
 
 class FiniteLoss(Callback):
@@ -126,14 +134,43 @@ class Curves(Checkpoint):
         self.rows = state_dict["rows"]
 
 
-class WithinEpoch(ModelCheckpoint):
-    """Not at an epoch's last batch, whose validation would never be made up for; nor between the
-    batches of one step, whose gradients no checkpoint holds."""
+class LastCheckpoint(Checkpoint):
+    """Writes `path`, from which a training goes on: every so many steps, or else every minute; when
+    the training ends; and after an epoch beside which the time of writing is small.
+
+    Not at an epoch's last batch, whose validation would never be made up for; nor between the
+    batches of one step, whose gradients no checkpoint holds.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int) -> None:
+        self.path, self.every_n_steps = path, every_n_steps
+        self.written, self.took = time.monotonic(), 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, *about: Any) -> None:
         loop = trainer.fit_loop.epoch_loop
-        if not loop.batch_progress.is_last_batch and not loop._should_accumulate():
-            super().on_train_batch_end(trainer, *about)
+        if loop.batch_progress.is_last_batch or loop._should_accumulate():
+            return
+        if self.every_n_steps:
+            due = trainer.global_step % self.every_n_steps == 0
+        else:
+            due = self._long_ago(trainer, MINUTE)
+        if due:
+            self._write(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        if ends or self._long_ago(trainer, self.took / SHARE):
+            self._write(trainer)
+
+    def _long_ago(self, trainer: pl.Trainer, seconds: float) -> bool:
+        """As the first process sees it."""
+        return trainer.strategy.broadcast(time.monotonic() - self.written >= seconds)
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        begun = time.monotonic()
+        trainer.save_checkpoint(self.path, weights_only=False)
+        self.written = time.monotonic()
+        self.took = self.written - begun
 
 
 class RenamedCheckpoints(TorchCheckpointIO):

@@ -188,6 +188,10 @@ class HardwareSection(_Section):
     precision: Precision = Field(
         default="auto", description="`auto`: bf16 or fp16 on a GPU by what it has, else 32-true."
     )
+    deterministic: bool = Field(
+        default=False,
+        description="The same weights bit for bit on a GPU, too, for up to a fifth of its speed.",
+    )
     channels_last: bool = Field(
         default=False, description="The layout of images that convolutions prefer."
     )

@@ -1,11 +1,11 @@
 """Train one network, or several together: from a configuration to a folder with its checkpoint."""
 
+import gc
 import logging
 import shutil
 import sys
 import warnings
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,9 @@ from lens_pipeline.steps import digest, write_aside
 from lens_pipeline.training.callbacks import (
     Curves,
     FiniteLoss,
+    LastCheckpoint,
     RenamedCheckpoints,
     StepSeeds,
-    WithinEpoch,
     save_aside,
 )
 from lens_pipeline.training.config import TrainConfig
@@ -53,7 +53,6 @@ from lens_pipeline.training.member import (
 )
 
 WEIGHTS = ("state_dict", "hyper_parameters", "epoch", "global_step", "pytorch-lightning_version")
-MINUTE = timedelta(seconds=60)
 BATCH = 256
 
 log = logging.getLogger(__name__)
@@ -73,7 +72,8 @@ def train(
     not import it, and need not be done again when ensembles change. out: an empty folder, or one in
     which the same training was stopped, anywhere: it goes on from last.ckpt, and ends with the
     weights of an undisturbed one; of one that has ended nothing is done again. The same
-    configuration and data give the same weights, bit for bit, on a CPU. Lightning ends the process
+    configuration and data give the same weights, bit for bit, on a CPU, and on a GPU with
+    `hardware.deterministic`. Lightning ends the process
     on Ctrl-C; here it stays a KeyboardInterrupt. Raises InputError for what this machine does
     not have, where the folder holds another training, where a loss is no number, or memory or disk
     are too small.
@@ -99,10 +99,11 @@ def train(
         config = config.with_changes({"training": {"batch_size": half}}, "training")
         (out / LAST).unlink(missing_ok=True)
         shutil.rmtree(out / TOP, ignore_errors=True)
+        gc.collect()  # a trainer and its system know each other
         torch.cuda.empty_cache()
         config, going_on = _begin(config, data, out)
     if rank_zero_only.rank == 0 and not config.training.fast_dev_run:  # type: ignore[attr-defined]
-        _finish(data, out, system_type)
+        _finish(config, data, out, system_type)
     return TrainedMember(out)
 
 
@@ -111,9 +112,13 @@ def resolved_precision(config: TrainConfig) -> Any:
     is far slower with either."""
     if config.hardware.precision != "auto":
         return config.hardware.precision
-    if config.hardware.accelerator == "cpu" or not torch.cuda.is_available():
+    if not _on_gpu(config):
         return "32-true"
     return "bf16-mixed" if torch.cuda.is_bf16_supported(False) else "16-mixed"
+
+
+def _on_gpu(config: TrainConfig) -> bool:
+    return config.hardware.accelerator != "cpu" and torch.cuda.is_available()
 
 
 def check_devices(config: TrainConfig) -> None:
@@ -247,16 +252,8 @@ def _fit(
         save_weights_only=not how.ema,
         enable_version_counter=False,
     )
-    often: dict[str, Any] = (
-        {"every_n_train_steps": how.save_every_n_steps}
-        if how.save_every_n_steps
-        else {"train_time_interval": MINUTE}
-    )
-    by_epoch: dict[str, Any] = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
-    last = [
-        kind(dirpath=out, filename=Path(LAST).stem, enable_version_counter=False, **when)
-        for kind, when in ((WithinEpoch, often), (ModelCheckpoint, by_epoch))
-    ]
+    # Behind the others, whose state it keeps.
+    last = [] if how.fast_dev_run else [LastCheckpoint(out / LAST, how.save_every_n_steps)]
     chosen: list[Callback] = [StepSeeds(how.seed), FiniteLoss(), *callbacks, Curves()]
     if how.ema:
         chosen.append(EMAWeightAveraging(decay=how.ema))
@@ -264,7 +261,7 @@ def _fit(
         chosen.append(EarlyStopping(monitor, how.min_delta, how.patience, mode=mode))
     if not how.fast_dev_run:
         chosen.append(LearningRateMonitor("step"))
-    if torch.cuda.is_available() and hardware.accelerator != "cpu":
+    if _on_gpu(config):
         chosen.append(DeviceStatsMonitor())
     into_files = file_loggers(config, out)
     with warnings.catch_warnings():
@@ -289,8 +286,10 @@ def _fit(
             fast_dev_run=how.fast_dev_run,
             limit_train_batches=how.limit_train_batches,
             limit_val_batches=how.limit_val_batches,
-            sync_batchnorm=hardware.devices > 1 and torch.cuda.is_available(),
-            deterministic="warn",
+            sync_batchnorm=hardware.devices > 1 and _on_gpu(config),
+            deterministic="warn" if hardware.deterministic or not _on_gpu(config) else False,
+            # A step of a GPU takes milliseconds; a line in MLflow, some ten.
+            log_every_n_steps=200 if _on_gpu(config) else 50,
             enable_model_summary=False,
             num_sanity_val_steps=0,
             enable_progress_bar=sys.stderr.isatty(),
@@ -309,7 +308,9 @@ def _fit(
         write_aside(out / FITTED, Path(best.best_model_path).name)
 
 
-def _finish(data: CutoutModule, out: Path, system_type: type[LensClassifier]) -> None:
+def _finish(
+    config: TrainConfig, data: CutoutModule, out: Path, system_type: type[LensClassifier]
+) -> None:
     """The best checkpoint, weights alone, and its scores of the validation set. Stopped anywhere,
     it can be done again."""
     best = out / TOP / (out / FITTED).read_text()
@@ -321,7 +322,8 @@ def _finish(data: CutoutModule, out: Path, system_type: type[LensClassifier]) ->
         save_aside(weights, path)
         if path == best:
             save_aside(weights, out / BEST)
-    system = system_type.load_from_checkpoint(out / BEST, compile_model=False)
+    device = "cuda" if _on_gpu(config) else "cpu"
+    system = system_type.load_from_checkpoint(out / BEST, device, compile_model=False)
     split = data.split("val")
     labels = pd.DataFrame({"id": split.ids, "label": split.labels})
     scores = pd.concat([labels, split_scores(system, split)], axis=1)
@@ -339,11 +341,11 @@ def _finish(data: CutoutModule, out: Path, system_type: type[LensClassifier]) ->
 
 @torch.inference_mode()
 def split_scores(system: LensClassifier, split: Split) -> pd.DataFrame:
-    """`logit` and `logit_std` (n,) of a split, in its order, on a GPU where there is one.
+    """`logit` and `logit_std` (n,) of a split, in its order, on the system's device.
 
     logit_std: the standard deviation of the logit under dropout, see `dropout_draws`.
     """
-    system = system.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    system = system.eval()
     logits, deviations = [], []
     for start in range(0, len(split), BATCH):
         images = split.gather(np.arange(start, min(start + BATCH, len(split))))

@@ -190,3 +190,14 @@ def test_compiling_without_a_compiler_is_one_line(tmp_path: Path) -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert re.match(r"error: compiled: torch cannot compile .*; install g\+\+$", last)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_draws_the_same(compiled: bool) -> None:
+    on_cpu = simulate("des", 256, seed=3)
+    on_gpu, again = (simulate("des", 256, seed=3, device="cuda", compiled=compiled) for _ in "12")
+    peak = on_cpu.images.max(axis=(1, 2, 3), keepdims=True)
+    assert (np.abs(on_gpu.images - on_cpu.images) <= np.maximum(1e-4, 2e-7 * peak)).all()
+    pd.testing.assert_frame_equal(on_gpu.table, on_cpu.table, rtol=1e-4)
+    np.testing.assert_array_equal(on_gpu.images, again.images)

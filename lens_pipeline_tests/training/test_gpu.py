@@ -1,0 +1,200 @@
+"""Training on a GPU: its precisions, its memory, and what it leaves for others."""
+
+import gc
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lens_pipeline import LensDataModule, LitEnsembleSystem
+from lens_pipeline.errors import InputError
+from lens_pipeline.models.system import load_system
+from lens_pipeline.training import TrainedMember, train
+from lens_pipeline.training.config import TrainConfig
+from lens_pipeline.training.train import resolved_precision
+from lens_pipeline_tests.training.killed import in_a_process
+
+pytestmark = pytest.mark.gpu
+
+TRAIN = """
+import sys
+from lens_pipeline.cli import main
+sys.exit(main(["train", "--arch", "lastro", "--epochs", sys.argv[3],
+               "--data-root", sys.argv[1], "--checkpoint-dir", sys.argv[2]]))
+"""
+
+
+def _config(arch: str = "lastro", **sections: Any) -> TrainConfig:
+    training = {"epochs": 12, "batch_size": 16, "monitor": "val/auroc"}
+    model = {"arch": arch} | sections.pop("model", {})
+    training |= sections.pop("training", {})
+    return TrainConfig.parse({"model": model, "training": training, **sections}, "test")
+
+
+def _train(config: TrainConfig, shards: Path, out: Path, **how: Any) -> TrainedMember:
+    return train(config, LensDataModule(shards), out, **how)
+
+
+def _images(shards: Path) -> torch.Tensor:
+    split = LensDataModule(shards).split("val")
+    return torch.from_numpy(split.gather(list(range(len(split)))).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("arch", "how"),
+    [
+        ("lastro", {}),
+        ("lastro", {"hardware": {"precision": "16-mixed"}}),
+        ("resnet18", {"hardware": {"channels_last": True}, "training": {"ema": 0.5}}),
+        ("light_transformer", {"hardware": {"strategy": "ddp"}}),
+    ],
+    ids=["auto", "fp16", "channels_last", "ddp"],
+)
+def test_what_a_gpu_has_learnt_a_cpu_scores_alike(
+    arch: str, how: dict[str, Any], uneven_shards: Path, tmp_path: Path
+) -> None:
+    config = _config(arch, **how).with_changes({"training": {"epochs": 41}}, "test")
+    trained = _train(config, uneven_shards, tmp_path)
+    assert trained.curves["val/auroc"].max() > 0.9
+    checkpoint = torch.load(trained.checkpoint, weights_only=True)
+    assert {value.dtype for value in checkpoint["state_dict"].values()} <= {
+        *(torch.float32, torch.int64)
+    }
+    with torch.inference_mode():
+        on_a_cpu = load_system(trained.checkpoint)(_images(uneven_shards)).numpy()
+    # Convolutions in TF32 have ten bits.
+    scores = trained.val_scores["logit"]
+    np.testing.assert_allclose(scores, on_a_cpu, rtol=1e-2, atol=0.01 * np.std(on_a_cpu))
+    table = pd.read_csv(next((tmp_path / "logs").glob("csv/*/metrics.csv")))
+    assert any("allocated_bytes" in name for name in table)  # what the device was doing
+
+
+def test_auto_is_bf16_where_the_gpu_computes_in_it() -> None:
+    modern = torch.cuda.get_device_capability() >= (8, 0)
+    assert resolved_precision(_config()) == ("bf16-mixed" if modern else "16-mixed")
+    assert resolved_precision(_config(hardware={"accelerator": "cpu"})) == "32-true"
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vit_b_16"])
+def test_compiled_it_learns_the_same(arch: str, uneven_shards: Path, tmp_path: Path) -> None:
+    """In the first steps; later, rounding has made two trainings of them."""
+    how = {"epochs": 1, "batch_size": 32, "learning_rate": 1e-5, "augment": False}
+    members = {
+        compiled: _train(
+            _config(arch, model={"compile_model": compiled, "dropout_rate": 0.0}, training=how),
+            uneven_shards,
+            tmp_path / str(compiled),
+        )
+        for compiled in (False, True)
+    }
+    losses = {compiled: member.curves["train/loss"].item() for compiled, member in members.items()}
+    assert losses[True] == pytest.approx(losses[False], rel=0.01)
+    images = _images(uneven_shards)
+    with torch.inference_mode():
+        eager, compiled = (load_system(members[c].checkpoint)(images) for c in (False, True))
+    assert torch.allclose(eager, compiled, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_killed_it_goes_on_to_the_same_end(
+    precision: str, uneven_shards: Path, tmp_path: Path
+) -> None:
+    config = _config(
+        training={"epochs": 3, "save_every_n_steps": 2},
+        hardware={"precision": precision, "deterministic": True},
+    )
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    assert in_a_process(config, uneven_shards, undisturbed) == 0
+    for at in (3, 8):
+        assert in_a_process(config, uneven_shards, killed, at) == -signal.SIGKILL
+    assert in_a_process(config, uneven_shards, killed) == 0
+    ours, theirs = (
+        torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+        for folder in (killed, undisturbed)
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    pd.testing.assert_frame_equal(TrainedMember(killed).curves, TrainedMember(undisturbed).curves)
+
+
+def test_batches_wait_in_pinned_memory(uneven_shards: Path) -> None:
+    batch = next(iter(LensDataModule(uneven_shards, batch_size=16).train_dataloader()))
+    assert all(value.is_pinned() for value in batch.values())
+
+
+def test_more_gpus_than_there_are(uneven_shards: Path, tmp_path: Path) -> None:
+    there = torch.cuda.device_count()
+    with pytest.raises(InputError, match=rf"hardware\.devices {there + 1}: this machine has"):
+        _train(_config(hardware={"devices": there + 1}), uneven_shards, tmp_path)
+
+
+@pytest.fixture
+def little_memory(uneven_shards: Path, tmp_path: Path) -> Iterator[None]:
+    """A GPU on which a resnet50 trains in batches of 8, and not of 64."""
+    needed = []
+    for size in (8, 64):
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        how = {"epochs": 1, "batch_size": size}
+        _train(_config("resnet50", training=how), uneven_shards, tmp_path / f"room{size}")
+        needed.append(torch.cuda.max_memory_allocated())
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(sum(needed) / 2 / total)
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_too_little_memory(little_memory: None, uneven_shards: Path, tmp_path: Path) -> None:
+    how = {"epochs": 1, "batch_size": 64}
+    with pytest.raises(InputError, match=r"training\.batch_size 64: .*accumulate_grad_batches"):
+        _train(_config("resnet50", training=how), uneven_shards, tmp_path / "told")
+    gc.collect()
+    torch.cuda.empty_cache()
+    found = _config("resnet50", training=how | {"find_batch_size": True})
+    trained = _train(found, uneven_shards, tmp_path / "found")
+    assert 8 <= trained.config.training.batch_size < 64
+    assert len(trained.curves) == 1
+
+
+def test_two_trainings_take_turns_on_one_gpu(uneven_shards: Path, tmp_path: Path) -> None:
+    """Each begins where the other has ended, and the one that waits says so."""
+    if torch.cuda.device_count() > 1:
+        pytest.skip("there is a GPU for each")
+    trainings = [
+        subprocess.Popen(
+            [sys.executable, "-c", TRAIN, str(uneven_shards), str(tmp_path / name), "40"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("one", "two")
+    ]
+    said = [training.communicate()[1] for training in trainings]
+    assert [training.returncode for training in trainings] == [0, 0], said
+    assert sum("waiting for 1 of the GPUs" in text for text in said) == 1
+    begun, ended = (
+        sorted((tmp_path / name / file).stat().st_mtime for name in ("one", "two"))
+        for file in ("settings.yaml", "val_scores.parquet")
+    )
+    assert begun[1] >= ended[0]
+
+
+def test_an_ensemble_scores_alike_on_gpu_and_cpu(uneven_shards: Path, tmp_path: Path) -> None:
+    config = _config(model={"model_type": "ensemble", "architectures": ["lastro", "b=lastro@1"]})
+    trained = _train(config, uneven_shards, tmp_path, system_type=LitEnsembleSystem)
+    loader = LensDataModule(uneven_shards).test_dataloader()
+    tables = [
+        LitEnsembleSystem.load_from_checkpoint(trained.checkpoint, device).predict(loader)
+        for device in ("cpu", "cuda")
+    ]
+    for name in ("logit", "std", "entropy", "probability_lastro"):
+        np.testing.assert_allclose(tables[0][name], tables[1][name], rtol=0.02, atol=0.02)
