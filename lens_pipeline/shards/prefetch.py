@@ -14,26 +14,27 @@ AHEAD = 2  # batches
 def gathered_ahead(
     gather: Callable[[list[int]], Batch],
     places: Iterable[list[int]],
-    device: torch.device | None = None,
+    stream: torch.cuda.Stream | None = None,
 ) -> Iterator[Batch]:
     """What `gather` makes of each of `places`, up to two before they are asked for.
 
-    device: a GPU to have them on, copied from pinned memory in a stream of their own.
+    stream: of a GPU to have them on, where they are copied to from pinned memory.
     """
-    stream = None if device is None else torch.cuda.Stream(device)
 
     def brought(wanted: list[int]) -> tuple[Batch, torch.cuda.Event | None]:
         batch = gather(wanted)
         if stream is None:
             return batch, None
         with torch.cuda.stream(stream):
-            moved = {name: part.to(device, non_blocking=True) for name, part in batch.items()}
+            moved = {
+                name: part.to(stream.device, non_blocking=True) for name, part in batch.items()
+            }
             return moved, stream.record_event()
 
     def taken(future: Future[tuple[Batch, torch.cuda.Event | None]]) -> Batch:
         batch, arrived = future.result()
         if arrived is not None:
-            now = torch.cuda.current_stream(device)
+            now = torch.cuda.current_stream(batch["image"].device)
             now.wait_event(arrived)
             for part in batch.values():
                 part.record_stream(now)

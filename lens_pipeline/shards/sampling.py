@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any, Protocol
 
@@ -190,7 +191,7 @@ class ShardLoader(ResumableLoader):
         if self.num_workers:
             batches = super().batches_from(0)
         elif self.pin_memory:
-            batches = gathered_ahead(self._gather, self.sampler, self.device)
+            batches = gathered_ahead(self._gather, self.sampler, self._stream)
         else:
             batches = map(self._gather, self.sampler)
         return batches if self.ahead is None else self._fetched(batches, self.ahead, start)
@@ -201,6 +202,11 @@ class ShardLoader(ResumableLoader):
             for number, batch in enumerate(batches, 1):
                 reading.read(number * self.sampler.batch_size)
                 yield batch
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream | None:
+        # One for all epochs: each has memory of its own.
+        return torch.cuda.Stream(self.device) if self.device is not None else None
 
     def _gather(self, places: list[int]) -> dict[str, Any]:
         return self.dataset[places]

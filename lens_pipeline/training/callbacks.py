@@ -19,6 +19,7 @@ from lens_pipeline.errors import InputError, NoRoomError
 NAMED = 5  # cutouts in a message
 MINUTE = 60.0  # seconds
 SHARE = 0.03  # of the time, for checkpoints after epochs
+SELDOM = 10  # batches
 
 log = logging.getLogger(__name__)
 
@@ -48,17 +49,23 @@ class FiniteLoss(Callback):
     """Ends a training whose loss or weights are no numbers, before a checkpoint can hold them, and
     before its validation.
 
-    The loss of a step is read when the next one ends: a GPU need not wait for it.
+    The loss of a step leaves a GPU behind it, and is read when the next step has been given to the
+    GPU, which so never waits for the reader.
     """
 
     def __init__(self) -> None:
-        self.waiting: tuple[Tensor, Any, int] | None = None
+        self.waiting: tuple[Tensor, torch.cuda.Event | None, Any, int] | None = None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, n: int
     ) -> None:
         self._look(trainer)
-        self.waiting = outputs["loss"].detach(), batch.get("index"), n
+        loss = outputs["loss"].detach()
+        arrived = None
+        if loss.is_cuda:
+            loss = loss.to("cpu", non_blocking=True)
+            arrived = torch.cuda.current_stream().record_event()
+        self.waiting = loss, arrived, batch.get("index"), n
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._look(trainer)
@@ -85,7 +92,9 @@ class FiniteLoss(Callback):
     def _look(self, trainer: pl.Trainer) -> None:
         if self.waiting is None:
             return
-        (loss, index, number), self.waiting = self.waiting, None
+        (loss, arrived, index, number), self.waiting = self.waiting, None
+        if arrived is not None:
+            arrived.synchronize()
         if not bool(loss.isfinite()):
             raise InputError(
                 f"epoch {trainer.current_epoch}, batch {number}: the loss is {float(loss)}; the "
@@ -153,7 +162,9 @@ class LastCheckpoint(Checkpoint):
         if self.every_n_steps:
             due = trainer.global_step % self.every_n_steps == 0
         else:
-            due = self._long_ago(trainer, MINUTE)
+            # Several processes have to agree, for which their GPUs would be waited for.
+            asked = trainer.world_size == 1 or loop.batch_idx % SELDOM == 0
+            due = asked and self._long_ago(trainer, MINUTE)
         if due:
             self._write(trainer)
 

@@ -302,6 +302,7 @@ def _fit(
             raise KeyboardInterrupt from None
         finally:
             end(into_files)
+            data.trainer = None  # which holds the network, and what the optimiser knows of it
     if trainer.is_global_zero and not how.fast_dev_run:
         curves = next(c for c in chosen if isinstance(c, Curves))
         pd.DataFrame(curves.rows).to_csv(out / CURVES, index=False)
