@@ -30,7 +30,9 @@ class LightTransformer(nn.Module):
 
     Three convolutions, each halving the grid, make tokens that know their neighbourhood, as arcs
     need; four pre-norm encoder layers relate them; attention pooling weighs them. The convolutions'
-    zero padding carries the position, so any size works without position embeddings.
+    zero padding carries the position, so any size works without position embeddings. Each
+    convolution's output is normalised within its cutout, so an image's output never depends on its
+    batch, and several processes train what one would.
 
     Input float32 (n, bands, height, width); output (n, 128).
     """
@@ -44,7 +46,7 @@ class LightTransformer(nn.Module):
             *(
                 nn.Sequential(
                     nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
-                    nn.BatchNorm2d(after),
+                    nn.InstanceNorm2d(after, affine=True),
                     nn.ReLU(inplace=True),
                 )
                 for before, after in pairwise(widths)
@@ -68,8 +70,7 @@ class TransEncS(nn.Module):
     pre-norm encoder layers of width 192. Positions are fixed 2-D sinusoids (Beyer et al. 2022),
     counted from the middle of the cutout, where the deflector is: a patch keeps its code when the
     cutout grows. Zeros round the cutout fill the last patches. Unlike the light transformer it has
-    no convolution and no batch statistics: every layer sees the whole cutout, and an image's
-    output never depends on its batch.
+    no convolution: every layer sees the whole cutout.
 
     Input float32 (n, bands, height, width); output (n, 192).
     """

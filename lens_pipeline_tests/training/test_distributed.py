@@ -48,6 +48,7 @@ def _uneven(shards: Path, batch: int) -> None:
     ("arch", "how"),
     [
         ("trans_enc_s", {"epochs": 4, "learning_rate": 3e-4}),
+        ("light_transformer", {"epochs": 4, "learning_rate": 3e-4}),
         pytest.param(
             "vit_b_16",
             # Where nothing is left to learn, gradients are rounding, and AdamW's steps are, too.
@@ -55,7 +56,7 @@ def _uneven(shards: Path, batch: int) -> None:
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["trans_enc_s", "vit_b_16"],
+    ids=["trans_enc_s", "light_transformer", "vit_b_16"],
 )
 def test_two_processes_end_with_the_weights_of_one(
     arch: str,
@@ -125,7 +126,7 @@ def test_a_step_of_dagster_trains_in_two_processes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["lastro", "light_transformer"])
+@pytest.mark.parametrize("arch", ["lastro", "deeplens"])
 def test_batch_statistics_of_two_processes_are_worth_those_of_one(
     arch: str, uneven_shards: Path, tmp_path: Path
 ) -> None:
