@@ -138,7 +138,8 @@ class CutoutModule(pl.LightningDataModule):
         remote = fetched(split)
         own_memory = remote is not None and not remote.fetched.shared
         loading = self.loading | (ALONE if own_memory else {})
-        data = SplitDataset(split, loading["pin_memory"] and not loading["num_workers"])
+        pinned = loading["pin_memory"] and not loading["num_workers"] and torch.cuda.is_available()
+        data = SplitDataset(split, pinned)
         sampler = EpochBatches(
             len(split),
             self.batch_size,

@@ -190,3 +190,12 @@ def test_of_places_that_do_not_take_part_none_is_seen(
     assert len(set(seen)) == len(seen) > among.sum() - 2 * ranks
     assert among[seen].all()
     assert len({len(batches) for batches in found}) == 1
+
+
+def test_batches_are_gathered_ahead_in_their_order(shards_folder: Path) -> None:
+    """By a thread, as for a GPU; asking for pinned memory where there is none is no error."""
+    plain = LensDataModule(shards_folder, batch_size=16).train_dataloader()
+    ahead = LensDataModule(shards_folder, batch_size=16, pin_memory=True).train_dataloader()
+    for mine, theirs in zip(plain, ahead, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
