@@ -184,7 +184,6 @@ class ImageFile:
 Empty = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]  # as np.empty
 
 
-@dataclass(frozen=True)
 class CutoutRows:
     """The ids and labels of cutouts, from a table with a row each."""
 

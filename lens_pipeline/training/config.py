@@ -190,7 +190,7 @@ class HardwareSection(_Section):
     )
     deterministic: bool = Field(
         default=False,
-        description="The same weights bit for bit on a GPU, too, for up to a fifth of its speed.",
+        description="The same weights bit for bit on a GPU, too, which is slower so.",
     )
     channels_last: bool = Field(
         default=False, description="The layout of images that convolutions prefer."

@@ -73,10 +73,9 @@ def train(
     which the same training was stopped, anywhere: it goes on from last.ckpt, and ends with the
     weights of an undisturbed one; of one that has ended nothing is done again. The same
     configuration and data give the same weights, bit for bit, on a CPU, and on a GPU with
-    `hardware.deterministic`. Lightning ends the process
-    on Ctrl-C; here it stays a KeyboardInterrupt. Raises InputError for what this machine does
-    not have, where the folder holds another training, where a loss is no number, or memory or disk
-    are too small.
+    `hardware.deterministic`. Lightning ends the process on Ctrl-C; here it stays a
+    KeyboardInterrupt. Raises InputError for what this machine does not have, where the folder holds
+    another training, where a loss is no number, or memory or disk are too small.
     """
     check_devices(config)
     config, going_on = _begin(config, data, out)
