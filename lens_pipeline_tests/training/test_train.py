@@ -1,9 +1,10 @@
 """Training from a configuration: what it leaves, and what it says when it cannot go on."""
 
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -168,6 +169,23 @@ def test_a_full_disk_keeps_the_last_checkpoint(uneven_shards: Path, small_disk: 
     assert kept["global_step"] in (2, 3)
     (small_disk / "others").unlink()
     assert len(_train(config, uneven_shards, out).curves) == 1
+
+
+def test_checkpoints_take_little_of_the_time_of_short_epochs(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    """Where writing is slow they are of the first epoch, whose cost tells, and of the end."""
+
+    class SlowDisk(Callback):
+        written: ClassVar[list[int]] = []
+
+        def on_save_checkpoint(self, trainer: Trainer, *_: Any) -> None:
+            self.written.append(trainer.current_epoch)
+            time.sleep(0.5)
+
+    _train(_config(epochs=5), uneven_shards, tmp_path, SlowDisk())
+    assert SlowDisk.written == [0, 4]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 4
 
 
 def test_twenty_non_lenses_do_not_choose_by_one_false_positive_in_a_hundred(
