@@ -35,7 +35,7 @@ def run(folder: Path, n: int) -> None:
         from lens_pipeline.simulation import load_config
         from lens_pipeline.simulation.simulate import simulate_catalogue
 
-        config = load_config(settings.survey, None)
+        config = load_config("des", None)
         simulated = simulate_catalogue(made, config, n, settings.seed, image_size=size)
         catalogue = read_catalogue(simulated)
 

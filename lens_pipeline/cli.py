@@ -69,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(do=_run)
 
     simulate = commands.add_parser("simulate", parents=[common], help="a catalogue of simulations")
-    simulate.add_argument("--survey", default="des", help="des, hsc, lsst, euclid_vis or cfhtls")
+    simulate.add_argument(
+        "--survey", default="des", help="des, hsc, lsst, euclid_vis or cfhtls; several: des,hsc"
+    )
     simulate.add_argument("--config", type=Path, help="a YAML file that changes the simulation")
     simulate.add_argument("--n", type=int, default=1000, help="cutouts (default 1000)")
     simulate.add_argument("--seed", type=int, default=0)
@@ -208,15 +210,16 @@ def _training_changes(assignments: Sequence[str], members: Sequence[str]) -> dic
 
 
 def _print_summary(settings: Settings) -> None:
-    from lens_pipeline.evaluation.report import format_kinds, format_metrics_table
+    from lens_pipeline.evaluation.report import format_kinds, format_metrics_table, format_surveys
 
     summary = json.loads((settings.reports / "summary.json").read_text())
     model = summary["model"]
     aliases = ", ".join(model["aliases"]) or "none"
     print()
     print(format_metrics_table({**summary["members"], "ensemble": summary["ensemble"]}))
-    if summary["kinds"]:
-        print(textwrap.fill(format_kinds(summary["kinds"]), 88, subsequent_indent="  "))
+    for what, line in (("kinds", format_kinds), ("surveys", format_surveys)):
+        if summary[what]:
+            print(textwrap.fill(line(summary[what]), 88, subsequent_indent="  "))
     print()
     print(f"Registered  {model['name']}, version {model['version']}; aliases: {aliases}")
     for reason in summary["gate"]["reasons"]:
@@ -233,13 +236,14 @@ def _simulate(options: argparse.Namespace) -> int:
     if out.exists():
         raise InputError(f"--out {out}: exists already; name a folder that does not")
     from lens_pipeline.simulation import load_config
-    from lens_pipeline.simulation.simulate import simulate_catalogue
+    from lens_pipeline.simulation.simulate import simulate_surveys
 
-    config = load_config(options.survey, options.config)
+    names = options.survey.split(",")
+    configs = [load_config(name.strip(), options.config) for name in names]
     with folder_aside(out) as aside:
-        simulate_catalogue(
+        simulate_surveys(
             aside,
-            config,
+            configs,
             options.n,
             options.seed,
             device=options.device,
@@ -290,6 +294,7 @@ def _prepare(options: argparse.Namespace) -> int:
                 quality=options.quality,
                 image_size=options.image_size,
                 bands=settings.bands,
+                surveys=settings.survey,
                 pad=settings.pad,
                 split_seed=settings.seed,
                 max_reject_fraction=settings.max_reject_fraction,

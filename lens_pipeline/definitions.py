@@ -21,6 +21,7 @@ from lens_pipeline.defs.sensors import failed_runs, new_challenger, source_chang
 from lens_pipeline.defs.shards import cloud_shards, lens_shards, observed_shards
 from lens_pipeline.defs.source import source_is_published
 from lens_pipeline.defs.tuning import tuning
+from lens_pipeline.errors import InputError
 from lens_pipeline.presets import chosen_members
 from lens_pipeline.settings import Settings
 
@@ -36,6 +37,10 @@ def make_definitions(settings: Settings, retries: bool = True) -> dg.Definitions
     retries: whether what fails by chance is tried again, as where nobody waits for it.
     """
     published = source_is_published(settings)
+    if published and settings.survey:
+        raise InputError(
+            "LENS_SURVEY: shards that are published (LENS_SOURCE) are taken whole; unset it"
+        )
     members = chosen_members(settings)
     remote = "://" in (settings.source if published else settings.cloud)
     stages = [
@@ -45,7 +50,7 @@ def make_definitions(settings: Settings, retries: bool = True) -> dg.Definitions
         evaluation_stage(members, published),
         registry_stage(published),
     ]
-    made = [one.asset(retries) for one in stages]
+    made = [one.asset(retries, settings.surveys) for one in stages]
     return dg.Definitions(
         assets=[*([observed_shards()] if published else []), *with_follow_up(made)],
         jobs=[full_pipeline, data, training, evaluation_and_registration, tuning, cleaning],

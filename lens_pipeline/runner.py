@@ -15,6 +15,7 @@ from dagster._core.instance.ref import InstanceRef
 
 from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.checkpoints import POOL
+from lens_pipeline.defs.surveys import every_survey
 from lens_pipeline.errors import InputError
 from lens_pipeline.processes import HOST, PID, end_rest, is_dead, is_here, process_tags
 from lens_pipeline.settings import Settings
@@ -145,6 +146,7 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
                     run_id=run_id,
                     tags={
                         **process_tags(run_id),
+                        **every_survey(settings),
                         DEPLOYMENT: settings.deployment,
                         "dagster/max_retries": "0",  # who launched it sees that it failed
                     },

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from lens_pipeline.errors import InputError
@@ -58,6 +58,13 @@ def _web_address(secret: Any) -> Any:
 
 def _names(text: Any) -> Any:
     return tuple(part.strip() for part in text.split(",")) if isinstance(text, str) else text
+
+
+def _told_apart(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Sorted: in whatever order they are asked for, the result is the same one."""
+    if names and ("" in names or len(set(names)) < len(names)):
+        raise ValueError("names nothing between two commas, or one thing twice")
+    return names and tuple(sorted(names))
 
 
 class Settings(BaseSettings):
@@ -120,8 +127,13 @@ class Settings(BaseSettings):
     deployment: Literal["local", "staging", "production"] = Field(
         default="local", description="Name of this deployment; tagged on every run."
     )
-    survey: str = Field(
-        default="des", description="Whose images are simulated: des, hsc, lsst, euclid_vis, cfhtls."
+    survey: Annotated[
+        tuple[str, ...] | None, NoDecode, BeforeValidator(_names), AfterValidator(_told_apart)
+    ] = Field(
+        default=None,
+        description="Whose images: simulated (des, hsc, lsst, euclid_vis, cfhtls; by default des), "
+        "or those of a catalogue's column `survey` (by default every row). Of several, as "
+        "`des,hsc`, the data are partitioned by survey.",
     )
     simulation: Annotated[str | None, BeforeValidator(lambda file: file and absolute(file))] = (
         Field(default=None, description="A YAML file that changes the simulation.")
@@ -252,6 +264,11 @@ class Settings(BaseSettings):
     @property
     def artifact_location(self) -> str:
         return (self.home / "mlartifacts").as_uri()
+
+    @property
+    def surveys(self) -> tuple[str, ...]:
+        """Those by which the data are partitioned; none where all are of one, or not told apart."""
+        return self.survey if self.survey and len(self.survey) > 1 else ()
 
     @property
     def cloud(self) -> str:

@@ -92,6 +92,24 @@ def simulated_catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def simulated_surveys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """150 simulated cutouts of DES and 150 of HSC, of 32 pixels."""
+    out = tmp_path_factory.mktemp("surveys") / "catalogue"
+    arguments = ["--survey", "des,hsc", "--n", "300", "--image-size", "32", "--out", str(out)]
+    assert main(["simulate", *arguments]) == 0
+    return out / "catalogue.parquet"
+
+
+@pytest.fixture
+def two_surveys(simulated_surveys: Path, tmp_path: Path) -> Path:
+    """`simulated_surveys` in an order of its own, to change."""
+    table = pd.read_parquet(simulated_surveys).sample(frac=1, random_state=0)
+    table["path"] = f"{simulated_surveys.parent}/" + table["path"]
+    table.to_parquet(tmp_path / "surveys.parquet", index=False)
+    return tmp_path / "surveys.parquet"
+
+
+@pytest.fixture(scope="session")
 def dataset(simulated_catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """The processed dataset of `simulated_catalogue`, with a few rows unlabelled."""
     catalogue = read_catalogue(simulated_catalogue)

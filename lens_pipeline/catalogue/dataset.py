@@ -270,6 +270,7 @@ def build_dataset(
     split_seed: int = 0,
     max_reject_fraction: float = 0.1,
     origin: str = "catalogue",
+    whole: bool = True,
     options: dict[str, Any] | None = None,
 ) -> Dataset:
     """Read every cutout of a catalogue and write the processed dataset into `out`.
@@ -277,16 +278,18 @@ def build_dataset(
     image_size: side in pixels of the central square that is kept; bands: which to keep, by name, by
     default all; pad: keep smaller images, too, with each band's median around them, the share of
     which the tables say (`padded_fraction`); origin: where the cutouts come from (`simulation` or
-    the catalogue's name), which the report states first. Unusable cutouts are listed in
+    the catalogue's name), which the report states first; whole: false where it is joined with
+    others, which may hold the classes that its splits lack. Unusable cutouts are listed in
     `rejects.parquet`, cutouts of the same sky in two splits in `near_duplicates.parquet`. Where
     zero points are known, the tables say which AB magnitude one background sigma is,
     `background_magnitude_<band>`.
     Raises InputError where there are more than `max_reject_fraction` of unusable cutouts, and where
-    a split lacks a class.
+    a split of a whole one lacks a class.
     """
     table = catalogue.table
     split = assign_splits(table, split_seed)
-    check_splits(split, table["label"], catalogue.source)
+    if whole:
+        check_splits(split, table["label"], catalogue.source)
     stream = read_cutouts(catalogue, image_size, bands=bands, pad=pad, options=options)
     first = list(islice(stream, SAMPLE))
     form = _common_format(catalogue, first, image_size, bands)
@@ -297,37 +300,38 @@ def build_dataset(
     padded_fraction = np.zeros(len(table), dtype=np.float32)
     background = np.full((len(table), len(form.bands)), np.nan, dtype=np.float32)
     rejects: list[tuple[int, CutoutError]] = []
-    for row, cutout in chain(first, stream):
+    for place, cutout in chain(first, stream):
         try:
             if isinstance(cutout, CutoutError):
                 raise cutout
             cutout = form.fitted(cutout)
         except CutoutError as reason:
-            rejects.append((row, reason))
+            rejects.append((place, reason))
             continue
-        part = split.iloc[row]
+        part = split.iloc[place]
         stacks[part].append(cutout.pixels)
-        kept[part].append(row)
-        nan_fraction[row] = cutout.nan_fraction
-        padded_fraction[row] = cutout.padded_fraction
+        kept[part].append(place)
+        nan_fraction[place] = cutout.nan_fraction
+        padded_fraction[place] = cutout.padded_fraction
         if cutout.zero_point and cutout.units == SIGMA_UNITS:
-            background[row] = cutout.background_magnitude
+            background[place] = cutout.background_magnitude
     for stack in stacks.values():
         stack.close()
 
     listed = _rejects(catalogue, rejects)
     check_rejects(listed, len(table), max_reject_fraction, catalogue.source)
-    used = table.drop([row for row, _ in rejects])
-    check_splits(split[used.index], used["label"], catalogue.source)
+    used = table.drop(listed["row"])
+    if whole:
+        check_splits(split[used.index], used["label"], catalogue.source)
     listed.to_parquet(out / "rejects.parquet", index=False)
-    table = table.assign(row=np.arange(len(table)), split=split, nan_fraction=nan_fraction)
+    table = table.assign(row=table.index, split=split, nan_fraction=nan_fraction)
     if pad:
         table["padded_fraction"] = padded_fraction
     for band, magnitudes in zip(form.bands, background.T, strict=True):
         if np.isfinite(magnitudes).any():
             table[f"background_magnitude_{band}"] = magnitudes
-    for part, rows in kept.items():
-        table.iloc[rows].to_parquet(out / f"{part}.parquet", index=False)
+    for part, places in kept.items():
+        table.iloc[places].to_parquet(out / f"{part}.parquet", index=False)
     duplicates, not_compared = find_near_duplicates(Dataset(out, form, {}))
     duplicates.to_parquet(out / "near_duplicates.parquet", index=False)
     facts = {
@@ -339,7 +343,7 @@ def build_dataset(
         "n_rejects": len(listed),
         "n_near_duplicates": len(duplicates),
         "n_alike_not_compared": not_compared,
-        "splits": {part: class_counts(table["label"].iloc[rows]) for part, rows in kept.items()},
+        "splits": {part: class_counts(table["label"].iloc[kept[part]]) for part in PARTS},
         "content": _content(out),
     }
     (out / "dataset.json").write_text(json.dumps(facts, indent=1, sort_keys=True))
@@ -365,12 +369,13 @@ def _common_format(
     """The bands and units that most of the first cutouts have."""
     good = [cutout for _, cutout in sample if isinstance(cutout, Cutout)]
     if not good:
-        row, reason = sample[0]
+        place, reason = sample[0]
         assert isinstance(reason, CutoutError)
         column = catalogue.image_columns[reason.image]
+        row = catalogue.table.index[place]
         raise InputError(
             f"{catalogue.source}: none of the first {len(sample)} cutouts can be used; row "
-            f"{row + 1}, column {column}, {catalogue.table[column].iloc[row]}: {reason}"
+            f"{row + 1}, column {column}, {catalogue.table.loc[row, column]}: {reason}"
         )
     (n_bands, units), _ = Counter((len(c.pixels), c.units) for c in good).most_common(1)[0]
     names = Counter(
@@ -397,8 +402,8 @@ def _pixel_scale(table: pd.DataFrame) -> float | None:
 
 def _rejects(catalogue: Catalogue, rejects: list[tuple[int, CutoutError]]) -> pd.DataFrame:
     rows = []
-    for row, reason in rejects:
-        entry = catalogue.table.iloc[row]
+    for place, reason in rejects:
+        row, entry = catalogue.table.index[place], catalogue.table.iloc[place]
         column = catalogue.image_columns[reason.image]
         rows.append((entry["id"], row, file_of(entry[column]), column, str(reason)))
     return pd.DataFrame(rows, columns=REJECT_COLUMNS).astype({"row": "int64"})

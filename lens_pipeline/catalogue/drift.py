@@ -33,10 +33,10 @@ def pixel_statistics(dataset: Dataset) -> dict[str, Any]:
 
     `non_finite`: {split: how many pixels are NaN or infinite}; `bands`, in their order, and
     `units`; `statistics`: {band: the `band_statistics` of the training split}, of cutouts drawn
-    once for all time where there are more than SAMPLE pixels.
+    once for all time where there are more than SAMPLE pixels; empty where it holds none.
     """
     train = dataset.images("train")
-    most = max(1, SAMPLE // train[0, 0].size)
+    most = max(1, SAMPLE // int(np.prod(train.shape[2:])))
     drawn = np.arange(len(train))
     if most < len(train):
         drawn = np.sort(np.random.default_rng(0).choice(drawn, most, replace=False))
@@ -47,6 +47,7 @@ def pixel_statistics(dataset: Dataset) -> dict[str, Any]:
         "statistics": {
             name: band_statistics(train[drawn, number])
             for number, name in enumerate(dataset.format.bands)
+            if len(train)
         },
     }
 
@@ -91,7 +92,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> pd.DataFrame:
     """
     rows = []
     for band, statistics in now["statistics"].items():
-        was = before["statistics"][band]
+        was = before["statistics"].get(band)
+        if was is None:  # there were no cutouts to train on
+            continue
         for name, most in MOST.items():
             unit = "sigma" if name == "median" else name
             scale = max(was[unit], statistics[unit])

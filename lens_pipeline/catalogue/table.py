@@ -7,7 +7,7 @@ or with `{split}.csv` (columns `filepath,label`), or of images alone, which have
 import hashlib
 import io
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import fsspec
 import numpy as np
 import pandas as pd
 
+from lens_pipeline.catalogue.splits import assign_splits
 from lens_pipeline.errors import InputError
 from lens_pipeline.storage import TABLES, asking, locate
 
@@ -29,9 +30,10 @@ CLASS_FOLDERS = {"lens": "1", "nonlens": "0"}
 class Catalogue:
     """A validated table, one row a cutout, in the user's order.
 
-    table: `id` (text, unique), the image columns (`path`, or `path_<band>` for each band; absolute
-    paths or URLs), `label` (nullable Int8: 1 lens, 0 not, missing unknown), `group` (text), `split`
-    (text or missing), `simulated` where it is given (nullable boolean: missing is not), and the
+    table: its index the number of the row at its source, from 0; `id` (text, unique), the image
+    columns (`path`, or `path_<band>` for each band; absolute paths or URLs), `label` (nullable
+    Int8: 1 lens, 0 not, missing unknown), `group` (text), `split` (text or missing), `survey` where
+    it is given (text or missing), `simulated` likewise (nullable boolean: missing is not), and the
     user's further columns as they were.
     """
 
@@ -58,6 +60,28 @@ class Catalogue:
             return [name.removeprefix("path_") for name in columns]
         stated = set(self.table["bands"].dropna()) if "bands" in self.table else set()
         return [name.strip() for name in str(stated.pop()).split(",")] if len(stated) == 1 else None
+
+    def of_surveys(self, names: Sequence[str], split_seed: int) -> "Catalogue":
+        """The rows of these surveys, each in the split that it has among all: a group may show one
+        galaxy in several surveys.
+
+        Raises InputError where a survey has no rows.
+        """
+        if "survey" not in self.table:
+            raise InputError(
+                f"{self.source}: column survey is missing, which would tell the rows of "
+                f"{', '.join(names)}"
+            )
+        survey = self.table["survey"]
+        for name in names:
+            if not (survey == name).any():
+                known = ", ".join(sorted(survey.dropna().unique())) or "nothing"
+                raise InputError(
+                    f"{self.source}: column survey: no row is of {name!r}; it names {known}"
+                )
+        split = assign_splits(self.table, split_seed)
+        whole = self.table.assign(split=split.where(self.table["label"].notna(), None))
+        return Catalogue(whole[survey.isin(names)], f"{self.source} ({', '.join(names)})")
 
 
 def read_catalogue(path: str | Path, storage_options: Mapping[str, Any] | None = None) -> Catalogue:
@@ -213,6 +237,8 @@ def _validated(table: pd.DataFrame, source: str, folder: str) -> pd.DataFrame:
         _refuse(source, table, table[name].isna(), name, "is empty")
     _refuse(source, table, table["id"].duplicated(), "id", "is there twice; ids must be unique")
     table["label"] = _labels(table, source)
+    if "survey" in table:
+        table["survey"] = _text(table["survey"])
     if "simulated" in table:
         table["simulated"] = _zero_or_one(table, "simulated", source).astype("boolean")
     for name in images:

@@ -17,6 +17,7 @@ from lens_pipeline.defs.stages import (
     REGISTERED,
     SHARDS,
 )
+from lens_pipeline.defs.surveys import every_survey
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import digest, source_hashes
@@ -138,7 +139,7 @@ def schedules(settings: Settings) -> list[dg.ScheduleDefinition]:
                     f"run {run.run_id[:8]} has the same source, settings and code: nothing would "
                     "be new"
                 )
-            return dg.RunRequest(tags=tags)
+            return dg.RunRequest(tags=tags | every_survey(settings))
 
         nightly_cleaning = dg.ScheduleDefinition(
             name="nightly_cleaning",

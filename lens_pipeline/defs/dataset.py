@@ -1,10 +1,11 @@
 """From a source to the processed dataset: `cutout_catalogue`, `processed_dataset`."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import dagster as dg
 
@@ -19,12 +20,14 @@ from lens_pipeline.defs.stages import (
     derived,
     drawn,
     made,
+    newest_first,
     picture,
     result,
     run_stage,
     stage,
     table,
 )
+from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Recipe, Step
 
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
     from lens_pipeline.catalogue.dataset import Dataset
     from lens_pipeline.catalogue.table import Catalogue
+    from lens_pipeline.simulation.config import SimulationConfig
 
 SIMULATION = "lens_pipeline.simulation.simulate"
 TABLE = "lens_pipeline.catalogue.table"
@@ -42,7 +46,7 @@ STATISTICS = "pixel statistics"  # the metadata by which versions are compared
 # Of a class, in a split. Fewer cannot tell fusions apart (five folds of two), nor resolve any rate.
 FEW = 10
 FIRST = 20  # rows of a longer table
-PAGE = 10  # materialisations that are looked at together; each carries its pictures
+SIMULATED = "des"  # where LENS_SURVEY says nothing
 COLUMNS = {
     "id": "Unique, any characters.",
     "path": "The image.",
@@ -66,16 +70,28 @@ COLUMNS = {
 }
 
 
+def simulated(settings: Settings) -> "list[SimulationConfig]":
+    """What is simulated: one configuration a survey, which differ by nothing but the survey."""
+    from lens_pipeline.simulation import load_config
+
+    names = settings.survey or (SIMULATED,)
+    configs = [load_config(name, settings.simulation) for name in names]
+    for name, config in zip(settings.surveys, configs, strict=False):
+        if config.survey.name != name:
+            raise InputError(f"LENS_SURVEY: {name}: the simulation calls it {config.survey.name}")
+    return configs
+
+
 def catalogue_recipe(settings: Settings) -> Recipe:
     from lens_pipeline.catalogue.table import source_fingerprint
 
     if settings.source == "simulation":
         from lens_pipeline.catalogue.images import files_fingerprint
-        from lens_pipeline.simulation import load_config
         from lens_pipeline.simulation.pool import pool_catalogue
 
         preset = presets.chosen(settings)
-        config = load_config(settings.survey, settings.simulation)
+        configs = simulated(settings)
+        config = configs[0]
         inputs = {}
         if config.survey.psf is not None:
             inputs["psf"] = source_fingerprint(config.survey.psf)
@@ -91,7 +107,7 @@ def catalogue_recipe(settings: Settings) -> Recipe:
             libraries=(*libraries, "pyarrow"),
             inputs=inputs,
             settings={
-                "config": config.model_dump(mode="json"),
+                "configs": [one.model_dump(mode="json") for one in configs],
                 "n": settings.n_cutouts or preset.n_cutouts,
                 "seed": settings.seed,
                 "image_size": presets.image_size(settings),
@@ -108,13 +124,10 @@ def catalogue_recipe(settings: Settings) -> Recipe:
 
 def make_catalogue(settings: Settings, recipe: Recipe, out: Path) -> None:
     if settings.source == "simulation":
-        from lens_pipeline.simulation import load_config
-        from lens_pipeline.simulation.simulate import simulate_catalogue
+        from lens_pipeline.simulation.simulate import simulate_surveys
 
-        config = load_config(settings.survey, settings.simulation)
-        storage = settings.storage_options
-        arguments = recipe.settings | {"config": config}
-        simulate_catalogue(out, **arguments, storage_options=storage)
+        arguments = recipe.settings | {"configs": simulated(settings)}
+        simulate_surveys(out, **arguments, storage_options=settings.storage_options)
     else:
         from lens_pipeline.catalogue.table import read_catalogue
 
@@ -122,11 +135,16 @@ def make_catalogue(settings: Settings, recipe: Recipe, out: Path) -> None:
         catalogue.table.to_parquet(out / "catalogue.parquet", index=False)
 
 
-def catalogue_of(settings: Settings, upstream: Made) -> "Catalogue":
-    """The validated catalogue; messages about it name the user's own source."""
+def catalogue_of(settings: Settings, upstream: Made, survey: str | None = None) -> "Catalogue":
+    """The validated catalogue: of LENS_SURVEY, or of one of these; messages about it name the
+    user's own source."""
     from lens_pipeline.catalogue.table import read_catalogue
 
-    return replace(read_catalogue(upstream.folder / "catalogue.parquet"), source=settings.source)
+    whole = replace(read_catalogue(upstream.folder / "catalogue.parquet"), source=settings.source)
+    of_one = settings.source == "simulation" and not settings.surveys
+    if of_one or not settings.survey:
+        return whole
+    return whole.of_surveys([survey] if survey else settings.survey, settings.seed)
 
 
 @stage(
@@ -136,6 +154,14 @@ def catalogue_of(settings: Settings, upstream: Made) -> "Catalogue":
     group_name="data",
     kinds={"parquet"},
     freshness_policy=WEEKLY,
+    check_specs=[
+        dg.AssetCheckSpec(
+            "no_position_is_in_two_splits",
+            asset=CATALOGUE,
+            description="No two splits hold cutouts of one place on the sky, as of one galaxy in "
+            "two surveys (give those one group). Of rows with `ra` and `dec`.",
+        )
+    ],
 )
 def cutout_catalogue(lens: LensHome) -> dg.MaterializeResult:
     """Which galaxies there are, and which of them are lenses: a validated table, one row a cutout.
@@ -162,20 +188,40 @@ def cutout_catalogue(lens: LensHome) -> dg.MaterializeResult:
             "non-lenses": int((labels == 0).sum()),
             "unlabelled": int(labels.isna().sum()),
             "groups": int(rows["group"].nunique()),
-            "splits": _splits_table({p: class_counts(labels[split == p]) for p in PARTS}),
+            "splits": _counts_table({p: class_counts(labels[split == p]) for p in PARTS}, "split"),
             **({"kinds": _kinds_table(rows)} if "kind" in rows else {}),
+            **({"surveys": _surveys_table(rows)} if "survey" in rows else {}),
             "first rows": table(rows.head(FIRST)),
             "dagster/row_count": len(rows),
             "dagster/column_schema": column_schema(rows, COLUMNS),
         },
+        checks=(_no_position_is_in_two_splits(rows, split),),
     )
 
 
-def _splits_table(counts: Mapping[str, Mapping[str, int]]) -> dg.TableMetadataValue:
-    """Cutouts of each class by split, and the fraction of lenses among the labelled."""
+def _no_position_is_in_two_splits(rows: "pd.DataFrame", split: "pd.Series") -> dg.AssetCheckResult:
+    from lens_pipeline.catalogue.positions import RADIUS, positions_in_two_splits, with_position
+
+    pairs = positions_in_two_splits(rows, split)
+    return dg.AssetCheckResult(
+        check_name="no_position_is_in_two_splits",
+        passed=pairs.empty,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata={
+            "pairs": len(pairs),
+            "at most": 0,
+            "within arcsec": RADIUS,
+            "rows without a position": int((~with_position(rows)).sum()),
+            "first": table(pairs.head(FIRST)),
+        },
+    )
+
+
+def _counts_table(counts: Mapping[str, Mapping[str, int]], by: str) -> dg.TableMetadataValue:
+    """Cutouts of each class by split or survey, and the fraction of lenses among the labelled."""
     import pandas as pd
 
-    rows = pd.DataFrame(counts).T.rename_axis("split").reset_index()
+    rows = pd.DataFrame(counts).T.rename_axis(by).reset_index()
     labelled = rows["n_lens"] + rows["n_nonlens"]
     return table(rows.assign(lens_fraction=rows["n_lens"] / labelled))
 
@@ -185,10 +231,22 @@ def _kinds_table(rows: "pd.DataFrame") -> dg.TableMetadataValue:
     return table(rows["kind"].value_counts().rename("n").head(FIRST).reset_index())
 
 
+def _surveys_table(rows: "pd.DataFrame") -> dg.TableMetadataValue:
+    """Cutouts of each class by survey: where their mixtures differ, a network may learn to tell the
+    surveys in place of the lenses."""
+    from lens_pipeline.catalogue.splits import class_counts
+
+    by_survey = rows.groupby(rows["survey"].fillna(""), sort=True)["label"]
+    return _counts_table({str(name): class_counts(label) for name, label in by_survey}, "survey")
+
+
 def draw_training_cutouts(dataset: "Dataset") -> bytes:
+    """Or others, where a survey has none to train on."""
+    from lens_pipeline.catalogue.dataset import PARTS
     from lens_pipeline.evaluation.plots import first_cutouts_sheet, jpeg_bytes
 
-    images, table = dataset.images("train"), dataset.table("train")
+    part = next(part for part in PARTS if len(dataset.images(part)))
+    images, table = dataset.images(part), dataset.table(part)
     return jpeg_bytes(first_cutouts_sheet(images, table, dataset.format.units))
 
 
@@ -207,6 +265,7 @@ def pixels_of(dataset: "Dataset", step: Step, settings: Settings) -> dict[str, A
     DATASET,
     modules=(BUILD,),
     by_chance=True,  # the images may lie in a store
+    by_survey=True,
     deps=[CATALOGUE],
     group_name="data",
     kinds={"numpy"},
@@ -244,7 +303,9 @@ def pixels_of(dataset: "Dataset", step: Step, settings: Settings) -> dict[str, A
         ),
     ],
 )
-def processed_dataset(context: dg.AssetExecutionContext, lens: LensHome) -> dg.MaterializeResult:
+def processed_dataset(
+    context: dg.AssetExecutionContext, lens: LensHome, survey: str | None
+) -> dg.MaterializeResult:
     """The cutouts that networks learn from and are judged by, all of one size and in one unit.
 
     float32 (n, bands, height, width) per split (`train`, `val`, `test`, `unlabelled`), in units of
@@ -260,21 +321,26 @@ def processed_dataset(context: dg.AssetExecutionContext, lens: LensHome) -> dg.M
 
     settings = lens.settings
     upstream = made(context, CATALOGUE)
-    catalogue = catalogue_of(settings, upstream)
-    inputs = {"catalogue": upstream.content}
-    if settings.source != "simulation":
-        inputs["images"] = files_fingerprint(catalogue.references, settings.storage_options)
+    catalogue = catalogue_of(settings, upstream, survey)
+    if settings.source == "simulation":
+        inputs = {"catalogue": upstream.content}
+    else:  # what the catalogue says of other surveys decides nothing
+        inputs = {
+            "rows": hashlib.sha256(catalogue.table.to_parquet()).hexdigest(),
+            "images": files_fingerprint(catalogue.references, settings.storage_options),
+        }
     recipe = Recipe(
         stage="processed_dataset",
         modules=(BUILD,),
         libraries=LIBRARIES,
-        inputs=inputs,
+        inputs=inputs | ({"survey": survey} if survey else {}),
         settings={
             "image_size": presets.image_size(settings),
             "bands": settings.bands,
             "pad": settings.pad,
             "split_seed": settings.seed,
             "origin": settings.source,
+            "whole": survey is None,
         },
     )
 
@@ -287,18 +353,20 @@ def processed_dataset(context: dg.AssetExecutionContext, lens: LensHome) -> dg.M
             **recipe.settings,
         )
 
-    step = run_stage(DATASET, recipe, settings.home / "dataset", build, settings)
+    root = settings.home / "dataset"
+    step = run_stage(DATASET, recipe, root, build, settings, survey=survey)
     dataset = open_dataset(step.folder)
     sheet = drawn("cutouts.jpg", step, lambda: draw_training_cutouts(dataset), settings)
     pixels = pixels_of(dataset, step, settings)
     rejects = dataset.rejects()
     # It may have been made when more were allowed.
-    check_rejects(rejects, dataset.facts["n_rows"], settings.max_reject_fraction, settings.source)
+    n_rows = dataset.facts["n_rows"]
+    check_rejects(rejects, n_rows, settings.max_reject_fraction, catalogue.source)
     return result(
         step,
         {
             "cutouts": picture(sheet),
-            "splits": _splits_table(dataset.facts["splits"]),
+            "splits": _counts_table(dataset.facts["splits"], "split"),
             "bands": ", ".join(dataset.format.bands),
             "units": dataset.format.units,
             "rejects": len(rejects),
@@ -313,9 +381,9 @@ def processed_dataset(context: dg.AssetExecutionContext, lens: LensHome) -> dg.M
         },
         checks=(
             _no_group_spans_two_splits(dataset),
-            _every_split_holds_both_classes(dataset),
+            _every_split_holds_both_classes(dataset, survey),
             _all_pixels_are_finite(pixels),
-            _bands_are_as_in_the_last_version(context, step, pixels),
+            _bands_are_as_in_the_last_version(context, step, pixels, survey),
             _no_near_duplicates_across_splits(dataset),
         ),
     )
@@ -330,7 +398,7 @@ def _no_group_spans_two_splits(dataset: "Dataset") -> dg.AssetCheckResult:
     )
 
 
-def _every_split_holds_both_classes(dataset: "Dataset") -> dg.AssetCheckResult:
+def _every_split_holds_both_classes(dataset: "Dataset", survey: str | None) -> dg.AssetCheckResult:
     from lens_pipeline.catalogue.splits import FRACTIONS
 
     counts = {part: dataset.facts["splits"][part] for part in FRACTIONS}
@@ -339,7 +407,8 @@ def _every_split_holds_both_classes(dataset: "Dataset") -> dg.AssetCheckResult:
     return dg.AssetCheckResult(
         check_name="every_split_holds_both_classes",
         passed=fewest >= FEW,
-        severity=warning if fewest else error,
+        # Of several surveys, another may hold what one lacks: `merge_shards` looks at all.
+        severity=warning if fewest or survey else error,
         metadata={
             "fewest of a class": fewest,
             "at least": FEW,
@@ -368,7 +437,7 @@ def _all_pixels_are_finite(pixels: Mapping[str, Any]) -> dg.AssetCheckResult:
 
 
 def _bands_are_as_in_the_last_version(
-    context: dg.AssetExecutionContext, step: Step, pixels: Mapping[str, Any]
+    context: dg.AssetExecutionContext, step: Step, pixels: Mapping[str, Any], survey: str | None
 ) -> dg.AssetCheckResult:
     from lens_pipeline.catalogue.drift import changes, other_format
 
@@ -380,12 +449,14 @@ def _bands_are_as_in_the_last_version(
             metadata={name.replace("_", " "): value for name, value in metadata.items()},
         )
 
-    before = _last_pixels(context, step.content)
+    before = _last_pixels(context, step.content, survey)
     if before is None:
         return judged(True, compared="there is no earlier version to compare with")
     if differing := other_format(before, pixels):
         return judged(False, compared=differing)
     found = changes(before, pixels)
+    if found.empty:
+        return judged(True, compared="one of both versions has no cutouts to train on")
     worst = found.iloc[int((found["change"] / found["at_most"]).to_numpy().argmax())]
     return judged(
         bool((found["change"] <= found["at_most"]).all()),
@@ -396,18 +467,16 @@ def _bands_are_as_in_the_last_version(
     )
 
 
-def _last_pixels(context: dg.AssetExecutionContext, content: str) -> dict[str, Any] | None:
+def _last_pixels(
+    context: dg.AssetExecutionContext, content: str, survey: str | None
+) -> dict[str, Any] | None:
     """The pixel statistics of the newest materialisation that has another content, if any."""
-    cursor, more = None, True
-    while more:
-        page = context.instance.fetch_materializations(DATASET, limit=PAGE, cursor=cursor)
-        for record in page.records:
-            event = record.asset_materialization
-            if event is None or STATISTICS not in event.metadata:
-                continue
-            if event.metadata["content"].value != content:
-                return event.metadata[STATISTICS].value
-        cursor, more = page.cursor, page.has_more
+    for record in newest_first(context.instance.fetch_materializations, DATASET, at_a_time=10):
+        event = record.asset_materialization
+        if event is None or event.partition != survey or STATISTICS not in event.metadata:
+            continue
+        if event.metadata["content"].value != content:
+            return cast("dict[str, Any]", event.metadata[STATISTICS].value)
     return None
 
 

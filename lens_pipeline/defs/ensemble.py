@@ -29,6 +29,7 @@ from lens_pipeline.defs.stages import (
     stage,
     table,
 )
+from lens_pipeline.defs.surveys import of_every_survey
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.names import Member
 from lens_pipeline.registry import CHAMPION, registry_key
@@ -40,6 +41,7 @@ EVALUATE = "lens_pipeline.ensemble.evaluate"
 # Of an evaluation, by their titles; those of the selection function only where truths are known.
 PICTURES = {
     "ROC": "roc",
+    "ROC by survey": "surveys",
     "precision and recall": "precision_recall",
     "reliability": "reliability",
     "completeness": "completeness",
@@ -149,7 +151,7 @@ def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
         EVALUATION,
         modules=modules,
         by_chance=True,  # it asks the registry who is champion
-        deps=[ENSEMBLE, CLOUD] if published else [ENSEMBLE, DATASET, CATALOGUE],
+        deps=[ENSEMBLE, CLOUD] if published else [ENSEMBLE, of_every_survey(DATASET), CATALOGUE],
         group_name="ensemble",
         kinds={"pandas"},
         check_specs=[
@@ -176,7 +178,7 @@ def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
         """
         import pandas as pd
 
-        from lens_pipeline.evaluation.report import forecast_table, kinds_table
+        from lens_pipeline.evaluation.report import forecast_table, kinds_table, surveys_table
         from lens_pipeline.evaluation.result import ENSEMBLE as FUSED
         from lens_pipeline.evaluation.result import SCORES, read_evaluation
 
@@ -219,6 +221,7 @@ def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
         )
         scores = pd.read_parquet(step.folder / SCORES)
         metrics = evaluation.metrics[FUSED]
+        surveys = {name: of[FUSED] for name, of in evaluation.surveys.items()}
         figures = {
             name: value["value"]
             for name, value in metrics.items()
@@ -234,6 +237,7 @@ def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
                 },
                 "members": _members_table(lens.tracking, ensemble.folder, evaluation.metrics),
                 "forecast": table(forecast_table(evaluation.forecast)),
+                **({"surveys": table(surveys_table(surveys))} if surveys else {}),
                 **({"kinds": table(kinds_table(evaluation.kinds))} if evaluation.kinds else {}),
                 **figures,
                 "report": dg.MetadataValue.path(str(step.folder / "report.html")),

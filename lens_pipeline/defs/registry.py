@@ -110,6 +110,7 @@ def registry_stage(published: bool) -> Stage:
             "members": {n: m for n, m in evaluation.metrics.items() if n != FUSED},
             "ensemble": evaluation.metrics[FUSED],
             "kinds": evaluation.kinds,
+            "surveys": {name: of[FUSED] for name, of in evaluation.surveys.items()},
             "model": {"name": MODEL, "version": number, "aliases": aliases},
             "gate": asdict(decision),
             "stages": stages,
@@ -207,12 +208,12 @@ def _stages(context: dg.AssetExecutionContext) -> dict[str, dict[str, Any]]:
     records = context.instance.get_records_for_run(
         context.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION
     ).records
-    stages = {}
+    stages: dict[str, dict[str, Any]] = {}
     for record in records:
         event = record.event_log_entry.asset_materialization
         if event is not None and "seconds" in event.metadata:
-            stages[event.asset_key.to_user_string()] = {
-                "seconds": event.metadata["seconds"].value,
-                "reused": event.metadata["reused"].value,
-            }
+            # One of several surveys is a part of it.
+            of = stages.setdefault(event.asset_key.to_user_string(), {"seconds": 0, "reused": True})
+            of["seconds"] = round(of["seconds"] + event.metadata["seconds"].value, 3)
+            of["reused"] &= event.metadata["reused"].value
     return stages

@@ -33,14 +33,19 @@ def scored_source(context: dg.AssetExecutionContext, settings: Settings, publish
 
 
 def _of_dataset(context: dg.AssetExecutionContext, settings: Settings) -> Source:
-    dataset, table = made(context, DATASET), made(context, CATALOGUE)
+    table = made(context, CATALOGUE)
+    parts = {name: made(context, DATASET, name) for name in settings.surveys or (None,)}
 
     def opened() -> "tuple[ScoredDataset, Catalogue]":
         from lens_pipeline.catalogue.dataset import open_dataset
+        from lens_pipeline.catalogue.joined import JoinedDataset
 
-        return open_dataset(dataset.folder), catalogue_of(settings, table)
+        datasets = {str(name): open_dataset(part.folder) for name, part in parts.items()}
+        (first, *others) = datasets.values()
+        return JoinedDataset(datasets) if others else first, catalogue_of(settings, table)
 
-    return Source({"dataset": dataset.content, "table": table.content}, opened)
+    contents = {f"dataset of {name}": part.content for name, part in parts.items()}
+    return Source(contents | {"table": table.content}, opened)
 
 
 def _of_shards(context: dg.AssetExecutionContext, settings: Settings) -> Source:

@@ -10,6 +10,7 @@ from lens_pipeline.defs.automation import data
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.source import source_state
 from lens_pipeline.defs.stages import REGISTERED
+from lens_pipeline.defs.surveys import every_survey
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 
@@ -48,7 +49,7 @@ def source_changed(
     changes = cursor.get("changes", 0) + 1
     return dg.SensorResult(
         # The key is of the change, not only of the state: what was here before may come back.
-        run_requests=[dg.RunRequest(run_key=f"{changes}:{state}")],
+        run_requests=[dg.RunRequest(run_key=f"{changes}:{state}", tags=every_survey(settings))],
         cursor=json.dumps({"seen": state, "handled": state, "changes": changes}),
     )
 

@@ -22,11 +22,14 @@ from lens_pipeline.defs.stages import (
     stage,
     table,
 )
+from lens_pipeline.defs.surveys import of_every_survey
 from lens_pipeline.errors import InputError
-from lens_pipeline.steps import Recipe, Step
+from lens_pipeline.settings import Settings
+from lens_pipeline.steps import Recipe, Step, run_step
 
 WRITER = "lens_pipeline.shards.writer"
 PUBLISH = "lens_pipeline.shards.cloud"
+MERGE = "lens_pipeline.shards.merge"
 SHOWN = 100  # shards in a table
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     SHARDS,
     modules=(WRITER,),
     by_chance=False,
+    by_survey=True,
     deps=[DATASET],
     group_name="data",
     kinds={"webdataset"},
@@ -50,7 +54,9 @@ if TYPE_CHECKING:
         )
     ],
 )
-def lens_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.MaterializeResult:
+def lens_shards(
+    context: dg.AssetExecutionContext, lens: LensHome, survey: str | None
+) -> dg.MaterializeResult:
     """The same cutouts packed for training: a few large files in place of a million small ones.
 
     WebDataset tars of every split (float16), an index for random access, and a manifest, whose
@@ -59,7 +65,7 @@ def lens_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.Materia
     from lens_pipeline.shards.manifest import read_manifest, verify_shards
     from lens_pipeline.shards.writer import write_shards
 
-    upstream = made(context, DATASET)
+    upstream = made(context, DATASET, survey)
     recipe = Recipe(
         stage="lens_shards",
         modules=(WRITER,),
@@ -72,6 +78,7 @@ def lens_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.Materia
         lens.settings.home / "shards",
         lambda out: write_shards(upstream.folder, out),
         lens.settings,
+        survey=survey,
     )
     manifest = read_manifest(step.folder)
     problems = verify_shards(step.folder)
@@ -115,9 +122,9 @@ def _counted(problems: list[str]) -> dict[str, Any]:
 
 @stage(
     CLOUD,
-    modules=(PUBLISH,),
+    modules=(PUBLISH, MERGE),
     by_chance=True,
-    deps=[SHARDS],
+    deps=[of_every_survey(SHARDS)],
     group_name="data",
     kinds={"webdataset"},
     freshness_policy=WEEKLY,
@@ -133,7 +140,7 @@ def _counted(problems: list[str]) -> dict[str, Any]:
 def cloud_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.MaterializeResult:
     """The shards where every machine can read them, under their version, compared once there.
 
-    At LENS_CLOUD_URL: a folder, `s3://`, `gs://`.
+    At LENS_CLOUD_URL: a folder, `s3://`, `gs://`. Those of several surveys are one version there.
     """
     from lens_pipeline.shards.cloud import publish_shards, published_problems
     from lens_pipeline.shards.manifest import read_manifest
@@ -141,8 +148,8 @@ def cloud_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.Materi
     settings = lens.settings
     begun = time.perf_counter()
     log.info("cloud_shards ...")
-    upstream = made(context, SHARDS)
-    shards, storage = Path(upstream.location), settings.storage_options
+    storage = settings.storage_options
+    shards = _merged(context, settings) if settings.surveys else made(context, SHARDS).folder
     try:
         published = publish_shards(shards, settings.cloud, storage_options=storage)
     except InputError as problem:
@@ -171,6 +178,26 @@ def cloud_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.Materi
         ),
         location=published.url,
     )
+
+
+def _merged(context: dg.AssetExecutionContext, settings: Settings) -> Path:
+    """The folder with the shards of all surveys."""
+    from lens_pipeline.shards.merge import merge_shards
+
+    parts = {survey: made(context, SHARDS, survey) for survey in settings.surveys}
+    recipe = Recipe(
+        stage="merged_shards",
+        modules=(MERGE,),
+        libraries=("pandas", "pyarrow"),
+        inputs={survey: part.content for survey, part in parts.items()},
+    )
+    folders = {survey: part.folder for survey, part in parts.items()}
+    return run_step(
+        recipe,
+        settings.home / "shards",
+        lambda out: merge_shards(folders, out),
+        verify=settings.verify,
+    ).folder
 
 
 def observed_shards() -> dg.AssetsDefinition:

@@ -3,15 +3,17 @@
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from lens_pipeline.defs.surveys import over_surveys, partitioned
 from lens_pipeline.errors import InputError, NoAnswerError, masked
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Recipe, Step, digest, run_step, source_hashes
@@ -50,17 +52,26 @@ def checkpoint_key(member: str) -> dg.AssetKey:
 
 @dataclass(frozen=True)
 class Stage:
-    """An asset that is still to be told whether it is tried again: see `stage`."""
+    """An asset that is still to be told whether it is tried again, and of which surveys it is: see
+    `stage`."""
 
     body: Callable[..., dg.MaterializeResult]
     declared: Mapping[str, Any]
     by_chance: bool
+    by_survey: bool
 
-    def asset(self, retries: bool = True) -> dg.AssetsDefinition:
-        """retries: whether what failed by chance is tried again, as where nobody waits for it."""
+    def asset(self, retries: bool = True, surveys: Sequence[str] = ()) -> dg.AssetsDefinition:
+        """retries: whether what failed by chance is tried again, as where nobody waits for it;
+        surveys: the partitions of what is made survey by survey, none where all are made as one."""
         again = self.by_chance and retries
-        declare = dg.asset(**self.declared, retry_policy=AGAIN if again else None)
-        return declare(bad_input_is_final(self.body) if again else self.body)
+        body = over_surveys(self.body) if self.by_survey else self.body
+        with quiet():
+            declare = dg.asset(
+                **self.declared,
+                retry_policy=AGAIN if again else None,
+                **(partitioned(surveys) if self.by_survey and surveys else {}),
+            )
+        return declare(bad_input_is_final(body) if again else body)
 
 
 def source_of(body: Callable[..., Any]) -> dict[str, Any]:
@@ -86,12 +97,18 @@ def quiet() -> Iterator[None]:
 
 
 def stage(
-    key: dg.AssetKey, *, modules: tuple[str, ...], by_chance: bool, **declared: Any
+    key: dg.AssetKey,
+    *,
+    modules: tuple[str, ...],
+    by_chance: bool,
+    by_survey: bool = False,
+    **declared: Any,
 ) -> Callable[[Callable[..., dg.MaterializeResult]], Stage]:
     """Declares an asset of the pipeline; `declared` is what else `dagster.asset` takes.
 
     modules: the library modules that it runs; by_chance: whether it needs what may be gone for a
-    while (a network, a server, a worker).
+    while (a network, a server, a worker); by_survey: whether it is made survey by survey where
+    there are several: its function is given the name of one, None where all are made as one.
     """
 
     def declare(body: Callable[..., dg.MaterializeResult]) -> Stage:
@@ -101,7 +118,7 @@ def stage(
             "code_version": code_version(*modules),
             "metadata": source_of(body),
         }
-        return Stage(body, common | declared, by_chance)
+        return Stage(body, common | declared, by_chance, by_survey)
 
     return declare
 
@@ -123,9 +140,9 @@ def code_version(*modules: str) -> str:
     return digest(source_hashes(modules))[:12]
 
 
-def made(context: dg.AssetExecutionContext, key: dg.AssetKey) -> Made:
-    """What an upstream asset left: in this run where it is part of it, else when it was last made
-    (or observed, where it is made elsewhere).
+def made(context: dg.AssetExecutionContext, key: dg.AssetKey, survey: str | None = None) -> Made:
+    """What an upstream asset left, of a survey where it is made by survey: in this run where it is
+    part of it, else when it was last made (or observed, where it is made elsewhere).
 
     Raises InputError where it has never been.
     """
@@ -135,13 +152,26 @@ def made(context: dg.AssetExecutionContext, key: dg.AssetKey) -> Made:
     instance = context.instance
     in_run = instance.get_records_for_run(context.run_id, of_type=of_type).records
     fetch = instance.fetch_observations if observed else instance.fetch_materializations
-    for record in (*reversed(in_run), *fetch(key, limit=1).records):
+    for record in chain(reversed(in_run), newest_first(fetch, key)):
         entry = record.event_log_entry
         event = entry.asset_observation or entry.asset_materialization
-        if event is not None and event.asset_key == key:
+        if event is not None and (event.asset_key, event.partition) == (key, survey):
             return Made(*(str(event.metadata[name].value) for name in ("location", "content")))
     todo = "observed yet; observe" if observed else "made yet; materialise"
-    raise InputError(f"{key.to_user_string()} has not been {todo} it first")
+    of = f" of {survey}" if survey else ""
+    raise InputError(f"{key.to_user_string()}{of} has not been {todo} it first")
+
+
+def newest_first(
+    fetch: Callable[..., dg.EventRecordsResult], key: dg.AssetKey, at_a_time: int = 1
+) -> Iterator[dg.EventLogRecord]:
+    """The events of an asset that `fetch`, of a Dagster instance, finds. Each carries its pictures:
+    few are looked at together."""
+    cursor, more = None, True
+    while more:
+        page = fetch(key, limit=at_a_time, cursor=cursor)
+        yield from page.records
+        cursor, more = page.cursor, page.has_more
 
 
 def run_stage(
@@ -151,9 +181,10 @@ def run_stage(
     build: Callable[[Path], object],
     settings: Settings,
     goes_on: bool = False,
+    survey: str | None = None,
 ) -> Step:
     """Run an asset's step, telling the terminal when it begins and how it ended."""
-    name = key.to_user_string()
+    name = " of ".join(filter(None, (key.to_user_string(), survey)))
     log.info("%s ...", name)
     step = run_step(recipe, root, build, verify=settings.verify, goes_on=goes_on)
     log.info("%s: %s in %.1f s", name, "reused" if step.reused else "made", step.seconds)

@@ -17,13 +17,19 @@ from lens_pipeline.evaluation.origins import SIMULATED, basis, by_origin, descri
 from lens_pipeline.evaluation.plots import contact_sheet
 from lens_pipeline.evaluation.report import Picture, Section, write_report
 from lens_pipeline.evaluation.result import ENSEMBLE, FILES, REPORT, SCORES, Evaluation
-from lens_pipeline.evaluation.sections import fusion_section, score_sections, selection_sections
+from lens_pipeline.evaluation.sections import (
+    fusion_section,
+    score_sections,
+    selection_sections,
+    survey_sections,
+)
 from lens_pipeline.evaluation.selection import (
     PREVALENCE,
     false_positives_by_kind,
     forecast,
     selection_function,
 )
+from lens_pipeline.evaluation.surveys import by_survey
 from lens_pipeline.models.saliency import smooth_grad
 from lens_pipeline.models.system import LitLensSystem
 
@@ -68,6 +74,7 @@ def evaluate_ensemble(
     columns |= {ENSEMBLE: "probability"}
     parts = by_origin(test, dataset.facts["origin"] == "simulation")
     rests_on, shown = basis(parts)
+    surveys = by_survey(test)
     expected = forecast(shown["label"], shown["probability"], prevalence=prevalence)
     selection = selection_function(test)
     evaluation = Evaluation(
@@ -75,6 +82,7 @@ def evaluate_ensemble(
         metrics=_metrics(test, columns),
         kinds=false_positives_by_kind(test, selection["threshold"]),
         origins={o: _metrics(part, columns) for o, part in parts.items()} if len(parts) > 1 else {},
+        surveys={name: _metrics(part, columns) for name, part in surveys.items()},
         selection=selection,
         forecast={"rests_on": rests_on, **expected},
     )
@@ -85,6 +93,11 @@ def evaluate_ensemble(
     architectures = {name: one.hparams["arch"] for name, one in ensemble.members.items()}
     sections = [
         *score_sections(shown, columns, evaluation.forecast),
+        *survey_sections(
+            surveys,
+            {name: of[ENSEMBLE] for name, of in evaluation.surveys.items()},
+            columns[ENSEMBLE],
+        ),
         *selection_sections(selection, evaluation.kinds, parts),
         fusion_section(ensemble.facts, shown, architectures, rests_on, evaluation.metrics),
         _galleries(dataset, test, best, ensemble.members[best]),

@@ -36,6 +36,7 @@ def model_card(facts: Mapping[str, Any], evaluation: Evaluation) -> str:
         "| | ensemble |",
         "|---|---|",
         *(f"| {title} | {metric_text(metrics[key])} |" for key, title in MORE_COLUMNS.items()),
+        *_surveys(evaluation),
         "## Scores",
         f"Fusion: {facts['fusion']['strategy'].replace('_', ' ')}. `probability` holds where "
         f"{validation['n_lens'] / sum(validation.values()):.2g} of the cutouts are lenses, as in "
@@ -45,6 +46,14 @@ def model_card(facts: Mapping[str, Any], evaluation: Evaluation) -> str:
         *_limits(facts, evaluation),
     ]
     return "\n\n".join(lines).replace("|\n\n|", "|\n|")[:LONGEST]
+
+
+def _surveys(evaluation: Evaluation) -> list[str]:
+    """Of several: how it does on each."""
+    if not evaluation.surveys:
+        return []
+    auroc = {name: of[ENSEMBLE]["auroc"] for name, of in evaluation.surveys.items()}
+    return ["AUROC by survey: " + ", ".join(f"{n} {metric_text(m)}" for n, m in auroc.items())]
 
 
 def _limits(facts: Mapping[str, Any], evaluation: Evaluation) -> list[str]:

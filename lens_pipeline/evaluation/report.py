@@ -80,6 +80,16 @@ def kinds_table(kinds: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def surveys_table(surveys: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """A row for each survey: what `lens_metrics` gives on its cutouts."""
+    rows = [
+        {"survey": name, "lenses": of["n_lens"], "non-lenses": of["n_nonlens"]}
+        | {title: metric_text(of[key]) for key, title in COLUMNS.items()}
+        for name, of in surveys.items()
+    ]
+    return pd.DataFrame(rows)
+
+
 def completeness_table(selection: Mapping[str, Any]) -> pd.DataFrame:
     """What `selection_function` returns, a row for each bin of each quantity."""
     rows = [
@@ -179,6 +189,13 @@ def format_kinds(kinds: Mapping[str, Mapping[str, Any]]) -> str:
     """A line for the terminal."""
     rows = kinds_table(kinds).itertuples(index=False)
     return "AUROC against each kind: " + ", ".join(f"{r.kind} {r.AUROC:.3f}" for r in rows)
+
+
+def format_surveys(surveys: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for the terminal."""
+    return "AUROC by survey: " + ", ".join(
+        f"{name} {metric_text(of['auroc'])}" for name, of in surveys.items()
+    )
 
 
 _STYLE = """

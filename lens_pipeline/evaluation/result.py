@@ -11,12 +11,13 @@ from lens_pipeline.evaluation.gates import GateDecision, first_model_gate
 METRICS = "metrics.json"
 KINDS = "kinds.json"
 ORIGINS = "origins.json"
+SURVEYS = "surveys.json"
 SELECTION = "selection.json"
 FORECAST = "forecast.json"
 SCORES = "scores.parquet"
 REPORT = "report.html"
 ENSEMBLE = "ensemble"
-FILES = (METRICS, KINDS, ORIGINS, SELECTION, FORECAST)  # as `Evaluation` has them
+FILES = (METRICS, KINDS, ORIGINS, SURVEYS, SELECTION, FORECAST)  # as `Evaluation` has them
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Evaluation:
     metrics: what `lens_metrics` gives on the test split, for each member and for `ensemble`.
     kinds: what `false_positives_by_kind` gives; empty where the catalogue has no column `kind`.
     origins: {`real` and `simulated`: their metrics}; empty where the test split holds but one.
+    surveys: {survey: its metrics}, likewise.
     selection: of `selection_function`; forecast: of `forecast`, with what it rests on,
     `rests_on`. These three are of the ensemble on the test split.
     """
@@ -34,6 +36,7 @@ class Evaluation:
     metrics: dict[str, dict[str, Any]]
     kinds: dict[str, dict[str, Any]]
     origins: dict[str, dict[str, Any]]
+    surveys: dict[str, dict[str, Any]]
     selection: dict[str, Any]
     forecast: dict[str, Any]
 

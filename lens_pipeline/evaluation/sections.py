@@ -14,6 +14,7 @@ from lens_pipeline.evaluation.report import (
     fusions_table,
     kinds_table,
     seeds_table,
+    surveys_table,
 )
 from lens_pipeline.evaluation.score_plots import (
     agreement_figure,
@@ -148,6 +149,32 @@ def fusion_section(
     else:
         tables["By seed alone: mean (lowest to highest)"] = seeds
     return Section("How members become one score", text, tables, pictures)
+
+
+def survey_sections(
+    parts: Mapping[str, pd.DataFrame], metrics: Mapping[str, Mapping[str, Any]], score: str
+) -> list[Section]:
+    """The surveys of the test split, compared; no section where there are not several.
+
+    parts: of `by_survey`; metrics: what `lens_metrics` gives of `score`, a column, by survey.
+    """
+    if not parts:
+        return []
+    curves = {
+        name: (part["label"].to_numpy(dtype="int8"), part[score].to_numpy())
+        for name, part in parts.items()
+        if part["label"].nunique() == 2
+    }
+    caption = "The ensemble's true against false positive rate, of each survey's cutouts alone"
+    return [
+        Section(
+            "By survey",
+            "Of each survey's cutouts alone, where telling one survey from the other helps no "
+            "network. Their lenses and non-lenses may be of different kinds, as their depths are.",
+            {"The ensemble on the test split": surveys_table(metrics)},
+            [Picture("surveys", caption, roc_figure(curves))] if curves else [],
+        )
+    ]
 
 
 def selection_sections(

@@ -9,14 +9,18 @@ import posixpath
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import numpy as np
 from tqdm import tqdm
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.steps import file_sha256
 from lens_pipeline.storage import locate
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MANIFEST = "manifest.json"
 INDEX = "index.parquet"
@@ -106,6 +110,31 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError) as problem:
             raise InputError(f"{source}: is no manifest of shards ({problem})") from None
         return manifest
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:06d}.tar"
+
+
+def write_manifest(
+    folder: Path, *, index: "pd.DataFrame", catalogue: "pd.DataFrame", **described: Any
+) -> Manifest:
+    """Write what stands beside the tars in a folder: the index, the catalogue, and last the
+    manifest.
+
+    described: what else `Manifest` has.
+    """
+
+    def listed(name: str, table: "pd.DataFrame") -> Listed:
+        path = folder / name
+        table.to_parquet(path, index=False)
+        return Listed(name, file_sha256(path), path.stat().st_size)
+
+    manifest = Manifest(
+        index=listed(INDEX, index), catalogue=listed(CATALOGUE, catalogue), **described
+    )
+    (folder / MANIFEST).write_text(manifest.text)
+    return manifest
 
 
 def read_manifest(

@@ -22,6 +22,7 @@ def prepare_shards(
     quality: int | None = None,
     image_size: int | None = None,
     bands: Sequence[str] | None = None,
+    surveys: Sequence[str] | None = None,
     pad: bool = False,
     split_seed: int = 0,
     max_reject_fraction: float = 0.1,
@@ -30,7 +31,8 @@ def prepare_shards(
     """Write shards into `out`, an empty folder.
 
     data_root: a catalogue, a folder of cutouts, or a processed dataset, which is taken as it is;
-    else see `build_dataset` and `write_shards`. image_size: 64 by default. Raises InputError as
+    else see `build_dataset` and `write_shards`. image_size: 64 by default; surveys: whose rows are
+    taken, by default all. Raises InputError as
     they do, and where a processed dataset has another image_size than the one asked for.
     """
 
@@ -47,8 +49,9 @@ def prepare_shards(
         return write(data_root)
     storage = dict(options or {})
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".dataset-") as folder:
+        catalogue = read_catalogue(data_root, storage)
         build_dataset(
-            read_catalogue(data_root, storage),
+            catalogue.of_surveys(surveys, split_seed) if surveys else catalogue,
             Path(folder),
             image_size=image_size or IMAGE_SIZE,
             bands=bands,

@@ -18,9 +18,8 @@ from tqdm import tqdm
 from lens_pipeline.catalogue.dataset import PARTS, Dataset, open_dataset
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.encoding import Encoding
-from lens_pipeline.shards.manifest import CATALOGUE, INDEX, MANIFEST, Listed, Manifest, Shard
+from lens_pipeline.shards.manifest import Manifest, Shard, shard_name, write_manifest
 from lens_pipeline.shards.tar import Bytes, Member, tar_end, tar_part, word_sums
-from lens_pipeline.steps import file_sha256
 
 PART = 2**23  # bytes of pixels at a time: few calls, for each waits for the interpreter lock
 GRAIN = 2**15  # numbers that torch converts in the calling thread; every core has one of ours
@@ -57,25 +56,18 @@ def write_shards(
             shards.append(shard)
             tables.append(table)
             progress.update(shard.samples)
-    pd.concat(tables, ignore_index=True).to_parquet(out / INDEX, index=False)
     rows = pd.concat([source.table(part) for part in PARTS], ignore_index=True)
     places = [name for name in rows if name == "path" or str(name).startswith("path_")]
-    rows.drop(columns=places).to_parquet(out / CATALOGUE, index=False)
-    manifest = Manifest(
+    return write_manifest(
+        out,
         format=asdict(source.format),
         encoding={"name": stored.name, "quality": stored.quality},
         dataset=source.facts["content"],
         simulated=source.facts["origin"] == "simulation",
-        index=_listed(out / INDEX),
-        catalogue=_listed(out / CATALOGUE),
         shards=tuple(shards),
+        index=pd.concat(tables, ignore_index=True),
+        catalogue=rows.drop(columns=places),
     )
-    (out / MANIFEST).write_text(manifest.text)
-    return manifest
-
-
-def _listed(path: Path) -> Listed:
-    return Listed(path.name, file_sha256(path), path.stat().st_size)
 
 
 @dataclass(frozen=True)
@@ -197,5 +189,4 @@ def _portions(dataset: Dataset, shard_size: int) -> Iterator[_Portion]:
         shape, table = dataset.images(split).shape[1:], dataset.table(split)
         for number, first in enumerate(range(0, len(table), shard_size)):
             rows = table.iloc[first : first + shard_size]
-            name = f"{split}-{number:06d}.tar"
-            yield _Portion(name, split, first, dataset, shape, rows)
+            yield _Portion(shard_name(split, number), split, first, dataset, shape, rows)

@@ -1,7 +1,7 @@
 """Labelled cutouts of a survey: lenses, each beside a look-alike of the same light."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,33 @@ def simulate_catalogue(
     (out / "simulation.json").write_text(json.dumps(about, indent=2) + "\n")
     catalogue = out / "catalogue.parquet"
     table.to_parquet(catalogue, index=False)
+    return catalogue
+
+
+def simulate_surveys(
+    out: Path, configs: Sequence[SimulationConfig], n: int, seed: int = 0, **how: Any
+) -> Path:
+    """Write n simulated cutouts into the empty folder `out`, as many of each survey; return the
+    `catalogue.parquet` of all.
+
+    The cutouts of each survey lie in a folder of its name; those of a single one in `out` itself.
+    how: what else `simulate_catalogue` takes. Raises InputError as it does, and where two surveys
+    have one name.
+    """
+    if len(configs) == 1:
+        return simulate_catalogue(out, configs[0], n, seed, **how)
+    names = [config.survey.name for config in configs]
+    if len(set(names)) < len(names):
+        raise InputError(f"survey: {', '.join(names)}: each needs a name of its own")
+    tables = []
+    for number, (name, config) in enumerate(zip(names, configs, strict=True)):
+        share = n // len(names) + (number < n % len(names))
+        (out / name).mkdir()
+        simulate_catalogue(out / name, config, share, seed, **how)
+        table = pd.read_parquet(out / name / "catalogue.parquet")
+        tables.append(table.assign(path=f"{name}/" + table["path"]))
+    catalogue = out / "catalogue.parquet"
+    pd.concat(tables, ignore_index=True).to_parquet(catalogue, index=False)
     return catalogue
 
 

@@ -196,3 +196,30 @@ def test_other_files_in_a_folder_change_nothing(tmp_path: Path) -> None:
     assert source_fingerprint(str(tmp_path)) == before
     (tmp_path / "train" / "lens" / "b.png").touch()
     assert source_fingerprint(str(tmp_path)) != before
+
+
+def test_the_rows_of_a_survey_keep_their_numbers_and_the_splits_of_all(tmp_path: Path) -> None:
+    rows = pd.DataFrame(
+        {
+            "id": list("abcdef"),
+            "path": "x.npy",
+            "label": [1, 0, None, 1, 0, 1],
+            "survey": ["des", "hsc", "hsc", "hsc", None, "des"],
+            "group": ["one", "one", "two", "two", "three", "one"],
+            "split": ["test", None, None, None, None, None],
+        }
+    )
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    catalogue = read_catalogue(tmp_path / "rows.csv")
+    hsc = catalogue.of_surveys(["hsc"], split_seed=0).table
+    assert hsc.index.tolist() == [1, 2, 3]
+    assert hsc["id"].tolist() == ["b", "c", "d"]
+    assert hsc["split"].iloc[0] == "test"  # which only a row of des says of its group
+    assert pd.isna(hsc["split"].iloc[1])  # unlabelled
+    both = catalogue.of_surveys(["des", "hsc"], split_seed=0).table
+    assert both["id"].tolist() == ["a", "b", "c", "d", "f"]
+    with pytest.raises(InputError, match="rows.csv: column survey: no row is of 'HSC'; it names"):
+        catalogue.of_surveys(["des", "HSC"], split_seed=0)
+    rows.drop(columns="survey").to_csv(tmp_path / "rows.csv", index=False)
+    with pytest.raises(InputError, match="rows.csv: column survey is missing"):
+        read_catalogue(tmp_path / "rows.csv").of_surveys(["des"], split_seed=0)

@@ -24,6 +24,7 @@ from lens_pipeline.shards.cloud import publish_shards
 from lens_pipeline_tests.object_stores import S3Server
 
 RESOURCES = {"lens": LensHome()}
+SURVEYS = ("des", "hsc")
 
 
 @pytest.fixture
@@ -81,6 +82,7 @@ class Sensor:
         definitions = make_definitions(Settings.load())
         self._sensor, self._instance = definitions.resolve_sensor_def(name), instance
         self.cursor: str | None = None
+        self.requested: list[dg.RunRequest] = []  # by all ticks
 
     def tick(self) -> list[str]:
         """The keys of the runs that it requests."""
@@ -92,6 +94,7 @@ class Sensor:
         ) as context:
             found = self._sensor.evaluate_tick(context)
         self.cursor = found.cursor
+        self.requested += found.run_requests or []
         return [str(request.run_key) for request in found.run_requests or []]
 
 
@@ -247,9 +250,19 @@ def follow_up(
 ) -> Callable[[], set[str]]:
     """What is launched by itself at a tick, all assets having been made once."""
     monkeypatch.setenv("LENS_ARCHS", "a=lastro,b=resnet18")
+    return following(instance)
+
+
+def following(instance: dg.DagsterInstance) -> Callable[[], set[str]]:
+    """See `follow_up`; of what is made by survey, `asset of survey`."""
     definitions = make_definitions(Settings.load())
+    names = set()
     for key in definitions.resolve_all_asset_keys():
-        made(instance, key.to_user_string())
+        partitions = definitions.resolve_asset_graph().get(key).partitions_def
+        surveys = partitions.get_partition_keys() if partitions else [None]
+        names |= {_named(key, survey) for survey in surveys}
+    for name in names:
+        made(instance, name)
     cursor = None
 
     def tick() -> set[str]:
@@ -257,18 +270,24 @@ def follow_up(
         found = dg.evaluate_automation_conditions(definitions, instance, cursor=cursor)
         cursor = found.cursor
         return {
-            key.to_user_string()
+            _named(key, survey)
             for key in definitions.resolve_all_asset_keys()
-            if found.get_num_requested(key)
+            for survey in found.get_requested_partitions(key)
         }
 
     assert tick() == set()
     return tick
 
 
+def _named(key: dg.AssetKey, survey: str | None) -> str:
+    return " of ".join(filter(None, (key.to_user_string(), survey)))
+
+
 def made(instance: dg.DagsterInstance, name: str) -> None:
-    key = dg.AssetKey(name.split("/"))
-    instance.report_runless_asset_event(dg.AssetMaterialization(key))
+    """name: of an asset, or `asset of survey`."""
+    asset, _, survey = name.partition(" of ")
+    key = dg.AssetKey(asset.split("/"))
+    instance.report_runless_asset_event(dg.AssetMaterialization(key, partition=survey or None))
 
 
 @pytest.mark.parametrize(
@@ -292,6 +311,53 @@ def test_cheap_stages_follow_and_no_network_is_trained(
         made(instance, name)
     assert follow_up() == launched
     assert follow_up() == set()
+
+
+@pytest.mark.parametrize(
+    ("changed", "launched"),
+    [
+        (
+            "cutout_catalogue",
+            {f"{stage} of {s}" for stage in ("processed_dataset", "lens_shards") for s in SURVEYS},
+        ),
+        ("processed_dataset of hsc", {"lens_shards of hsc"}),
+        ("lens_shards of des", set()),
+    ],
+)
+def test_of_several_surveys_those_follow_that_have_changed(
+    changed: str,
+    launched: set[str],
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is of all surveys waits until theirs have been made."""
+    monkeypatch.setenv("LENS_SURVEY", ",".join(SURVEYS))
+    monkeypatch.setenv("LENS_ARCHS", "lastro")
+    follow_up = following(instance)
+    made(instance, changed)
+    if launched:
+        assert follow_up() == launched
+        assert follow_up() == set()
+    for stage in sorted(launched, reverse=True):
+        made(instance, stage)
+    assert follow_up() == {"cloud_shards"}
+    assert follow_up() == set()
+
+
+def test_schedule_and_sensor_launch_one_run_for_all_surveys(
+    source: Path,
+    two_surveys: Path,
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LENS_SURVEY", ",".join(SURVEYS))
+    shutil.copy(two_surveys, source)
+    (request,) = scheduled(instance)
+    assert request.partition_key_range == dg.PartitionKeyRange(*SURVEYS)
+    sensor = Sensor("source_changed", instance)
+    assert [len(sensor.tick()) for _ in range(3)] == [0, 1, 0]
+    (requested,) = sensor.requested
+    assert requested.partition_key_range == dg.PartitionKeyRange(*SURVEYS)
 
 
 def test_no_ensemble_is_made_of_new_and_old_members(

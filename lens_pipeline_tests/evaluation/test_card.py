@@ -26,12 +26,25 @@ FACTS = {
 }
 
 
-def evaluated(n: int = 600, kinds: int = 3) -> Evaluation:
+def evaluated(n: int = 600, kinds: int = 3, **surveys: float) -> Evaluation:
     random = np.random.default_rng(0)
     label = np.arange(n) % 2
     metrics = lens_metrics(label, expit(random.normal(label)))
     of_kind = {f"kind{k}": {"n": 10, "auroc": 0.5 + k / 1000} for k in range(kinds)}
-    return Evaluation(Path(), {"ensemble": metrics}, of_kind, {}, {}, {})
+    of_survey = {name: {"ensemble": {"auroc": about(v)}} for name, v in surveys.items()}
+    return Evaluation(
+        Path(),
+        metrics={"ensemble": metrics},
+        kinds=of_kind,
+        origins={},
+        surveys=of_survey,
+        selection={},
+        forecast={},
+    )
+
+
+def about(value: float) -> dict[str, float]:
+    return {"value": value, "low": value - 0.01, "high": value + 0.01}
 
 
 def test_the_card_says_what_the_scores_are_of_and_what_they_are_worth() -> None:
@@ -67,3 +80,9 @@ def test_the_registry_can_keep_the_card() -> None:
     many = {"members": {f"member{k}": {} for k in range(900)}}
     assert len(model_card(FACTS, evaluated())) < LONGEST
     assert len(model_card(FACTS | many, evaluated())) == LONGEST
+
+
+def test_several_surveys_are_told_apart() -> None:
+    card = model_card(FACTS, evaluated(des=0.93, hsc=0.95))
+    assert "AUROC by survey: des 0.930 [0.920, 0.940], hsc 0.950 [0.940, 0.960]" in card
+    assert "by survey" not in model_card(FACTS, evaluated())

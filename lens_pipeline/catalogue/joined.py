@@ -1,0 +1,105 @@
+"""Several processed datasets, seen as one: those of several surveys."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat, Dataset
+from lens_pipeline.errors import InputError
+
+
+def joined_format(formats: Mapping[str, CutoutFormat]) -> CutoutFormat:
+    """The format of cutouts that are put together, by the names of the datasets they come from.
+
+    Scales may differ (then it states none): what a galaxy looks like differs by more. Raises
+    InputError, naming two of them, where anything else does.
+    """
+    (first, form), *others = formats.items()
+    for name, other in others:
+        for what, value in asdict(replace(other, pixel_scale=form.pixel_scale)).items():
+            if value != (wanted := asdict(form)[what]):
+                raise InputError(
+                    f"{name}: {what}: the cutouts have {_shown(value)}, those of {first} "
+                    f"{_shown(wanted)}, and a network takes one of both; choose bands that all "
+                    "have (LENS_BANDS), or surveys that are alike"
+                )
+        if other.pixel_scale != form.pixel_scale:
+            form = replace(form, pixel_scale=None)
+    return form
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
+
+
+def joined_content(contents: Mapping[str, str]) -> str:
+    """sha256 of datasets that are put together, from that of each, by their names."""
+    listed = "\n".join(f"{name} {content}" for name, content in sorted(contents.items()))
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Images:
+    """The cutouts of a split, by a slice or an array of places, one dataset after the other."""
+
+    parts: tuple[NDArray[np.float32], ...]
+
+    @cached_property
+    def _begin(self) -> NDArray[np.intp]:
+        return np.cumsum([0, *(len(part) for part in self.parts)])
+
+    def __len__(self) -> int:
+        return int(self._begin[-1])
+
+    def __getitem__(self, places: Any) -> NDArray[np.float32]:
+        wanted = np.arange(len(self))[places]
+        found = np.empty((len(wanted), *self.parts[0].shape[1:]), np.float32)
+        for part, begin in zip(self.parts, self._begin, strict=False):
+            here = (wanted >= begin) & (wanted < begin + len(part))
+            found[here] = part[wanted[here] - begin]
+        return found
+
+
+@dataclass(frozen=True)
+class JoinedDataset:
+    """See `Dataset`; each split holds the cutouts of one dataset after the other.
+
+    parts: by their names. Of its `facts` there are `content`, `origin` and `splits`.
+    """
+
+    parts: Mapping[str, Dataset]
+
+    @property
+    def folder(self) -> str:
+        return ", ".join(str(part.folder) for part in self.parts.values())
+
+    @cached_property
+    def format(self) -> CutoutFormat:
+        return joined_format({name: part.format for name, part in self.parts.items()})
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        facts = {name: part.facts for name, part in self.parts.items()}
+        return {
+            "content": joined_content({name: of["content"] for name, of in facts.items()}),
+            "origin": next(iter(facts.values()))["origin"],
+            "splits": {
+                part: {"n": sum(of["splits"][part]["n"] for of in facts.values())} for part in PARTS
+            },
+        }
+
+    def images(self, part: str) -> _Images:
+        return _Images(tuple(one.images(part) for one in self.parts.values()))
+
+    def table(self, part: str) -> pd.DataFrame:
+        tables = [one.table(part) for one in self.parts.values()]
+        return pd.concat(tables, ignore_index=True)
+
+    def rejects(self) -> pd.DataFrame:
+        return pd.concat([one.rejects() for one in self.parts.values()], ignore_index=True)

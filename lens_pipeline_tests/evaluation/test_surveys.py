@@ -1,0 +1,51 @@
+"""The surveys of one test split, compared."""
+
+import numpy as np
+import pandas as pd
+
+from lens_pipeline.evaluation.metrics import lens_metrics
+from lens_pipeline.evaluation.report import format_surveys, surveys_table
+from lens_pipeline.evaluation.sections import survey_sections
+from lens_pipeline.evaluation.surveys import UNSTATED, by_survey
+
+
+def table(survey: list[str | None], label: list[int]) -> pd.DataFrame:
+    score = np.random.default_rng(0).random(len(label))
+    return pd.DataFrame({"survey": survey, "label": label, "probability": score})
+
+
+def test_each_survey_by_itself_and_what_is_of_none_together() -> None:
+    parts = by_survey(table(["hsc", "des", None, "hsc"], [1, 0, 1, 0]))
+    assert {name: list(part.index) for name, part in parts.items()} == {
+        "des": [1],
+        "hsc": [0, 3],
+        UNSTATED: [2],
+    }
+
+
+def test_one_survey_alone_is_no_comparison() -> None:
+    rows = table(["des", "des", None], [1, 0, 1])
+    assert by_survey(rows) == {}
+    assert by_survey(rows.drop(columns="survey")) == {}
+    assert survey_sections({}, {}, "probability") == []
+
+
+def test_the_section_shows_what_each_survey_can_tell() -> None:
+    """One without lenses has a row, and no curve."""
+    rows = table(["des"] * 40 + ["hsc"] * 40 + ["sdss"] * 5, [1, 0] * 40 + [0] * 5)
+    parts = by_survey(rows)
+    metrics = {n: lens_metrics(p["label"], p["probability"], 100) for n, p in parts.items()}
+    (section,) = survey_sections(parts, metrics, "probability")
+    (shown,) = section.tables.values()
+    assert shown[["survey", "lenses", "non-lenses"]].to_numpy().tolist() == [
+        ["des", 20, 20],
+        ["hsc", 20, 20],
+        ["sdss", 0, 5],
+    ]
+    (picture,) = section.pictures
+    (axes,) = picture.figure.axes
+    named = {str(line.get_label()) for line in axes.get_lines()}
+    assert {"des", "hsc"} <= named
+    assert "sdss" not in named
+    assert list(surveys_table(metrics)["AUROC"])[-1] == "–"
+    assert format_surveys(metrics).startswith(f"AUROC by survey: des {shown['AUROC'][0]}, hsc ")

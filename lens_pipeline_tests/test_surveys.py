@@ -1,0 +1,182 @@
+"""A source of several surveys: data made survey by survey, models of all, a report of each."""
+
+import json
+from pathlib import Path
+
+import dagster as dg
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from lens_pipeline.cli import main
+from lens_pipeline.definitions import make_definitions
+from lens_pipeline.defs.surveys import every_survey
+from lens_pipeline.errors import InputError
+from lens_pipeline.runner import open_instance
+from lens_pipeline.settings import Settings
+from lens_pipeline.shards import open_shards
+
+SURVEYS = ["des", "hsc"]
+BY_SURVEY = {"processed_dataset", "lens_shards"}
+
+
+@pytest.fixture
+def source(two_surveys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The catalogue of both that is LENS_SOURCE; one image of HSC cannot be used."""
+    table = pd.read_parquet(two_surveys)
+    spoilt = table.index[(table["survey"] == "hsc") & (table["label"] == 0)][0]
+    np.save(tmp_path / "small.npy", np.zeros((3, 8, 8), np.float32))
+    table.loc[spoilt, "path"] = str(tmp_path / "small.npy")
+    table.to_parquet(two_surveys, index=False)
+    monkeypatch.setenv("LENS_SOURCE", str(two_surveys))
+    monkeypatch.setenv("LENS_SURVEY", "hsc, des")
+    monkeypatch.setenv("LENS_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LENS_PRESET", "tiny")
+    monkeypatch.setenv("LENS_ARCHS", "lastro")
+    return two_surveys
+
+
+def made(key: str) -> list[dg.AssetMaterialization]:
+    """What has been made of an asset, newest first."""
+    with open_instance(Settings.load()) as instance:
+        records = instance.fetch_materializations(dg.AssetKey(key), limit=100).records
+    return [r.asset_materialization for r in records if r.asset_materialization is not None]
+
+
+def of_partitions(key: str) -> dict[str, dg.AssetMaterialization]:
+    """{survey: what has been made of it last}."""
+    found = {str(event.partition): event for event in reversed(made(key))}
+    assert sorted(found) == SURVEYS
+    return found
+
+
+def test_data_are_made_by_survey_and_models_of_all(source: Path, tmp_path: Path) -> None:
+    home, catalogue = tmp_path / "home", pd.read_parquet(source)
+    assert main(["run"]) == 0
+    summary = json.loads((home / "reports" / "summary.json").read_text())
+
+    datasets = of_partitions("processed_dataset")
+    for survey, event in datasets.items():
+        n = (catalogue["survey"] == survey).sum()
+        counts = json.loads(Path(str(event.metadata["location"].value), "dataset.json").read_text())
+        assert counts["n_rows"] == n
+        assert "cutouts" in event.metadata
+        assert event.metadata["rejects"].value == (survey == "hsc")
+    assert [event.partition for event in made("cloud_shards")] == [None]
+
+    shards = open_shards(home / "cloud" / summary["dataset_version"])
+    learnt = [name for part in ("train", "val", "test") for name in shards.split(part).ids]
+    usable = catalogue[~catalogue["path"].str.endswith("small.npy")]
+    assert sorted(learnt) == sorted(usable["id"])
+
+    scores = pd.read_parquet(summary["scores"])
+    assert scores["id"].tolist() == catalogue["id"].tolist()  # in its order, the reject with them
+    (rejected,) = scores[scores["probability"].isna()].itertuples()
+    assert rejected.survey == "hsc"
+    assert "8" in rejected.reject_reason
+    test = scores[(scores["split"] == "test") & scores["probability"].notna()]
+    assert list(summary["surveys"]) == SURVEYS
+    for survey, metrics in summary["surveys"].items():
+        rows = test[test["survey"] == survey]
+        expected = roc_auc_score(rows["label"].astype(int), rows["probability"])
+        assert metrics["auroc"]["value"] == pytest.approx(expected)
+        assert metrics["n_lens"] == (rows["label"] == 1).sum()
+    report = Path(summary["report"]).read_text()
+    assert "By survey" in report
+    (evaluation,) = made("ensemble_evaluation")
+    assert {"surveys", "ROC by survey"} <= set(evaluation.metadata)
+    assert set(summary["stages"]) >= BY_SURVEY
+
+    # A row more of one survey: the other's data are as they were.
+    more = catalogue[catalogue["survey"] == "hsc"].iloc[[0]].assign(id="one-more")
+    pd.concat([catalogue, more]).to_parquet(source, index=False)
+    assert main(["run"]) == 0
+    for key in sorted(BY_SURVEY):
+        again = of_partitions(key)
+        assert {s: event.metadata["reused"].value for s, event in again.items()} == {
+            "des": True,
+            "hsc": False,
+        }
+    now = json.loads((home / "reports" / "summary.json").read_text())
+    assert now["dataset_version"] != summary["dataset_version"]
+    assert "one-more" in set(pd.read_parquet(now["scores"])["id"])
+
+
+def materialised(job: str, **tags: str) -> dg.ExecuteInProcessResult:
+    """The result of `data`, or of its last stage alone, `cloud`."""
+    definitions = make_definitions(Settings.load(), retries=False)
+    last = dg.define_asset_job("cloud", dg.AssetSelection.assets("cloud_shards"))
+    found = dg.Definitions.merge(definitions, dg.Definitions(jobs=[last])).resolve_job_def(job)
+    with open_instance(Settings.load()) as instance:
+        return found.execute_in_process(instance=instance, tags=tags, raise_on_error=False)
+
+
+def test_one_survey_is_made_alone_and_joins_the_others(source: Path, tmp_path: Path) -> None:
+    assert not materialised("data", **{"dagster/partition": "des"}).success  # hsc is not there
+    assert [event.partition for event in made("lens_shards")] == ["des"]
+    assert made("cloud_shards") == []
+    assert materialised("data", **{"dagster/partition": "hsc"}).success
+    assert [event.partition for event in made("lens_shards")] == ["hsc", "des"]
+    (cloud,) = made("cloud_shards")
+    names = set(open_shards(str(cloud.metadata["location"].value)).split("train").ids)
+    assert {name.split("-")[0] for name in names} == {"des", "hsc"}
+
+
+def test_a_run_that_names_no_partition_says_what_to_do(source: Path) -> None:
+    result = materialised("data")
+    assert not result.success
+    (failure,) = (event for event in result.all_events if event.is_step_failure)
+    assert "processed_dataset: is made survey by survey" in str(failure.step_failure_data.error)
+
+
+def test_a_single_survey_of_several_is_taken_alone(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LENS_SURVEY", "hsc")
+    assert materialised("data").success
+    (alone,) = made("cloud_shards")
+    names = set(open_shards(str(alone.metadata["location"].value)).split("train").ids)
+    assert {name.split("-")[0] for name in names} == {"hsc"}
+    # What partitions leave is not taken for what is made without them, nor the reverse.
+    monkeypatch.setenv("LENS_SURVEY", "des,hsc")
+    assert materialised("data", **every_survey(Settings.load())).success
+    monkeypatch.setenv("LENS_SURVEY", "hsc")
+    assert materialised("cloud").success
+    again, both, _ = made("cloud_shards")
+    assert again.metadata["content"] == alone.metadata["content"] != both.metadata["content"]
+
+
+def test_what_is_of_no_survey_takes_all_of_them_explicitly() -> None:
+    graph = make_definitions(Settings.load(survey=SURVEYS)).resolve_asset_graph()
+    partitioned = {
+        key.to_user_string(): graph.get(key).partitions_def.get_partition_keys()  # type: ignore[union-attr]
+        for key in graph.get_all_asset_keys()
+        if graph.get(key).partitions_def is not None
+    }
+    assert partitioned == dict.fromkeys(BY_SURVEY, SURVEYS)
+    for child, parent in (
+        ("cloud_shards", "lens_shards"),
+        ("ensemble_evaluation", "processed_dataset"),
+    ):
+        mapping = graph.get(dg.AssetKey(child)).partition_mappings[dg.AssetKey(parent)]
+        assert isinstance(mapping, dg.AllPartitionMapping)
+    alone = make_definitions(Settings.load(survey=["des"])).resolve_asset_graph()
+    assert all(alone.get(key).partitions_def is None for key in alone.get_all_asset_keys())
+
+
+def test_a_survey_that_is_not_there_is_an_error_in_a_line(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LENS_SURVEY", "des,lsst")
+    assert main(["run"]) == 2
+    assert "column survey: no row is of 'lsst'; it names des, hsc" in capsys.readouterr().err
+
+
+def test_published_shards_are_taken_whole(
+    shards_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LENS_SOURCE", str(shards_folder))
+    monkeypatch.setenv("LENS_SURVEY", "des")
+    with pytest.raises(InputError, match="LENS_SURVEY: shards that are published"):
+        make_definitions(Settings.load())
