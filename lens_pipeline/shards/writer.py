@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from lens_pipeline.shards.manifest import Manifest, Shard, shard_name, write_man
 from lens_pipeline.shards.tar import Bytes, Member, tar_end, tar_part, word_sums
 
 PART = 2**23  # bytes of pixels at a time: few calls, for each waits for the interpreter lock
-GRAIN = 2**15  # numbers that torch converts in the calling thread; every core has one of ours
 
 
 def write_shards(
@@ -49,7 +49,7 @@ def write_shards(
     shards, tables = [], []
     with (
         tqdm(total=total, desc="writing shards", unit="cutout", disable=None) as progress,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        _a_thread_a_core() as pool,
     ):
         portions = _portions(source, shard_size)
         for shard, table in pool.map(lambda portion: portion.write(out, stored), portions):
@@ -68,6 +68,19 @@ def write_shards(
         index=pd.concat(tables, ignore_index=True),
         catalogue=rows.drop(columns=places),
     )
+
+
+@contextmanager
+def _a_thread_a_core() -> Iterator[ThreadPoolExecutor]:
+    """Threads in which torch computes alone: every core has one of them."""
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(
+            os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)  # which threads that begin later take up
 
 
 @dataclass(frozen=True)
@@ -172,15 +185,13 @@ def _fill_in(
         flat = torch.from_numpy(images).flatten(1)
         n_bytes = flat.shape[1] * dtype.itemsize
         if alike:
-            step = max(1, GRAIN // flat.shape[1])
             of_sample = part.reshape(-1, stride)[done : done + len(flat)]
-            rooms = [of_sample[:, begin[0] : begin[0] + n_bytes]]
+            rooms, sources = [of_sample[:, begin[0] : begin[0] + n_bytes]], [flat]
         else:  # a long id takes a block more than others
-            step = 1
-            rooms = [part[None, at : at + n_bytes] for at in begin[done : done + len(flat)]]
-        to = [t for room in rooms for t in torch.from_numpy(room.view(dtype)).split(step)]
-        for target, source in zip(to, flat.split(step), strict=True):
-            target.copy_(source)
+            rooms = [part[at : at + n_bytes] for at in begin[done : done + len(flat)]]
+            sources = [*flat]
+        for room, source in zip(rooms, sources, strict=True):
+            torch.from_numpy(room.view(dtype)).copy_(source)
         done += len(flat)
 
 
