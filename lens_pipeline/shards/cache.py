@@ -2,10 +2,8 @@
 need into a folder of bounded size that processes share, or into memory.
 """
 
-import io
 import mmap
 import os
-import shutil
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -49,8 +47,12 @@ def local_difference(path: Path, listed: Listed) -> str | None:
     return wrong
 
 
-def mapped(path: Path, least: int) -> memoryview:
-    """The bytes of a file. Raises InputError where there is none, or fewer bytes than `least`."""
+def mapped(path: Path, least: int, written: bool = False) -> memoryview:
+    """The bytes of a file. Raises InputError where there is none, or fewer bytes than `least`.
+
+    written: it just was, and lies in memory: all its pages are mapped at once, not one by one where
+    they are touched.
+    """
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -58,7 +60,8 @@ def mapped(path: Path, least: int) -> memoryview:
                 raise InputError(
                     f"{path}: was cut to {size} bytes; write or fetch the shards again"
                 )
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            flags = mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if written else 0)
+            return memoryview(mmap.mmap(file.fileno(), 0, flags, mmap.PROT_READ))
     except OSError as problem:
         raise InputError(f"{path}: cannot be read ({problem.strerror})") from None
 
@@ -114,8 +117,9 @@ class CacheFolder:
         try:
             aside.unlink(missing_ok=True)  # of a process that was killed
             with aside.open("wb") as file:
-                shutil.copyfileobj(io.BytesIO(content), file, BLOCK)
-            view = mapped(aside, len(content))
+                for begin in range(0, len(content), BLOCK):
+                    file.write(memoryview(content)[begin : begin + BLOCK])
+            view = mapped(aside, len(content), written=True)
             path.parent.mkdir(exist_ok=True)
             aside.replace(path)
         except OSError as problem:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat, CutoutRows, Empty
+from lens_pipeline.catalogue.dataset import CutoutFormat, CutoutRows, Empty
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.cache import (
     Ahead,
@@ -158,7 +158,7 @@ class Shards:
 
     @cached_property
     def _splits(self) -> dict[str, ShardSplit]:
-        return {name: self._split(name) for name in PARTS}
+        return {}
 
     def _split(self, name: str) -> ShardSplit:
         rows = self._index[self._index["split"] == name].reset_index(drop=True)
@@ -168,15 +168,17 @@ class Shards:
 
     def split(self, name: str) -> ShardSplit:
         """`train`, `val`, `test` or `unlabelled`; its files stay mapped between uses."""
+        if name not in self._splits:
+            self._splits[name] = self._split(name)
         return self._splits[name]
 
     def _check_index(self, index: pd.DataFrame) -> None:
         """Raises InputError where the index does not fit the shards that it points into."""
-        encoding = self.encoding
-        n_bytes = int(np.prod(self.shape)) * encoding.dtype.itemsize
+        encoding, shape = self.encoding, self.shape
+        n_bytes = int(np.prod(shape)) * encoding.dtype.itemsize
         size = index["shard"].map({shard.name: shard.bytes for shard in self.manifest.shards})
         alike = (index["dtype"] == encoding.dtype.str) & (index["bytes"] > 0)
-        alike &= index["shape"].map(lambda found: tuple(found) == self.shape)
+        alike &= np.array_equal(np.concatenate([[], *index["shape"]]), shape * len(index))
         if encoding.is_raw:
             alike &= index["bytes"] == n_bytes
             alike &= index["offset"] % encoding.dtype.itemsize == 0

@@ -50,6 +50,10 @@ log = logging.getLogger(__name__)
 
 _opened: weakref.WeakValueDictionary[int, fsspec.AbstractFileSystem] = weakref.WeakValueDictionary()
 _inherited: list[fsspec.AbstractFileSystem] = []
+_readers: weakref.WeakKeyDictionary[fsspec.AbstractFileSystem, fsspec.AbstractFileSystem] = (
+    weakref.WeakKeyDictionary()
+)
+_making_readers = threading.Lock()
 
 
 def _keep_inherited() -> None:
@@ -80,12 +84,19 @@ class Store:
 
     @cached_property
     def _reader(self) -> fsspec.AbstractFileSystem:
-        """s3fs, by itself, makes of one attempt to read 25: minutes where a connection stalls."""
+        """s3fs, by itself, makes of one attempt to read 25: minutes where a connection stalls.
+
+        One for each filesystem: a client of S3 takes a fifth of a second to make.
+        """
         if self._protocol != "s3":
             return self.filesystem
-        reader, _ = locate(self.url, {**(self.storage_options or {}), "skip_instance_cache": True})
-        reader.retries = 1
-        _opened[id(reader)] = reader
+        with _making_readers:
+            reader = _readers.get(self.filesystem)
+            if reader is None:
+                own = {**(self.storage_options or {}), "skip_instance_cache": True}
+                reader, _ = locate(self.url, own)
+                reader.retries = 1
+                _opened[id(reader)] = _readers[self.filesystem] = reader
         return reader
 
     def at(self, name: str) -> str:
