@@ -28,6 +28,8 @@ from lens_pipeline.settings import Settings
 # A step's process is forked from one that has loaded these: else each would for itself, which is
 # most of what a small run takes.
 PRELOADED = ("lens_pipeline.definitions", SIMULATION, BUILD, TRAIN, EVALUATE, "mlflow")
+# Steps of one run at a time, each with the libraries in memory; 0: as many as there are cores.
+AT_A_TIME = {"local": 2, "staging": 4, "production": 0}
 
 
 def make_definitions(settings: Settings, retries: bool = True) -> dg.Definitions:
@@ -58,7 +60,10 @@ def make_definitions(settings: Settings, retries: bool = True) -> dg.Definitions
         sensors=[source_changed, new_challenger, failed_runs, follow_up],
         resources={"lens": LensHome()},
         executor=dg.multiprocess_executor.configured(
-            {"start_method": {"forkserver": {"preload_modules": [*PRELOADED]}}}
+            {
+                "max_concurrent": AT_A_TIME[settings.deployment],
+                "start_method": {"forkserver": {"preload_modules": [*PRELOADED]}},
+            }
         ),
     )
 

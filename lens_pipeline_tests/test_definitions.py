@@ -153,3 +153,13 @@ def test_near_duplicates_are_warned_of_and_stop_nothing(
     assert found.metadata["pairs"].value == 1
     (first,) = found.metadata["first"].records
     assert (first.data["id"], first.data["other_id"]) == ("c0", "c1")
+
+
+def test_a_run_has_as_many_steps_at_a_time_as_its_deployment_can_hold() -> None:
+    def at_a_time(deployment: str) -> int:
+        executor = make_definitions(Settings.load(deployment=deployment)).executor
+        assert isinstance(executor, dg.ExecutorDefinition)
+        return int(executor.apply_config_mapping({"config": {}}).value["config"]["max_concurrent"])
+
+    assert at_a_time("local") < at_a_time("staging")
+    assert at_a_time("production") == 0  # a core each

@@ -160,9 +160,10 @@ def survey_sections(
     """
     if not parts:
         return []
+    shown = {**parts, "all together": pd.concat(parts.values())}
     curves = {
         name: (part["label"].to_numpy(dtype="int8"), part[score].to_numpy())
-        for name, part in parts.items()
+        for name, part in shown.items()
         if part["label"].nunique() == 2
     }
     caption = "The ensemble's true against false positive rate, of each survey's cutouts alone"
@@ -170,7 +171,7 @@ def survey_sections(
         Section(
             "By survey",
             "Of each survey's cutouts alone, where telling one survey from the other helps no "
-            "network. Their lenses and non-lenses may be of different kinds, as their depths are.",
+            "network. Surveys of other depth and seeing hold other lenses, too.",
             {"The ensemble on the test split": surveys_table(metrics)},
             [Picture("surveys", caption, roc_figure(curves))] if curves else [],
         )

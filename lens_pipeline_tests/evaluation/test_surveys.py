@@ -45,7 +45,7 @@ def test_the_section_shows_what_each_survey_can_tell() -> None:
     (picture,) = section.pictures
     (axes,) = picture.figure.axes
     named = {str(line.get_label()) for line in axes.get_lines()}
-    assert {"des", "hsc"} <= named
+    assert {"des", "hsc", "all together"} <= named
     assert "sdss" not in named
     assert list(surveys_table(metrics)["AUROC"])[-1] == "–"
     assert format_surveys(metrics).startswith(f"AUROC by survey: des {shown['AUROC'][0]}, hsc ")
