@@ -64,6 +64,8 @@ def _told_apart(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
     """Sorted: in whatever order they are asked for, the result is the same one."""
     if names and ("" in names or len(set(names)) < len(names)):
         raise ValueError("names nothing between two commas, or one thing twice")
+    if names and "..." in "".join(names):
+        raise ValueError("no name may hold `...`, which stands for a range of partitions")
     return names and tuple(sorted(names))
 
 

@@ -1,5 +1,7 @@
 """Places on the sky that two splits share: what a network is tested on, it has then seen."""
 
+from itertools import combinations, repeat
+
 import numpy as np
 import pandas as pd
 
@@ -20,22 +22,29 @@ def positions_in_two_splits(table: pd.DataFrame, split: pd.Series) -> pd.DataFra
     """Pairs of labelled cutouts within RADIUS of each other, in two splits, the closest first.
 
     table: of a catalogue; split: of its rows. Columns: id, split, other_id, other_split, separation
-    (arcsec). Rows without a position are in no pair.
+    (arcsec). Of rows of one split at the very same position the first stands for all; rows without
+    a position are in no pair.
     """
     from astropy import units
     from astropy.coordinates import SkyCoord, search_around_sky
 
-    used = table[with_position(table) & split.isin(list(FRACTIONS))]
-    found = pd.DataFrame(columns=["id", "split", "other_id", "other_split", "separation"])
-    if used.empty:
-        return found
-    ra, dec = (pd.to_numeric(used[name]).to_numpy(float) for name in ("ra", "dec"))
-    sky = SkyCoord(ra, dec, unit="deg")
-    one, other, separation, _ = search_around_sky(sky, sky, RADIUS * units.arcsec)
-    ids, splits = used["id"].to_numpy(), split[used.index].to_numpy()
-    torn = (one < other) & (splits[one] != splits[other])
-    pairs = zip(
-        ids[one[torn]], splits[one[torn]], ids[other[torn]], splits[other[torn]],
-        separation[torn].arcsec, strict=True,
-    )  # fmt: skip
-    return pd.DataFrame(pairs, columns=found.columns).sort_values("separation", ignore_index=True)
+    columns = ["id", "split", "other_id", "other_split", "separation"]
+    rows = table[with_position(table)]
+    if rows.empty:
+        return pd.DataFrame(columns=columns)
+    sky = {name: pd.to_numeric(rows[name]) for name in ("ra", "dec")}
+    rows = rows.assign(split=split, **sky)
+    places = rows.drop_duplicates(["split", "ra", "dec"])
+    of_split = {part: places[places["split"] == part] for part in FRACTIONS}
+    found: list[tuple[str, str, str, str, float]] = []
+    for part, other_part in combinations(FRACTIONS, 2):
+        one, other = of_split[part], of_split[other_part]
+        if one.empty or other.empty:
+            continue
+        places_of, others = (
+            SkyCoord(of["ra"].to_numpy(), of["dec"].to_numpy(), unit="deg") for of in (one, other)
+        )
+        here, there, separation, _ = search_around_sky(places_of, others, RADIUS * units.arcsec)
+        ids, other_ids = one["id"].to_numpy()[here], other["id"].to_numpy()[there]
+        found += zip(ids, repeat(part), other_ids, repeat(other_part), separation.arcsec)
+    return pd.DataFrame(found, columns=columns).sort_values("separation", ignore_index=True)

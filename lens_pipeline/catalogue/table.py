@@ -75,7 +75,7 @@ class Catalogue:
         survey = self.table["survey"]
         for name in names:
             if not (survey == name).any():
-                known = ", ".join(sorted(survey.dropna().unique())) or "nothing"
+                known = ", ".join(map(repr, sorted(survey.dropna().unique()))) or "nothing"
                 raise InputError(
                     f"{self.source}: column survey: no row is of {name!r}; it names {known}"
                 )
@@ -238,7 +238,8 @@ def _validated(table: pd.DataFrame, source: str, folder: str) -> pd.DataFrame:
     _refuse(source, table, table["id"].duplicated(), "id", "is there twice; ids must be unique")
     table["label"] = _labels(table, source)
     if "survey" in table:
-        table["survey"] = _text(table["survey"])
+        survey = _text(table["survey"]).map(str.strip, na_action="ignore")
+        table["survey"] = survey.replace("", None)
     if "simulated" in table:
         table["simulated"] = _zero_or_one(table, "simulated", source).astype("boolean")
     for name in images:

@@ -27,8 +27,12 @@ def remove_old_runs(context: dg.OpExecutionContext, lens: LensHome) -> int:
     for record in instance.get_asset_records():
         last = record.asset_entry.last_materialization_record
         kept |= {record.asset_entry.last_run_id, last and last.run_id}
-        seen = instance.fetch_observations(record.asset_entry.asset_key, limit=1).records
-        kept |= {observed.run_id for observed in seen}
+        key = record.asset_entry.asset_key
+        kept |= {one.run_id for one in instance.fetch_observations(key, limit=1).records}
+        for survey in instance.get_materialized_partitions(key):
+            of_survey = dg.AssetRecordsFilter(asset_key=key, asset_partitions=[survey])
+            last_of = instance.fetch_materializations(of_survey, limit=1).records
+            kept |= {one.run_id for one in last_of}
     before = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=days)
     old = dg.RunsFilter(statuses=ENDED, updated_before=before)
     removed = 0

@@ -250,15 +250,29 @@ def draw_training_cutouts(dataset: "Dataset") -> bytes:
     return jpeg_bytes(first_cutouts_sheet(images, table, dataset.format.units))
 
 
-def pixels_of(dataset: "Dataset", step: Step, settings: Settings) -> dict[str, Any]:
-    """The `pixel_statistics` of a dataset, of which every pixel is read once."""
+def pixels_of(dataset: "Dataset", content: str, settings: Settings) -> dict[str, Any]:
+    """The `pixel_statistics` of a dataset with that content, of which every pixel is read once."""
     from lens_pipeline.catalogue.drift import pixel_statistics
 
     def measured() -> bytes:
         return json.dumps(pixel_statistics(dataset), indent=1).encode()
 
-    file = derived("statistics", "pixels.json", step, measured, settings, (PIXELS,), ("numpy",))
+    file = derived("statistics", "pixels.json", content, measured, settings, (PIXELS,), ("numpy",))
     return json.loads(file.read_text())
+
+
+def check_not_refused(upstream: Made, settings: Settings) -> None:
+    """Raises InputError where a blocking check refuses a dataset: beyond the run that it is made in
+    a check blocks nothing, and of several surveys it may since have passed for another."""
+    from lens_pipeline.catalogue.dataset import open_dataset
+
+    dataset = open_dataset(upstream.folder)
+    for check in (
+        _no_group_spans_two_splits(dataset),
+        _all_pixels_are_finite(pixels_of(dataset, upstream.content, settings)),
+    ):
+        if not check.passed:
+            raise InputError(f"{upstream.folder}: the check {check.check_name} has refused it")
 
 
 @stage(
@@ -357,7 +371,7 @@ def processed_dataset(
     step = run_stage(DATASET, recipe, root, build, settings, survey=survey)
     dataset = open_dataset(step.folder)
     sheet = drawn("cutouts.jpg", step, lambda: draw_training_cutouts(dataset), settings)
-    pixels = pixels_of(dataset, step, settings)
+    pixels = pixels_of(dataset, step.content, settings)
     rejects = dataset.rejects()
     # It may have been made when more were allowed.
     n_rows = dataset.facts["n_rows"]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from lens_pipeline.defs.dataset import check_not_refused
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.stages import (
     CLOUD,
@@ -66,6 +67,7 @@ def lens_shards(
     from lens_pipeline.shards.writer import write_shards
 
     upstream = made(context, DATASET, survey)
+    check_not_refused(upstream, lens.settings)
     recipe = Recipe(
         stage="lens_shards",
         modules=(WRITER,),

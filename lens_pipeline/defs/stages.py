@@ -310,13 +310,13 @@ def drawn(name: str, of: Step, draw: Callable[[], bytes], settings: Settings) ->
     With another colour it is drawn again, and no network trained again.
     """
     plots = "lens_pipeline.evaluation.plots"
-    return derived("pictures", name, of, draw, settings, (plots,), ("matplotlib",))
+    return derived("pictures", name, of.content, draw, settings, (plots,), ("matplotlib",))
 
 
 def derived(
     kind: str,
     name: str,
-    of: Step,
+    of: str,
     content: Callable[[], bytes],
     settings: Settings,
     modules: tuple[str, ...],
@@ -325,9 +325,9 @@ def derived(
     """The file `name` among those of a kind, of what a step made. It is a step of its own: what is
     only looked at is written once, and nothing else is made again when it changes.
 
-    modules, libraries: see `Recipe`.
+    of: a hash of what the step made; modules, libraries: see `Recipe`.
     """
-    recipe = Recipe(f"{kind}/{name}", modules, libraries, inputs={"step": of.content})
+    recipe = Recipe(f"{kind}/{name}", modules, libraries, inputs={"step": of})
     step = run_step(recipe, settings.home / kind, lambda out: (out / name).write_bytes(content()))
     return step.folder / name
 

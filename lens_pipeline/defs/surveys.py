@@ -58,7 +58,8 @@ def over_surveys(
         for survey, result in results.items():
             context.add_asset_metadata(result.metadata or {}, partition_key=survey)
         versions = [result.data_version for result in results.values()]
-        # Of all that one run makes, Dagster takes one data version.
+        # Of all that one run makes, Dagster takes one data version: where one survey's changes, the
+        # others count as changed, too. What follows is reused all the same.
         of_all = versions[0] if len(versions) == 1 else dg.DataVersion(digest(versions)[:32])
         return dg.MaterializeResult(
             data_version=of_all,

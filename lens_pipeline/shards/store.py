@@ -62,7 +62,9 @@ def _keep_inherited() -> None:
     Collected here, a filesystem would take its sockets off the event loop's epoll, which both
     processes share: there, the next answer would be waited for until the timeout.
     """
+    global _making_readers  # which another thread may have held
     _inherited.extend(_opened.values())
+    _making_readers = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_keep_inherited)

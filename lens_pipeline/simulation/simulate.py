@@ -22,7 +22,7 @@ from lens_pipeline.simulation.lenses import draw_lenses
 from lens_pipeline.simulation.pool import read_pool
 from lens_pipeline.simulation.render import Renderer
 from lens_pipeline.simulation.sources import make_sources
-from lens_pipeline.simulation.streams import Purpose, stream
+from lens_pipeline.simulation.streams import Purpose, number_of, stream
 
 MIN_IMAGE_SIZE = 32  # pixels: the widest arcs still fit
 STACK_ROWS = 1000  # cutouts in one file of a catalogue
@@ -150,6 +150,7 @@ def simulate_surveys(
     `catalogue.parquet` of all.
 
     The cutouts of each survey lie in a folder of its name; those of a single one in `out` itself.
+    Several have each a seed of their own, from `seed` and the name: no two share hosts or noise.
     how: what else `simulate_catalogue` takes. Raises InputError as it does, and where two surveys
     have one name.
     """
@@ -162,7 +163,8 @@ def simulate_surveys(
     for number, (name, config) in enumerate(zip(names, configs, strict=True)):
         share = n // len(names) + (number < n % len(names))
         (out / name).mkdir()
-        simulate_catalogue(out / name, config, share, seed, **how)
+        own_seed = number_of(f"{seed} {name}", 2**32)
+        simulate_catalogue(out / name, config, share, own_seed, **how)
         table = pd.read_parquet(out / name / "catalogue.parquet")
         tables.append(table.assign(path=f"{name}/" + table["path"]))
     catalogue = out / "catalogue.parquet"

@@ -39,6 +39,14 @@ def test_pairs_are_those_of_every_separation_by_itself() -> None:
     assert (first["split"], first["other_split"]) == (split[one], split[other])
 
 
+def test_many_rows_at_one_place_are_one_pair() -> None:
+    """As where 0, 0 stands for what is not known."""
+    n = 20_000
+    table = rows(ra=[0.0] * n, dec=[0.0] * n)
+    found = positions_in_two_splits(table, pd.Series(np.resize(["train", "test"], n)))
+    assert found[["id", "other_id"]].to_numpy().tolist() == [["c0", "c1"]]
+
+
 def test_rows_without_a_position_are_in_no_pair() -> None:
     table = rows(ra=["10.0", None, "10.0", "nan", "-99"], dec=[1.0, 1.0, -99.0, 1.0, np.nan])
     assert with_position(table).tolist() == [True, False, False, False, False]

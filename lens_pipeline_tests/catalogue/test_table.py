@@ -223,3 +223,10 @@ def test_the_rows_of_a_survey_keep_their_numbers_and_the_splits_of_all(tmp_path:
     rows.drop(columns="survey").to_csv(tmp_path / "rows.csv", index=False)
     with pytest.raises(InputError, match="rows.csv: column survey is missing"):
         read_catalogue(tmp_path / "rows.csv").of_surveys(["des"], split_seed=0)
+
+
+def test_blanks_round_the_name_of_a_survey_are_none_of_it(tmp_path: Path) -> None:
+    rows = "id,path,survey\na,a.npy,des \nb,b.npy, des\nc,c.npy, \nd,d.npy,\n"
+    (tmp_path / "rows.csv").write_text(rows)
+    table = read_catalogue(tmp_path / "rows.csv").table
+    assert table["survey"].fillna("none").tolist() == ["des", "des", "none", "none"]

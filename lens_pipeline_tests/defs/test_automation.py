@@ -330,7 +330,7 @@ def test_of_several_surveys_those_follow_that_have_changed(
     instance: dg.DagsterInstance,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is of all surveys waits until theirs have been made."""
+    """What is of all surveys follows once theirs have been made."""
     monkeypatch.setenv("LENS_SURVEY", ",".join(SURVEYS))
     monkeypatch.setenv("LENS_ARCHS", "lastro")
     follow_up = following(instance)
@@ -528,6 +528,24 @@ def test_cleaning_removes_old_runs_but_none_that_made_what_is_there(
     latest = instance.get_latest_materialization_event(dg.AssetKey("thing"))
     assert latest is not None
     assert latest.run_id == third
+
+
+def test_cleaning_keeps_what_made_each_survey_last(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dg.asset(partitions_def=dg.StaticPartitionsDefinition([*SURVEYS]))
+    def thing() -> None: ...
+
+    monkeypatch.setenv("LENS_KEEP_DAYS", "30")
+    runs = [
+        dg.materialize([thing], instance=instance, partition_key=survey).run_id
+        for survey in ("des", "des", "hsc")
+    ]
+    aged(instance, runs)
+    cleaning = make_definitions(Settings.load()).resolve_job_def("cleaning")
+    assert cleaning.execute_in_process(instance=instance).output_for_node("remove_old_runs") == 1
+    records = instance.fetch_materializations(dg.AssetKey("thing"), limit=10).records
+    assert [record.run_id for record in records] == [runs[2], runs[1]]
 
 
 def aged(instance: dg.DagsterInstance, run_ids: list[str]) -> None:

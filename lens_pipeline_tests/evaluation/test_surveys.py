@@ -6,7 +6,7 @@ import pandas as pd
 from lens_pipeline.evaluation.metrics import lens_metrics
 from lens_pipeline.evaluation.report import format_surveys, surveys_table
 from lens_pipeline.evaluation.sections import survey_sections
-from lens_pipeline.evaluation.surveys import UNSTATED, by_survey
+from lens_pipeline.evaluation.surveys import MOST, UNSTATED, by_survey
 
 
 def table(survey: list[str | None], label: list[int]) -> pd.DataFrame:
@@ -21,6 +21,13 @@ def test_each_survey_by_itself_and_what_is_of_none_together() -> None:
         "hsc": [0, 3],
         UNSTATED: [2],
     }
+
+
+def test_of_many_surveys_the_largest_are_told_apart() -> None:
+    names = [f"s{n:02d}" for n in range(30) for _ in range(n + 1)]
+    parts = by_survey(table([*names], [0] * len(names)))
+    assert list(parts) == ["others", *(f"s{n}" for n in range(30 - MOST + 1, 30))]
+    assert sum(map(len, parts.values())) == len(names)
 
 
 def test_one_survey_alone_is_no_comparison() -> None:

@@ -19,6 +19,7 @@ from lens_pipeline.cli import main
 from lens_pipeline.errors import InputError
 from lens_pipeline.simulation import Simulation, load_config, simulate
 from lens_pipeline.simulation.decoy_kinds import MIXTURE
+from lens_pipeline.simulation.simulate import simulate_surveys
 from lens_pipeline_tests.conftest import LENS_PIPELINE
 
 
@@ -201,3 +202,20 @@ def test_a_gpu_draws_the_same(compiled: bool) -> None:
     assert (np.abs(on_gpu.images - on_cpu.images) <= np.maximum(1e-4, 2e-7 * peak)).all()
     pd.testing.assert_frame_equal(on_gpu.table, on_cpu.table, rtol=1e-4)
     np.testing.assert_array_equal(on_gpu.images, again.images)
+
+
+def test_surveys_are_simulated_apart_and_neither_noise_nor_hosts_are_shared(tmp_path: Path) -> None:
+    configs = [load_config(name) for name in ("des", "hsc")]
+    configs = [one.model_copy(update={"sources": "sersic"}) for one in configs]
+    catalogue = simulate_surveys(tmp_path, configs, 21, seed=3, image_size=32)
+    table = pd.read_parquet(catalogue)
+    assert table["survey"].value_counts().to_dict() == {"des": 11, "hsc": 10}
+    assert table["id"].is_unique
+    images = {name: np.load(tmp_path / name / "images-00000.npy")[:10] for name in ("des", "hsc")}
+    files = {path.partition("#")[0] for path in table["path"]}
+    assert files == {f"{name}/images-00000.npy" for name in images}
+    edges = [stack[:, :, :4].reshape(10, -1) for stack in images.values()]  # of sky, mostly
+    alike = [abs(np.corrcoef(one, other)[0, 1]) for one, other in zip(*edges, strict=True)]
+    assert np.median(alike) < 0.2
+    truths = [table[table["survey"] == name]["z_lens"].head(10).to_numpy() for name in images]
+    assert not np.isclose(*truths).any()
