@@ -170,7 +170,7 @@ def test_a_survey_that_is_not_there_is_an_error_in_a_line(
 ) -> None:
     monkeypatch.setenv("LENS_SURVEY", "des,lsst")
     assert main(["run"]) == 2
-    assert "column survey: no row is of 'lsst'; it names des, hsc" in capsys.readouterr().err
+    assert "column survey: no row is of 'lsst'; it names 'des', 'hsc'" in capsys.readouterr().err
 
 
 def test_published_shards_are_taken_whole(

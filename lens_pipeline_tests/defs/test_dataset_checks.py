@@ -1,5 +1,6 @@
 """What is checked of a dataset and its shards, on small catalogues of noise."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lens_pipeline.catalogue.dataset import open_dataset
-from lens_pipeline.defs.dataset import cutout_catalogue, processed_dataset
+from lens_pipeline.catalogue.dataset import Dataset, open_dataset
+from lens_pipeline.defs.dataset import check_not_refused, cutout_catalogue, processed_dataset
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.shards import cloud_shards, lens_shards
-from lens_pipeline.defs.stages import DATASET, SHARDS
+from lens_pipeline.defs.stages import DATASET, SHARDS, Made
+from lens_pipeline.errors import InputError
+from lens_pipeline.settings import Settings
 from lens_pipeline.shards.manifest import read_manifest
 
 STAGES = [one.asset() for one in (cutout_catalogue, processed_dataset, lens_shards, cloud_shards)]
@@ -229,3 +232,21 @@ def test_tables_show_the_splits_the_columns_and_the_shards(
     manifest = read_manifest(shown[SHARDS]["location"].value)
     listed = [r.data["name"] for r in shown[SHARDS]["table"].records]
     assert listed == [shard.name for shard in manifest.shards]
+
+
+def test_no_shards_are_made_of_what_a_blocking_check_has_refused(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    """Whichever run asked for them: a check blocks in its own run alone."""
+    settings = Settings.load(home=tmp_path / "home")
+    own = Path(shutil.copytree(dataset.folder, tmp_path / "dataset"))
+    check_not_refused(Made(str(own), "sound"), settings)
+    pixels = np.load(own / "train.npy", mmap_mode="r+")
+    pixels[3, 0, 5, 5] = np.nan
+    pixels.flush()
+    with pytest.raises(InputError, match="all_pixels_are_finite has refused it"):
+        check_not_refused(Made(str(own), "spoilt"), settings)
+    torn = pd.read_parquet(own / "val.parquet").assign(group=dataset.table("train")["group"][0])
+    torn.to_parquet(own / "val.parquet")
+    with pytest.raises(InputError, match="no_group_spans_two_splits has refused it"):
+        check_not_refused(Made(str(own), "torn"), settings)
