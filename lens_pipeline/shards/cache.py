@@ -20,6 +20,7 @@ from tqdm import tqdm
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards.manifest import INDEX, Listed, Manifest, difference
+from lens_pipeline.shards.memory import ShardContent
 from lens_pipeline.shards.store import Store, ahead_of, at_a_time
 
 GB = 10**9
@@ -170,7 +171,7 @@ class Fetched(ABC):
         self.largest = max(self.listed.values(), key=lambda listed: listed.bytes)
         self.at_a_time = at_a_time(self.largest.bytes)
         self._process = 0
-        self._views: dict[str, memoryview] = {}
+        self._contents: dict[str, ShardContent] = {}
         self._ahead: set[Ahead] = set()
 
     @property
@@ -180,39 +181,39 @@ class Fetched(ABC):
             self._process = os.getpid()
         return self._store
 
-    def views(self, names: Iterable[str]) -> dict[str, memoryview]:
+    def contents(self, names: Iterable[str]) -> dict[str, ShardContent]:
         """The content of files by their names, whole and checked; those that are not there yet are
         waited for.
 
         Raises InputError where one is missing or not what the manifest lists, or where there is no
         room for it; StoreError where the store fails for long: the messages name the object.
         """
-        found: dict[str, memoryview] = {}
+        found: dict[str, ShardContent] = {}
         missing = []
         for name in names:
-            view = self._views.get(name)
-            if view is None:
+            content = self._contents.get(name)
+            if content is None:
                 missing.append(name)
             else:
-                found[name] = view
+                found[name] = content
         if missing:
             brought = ahead_of(missing, self._bring, min(len(missing), self.at_a_time))
             found |= zip(missing, brought, strict=True)
         return found
 
-    def _bring(self, name: str) -> memoryview:
+    def _bring(self, name: str) -> ShardContent:
         with self._lock(name):
             for ahead in list(self._ahead):
                 if name in ahead.failed:
                     raise ahead.failed.pop(name)
             return self._brought(name)
 
-    def _brought(self, name: str) -> memoryview:
-        view = self._views.get(name)
-        if view is None:
-            view = self._kept(self.listed[name])
-            self._views[name] = view
-        return view
+    def _brought(self, name: str) -> ShardContent:
+        content = self._contents.get(name)
+        if content is None:
+            content = ShardContent(self._kept(self.listed[name]))
+            self._contents[name] = content
+        return content
 
     def _needed(self) -> set[str]:
         return {name for ahead in list(self._ahead) for name in list(ahead.held)}
@@ -263,9 +264,9 @@ class ShardCache(Fetched):
 
     def _drop_gone(self) -> None:
         """What made room takes it as long as it is mapped."""
-        for name in list(self._views):
+        for name in list(self._contents):
             if not (self.folder / name).exists():
-                self._views.pop(name, None)
+                self._contents.pop(name, None)
 
 
 class ShardMemory(Fetched):
@@ -288,13 +289,14 @@ class ShardMemory(Fetched):
 
     def _kept(self, listed: Listed) -> memoryview:
         content = memoryview(self.store.listed(listed))
-        needed, kept = self._needed(), dict(self._views)
-        total = sum(map(len, kept.values()))
+        needed = self._needed()
+        kept = {name: len(one.view) for name, one in list(self._contents.items())}
+        total = sum(kept.values())
         for name in sorted(kept, key=lambda name: name in needed):  # else the oldest first
             if total + len(content) <= self.bound:
                 break
-            self._views.pop(name, None)
-            total -= len(kept[name])
+            self._contents.pop(name, None)
+            total -= kept[name]
         return content
 
 
@@ -319,7 +321,7 @@ class Ahead:
 
     def __enter__(self) -> Self:
         self.fetched._ahead.add(self)
-        if any(name not in self.fetched._views for name in self.order):
+        if any(name not in self.fetched._contents for name in self.order):
             threading.Thread(target=self._run, daemon=True).start()
         return self
 
@@ -364,7 +366,7 @@ class Ahead:
     def _bring(self, name: str) -> int:
         with self.fetched._lock(name):
             try:
-                return len(self.fetched._brought(name))
+                return len(self.fetched._brought(name).view)
             except Exception as problem:  # noqa: BLE001 - told when the file is asked for
                 self.failed[name] = problem
                 return 0

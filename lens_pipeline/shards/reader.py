@@ -110,7 +110,7 @@ class FetchedSplit(ShardSplit):
     fetched: Fetched
 
     def _contents(self, names: list[str]) -> Mapping[str, ShardContent]:
-        return {name: ShardContent(view) for name, view in self.fetched.views(names).items()}
+        return self.fetched.contents(names)
 
     @property
     def n_bytes(self) -> int:
@@ -150,7 +150,7 @@ class Shards:
     @cached_property
     def _index(self) -> pd.DataFrame:
         if isinstance(self.at, Fetched):
-            index = pd.read_parquet(io.BytesIO(self.at.views([INDEX])[INDEX]))
+            index = pd.read_parquet(io.BytesIO(self.at.contents([INDEX])[INDEX].view))
         else:
             index = pd.read_parquet(self.at / INDEX)
         self._check_index(index)
