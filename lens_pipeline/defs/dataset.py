@@ -1,26 +1,35 @@
 """From a source to the processed dataset: `cutout_catalogue`, `processed_dataset`."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
 from lens_pipeline import presets
+from lens_pipeline.defs.dataset_checks import (
+    FEW,
+    STATISTICS,
+    all_pixels_are_finite,
+    bands_are_as_in_the_last_version,
+    every_split_holds_both_classes,
+    no_group_spans_two_splits,
+    no_near_duplicates_across_splits,
+    no_position_is_in_two_splits,
+    pixels_of,
+)
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.stages import (
     CATALOGUE,
     DATASET,
+    FIRST,
     WEEKLY,
     Made,
     column_schema,
-    derived,
     drawn,
     made,
-    newest_first,
     picture,
     result,
     run_stage,
@@ -29,7 +38,7 @@ from lens_pipeline.defs.stages import (
 )
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import Recipe, Step
+from lens_pipeline.steps import Recipe
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,11 +50,6 @@ if TYPE_CHECKING:
 SIMULATION = "lens_pipeline.simulation.simulate"
 TABLE = "lens_pipeline.catalogue.table"
 BUILD = "lens_pipeline.catalogue.dataset"
-PIXELS = "lens_pipeline.catalogue.drift"
-STATISTICS = "pixel statistics"  # the metadata by which versions are compared
-# Of a class, in a split. Fewer cannot tell fusions apart (five folds of two), nor resolve any rate.
-FEW = 10
-FIRST = 20  # rows of a longer table
 SIMULATED = "des"  # where LENS_SURVEY says nothing
 COLUMNS = {
     "id": "Unique, any characters.",
@@ -195,25 +199,7 @@ def cutout_catalogue(lens: LensHome) -> dg.MaterializeResult:
             "dagster/row_count": len(rows),
             "dagster/column_schema": column_schema(rows, COLUMNS),
         },
-        checks=(_no_position_is_in_two_splits(rows, split),),
-    )
-
-
-def _no_position_is_in_two_splits(rows: "pd.DataFrame", split: "pd.Series") -> dg.AssetCheckResult:
-    from lens_pipeline.catalogue.positions import RADIUS, positions_in_two_splits, with_position
-
-    pairs = positions_in_two_splits(rows, split)
-    return dg.AssetCheckResult(
-        check_name="no_position_is_in_two_splits",
-        passed=pairs.empty,
-        severity=dg.AssetCheckSeverity.WARN,
-        metadata={
-            "pairs": len(pairs),
-            "at most": 0,
-            "within arcsec": RADIUS,
-            "rows without a position": int((~with_position(rows)).sum()),
-            "first": table(pairs.head(FIRST)),
-        },
+        checks=(no_position_is_in_two_splits(rows, split),),
     )
 
 
@@ -248,31 +234,6 @@ def draw_training_cutouts(dataset: "Dataset") -> bytes:
     part = next(part for part in PARTS if len(dataset.images(part)))
     images, table = dataset.images(part), dataset.table(part)
     return jpeg_bytes(first_cutouts_sheet(images, table, dataset.format.units))
-
-
-def pixels_of(dataset: "Dataset", content: str, settings: Settings) -> dict[str, Any]:
-    """The `pixel_statistics` of a dataset with that content, of which every pixel is read once."""
-    from lens_pipeline.catalogue.drift import pixel_statistics
-
-    def measured() -> bytes:
-        return json.dumps(pixel_statistics(dataset), indent=1).encode()
-
-    file = derived("statistics", "pixels.json", content, measured, settings, (PIXELS,), ("numpy",))
-    return json.loads(file.read_text())
-
-
-def check_not_refused(upstream: Made, settings: Settings) -> None:
-    """Raises InputError where a blocking check refuses a dataset: beyond the run that it is made in
-    a check blocks nothing, and of several surveys it may since have passed for another."""
-    from lens_pipeline.catalogue.dataset import open_dataset
-
-    dataset = open_dataset(upstream.folder)
-    for check in (
-        _no_group_spans_two_splits(dataset),
-        _all_pixels_are_finite(pixels_of(dataset, upstream.content, settings)),
-    ):
-        if not check.passed:
-            raise InputError(f"{upstream.folder}: the check {check.check_name} has refused it")
 
 
 @stage(
@@ -394,116 +355,10 @@ def processed_dataset(
             },
         },
         checks=(
-            _no_group_spans_two_splits(dataset),
-            _every_split_holds_both_classes(dataset, survey),
-            _all_pixels_are_finite(pixels),
-            _bands_are_as_in_the_last_version(context, step, pixels, survey),
-            _no_near_duplicates_across_splits(dataset),
+            no_group_spans_two_splits(dataset),
+            every_split_holds_both_classes(dataset, survey),
+            all_pixels_are_finite(pixels),
+            bands_are_as_in_the_last_version(context, step, pixels, survey),
+            no_near_duplicates_across_splits(dataset),
         ),
-    )
-
-
-def _no_group_spans_two_splits(dataset: "Dataset") -> dg.AssetCheckResult:
-    torn = dataset.groups_in_two_splits()
-    return dg.AssetCheckResult(
-        check_name="no_group_spans_two_splits",
-        passed=not torn,
-        metadata={"groups": len(torn), "at most": 0, "first": ", ".join(torn[:5])},
-    )
-
-
-def _every_split_holds_both_classes(dataset: "Dataset", survey: str | None) -> dg.AssetCheckResult:
-    from lens_pipeline.catalogue.splits import FRACTIONS
-
-    counts = {part: dataset.facts["splits"][part] for part in FRACTIONS}
-    fewest = min(of[name] for of in counts.values() for name in ("n_lens", "n_nonlens"))
-    error, warning = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
-    return dg.AssetCheckResult(
-        check_name="every_split_holds_both_classes",
-        passed=fewest >= FEW,
-        # Of several surveys, another may hold what one lacks: `merge_shards` looks at all.
-        severity=warning if fewest or survey else error,
-        metadata={
-            "fewest of a class": fewest,
-            "at least": FEW,
-            **{f"lenses in {part}": of["n_lens"] for part, of in counts.items()},
-            **{f"non-lenses in {part}": of["n_nonlens"] for part, of in counts.items()},
-            **{
-                f"lens fraction of {part}": of["n_lens"] / (of["n_lens"] + of["n_nonlens"])
-                for part, of in counts.items()
-                if of["n_lens"] + of["n_nonlens"]
-            },
-        },
-    )
-
-
-def _all_pixels_are_finite(pixels: Mapping[str, Any]) -> dg.AssetCheckResult:
-    of_split = pixels["non_finite"]
-    return dg.AssetCheckResult(
-        check_name="all_pixels_are_finite",
-        passed=not any(of_split.values()),
-        metadata={
-            "non-finite pixels": sum(of_split.values()),
-            "at most": 0,
-            **{f"of these in {part}": n for part, n in of_split.items()},
-        },
-    )
-
-
-def _bands_are_as_in_the_last_version(
-    context: dg.AssetExecutionContext, step: Step, pixels: Mapping[str, Any], survey: str | None
-) -> dg.AssetCheckResult:
-    from lens_pipeline.catalogue.drift import changes, other_format
-
-    def judged(passed: bool, **metadata: Any) -> dg.AssetCheckResult:
-        return dg.AssetCheckResult(
-            check_name="bands_are_as_in_the_last_version",
-            passed=passed,
-            severity=dg.AssetCheckSeverity.WARN,
-            metadata={name.replace("_", " "): value for name, value in metadata.items()},
-        )
-
-    before = _last_pixels(context, step.content, survey)
-    if before is None:
-        return judged(True, compared="there is no earlier version to compare with")
-    if differing := other_format(before, pixels):
-        return judged(False, compared=differing)
-    found = changes(before, pixels)
-    if found.empty:
-        return judged(True, compared="one of both versions has no cutouts to train on")
-    worst = found.iloc[int((found["change"] / found["at_most"]).to_numpy().argmax())]
-    return judged(
-        bool((found["change"] <= found["at_most"]).all()),
-        largest_change=float(worst["change"]),
-        at_most=float(worst["at_most"]),
-        of=f"{worst['statistic']} of {worst['band']}",
-        changes=table(found),
-    )
-
-
-def _last_pixels(
-    context: dg.AssetExecutionContext, content: str, survey: str | None
-) -> dict[str, Any] | None:
-    """The pixel statistics of the newest materialisation that has another content, if any."""
-    for record in newest_first(context.instance.fetch_materializations, DATASET, at_a_time=10):
-        event = record.asset_materialization
-        if event is None or event.partition != survey or STATISTICS not in event.metadata:
-            continue
-        if event.metadata["content"].value != content:
-            return cast("dict[str, Any]", event.metadata[STATISTICS].value)
-    return None
-
-
-def _no_near_duplicates_across_splits(dataset: "Dataset") -> dg.AssetCheckResult:
-    duplicates = dataset.near_duplicates()
-    return dg.AssetCheckResult(
-        check_name="no_near_duplicates_across_splits",
-        passed=duplicates.empty,
-        severity=dg.AssetCheckSeverity.WARN,
-        metadata={
-            "pairs": len(duplicates),
-            "at most": 0,
-            "alike, but not compared": dataset.facts["n_alike_not_compared"],
-            "first": table(duplicates.head(FIRST)),
-        },
     )

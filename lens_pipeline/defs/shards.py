@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from lens_pipeline.defs.dataset import check_not_refused
+from lens_pipeline.defs.dataset_checks import check_not_refused
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.stages import (
     CLOUD,

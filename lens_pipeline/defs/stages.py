@@ -42,6 +42,7 @@ WEEKLY = dg.FreshnessPolicy.time_window(
 )
 
 
+FIRST = 20  # rows that are shown of a longer table
 # Seconds that a process has to write down where it is: less than `cancel_timeout_seconds`.
 LEAVE = 150
 

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 from lens_pipeline.catalogue.dataset import Dataset, open_dataset
-from lens_pipeline.defs.dataset import check_not_refused, cutout_catalogue, processed_dataset
+from lens_pipeline.defs.dataset import cutout_catalogue, processed_dataset
+from lens_pipeline.defs.dataset_checks import check_not_refused
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.shards import cloud_shards, lens_shards
 from lens_pipeline.defs.stages import DATASET, SHARDS, Made
