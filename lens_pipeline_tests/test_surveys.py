@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from lens_pipeline.cli import main
 from lens_pipeline.definitions import make_definitions
+from lens_pipeline.defs.dataset_checks import FEW
 from lens_pipeline.defs.surveys import every_survey
 from lens_pipeline.errors import InputError
 from lens_pipeline.runner import open_instance
@@ -44,6 +45,16 @@ def made(key: str) -> list[dg.AssetMaterialization]:
     return [r.asset_materialization for r in records if r.asset_materialization is not None]
 
 
+def check_of(key: str, name: str) -> dg.AssetCheckEvaluation:
+    """What was judged last."""
+    with open_instance(Settings.load()) as instance:
+        checked = dg.AssetCheckKey(dg.AssetKey(key), name)
+        (record,) = instance.event_log_storage.get_asset_check_execution_history(checked, limit=1)
+    event = record.event.dagster_event if record.event else None
+    assert event is not None
+    return event.asset_check_evaluation_data
+
+
 def of_partitions(key: str) -> dict[str, dg.AssetMaterialization]:
     """{survey: what has been made of it last}."""
     found = {str(event.partition): event for event in reversed(made(key))}
@@ -64,6 +75,15 @@ def test_data_are_made_by_survey_and_models_of_all(source: Path, tmp_path: Path)
         assert "cutouts" in event.metadata
         assert event.metadata["rejects"].value == (survey == "hsc")
     assert [event.partition for event in made("cloud_shards")] == [None]
+    few, finite = (
+        check_of("processed_dataset", name)
+        for name in ("every_split_holds_both_classes", "all_pixels_are_finite")
+    )
+    assert finite.passed
+    assert {"des: non-finite pixels", "hsc: non-finite pixels"} <= set(finite.metadata)
+    fewest = {s: few.metadata[f"{s}: fewest of a class"].value for s in SURVEYS}
+    assert few.passed == (min(fewest.values()) >= FEW)
+    assert few.passed or few.severity == dg.AssetCheckSeverity.WARN
 
     shards = open_shards(home / "cloud" / summary["dataset_version"])
     learnt = [name for part in ("train", "val", "test") for name in shards.split(part).ids]

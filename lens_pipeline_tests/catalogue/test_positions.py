@@ -41,7 +41,7 @@ def test_pairs_are_those_of_every_separation_by_itself() -> None:
 
 def test_many_rows_at_one_place_are_one_pair() -> None:
     """As where 0, 0 stands for what is not known."""
-    n = 20_000
+    n = 2_000
     table = rows(ra=[0.0] * n, dec=[0.0] * n)
     found = positions_in_two_splits(table, pd.Series(np.resize(["train", "test"], n)))
     assert found[["id", "other_id"]].to_numpy().tolist() == [["c0", "c1"]]

@@ -144,6 +144,16 @@ def test_a_pixel_that_is_not_finite_stops_what_follows(
     assert (found["non-finite pixels"], found["at most"]) == (2, 0)
     assert (found["of these in test"], found["of these in train"]) == (2, 0)
     assert not ran.asset_materializations_for_node("lens_shards")
+    # Nor by a run of their own, in which no check blocks them.
+    alone = dg.materialize(
+        STAGES[:3],
+        selection=[SHARDS],
+        instance=instance,
+        resources={"lens": LensHome()},
+        raise_on_error=False,
+    )
+    (failure,) = (event for event in alone.all_events if event.is_step_failure)
+    assert "all_pixels_are_finite has refused it" in str(failure.step_failure_data.error)
 
 
 def test_a_version_is_compared_with_the_last_one_that_has_other_content(
