@@ -83,10 +83,16 @@ def test_altered_manifest(own_shards: Path) -> None:
         open_shards(own_shards)
 
 
-def test_index_beyond_the_end_is_refused(own_shards: Path) -> None:
-    """An index with its own, right checksum still must not point outside of a mapped file."""
+@pytest.mark.parametrize(
+    ("column", "value"), [("offset", 10**9), ("shape", [32, 3, 32]), ("dtype", "<f4")]
+)
+def test_an_index_that_does_not_fit_is_refused(
+    own_shards: Path, column: str, value: object
+) -> None:
+    """One with its own, right checksum still must not point outside of a mapped file, nor say that
+    the same bytes are something else."""
     index = pd.read_parquet(own_shards / "index.parquet")
-    index.loc[3, "offset"] = 10**9
+    index.at[3, column] = value
     index.to_parquet(own_shards / "index.parquet", index=False)
     content = (own_shards / "index.parquet").read_bytes()
     listed = Listed("index.parquet", hashlib.sha256(content).hexdigest(), len(content))

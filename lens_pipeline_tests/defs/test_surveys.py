@@ -1,0 +1,56 @@
+"""One check over several surveys: what it says of all, and how severe it is."""
+
+import dagster as dg
+import pytest
+
+from lens_pipeline.defs.resources import LensHome
+from lens_pipeline.defs.surveys import every_survey, over_surveys, partitioned
+from lens_pipeline.settings import Settings
+
+WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
+
+
+@pytest.mark.parametrize(
+    ("judged", "passed", "severity"),
+    [
+        ({"des": (True, WARN), "hsc": (True, ERROR)}, True, ERROR),
+        ({"des": (True, ERROR), "hsc": (False, WARN)}, False, WARN),
+        ({"des": (False, ERROR), "hsc": (False, WARN)}, False, ERROR),
+    ],
+)
+def test_a_check_passes_where_it_does_of_each_survey(
+    judged: dict[str, tuple[bool, dg.AssetCheckSeverity]],
+    passed: bool,
+    severity: dg.AssetCheckSeverity,
+) -> None:
+    def body(
+        context: dg.AssetExecutionContext, lens: LensHome, survey: str
+    ) -> dg.MaterializeResult:
+        of_one, as_severe = judged[survey]
+        check = dg.AssetCheckResult(
+            check_name="sound", passed=of_one, severity=as_severe, metadata={"figure": survey}
+        )
+        return dg.MaterializeResult(
+            metadata={"of": survey}, data_version=dg.DataVersion(survey), check_results=[check]
+        )
+
+    thing = dg.asset(
+        name="thing",
+        check_specs=[dg.AssetCheckSpec("sound", asset="thing")],
+        **partitioned([*judged]),
+    )(over_surveys(body))
+    with dg.DagsterInstance.ephemeral() as instance:
+        ran = dg.materialize(
+            [thing],
+            instance=instance,
+            tags=every_survey(Settings.load(survey=[*judged])),
+            resources={"lens": LensHome()},
+        )
+    (check,) = ran.get_asset_check_evaluations()
+    assert (check.passed, check.severity) == (passed, severity)
+    assert {name: value.value for name, value in check.metadata.items()} == {
+        "des: figure": "des",
+        "hsc: figure": "hsc",
+    }
+    made = ran.asset_materializations_for_node("thing")
+    assert {one.partition: one.metadata["of"].value for one in made} == {"des": "des", "hsc": "hsc"}
