@@ -82,7 +82,9 @@ def simulated(settings: Settings) -> "list[SimulationConfig]":
     configs = [load_config(name, settings.simulation) for name in names]
     for name, config in zip(settings.surveys, configs, strict=False):
         if config.survey.name != name:
-            raise InputError(f"LENS_SURVEY: {name}: the simulation calls it {config.survey.name}")
+            raise InputError(
+                f"LENS_SURVEY: {name}: the simulation calls it {config.survey.name}; name it so"
+            )
     return configs
 
 
