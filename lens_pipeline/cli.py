@@ -258,14 +258,15 @@ def _simulate(options: argparse.Namespace) -> int:
 
 
 def _draw_kinds(folder: Path) -> None:
-    """The picture of a simulated catalogue: some cutouts of each kind."""
+    """The picture of a simulated catalogue: some cutouts of each kind, by turns of each survey."""
     import numpy as np
     import pandas as pd
 
     from lens_pipeline.evaluation.plots import PER_KIND, jpeg_bytes, kinds_sheet
 
-    table = pd.read_parquet(folder / "catalogue.parquet", columns=["path", "kind"])
-    shown = table.groupby("kind", sort=False).head(PER_KIND)
+    table = pd.read_parquet(folder / "catalogue.parquet", columns=["path", "kind", "survey"])
+    turn = table.groupby(["survey", "kind"]).cumcount().sort_values(kind="stable").index
+    shown = table.loc[turn].groupby("kind", sort=False).head(PER_KIND)
     places = [path.split("#") for path in shown["path"]]
     images = np.stack([np.load(folder / name, mmap_mode="r")[int(row)] for name, row in places])
     figure = kinds_sheet(images, shown["kind"].tolist(), "background_sigma")
