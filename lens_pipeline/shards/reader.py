@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.dataset import CutoutFormat, CutoutRows, Empty
@@ -150,10 +151,13 @@ class Shards:
     @cached_property
     def _index(self) -> pd.DataFrame:
         if isinstance(self.at, Fetched):
-            index = pd.read_parquet(io.BytesIO(self.at.contents([INDEX])[INDEX].view))
+            table = pq.read_table(io.BytesIO(self.at.contents([INDEX])[INDEX].view))
         else:
-            index = pd.read_parquet(self.at / INDEX)
-        self._check_index(index)
+            table = pq.read_table(self.at / INDEX)
+        # As lists of pandas the shapes took as long as all else.
+        shapes = table["shape"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        index = table.drop_columns("shape").to_pandas()
+        self._check_index(index, shapes)
         return index
 
     @cached_property
@@ -172,13 +176,18 @@ class Shards:
             self._splits[name] = self._split(name)
         return self._splits[name]
 
-    def _check_index(self, index: pd.DataFrame) -> None:
-        """Raises InputError where the index does not fit the shards that it points into."""
+    def _check_index(self, index: pd.DataFrame, shapes: NDArray[np.integer]) -> None:
+        """Raises InputError where the index does not fit the shards that it points into.
+
+        shapes: those of all cutouts, one after the other.
+        """
         encoding, shape = self.encoding, self.shape
         n_bytes = int(np.prod(shape)) * encoding.dtype.itemsize
-        size = index["shard"].map({shard.name: shard.bytes for shard in self.manifest.shards})
+        number, names = pd.factorize(index["shard"])
+        sizes = {shard.name: shard.bytes for shard in self.manifest.shards}
+        size = np.array([sizes.get(name, 0) for name in names], dtype=np.int64)[number]
         alike = (index["dtype"] == encoding.dtype.str) & (index["bytes"] > 0)
-        alike &= np.array_equal(np.concatenate([[], *index["shape"]]), shape * len(index))
+        alike &= np.array_equal(shapes, shape * len(index))
         if encoding.is_raw:
             alike &= index["bytes"] == n_bytes
             alike &= index["offset"] % encoding.dtype.itemsize == 0
