@@ -3,8 +3,9 @@
 64-pixel, three-band cutouts, the members of the default job, all cores. *Bare*: each member's
 forward passes over cutouts that are in memory, in the layout that scoring uses. *Plain loop*: for
 each member the same shards once more through WebDataset and torch's DataLoader with two workers,
-the network as it was trained, from the first batch on (starting workers is apart), and no
-dropout draws. Ours has what both leave out: calibration, fusion, the draws and their uncertainty.
+the network as it was trained, from the first batch on (starting workers is apart). It gives what
+ours gives, a score and its uncertainty, by a pass for each draw with dropout switched on; or the
+score alone, by one pass. Calibration and fusion are ours alone.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,9 @@ from lens_pipeline.models.uncertainty import DRAWS
 from lens_pipeline.shards import write_shards
 
 MEMBERS = ("resnet18", "light_transformer", "lastro")
-OURS, BARE, PLAIN = "lens_pipeline", "bare forward passes", "plain loop, no draws"
+OURS, BARE = "lens_pipeline", "bare forward passes"
+PLAIN, SCORE_ALONE = "plain loop", "plain loop, the score alone"
+BATCHES = 2  # that the plain loop draws for: minutes for all of them
 ONE_PASS = {"resnet18": 64, "vit_b_16": 16}  # cutouts that are scored at a time
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Measured = Callable[[], float]  # cutouts a second
@@ -65,7 +69,10 @@ def bare(ensemble: LensEnsemble, images: np.ndarray) -> Measured:
     return measured
 
 
-def plain(systems: list[LitLensSystem], shards: Path) -> Measured:
+def plain(
+    systems: list[LitLensSystem], shards: Path, draws: int = 0, at_most: int | None = None
+) -> Measured:
+    """draws: passes of each batch with dropout, beside the one without; at_most: batches."""
     urls = sorted(str(path) for path in shards.glob("*.tar"))
 
     def batches() -> Iterator[torch.Tensor]:
@@ -81,8 +88,12 @@ def plain(systems: list[LitLensSystem], shards: Path) -> Measured:
             stream = batches()
             next(stream)
             begun = time.perf_counter()
-            for images in stream:
+            for images in islice(stream, at_most):
                 _pass(system, images)
+                system.dropout.train()
+                for _ in range(draws):
+                    _pass(system, images)
+                system.dropout.eval()
                 seen += len(images)
             seconds += time.perf_counter() - begun
         return seen / len(systems) / seconds
@@ -124,7 +135,8 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], list[Target]]:
         ways = {
             OURS: ours(ensemble, folder / "shards", folder / "cache"),
             BARE: bare(ensemble, images),
-            PLAIN: plain(trained, folder / "shards"),
+            PLAIN: plain(trained, folder / "shards", DRAWS, BATCHES),
+            SCORE_ALONE: plain(trained, folder / "shards"),
         }
         rates: dict[str, list[float]] = {title: [] for title in ways}
         for _ in range(arguments.repeats):
