@@ -196,7 +196,10 @@ class Settings(BaseSettings):
         description="Is told by POST of failed runs and new challengers, JSON with a `text`.",
     )
     keep_days: int = Field(
-        default=90, ge=1, description="Days for which the job `cleaning` keeps runs and their logs."
+        default=90,
+        ge=1,
+        description="Days for which the job `cleaning` keeps runs, their logs, and folders of "
+        "steps that nothing uses.",
     )
     verify: bool = Field(
         default=False, description="Check the sha256 of what is reused, not only file sizes."

@@ -15,7 +15,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -26,6 +26,7 @@ import filelock
 
 PACKAGE = "lens_pipeline"
 COMPLETE = "complete.json"
+LOCKS, HOLDER = ".locks", ".holder"
 log = logging.getLogger(__name__)
 
 
@@ -191,9 +192,12 @@ def _content(files: dict[str, Any]) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Any:
-    """One holder at a time, across processes; the system frees it when the holder dies."""
+    """One holder at a time, across processes; the system frees it when the holder dies.
+
+    Who it was stands in a file beside it, which tells by its date when the step was last used.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    holder = path.with_suffix(".holder")
+    holder = path.with_suffix(HOLDER)
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=10)
@@ -225,7 +229,7 @@ def run_step(
     """
     begun = time.perf_counter()
     folder = root / recipe.key
-    with _locked(root / ".locks" / f"{recipe.key}.lock"):
+    with _locked(root / LOCKS / f"{recipe.key}.lock"):
         found = _reuse(folder, recipe, verify) or _make(folder, recipe, build, goes_on)
     return replace(found, seconds=time.perf_counter() - begun)
 
@@ -239,7 +243,7 @@ def _reuse(folder: Path, recipe: Recipe, verify: bool) -> Step | None:
 
 def _make(folder: Path, recipe: Recipe, build: Callable[[Path], object], goes_on: bool) -> Step:
     begun = time.perf_counter()
-    aside = folder.with_name(f".partial-{folder.name}")
+    aside = _partial(folder)
     if not goes_on:
         shutil.rmtree(aside, ignore_errors=True)  # of a process that died
     aside.mkdir(parents=True, exist_ok=goes_on)
@@ -248,3 +252,50 @@ def _make(folder: Path, recipe: Recipe, build: Callable[[Path], object], goes_on
     shutil.rmtree(folder, ignore_errors=True)  # damaged: `_reuse` has refused it
     aside.rename(folder)
     return Step(folder, recipe.key, content, 0.0, reused=False)
+
+
+def _partial(folder: Path) -> Path:
+    """Where a step's folder is made."""
+    return folder.with_name(f".partial-{folder.name}")
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A folder that was there, and how many bytes it held."""
+
+    folder: Path
+    bytes: int
+
+
+def remove_unused(root: Path, before: float, kept: Collection[str] = ()) -> list[Removed]:
+    """Remove the folders in `root` that no step has made, reused or begun since `before`, a time in
+    seconds since 1970; what is needed is made again.
+
+    Those whose keys are `kept` stay, and what a process is at.
+    """
+    removed: list[Removed] = []
+    for holder in sorted(root.glob(f"{LOCKS}/*{HOLDER}")):
+        folder = root / holder.stem
+        lock = filelock.FileLock(holder.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            continue
+        try:
+            if holder.stat().st_mtime < before:
+                whole = [] if folder.name in kept else [folder]
+                removed += _remove([*whole, _partial(folder)], folder)
+        finally:
+            lock.release()
+    return removed
+
+
+def _remove(folders: Iterable[Path], of: Path) -> Iterator[Removed]:
+    """Renamed first: a folder that is half removed must not be taken for one."""
+    going = of.with_name(f".removed-{of.name}")
+    for folder in (going, *folders):
+        if folder.exists():
+            n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            folder.rename(going)
+            shutil.rmtree(going)
+            yield Removed(folder, n_bytes)

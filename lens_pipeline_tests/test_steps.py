@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lens_pipeline.steps import Recipe, run_step, source_hashes
+from lens_pipeline.steps import Recipe, remove_unused, run_step, source_hashes
 
 RECIPE = Recipe(stage="test", modules=("lens_pipeline.errors",), settings={"n": 1})
 
@@ -133,3 +133,54 @@ def test_of_two_at_once_one_builds(tmp_path: Path) -> None:
         thread.join()
     assert len(built) == 1
     assert sorted(step.reused for step in steps) == [False, True, True]
+
+
+def _later() -> float:
+    """A time by which nothing has been used: a file system's clock may lag behind."""
+    return time.time() + 60
+
+
+def test_what_is_not_used_is_removed_and_made_again(tmp_path: Path) -> None:
+    other, third = (Recipe("test", (), settings={"n": n}) for n in (2, 3))
+    steps = [run_step(recipe, tmp_path, _write) for recipe in (RECIPE, other, third)]
+    for holder in (tmp_path / ".locks").iterdir():
+        os.utime(holder, (0, 0))
+    run_step(third, tmp_path, _write)  # used once more
+    removed = remove_unused(tmp_path, time.time() - 3600, [steps[1].key])
+    assert [one.folder for one in removed] == [steps[0].folder]
+    assert removed[0].bytes > len(b"pixels")
+    reused = [run_step(recipe, tmp_path, _write).reused for recipe in (RECIPE, other, third)]
+    assert reused == [False, True, True]
+
+
+def test_what_a_step_that_was_stopped_has_left_is_removed(tmp_path: Path) -> None:
+    def fail(out: Path) -> None:
+        _write(out)
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError):
+        run_step(RECIPE, tmp_path, fail, goes_on=True)
+    assert remove_unused(tmp_path, time.time() - 3600) == []
+    assert len(remove_unused(tmp_path, _later())) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [".locks"]
+
+
+def test_what_a_process_is_making_is_not_removed(tmp_path: Path) -> None:
+    def build(out: Path) -> None:
+        _write(out)
+        assert remove_unused(tmp_path, _later()) == []
+
+    assert (run_step(RECIPE, tmp_path, build).folder / "deep" / "data.bin").is_file()
+
+
+def test_a_folder_that_is_half_removed_is_not_taken_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = run_step(RECIPE, tmp_path, _write)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda path: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            remove_unused(tmp_path, _later())
+    assert not step.folder.exists()
+    assert len(remove_unused(tmp_path, _later())) == 1
+    assert not run_step(RECIPE, tmp_path, _write).reused

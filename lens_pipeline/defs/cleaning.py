@@ -1,19 +1,38 @@
-"""The job `cleaning`: what Dagster keeps of runs that ended long ago is removed."""
+"""The job `cleaning`: what ended or was made long ago, and nothing needs, is removed."""
 
 import datetime
+from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
 
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.stages import log
+from lens_pipeline.steps import remove_unused
 
 ENDED = [
     dg.DagsterRunStatus.SUCCESS,
     dg.DagsterRunStatus.FAILURE,
     dg.DagsterRunStatus.CANCELED,
 ]
-BATCH = 100
+# Of LENS_HOME: ensembles and reports stay, with which models are registered.
+MADE_AGAIN = ("cache", "catalogue", "checkpoints/*", "dataset", "pictures", "shards", "statistics")
+
+
+def _last_made(instance: dg.DagsterInstance) -> Iterator[dg.EventLogRecord]:
+    """What was last made of each asset, and of each survey of it."""
+    for record in instance.get_asset_records():
+        if record.asset_entry.last_materialization_record is not None:
+            yield record.asset_entry.last_materialization_record
+        key = record.asset_entry.asset_key
+        for survey in instance.get_materialized_partitions(key):
+            of_survey = dg.AssetRecordsFilter(asset_key=key, asset_partitions=[survey])
+            yield from instance.fetch_materializations(of_survey, limit=1).records
+
+
+def _begin_of_days(lens: LensHome) -> datetime.datetime:
+    """When LENS_KEEP_DAYS began."""
+    return datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=lens.settings.keep_days)
 
 
 @dg.op
@@ -23,18 +42,12 @@ def remove_old_runs(context: dg.OpExecutionContext, lens: LensHome) -> int:
     What was last made of an asset stays known: the runs that made it are kept.
     """
     instance, days = context.instance, lens.settings.keep_days
-    kept = set()
+    kept: set[str | None] = {record.run_id for record in _last_made(instance)}
     for record in instance.get_asset_records():
-        last = record.asset_entry.last_materialization_record
-        kept |= {record.asset_entry.last_run_id, last and last.run_id}
         key = record.asset_entry.asset_key
-        kept |= {one.run_id for one in instance.fetch_observations(key, limit=1).records}
-        for survey in instance.get_materialized_partitions(key):
-            of_survey = dg.AssetRecordsFilter(asset_key=key, asset_partitions=[survey])
-            last_of = instance.fetch_materializations(of_survey, limit=1).records
-            kept |= {one.run_id for one in last_of}
-    before = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=days)
-    old = dg.RunsFilter(statuses=ENDED, updated_before=before)
+        seen = instance.fetch_observations(key, limit=1).records
+        kept |= {record.asset_entry.last_run_id, *(one.run_id for one in seen)}
+    old = dg.RunsFilter(statuses=ENDED, updated_before=_begin_of_days(lens))
     removed = 0
     for run in instance.get_runs(old):
         if run.run_id not in kept:
@@ -49,9 +62,45 @@ def remove_old_runs(context: dg.OpExecutionContext, lens: LensHome) -> int:
     return removed
 
 
+@dg.op
+def remove_unused_folders(context: dg.OpExecutionContext, lens: LensHome) -> int:
+    """Remove the folders of steps in LENS_HOME that no run has used for LENS_KEEP_DAYS, and those
+    of steps that were stopped then. Returns how many bytes they held.
+
+    What was last made of an asset stays, as do ensembles and reports. A step whose folder is gone
+    makes it again when it is needed.
+    """
+    days = lens.settings.keep_days
+    kept = {
+        Path(str(record.asset_materialization.metadata["location"].value)).name
+        for record in _last_made(context.instance)
+        if record.asset_materialization and "location" in record.asset_materialization.metadata
+    }
+    before = _begin_of_days(lens).timestamp()
+    roots = [root for pattern in MADE_AGAIN for root in lens.settings.home.glob(pattern)]
+    removed = [one for root in roots for one in remove_unused(root, before, kept)]
+    n_bytes = sum(one.bytes for one in removed)
+    context.add_output_metadata(
+        {
+            "folders removed": "\n".join(str(one.folder) for one in removed) or "none",
+            "gigabytes": round(n_bytes / 1e9, 3),
+            "not used for (days)": days,
+        }
+    )
+    log.info(
+        "cleaning: %d folders that nothing has used for %d days are removed, %.1f GB",
+        len(removed),
+        days,
+        n_bytes / 1e9,
+    )
+    return n_bytes
+
+
 @dg.job(
-    description="Remove what Dagster keeps of runs that ended more than LENS_KEEP_DAYS ago.",
+    description="Remove what Dagster keeps of runs that ended more than LENS_KEEP_DAYS ago, and "
+    "what their steps have made and nothing has used since.",
     executor_def=dg.in_process_executor,
 )
 def cleaning() -> None:
     remove_old_runs()
+    remove_unused_folders()

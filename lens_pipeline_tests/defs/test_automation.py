@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import sqlite3
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -25,13 +23,6 @@ from lens_pipeline_tests.object_stores import S3Server
 
 RESOURCES = {"lens": LensHome()}
 SURVEYS = ("des", "hsc")
-
-
-@pytest.fixture
-def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
-    (tmp_path / "dagster").mkdir()
-    with dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as found:
-        yield found
 
 
 @pytest.fixture
@@ -493,67 +484,3 @@ def test_each_new_version_is_told_once(
         "lens_ensemble version 1 is registered; it has become champion",
         "lens_ensemble version 2 is registered; it stays challenger: 8 lenses, fewer than 50",
     ]
-
-
-def test_cleaning_removes_old_runs_but_none_that_made_what_is_there(
-    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    @dg.asset
-    def thing() -> None:
-        print("a line of its log")
-
-    @dg.op
-    def looks(context: dg.OpExecutionContext) -> None:
-        context.log_event(dg.AssetObservation("elsewhere"))
-
-    @dg.job
-    def looking() -> None:
-        looks()
-
-    monkeypatch.setenv("LENS_KEEP_DAYS", "30")
-    definitions = dg.Definitions([thing], jobs=[dg.define_asset_job("all")])
-    first, second, third = (
-        definitions.resolve_job_def("all").execute_in_process(instance=instance).run_id
-        for _ in range(3)
-    )
-    saw = looking.execute_in_process(instance=instance).run_id
-    aged(instance, [first, third, saw])  # `third` made what is there now, `saw` saw it
-    cleaning = make_definitions(Settings.load()).resolve_job_def("cleaning")
-    done = cleaning.execute_in_process(instance=instance)
-    assert done.output_for_node("remove_old_runs") == 1
-    assert {run.run_id for run in instance.get_runs()} == {second, third, saw, done.run_id}
-    kept = {path.name for path in Path(instance.root_directory).rglob("*")}
-    assert not [name for name in kept if first in name]
-    assert [name for name in kept if second in name]
-    latest = instance.get_latest_materialization_event(dg.AssetKey("thing"))
-    assert latest is not None
-    assert latest.run_id == third
-
-
-def test_cleaning_keeps_what_made_each_survey_last(
-    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    @dg.asset(partitions_def=dg.StaticPartitionsDefinition([*SURVEYS]))
-    def thing() -> None: ...
-
-    monkeypatch.setenv("LENS_KEEP_DAYS", "30")
-    runs = [
-        dg.materialize([thing], instance=instance, partition_key=survey).run_id
-        for survey in ("des", "des", "hsc")
-    ]
-    aged(instance, runs)
-    cleaning = make_definitions(Settings.load()).resolve_job_def("cleaning")
-    assert cleaning.execute_in_process(instance=instance).output_for_node("remove_old_runs") == 1
-    records = instance.fetch_materializations(dg.AssetKey("thing"), limit=10).records
-    assert [record.run_id for record in records] == [runs[2], runs[1]]
-
-
-def aged(instance: dg.DagsterInstance, run_ids: list[str]) -> None:
-    """Runs as if they had ended forty days ago."""
-    (database,) = Path(instance.root_directory).rglob("runs.db")
-    before = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(time.time() - 40 * 86400))
-    with sqlite3.connect(database) as connection:
-        marks = ",".join("?" * len(run_ids))
-        connection.execute(
-            f"update runs set update_timestamp = ? where run_id in ({marks})", [before, *run_ids]
-        )
