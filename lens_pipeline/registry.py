@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
-from lens_pipeline.errors import InputError, masked
+from lens_pipeline.errors import InputError, NoAnswerError, masked
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import digest, folder_aside
 from lens_pipeline.tracking import (
@@ -43,6 +43,7 @@ REPLACED = "lens.replaced"  # the champion before this one
 ROLLED_BACK = "lens.rolled_back"  # when; such a version is promoted by hand alone
 GATE = "lens.gate"  # what the last decision on a version was
 PASSED = "passed"
+_UNWELL = (429, 502, 503, 504)  # what a server that may be well again answers
 log = logging.getLogger(__name__)
 
 
@@ -229,7 +230,8 @@ class Registry:
         """(the ensemble, `models:/name/version`) by a `models:/` URI of this registry.
 
         Without one: `champion`, else the newest `challenger`. Raises InputError where the home has
-        no registry, and where the registry has no such model.
+        no registry, and where the registry has no such model; NoAnswerError where it cannot be
+        asked.
         """
         uri = uri or self._default_uri()
         if not uri.startswith("models:/"):
@@ -241,20 +243,20 @@ class Registry:
         import mlflow
         from mlflow.exceptions import MlflowException
 
-        assert self.client  # sets MLflow's URIs
         try:
+            assert self.client  # sets MLflow's URIs
             uri = self._numbered(uri)
             with _import_path_kept():
                 model = mlflow.pyfunc.load_model(uri)
         except (MlflowException, OSError) as problem:
-            reason = " ".join(str(problem).split())
-            raise InputError(f"--model: {uri} cannot be loaded ({reason})") from None
+            raise _told(f"--model: {uri} cannot be loaded", problem) from None
         return model.unwrap_python_model().ensemble, uri
 
     def member_checkpoint(self, uri: str, architecture: str) -> Path:
         """A local copy of the checkpoint of a registered ensemble's member of this architecture.
 
-        Raises InputError where the registry has no such model, or the model no such member.
+        Raises InputError where the registry has no such model, or the model no such member;
+        NoAnswerError where it cannot be asked.
         """
         self.require()
         import mlflow
@@ -263,6 +265,7 @@ class Registry:
         from lens_pipeline.models.pretrained import read_checkpoint
 
         try:
+            assert self.client  # sets MLflow's URIs
             uri = self._numbered(uri)
             folder = self.settings.home / "cache" / uri.replace(":", "")
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -270,9 +273,8 @@ class Registry:
                 if not folder.exists():
                     with folder_aside(folder) as aside:
                         mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(aside))
-        except MlflowException as problem:
-            reason = " ".join(str(problem).split())
-            raise InputError(f"model.pretrained: {uri} cannot be had ({reason})") from None
+        except (MlflowException, OSError) as problem:
+            raise _told(f"model.pretrained: {uri} cannot be had", problem) from None
         members = {
             read_checkpoint(path)["hyper_parameters"]["arch"]: path
             for path in sorted(folder.rglob("members/*.ckpt"))
@@ -310,6 +312,23 @@ class Registry:
             f"{masked(self.settings.mlflow_uri)}: no version of {MODEL} is registered; "
             "make one with `lens-pipeline run`"
         )
+
+
+def _told(what: str, problem: Exception) -> InputError:
+    """What to raise where the registry gives an error; NoAnswerError for a server that is gone or
+    unwell, or whose database is."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+
+    status = getattr(getattr(problem, "response", None), "status_code", None)
+    if isinstance(problem, MlflowException):
+        status = problem.get_http_status_code()
+    unanswered = any(
+        isinstance(one, RequestException) and one.response is None
+        for one in (problem, problem.__context__)
+    )
+    kind = NoAnswerError if unanswered or status in _UNWELL else InputError
+    return kind(f"{what} ({' '.join(str(problem).split())})")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Scoring a catalogue with the registered ensemble, and the aliases."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from mlflow import MlflowClient
 
 from lens_pipeline.cli import main
-from lens_pipeline_tests.conftest import program_says
+from lens_pipeline_tests.conftest import LENS_PIPELINE, program_says
 
 
 def test_each_row_is_scored_in_its_order_from_any_directory(
@@ -108,9 +109,7 @@ print(len(scores), *scores.columns)
     ]
 
 
-def test_a_registered_member_is_trained_further(
-    own_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_registered_member_is_trained_further(own_home: Path, tmp_path: Path) -> None:
     """Its weights are where the training begins: with a rate of almost nothing they stay."""
     begin = ["train", "--home", str(own_home), "--pretrained", "models:/lens_ensemble@challenger"]
     flags = ["--epochs", "1", "--learning-rate", "1e-12", "--weight-decay", "0"]
@@ -126,9 +125,15 @@ def test_a_registered_member_is_trained_further(
     assert weights
     for name in weights:
         torch.testing.assert_close(new[name], old[name], rtol=0, atol=1e-6)
-    capsys.readouterr()
-    assert main([*begin, "--arch", "resnet18"]) == 2
-    assert "has no resnet18; it has" in capsys.readouterr().err
+
+
+def test_a_member_that_a_version_has_not_is_told(own_home: Path, tmp_path: Path) -> None:
+    """In a process of its own, where nothing else has asked MLflow before."""
+    which = ["--pretrained", "models:/lens_ensemble/1", "--arch", "resnet18"]
+    command = [LENS_PIPELINE, "train", "--home", str(own_home), *which]
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert told.returncode == 2
+    assert "models:/lens_ensemble/1 has no resnet18; it has" in told.stderr
 
 
 def test_shards_are_scored_as_their_catalogue_is(

@@ -16,7 +16,7 @@ from lens_pipeline.cli import main
 from lens_pipeline.defs.gate import decide
 from lens_pipeline.defs.registry import _promoted_if_passed
 from lens_pipeline.defs.scored import Source
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, NoAnswerError
 from lens_pipeline.evaluation.gates import GateDecision
 from lens_pipeline.registry import Registry
 from lens_pipeline.settings import Settings
@@ -225,6 +225,22 @@ def test_a_champion_that_cannot_be_loaded_is_kept_and_said(
     (reason,) = summary["gate"]["reasons"]
     assert reason.startswith("the champion, version 2, cannot be compared: ")
     assert aliases(own_home) == {"challenger": "3", "champion": "2"}
+
+
+def test_a_registry_that_cannot_be_asked_decides_nothing(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = next((own_home / "ensemble").glob("*/ensemble.json")).parent
+    content = json.loads((folder / "ensemble.json").read_text())["dataset"]
+    source = Source({}, lambda: (SimpleNamespace(facts={"content": content}, folder=""), None))
+    champion = client_of(own_home).get_model_version(MODEL, "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:pa55word@127.0.0.1:9")
+    gone = Settings.load(home=own_home)
+    lens = SimpleNamespace(settings=gone, registry=Registry(gone))
+    with pytest.raises(NoAnswerError, match="models:/lens_ensemble/1 cannot be loaded") as told:
+        decide(lens, "key", folder, folder, source, champion)
+    assert "pa55word" not in str(told.value)
 
 
 def test_an_ensemble_of_another_dataset_is_not_decided_on(own_home: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.scored import Source
 from lens_pipeline.defs.stages import log
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, NoAnswerError
 from lens_pipeline.registry import MODEL, ROLLED_BACK
 from lens_pipeline.steps import Recipe, digest, run_step
 from lens_pipeline.tracking import STEP_KEY
@@ -61,6 +61,8 @@ def decide(
     number = str(champion.version)
     try:
         theirs, _ = lens.registry.load(f"models:/{MODEL}/{number}")
+    except NoAnswerError:
+        raise  # it says nothing of the champion
     except InputError as problem:
         return refused(f"the champion, version {number}, cannot be compared: {problem}")
     if differing := _other_cutouts(own["format"], theirs):
