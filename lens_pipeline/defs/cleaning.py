@@ -15,6 +15,7 @@ ENDED = [
     dg.DagsterRunStatus.FAILURE,
     dg.DagsterRunStatus.CANCELED,
 ]
+UNDER_WAY = [status for status in dg.DagsterRunStatus if status not in ENDED]
 # Of LENS_HOME: ensembles and reports stay, with which models are registered.
 MADE_AGAIN = ("cache", "catalogue", "checkpoints/*", "dataset", "pictures", "shards", "statistics")
 
@@ -67,16 +68,20 @@ def remove_unused_folders(context: dg.OpExecutionContext, lens: LensHome) -> int
     """Remove the folders of steps in LENS_HOME that no run has used for LENS_KEEP_DAYS, and those
     of steps that were stopped then. Returns how many bytes they held.
 
-    What was last made of an asset stays, as do ensembles and reports. A step whose folder is gone
-    makes it again when it is needed.
+    What was last made of an asset stays, as do ensembles and reports, and what was used since the
+    oldest run that is under way began: it may be reading it. A step whose folder is gone makes it
+    again when it is needed.
     """
-    days = lens.settings.keep_days
+    instance, days = context.instance, lens.settings.keep_days
     kept = {
         Path(str(record.asset_materialization.metadata["location"].value)).name
-        for record in _last_made(context.instance)
+        for record in _last_made(instance)
         if record.asset_materialization and "location" in record.asset_materialization.metadata
     }
-    before = _begin_of_days(lens).timestamp()
+    began = [
+        run.create_timestamp for run in instance.get_run_records(dg.RunsFilter(statuses=UNDER_WAY))
+    ]
+    before = min(_begin_of_days(lens), *began).timestamp()
     roots = [root for pattern in MADE_AGAIN for root in lens.settings.home.glob(pattern)]
     removed = [one for root in roots for one in remove_unused(root, before, kept)]
     n_bytes = sum(one.bytes for one in removed)

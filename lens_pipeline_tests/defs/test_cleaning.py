@@ -14,6 +14,7 @@ from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Recipe, Step, run_step
 
 SURVEYS = ("des", "hsc")
+AGO = time.time() - 40 * 86400
 
 
 def test_cleaning_removes_old_runs_but_none_that_made_what_is_there(
@@ -38,7 +39,9 @@ def test_cleaning_removes_old_runs_but_none_that_made_what_is_there(
         for _ in range(3)
     )
     saw = looking.execute_in_process(instance=instance).run_id
-    aged(instance, [first, third, saw])  # `third` made what is there now, `saw` saw it
+    changed(
+        instance, [first, third, saw], update_timestamp=stamp(AGO)
+    )  # `third` made what is there now, `saw` saw it
     cleaning = make_definitions(Settings.load()).resolve_job_def("cleaning")
     done = cleaning.execute_in_process(instance=instance)
     assert done.output_for_node("remove_old_runs") == 1
@@ -62,7 +65,7 @@ def test_cleaning_keeps_what_made_each_survey_last(
         dg.materialize([thing], instance=instance, partition_key=survey).run_id
         for survey in ("des", "des", "hsc")
     ]
-    aged(instance, runs)
+    changed(instance, runs, update_timestamp=stamp(AGO))
     cleaning = make_definitions(Settings.load()).resolve_job_def("cleaning")
     assert cleaning.execute_in_process(instance=instance).output_for_node("remove_old_runs") == 1
     records = instance.fetch_materializations(dg.AssetKey("thing"), limit=10).records
@@ -87,25 +90,35 @@ def test_cleaning_removes_folders_that_nothing_has_used_but_none_that_holds_what
 
     for survey, n in (("des", 1), ("des", 2), ("hsc", 3)):
         chosen = dg.RunConfig({"thing": Wanted(n=n)})
-        dg.materialize([thing], instance=instance, partition_key=survey, run_config=chosen)
-    past = time.time() - 40 * 86400
+        run = dg.materialize([thing], instance=instance, partition_key=survey, run_config=chosen)
     for file in root.rglob("*"):
-        os.utime(file, (past, past))
+        os.utime(file, (AGO, AGO))
     step(4)
     monkeypatch.setenv("LENS_KEEP_DAYS", "30")
     cleaning = make_definitions(Settings.load()).resolve_job_def("cleaning")
-    done = cleaning.execute_in_process(instance=instance)
-    assert done.output_for_node("remove_unused_folders") > 8
+
+    def n_bytes() -> int:
+        done = cleaning.execute_in_process(instance=instance)
+        return done.output_for_node("remove_unused_folders")
+
+    changed(instance, [run.run_id], status="STARTED", create_timestamp=stamp(AGO - 86400))
+    assert n_bytes() == 0  # what is under way may be reading it
+    changed(instance, [run.run_id], status="SUCCESS")
+    assert n_bytes() > 8
     # The first is made again, the others were kept.
     assert [step(n).reused for n in (1, 2, 3, 4)] == [False, True, True, True]
 
 
-def aged(instance: dg.DagsterInstance, run_ids: list[str]) -> None:
-    """Runs as if they had ended forty days ago."""
+def stamp(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+
+
+def changed(instance: dg.DagsterInstance, run_ids: list[str], **columns: str) -> None:
+    """Runs as if other things were known of them."""
     (database,) = Path(instance.root_directory).rglob("runs.db")
-    before = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(time.time() - 40 * 86400))
     with sqlite3.connect(database) as connection:
+        wanted = ", ".join(f"{name} = ?" for name in columns)
         marks = ",".join("?" * len(run_ids))
         connection.execute(
-            f"update runs set update_timestamp = ? where run_id in ({marks})", [before, *run_ids]
+            f"update runs set {wanted} where run_id in ({marks})", [*columns.values(), *run_ids]
         )
