@@ -43,7 +43,6 @@ REPLACED = "lens.replaced"  # the champion before this one
 ROLLED_BACK = "lens.rolled_back"  # when; such a version is promoted by hand alone
 GATE = "lens.gate"  # what the last decision on a version was
 PASSED = "passed"
-_UNWELL = (429, 502, 503, 504)  # what a server that may be well again answers
 log = logging.getLogger(__name__)
 
 
@@ -233,8 +232,7 @@ class Registry:
         no registry, and where the registry has no such model; NoAnswerError where it cannot be
         asked.
         """
-        uri = uri or self._default_uri()
-        if not uri.startswith("models:/"):
+        if uri is not None and not uri.startswith("models:/"):
             raise InputError(
                 f"--model: {uri!r} is not of this registry; it is models:/{MODEL}@alias or "
                 f"models:/{MODEL}/version (a model is code, so no other place is trusted)"
@@ -245,11 +243,11 @@ class Registry:
 
         try:
             assert self.client  # sets MLflow's URIs
-            uri = self._numbered(uri)
+            uri = self._numbered(uri or self._default_uri())
             with _import_path_kept():
                 model = mlflow.pyfunc.load_model(uri)
         except (MlflowException, OSError) as problem:
-            raise _told(f"--model: {uri} cannot be loaded", problem) from None
+            raise _told(f"--model: {uri or MODEL} cannot be loaded", problem) from None
         return model.unwrap_python_model().ensemble, uri
 
     def member_checkpoint(self, uri: str, architecture: str) -> Path:
@@ -315,19 +313,20 @@ class Registry:
 
 
 def _told(what: str, problem: Exception) -> InputError:
-    """What to raise where the registry gives an error; NoAnswerError for a server that is gone or
-    unwell, or whose database is."""
+    """What to raise where the registry gives an error; NoAnswerError for a server, database or
+    store that is gone or unwell, also in the middle of a file."""
     from mlflow.exceptions import MlflowException
     from requests import RequestException
 
-    status = getattr(getattr(problem, "response", None), "status_code", None)
-    if isinstance(problem, MlflowException):
-        status = problem.get_http_status_code()
     unanswered = any(
-        isinstance(one, RequestException) and one.response is None
+        isinstance(one, ConnectionError | TimeoutError)
+        or (isinstance(one, RequestException) and one.response is None)
         for one in (problem, problem.__context__)
     )
-    kind = NoAnswerError if unanswered or status in _UNWELL else InputError
+    if isinstance(problem, MlflowException):
+        status = problem.get_http_status_code()
+        unanswered = unanswered or status == 429 or status >= 500
+    kind = NoAnswerError if unanswered else InputError
     return kind(f"{what} ({' '.join(str(problem).split())})")
 
 

@@ -261,7 +261,7 @@ def _partial(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Removed:
-    """A folder that was there, and how many bytes it held."""
+    """A folder that was there, and how many bytes are free without it."""
 
     folder: Path
     bytes: int
@@ -271,7 +271,8 @@ def remove_unused(root: Path, before: float, kept: Collection[str] = ()) -> list
     """Remove the folders in `root` that no step has made, reused or begun since `before`, a time in
     seconds since 1970; what is needed is made again.
 
-    Those whose keys are `kept` stay, and what a process is at.
+    Those whose keys are `kept` stay, and what a process is at. What cannot be removed is told in
+    the log.
     """
     removed: list[Removed] = []
     for holder in sorted(root.glob(f"{LOCKS}/*{HOLDER}")):
@@ -285,6 +286,8 @@ def remove_unused(root: Path, before: float, kept: Collection[str] = ()) -> list
             if holder.stat().st_mtime < before:
                 whole = [] if folder.name in kept else [folder]
                 removed += _remove([*whole, _partial(folder)], folder)
+        except OSError as problem:
+            log.warning("%s cannot be removed (%s)", folder, problem)
         finally:
             lock.release()
     return removed
@@ -295,7 +298,8 @@ def _remove(folders: Iterable[Path], of: Path) -> Iterator[Removed]:
     going = of.with_name(f".removed-{of.name}")
     for folder in (going, *folders):
         if folder.exists():
-            n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            files = [path.stat() for path in folder.rglob("*") if path.is_file()]
+            n_bytes = sum(file.st_size for file in files if file.st_nlink == 1)
             folder.rename(going)
             shutil.rmtree(going)
             yield Removed(folder, n_bytes)

@@ -3,7 +3,9 @@
 import json
 import sqlite3
 from contextlib import closing
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -227,19 +229,37 @@ def test_a_champion_that_cannot_be_loaded_is_kept_and_said(
     assert aliases(own_home) == {"challenger": "3", "champion": "2"}
 
 
+class Unwell(BaseHTTPRequestHandler):
+    """A server whose database, or whatever else it needs, is gone."""
+
+    status = 503
+
+    def do_GET(self) -> None:
+        self.send_error(self.status)
+
+    def do_POST(self) -> None:
+        self.do_GET()
+
+
+@pytest.mark.parametrize("status", [None, 503, 500, 429])
 def test_a_registry_that_cannot_be_asked_decides_nothing(
-    own_home: Path, monkeypatch: pytest.MonkeyPatch
+    own_home: Path, monkeypatch: pytest.MonkeyPatch, status: int | None
 ) -> None:
     folder = next((own_home / "ensemble").glob("*/ensemble.json")).parent
     content = json.loads((folder / "ensemble.json").read_text())["dataset"]
     source = Source({}, lambda: (SimpleNamespace(facts={"content": content}, folder=""), None))
     champion = client_of(own_home).get_model_version(MODEL, "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:pa55word@127.0.0.1:9")
-    gone = Settings.load(home=own_home)
-    lens = SimpleNamespace(settings=gone, registry=Registry(gone))
-    with pytest.raises(NoAnswerError, match="models:/lens_ensemble/1 cannot be loaded") as told:
-        decide(lens, "key", folder, folder, source, champion)
+    monkeypatch.setattr(Unwell, "status", status)
+    with HTTPServer(("127.0.0.1", 0), Unwell) as server:
+        port = 9 if status is None else server.server_port
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:pa55word@127.0.0.1:{port}")
+        gone = Settings.load(home=own_home)
+        lens = SimpleNamespace(settings=gone, registry=Registry(gone))
+        with pytest.raises(NoAnswerError, match="models:/lens_ensemble/1 cannot be loaded") as told:
+            decide(lens, "key", folder, folder, source, champion)
+        server.shutdown()
     assert "pa55word" not in str(told.value)
 
 

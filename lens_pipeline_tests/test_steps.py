@@ -1,7 +1,9 @@
 """Reuse: what makes a step run again, and what a killed one leaves behind."""
 
+import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -163,6 +165,25 @@ def test_what_a_step_that_was_stopped_has_left_is_removed(tmp_path: Path) -> Non
     assert remove_unused(tmp_path, time.time() - 3600) == []
     assert len(remove_unused(tmp_path, _later())) == 1
     assert [path.name for path in tmp_path.iterdir()] == [".locks"]
+
+
+def test_what_cannot_be_removed_is_told_and_the_others_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = sorted(
+        (run_step(Recipe("test", (), settings={"n": n}), tmp_path, _write) for n in (2, 3)),
+        key=lambda step: step.key,
+    )
+    remove = shutil.rmtree
+
+    def busy(path: Path) -> None:
+        if first.key in path.name:
+            raise OSError(errno.EBUSY, "is busy", str(path))
+        remove(path)
+
+    monkeypatch.setattr("shutil.rmtree", busy)
+    assert [one.folder for one in remove_unused(tmp_path, _later())] == [second.folder]
+    assert f"{first.folder} cannot be removed" in caplog.text
 
 
 def test_what_a_process_is_making_is_not_removed(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A source of several surveys: data made survey by survey, models of all, a report of each."""
 
 import json
+import os
 from pathlib import Path
 
 import dagster as dg
@@ -17,6 +18,8 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.runner import open_instance
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards import open_shards
+from lens_pipeline.shards.cutouts import newest_shards
+from lens_pipeline.shards.manifest import read_manifest
 
 SURVEYS = ["des", "hsc"]
 BY_SURVEY = {"processed_dataset", "lens_shards"}
@@ -107,6 +110,16 @@ def test_data_are_made_by_survey_and_models_of_all(source: Path, tmp_path: Path)
     (evaluation,) = made("ensemble_evaluation")
     assert {"surveys", "ROC by survey"} <= set(evaluation.metadata)
     assert set(summary["stages"]) >= BY_SURVEY
+
+    # What trainings of these shards read is theirs, however long ago it was made.
+    merged = newest_shards(home)
+    for file in home.glob("*/.locks/*"):
+        os.utime(file, (0, 0))
+    with open_instance(Settings.load()) as instance:
+        cleaning = make_definitions(Settings.load()).resolve_job_def("cleaning")
+        assert cleaning.execute_in_process(instance=instance).success
+    assert newest_shards(home) == merged
+    assert read_manifest(merged).dataset_version == summary["dataset_version"]
 
     # A row more of one survey: the other's data are as they were.
     more = catalogue[catalogue["survey"] == "hsc"].iloc[[0]].assign(id="one-more")

@@ -7,17 +7,23 @@ from pathlib import Path
 import dagster as dg
 
 from lens_pipeline.defs.resources import LensHome
-from lens_pipeline.defs.stages import log
-from lens_pipeline.steps import remove_unused
+from lens_pipeline.defs.stages import LOCATION, PUBLISHED_FROM, log
+from lens_pipeline.steps import Removed, remove_unused
 
 ENDED = [
     dg.DagsterRunStatus.SUCCESS,
     dg.DagsterRunStatus.FAILURE,
     dg.DagsterRunStatus.CANCELED,
 ]
-UNDER_WAY = [status for status in dg.DagsterRunStatus if status not in ENDED]
-# Of LENS_HOME: ensembles and reports stay, with which models are registered.
-MADE_AGAIN = ("cache", "catalogue", "checkpoints/*", "dataset", "pictures", "shards", "statistics")
+# That may be reading what they have not made.
+UNDER_WAY = [
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+# Of LENS_HOME. Of the others, small and looked at, what stopped steps have left goes alone.
+MADE_AGAIN = ("cache", "catalogue", "checkpoints/*", "dataset", "shards")
+STAY = ("ensemble", "pictures", "reports", "statistics")
 
 
 def _last_made(instance: dg.DagsterInstance) -> Iterator[dg.EventLogRecord]:
@@ -65,40 +71,49 @@ def remove_old_runs(context: dg.OpExecutionContext, lens: LensHome) -> int:
 
 @dg.op
 def remove_unused_folders(context: dg.OpExecutionContext, lens: LensHome) -> int:
-    """Remove the folders of steps in LENS_HOME that no run has used for LENS_KEEP_DAYS, and those
-    of steps that were stopped then. Returns how many bytes they held.
+    """Remove the folders of steps in LENS_HOME that no run has made or reused for LENS_KEEP_DAYS,
+    and those of steps that were stopped then. Returns how many bytes that frees.
 
-    What was last made of an asset stays, as do ensembles and reports, and what was used since the
-    oldest run that is under way began: it may be reading it. A step whose folder is gone makes it
-    again when it is needed.
+    What was last made of an asset stays, as do ensembles and reports. Nothing is removed while
+    another run is under way, which may be reading it, nor where nothing is known to have been made:
+    it is another Dagster instance than the one of this home.
     """
     instance, days = context.instance, lens.settings.keep_days
-    kept = {
-        Path(str(record.asset_materialization.metadata["location"].value)).name
-        for record in _last_made(instance)
-        if record.asset_materialization and "location" in record.asset_materialization.metadata
-    }
-    began = [
-        run.create_timestamp for run in instance.get_run_records(dg.RunsFilter(statuses=UNDER_WAY))
+    others = [
+        run.run_id[:8]
+        for run in instance.get_runs(dg.RunsFilter(statuses=UNDER_WAY))
+        if run.job_name != context.job_name
     ]
-    before = min(_begin_of_days(lens), *began).timestamp()
-    roots = [root for pattern in MADE_AGAIN for root in lens.settings.home.glob(pattern)]
-    removed = [one for root in roots for one in remove_unused(root, before, kept)]
-    n_bytes = sum(one.bytes for one in removed)
+    kept = {
+        Path(str(record.asset_materialization.metadata[place].value)).name
+        for record in _last_made(instance)
+        if record.asset_materialization
+        for place in (LOCATION, PUBLISHED_FROM)
+        if place in record.asset_materialization.metadata
+    }
+    removed: list[Removed] = []
+    if others:
+        said = f"no folder is removed while runs are under way: {', '.join(others)}"
+    elif not kept:
+        said = "no folder is removed: Dagster knows of nothing that was made"
+    else:
+        before = _begin_of_days(lens).timestamp()
+        home = lens.settings.home
+        for root in (root for pattern in MADE_AGAIN for root in home.glob(pattern)):
+            removed += remove_unused(root, before, kept)
+        for root in filter(Path.is_dir, map(home.joinpath, STAY)):
+            removed += remove_unused(root, before, [folder.name for folder in root.iterdir()])
+        said = f"{len(removed)} folders that nothing has used for {days} days are removed"
+    freed = sum(one.bytes for one in removed)
     context.add_output_metadata(
         {
-            "folders removed": "\n".join(str(one.folder) for one in removed) or "none",
-            "gigabytes": round(n_bytes / 1e9, 3),
-            "not used for (days)": days,
+            "what was done": said,
+            "removed": "\n".join(str(one.folder) for one in removed) or "nothing",
+            "gigabytes": round(freed / 1e9, 3),
         }
     )
-    log.info(
-        "cleaning: %d folders that nothing has used for %d days are removed, %.1f GB",
-        len(removed),
-        days,
-        n_bytes / 1e9,
-    )
-    return n_bytes
+    log.info("cleaning: %s, %.1f GB", said, freed / 1e9)
+    return freed
 
 
 @dg.job(

@@ -11,7 +11,9 @@ from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.stages import (
     CLOUD,
     DATASET,
+    LOCATION,
     OWNERS,
+    PUBLISHED_FROM,
     SHARDS,
     WEEKLY,
     log,
@@ -170,6 +172,7 @@ def cloud_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.Materi
             "uploaded": len(published.uploaded),
             "already there": len(published.skipped),
             "uploaded MB": published.bytes / 1e6,
+            PUBLISHED_FROM: str(shards),
         },
         checks=(
             dg.AssetCheckResult(
@@ -217,7 +220,7 @@ def observed_shards() -> dg.AssetsDefinition:
             asset_key=CLOUD,
             data_version=dg.DataVersion(manifest.dataset_version[:32]),
             metadata={
-                "location": url,
+                LOCATION: url,
                 "content": manifest.dataset_version,
                 **_described(manifest),
             },

@@ -43,6 +43,8 @@ WEEKLY = dg.FreshnessPolicy.time_window(
 
 
 FIRST = 20  # rows that are shown of a longer table
+# Of a materialisation: where what was made lies, and the folder that it was published from.
+LOCATION, PUBLISHED_FROM = "location", "published from"
 # Seconds that a process has to write down where it is: less than `cancel_timeout_seconds`.
 LEAVE = 150
 
@@ -157,7 +159,7 @@ def made(context: dg.AssetExecutionContext, key: dg.AssetKey, survey: str | None
         entry = record.event_log_entry
         event = entry.asset_observation or entry.asset_materialization
         if event is not None and (event.asset_key, event.partition) == (key, survey):
-            return Made(*(str(event.metadata[name].value) for name in ("location", "content")))
+            return Made(*(str(event.metadata[name].value) for name in (LOCATION, "content")))
     todo = "observed yet; observe" if observed else "made yet; materialise"
     of = f" of {survey}" if survey else ""
     raise InputError(f"{key.to_user_string()}{of} has not been {todo} it first")
@@ -294,7 +296,7 @@ def result(
     """What a step's asset returns; `location` and `content` where they are not the folder's."""
     return dg.MaterializeResult(
         metadata={
-            "location": location or str(step.folder),
+            LOCATION: location or str(step.folder),
             "content": content or step.content,
             "seconds": round(step.seconds, 3),
             "reused": step.reused,

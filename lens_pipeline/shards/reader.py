@@ -191,7 +191,7 @@ class Shards:
         if encoding.is_raw:
             alike &= index["bytes"] == n_bytes
             alike &= index["offset"] % encoding.dtype.itemsize == 0
-        inside = (index["offset"] >= 0) & (index["offset"] + index["bytes"] <= size)
+        inside = (number >= 0) & (index["offset"] >= 0) & (index["offset"] + index["bytes"] <= size)
         counts = index["shard"].value_counts()
         complete = all(counts.get(s.name, 0) == s.samples for s in self.manifest.shards)
         if not complete or not (alike & inside).all():
