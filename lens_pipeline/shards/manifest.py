@@ -8,6 +8,7 @@ import json
 import posixpath
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,7 @@ class Manifest:
             for split, names in found.items()
         }
 
-    @property
+    @cached_property
     def text(self) -> str:
         """What the file holds: the same for the same content."""
         values = {"schema": 2, **asdict(self)}
@@ -84,7 +85,7 @@ class Manifest:
         checksum = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
         return json.dumps(values | {"checksum": checksum}, indent=1, sort_keys=True) + "\n"
 
-    @property
+    @cached_property
     def dataset_version(self) -> str:
         """sha256 of the manifest, 64 hexadecimal digits."""
         return hashlib.sha256(self.text.encode()).hexdigest()
