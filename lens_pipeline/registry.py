@@ -323,9 +323,10 @@ def _told(what: str, problem: Exception) -> InputError:
         or (isinstance(one, RequestException) and one.response is None)
         for one in (problem, problem.__context__)
     )
+    status = getattr(getattr(problem, "response", None), "status_code", 0)
     if isinstance(problem, MlflowException):
-        status = problem.get_http_status_code()
-        unanswered = unanswered or status == 429 or status >= 500
+        status = problem.get_http_status_code()  # 500 also where a file did not come whole
+    unanswered = unanswered or status == 429 or status >= 500
     kind = NoAnswerError if unanswered else InputError
     return kind(f"{what} ({' '.join(str(problem).split())})")
 

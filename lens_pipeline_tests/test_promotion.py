@@ -263,6 +263,23 @@ def test_a_registry_that_cannot_be_asked_decides_nothing(
     assert "pa55word" not in str(told.value)
 
 
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_model_whose_store_is_unwell_is_no_verdict_on_it(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    client = client_of(own_home)
+    first = client.get_model_version(MODEL, "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(Unwell, "status", status)
+    with HTTPServer(("127.0.0.1", 0), Unwell) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_port}/api/2.0/mlflow-artifacts/artifacts/models"
+        version = client.create_model_version(MODEL, place, first.run_id).version
+        with pytest.raises(NoAnswerError, match=f"models:/{MODEL}/{version} cannot be loaded"):
+            Registry(Settings.load(home=own_home)).load(f"models:/{MODEL}/{version}")
+        server.shutdown()
+
+
 def test_an_ensemble_of_another_dataset_is_not_decided_on(own_home: Path) -> None:
     """Who materialises the dataset alone, and then the last asset."""
     folder = next((own_home / "ensemble").glob("*/ensemble.json")).parent
