@@ -263,7 +263,7 @@ def test_a_registry_that_cannot_be_asked_decides_nothing(
     assert "pa55word" not in str(told.value)
 
 
-@pytest.mark.parametrize("status", [500, 503])
+@pytest.mark.parametrize("status", [503, 507])
 def test_a_model_whose_store_is_unwell_is_no_verdict_on_it(
     own_home: Path, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
