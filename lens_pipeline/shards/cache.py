@@ -95,7 +95,7 @@ class CacheFolder:
         """For what is done to a file, or to the folder, by one thread of one process at a time."""
         locks = path.parent / ".locks"
         locks.mkdir(parents=True, exist_ok=True)
-        return filelock.FileLock(locks / f"{path.name}.lock", poll_interval=0.002)
+        return filelock.FileLock(locks / f"{path.name}.lock", poll_interval=0.01)
 
     def open(self, path: Path, least: int) -> memoryview:
         """The bytes of a file, which is noted as used. Raises InputError where it is gone."""

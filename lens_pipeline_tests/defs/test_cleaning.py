@@ -39,9 +39,8 @@ def test_cleaning_removes_old_runs_but_none_that_made_what_is_there(
         for _ in range(3)
     )
     saw = looking.execute_in_process(instance=instance).run_id
-    changed(
-        instance, [first, third, saw], update_timestamp=stamp(AGO)
-    )  # `third` made what is there now, `saw` saw it
+    # `third` made what is there now, `saw` saw it.
+    changed(instance, [first, third, saw], update_timestamp=stamp(AGO))
     cleaning = make_definitions(Settings.load()).resolve_job_def("cleaning")
     done = cleaning.execute_in_process(instance=instance)
     assert done.output_for_node("remove_old_runs") == 1
