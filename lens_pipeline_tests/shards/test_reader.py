@@ -93,13 +93,25 @@ def test_an_index_that_does_not_fit_is_refused(
     the same bytes are something else."""
     index = pd.read_parquet(own_shards / "index.parquet")
     index.at[3, column] = value
-    index.to_parquet(own_shards / "index.parquet", index=False)
-    content = (own_shards / "index.parquet").read_bytes()
-    listed = Listed("index.parquet", hashlib.sha256(content).hexdigest(), len(content))
-    manifest = replace(read_manifest(own_shards), index=listed)
-    (own_shards / "manifest.json").write_text(manifest.text)
+    _written(own_shards, index)
     with pytest.raises(InputError, match=r"index\.parquet"):
         open_shards(own_shards).split("train")
+
+
+def test_an_index_with_a_cutout_that_is_in_no_shard_is_refused(own_shards: Path) -> None:
+    index = pd.read_parquet(own_shards / "index.parquet")
+    _written(own_shards, pd.concat([index, index.iloc[[3]].assign(shard=None)]))
+    with pytest.raises(InputError, match=r"index\.parquet"):
+        open_shards(own_shards).split("train")
+
+
+def _written(shards: Path, index: pd.DataFrame) -> None:
+    """An index, and a manifest that lists it."""
+    index.to_parquet(shards / "index.parquet", index=False)
+    content = (shards / "index.parquet").read_bytes()
+    listed = Listed("index.parquet", hashlib.sha256(content).hexdigest(), len(content))
+    manifest = replace(read_manifest(shards), index=listed)
+    (shards / "manifest.json").write_text(manifest.text)
 
 
 def test_every_truncation_and_every_flipped_bit_is_found(own_shards: Path) -> None:
