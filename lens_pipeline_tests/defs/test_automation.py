@@ -3,25 +3,21 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from collections.abc import Callable
 from pathlib import Path
-from threading import Thread
-from typing import Any
 
 import dagster as dg
 import fsspec
 import pytest
 
-from lens_pipeline.alerts import alert
 from lens_pipeline.definitions import make_definitions
-from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards.cloud import publish_shards
+from lens_pipeline_tests.defs.conftest import Webhook
+from lens_pipeline_tests.defs.ticks import RESOURCES, Sensor
 from lens_pipeline_tests.object_stores import S3Server
 
-RESOURCES = {"lens": LensHome()}
 SURVEYS = ("des", "hsc")
 
 
@@ -34,59 +30,6 @@ def source(simulated_catalogue: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("LENS_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("LENS_SOURCE", str(place / simulated_catalogue.name))
     return place / simulated_catalogue.name
-
-
-@pytest.fixture
-def posted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """What is posted to the webhook, which is a real server; its first answer is a failure."""
-    found: list[dict[str, Any]] = []
-    answers = iter([503])
-
-    class Hook(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            content = self.rfile.read(int(self.headers["Content-Length"]))
-            status = next(answers, 200)
-            if status == 200:
-                found.append(json.loads(content))
-            self.send_response(status)
-            self.end_headers()
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Hook)
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    monkeypatch.setenv("no_proxy", "*")
-    address = f"http://127.0.0.1:{server.server_port}/hooks/t0ps3cret"
-    monkeypatch.setenv("LENS_WEBHOOK_URL", address)
-    yield found
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-class Sensor:
-    """A sensor of these definitions, tick by tick."""
-
-    def __init__(self, name: str, instance: dg.DagsterInstance) -> None:
-        definitions = make_definitions(Settings.load())
-        self._sensor, self._instance = definitions.resolve_sensor_def(name), instance
-        self.cursor: str | None = None
-        self.requested: list[dg.RunRequest] = []  # by all ticks
-
-    def tick(self) -> list[str]:
-        """The keys of the runs that it requests."""
-        with dg.build_sensor_context(
-            instance=self._instance,
-            cursor=self.cursor,
-            sensor_name=self._sensor.name,
-            resources=RESOURCES,
-        ) as context:
-            found = self._sensor.evaluate_tick(context)
-        self.cursor = found.cursor
-        self.requested += found.run_requests or []
-        return [str(request.run_key) for request in found.run_requests or []]
 
 
 def test_a_new_catalogue_is_processed_once_it_rests_and_the_same_one_never_again(
@@ -156,7 +99,7 @@ def test_a_source_that_can_no_longer_be_read_is_told_once(
     source: Path,
     simulated_catalogue: Path,
     instance: dg.DagsterInstance,
-    posted: list[dict[str, Any]],
+    webhook: Webhook,
 ) -> None:
     sensor = Sensor("source_changed", instance)
     shutil.copy(simulated_catalogue, source)
@@ -164,9 +107,9 @@ def test_a_source_that_can_no_longer_be_read_is_told_once(
     content, before = source.read_bytes(), source.stat()
     source.unlink()
     assert sensor.tick() == []
-    assert posted == []  # it may be on its way
+    assert webhook.posted == []  # it may be on its way
     assert [sensor.tick() for _ in range(4)] == [[], [], [], []]
-    (told,) = posted
+    (told,) = webhook.posted
     assert "can no longer be read" in told["text"]
     assert source.name in told["text"]
     source.write_bytes(content)  # it is back as it was
@@ -174,7 +117,7 @@ def test_a_source_that_can_no_longer_be_read_is_told_once(
     assert [sensor.tick() for _ in range(3)] == [[], [], []]
     source.unlink()
     assert [sensor.tick() for _ in range(2)] == [[], []]
-    assert len(posted) == 2  # another time
+    assert len(webhook.posted) == 2  # another time
 
 
 def test_the_simulation_is_not_watched(instance: dg.DagsterInstance) -> None:
@@ -389,98 +332,3 @@ def test_nothing_follows_what_a_blocking_check_has_refused(
     assert follow_up() == set()
     checked("no_group_spans_two_splits", passed=True)
     assert follow_up() == {"lens_shards", "cloud_shards"}
-
-
-def test_an_alert_reaches_the_webhook_and_carries_no_secret(
-    posted: list[dict[str, Any]],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://lens:pw-of-lens@db/mlflow")
-    monkeypatch.setenv("LENS_DEPLOYMENT", "staging")
-    alert(
-        Settings.load(),
-        "refused wJalrXUtnFEMI at postgresql://lens:pw-of-lens@db/mlflow",
-        run="https://store/x?X-Amz-Signature=abcdef",
-    )
-    (content,) = posted
-    assert content == {
-        "text": "refused *** at postgresql://lens:***@db/mlflow",
-        "deployment": "staging",
-        "run": "https://store/x?***",
-    }
-    for secret in ("wJalrXUtnFEMI", "pw-of-lens", "t0ps3cret"):
-        assert secret not in caplog.text
-
-
-def test_a_webhook_that_cannot_be_told_is_an_error_that_does_not_show_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setenv("LENS_WEBHOOK_URL", "http://127.0.0.1:9/hooks/t0ps3cret")
-    with pytest.raises(InputError, match="LENS_WEBHOOK_URL") as problem:
-        alert(Settings.load(), "anything")
-    assert "t0ps3cret" not in str(problem.value)
-    assert "t0ps3cret" not in repr(Settings.load())
-    for wrong in ("hooks.example/t0ps3cret", "https://hooks.example/t0p s3cret", "https:///s3cret"):
-        monkeypatch.setenv("LENS_WEBHOOK_URL", wrong)
-        with pytest.raises(InputError, match="LENS_WEBHOOK_URL") as problem:
-            Settings.load()
-        assert "s3cret" not in str(problem.value)
-
-
-def test_a_failed_run_is_told_with_where_and_why(
-    instance: dg.DagsterInstance, posted: list[dict[str, Any]]
-) -> None:
-    @dg.op
-    def spoils() -> None:
-        raise InputError("catalogue.csv: row 7: label 2 is neither 0 nor 1")
-
-    @dg.job
-    def failing() -> None:
-        spoils()
-
-    done = failing.execute_in_process(instance=instance, raise_on_error=False)
-    definitions = make_definitions(Settings.load())
-    context = dg.build_run_status_sensor_context(
-        sensor_name="failed_runs",
-        dagster_instance=instance,
-        dagster_run=done.dagster_run,
-        dagster_event=done.get_run_failure_event(),
-        resources=RESOURCES,
-    )
-    definitions.resolve_sensor_def("failed_runs")(context.for_run_failure())
-    (told,) = posted
-    assert told["text"] == (
-        f"run {done.run_id[:8]} of failing failed: spoils: "
-        "lens_pipeline.errors.InputError: catalogue.csv: row 7: label 2 is neither 0 nor 1"
-    )
-    assert (told["run"], told["job"]) == (done.run_id, "failing")
-
-
-def test_each_new_version_is_told_once(
-    instance: dg.DagsterInstance, posted: list[dict[str, Any]]
-) -> None:
-    def registered(version: str, aliases: str, gate: str) -> None:
-        facts = {"model": "lens_ensemble", "version": version, "aliases": aliases, "gate": gate}
-        instance.report_runless_asset_event(
-            dg.AssetMaterialization("registered_ensemble", metadata=facts)
-        )
-
-    sensor = Sensor("new_challenger", instance)
-    sensor.tick()
-    assert posted == []
-    registered("1", "challenger, champion", "")
-    registered("1", "challenger, champion", "")
-    for _ in range(3):
-        sensor.tick()
-    registered("2", "challenger", "8 lenses, fewer than 50")
-    for _ in range(2):
-        sensor.tick()
-    registered("1", "champion", "")  # made again from old settings
-    sensor.tick()
-    assert [told["text"] for told in posted] == [
-        "lens_ensemble version 1 is registered; it has become champion",
-        "lens_ensemble version 2 is registered; it stays challenger: 8 lenses, fewer than 50",
-    ]
