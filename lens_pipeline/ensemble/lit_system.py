@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from lens_pipeline.ensemble.fusion import Fused, InverseVariance, Mean, fuse
 from lens_pipeline.ensemble.uncertainty import member_logits
 from lens_pipeline.models.names import parse_members
-from lens_pipeline.models.system import LensClassifier, LitLensSystem
+from lens_pipeline.models.system import LensClassifier, LitLensSystem, check_choice
+
+STRATEGIES = ("mean", "uncertainty_weighted")
 
 
 class LitEnsembleSystem(LensClassifier):
@@ -23,7 +25,7 @@ class LitEnsembleSystem(LensClassifier):
     Input and output: as of `LitLensSystem`; the logit is the mean of the members'.
     architectures: members as in LENS_ARCHS; ensemble_strategy: `mean` or
     `uncertainty_weighted`, of logits that are not calibrated (see `InverseVariance`); the rest: of
-    each member, see `LitLensSystem`.
+    each member, see `LitLensSystem`. Raises InputError for a strategy that there is not.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class LitEnsembleSystem(LensClassifier):
         **shared: Any,
     ) -> None:
         super().__init__()
+        check_choice("ensemble_strategy", ensemble_strategy, STRATEGIES)
         members = {
             member.name: LitLensSystem(member.architecture, **shared)
             for member in parse_members(",".join(architectures))

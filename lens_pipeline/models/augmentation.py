@@ -1,6 +1,8 @@
 """What may be done to cutouts in training without changing what they are: a batch at a time, on
 its device, before any stretch."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -17,7 +19,7 @@ def augment(images: Tensor, shift: float, noise: float) -> Tensor:
     images = random_dihedral(images)
     if shift:
         offsets = shift * (2 * torch.rand(len(images), 2, device=images.device) - 1)
-        images = shifted(images, offsets)
+        images = shifted(images, offsets, math.ceil(shift))
     if noise:
         more = noise * torch.rand(len(images), 1, 1, 1, device=images.device)
         # As a shallower exposure would show it: the background's sigma stays the unit.
@@ -44,14 +46,15 @@ def random_dihedral(images: Tensor) -> Tensor:
     return pixels.gather(2, places[:, None].expand_as(pixels)).view_as(images)
 
 
-def shifted(images: Tensor, offsets: Tensor) -> Tensor:
-    """Images (n, bands, height, width) moved by offsets (n, 2), in pixels along rows and columns.
+def shifted(images: Tensor, offsets: Tensor, largest: int) -> Tensor:
+    """Images (n, bands, height, width) moved by offsets (n, 2), in pixels along rows and columns,
+    none by more than `largest`.
 
     By the Fourier shift theorem: an interpolation would smooth the noise, and so tell which images
     were moved. What comes in over the edge is mirrored.
     """
     height, width = images.shape[-2:]
-    margin = min(int(offsets.abs().max().ceil()) + MARGIN, height - 2, width - 2)
+    margin = min(largest + MARGIN, height - 2, width - 2)
     # Of an odd side: half of an even one's highest frequency would be lost.
     ends = [margin, margin + 1 - width % 2, margin, margin + 1 - height % 2]
     padded = functional.pad(images.float(), ends, mode="reflect")

@@ -1,5 +1,6 @@
 """Metrics of training and validation, gathered over batches and ranks."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,8 +75,8 @@ class StageMetrics(torch.nn.Module):
         # In float64 probabilities of large logits differ, too.
         probability = logit.detach().double().sigmoid()
         target = label.int()
-        # On its device already: a number would be copied there, and the device waited for.
-        self.loss.update(loss.detach(), weight=loss.new_full((), len(logit)))
+        # Once for each cutout: without its check of values torchmetrics forgets weights.
+        self.loss.update(loss.detach().expand(len(logit)))
         self.counted.update(probability, target)
         if self.ranking is not None:
             self.ranking.update(probability, target)
@@ -89,10 +90,15 @@ class StageMetrics(torch.nn.Module):
         for metric in self._metrics():
             metric.reset()
 
-    def saved(self) -> list[dict[str, Any]]:
-        """What has been gathered so far, for a checkpoint in the middle of an epoch."""
+    def saved(self, total: Callable[[Tensor], Tensor]) -> list[dict[str, Any]]:
+        """What all ranks have gathered so far, for a checkpoint in the middle of an epoch: one of
+        them goes on with it. total: the sum over ranks of a tensor, which it may change."""
         states = [(m._update_count, dict(m.metric_state)) for m in self._metrics()]
-        return [{"n": n} | {k: torch.as_tensor(v).cpu() for k, v in s.items()} for n, s in states]
+        return [
+            {"n": n}
+            | {name: total(torch.as_tensor(value).clone()).cpu() for name, value in state.items()}
+            for n, state in states
+        ]
 
     def restore(self, saved: list[dict[str, Any]]) -> None:
         for metric, state in zip(self._metrics(), saved, strict=True):

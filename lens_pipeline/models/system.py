@@ -1,5 +1,6 @@
 """The Lightning system of one member: network, loss, optimiser, metrics."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,13 +17,20 @@ from lens_pipeline.models.architectures import build_backbone
 from lens_pipeline.models.augmentation import augment
 from lens_pipeline.models.metrics import StageMetrics
 from lens_pipeline.models.pretrained import read_checkpoint
-from lens_pipeline.models.schedules import schedule
+from lens_pipeline.models.schedules import SCHEDULES, schedule
 from lens_pipeline.models.uncertainty import dropout_draws
 
 # Fixed for all images and bands. In background sigma, asinh is linear over the noise and
 # logarithmic over galaxies; a composite has been stretched by whoever made it.
 SOFTENING_SIGMA = 2.0
 METRIC_STATE = "train_metrics"  # in a checkpoint
+LOSSES = ("bce", "focal")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises InputError for a value that is no choice."""
+    if value not in choices:
+        raise InputError(f"{name} {value!r}: is none of {', '.join(choices)}")
 
 
 def stretch(images: Tensor, units: str) -> Tensor:
@@ -140,10 +148,15 @@ class LensClassifier(pl.LightningModule):
         self._tell("test")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[METRIC_STATE] = self._metrics("train").saved()
+        def total(value: Tensor) -> Tensor:
+            summed = self.trainer.strategy.reduce(value, reduce_op="sum")
+            assert isinstance(summed, Tensor)
+            return summed
+
+        checkpoint[METRIC_STATE] = self._metrics("train").saved(total)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if METRIC_STATE in checkpoint:
+        if METRIC_STATE in checkpoint and self.global_rank == 0:
             self._metrics("train").restore(checkpoint[METRIC_STATE])
 
     def setup(self, stage: str) -> None:
@@ -215,7 +228,7 @@ class LitLensSystem(LensClassifier):
     prefer; units: `background_sigma` or `composite`; pos_weight, loss, focal_gamma,
     label_smoothing: see `LensClassifier.loss`; schedule, warmup, decay, decay_epochs: see
     `schedule`; augment: turn and flip in training, shift and noise: see `augment`.
-    Raises InputError for noise on composites.
+    Raises InputError for noise on composites, and for a loss or schedule that there is not.
     """
 
     def __init__(
@@ -243,6 +256,8 @@ class LitLensSystem(LensClassifier):
         noise: float = 0.0,
     ) -> None:
         super().__init__()
+        check_choice("loss", loss, LOSSES)
+        check_choice("schedule", schedule, SCHEDULES)
         if noise and units != SIGMA_UNITS:
             raise InputError(f"noise {noise}: goes with flux in background sigma, not {units}")
         # Of a trained network only its own weights count; the whole configuration is logged
@@ -254,17 +269,22 @@ class LitLensSystem(LensClassifier):
         if channels_last:
             self.backbone.to(memory_format=torch.channels_last)
         if compile_model:
-            self.backbone.compile()  # in place: the names of the weights stay
+            # In place: the names of the weights stay. A last batch that is smaller gets code of its
+            # own: made for any size, the code of all others would be slower after it.
+            self.backbone.compile(dynamic=False)
 
     def features(self, images: Tensor) -> Tensor:
-        """The backbone's output, float32 (n, features)."""
+        """The backbone's output (n, features), float32 or what autocast makes of it."""
         images = stretch(images, self.hparams["units"])
         if self.hparams["channels_last"]:
             images = images.contiguous(memory_format=torch.channels_last)
         return self.backbone(images)
 
     def member_logits(self, images: Tensor) -> Tensor:
-        return self.head(self.dropout(self.features(images)))
+        features = self.features(images)
+        # In 16 bits the best candidates' logits would be equal, which decide TPR at small FPR.
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(self.dropout(features.float()))
 
     def drawn_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.features(images).float()

@@ -90,22 +90,23 @@ class TransEncS(nn.Module):
         top, left = lacking_rows // 2, lacking_columns // 2
         x = functional.pad(x, (left, lacking_columns - left, top, lacking_rows - top))
         grid = self.embed(x)
-        grid = grid + sinusoids(grid.shape[-2], grid.shape[-1], self.n_features).to(grid)
+        codes = sinusoids(grid.shape[-2], grid.shape[-1], self.n_features, grid.device)
+        grid = grid + codes.to(grid.dtype)
         tokens = torch.cat(
             [self.class_token.expand(len(x), -1, -1), grid.flatten(2).transpose(1, 2)], dim=1
         )
         return self.norm(self.encoder(tokens)[:, 0])
 
 
-def sinusoids(rows: int, columns: int, width: int) -> Tensor:
+def sinusoids(rows: int, columns: int, width: int, device: torch.device | None = None) -> Tensor:
     """Position codes (width, rows, columns), counted in tokens from the middle of the grid.
 
     A quarter of the width each: sine and cosine of the row, of the column, at wavelengths from
     2 pi to 20,000 pi tokens (Vaswani et al. 2017, section 3.5, for each axis).
     """
-    frequency = 10_000 ** -torch.linspace(0, 1, width // 4)
+    frequency = 10_000 ** -torch.linspace(0, 1, width // 4, device=device)
     row, column = (
-        frequency[:, None] * (torch.arange(n) - (n - 1) / 2) for n in (rows, columns)
+        frequency[:, None] * (torch.arange(n, device=device) - (n - 1) / 2) for n in (rows, columns)
     )  # each (width / 4, n)
     codes = [
         row.sin()[:, :, None],

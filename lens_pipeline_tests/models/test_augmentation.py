@@ -25,7 +25,7 @@ def gaussian(y0: float, x0: float, size: int = 40) -> np.ndarray:
 def test_a_galaxy_is_moved_by_a_part_of_a_pixel() -> None:
     image = torch.tensor(gaussian(0, 0), dtype=torch.float32).expand(3, 2, 40, 40)
     offsets = [(0.3, -1.7), (-2.5, 0.0), (0.0, 0.0)]
-    moved = shifted(image, torch.tensor(offsets)).numpy()
+    moved = shifted(image, torch.tensor(offsets), 3).numpy()
     for found, offset in zip(moved, offsets, strict=True):
         np.testing.assert_allclose(found[0], gaussian(*offset), atol=1e-5)
         np.testing.assert_array_equal(found[0], found[1])
@@ -33,7 +33,7 @@ def test_a_galaxy_is_moved_by_a_part_of_a_pixel() -> None:
 
 def test_whole_pixels_are_moved_as_they_are_and_the_edge_is_mirrored() -> None:
     image = torch.randn(1, 1, 33, 32)
-    moved = shifted(image, torch.tensor([[3.0, -2.0]]))[0, 0]
+    moved = shifted(image, torch.tensor([[3.0, -2.0]]), 3)[0, 0]
     torch.testing.assert_close(moved[3:, :-2], image[0, 0, :-3, 2:], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(moved[:3, :-2], image[0, 0, [3, 2, 1], 2:], atol=1e-5, rtol=1e-5)
 
@@ -41,7 +41,7 @@ def test_whole_pixels_are_moved_as_they_are_and_the_edge_is_mirrored() -> None:
 def test_noise_stays_white_under_a_shift() -> None:
     """Else a network could tell images that were moved, or learn from smoother ones."""
     torch.manual_seed(0)
-    moved = shifted(torch.randn(400, 1, 32, 32), torch.rand(400, 2))
+    moved = shifted(torch.randn(400, 1, 32, 32), torch.rand(400, 2), 1)
     assert float(moved.std()) == pytest.approx(1, abs=0.005)
     beside = (moved[..., 1:] * moved[..., :-1]).mean()
     assert float(beside) == pytest.approx(0, abs=0.01)

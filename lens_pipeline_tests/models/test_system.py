@@ -2,12 +2,14 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import lens_pipeline
+from lens_pipeline import LitEnsembleSystem
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.system import LitLensSystem, load_system, stretch
 
@@ -54,6 +56,31 @@ def test_the_entry_point_of_the_library_makes_a_network_of_an_architecture() -> 
         arch="resnet18", lr=1e-3, weight_decay=1e-4, dropout_rate=0.5
     )
     assert system(torch.from_numpy(np.zeros((2, 3, 64, 64), np.float32))).shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"loss": "focl"}, "loss 'focl': is none of bce, focal"),
+        ({"schedule": "linear"}, "schedule 'linear': is none of cosine, step, plateau, constant"),
+        ({"ensemble_strategy": "max"}, "'max': is none of mean, uncertainty_weighted"),
+    ],
+)
+def test_choices_that_there_are_not_are_named(how: dict[str, Any], said: str) -> None:
+    make = LitEnsembleSystem if "ensemble_strategy" in how else LitLensSystem
+    with pytest.raises(InputError, match=said):
+        make(**how)
+
+
+def test_the_best_candidates_are_told_apart_in_16_bits_too() -> None:
+    """Else lenses and non-lenses would tie where TPR at a small FPR is decided."""
+    torch.manual_seed(0)
+    system = LitLensSystem("lastro", image_size=32).eval()
+    with torch.no_grad():
+        system.head.bias.fill_(8.0)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = system(torch.randn(64, 3, 32, 32))
+    assert len(logits.unique()) > 20
 
 
 def test_other_weights_are_refused_by_name(tmp_path: Path) -> None:
