@@ -1,25 +1,16 @@
-"""What watches a training: its seeds, its losses, its curves, and how checkpoints are written."""
+"""What watches a training: its seeds, its losses, its memory, its curves, and when it ends."""
 
-import errno
 import logging
-import os
-import time
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.plugins import TorchCheckpointIO
-from pytorch_lightning.callbacks import Callback, Checkpoint
+from pytorch_lightning.callbacks import Callback, Checkpoint, EarlyStopping
 from torch import Tensor
-from torch.utils.serialization import config as serialization
 
-from lens_pipeline.errors import InputError, NoRoomError
+from lens_pipeline.errors import InputError
 
 NAMED = 5  # cutouts in a message
-MINUTE = 60.0  # seconds
-SHARE = 0.03  # of the time, for checkpoints after epochs
-SELDOM = 10  # batches
 
 log = logging.getLogger(__name__)
 
@@ -47,13 +38,14 @@ class StepSeeds(Callback):
 
 class FiniteLoss(Callback):
     """Ends a training whose loss or weights are no numbers, before a checkpoint can hold them, and
-    before its validation.
+    before its validation; or whose `monitor` is none, by which no epoch could be chosen.
 
     The loss of a step leaves a GPU behind it, and is read when the next step has been given to the
     GPU, which so never waits for the reader.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, monitor: str | None) -> None:
+        self.monitor = monitor
         self.waiting: tuple[Tensor, torch.cuda.Event | None, Any, int] | None = None
 
     def on_train_batch_end(
@@ -73,6 +65,17 @@ class FiniteLoss(Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._look(trainer)
         self._look_at_weights(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.monitor is None:
+            return
+        value = trainer.callback_metrics[self.monitor]
+        if not value.isfinite():
+            raise InputError(
+                f"epoch {trainer.current_epoch}: {self.monitor} is {float(value)}, by which no "
+                "epoch can be chosen; look for cutouts of the validation split whose pixels are no "
+                "numbers, or set another training.monitor"
+            )
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -111,6 +114,27 @@ def _cutouts(trainer: pl.Trainer, index: Tensor | None) -> str:
     return f"the cutouts {', '.join(map(str, ids[:NAMED]))}{more}"
 
 
+class PeakMemory(Callback):
+    """`gpu/peak_memory`: the most memory (GB) that cutouts and network took in an epoch.
+
+    Lightning's DeviceStatsMonitor tells each logger a hundred figures, and the GPU waits meanwhile.
+    """
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.log("gpu/peak_memory", torch.cuda.max_memory_allocated(pl_module.device) / 1e9)
+
+
+class Patience(EarlyStopping):
+    """Early stopping that a training which goes on from its last checkpoint has not forgotten."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
+
+
 class Curves(Checkpoint):
     """`rows`: the metrics of each epoch, kept with every checkpoint; a line of them in the log.
 
@@ -141,76 +165,3 @@ class Curves(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = state_dict["rows"]
-
-
-class LastCheckpoint(Checkpoint):
-    """Writes `path`, from which a training goes on: every so many steps, or else every minute; when
-    the training ends; and after an epoch beside which the time of writing is small.
-
-    Not at an epoch's last batch, whose validation would never be made up for; nor between the
-    batches of one step, whose gradients no checkpoint holds.
-    """
-
-    def __init__(self, path: Path, every_n_steps: int) -> None:
-        self.path, self.every_n_steps = path, every_n_steps
-        self.written, self.took = time.monotonic(), 0.0
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *about: Any) -> None:
-        loop = trainer.fit_loop.epoch_loop
-        if loop.batch_progress.is_last_batch or loop._should_accumulate():
-            return
-        if self.every_n_steps:
-            due = trainer.global_step % self.every_n_steps == 0
-        else:
-            # Several processes have to agree, for which their GPUs would be waited for.
-            asked = trainer.world_size == 1 or loop.batch_idx % SELDOM == 0
-            due = asked and self._long_ago(trainer, MINUTE)
-        if due:
-            self._write(trainer)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
-        if ends or self._long_ago(trainer, self.took / SHARE):
-            self._write(trainer)
-
-    def _long_ago(self, trainer: pl.Trainer, seconds: float) -> bool:
-        """As the first process sees it."""
-        return trainer.strategy.broadcast(time.monotonic() - self.written >= seconds)
-
-    def _write(self, trainer: pl.Trainer) -> None:
-        begun = time.monotonic()
-        trainer.save_checkpoint(self.path, weights_only=False)
-        self.written = time.monotonic()
-        self.took = self.written - begun
-
-
-class RenamedCheckpoints(TorchCheckpointIO):
-    """Checkpoints written aside and renamed: a reader sees the old one or the new one."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
-    ) -> None:
-        # Most of the time of writing; those that are kept are written once more, with it.
-        with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
-            save_aside(checkpoint, Path(path))
-
-
-def save_aside(checkpoint: dict[str, Any], path: Path) -> None:
-    """Raises NoRoomError where the disk is full; what was there stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as problem:
-        if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise NoRoomError(
-            f"{path}: no room for a checkpoint; the last one that was written is kept; make room, "
-            "and the same command goes on from it"
-        ) from None
-    finally:
-        aside.unlink(missing_ok=True)

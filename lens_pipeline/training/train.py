@@ -15,17 +15,17 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import (
     Callback,
-    DeviceStatsMonitor,
-    EarlyStopping,
-    EMAWeightAveraging,
     LearningRateMonitor,
-    ModelCheckpoint,
+    WeightAveraging,
 )
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import FPRS
+from lens_pipeline.models.metrics import RANKED
+from lens_pipeline.models.pretrained import read_checkpoint
 from lens_pipeline.models.system import LensClassifier, LitLensSystem
 from lens_pipeline.shards.cutouts import Split
 from lens_pipeline.shards.datamodule import CutoutModule
@@ -33,9 +33,14 @@ from lens_pipeline.steps import digest, write_aside
 from lens_pipeline.training.callbacks import (
     Curves,
     FiniteLoss,
+    Patience,
+    PeakMemory,
+    StepSeeds,
+)
+from lens_pipeline.training.checkpoints import (
+    BestCheckpoints,
     LastCheckpoint,
     RenamedCheckpoints,
-    StepSeeds,
     save_aside,
 )
 from lens_pipeline.training.config import TrainConfig
@@ -118,6 +123,10 @@ def resolved_precision(config: TrainConfig) -> Any:
 
 def _on_gpu(config: TrainConfig) -> bool:
     return config.hardware.accelerator != "cpu" and torch.cuda.is_available()
+
+
+def _device(config: TrainConfig) -> str:
+    return "cuda" if _on_gpu(config) else "cpu"
 
 
 def check_devices(config: TrainConfig) -> None:
@@ -208,13 +217,21 @@ def cutouts_digest(data: CutoutModule) -> str:
 
 def deciding_metric(config: TrainConfig, data: CutoutModule) -> str:
     """What chooses the best epoch: `training.monitor`, or `val/auroc` where the validation set
-    cannot resolve it."""
-    wanted = config.training.monitor
-    fpr = {"tpr10": 0.1, **FPRS}.get(wanted.removeprefix("val/"))
-    n_nonlens, _ = data.class_counts("val")
-    if config.training.limit_val_batches is not None:
-        seen = config.training.limit_val_batches * config.training.batch_size
-        n_nonlens = min(n_nonlens, seen // 2)
+    cannot resolve it. Raises InputError where it holds cutouts of one class only, which no metric
+    of ranks can be had of."""
+    wanted, limit = config.training.monitor, config.training.limit_val_batches
+    metric = wanted.removeprefix("val/")
+    labels = data.split("val").labels
+    if limit is not None:
+        labels = labels[: limit * config.training.batch_size * config.hardware.devices]
+    n_nonlens = int((labels == 0).sum())
+    if metric in RANKED and n_nonlens in (0, len(labels)) and not config.training.fast_dev_run:
+        among = "" if limit is None else f"within training.limit_val_batches {limit}, "
+        raise InputError(
+            f"val: {among}has cutouts of one class only; {wanted} needs both, or set "
+            "training.monitor to val/loss"
+        )
+    fpr = {"tpr10": 0.1, **FPRS}.get(metric)
     if fpr and n_nonlens * fpr < 1:
         log.info(
             "  %d non-lenses of the validation set cannot resolve %s; val/auroc chooses the epoch",
@@ -240,7 +257,7 @@ def _fit(
     system = build_system(config, data, system_type)
     monitor = deciding_metric(config, data)
     mode = "min" if monitor == "val/loss" else "max"
-    best = ModelCheckpoint(
+    best = BestCheckpoints(
         dirpath=out / TOP,
         filename="epoch_{epoch:03d}",
         auto_insert_metric_name=False,
@@ -252,16 +269,19 @@ def _fit(
         enable_version_counter=False,
     )
     # Behind the others, whose state it keeps.
-    last = [] if how.fast_dev_run else [LastCheckpoint(out / LAST, how.save_every_n_steps)]
-    chosen: list[Callback] = [StepSeeds(how.seed), FiniteLoss(), *callbacks, Curves()]
+    last = [] if how.fast_dev_run else [LastCheckpoint(out / LAST, how.save_every_n_steps, best)]
+    finite = FiniteLoss(None if how.fast_dev_run else monitor)
+    chosen: list[Callback] = [StepSeeds(how.seed), finite, *callbacks, Curves()]
     if how.ema:
-        chosen.append(EMAWeightAveraging(decay=how.ema))
+        average = get_ema_multi_avg_fn(how.ema)
+        # It is asked for before the network is on its device.
+        chosen.append(WeightAveraging(_device(config), multi_avg_fn=average))
     if how.patience:
-        chosen.append(EarlyStopping(monitor, how.min_delta, how.patience, mode=mode))
+        chosen.append(Patience(monitor, how.min_delta, how.patience, mode=mode))
     if not how.fast_dev_run:
         chosen.append(LearningRateMonitor("step"))
     if _on_gpu(config):
-        chosen.append(DeviceStatsMonitor())
+        chosen.append(PeakMemory())
     into_files = file_loggers(config, out)
     with warnings.catch_warnings():
         # Few workers are meant: batches are gathered from mapped memory.
@@ -304,6 +324,10 @@ def _fit(
             data.trainer = None  # which holds the network, and what the optimiser knows of it
     if trainer.is_global_zero and not how.fast_dev_run:
         curves = next(c for c in chosen if isinstance(c, Curves))
+        kept = {Path(path).name for path in best.best_k_models}
+        for path in (out / TOP).glob("*.ckpt"):  # of a process that was killed, and did better
+            if path.name not in kept:
+                path.unlink()
         pd.DataFrame(curves.rows).to_csv(out / CURVES, index=False)
         write_aside(out / FITTED, Path(best.best_model_path).name)
 
@@ -317,18 +341,17 @@ def _finish(
     for path in out.rglob(".*.ckpt.*"):  # of a process that was killed while it wrote
         path.unlink()
     for path in (out / TOP).glob("*.ckpt"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(path)
         weights = {name: checkpoint[name] for name in WEIGHTS}
         save_aside(weights, path)
         if path == best:
             save_aside(weights, out / BEST)
-    device = "cuda" if _on_gpu(config) else "cpu"
-    system = system_type.load_from_checkpoint(out / BEST, device, compile_model=False)
+    system = system_type.load_from_checkpoint(out / BEST, _device(config), compile_model=False)
     split = data.split("val")
     labels = pd.DataFrame({"id": split.ids, "label": split.labels})
     scores = pd.concat([labels, split_scores(system, split)], axis=1)
     # Where this was trained is no part of what was: the same training leaves the same bytes.
-    checkpoint = torch.load(out / LAST, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(out / LAST)
     save_aside(checkpoint | {"callbacks": {}}, out / LAST)
     best.unlink(missing_ok=True)
     if (out / TOP).exists() and not any((out / TOP).iterdir()):

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from lens_pipeline.training.config import TrainConfig
 
 class KillAt(Callback):
     """kill -9 when a batch of all has been trained on, before a checkpoint is written; or in the
-    validation after it; or when all is fitted, and nothing is finished."""
+    validation after it; or when the epoch's best checkpoint is written, and `last.ckpt` is not; or
+    when all is fitted, and nothing is finished."""
 
     def __init__(self, batch: int, when: str = "batch") -> None:
         self.batch, self.when = batch, when
@@ -31,11 +33,15 @@ class KillAt(Callback):
     def on_validation_batch_end(self, trainer: Trainer, *_: object) -> None:
         self._now("validation", trainer)
 
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._now("epoch", trainer)
+
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._now("end", trainer)
 
     def _now(self, when: str, trainer: Trainer) -> None:
         if when == self.when and trainer.fit_loop.total_batch_idx >= self.batch:
+            time.sleep(1)  # by then what is being written is
             os.kill(os.getpid(), signal.SIGKILL)
 
 

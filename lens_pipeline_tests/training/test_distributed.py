@@ -4,14 +4,17 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import torch
 from dagster import DagsterEventType, DagsterInstance
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from lens_pipeline.cli import main
 from lens_pipeline.evaluation.metrics import lens_metrics
@@ -19,6 +22,9 @@ from lens_pipeline.settings import Settings
 from lens_pipeline.shards.manifest import read_manifest
 from lens_pipeline.tracking import Tracking
 from lens_pipeline.training import TrainedMember
+from lens_pipeline.training.config import TrainConfig
+from lens_pipeline.training.launch import launch
+from lens_pipeline_tests.training.killed import run
 
 
 def _trained(
@@ -81,9 +87,10 @@ def test_two_processes_end_with_the_weights_of_one(
             # makes a step of any gradient.
             value, other = (torch.cat([b.chunk(3)[0], b.chunk(3)[2]]) for b in (value, other))
         torch.testing.assert_close(value, other, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(
-        one.curves["val/auroc"].to_numpy(), two.curves["val/auroc"].to_numpy(), atol=0.01
-    )
+    for name in ("train/loss", "val/loss", "train/accuracy", "val/auroc"):
+        np.testing.assert_allclose(
+            one.curves[name].to_numpy(), two.curves[name].to_numpy(), atol=0.01, err_msg=name
+        )
     assert one.val_scores["id"].tolist() == two.val_scores["id"].tolist()
 
 
@@ -142,6 +149,28 @@ def test_batch_statistics_of_two_processes_are_worth_those_of_one(
     alone = [auroc(f"one{seed}", 1, seed) for seed in range(3)]
     together = auroc("two", 2, 0)
     assert abs(together - alone[0]) <= max(alone) - min(alone)
+
+
+@pytest.mark.slow
+def test_the_metrics_of_all_processes_outlive_a_kill(uneven_shards: Path, tmp_path: Path) -> None:
+    config = TrainConfig.parse(
+        {
+            "model": {"arch": "trans_enc_s", "dropout_rate": 0.0},
+            "training": {"epochs": 2, "batch_size": 8, "save_every_n_steps": 1},
+            "hardware": {"devices": 2, "accelerator": "cpu"},
+        },
+        "test",
+    )
+
+    def curves(out: Path, *kill_at: int | None) -> pd.DataFrame:
+        for at in kill_at:
+            with nullcontext() if at is None else pytest.raises(ChildFailedError):
+                launch(run, (config, uneven_shards, out, at), 2)
+        return TrainedMember(out).curves
+
+    undisturbed = curves(tmp_path / "undisturbed", None)
+    killed = curves(tmp_path / "killed", 7, None)
+    pd.testing.assert_frame_equal(killed, undisturbed)
 
 
 @pytest.mark.slow

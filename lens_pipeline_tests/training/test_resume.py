@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import Callback
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.datamodule import LensDataModule
@@ -71,6 +73,44 @@ def test_killed_at_five_moments_the_weights_are_those_of_an_undisturbed_training
     pd.testing.assert_frame_equal(
         TrainedMember(undisturbed).val_scores, TrainedMember(killed).val_scores
     )
+
+
+def test_the_best_epoch_is_kept_until_a_better_one_is_known(
+    shards_folder: Path, tmp_path: Path
+) -> None:
+    """A training that goes on may not find the better one again: a GPU rounds as it likes."""
+
+    class Worse(Callback):
+        def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+            for weights in module.parameters():
+                weights.data.zero_()
+
+    config = _config(save_top_k=1, monitor="val/auroc")
+    per_epoch = len(LensDataModule(shards_folder, batch_size=16).train_dataloader())
+    assert in_a_process(config, shards_folder, tmp_path, 2 * per_epoch - 1, "epoch") < 0
+    (better,) = (tmp_path / "top").glob("*1.ckpt")  # the second epoch, of which last.ckpt knows not
+    trained = train(config, LensDataModule(shards_folder), tmp_path, callbacks=[Worse()])
+    assert trained.curves["val/auroc"].idxmax() == 0
+    assert torch.load(trained.checkpoint, weights_only=True)["epoch"] == 0
+    assert not better.exists()
+
+
+def test_a_training_that_has_stopped_early_does_not_go_on(
+    shards_folder: Path, tmp_path: Path
+) -> None:
+    config = _config(epochs=9, patience=1, min_delta=1.0, monitor="val/auroc")
+    assert in_a_process(config, shards_folder, tmp_path, 0, "end") == -signal.SIGKILL
+    trained = train(config, LensDataModule(shards_folder), tmp_path)
+    assert trained.curves["epoch"].tolist() == [0, 1]
+
+
+def test_a_checkpoint_that_would_run_code_is_not_gone_on_from(
+    shards_folder: Path, tmp_path: Path
+) -> None:
+    assert in_a_process(_config(), shards_folder, tmp_path, 5) == -signal.SIGKILL
+    torch.save({"state_dict": Path(tmp_path)}, tmp_path / "last.ckpt")
+    with pytest.raises(InputError, match=r"last\.ckpt: refused, as it could run code"):
+        train(_config(), LensDataModule(shards_folder), tmp_path)
 
 
 def test_other_settings_do_not_go_on(shards_folder: Path, tmp_path: Path) -> None:

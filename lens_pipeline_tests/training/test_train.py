@@ -51,6 +51,12 @@ def test_a_ring_is_learnt_and_its_files_are_left(uneven_shards: Path, tmp_path: 
     assert "optimizer_states" not in checkpoint
     auroc = roc_auc_score(scores["label"], scores["logit"])
     assert curves["val/auroc"].max() == pytest.approx(auroc, abs=1e-6)
+    # Over cutouts, of which the last batch has fewer.
+    n_nonlens, n_lens = LensDataModule(uneven_shards).class_counts("train")
+    sign = np.where(scores["label"] == 1, -1, 1)
+    weight = np.where(scores["label"] == 1, n_nonlens / n_lens, 1)
+    loss = (weight * np.logaddexp(0, sign * scores["logit"])).mean()
+    assert curves["val/loss"][checkpoint["epoch"]] == pytest.approx(loss, rel=1e-5)
     split = LensDataModule(uneven_shards).split("val")
     images = torch.from_numpy(split.gather(list(range(40))).astype(np.float32))
     with torch.inference_mode():
@@ -201,6 +207,31 @@ def test_twenty_non_lenses_do_not_choose_by_one_false_positive_in_a_hundred(
     assert epoch == trained.curves["val/auroc"].idxmax()
 
 
+def test_a_validation_of_one_class_is_told_before_anything_is_trained(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    """As that of a folder's first batches is, whose lenses come first."""
+    table = pd.read_csv(uneven_shards.parent / "catalogue.csv").sort_values("label", kind="stable")
+    table["path"] = [str(uneven_shards.parent / path) for path in table["path"]]
+    table.to_csv(tmp_path / "catalogue.csv", index=False)
+    data = LensDataModule(tmp_path / "catalogue.csv", image_size=32, cache_dir=tmp_path / "cache")
+    with pytest.raises(InputError, match="limit_val_batches 1, has cutouts of one class only"):
+        train(_config(limit_val_batches=1), data, tmp_path / "out")
+    train(_config(limit_val_batches=1, monitor="val/loss"), data, tmp_path / "other")
+
+
+def test_a_metric_that_is_no_number_chooses_no_epoch(uneven_shards: Path, tmp_path: Path) -> None:
+    class Spoil(Callback):
+        def on_validation_batch_start(
+            self, trainer: Trainer, module: LightningModule, batch: Any, number: int, _: int = 0
+        ) -> None:
+            batch["image"][0] = torch.nan
+
+    with pytest.raises(InputError, match=r"epoch 0: val/auroc is nan, .* the validation split"):
+        _train(_config(), uneven_shards, tmp_path, Spoil())
+    assert not (tmp_path / "best.ckpt").exists()
+
+
 @pytest.mark.slow
 def test_the_rate_falls_at_the_plateaus_of_the_validation_loss(
     uneven_shards: Path, tmp_path: Path
@@ -223,6 +254,7 @@ def test_the_rate_falls_at_the_plateaus_of_the_validation_loss(
     [
         ({"training": {"epoch": 3}}, "training.epoch: .*did you mean training.epochs"),
         ({"training": {"learning_rate": 2}}, "training.learning_rate: .*less than or equal to 1"),
+        ({"model": {"pretrained": 3}}, "model.pretrained: .*valid string"),
         (
             {"training": {"find_batch_size": True}, "hardware": {"devices": 2}},
             "file: training.find_batch_size: goes with one device alone",
@@ -236,6 +268,32 @@ def test_the_rate_falls_at_the_plateaus_of_the_validation_loss(
 def test_settings_that_cannot_be_are_named(values: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         TrainConfig.parse(values, "file")
+
+
+def test_each_bound_is_said_where_its_setting_is_described() -> None:
+    bounded = 0
+    for section in TrainConfig.model_fields.values():
+        for name, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
+            for bound in field.metadata:
+                for value in (getattr(bound, side, None) for side in ("ge", "gt", "le", "lt")):
+                    bounded += value is not None
+                    assert value is None or f"{value:,}" in str(field.description), name
+    assert bounded > 40
+
+
+def test_what_decides_nothing_makes_no_other_training() -> None:
+    config = _config()
+    same = {"data": {"num_workers": 3}, "hardware": {"exclusive": False}}
+    assert config.with_changes(same, "test").deciding == config.deciding
+    assert config.differences(config.with_changes(same, "test")) == []
+    other = config.with_changes({"training": {"save_top_k": 5}}, "test")
+    assert other.deciding != config.deciding  # other files
+    assert config.differences(other) == []  # and the same weights
+
+
+@pytest.mark.parametrize(("said", "meant"), [("true", "published"), (False, "none"), ("w", "w")])
+def test_pretrained_may_be_said_as_yaml_or_a_flag_says_it(said: object, meant: str) -> None:
+    assert TrainConfig.parse({"model": {"pretrained": said}}, "test").model.pretrained == meant
 
 
 def test_stops_early_when_nothing_is_gained(uneven_shards: Path, tmp_path: Path) -> None:

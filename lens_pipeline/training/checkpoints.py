@@ -1,0 +1,160 @@
+"""How checkpoints of a training are written: which, when, and so that none is half there."""
+
+import errno
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
+from torch import Tensor
+from torch.utils.serialization import config as serialization
+
+from lens_pipeline.errors import NoRoomError
+from lens_pipeline.models.pretrained import read_checkpoint
+
+MINUTE = 60.0  # seconds
+SHARE = 0.03  # of the time, for checkpoints after epochs
+SELDOM = 10  # batches
+AT_A_TIME = 2  # checkpoints in memory that are still to be written: the best one, and the last
+
+
+class BestCheckpoints(ModelCheckpoint):
+    """Those of the best epochs. What is no longer among them stays until `last.ckpt` knows of the
+    better one, which a training that goes on from there may not find again."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how)
+        self.surpassed: list[str] = []
+
+    def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        self.surpassed.append(filepath)
+
+    def remove_surpassed(self, trainer: pl.Trainer) -> None:
+        for path in self.surpassed:
+            trainer.strategy.remove_checkpoint(path)
+        self.surpassed.clear()
+
+
+class LastCheckpoint(Checkpoint):
+    """Writes `path`, from which a training goes on: every so many steps, or else every minute; when
+    the training ends; and after an epoch beside which the time of writing is small.
+
+    Not at an epoch's last batch, whose validation would never be made up for; nor between the
+    batches of one step, whose gradients no checkpoint holds.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int, best: BestCheckpoints) -> None:
+        self.path, self.every_n_steps, self.best = path, every_n_steps, best
+        self.written, self.took = time.monotonic(), 0.0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *about: Any) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        if loop.batch_progress.is_last_batch or loop._should_accumulate():
+            return
+        if self.every_n_steps:
+            due = trainer.global_step % self.every_n_steps == 0
+        else:
+            # Several processes have to agree, for which their GPUs would be waited for.
+            asked = trainer.world_size == 1 or loop.batch_idx % SELDOM == 0
+            due = asked and self._long_ago(trainer, MINUTE)
+        if due:
+            self._write(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        if ends or self._long_ago(trainer, self.took / SHARE):
+            self._write(trainer)
+
+    def _long_ago(self, trainer: pl.Trainer, seconds: float) -> bool:
+        """As the first process sees it."""
+        return trainer.strategy.broadcast(time.monotonic() - self.written >= seconds)
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        begun = time.monotonic()
+        trainer.save_checkpoint(self.path, weights_only=False)
+        self.best.remove_surpassed(trainer)
+        self.written = time.monotonic()
+        self.took = self.written - begun
+
+
+class RenamedCheckpoints(TorchCheckpointIO):
+    """Checkpoints written aside and renamed: a reader sees the old one or the new one. Reading one
+    executes no code of it.
+
+    A thread writes them, and removes others, in the order in which it is asked to, while the
+    training goes on; after one that cannot be written it does nothing more, and who asks next, or
+    ends the training, is told.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._asked: deque[Future[None]] = deque()
+
+    def teardown(self) -> None:
+        self._wait_for_all_but(0)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self._ask(super().remove_checkpoint, path)
+
+    def _ask(self, task: Callable[..., None], *arguments: Any) -> None:
+        before = self._asked[-1] if self._asked else None
+
+        def run() -> None:
+            if before is not None:
+                before.result()  # has ended, for there is one thread
+            task(*arguments)
+
+        self._asked.append(self._thread.submit(run))
+
+    def _wait_for_all_but(self, n: int) -> None:
+        while len(self._asked) > n:
+            self._asked.popleft().result()
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        found = read_checkpoint(Path(path))
+        assert isinstance(found, dict)
+        return found
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        self._wait_for_all_but(AT_A_TIME - 1)
+        now = apply_to_collection(checkpoint, Tensor, lambda t: t.detach().to("cpu", copy=True))
+        self._ask(self._write, now, Path(path))
+
+    @staticmethod
+    def _write(checkpoint: dict[str, Any], path: Path) -> None:
+        # Most of the time of writing; those that are kept are written once more, with it.
+        with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+            save_aside(checkpoint, path)
+
+
+def save_aside(checkpoint: dict[str, Any], path: Path) -> None:
+    """Raises NoRoomError where the disk is full; what was there stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise NoRoomError(
+            f"{path}: no room for a checkpoint; the last one that was written is kept; make room, "
+            "and the same command goes on from it"
+        ) from None
+    finally:
+        aside.unlink(missing_ok=True)
