@@ -57,11 +57,11 @@ def train_command(options: argparse.Namespace) -> int:
 
 
 def asked_config(options: argparse.Namespace, settings: Settings) -> TrainConfig:
-    """What the file and the flags say, with the places of the data for another working directory
-    and another day. Raises InputError for what this machine does not have, too."""
+    """What the file and the flags say, with the places of data and weights for another working
+    directory and another day. Raises InputError for what this machine does not have, too."""
     config = TrainConfig.read(options.config) if options.config else TrainConfig()
     config = config.with_changes(changes(options), options.command)
-    config = config.with_changes({"data": _places(config, settings)}, options.command)
+    config = config.with_changes(_places(config, settings), options.command)
     from lens_pipeline.training.train import check_devices
 
     check_devices(config)
@@ -108,7 +108,7 @@ def _mlflow(config: TrainConfig, settings: Settings) -> "Logger":
     run_id = os.environ.get("MLFLOW_RUN_ID")  # of who started this process, and records the rest
     begun_here = run_id is None and is_first()
     if begun_here:
-        run_id = tracking.start_run(name_of(config), digest(config.model_dump()), {})
+        run_id = tracking.start_run(name_of(config), digest(config.deciding), {})
     logger = MLFlowLogger(run_id=run_id, tracking_uri=settings.mlflow_uri, log_model=False)
     if begun_here:
         logger.log_hyperparams(flat(config.model_dump()))
@@ -168,10 +168,10 @@ def name_of(config: TrainConfig, **more: Any) -> str:
     model = config.model
     what = "_".join(model.architectures) if model.model_type == "ensemble" else model.arch
     safe = "".join(c if c.isalnum() or c in "_-" else "_" for c in what)
-    return f"{safe}-{digest(config.model_dump() | more)[:8]}"
+    return f"{safe}-{digest(config.deciding | more)[:8]}"
 
 
-def _places(config: TrainConfig, settings: Settings) -> dict[str, Any]:
+def _places(config: TrainConfig, settings: Settings) -> dict[str, dict[str, Any]]:
     from lens_pipeline.shards.cutouts import newest_shards
 
     names = ("data_root", "train_urls", "val_urls", "test_urls", "cache_dir")
@@ -179,7 +179,9 @@ def _places(config: TrainConfig, settings: Settings) -> dict[str, Any]:
     found = {name: absolute(place) for name, place in places.items() if place is not None}
     if not config.data.use_webdataset and not found.keys() - {"cache_dir"}:
         found["data_root"] = str(newest_shards(settings.home))
-    return found
+    start = config.model.pretrained
+    elsewhere = start in ("none", "published") or start.startswith("models:/")
+    return {"data": found, "model": {} if elsewhere else {"pretrained": absolute(start)}}
 
 
 def _tell(trained: "TrainedMember", config: TrainConfig) -> None:

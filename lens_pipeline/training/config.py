@@ -32,14 +32,15 @@ Monitor = Literal[
     "val/tpr_at_fpr_1e-3",
     "val/tpr_at_fpr_1e-4",
 ]
-# What does not decide the weights: it may change between a training and its going on.
+# What decides nothing that a training leaves: another value is no other training.
 UNDECIDING = {
     ("data", "num_workers"),
     ("data", "cache_dir"),
-    ("training", "loggers"),
+    ("hardware", "exclusive"),
     ("training", "save_every_n_steps"),
-    ("training", "save_top_k"),
 }
+# What decides no weights: like the former, it may change between a training and its going on.
+BESIDES = {("training", "loggers"), ("training", "save_top_k")}
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
 
@@ -58,9 +59,15 @@ def _number(text: Any) -> Any:
 
 
 def _start(value: Any) -> Any:
-    return (
-        {True: "published", False: "none"}.get(value, value) if isinstance(value, bool) else value
-    )
+    return {"true": "published", "false": "none"}.get(str(value).lower(), value)
+
+
+def _bounded(default: Any, description: str, **bounds: Any) -> Any:
+    """A field whose description ends with its bounds, which are as pydantic takes them."""
+    words = {"gt": "above {:,}", "ge": "{:,}", "lt": "below {:,}", "le": "{:,}"}
+    said = [words[name].format(bound) for name, bound in bounds.items()]
+    within = " to ".join(said) if len(said) == 2 else f"at least {said[0]}"
+    return Field(default=default, description=f"{description.rstrip('.')}, {within}.", **bounds)
 
 
 Float = Annotated[float, BeforeValidator(_number)]
@@ -85,91 +92,89 @@ class ModelSection(_Section):
         description="Weights to start from: `none`, `published` (or true), a file, or a registered "
         "model of ours, as `models:/lens_ensemble@champion`.",
     )
-    dropout_rate: Float = Field(
-        default=0.3, ge=0, lt=1, description="Dropout in the head, 0 to below 1."
-    )
+    dropout_rate: Float = _bounded(default=0.3, ge=0, lt=1, description="Dropout in the head.")
     compile_model: bool = Field(default=False, description="Compile the network; worth it on GPUs.")
 
 
 class TrainingSection(_Section):
     """The optimisation."""
 
-    epochs: int = Field(default=30, ge=1, le=10_000, description="Passes over the training set.")
-    batch_size: int = Field(
+    epochs: int = _bounded(default=30, ge=1, le=10_000, description="Passes over the training set.")
+    batch_size: int = _bounded(
         default=64, ge=2, le=65_536, description="Cutouts a step, on each device."
     )
     find_batch_size: bool = Field(
         default=False, description="Halve the batch size where memory is short, and begin again."
     )
-    learning_rate: Float = Field(
-        default=1e-3, gt=0, le=1, description="Peak of the schedule, above 0 to 1."
-    )
-    weight_decay: Float = Field(default=1e-2, ge=0, le=1, description="AdamW's, 0 to 1.")
+    learning_rate: Float = _bounded(default=1e-3, gt=0, le=1, description="Peak of the schedule.")
+    weight_decay: Float = _bounded(default=1e-2, ge=0, le=1, description="AdamW's.")
     schedule: Literal["cosine", "step", "plateau", "constant"] = Field(
         default="cosine", description="Of the learning rate, after its warm-up."
     )
-    warmup: Float = Field(
+    warmup: Float = _bounded(
         default=0.1, ge=0, lt=1, description="Fraction of all steps in which the rate rises."
     )
-    decay: Float = Field(
+    decay: Float = _bounded(
         default=0.1, gt=0, lt=1, description="Factor of a `step`, or at a `plateau`."
     )
-    decay_epochs: int = Field(
+    decay_epochs: int = _bounded(
         default=10, ge=1, description="Epochs of a `step`, or without gain before a `plateau`."
     )
     loss: Literal["bce", "focal"] = Field(
         default="bce", description="Binary cross-entropy, or the focal loss."
     )
-    focal_gamma: Float = Field(
+    focal_gamma: Float = _bounded(
         default=2.0, ge=0, le=10, description="How much the focal loss leaves easy cutouts out."
     )
     balance: bool = Field(
         default=True, description="Weigh lenses by non-lenses / lenses in the training set."
     )
-    label_smoothing: Float = Field(
-        default=0.0, ge=0, lt=0.5, description="Moves labels by half of it, 0 to below 0.5."
+    label_smoothing: Float = _bounded(
+        default=0.0, ge=0, lt=0.5, description="Moves labels by half of it."
     )
     augment: bool = Field(default=True, description="Turn and flip cutouts at random.")
-    shift: Float = Field(
+    shift: Float = _bounded(
         default=0.0, ge=0, le=16, description="Cutouts are moved by up to so many pixels."
     )
-    noise: Float = Field(
+    noise: Float = _bounded(
         default=0.0, ge=0, le=2, description="And get up to so much more noise, in sigma."
     )
-    gradient_clip: Float = Field(
+    gradient_clip: Float = _bounded(
         default=0.0, ge=0, description="Largest norm of the gradient; 0 does not clip."
     )
-    accumulate_grad_batches: int = Field(
+    accumulate_grad_batches: int = _bounded(
         default=1, ge=1, le=4096, description="Batches of a step of the optimiser."
     )
-    ema: Float = Field(
+    ema: Float = _bounded(
         default=0.0, ge=0, lt=1, description="Decay of a moving average of the weights; 0: none."
     )
     monitor: Monitor = Field(
         default="val/tpr_at_fpr_1e-2",
         description="The best epoch is the one where this is highest (or the loss lowest).",
     )
-    save_top_k: int = Field(
-        default=1, ge=1, le=100, description="Checkpoints of so many best epochs are kept."
+    save_top_k: int = _bounded(
+        default=3, ge=1, le=100, description="Checkpoints of so many best epochs are kept."
     )
-    patience: int = Field(
+    patience: int = _bounded(
         default=0, ge=0, description="Stop after so many epochs without gain; 0: never."
     )
-    min_delta: Float = Field(default=1e-4, ge=0, description="What counts as a gain.")
-    save_every_n_steps: int = Field(
+    min_delta: Float = _bounded(default=1e-4, ge=0, description="What counts as a gain.")
+    save_every_n_steps: int = _bounded(
         default=0, ge=0, description="Steps between writings of last.ckpt; 0: every minute."
     )
     fast_dev_run: bool = Field(default=False, description="One batch of each kind, as a trial.")
-    limit_train_batches: int | None = Field(
+    limit_train_batches: int | None = _bounded(
         default=None, ge=1, description="Batches of an epoch; by default all."
     )
-    limit_val_batches: int | None = Field(
+    limit_val_batches: int | None = _bounded(
         default=None, ge=1, description="Batches of a validation; by default all."
     )
     loggers: tuple[LoggerName, ...] = Field(
         default=("csv",), description="csv (always), tensorboard, wandb, mlflow."
     )
-    seed: int = Field(default=0, ge=0, lt=2**32, description="Of weights, order and augmentation.")
+    seed: int = _bounded(
+        default=0, ge=0, lt=2**32, description="Of weights, order and augmentation."
+    )
 
 
 class HardwareSection(_Section):
@@ -178,7 +183,7 @@ class HardwareSection(_Section):
     accelerator: Literal["auto", "cpu", "gpu"] = Field(
         default="auto", description="`auto` takes a GPU where there is one."
     )
-    devices: int = Field(default=1, ge=1, le=1024, description="Devices to train on.")
+    devices: int = _bounded(default=1, ge=1, le=1024, description="Devices to train on.")
     exclusive: bool = Field(
         default=True, description="Wait for GPUs that no other training of this host has."
     )
@@ -208,14 +213,14 @@ class DataSection(_Section):
     train_urls: str | None = Field(default=None, description="Tars, with braces.")
     val_urls: str | None = Field(default=None, description="Tars, with braces.")
     test_urls: str | None = Field(default=None, description="Tars, with braces.")
-    image_size: int | None = Field(
+    image_size: int | None = _bounded(
         default=None, ge=16, le=2048, description="The central square to keep, in pixels."
     )
-    num_workers: int = Field(
+    num_workers: int = _bounded(
         default=0, ge=0, le=256, description="Loader processes; 0 reads in the training process."
     )
     cache_dir: str | None = Field(default=None, description="Where remote shards are kept.")
-    bagging: Float = Field(
+    bagging: Float = _bounded(
         default=1.0,
         gt=0,
         le=1,
@@ -284,13 +289,30 @@ class TrainConfig(_Section):
             f"{section}.{name} ({getattr(getattr(self, section), name)!r}, now {value!r})"
             for section, fields in now.model_dump().items()
             for name, value in fields.items()
-            if (section, name) not in UNDECIDING and getattr(getattr(self, section), name) != value
+            if (section, name) not in UNDECIDING | BESIDES
+            and getattr(getattr(self, section), name) != value
         ]
+
+    @property
+    def deciding(self) -> dict[str, dict[str, Any]]:
+        """The values by section, but for those that decide nothing that a training leaves."""
+        return {
+            section: {name: v for name, v in fields.items() if (section, name) not in UNDECIDING}
+            for section, fields in self.model_dump().items()
+        }
 
     @property
     def yaml(self) -> str:
         """As `read` takes it."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def in_a_line(values: Mapping[str, Any]) -> str:
+    """Values as YAML, in one line."""
+    text = yaml.safe_dump(
+        dict(values), default_flow_style=True, sort_keys=False, width=float("inf")
+    )
+    return str(text).strip()
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -85,6 +85,18 @@ class TunedStudy:
         first = self.ranked.iloc[0]
         return first if first["state"] == "complete" else None
 
+    @property
+    def found(self) -> dict[str, dict[str, Any]]:
+        """The best trial's values of what the trials change, {section: {field: value}}; as for
+        LENS_TRAINING. None where none has been completed."""
+        if self.best is None:
+            return {}
+        values = self.trained(int(self.best["number"])).config.model_dump(mode="json")
+        return {
+            section: {name: values[section][name] for name in fields}
+            for section, fields in read_yaml(self.folder / SPACE).items()
+        }
+
     def trained(self, number: int) -> TrainedMember:
         """The training of a trial."""
         return TrainedMember(self.folder / TRIALS / f"{number:04d}")
