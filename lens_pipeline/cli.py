@@ -187,6 +187,7 @@ def _training_changes(assignments: Sequence[str], members: Sequence[str]) -> dic
     """`[member.]section.field=value` -> {member: {section: {field: value}}}."""
     import yaml
 
+    from lens_pipeline.presets import left_open
     from lens_pipeline.training.config import TrainConfig
 
     changes: dict[str, Any] = {}
@@ -202,7 +203,8 @@ def _training_changes(assignments: Sequence[str], members: Sequence[str]) -> dic
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise InputError(f"--set {assignment}: {text!r} is not a value") from None
-        parsed = TrainConfig.parse({section: {field: value}}, f"--set {assignment}")
+        change = left_open({section: {field: value}}, f"--set {assignment}")
+        parsed = TrainConfig.parse(change, f"--set {assignment}")
         value = getattr(getattr(parsed, section), field)  # 5e-4 is text for YAML
         for name in member or members:
             changes.setdefault(name, {}).setdefault(section, {})[field] = value

@@ -1,11 +1,25 @@
-"""The three sizes of the main job, and the training settings that each gives a member."""
+"""The three sizes of the main job, and the settings that each member is trained with."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+from lens_pipeline.errors import InputError
 from lens_pipeline.models.names import Member, parse_members
 from lens_pipeline.settings import Settings
-from lens_pipeline.training.config import TrainConfig
+from lens_pipeline.training.config import TrainConfig, read_yaml
+
+# What the asset graph decides, no file or form: that a member is one network, and which; and which
+# cutouts it sees.
+DECIDED = {
+    "model": ("arch", "model_type", "architectures", "ensemble_strategy"),
+    "training": ("loggers", "fast_dev_run"),
+    "data": (
+        *("data_root", "use_webdataset", "train_urls", "val_urls", "test_urls"),
+        *("image_size", "cache_dir"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,12 @@ def chosen(settings: Settings) -> Preset:
 
 def chosen_members(settings: Settings) -> tuple[Member, ...]:
     """Raises InputError where LENS_ARCHS is not valid."""
-    return parse_members(settings.archs or chosen(settings).members)
+    members = parse_members(settings.archs or chosen(settings).members)
+    for name in (member.name for member in members if member.name in TrainConfig.model_fields):
+        raise InputError(
+            f"LENS_ARCHS: no member may be called {name}: settings have such a section"
+        )
+    return members
 
 
 def image_size(settings: Settings) -> int:
@@ -48,15 +67,52 @@ def image_size(settings: Settings) -> int:
 
 
 def member_config(settings: Settings, member: Member) -> TrainConfig:
-    """What a member is trained with unless its run says otherwise."""
+    """What a member is trained with unless its run says otherwise: as the preset, and then the file
+    of LENS_TRAINING, say. Raises InputError where that is not valid."""
     preset = chosen(settings)
-    return TrainConfig.model_validate(
+    config = TrainConfig.model_validate(
         {
             "model": {"arch": member.architecture},
             "training": {
                 "epochs": preset.epochs.get(member.architecture, preset.epochs_else),
                 "batch_size": preset.batch_size,
+                "save_top_k": 1,  # the ensemble takes the best
                 "seed": (settings.seed + member.seed) % 2**32,
             },
         }
     )
+    if settings.training is None:
+        return config
+    try:
+        values = read_yaml(Path(settings.training))
+        shared = {name: value for name, value in values.items() if name in TrainConfig.model_fields}
+        own = {name: value for name, value in values.items() if name not in shared}
+        members = [one.name for one in chosen_members(settings)]
+        for name in own.keys() - set(members):
+            raise InputError(
+                f"{settings.training}: {name}: is neither a section "
+                f"({', '.join(TrainConfig.model_fields)}) nor a member ({', '.join(members)})"
+            )
+        for changes, source in (
+            (shared, settings.training),
+            (own.get(member.name) or {}, f"{settings.training}: {member.name}"),
+        ):
+            config = config.with_changes(left_open(changes, source), source)
+    except InputError as problem:
+        raise InputError(f"LENS_TRAINING: {problem}") from None
+    return config
+
+
+def left_open(changes: Any, source: str) -> Mapping[str, Mapping[str, Any]]:
+    """The changes, {section: {field: value}}, as they are. Raises InputError, naming `source`, for
+    what is no such mapping, and for what the asset graph decides."""
+    if not isinstance(changes, Mapping):
+        raise InputError(f"{source}: must hold sections ({', '.join(TrainConfig.model_fields)})")
+    for section, fields in changes.items():
+        for name in fields if isinstance(fields, Mapping) else ():
+            if name in DECIDED.get(section, ()):
+                raise InputError(
+                    f"{source}: {section}.{name}: follows from LENS_ARCHS and the cutouts; leave "
+                    "it out"
+                )
+    return changes

@@ -69,6 +69,9 @@ def _told_apart(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
     return names and tuple(sorted(names))
 
 
+_File = Annotated[str | None, BeforeValidator(lambda file: file and absolute(file))]
+
+
 class Settings(BaseSettings):
     """What the environment says; the description of each field is its help."""
 
@@ -137,8 +140,10 @@ class Settings(BaseSettings):
         "or those of a catalogue's column `survey` (by default every row). Of several, as "
         "`des,hsc`, the data are partitioned by survey.",
     )
-    simulation: Annotated[str | None, BeforeValidator(lambda file: file and absolute(file))] = (
-        Field(default=None, description="A YAML file that changes the simulation.")
+    simulation: _File = Field(default=None, description="A YAML file that changes the simulation.")
+    training: _File = Field(
+        default=None,
+        description="A YAML file of training settings, for all members or by name.",
     )
     n_cutouts: int | None = Field(
         default=None, ge=100, description="Simulated cutouts; by default the preset's."

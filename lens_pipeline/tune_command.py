@@ -21,7 +21,7 @@ from lens_pipeline.train_command import (
     system_type,
     with_local_weights,
 )
-from lens_pipeline.training.config import TrainConfig, read_yaml
+from lens_pipeline.training.config import TrainConfig, in_a_line, read_yaml
 from lens_pipeline.training.flags import add_flags
 from lens_pipeline.training.launch import FAILURE
 from lens_pipeline.training.space import DEFAULT_SPACE, Pruner, SearchSpace
@@ -227,3 +227,4 @@ def _tell(study: "TunedStudy") -> None:
     if study.best is not None:
         print(f"Checkpoint  {study.trained(int(study.best['number'])).checkpoint}")
         print(f"To repeat it: lens-pipeline train --config {study.folder / BEST_CONFIG}")
+        print(f"For the pipeline, as the file of LENS_TRAINING: {in_a_line(study.found)}")

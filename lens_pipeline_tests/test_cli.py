@@ -87,6 +87,7 @@ def test_a_bad_source_stops_the_run_with_one_line(
         (["run", "--set", "lastro.training.epochs=0"], "training.epochs"),
         (["run", "--set", "resnet50.training.epochs=3"], "resnet50"),
         (["run", "--set", "training.epochs"], "SECTION.FIELD=VALUE"),
+        (["run", "--set", "lastro.model.arch=resnet18"], "model.arch: follows from LENS_ARCHS"),
         (["run", "--set", "training.epochs=["], "training.epochs"),
         (["run", "--set", "training.monitor=nosuch"], "training.monitor"),
         (["run", "--archs", "ensemble=lastro"], "ensemble"),

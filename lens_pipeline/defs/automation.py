@@ -19,6 +19,7 @@ from lens_pipeline.defs.stages import (
 )
 from lens_pipeline.defs.surveys import every_survey
 from lens_pipeline.errors import InputError
+from lens_pipeline.presets import chosen_members, member_config
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import digest, source_hashes
 
@@ -99,7 +100,8 @@ follow_up = dg.AutomationConditionSensorDefinition(
 def retraining_inputs(settings: Settings) -> str:
     """A hash of all that a retraining depends on: the source, the settings, the code."""
     code = source_hashes(["lens_pipeline.definitions"])
-    return digest([source_state(settings), settings.decisive, code])
+    members = [member_config(settings, member).deciding for member in chosen_members(settings)]
+    return digest([source_state(settings), settings.decisive, members, code])
 
 
 def schedules(settings: Settings) -> list[dg.ScheduleDefinition]:

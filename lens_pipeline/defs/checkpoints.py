@@ -40,17 +40,6 @@ EPOCHS_SHOWN = 100
 CHANCE = 0.5  # AUROC of a coin
 
 
-# What the asset graph decides, not a form: which cutouts, and that a member is one network.
-DECIDED = {
-    "model": ("model_type", "architectures", "ensemble_strategy"),
-    "training": ("loggers", "fast_dev_run"),
-    "data": (
-        *("data_root", "use_webdataset", "train_urls", "val_urls", "test_urls"),
-        *("image_size", "cache_dir"),
-    ),
-}
-
-
 def dagster_config(defaults: BaseModel, without: Iterable[str] = ()) -> type[dg.Config]:
     """The Dagster config of a pydantic model: its fields, bounds and help, these defaults."""
     fields: dict[str, Any] = {}
@@ -59,7 +48,7 @@ def dagster_config(defaults: BaseModel, without: Iterable[str] = ()) -> type[dg.
         if name in without:
             continue
         if isinstance(value, BaseModel):
-            section = dagster_config(value, DECIDED.get(name, ()))
+            section = dagster_config(value, presets.DECIDED.get(name, ()))
             fields[name] = (section, section())
         else:
             field = info._copy() if hasattr(info, "_copy") else info
@@ -116,7 +105,7 @@ def checkpoint_stage(member: Member, defaults: TrainConfig) -> Stage:
                 "numpy",
             ),
             inputs={"shards": upstream.content},
-            settings=trained_with.model_dump(),
+            settings=trained_with.deciding,
         )
 
         def build(out: Path) -> None:

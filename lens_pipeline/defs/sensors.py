@@ -1,7 +1,7 @@
 """What is watched: the source, the registry, and runs that fail."""
 
 import json
-from typing import Any
+from typing import Any, Final
 
 import dagster as dg
 
@@ -15,7 +15,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 
 WILL_RETRY = "dagster/will_retry"
-FAILURE = dg.DagsterEventType.RUN_FAILURE
+FAILURE: Final = dg.DagsterEventType.RUN_FAILURE
 AT_ONCE = 20  # failures that a tick tells of
 
 

@@ -14,6 +14,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.models.names import parse_members
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import digest, write_aside
+from lens_pipeline.training.config import in_a_line
 from lens_pipeline.training.launch import FAILURE, tune_command
 from lens_pipeline.training.space import DEFAULT_SPACE, Pruner, SearchSpace
 
@@ -78,10 +79,10 @@ def tune_member(context: dg.OpExecutionContext, config: Tuning, lens: LensHome) 
     how = config.model_dump(include={"trials", "workers", "pruner"})
     command = tune_command(given["config"], given["space"], out, settings.home, **how)
     in_a_process(context, command, settings, out / FAILURE)
-    return _shown(context, out)
+    return _shown(context, out, member.name)
 
 
-def _shown(context: dg.OpExecutionContext, out: Path) -> str:
+def _shown(context: dg.OpExecutionContext, out: Path, member: str) -> str:
     """The path of the best settings; the picture and the table become the output's metadata."""
     from lens_pipeline.training.tune import BEST_CONFIG, PICTURE, TunedStudy
 
@@ -94,6 +95,7 @@ def _shown(context: dg.OpExecutionContext, out: Path) -> str:
             "table": table(study.ranked.head(SHOWN)),
             f"best {study.base.training.monitor}": float(study.best["value"]),
             "best settings": dg.MetadataValue.path(out / BEST_CONFIG),
+            "for LENS_TRAINING": in_a_line({member: study.found}),
             "study": dg.MetadataValue.path(out),
         }
     )

@@ -155,6 +155,12 @@ def test_nothing_is_retrained_twice_from_the_same_source_settings_and_code(
     assert other.tags != request.tags
     run(other, dg.DagsterRunStatus.SUCCESS)
     assert scheduled(instance) == []
+    training = source.with_name("training.yaml")
+    monkeypatch.setenv("LENS_TRAINING", str(training))
+    for epochs in (2, 3):  # the file is the same one, and says something else
+        training.write_text(f"training: {{epochs: {epochs}}}")
+        (other,) = scheduled(instance)
+        run(other, dg.DagsterRunStatus.SUCCESS)
     monkeypatch.setenv("LENS_TIME_ZONE", "Europe/Paris")  # decides on no result
     assert scheduled(instance) == []
     os.utime(source.with_name("images-00000.npy"), (0, 0))

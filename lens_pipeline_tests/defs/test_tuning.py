@@ -6,6 +6,7 @@ import dagster as dg
 import pytest
 
 from lens_pipeline.definitions import make_definitions
+from lens_pipeline.presets import chosen_members, member_config
 from lens_pipeline.settings import Settings
 from lens_pipeline.training.config import TrainConfig
 
@@ -42,6 +43,11 @@ def test_the_job_finds_settings_and_shows_them(own_home: Path) -> None:
         assert {"trials", "table", "best settings", "study"} <= set(about)
         assert about["trials"].value.startswith("![trials](data:image/png;base64,")
         assert len(about["table"].records) == 2
+        (own_home / "training.yaml").write_text(about["for LENS_TRAINING"].value)
+        settings = Settings.load(training=str(own_home / "training.yaml"), archs="lastro")
+        (member,) = chosen_members(settings)
+        rate = best.training.learning_rate
+        assert member_config(settings, member).training.learning_rate == rate
         told = [entry.user_message for entry in instance.all_logs(ran.run_id)]
         assert any("trial 1: val/" in line for line in told)
 
