@@ -23,6 +23,7 @@ from lens_pipeline.tune_command import add_tune
 BAD_INPUT = 2
 FAILURE = 1
 SECRET_WORDS = ("key", "secret", "token", "password")
+GOES_ON = "the same command goes on where it stopped"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     common = _Parser(add_help=False)
     common.add_argument("--home", help="where everything is written (LENS_HOME)")
     common.add_argument("--verbose", action="store_true", help="logs and tracebacks")
+    common.set_defaults(after_interrupt=GOES_ON)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", parents=[common], help="the main job: source to registry")
@@ -81,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "--compile", action="store_true", help="compile the ray tracing: pays for many thousands"
     )
     simulate.add_argument("--out", type=Path, required=True, help="a folder that does not exist")
-    simulate.set_defaults(do=_simulate)
+    simulate.set_defaults(do=_simulate, after_interrupt="the same command begins again")
 
     prepare = commands.add_parser(
         "prepare", parents=[common], help="cutouts to WebDataset shards, here and in the cloud"
@@ -102,7 +104,11 @@ def _parser() -> argparse.ArgumentParser:
         "--upload-only", action="store_true", help="publish the shards that lie there already"
     )
     prepare.add_argument("--validate", action="store_true", help="read all back and check it")
-    prepare.set_defaults(do=_prepare)
+    prepare.set_defaults(
+        do=_prepare,
+        after_interrupt="the same command begins again, or, where --output-dir is there already, "
+        "goes on with its upload by --upload-only",
+    )
 
     prune = commands.add_parser(
         "prune", parents=[common], help="remove old versions of published shards"
@@ -142,23 +148,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verbose = "--verbose" in arguments
     configure_logging(verbose)
+    options = argparse.Namespace()
     try:
         options = _parser().parse_args(arguments)
         return int(options.do(options))
     except (Exception, KeyboardInterrupt) as problem:
         if verbose:
             logging.getLogger(__name__).exception("the command failed")
-        status, message = _outcome(problem, verbose)
+        status, message = _outcome(problem, verbose, getattr(options, "after_interrupt", ""))
     print(f"error: {' '.join(masked(message).split())}", file=sys.stderr)
     return status
 
 
-def _outcome(problem: BaseException, verbose: bool) -> tuple[int, str]:
+def _outcome(problem: BaseException, verbose: bool, after_interrupt: str) -> tuple[int, str]:
     """(exit status, what to say) of what ended a command."""
     if isinstance(problem, InputError):
         return BAD_INPUT, str(problem)
     if isinstance(problem, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted; the same command goes on where it stopped"
+        return INTERRUPTED, f"interrupted; {after_interrupt}".removesuffix("; ")
     hint = "" if verbose else " (--verbose shows where)"
     return FAILURE, f"{type(problem).__name__}: {problem}{hint}"
 
@@ -285,7 +292,7 @@ def _prepare(options: argparse.Namespace) -> int:
         if not options.data_root:
             raise InputError("--data-root: is needed, unless with --upload-only")
         if out.exists():
-            raise InputError(f"--output-dir {out}: exists already; name a folder that does not")
+            raise InputError(f"--output-dir {out}: exists already; {_way_out(out)}")
         from lens_pipeline.shards.prepare import prepare_shards
 
         with folder_aside(out) as aside:
@@ -324,6 +331,16 @@ def _prepare(options: argparse.Namespace) -> int:
             print(f"  {pattern}")
     print(f"dataset version {manifest.dataset_version}")
     return 0
+
+
+def _way_out(out: Path) -> str:
+    """What to do where shards shall be written to a folder that is there."""
+    from lens_pipeline.shards.manifest import MANIFEST
+
+    way = "name a folder that does not"
+    if (out / MANIFEST).is_file():
+        way += ", or publish the shards in it with --cloud-url and --upload-only"
+    return way
 
 
 def _storage_options(text: str) -> dict[str, Any]:

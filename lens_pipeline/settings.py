@@ -149,7 +149,10 @@ class Settings(BaseSettings):
         default=None, ge=100, description="Simulated cutouts; by default the preset's."
     )
     image_size: int | None = Field(
-        default=None, ge=32, le=512, description="Cutout side in pixels; by default the preset's."
+        default=None,
+        ge=32,
+        le=512,
+        description="Cutout side in pixels, 32 to 512; by default the preset's.",
     )
     seed: int = Field(
         default=0, ge=0, lt=2**32, description="Seed of the simulation, the split and training."

@@ -45,7 +45,11 @@ def test_the_guides_command_line(
         assert len(samples) == 24
         assert {sample["cls"] for sample in samples} == {0, 1}
         assert samples[0]["jpg"].size == (64, 64)
-    # Then only the upload.
+    # Then only the upload, which a second call is told of.
+    assert main([*arguments, *settings, "--cloud-url", str(cloud)]) == 2
+    said = capsys.readouterr().err
+    assert f"{out}: exists already" in said
+    assert "--upload-only" in said
     again = ["prepare", "--output-dir", str(out), "--upload-only", "--validate"]
     assert main([*again, "--cloud-url", str(tmp_path / "other")]) == 0
     assert verify_shards(tmp_path / "other" / version) == []
@@ -92,3 +96,29 @@ def test_what_is_wrong_is_named_and_nothing_is_left(
     assert named in line
     assert not out.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+@pytest.mark.parametrize("at", ["prepare.prepare_shards", "cloud.publish_shards"])
+def test_after_an_interruption_what_it_says_works(
+    at: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It said of every command that the same one goes on."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    out, cloud = tmp_path / "shards", tmp_path / "cloud"
+    again = ["prepare", "--output-dir", str(out), "--cloud-url", str(cloud)]
+    arguments = [*again, "--data-root", str(folder)]
+    with monkeypatch.context() as during:
+        during.setattr(f"lens_pipeline.shards.{at}", interrupt)
+        assert main(arguments) == 130
+    said = capsys.readouterr().err
+    assert "error: interrupted; the same command begins again, or" in said
+    assert "--upload-only" in said
+    assert main([*again, "--upload-only"] if out.exists() else arguments) == 0
+    assert out.exists() == cloud.exists()

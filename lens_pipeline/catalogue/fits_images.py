@@ -3,7 +3,7 @@
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,8 @@ from astropy.io import fits
 from astropy.utils.exceptions import AstropyWarning
 from numpy.typing import NDArray
 
-# `VIS_FLUX`, `VIS_RMS`, `VIS_PSF`: an extension of another role goes with the image of its band.
+# `VIS_FLUX`, `VIS_RMS`, `VIS_PSF`: an extension of another role goes with the image of its band;
+# `SCI`, `ERR`: those of a band without a name.
 _ROLES = {
     "image": ("BGSUB", "FLUX", "SCI", "IMAGE"),  # the first that a band has
     "rms": ("RMS", "NOISE", "ERR"),
@@ -22,14 +23,17 @@ _ROLES = {
     "other": ("PSF",),
 }
 _SUFFIX = {suffix: role for role, suffixes in _ROLES.items() for suffix in suffixes}
-_NAME = re.compile(rf"^(?P<band>.+)_(?P<suffix>{'|'.join(_SUFFIX)})$")
+_NAME = re.compile(rf"^((?P<band>.+)_)?(?P<suffix>{'|'.join(_SUFFIX)})$")
+_FIRST = "PRIMARY"  # what astropy calls the first of a file, which need not have a name
+_PLAIN = ""  # the band of an extension that is named by its role alone
 _ZERO_POINTS = ("MAGZERO", "MAGZPT", "MAGZP", "ZEROPNT", "PHOTZP", "ZP")
 
 
 @dataclass(frozen=True)
 class FitsImage:
-    """pixels: as stored, masked ones NaN; bands: their names, None in a cube without; sigma: of the
-    background by the file's own noise maps, NaN where it has none; zero_point: AB, likewise."""
+    """pixels: as stored, masked ones NaN; bands: their names, None where they have none (a cube, or
+    one image); sigma: of the background by the file's own noise maps, NaN where it has none;
+    zero_point: AB, likewise."""
 
     pixels: NDArray[Any]
     bands: tuple[str, ...] | None
@@ -40,6 +44,7 @@ class FitsImage:
 @dataclass
 class _Band:
     image: NDArray[Any] | None = None
+    named: str = ""  # the image's extension
     zero_point: float = float("nan")
     maps: dict[str, NDArray[Any]] = field(default_factory=dict)
 
@@ -57,7 +62,8 @@ def strict_fits() -> Iterator[None]:
 
 
 def read_fits(content: io.BytesIO) -> FitsImage:
-    """Raises ValueError where there is no image, or where the bands' images differ in shape."""
+    """Raises ValueError where there is no image, where the bands' images differ in shape, and where
+    the extensions' names leave open what goes together."""
     with fits.open(content, memmap=False) as hdus:
         images = [
             (hdu.name, np.asarray(hdu.data), _zero_point(hdu.header))
@@ -67,32 +73,63 @@ def read_fits(content: io.BytesIO) -> FitsImage:
     if not images:
         raise ValueError("the FITS file holds no image")
     if len(images) == 1:
-        name, cube, zero_point = images[0]
+        _, cube, zero_point = images[0]
         n_bands = len(cube) if cube.ndim == 3 else 1
         unknown = (float("nan"),) * n_bands
         return FitsImage(cube, None, unknown, (zero_point,) * n_bands)
-    bands: dict[str, _Band] = {}
-    for number, (name, data, zero_point) in enumerate(images):
-        match = _NAME.match(name)
-        band = bands.setdefault(match["band"] if match else name or f"#{number}", _Band())
-        role = _SUFFIX[match["suffix"]] if match else "image"
-        if role != "image":
-            band.maps[role] = data
-        elif band.image is None or (match and match["suffix"] == "BGSUB"):
-            band.image, band.zero_point = data, zero_point
-    found = {name: band for name, band in bands.items() if band.image is not None}
+    found = _found(images)
     shapes = {band.image.shape for band in found.values() if band.image is not None}
-    if not found:
-        raise ValueError(f"none of the extensions {', '.join(bands)} is an image")
-    if len(shapes) > 1 or len(next(iter(shapes))) != 2:
+    if len(shapes) > 1:
         raise ValueError(f"the FITS images differ in shape: {sorted(shapes)}")
-    named = not any(name.startswith("#") for name in found)
+    if len(shape := shapes.pop()) != 2:
+        raise ValueError(f"of several extensions each holds one band; the shape of one is {shape}")
+    named = not any(name.startswith("#") for name in found) and [*found] not in ([_PLAIN], [_FIRST])
     return FitsImage(
         np.stack([_masked(band) for band in found.values()]),
         tuple(found) if named else None,
         tuple(_sigma(band) for band in found.values()),
         tuple(band.zero_point for band in found.values()),
     )
+
+
+def _found(images: Sequence[tuple[str, NDArray[Any], float]]) -> dict[str, _Band]:
+    """{band: its image and maps} of extensions (name, data, zero point).
+
+    What is named by its role alone belongs to the image that is, else to the only one.
+    """
+    names = [name for name, _, _ in images]
+    bands: dict[str, _Band] = {}
+    for number, (name, data, zero_point) in enumerate(images):
+        match = _NAME.match(name)
+        role = _SUFFIX[match["suffix"]] if match else "image"
+        if name and role != "other" and name in names[:number]:
+            raise ValueError(
+                f"{names.count(name)} extensions are named {name}; of several bands each needs a "
+                "name of its own, as G_SCI, R_SCI"
+            )
+        key = (match["band"] or _PLAIN) if match else name or f"#{number}"
+        band = bands.setdefault(key, _Band())
+        if role != "image":
+            band.maps[role] = data
+        elif band.image is None or (match and match["suffix"] == "BGSUB"):
+            band.image, band.named, band.zero_point = data, name, zero_point
+    found = {name: band for name, band in bands.items() if band.image is not None}
+    if not found:
+        raise ValueError(f"none of the extensions {', '.join(names)} is an image")
+    if _PLAIN in found:
+        alone = len(found) == 1
+        return {(name if name or alone else band.named): band for name, band in found.items()}
+    maps = bands[_PLAIN].maps if _PLAIN in bands else {}
+    if maps.keys() - {"other"}:
+        if len(found) > 1:
+            plain = next(n for n in names if _SUFFIX.get(n, "other") != "other")
+            raise ValueError(
+                f"the extension {plain} does not say of which band it is; name it "
+                f"{next(iter(found))}_{plain}, say"
+            )
+        (only,) = found.values()
+        only.maps = maps | only.maps
+    return found
 
 
 def _zero_point(header: fits.Header) -> float:

@@ -242,6 +242,77 @@ def test_extensions_are_taken_for_what_their_names_say(tmp_path: Path) -> None:
         read_cutout([str(tmp_path / "a.fits")], 40, bands=["z"])
 
 
+SKY = NOISE[0]
+RMS = np.full((40, 40), 2.5, np.float32)
+MASK = np.zeros((40, 40), np.int16)
+MASK[3, 5] = 4
+
+
+def write_extensions(path: Path, extensions: list[tuple[str, np.ndarray]]) -> str:
+    """Each under its name; the first without one is the primary image."""
+    primary, rest = fits.PrimaryHDU(), extensions
+    if not extensions[0][0]:
+        primary, rest = fits.PrimaryHDU(extensions[0][1]), extensions[1:]
+    hdus = [primary, *(fits.ImageHDU(data, name=name) for name, data in rest)]
+    fits.HDUList(hdus).writeto(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "extensions",
+    [
+        [("SCI", SKY), ("ERR", RMS), ("DQ", MASK), ("PSF", SKY[:21, :21])],
+        [("WHT", 1 / RMS**2), ("FLAG", MASK), ("IMAGE", SKY)],
+        [("FLUX", SKY + 100), ("BGSUB", SKY), ("RMS", RMS), ("MASK", MASK)],
+        [("", SKY), ("ERR", RMS), ("MASK", MASK)],
+    ],
+)
+def test_extensions_named_by_their_roles_alone_are_one_band(
+    tmp_path: Path, extensions: list[tuple[str, np.ndarray]]
+) -> None:
+    """`SCI` with `ERR` was a cutout of two bands of these names."""
+    path = write_extensions(tmp_path / "a.fits", extensions)
+    found = read_image(path)
+    assert found.bands is None
+    assert found.pixels.shape == (1, 40, 40)
+    cutout = read_cutout([path], 40, names=["g"])
+    assert cutout.bands == ("g",)
+    good = MASK == 0
+    np.testing.assert_allclose(cutout.pixels[0][good], SKY[good] / 2.5, rtol=1e-6)
+    assert cutout.nan_fraction == pytest.approx(1 / 1600)
+    # So does a file for each band.
+    assert read_cutout([path, path], 40, bands=["g", "r"]).sigma == pytest.approx((2.5, 2.5))
+
+
+def test_a_role_alone_beside_named_bands(tmp_path: Path) -> None:
+    of_one = [("VIS", SKY), ("ERR", RMS), ("PSF", SKY[:21, :21])]
+    found = read_image(write_extensions(tmp_path / "one.fits", of_one))
+    assert (found.bands, found.sigma) == (("VIS",), (2.5,))
+    more = [("SCI", SKY), ("ERR", RMS), ("CON", NOISE[1])]
+    found = read_image(write_extensions(tmp_path / "more.fits", more))
+    assert found.bands == ("SCI", "CON")
+    assert found.sigma == pytest.approx((2.5, np.nan), nan_ok=True)
+    psf = [("G", SKY), ("R", NOISE[1]), ("PSF", SKY[:21, :21])]
+    assert read_image(write_extensions(tmp_path / "psf.fits", psf)).bands == ("G", "R")
+
+
+@pytest.mark.parametrize(
+    ("extensions", "reason"),
+    [
+        ([("SCI", SKY), ("ERR", RMS), ("SCI", SKY), ("ERR", RMS)], "2 extensions are named SCI"),
+        ([("G", SKY), ("G", SKY)], "2 extensions are named G"),
+        ([("G", SKY), ("R", SKY), ("MASK", MASK)], "of which band it is; name it G_MASK, say"),
+        ([("ERR", RMS), ("DQ", MASK)], "none of the extensions ERR, DQ is an image"),
+        ([("SCI", NOISE), ("ERR", NOISE)], r"each holds one band; the shape of one is \(3, 40, 40"),
+    ],
+)
+def test_extensions_that_leave_open_what_goes_together(
+    tmp_path: Path, extensions: list[tuple[str, np.ndarray]], reason: str
+) -> None:
+    with pytest.raises(CutoutError, match=reason):
+        read_image(write_extensions(tmp_path / "a.fits", extensions))
+
+
 def test_real_euclid_files(shared_data: Path) -> None:
     paths = sorted((shared_data / "euclid_q1").glob("*.fits"))
     assert len(paths) == 3
