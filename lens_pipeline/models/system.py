@@ -149,7 +149,9 @@ class LensClassifier(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         def total(value: Tensor) -> Tensor:
-            summed = self.trainer.strategy.reduce(value, reduce_op="sum")
+            if self._trainer is None:
+                return value
+            summed = self._trainer.strategy.reduce(value, reduce_op="sum")
             assert isinstance(summed, Tensor)
             return summed
 
@@ -284,7 +286,7 @@ class LitLensSystem(LensClassifier):
         features = self.features(images)
         # In 16 bits the best candidates' logits would be equal, which decide TPR at small FPR.
         with torch.autocast(features.device.type, enabled=False):
-            return self.head(self.dropout(features.float()))
+            return self.head(self.dropout(features.to(self.head.weight.dtype)))
 
     def drawn_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.features(images).float()

@@ -4,8 +4,9 @@ import errno
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -144,17 +145,24 @@ def save_aside(checkpoint: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with aside.open("wb") as file:
+        with telling_of_a_full_disk(path), aside.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def telling_of_a_full_disk(path: Path) -> Iterator[None]:
+    """Raises NoRoomError in the place of what a full disk under `path` raises."""
+    try:
+        yield
     except OSError as problem:
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise NoRoomError(
-            f"{path}: no room for a checkpoint; the last one that was written is kept; make room, "
-            "and the same command goes on from it"
+            f"{path}: there is no room on its disk; the last checkpoint that was written is kept; "
+            "make room, and the same command goes on from it"
         ) from None
-    finally:
-        aside.unlink(missing_ok=True)

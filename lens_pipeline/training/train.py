@@ -42,6 +42,7 @@ from lens_pipeline.training.checkpoints import (
     LastCheckpoint,
     RenamedCheckpoints,
     save_aside,
+    telling_of_a_full_disk,
 )
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.loggers import end, file_loggers
@@ -316,7 +317,8 @@ def _fit(
         # Of memory that is written to anyway: with the deterministic kernels torch would do it.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         try:
-            trainer.fit(system, data, ckpt_path=going_on, weights_only=True)
+            with telling_of_a_full_disk(out):
+                trainer.fit(system, data, ckpt_path=going_on, weights_only=True)
         except SystemExit:
             raise KeyboardInterrupt from None
         finally:

@@ -19,8 +19,8 @@ from lens_pipeline.training.config import TrainConfig
 
 class KillAt(Callback):
     """kill -9 when a batch of all has been trained on, before a checkpoint is written; or in the
-    validation after it; or when the epoch's best checkpoint is written, and `last.ckpt` is not; or
-    when all is fitted, and nothing is finished."""
+    validation after it; or when `last.ckpt` is to be written, behind the best one; or when all is
+    fitted, and nothing is finished."""
 
     def __init__(self, batch: int, when: str = "batch") -> None:
         self.batch, self.when = batch, when
@@ -33,8 +33,10 @@ class KillAt(Callback):
     def on_validation_batch_end(self, trainer: Trainer, *_: object) -> None:
         self._now("validation", trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._now("epoch", trainer)
+    def on_save_checkpoint(
+        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._now("last", trainer)  # is not called for what holds weights alone, as the best does
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._now("end", trainer)

@@ -169,7 +169,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(uneven_shards: Path, small_disk: 
                 with pytest.raises(OSError, match="No space"):
                     (small_disk / "others").write_bytes(bytes(110_000_000))
 
-    with pytest.raises(InputError, match=rf"{out}/\S+: no room for a checkpoint"):
+    with pytest.raises(InputError, match=rf"{out}\S*: there is no room on its disk"):
         _train(config, uneven_shards, out, Fill())
     kept = torch.load(out / "last.ckpt", weights_only=True)
     assert kept["global_step"] in (2, 3)
