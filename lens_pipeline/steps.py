@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import uuid4
 
 import filelock
 
@@ -64,7 +65,8 @@ def write_aside(path: Path, text: str) -> None:
 @contextmanager
 def folder_aside(out: Path) -> Iterator[Path]:
     """An empty folder that becomes `out` when the block ends well, and is removed when it fails."""
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    # Not by the process: in a container that was killed the next has the same number.
+    aside = out.with_name(f".{out.name}.{uuid4().hex[:12]}")
     aside.mkdir(parents=True)
     try:
         yield aside

@@ -4,6 +4,8 @@ import itertools
 import posixpath
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -73,15 +75,49 @@ def names_table(location: str) -> bool:
 def state_of(info: Mapping[str, Any]) -> str | None:
     """What tells a file's state from later ones, by what a filesystem says of it; None where it
     says nothing of the kind."""
-    changed = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified")
-    return None if changed is None else f"{info['size']} {changed}"
+    known = (info.get("size"), info.get("ETag") or info.get("etag") or _when(info))
+    return " ".join(str(part) for part in known if part is not None) or None
+
+
+def _when(info: Mapping[str, Any]) -> Any:
+    """When a file has changed, as its filesystem says it: a number, a text or a datetime."""
+    return info.get("mtime") or info.get("LastModified") or info.get("Last-Modified")
+
+
+def _seconds(when: Any) -> float:
+    """Since 1970; 0 of what is not known."""
+    if isinstance(when, str):
+        try:
+            when = parsedate_to_datetime(when)  # as web servers say it
+        except ValueError:
+            return 0
+    return float((when.timestamp() if isinstance(when, datetime) else when) or 0)
 
 
 def states_of(
     paths: Iterable[str], storage_options: Mapping[str, Any] | None = None
 ) -> Iterator[tuple[str, str | None]]:
     """(path, its `state_of`) in the order of the paths; None of what cannot be had, for what is
-    wrong is told when it is read.
+    wrong is told when it is read. Raises NoAnswerError where a store fails."""
+    for path, info in _infos(paths, storage_options):
+        yield path, None if info is None else state_of(info)
+
+
+def changed_since(
+    paths: Iterable[str], when: float, storage_options: Mapping[str, Any] | None = None
+) -> str | None:
+    """The first of these that has changed since a time (seconds since 1970), by the clock of its
+    store; None where none has, or none says when. Raises NoAnswerError where a store fails."""
+    for path, info in _infos(paths, storage_options):
+        if info is not None and _seconds(_when(info)) > when:
+            return path
+    return None
+
+
+def _infos(
+    paths: Iterable[str], storage_options: Mapping[str, Any] | None
+) -> Iterator[tuple[str, Mapping[str, Any] | None]]:
+    """(path, what its filesystem says of it), sorted; None of what cannot be had.
 
     A bucket is asked once for a thousand objects where it would else be asked for each. Raises
     NoAnswerError where a store fails.
@@ -97,7 +133,7 @@ def states_of(
                         info = filesystem.info(inside)
                 else:
                     info = listed[inside]
-                yield path, state_of(info)
+                yield path, info
             except NoAnswerError:
                 raise
             except Exception:  # noqa: BLE001  (each store has errors of its own)

@@ -1,15 +1,26 @@
 """Places: what LENS_STORAGE_OPTIONS says reaches the store; what names a table."""
 
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lens_pipeline.errors import NoAnswerError
-from lens_pipeline.storage import READ_LIMIT, asking, locate, names_table, states_of
+from lens_pipeline.storage import (
+    READ_LIMIT,
+    asking,
+    changed_since,
+    locate,
+    names_table,
+    states_of,
+)
 from lens_pipeline_tests.faulty_proxy import FaultyProxy
 from lens_pipeline_tests.object_stores import S3Server, sign_in
 
@@ -40,6 +51,40 @@ def ask(url: str, options: dict[str, Any]) -> Any:
     with suppress(FileNotFoundError):
         filesystem.cat_file(path)
     return filesystem
+
+
+def test_what_has_changed_since_is_told_by_the_clock_of_its_store(
+    tmp_path: Path, s3_bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sign_in(monkeypatch, s3_server.environment())
+    options = {"endpoint_url": s3_server.url}
+    bucket = locate(s3_bucket, options)[0]
+    now = time.time()
+    for name in ("a", "b"):
+        (tmp_path / name).touch()
+        bucket.pipe_file(f"{s3_bucket}/{name}", b"pixels")
+    os.utime(tmp_path / "a", (now - 50, now - 50))
+    local, remote = ([f"{place}/{name}" for name in "ab"] for place in (tmp_path, s3_bucket))
+    assert changed_since(local, now - 20) == local[1]
+    assert changed_since(local, now + 20) is None
+    assert changed_since(remote, now - 20, options) == remote[0]
+    assert changed_since([*remote, f"{s3_bucket}/missing"], now + 20, options) is None
+
+
+def test_a_file_of_a_web_server_is_told_from_a_later_one(tmp_path: Path) -> None:
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a.npy"
+        found = []
+        for when in (1_000_000_000, 1_100_000_000):
+            (tmp_path / "a.npy").write_bytes(b"pixels")
+            os.utime(tmp_path / "a.npy", (when, when))
+            found += states_of([url])
+            assert changed_since([url], when - 10) == url
+            assert changed_since([url], when + 10) is None
+        server.shutdown()
+    assert found[0] != found[1]
 
 
 def test_endpoint_region_and_who_pays_on_s3(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -37,11 +38,13 @@ PARTS = (*FRACTIONS, "unlabelled")
 LIBRARIES = (
     "numpy", "pandas", "pyarrow", "astropy", "scipy", "pillow", "tifffile", "pypng",
 )  # fmt: skip
+SCALE_SPREAD = 0.01  # of pixel scales that are one, as each image's own astrometry tells it
 SAMPLE = 256  # cutouts that decide on the bands and units of all
 REJECT_COLUMNS = ["id", "row", "file", "column", "reason"]
 
 
 COMPOSITE_BANDS = ("red", "green", "blue")
+log = logging.getLogger(__name__)
 
 
 def unnamed(n_bands: int) -> tuple[str, ...]:
@@ -396,8 +399,17 @@ def _common_format(
 def _pixel_scale(table: pd.DataFrame) -> float | None:
     if "pixel_scale" not in table:
         return None
-    values = table["pixel_scale"].dropna().unique()
-    return float(values[0]) if len(values) == 1 else None
+    values = pd.to_numeric(table["pixel_scale"], errors="coerce").dropna().to_numpy(float)
+    if not len(values):
+        return None
+    if values.max() > values.min() * (1 + SCALE_SPREAD):
+        log.warning(
+            "  pixel scales from %g to %g arcsec: galaxies of one size differ in pixels, and the "
+            "model will not tell which scale it takes",
+            values.min(), values.max(),
+        )  # fmt: skip
+        return None
+    return float(np.median(values))
 
 
 def _rejects(catalogue: Catalogue, rejects: list[tuple[int, CutoutError]]) -> pd.DataFrame:

@@ -5,6 +5,7 @@ JPEG, integer TIFF) is value / full scale. Nothing else is done to a pixel: the 
 the model's input.
 """
 
+import gzip
 import hashlib
 import io
 import math
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from astropy.stats import mad_std, sigma_clip
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.fits_images import read_fits
@@ -25,6 +27,7 @@ SIGMA_UNITS = "background_sigma"
 COMPOSITE = "composite"
 FLUX = "flux"  # as read: becomes SIGMA_UNITS
 FLOAT16_MAX = float(np.finfo(np.float16).max)
+NPY_HEAD = 4096  # bytes: more than the head of a NumPy file
 STACK_ROW = re.compile(r"^(?P<file>.*\.npy)#(?P<row>\d+)$")
 
 
@@ -122,6 +125,8 @@ def read_image(
         if path.endswith(".npy"):
             return Cutout(_as_cube(_read_npy(reference, path, options)), _linear(flux_unit))
         content = _content(path, options)
+        if path.endswith(".gz"):
+            content, path = gzip.decompress(content), path.removesuffix(".gz")
     except FileNotFoundError:
         raise CutoutError("the file is missing") from None
     except (CutoutError, NoAnswerError):
@@ -155,10 +160,12 @@ def decode_image(content: bytes, suffix: str, flux_unit: str | None = None) -> C
     )
 
 
-def _content(path: str, options: dict[str, Any] | None) -> bytes:
+def _content(
+    path: str, options: dict[str, Any] | None, begin: int | None = None, end: int | None = None
+) -> bytes:
     filesystem, inside = locate(path, options)
     with asking(path):
-        return filesystem.cat_file(inside)
+        return filesystem.cat_file(inside, begin, end)
 
 
 def _linear(flux_unit: str | None) -> str:
@@ -184,15 +191,35 @@ def _read_npz(content: bytes, units: str) -> Cutout:
 
 def _read_npy(reference: str, path: str, options: dict[str, Any] | None) -> NDArray[Any]:
     row = STACK_ROW.match(reference)
+    if "://" in path and row:
+        return _remote_row(path, int(row["row"]), options)
     if "://" in path:
         array = np.load(io.BytesIO(_content(path, options)), allow_pickle=False)
     else:
         array = np.load(path, mmap_mode="r" if row else None, allow_pickle=False)
     if row:
-        if array.ndim != 4 or int(row["row"]) >= len(array):
-            raise CutoutError(f"there is no row {row['row']} in a stack of shape {array.shape}")
+        _check_row(int(row["row"]), array.shape)
         array = array[int(row["row"])]
     return array
+
+
+def _check_row(row: int, shape: tuple[int, ...]) -> None:
+    if len(shape) != 4 or row >= shape[0]:
+        raise CutoutError(f"there is no row {row} in a stack of shape {shape}")
+
+
+def _remote_row(path: str, row: int, options: dict[str, Any] | None) -> NDArray[Any]:
+    """A row of a stack in a store, of which nothing else is fetched but its head."""
+    head = io.BytesIO(_content(path, options, 0, NPY_HEAD))
+    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    shape, by_columns, dtype = read[npy.read_magic(head)](head)
+    _check_row(row, shape)
+    if by_columns or dtype.hasobject:
+        raise CutoutError("a stack must be of numbers, row after row (C order)")
+    size = dtype.itemsize * math.prod(shape[1:])
+    begin = head.tell() + row * size
+    content = _content(path, options, begin, begin + size)
+    return np.frombuffer(content, dtype).reshape(shape[1:])
 
 
 def _read_picture(content: bytes) -> tuple[NDArray[np.float32], bool]:

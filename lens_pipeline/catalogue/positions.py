@@ -11,11 +11,21 @@ RADIUS = 2.0  # arcsec: two surveys place one galaxy closer, and cutouts of two 
 
 
 def with_position(table: pd.DataFrame) -> pd.Series:
-    """Which rows say where on the sky they are, in columns `ra` and `dec` (degrees)."""
-    if not {"ra", "dec"} <= set(table):
-        return pd.Series(False, index=table.index)
-    ra, dec = (pd.to_numeric(table[name], errors="coerce") for name in ("ra", "dec"))
+    """Which rows say where on the sky they are, in columns `ra` and `dec` (degrees), in any case of
+    letters."""
+    ra, dec = _sky(table)
     return ra.notna() & np.isfinite(ra) & dec.between(-90, 90)
+
+
+def _sky(table: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+    """(right ascension, declination), NaN where they are not known."""
+    unknown = pd.Series(np.nan, index=table.index)
+    named = {str(name).lower(): table[name] for name in reversed(table.columns)}
+    ra, dec = (
+        pd.to_numeric(named.get(name, unknown), errors="coerce").astype(float)
+        for name in ("ra", "dec")
+    )
+    return ra, dec
 
 
 def positions_in_two_splits(table: pd.DataFrame, split: pd.Series) -> pd.DataFrame:
@@ -32,8 +42,8 @@ def positions_in_two_splits(table: pd.DataFrame, split: pd.Series) -> pd.DataFra
     rows = table[with_position(table)]
     if rows.empty:
         return pd.DataFrame(columns=columns)
-    sky = {name: pd.to_numeric(rows[name]) for name in ("ra", "dec")}
-    rows = rows.assign(split=split, **sky)
+    ra, dec = _sky(rows)
+    rows = rows.assign(split=split, ra=ra, dec=dec)
     places = rows.drop_duplicates(["split", "ra", "dec"])
     of_split = {part: places[places["split"] == part] for part in FRACTIONS}
     found: list[tuple[str, str, str, str, float]] = []

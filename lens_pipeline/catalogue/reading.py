@@ -25,7 +25,7 @@ CHUNK = 64  # rows that are read at a time
 REQUESTS = 16  # that are under way at a time to an object store, for each process
 WORTH = 5.0  # seconds of reading for which a process is started
 
-Source = tuple[int, list[str], str | None]  # row, image files, unit
+Source = tuple[int, list[str], str | None, list[str] | None]  # row, image files, unit, bands
 Read = tuple[int, Cutout | CutoutError]
 
 
@@ -52,12 +52,12 @@ def read_cutouts(
     paths = table[catalogue.image_columns].to_numpy().tolist()
     unit = table["flux_unit"] if "flux_unit" in table else pd.Series([None] * len(table))
     units = [None if pd.isna(value) else value for value in unit]
-    sources = zip(rows.tolist(), paths, units, strict=True)
+    named = Catalogue(table, catalogue.source).bands_of_rows
+    sources = zip(rows.tolist(), paths, units, named, strict=True)
     chunks = iter(lambda: list(islice(sources, CHUNK)), [])
     read = partial(
         _read_chunk,
         size=image_size,
-        names=catalogue.bands,
         bands=bands,
         pad=pad,
         options=options,
@@ -75,14 +75,14 @@ def read_cutouts(
 
 def _read_chunk(sources: list[Source], **how: Any) -> list[Read]:
     def read(source: Source) -> Read:
-        row, paths, unit = source
+        row, paths, unit, names = source
         try:
-            return row, read_cutout(paths, flux_unit=unit, **how)
+            return row, read_cutout(paths, flux_unit=unit, names=names, **how)
         except CutoutError as reason:
             return row, reason
 
     with strict_fits():
-        if not any("://" in path for _, paths, _ in sources for path in paths):
+        if not any("://" in path for _, paths, *_ in sources for path in paths):
             return list(map(read, sources))
         with ThreadPoolExecutor(REQUESTS) as pool:
             return list(pool.map(read, sources))

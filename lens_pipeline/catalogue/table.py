@@ -21,7 +21,11 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.storage import TABLES, asking, locate
 
 SPLITS = ("train", "val", "test")
-IMAGE_SUFFIXES = (".fits", ".fit", ".fz", ".npy", ".npz", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    *(".fits", ".fit", ".fz", ".fits.gz", ".fit.gz", ".npy", ".npz"),
+    *(".png", ".jpg", ".jpeg", ".tif", ".tiff"),
+)
+LOOKED_AT = 10_000  # rows, for numbers that are not meant as such
 TEXT_COLUMNS = ("id", "path", "label", "group", "split", "survey", "flux_unit")
 CLASS_FOLDERS = {"lens": "1", "nonlens": "0"}
 
@@ -59,7 +63,14 @@ class Catalogue:
         if columns != ["path"]:
             return [name.removeprefix("path_") for name in columns]
         stated = set(self.table["bands"].dropna()) if "bands" in self.table else set()
-        return [name.strip() for name in str(stated.pop()).split(",")] if len(stated) == 1 else None
+        return _split_names(stated.pop()) if len(stated) == 1 else None
+
+    @property
+    def bands_of_rows(self) -> list[list[str] | None]:
+        """Those of each row, which need not be the same, nor in one order."""
+        if self.image_columns != ["path"] or "bands" not in self.table:
+            return [self.bands] * len(self.table)
+        return [None if pd.isna(stated) else _split_names(stated) for stated in self.table["bands"]]
 
     def of_surveys(self, names: Sequence[str], split_seed: int) -> "Catalogue":
         """The rows of these surveys, each in the split that it has among all: a group may show one
@@ -82,6 +93,10 @@ class Catalogue:
         split = assign_splits(self.table, split_seed)
         whole = self.table.assign(split=split.where(self.table["label"].notna(), None))
         return Catalogue(whole[survey.isin(names)], f"{self.source} ({', '.join(names)})")
+
+
+def _split_names(text: Any) -> list[str]:
+    return [name.strip() for name in str(text).split(",")]
 
 
 def read_catalogue(path: str | Path, storage_options: Mapping[str, Any] | None = None) -> Catalogue:
@@ -175,21 +190,39 @@ def _read_csv(content: io.BytesIO, source: str) -> pd.DataFrame:
     except pd.errors.EmptyDataError:
         raise InputError(f"{source}: the file is empty; a header with `id` is needed") from None
     content.seek(0)
-    text = {c: str for c in header if c in TEXT_COLUMNS or c.startswith("path_")}
     # Only an empty field is a missing one: an id may be "NA". A comma that ends every row makes no
     # column an index, and whole columns are looked at before they are taken for numbers.
-    return pd.read_csv(
-        content,
-        dtype=text,
-        keep_default_na=False,
-        na_values=[""],
-        index_col=False,
-        low_memory=False,
-    )
+    how: dict[str, Any] = {
+        **{"keep_default_na": False, "na_values": [""], "index_col": False, "low_memory": False},
+    }
+    first = pd.read_csv(content, dtype=str, nrows=LOOKED_AT, **how)
+    content.seek(0)
+    text = {
+        name: str
+        for name in header
+        if name in TEXT_COLUMNS
+        or name.startswith("path_")
+        or first[name]
+        .astype("string")
+        .str.fullmatch(r"0\d+")
+        .any()  # a number would lose its zeros
+    }
+    table = pd.read_csv(content, dtype=text, **how)
+    content.seek(0)
+    # A column with an empty field is read as floats, which hold 15 digits: other surveys' ids have
+    # more.
+    floats = table.select_dtypes("float64")
+    lossy = [name for name in floats if (floats[name].abs() >= 2**53).any()]
+    if lossy:
+        exact = pd.read_csv(content, dtype=str, usecols=lossy, **how)
+        for name in lossy:
+            table[name] = pd.to_numeric(exact[name], dtype_backend="numpy_nullable")
+    return table
 
 
 def _read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str) -> pd.DataFrame:
     rows: list[dict[str, str]] = []
+    tables: list[pd.DataFrame] = []
     for split in SPLITS:
         listing = posixpath.join(inside, f"{split}.csv")
         if filesystem.exists(listing):
@@ -198,9 +231,10 @@ def _read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str
             missing = {"filepath", "label"} - set(table)
             if missing:
                 raise InputError(f"{listing}: column {sorted(missing)[0]} is missing")
-            table["label"] = _labels(table, listing)
-            for path, label in zip(table["filepath"].astype(str), table["label"], strict=True):
-                rows.append({"id": path, "path": path, "label": label, "split": split})
+            paths = _text(table["filepath"])
+            ids = _text(table["id"]).fillna(paths) if "id" in table else paths
+            table = table.assign(id=ids, path=paths, split=split, label=_labels(table, listing))
+            tables.append(table.drop(columns="filepath"))
             continue  # the listing says what of the split's folders belongs to it
         for kind, label in CLASS_FOLDERS.items():
             folder = posixpath.join(inside, split, kind)
@@ -208,14 +242,16 @@ def _read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str
                 for name in _images_in(filesystem, folder):
                     path = f"{split}/{kind}/{name}"
                     rows.append({"id": path, "path": path, "label": label, "split": split})
-    if not rows:
+    if not rows and not tables:
         rows = [{"id": name, "path": name} for name in _images_in(filesystem, inside)]
-    if not rows:
+    if rows:
+        tables.append(pd.DataFrame(rows))
+    if not tables:
         raise InputError(
             f"{source}: no cutouts; a folder holds images, or train|val|test/lens|nonlens/ with "
             "them, or train.csv ..."
         )
-    return pd.DataFrame(rows)
+    return pd.concat(tables, ignore_index=True)
 
 
 def _images_in(filesystem: fsspec.AbstractFileSystem, folder: str) -> list[str]:

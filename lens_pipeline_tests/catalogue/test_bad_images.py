@@ -197,9 +197,9 @@ def _bright(folder: Path, i: int) -> str:
     return name
 
 
-@kind("unknown type", r"the file type \.(txt|csv|gz) is not known; use FITS, NPY, .+")
+@kind("unknown type", r"the file type \.(txt|csv|dat) is not known; use FITS, NPY, .+")
 def _unknown(folder: Path, i: int) -> str:
-    name = f"unknown{i}.{suffix_of(i, 'txt', 'csv', 'fits.gz')}"
+    name = f"unknown{i}.{suffix_of(i, 'txt', 'csv', 'dat')}"
     (folder / name).write_text("1 2 3\n")
     return name
 

@@ -1,9 +1,11 @@
 """From files to pixels: formats, units, and images that cannot be used."""
 
+import io
 import struct
 import zlib
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import tifffile
@@ -25,6 +27,32 @@ def test_linear_flux_is_in_background_sigma(tmp_path: Path) -> None:
     corner = cutout.pixels[:, :15, :]
     np.testing.assert_allclose(corner.std(axis=(1, 2)), 1, atol=0.07)
     np.testing.assert_allclose(cutout.pixels[0], NOISE[0] / background_sigma(NOISE[0]), rtol=1e-5)
+
+
+def test_a_compressed_file_is_read_as_what_it_holds(tmp_path: Path) -> None:
+    fits.PrimaryHDU(NOISE).writeto(tmp_path / "a.fits.gz")
+    fits.PrimaryHDU(NOISE).writeto(tmp_path / "a.fits")
+    compressed, plain = (read_image(str(tmp_path / name)) for name in ("a.fits.gz", "a.fits"))
+    np.testing.assert_array_equal(compressed.pixels, plain.pixels)
+    (tmp_path / "a.fits.gz").write_bytes((tmp_path / "a.fits.gz").read_bytes()[:1000])
+    with pytest.raises(CutoutError, match="cannot be read"):
+        read_image(str(tmp_path / "a.fits.gz"))
+
+
+def test_of_a_stack_in_a_store_its_row_alone_is_fetched() -> None:
+    stack = np.arange(20 * 3 * 40 * 40, dtype=np.float32).reshape(20, 3, 40, 40)
+    whole = io.BytesIO()
+    np.save(whole, stack)
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/stack.npy", whole.getvalue()[: 128 + stack[:6].nbytes])  # the rest is away
+    found = read_image("memory://stack.npy#5", "background_sigma")
+    np.testing.assert_array_equal(found.pixels, stack[5])
+    with pytest.raises(CutoutError, match=r"no row 20 in a stack of shape \(20, 3, 40, 40\)"):
+        read_image("memory://stack.npy#20")
+    np.save(whole := io.BytesIO(), np.asfortranarray(stack))
+    memory.pipe_file("/columns.npy", whole.getvalue())
+    with pytest.raises(CutoutError, match="C order"):
+        read_image("memory://columns.npy#5")
 
 
 def test_stated_background_sigma_is_left_alone(tmp_path: Path) -> None:

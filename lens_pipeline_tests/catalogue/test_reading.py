@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from lens_pipeline.catalogue import reading
-from lens_pipeline.catalogue.dataset import build_dataset
+from lens_pipeline.catalogue.dataset import CutoutFormat, build_dataset
 from lens_pipeline.catalogue.images import Cutout
 from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.table import Catalogue, read_catalogue, source_fingerprint
@@ -36,6 +36,21 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
     table["flux_unit"] = "background_sigma"
     table.to_csv(folder / "table.csv", index=False)
     return read_catalogue(folder / "table.csv")
+
+
+def test_each_row_may_name_its_bands_in_an_order_of_its_own(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).normal(size=(3, 32, 32)).astype(np.float32)
+    for name, order in (("a", [0, 1, 2]), ("b", [2, 0, 1])):
+        np.save(tmp_path / f"{name}.npy", pixels[order])
+    table = pd.DataFrame(
+        {"id": ["a", "b"], "path": ["a.npy", "b.npy"], "bands": ["g,r,i", "i, g,r"]}
+    )
+    table.assign(flux_unit="background_sigma").to_csv(tmp_path / "table.csv", index=False)
+    read = read_cutouts(read_catalogue(tmp_path / "table.csv"), 32)
+    form = CutoutFormat(("g", "r", "i"), 32, "background_sigma", None)
+    for _, cutout in read:
+        assert isinstance(cutout, Cutout)
+        np.testing.assert_array_equal(form.fitted(cutout).pixels, pixels)
 
 
 def test_processes_change_nothing(catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,33 @@ def test_listings_of_splits(tmp_path: Path) -> None:
     assert table["path"].tolist()[2] == f"{tmp_path}/images/c.png"
 
 
+def test_listings_keep_their_other_columns(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("filepath,label,group,ra\na.png,1,galaxy,10.5\nb.png,0,,\n")
+    (tmp_path / "test.csv").write_text("id,filepath,label,group\nother,c.png,1,galaxy\n")
+    with pytest.raises(InputError, match="row 3, column split: 'test' differs from that of"):
+        read_catalogue(tmp_path)  # one galaxy in two splits
+    (tmp_path / "test.csv").write_text("id,filepath,label,group\nother,c.png,1,another\n")
+    table = read_catalogue(tmp_path).table
+    assert table["id"].tolist() == ["a.png", "b.png", "other"]
+    assert table["group"].tolist() == ["galaxy", "b.png", "another"]
+    assert table["ra"].tolist()[0] == 10.5
+
+
+def test_ids_of_other_surveys_keep_their_digits_and_zeros(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(
+        "id,path,gaia_id,tile,flux\n"
+        "a,a.npy,4295806720123456789,0012,1.5\n"
+        "b,b.npy,,0400,2e17\n"
+        "c,c.npy,4295806720123456791,1000,\n"
+    )
+    table = read_catalogue(tmp_path / "t.csv").table
+    assert table["gaia_id"].tolist()[0] == 4295806720123456789
+    assert table["gaia_id"].tolist()[2] == 4295806720123456791
+    assert table["gaia_id"].isna().tolist() == [False, True, False]
+    assert table["tile"].tolist() == ["0012", "0400", "1000"]
+    assert table["flux"].tolist()[:2] == [1.5, 2e17]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
