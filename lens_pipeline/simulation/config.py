@@ -24,7 +24,7 @@ from scipy.special import ndtr, ndtri
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.simulation.decoy_kinds import KEEP_HOST, MIXTURE
-from lens_pipeline.simulation.surveys import Survey, find_survey
+from lens_pipeline.simulation.surveys import Survey, find_survey, of_bands
 
 Array = NDArray[np.float64]
 
@@ -167,6 +167,7 @@ def load_config(survey: str, file: str | Path | None = None) -> SimulationConfig
     if not isinstance(values, dict) or not isinstance(values.get("survey", {}), dict):
         raise InputError(f"{file}: must hold keys and values, and so must survey")
     stated = values.get("survey", {})
+    stated = of_bands(preset, stated.get("bands")) | stated
     if "psf" in stated:
         stated = stated | {"psf": _beside(file, stated["psf"])}
     if "hosts" in values:
@@ -176,7 +177,8 @@ def load_config(survey: str, file: str | Path | None = None) -> SimulationConfig
     except ValidationError as problem:
         first = problem.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{file}: {place}: {first['msg']}".replace(": :", ":")) from None
+        said = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{file}: {place}: {said}".replace(": :", ":")) from None
 
 
 def _beside(file: str | Path, path: Any) -> Any:

@@ -1,15 +1,16 @@
 """What a survey's camera and sky do to a cutout."""
 
 import difflib
-from typing import Annotated
+from typing import Annotated, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lens_pipeline.errors import InputError
 
 KNOWN_BANDS = ("g", "r", "i", "VIS")
+PER_BAND = ("sky_brightness", "zero_point", "exposure_time")
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -35,6 +36,19 @@ class Survey(BaseModel):
     gain: Positive = Field(description="electrons per ADU")
     read_noise: float = Field(ge=0, description="electrons per pixel and exposure")
 
+    @model_validator(mode="after")
+    def _one_a_band(self) -> Self:
+        for band in self.bands:
+            if band not in KNOWN_BANDS:
+                raise ValueError(f"bands: {band!r} is none of {', '.join(KNOWN_BANDS)}")
+        for name in PER_BAND:
+            if len(getattr(self, name)) != len(self.bands):
+                raise ValueError(
+                    f"{name}: has {len(getattr(self, name))} values for the bands "
+                    f"{', '.join(self.bands)}; give one for each"
+                )
+        return self
+
     def electrons(self, magnitude: NDArray[np.float64]) -> NDArray[np.float64]:
         """Electrons (..., bands) that the coadd collects from AB magnitudes (..., bands)."""
         scale = self.gain * np.asarray(self.exposure_time)
@@ -45,6 +59,14 @@ class Survey(BaseModel):
         """Variance of an empty pixel, electrons^2, (bands,): Poisson sky plus read noise."""
         sky = self.electrons(np.asarray(self.sky_brightness)) * self.pixel_scale**2
         return sky + self.exposures * self.read_noise**2
+
+
+def of_bands(survey: Survey, bands: Any) -> dict[str, Any]:
+    """What a survey says of each of some of its bands; nothing of others."""
+    if not isinstance(bands, list) or not set(map(str, bands)) <= set(survey.bands):
+        return {}
+    places = [survey.bands.index(band) for band in bands]
+    return {name: [getattr(survey, name)[place] for place in places] for name in PER_BAND}
 
 
 _GRI = ("g", "r", "i")

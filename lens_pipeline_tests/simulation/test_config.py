@@ -78,6 +78,9 @@ def test_a_users_file_chooses_decoys_sources_and_seeing(tmp_path: Path) -> None:
         ("decoys: {planet: 1}", "planet is none of"),
         ("decoys: {ring: 0}", "at least one weight"),
         ("survey: {seeing: -1}", "survey.seeing"),
+        ("survey: {bands: [g, z]}", "survey: bands: 'z' is none of g, r, i, VIS"),
+        ("survey: {zero_point: [25]}", "zero_point: has 1 values for the bands g, r, i"),
+        ("survey: {bands: [VIS]}", "sky_brightness: has 3 values for the bands VIS; give one"),
         ("survey: {bands: [g]}\npopulation: {shear: {distribution: flat}}", "population.shear"),
         ("population: {min_magnification: [3]}", "population.min_magnification"),
     ],
@@ -88,6 +91,16 @@ def test_what_is_wrong_in_a_users_file_is_named(text: str, named: str, tmp_path:
         load_config("des", file)
     assert str(file) in str(problem.value)
     assert named in str(problem.value)
+
+
+def test_some_bands_of_a_survey_keep_what_it_says_of_them(tmp_path: Path) -> None:
+    preset = load_config("des").survey
+    survey = load_config("des", write(tmp_path, "survey: {bands: [i, g]}")).survey
+    assert survey.bands == ("i", "g")
+    assert survey.zero_point == (preset.zero_point[2], preset.zero_point[0])
+    assert survey.sky_brightness == (preset.sky_brightness[2], preset.sky_brightness[0])
+    config = load_config("des", write(tmp_path, "survey: {bands: [r]}"))
+    assert simulate("des", 4, config=config, image_size=32).images.shape[1] == 1
 
 
 def test_a_population_without_detectable_lenses_is_an_error(tmp_path: Path) -> None:
