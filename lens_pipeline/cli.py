@@ -393,7 +393,7 @@ def _prune(options: argparse.Namespace) -> int:
 
 
 def _promote(options: argparse.Namespace) -> int:
-    from lens_pipeline.registry import MODEL, Registry
+    from lens_pipeline.registry import GATE, MODEL, PASSED, Registry
 
     registry = Registry(Settings.load(home=options.home))
     registry.require()
@@ -403,7 +403,10 @@ def _promote(options: argparse.Namespace) -> int:
             f"promote {options.version}: {MODEL} has the versions {', '.join(known) or '(none)'}"
         )
     with registry.lock():
+        verdict = registry.version(options.version).tags.get(GATE, PASSED)
         registry.promote(options.version)
+        against = () if verdict == PASSED else (f"before: {verdict}",)
+        registry.judge(options.version, ("promoted by hand", *against))
     print(f"{MODEL} version {options.version} is champion")
     return 0
 

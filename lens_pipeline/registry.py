@@ -244,8 +244,9 @@ class Registry:
         try:
             assert self.client  # sets MLflow's URIs
             uri = self._numbered(uri or self._default_uri())
-            with _import_path_kept():
-                model = mlflow.pyfunc.load_model(uri)
+            # MLflow would leave what it fetches where it lies; the ensemble is in memory then.
+            with _import_path_kept(), TemporaryDirectory() as fetched:
+                model = mlflow.pyfunc.load_model(uri, dst_path=fetched)
         except (MlflowException, OSError) as problem:
             raise _told(f"--model: {uri or MODEL} cannot be loaded", problem) from None
         return model.unwrap_python_model().ensemble, uri
@@ -265,7 +266,10 @@ class Registry:
         try:
             assert self.client  # sets MLflow's URIs
             uri = self._numbered(uri)
-            folder = self.settings.home / "cache" / uri.replace(":", "")
+            # The number alone would be that of another server's version, too.
+            version = self.client.get_model_version(*uri.removeprefix("models:/").split("/"))
+            which = digest([self.settings.mlflow_uri, version.source, version.run_id])[:16]
+            folder = self.settings.home / "cache" / "models" / f"{version.name}-{which}"
             folder.parent.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
                 if not folder.exists():

@@ -124,6 +124,8 @@ def test_a_better_model_becomes_champion_a_worse_one_never_and_the_former_comes_
     assert main(["promote", "3", "--home", str(home)]) == 0
     assert aliases(home)["champion"] == "3"
     assert run(right, much)["gate"]["passed"]
+    verdict = client_of(home).get_model_version(MODEL, "3").tags["lens.gate"]
+    assert verdict == "promoted by hand; before: version 3 was rolled back; promote it by hand"
 
     # A model that was trained on what the champion is tested on, and the other way round.
     swapped = {"test": "train", "train": "test", "val": "val"}

@@ -12,6 +12,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -106,6 +107,34 @@ def test_a_killed_command_goes_on_and_ends_with_what_it_would_have(
     assert scores.loc[~unusable, "probability"].notna().all()
     assert scores["note"].iloc[-1] == "the last"
     assert scores["label"].dtype == "Int8"
+
+
+def test_an_image_that_has_changed_since_is_not_scored_as_it_was(
+    home: Path, survey: Path, killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.read_parquet(survey)
+    stack = Path(table["path"][1].partition("#")[0])
+    times = stack.stat()
+    os.utime(stack, (time.time() + 60, time.time() + 60))
+    try:
+        assert main(command(home, survey, killed.with_name("scores.parquet"))) == 2
+        assert f"has scores of {stack} as it was before it changed" in capsys.readouterr().err
+    finally:
+        os.utime(stack, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_row_groups_are_larger_than_parts(undisturbed: Path) -> None:
+    assert pq.read_metadata(undisturbed).num_row_groups == 1
+
+
+def test_rows_without_a_pixel_scale_are_told(
+    home: Path, simulated_catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.read_parquet(simulated_catalogue)[:8].drop(columns="pixel_scale")
+    table["path"] = [str(simulated_catalogue.parent / path) for path in table["path"]]
+    table.to_parquet(tmp_path / "few.parquet", index=False)
+    assert main(command(home, tmp_path / "few.parquet", tmp_path / "scores.csv")) == 0
+    assert "8 of 8 rows state no pixel_scale; the model takes 0.263" in capsys.readouterr().err
 
 
 def test_parts_of_another_model_are_refused(

@@ -176,7 +176,7 @@ def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
         Metrics with 95 % intervals, completeness and purity, what a survey may expect of it, a
         report; and the scores of every cutout.
         """
-        import pandas as pd
+        import pyarrow.parquet as pq
 
         from lens_pipeline.evaluation.report import forecast_table, kinds_table, surveys_table
         from lens_pipeline.evaluation.result import ENSEMBLE as FUSED
@@ -219,7 +219,8 @@ def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
             lens.registry.aliased(CHAMPION),
             lens.registry.find_version(key),
         )
-        scores = pd.read_parquet(step.folder / SCORES)
+        scores = pq.ParquetFile(step.folder / SCORES)
+        columns = scores.schema_arrow.empty_table().to_pandas()
         metrics = evaluation.metrics[FUSED]
         surveys = {name: of[FUSED] for name, of in evaluation.surveys.items()}
         figures = {
@@ -241,8 +242,8 @@ def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
                 **({"kinds": table(kinds_table(evaluation.kinds))} if evaluation.kinds else {}),
                 **figures,
                 "report": dg.MetadataValue.path(str(step.folder / "report.html")),
-                "dagster/row_count": len(scores),
-                "dagster/column_schema": column_schema(scores, COLUMNS),
+                "dagster/row_count": scores.metadata.num_rows,
+                "dagster/column_schema": column_schema(columns, COLUMNS),
             },
             checks=(
                 dg.AssetCheckResult(

@@ -40,6 +40,7 @@ def decide(
     """
     from lens_pipeline.ensemble.system import read_groups
     from lens_pipeline.evaluation.gates import GateDecision, champion_gate, refused
+    from lens_pipeline.evaluation.origins import REAL, by_origin
     from lens_pipeline.evaluation.result import SCORES, read_evaluation
 
     settings = lens.settings
@@ -47,8 +48,9 @@ def decide(
         return GateDecision(True, (), {})
     if version is not None and ROLLED_BACK in version.tags:
         return refused(f"version {version.version} was rolled back; promote it by hand")
+    evaluated = read_evaluation(evaluation)
     if champion is None:
-        return read_evaluation(evaluation).gate(settings.gate)
+        return evaluated.gate(settings.gate)
     if version is not None and int(version.version) < int(champion.version):
         return refused(f"version {version.version} is older than the champion")
     own = json.loads((ensemble / "ensemble.json").read_text())
@@ -72,8 +74,10 @@ def decide(
         )
     import pandas as pd
 
-    scores = pd.read_parquet(evaluation / SCORES)
-    test = scores[(scores["split"] == "test") & scores["probability"].notna()]
+    test = pd.read_parquet(evaluation / SCORES, filters=[("split", "==", "test")])
+    test = test[test["probability"].notna()]
+    if evaluated.on_real_ones(settings.gate):
+        test = by_origin(test, dataset.facts["origin"] == "simulation")[REAL]
     probability = _scored_by(champion, theirs, source, lens).reindex(test["id"])
     if probability.isna().any():
         return refused(f"the champion, version {number}, gives no score for some of the test split")

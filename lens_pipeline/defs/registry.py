@@ -28,7 +28,6 @@ from lens_pipeline.registry import (
     CHAMPION,
     GATE,
     MODEL,
-    PASSED,
     Registry,
     registry_key,
     version_tags,
@@ -96,8 +95,10 @@ def registry_stage(published: bool) -> Stage:
         def against(champion: "ModelVersion | None", version: "ModelVersion") -> "GateDecision":
             return decide(lens, key, ensemble.folder, folder, source, champion, version)
 
+        champion = registry.aliased(CHAMPION)
         decision = _promoted_if_passed(registry, number, against)
-        registry.judge(number, decision.reasons)
+        if champion is None or champion.version != version.version or GATE not in champion.tags:
+            registry.judge(number, decision.reasons)  # a champion is not compared with itself
         aliases = registry.aliases(number)
         seconds = time.perf_counter() - begun
         log.info("registered_ensemble: %s in %.1f s", "reused" if reused else "made", seconds)
@@ -124,7 +125,7 @@ def registry_stage(published: bool) -> Stage:
                 "model": MODEL,
                 "version": number,
                 "aliases": ", ".join(aliases),
-                "gate": "; ".join(decision.reasons) or PASSED,
+                "gate": registry.version(number).tags[GATE],
                 "seconds": seconds,
                 "reused": reused,
                 "versions": _versions_table(registry),

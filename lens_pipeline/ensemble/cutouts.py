@@ -11,11 +11,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.dataset import CutoutFormat
-from lens_pipeline.catalogue.images import CutoutError
+from lens_pipeline.catalogue.images import CutoutError, file_of
 from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.errors import InputError, masked
 from lens_pipeline.steps import digest
+from lens_pipeline.storage import changed_since
 
 # Of a pixel scale: half a pixel at the edge of a 100-pixel cutout, what centring leaves open, too.
 TOLERANCE = 0.01
@@ -33,6 +34,11 @@ class CutoutSource(Protocol):
     @property
     def identity(self) -> dict[str, Any]:
         """What it is of, and a hash of its rows: whether two readings are of the same."""
+        ...
+
+    def changed_since(self, rows: NDArray[np.integer], when: float, /) -> str | None:
+        """The first image of these rows that has changed since a time (seconds since 1970), by the
+        clock of its store; None where none has, or none says when."""
         ...
 
     def check(self, form: CutoutFormat, /) -> None:
@@ -69,6 +75,12 @@ class CatalogueCutouts:
         content = digest([list(table), hashlib.sha256(rows).hexdigest()])[:32]
         source = {"source": masked(self.catalogue.source), "content": content}
         return {"catalogue": source, "padding": self.pad}
+
+    def changed_since(self, rows: NDArray[np.integer], when: float) -> str | None:
+        some = Catalogue(self.catalogue.table.iloc[rows], self.catalogue.source)
+        return changed_since(
+            {file_of(reference) for reference in some.references}, when, self.options
+        )
 
     def check(self, form: CutoutFormat) -> None:
         check_bands(form, self.catalogue.bands, self.catalogue.source)
@@ -110,10 +122,16 @@ def check_bands(form: CutoutFormat, names: Sequence[str] | None, source: str) ->
 
 def check_pixel_scale(form: CutoutFormat, table: pd.DataFrame, source: str) -> None:
     """Compares the column `pixel_scale` (arcsec/pixel), where there is one, with the model's scale,
-    where it has one; see `CutoutSource.check`."""
-    if form.pixel_scale is None or "pixel_scale" not in table:
+    where it has one; see `CutoutSource.check`. Warns of rows that state none."""
+    if form.pixel_scale is None:
         return
-    scale = pd.to_numeric(table["pixel_scale"], errors="coerce").to_numpy(dtype=float)
+    stated = table.get("pixel_scale", pd.Series(np.nan, index=table.index))
+    scale = pd.to_numeric(stated, errors="coerce").to_numpy(dtype=float)
+    if n_unknown := int(np.isnan(scale).sum()):
+        log.warning(
+            "%s: %d of %d rows state no pixel_scale; the model takes %g arcsec a pixel",
+            source, n_unknown, len(scale), form.pixel_scale,
+        )  # fmt: skip
     off = np.nan_to_num(np.abs(scale / form.pixel_scale - 1))
     row = int(np.argmax(off > TOLERANCE))
     if off[row] > TOLERANCE:

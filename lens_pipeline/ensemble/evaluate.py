@@ -48,7 +48,8 @@ def evaluate_ensemble(
     """Score all of a dataset and write the files of `Evaluation` into `out`.
 
     gate: the thresholds of `first_model_gate`, whose verdict stands in the report; prevalence: the
-    share of lenses among a survey's objects, for the forecast. Where the test split holds real and
+    share of lenses among a survey's objects, for the forecast. Of the test split that counts which
+    no member has seen, nor weights that it started from. Where the test split holds real and
     simulated cutouts, each has metrics of its own, and what ranks, calibrates and forecasts rests
     on the real ones if there are both lenses and non-lenses among them. Raises InputError where the
     ensemble was trained on another dataset, and for a prevalence that is not between 0 and 1.
@@ -69,7 +70,15 @@ def evaluate_ensemble(
         )
     scores.to_parquet(out / SCORES, index=False)
     test = scores[(scores["split"] == "test") & scores["probability"].notna()]
-    test = test.astype({"label": np.int8})
+    # By weights that a member started from, which were trained on another split.
+    seen = test["group"].isin(ensemble.groups)
+    test = test[~seen].astype({"label": np.int8})
+    if test["label"].nunique() < 2 and seen.any():
+        raise InputError(
+            f"{ensemble_folder}: members start from weights that have seen {int(seen.sum())} of "
+            "the test split's cutouts, and those that are left are no test; split as then "
+            "(LENS_SEED), or start from other weights"
+        )
     columns = {name: f"probability_{name}" for name in ensemble.members}
     columns |= {ENSEMBLE: "probability"}
     parts = by_origin(test, dataset.facts["origin"] == "simulation")
@@ -108,7 +117,7 @@ def evaluate_ensemble(
     write_report(
         out / REPORT,
         title="Lens ensemble",
-        facts=_facts(dataset, ensemble.facts["dataset_version"], scores, parts),
+        facts=_facts(dataset, ensemble.facts["dataset_version"], scores, parts, int(seen.sum())),
         metrics={**metrics, "all of the test split": evaluation.metrics},
         gate=evaluation.gate(gate),
         sections=sections,
@@ -125,9 +134,12 @@ def _facts(
     version: str,
     scores: pd.DataFrame,
     parts: Mapping[str, pd.DataFrame],
+    n_seen: int,
 ) -> dict[str, str]:
     form = dataset.format
     tested = "; ".join(described(part, origin) for origin, part in parts.items())
+    if n_seen:
+        tested += f"; {n_seen:,} more were seen by weights that members started from"
     if SIMULATED in parts:
         tested += ". What a test on simulated cutouts says of the sky is limited"
     return {

@@ -27,10 +27,11 @@ from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.ensemble.cutouts import CutoutSource
 from lens_pipeline.ensemble.predictor import score_batches, scoring
 from lens_pipeline.ensemble.system import BATCH, LensEnsemble
-from lens_pipeline.errors import InputError, NoRoomError
+from lens_pipeline.errors import InputError, NoRoomError, masked
 from lens_pipeline.steps import digest, file_aside, source_hashes, write_aside
 
 ROWS = 4 * BATCH  # of a part: what a kill costs
+TOGETHER = 64  # parts in a row group of the whole
 ABOUT = "parts.json"
 SUFFIXES = (".parquet", ".csv")
 CAPTION = 17  # characters of an id that fit over a cutout
@@ -88,6 +89,7 @@ def score_to_file(
     }
     with _claimed(out.with_name(f"{out.name}.parts"), about) as folder:
         parts = [folder / f"part-{number:06d}.parquet" for number in range(-(-n // ROWS))]
+        _check_still_true(source, parts)
         _score_parts(ensemble, source, parts, types)
         logit = pd.concat([_column(part, "logit") for part in parts], ignore_index=True)
         gallery = _draw_gallery(ensemble, source, logit, out, top) if top else None
@@ -168,6 +170,20 @@ def _score_parts(
                 pq.write_table(pa.Table.from_pandas(table, schema, preserve_index=False), file)
 
 
+def _check_still_true(source: CutoutSource, parts: list[Path]) -> None:
+    """Raises InputError where an image has changed since its part was written."""
+    for number, part in enumerate(parts):
+        if not part.exists():
+            break
+        rows = np.arange(number * ROWS, min((number + 1) * ROWS, len(source.catalogue.table)))
+        changed = source.changed_since(rows, part.stat().st_mtime)
+        if changed is not None:
+            raise InputError(
+                f"{part.parent}: has scores of {masked(changed)} as it was before it changed; "
+                "remove the folder to begin again"
+            )
+
+
 def _is_whole(part: Path, n_rows: int) -> bool:
     try:
         return bool(pq.read_metadata(part).num_rows == n_rows)
@@ -200,8 +216,9 @@ def _put_together(parts: list[Path], out: Path) -> None:
                 table.to_csv(file, header=part is parts[0], index=False, mode="wb")
         else:
             with pq.ParquetWriter(file, pq.read_schema(parts[0])) as writer:
-                for part in parts:
-                    writer.write_table(pq.ParquetFile(part).read())
+                for begin in range(0, len(parts), TOGETHER):
+                    some = parts[begin : begin + TOGETHER]
+                    writer.write_table(pa.concat_tables(pq.ParquetFile(p).read() for p in some))
 
 
 @contextmanager

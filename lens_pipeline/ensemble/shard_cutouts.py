@@ -43,6 +43,9 @@ class ShardCutouts:
         version = self.dataset.shards.manifest.dataset_version
         return {"catalogue": {"source": masked(self.dataset.folder), "content": version}}
 
+    def changed_since(self, rows: NDArray[np.integer], when: float) -> str | None:
+        return None  # a version never does
+
     @cached_property
     def _places(self) -> tuple[NDArray[Any], NDArray[np.integer]]:
         """Of each row: its split, and its place in there."""

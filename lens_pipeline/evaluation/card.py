@@ -7,6 +7,7 @@ from lens_pipeline.evaluation.report import MORE_COLUMNS, metric_text
 from lens_pipeline.evaluation.result import ENSEMBLE, Evaluation
 
 LONGEST = 5000  # characters that the registry keeps
+FEWEST = 10  # cutouts of a kind that is named among the hardest
 
 
 def model_card(facts: Mapping[str, Any], evaluation: Evaluation) -> str:
@@ -36,7 +37,8 @@ def model_card(facts: Mapping[str, Any], evaluation: Evaluation) -> str:
         "| | ensemble |",
         "|---|---|",
         *(f"| {title} | {metric_text(metrics[key])} |" for key, title in MORE_COLUMNS.items()),
-        *_surveys(evaluation),
+        *_parts("survey", evaluation.surveys),
+        *_parts("origin", evaluation.origins),
         "## Scores",
         f"Fusion: {facts['fusion']['strategy'].replace('_', ' ')}. `probability` holds where "
         f"{validation['n_lens'] / sum(validation.values()):.2g} of the cutouts are lenses, as in "
@@ -48,12 +50,12 @@ def model_card(facts: Mapping[str, Any], evaluation: Evaluation) -> str:
     return "\n\n".join(lines).replace("|\n\n|", "|\n|")[:LONGEST]
 
 
-def _surveys(evaluation: Evaluation) -> list[str]:
+def _parts(by: str, parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Of several: how it does on each."""
-    if not evaluation.surveys:
+    if not parts:
         return []
-    auroc = {name: of[ENSEMBLE]["auroc"] for name, of in evaluation.surveys.items()}
-    return ["AUROC by survey: " + ", ".join(f"{n} {metric_text(m)}" for n, m in auroc.items())]
+    auroc = {name: of[ENSEMBLE]["auroc"] for name, of in parts.items()}
+    return [f"AUROC by {by}: " + ", ".join(f"{n} {metric_text(m)}" for n, m in auroc.items())]
 
 
 def _limits(facts: Mapping[str, Any], evaluation: Evaluation) -> list[str]:
@@ -63,8 +65,9 @@ def _limits(facts: Mapping[str, Any], evaluation: Evaluation) -> list[str]:
     ]
     if facts["simulated"]:
         limits.append(
-            "- Trained and tested on simulations. On real images expect less: networks "
-            "that were trained on simulations alone fell from 92 % to 24 % purity in Euclid's Q1."
+            "- It has learnt from simulations, too. On real images expect less than on them: "
+            "networks that were trained on simulations alone fell from 92 % to 24 % purity in "
+            "Euclid's Q1."
         )
     unresolved = [
         title
@@ -73,7 +76,11 @@ def _limits(facts: Mapping[str, Any], evaluation: Evaluation) -> list[str]:
     ]
     if unresolved:
         limits.append(f"- The test split is too small to tell: {', '.join(unresolved)}.")
-    told = {k: of["auroc"] for k, of in evaluation.kinds.items() if of["auroc"] is not None}
+    told = {
+        kind: of["auroc"]
+        for kind, of in evaluation.kinds.items()
+        if of["auroc"] is not None and of["n"] >= FEWEST
+    }
     if told:
         worst = sorted(told, key=told.__getitem__)[:3]
         named = ", ".join(f"{kind} (AUROC {told[kind]:.3f})" for kind in worst)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lens_pipeline.evaluation.gates import GateDecision, first_model_gate
+from lens_pipeline.evaluation.origins import REAL
 
 METRICS = "metrics.json"
 KINDS = "kinds.json"
@@ -46,9 +47,20 @@ class Evaluation:
         pictures = sorted(self.folder.glob("*.png"))
         return (self.folder / REPORT, *pictures, *(self.folder / name for name in FILES))
 
+    def on_real_ones(self, thresholds: Mapping[str, Any]) -> bool:
+        """Whether gates judge by the real cutouts alone: where they hold what a gate needs beside
+        simulated ones, from which real non-lenses may be told by the noise."""
+        real = self.origins.get(REAL, {}).get(ENSEMBLE, {"n_lens": 0, "n_nonlens": 0})
+        return bool(
+            real["n_lens"] >= thresholds["min_lens"]
+            and real["n_nonlens"] >= thresholds["min_nonlens"]
+            and self.origins
+        )
+
     def gate(self, thresholds: Mapping[str, Any]) -> GateDecision:
         """Whether this ensemble may become the first champion."""
-        return first_model_gate(self.metrics[ENSEMBLE], **thresholds)
+        metrics = self.origins[REAL] if self.on_real_ones(thresholds) else self.metrics
+        return first_model_gate(metrics[ENSEMBLE], **thresholds)
 
 
 def read_evaluation(folder: Path) -> Evaluation:

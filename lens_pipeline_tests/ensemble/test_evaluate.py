@@ -69,6 +69,7 @@ def rows(n: int = 120) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "id": [f"{EVIL}{number}" for number in range(n)],
+            "group": [f"galaxy{number}" for number in range(n)],
             "label": label,
             "kind": np.where(np.arange(n) % 3 == 0, "lens", np.where(np.arange(n) % 2, EVIL, "b")),
             "einstein_radius": np.where(np.arange(n) % 3 == 0, np.linspace(0.5, 3, n), np.nan),
@@ -155,6 +156,27 @@ def test_the_rest_is_of_the_whole_test_split(mixed: Evaluation) -> None:
     chosen = scores[scores["probability"] >= mixed.selection["threshold"]]
     assert (chosen["label"] == 0).sum() == mixed.selection["false_positives"]
     assert set(scores["split"]) == {"test"} < set(PARTS)
+
+
+def test_gates_judge_by_the_real_ones_where_there_are_enough(mixed: Evaluation) -> None:
+    few = GATE | {"min_lens": 20, "min_nonlens": 40}
+    assert mixed.gate(few).figures["n_lens"] == mixed.origins["real"]["ensemble"]["n_lens"] == 20
+    enough_of_both_alone = GATE | {"min_lens": 21, "min_nonlens": 40}
+    assert mixed.gate(enough_of_both_alone).figures["n_lens"] == 40
+
+
+def test_what_weights_had_seen_before_is_no_test(ensemble: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(ensemble, tmp_path / "ensemble"))
+    table = rows()
+    (folder / "groups.json").write_text(json.dumps(table["group"][:60].tolist()))
+    (tmp_path / "out").mkdir()
+    evaluation = evaluate(folder, Cutouts(table), tmp_path / "out")
+    assert evaluation.metrics["ensemble"]["n_lens"] == 20
+    assert "60 more were seen by weights" in " ".join(page_of(evaluation).text)
+    assert len(pd.read_parquet(evaluation.folder / "scores.parquet")) == 120
+    (folder / "groups.json").write_text(json.dumps(table["group"].tolist()))
+    with pytest.raises(InputError, match="seen 120 of the test split's cutouts"):
+        evaluate(folder, Cutouts(table), tmp_path)
 
 
 def test_what_is_written_is_what_is_read(mixed: Evaluation) -> None:

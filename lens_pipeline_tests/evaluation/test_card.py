@@ -76,6 +76,14 @@ def test_a_card_of_real_cutouts_says_nothing_of_simulations() -> None:
     assert "simulat" not in card
 
 
+def test_a_kind_of_few_cutouts_is_not_called_the_hardest() -> None:
+    evaluation = evaluated()
+    evaluation.kinds["kind0"]["n"] = 9
+    card = model_card(FACTS, evaluation)
+    assert "kind0" not in card
+    assert "Hardest to tell from lenses: kind1" in card
+
+
 def test_the_registry_can_keep_the_card() -> None:
     many = {"members": {f"member{k}": {} for k in range(900)}}
     assert len(model_card(FACTS, evaluated())) < LONGEST
