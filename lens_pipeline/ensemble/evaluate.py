@@ -126,7 +126,11 @@ def evaluate_ensemble(
 
 
 def _metrics(table: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    return {name: lens_metrics(table["label"], table[column]) for name, column in columns.items()}
+    """What `lens_metrics` gives, by the names of the columns; groups are drawn whole."""
+    return {
+        name: lens_metrics(table["label"], table[column], group=table["group"])
+        for name, column in columns.items()
+    }
 
 
 def _facts(

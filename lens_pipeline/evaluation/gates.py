@@ -94,7 +94,7 @@ def champion_gate(
     ]
     if shortages:
         return GateDecision(False, tuple(shortages), figures)
-    metrics = lens_metrics(label, challenger)
+    metrics = lens_metrics(label, challenger, group=groups)
     reasons = list(
         first_model_gate(
             metrics, min_lens=min_lens, min_nonlens=min_nonlens, min_auroc_low=min_auroc_low

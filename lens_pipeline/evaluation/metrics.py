@@ -46,14 +46,19 @@ class _Levels:
 
 
 def lens_metrics(
-    label: ArrayLike, score: ArrayLike, bootstrap: int = 1000, seed: int = 0
+    label: ArrayLike,
+    score: ArrayLike,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    group: ArrayLike | None = None,
 ) -> dict[str, Any]:
     """Metrics of scores on labelled cutouts.
 
     label (n,): 1 lens, 0 not; score (n,): probabilities. Returns {name: {"value", "low", "high"}},
     and the integers `n_lens` and `n_nonlens`. `low` and `high` bound the middle 95 % of `bootstrap`
-    resamplings, lenses and non-lenses apart, that of ece and ece_top centred on their values; they
-    are None where `bootstrap` is 0.
+    resamplings, that of ece and ece_top centred on their values; they are None where `bootstrap` is
+    0. group (n,): whole groups are drawn, as in `paired_bootstrap`, for cutouts of one galaxy or
+    region are not independent; else lenses and non-lenses are, apart.
 
     auroc: ties count half. average_precision: sum of precision x step in recall. tpr0, tpr10: the
     highest true positive rate with no, and with fewer than ten, false positives. tpr_at_fpr_x: the
@@ -70,16 +75,23 @@ def lens_metrics(
     label, score = _checked(label, score)
     levels = _levels(label, score)
     values = _values(levels)
-    draws = [_values(drawn) for drawn in _resampled(levels, bootstrap, seed)]
+    if group is None:
+        drawings = _resampled(levels, bootstrap, seed)
+    else:
+        weights, ranked = _drawn_groups(label, np.asarray(group), bootstrap, seed), _ranked(score)
+        drawings = (_counted(label, ranked, weight) for weight in weights)
+    draws = [_values(drawn) for drawn in drawings]
     metrics: dict[str, Any] = {}
     for name, value in values.items():
         low = high = None
         if value is not None and draws:
             drawn = np.array([draw[name] for draw in draws], dtype=np.float64)
+            drawn = drawn[np.isfinite(drawn)]  # of groups, some have too few of a class
             if name in ("ece", "ece_top"):
                 # Noise alone makes a calibration error, and resampling adds as much once more.
                 drawn = np.maximum(drawn - np.median(drawn) + value, 0)
-            low, high = map(float, np.percentile(drawn, INTERVAL))
+            if len(drawn):
+                low, high = map(float, np.percentile(drawn, INTERVAL))
         metrics[name] = {"value": value, "low": low, "high": high}
     return metrics | {"n_lens": int(levels.lens.sum()), "n_nonlens": int(levels.nonlens.sum())}
 
@@ -114,26 +126,28 @@ def paired_bootstrap(
     checked = {name: _checked(label, score) for name, score in scores.items()}
     lens = next(iter(checked.values()))[0]
     groups = np.arange(len(lens)) if group is None else np.asarray(group)
+    found = {name: np.full(times, np.nan) for name in scores}
+    ranked = {name: _ranked(score) for name, (_, score) in checked.items()}
+    for draw, weight in enumerate(_drawn_groups(lens, groups, times, seed)):
+        for name in scores:
+            value = _metrics(_counted(lens, ranked[name], weight))[metric]()
+            found[name][draw] = np.nan if value is None else value
+    return found
+
+
+def _drawn_groups(
+    lens: NDArray[np.bool_], groups: NDArray[Any], times: int, seed: int
+) -> Iterator[Array]:
+    """How often each cutout is in a resampling of whole groups, those with lenses and those without
+    apart: (n,), as often as asked."""
     _, member = np.unique(groups, return_inverse=True)
     with_lens = np.bincount(member, weights=lens) > 0
     strata = [np.flatnonzero(with_lens), np.flatnonzero(~with_lens)]
-    levels = {name: np.unique(-score, return_inverse=True) for name, (_, score) in checked.items()}
-    found = {name: np.full(times, np.nan) for name in scores}
     random = np.random.default_rng(seed)
-    for draw in range(times):
+    for _ in range(times):
         drawn = [random.choice(stratum, len(stratum)) for stratum in strata if len(stratum)]
-        drawn_groups = np.bincount(np.concatenate(drawn), minlength=len(with_lens))
-        weight: Array = drawn_groups[member].astype(np.float64)
-        for name, (negative, level) in levels.items():
-            n = len(negative)
-            counts = _Levels(
-                -negative,
-                np.bincount(level[lens], weight[lens], n).astype(np.float64),
-                np.bincount(level[~lens], weight[~lens], n).astype(np.float64),
-            )
-            value = _metrics(counts)[metric]()
-            found[name][draw] = np.nan if value is None else value
-    return found
+        counts = np.bincount(np.concatenate(drawn), minlength=len(with_lens))
+        yield counts[member].astype(np.float64)
 
 
 def roc(label: ArrayLike, score: ArrayLike) -> tuple[Array, Array, Array]:
@@ -179,11 +193,25 @@ def _checked(label: ArrayLike, score: ArrayLike) -> tuple[NDArray[np.bool_], Arr
 
 
 def _levels(label: NDArray[np.bool_], score: Array) -> _Levels:
+    return _counted(label, _ranked(score), np.ones(len(score)))
+
+
+def _ranked(score: Array) -> tuple[Array, NDArray[np.intp]]:
+    """(the distinct scores, the highest first, and which of them each cutout has)"""
     distinct, level = np.unique(-score, return_inverse=True)
-    n = len(distinct)
-    lens = np.bincount(level[label], minlength=n).astype(np.float64)
-    nonlens = np.bincount(level[~label], minlength=n).astype(np.float64)
-    return _Levels(-distinct, lens, nonlens)
+    return -distinct, level
+
+
+def _counted(
+    label: NDArray[np.bool_], ranked: tuple[Array, NDArray[np.intp]], weight: Array
+) -> _Levels:
+    """weight (n,): how often each cutout counts."""
+    score, level = ranked
+    lens, nonlens = (
+        np.bincount(level[kind], weight[kind], len(score)).astype(np.float64)
+        for kind in (label, ~label)
+    )
+    return _Levels(score, lens, nonlens)
 
 
 def _resampled(levels: _Levels, times: int, seed: int) -> Iterator[_Levels]:

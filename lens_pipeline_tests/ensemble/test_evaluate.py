@@ -136,7 +136,7 @@ def test_real_cutouts_come_first_and_carry_the_forecast(mixed: Evaluation) -> No
     scores = pd.read_parquet(mixed.folder / "scores.parquet")
     for origin, part in (("real", scores[60:]), ("simulated", scores[:60])):
         for column, name in (("probability", "ensemble"), ("probability_lastro", "lastro")):
-            by_hand = lens_metrics(part["label"].astype(int), part[column])
+            by_hand = lens_metrics(part["label"].astype(int), part[column], group=part["group"])
             assert mixed.origins[origin][name] == by_hand
     assert mixed.forecast["rests_on"] == "real"
     assert mixed.forecast["prevalence"] == 0.01

@@ -150,6 +150,18 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     assert covered >= 88
 
 
+@pytest.mark.parametrize("name", ["auroc", "average_precision", "tpr_at_fpr_1e-2", "brier"])
+def test_copies_of_a_group_make_no_interval_narrower(name: str) -> None:
+    label, score = sample(900)
+    once = lens_metrics(label, score)[name]
+    copies = (np.repeat(label, 9), np.repeat(score, 9))
+    together = lens_metrics(*copies, group=np.repeat(np.arange(900), 9))[name]
+    apart = lens_metrics(*copies)[name]
+    width, grouped, ungrouped = (of["high"] - of["low"] for of in (once, together, apart))
+    assert grouped == pytest.approx(width, rel=0.15)
+    assert ungrouped < 0.5 * width
+
+
 def test_the_seed_decides_the_intervals() -> None:
     label, score = sample()
     assert lens_metrics(label, score, 50, seed=3) == lens_metrics(label, score, 50, seed=3)
