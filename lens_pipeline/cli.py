@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     rollback = commands.add_parser(
         "rollback", parents=[common], help="make the champion before this one champion again"
     )
-    rollback.set_defaults(do=_rollback)
+    rollback.set_defaults(do=_rollback, after_interrupt="look who is champion before you repeat it")
 
     show = commands.add_parser("show", parents=[common], help="open the Dagster and MLflow UIs")
     show.add_argument("--dagster-port", type=int, default=3000)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 # `VIS_FLUX`, `VIS_RMS`, `VIS_PSF`: an extension of another role goes with the image of its band;
 # `SCI`, `ERR`: those of a band without a name.
 _ROLES = {
-    "image": ("BGSUB", "FLUX", "SCI", "IMAGE"),  # the first that a band has
+    "image": ("BGSUB", "FLUX", "SCI", "IMAGE"),  # BGSUB, or else the first in the file
     "rms": ("RMS", "NOISE", "ERR"),
     "weight": ("WHT", "IVAR"),  # inverse variance
     "mask": ("MASK", "FLAG", "FLG", "DQ"),  # 0 is good
