@@ -267,8 +267,9 @@ class Registry:
             assert self.client  # sets MLflow's URIs
             uri = self._numbered(uri)
             # The number alone would be that of another server's version, too.
-            version = self.client.get_model_version(*uri.removeprefix("models:/").split("/"))
-            which = digest([self.settings.mlflow_uri, version.source, version.run_id])[:16]
+            name, _, number = uri.removeprefix("models:/").partition("/")
+            version = self.client.get_model_version(name, number)
+            which = digest([version.source, version.run_id])[:16]
             folder = self.settings.home / "cache" / "models" / f"{version.name}-{which}"
             folder.parent.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
@@ -297,9 +298,15 @@ class Registry:
 
     def _numbered(self, uri: str) -> str:
         """The URI of the version that an alias points to now: it may move meanwhile."""
-        name, at, alias = uri.removeprefix("models:/").partition("@")
+        model, slash, number = uri.removeprefix("models:/").partition("/")
+        if number == "latest":
+            found = self.client.search_model_versions(f"name = '{model}'")
+            number = str(max((int(one.version) for one in found), default=0))
+        if slash:
+            return f"models:/{model}/{number}"
+        name, at, alias = model.partition("@")
         if not at:
-            return uri
+            raise InputError(f"{uri}: says no version; name one, as {uri}@champion or {uri}/3")
         return f"models:/{name}/{self.client.get_model_version_by_alias(name, alias).version}"
 
     def _default_uri(self) -> str:

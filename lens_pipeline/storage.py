@@ -75,8 +75,8 @@ def names_table(location: str) -> bool:
 def state_of(info: Mapping[str, Any]) -> str | None:
     """What tells a file's state from later ones, by what a filesystem says of it; None where it
     says nothing of the kind."""
-    known = (info.get("size"), info.get("ETag") or info.get("etag") or _when(info))
-    return " ".join(str(part) for part in known if part is not None) or None
+    changed = info.get("ETag") or info.get("etag") or _when(info)
+    return None if changed is None else f"{info.get('size')} {changed}"
 
 
 def _when(info: Mapping[str, Any]) -> Any:
@@ -104,20 +104,23 @@ def states_of(
 
 
 def changed_since(
-    paths: Iterable[str], when: float, storage_options: Mapping[str, Any] | None = None
+    times: Mapping[str, float], storage_options: Mapping[str, Any] | None = None
 ) -> str | None:
-    """The first of these that has changed since a time (seconds since 1970), by the clock of its
-    store; None where none has, or none says when. Raises NoAnswerError where a store fails."""
-    for path, info in _infos(paths, storage_options):
-        if info is not None and _seconds(_when(info)) > when:
+    """The first of these paths that has changed since its time (seconds since 1970), by the clock
+    of its store; None where none has. What a store would have to be asked for one by one is not
+    asked for. Raises NoAnswerError where a store fails."""
+    for path, info in _infos(times, storage_options, one_by_one=False):
+        if info is not None and _seconds(_when(info)) > times[path]:
             return path
     return None
 
 
 def _infos(
-    paths: Iterable[str], storage_options: Mapping[str, Any] | None
+    paths: Iterable[str], storage_options: Mapping[str, Any] | None, one_by_one: bool = True
 ) -> Iterator[tuple[str, Mapping[str, Any] | None]]:
     """(path, what its filesystem says of it), sorted; None of what cannot be had.
+
+    one_by_one: whether a store is asked for each of a few, too.
 
     A bucket is asked once for a thousand objects where it would else be asked for each. Raises
     NoAnswerError where a store fails.
@@ -125,6 +128,8 @@ def _infos(
     for folder, group in itertools.groupby(sorted(paths), posixpath.dirname):
         together = list(group)
         listed = _listed(folder, storage_options) if len(together) >= WORTH_LISTING else None
+        if listed is None and protocol_of(folder) and not one_by_one:
+            continue
         for path in together:
             try:
                 filesystem, inside = locate(path, storage_options)

@@ -11,6 +11,9 @@ import torch
 from mlflow import MlflowClient
 
 from lens_pipeline.cli import main
+from lens_pipeline.errors import InputError
+from lens_pipeline.registry import Registry
+from lens_pipeline.settings import Settings
 from lens_pipeline_tests.conftest import LENS_PIPELINE, program_says
 
 
@@ -125,6 +128,18 @@ def test_a_registered_member_is_trained_further(own_home: Path, tmp_path: Path) 
     assert weights
     for name in weights:
         torch.testing.assert_close(new[name], old[name], rtol=0, atol=1e-6)
+
+
+def test_a_version_to_start_from_is_named_in_full(own_home: Path) -> None:
+    registry = Registry(Settings.load(home=str(own_home)))
+    with pytest.raises(InputError, match="says no version; name one, as models:/lens_ensemble@ch"):
+        registry.member_checkpoint("models:/lens_ensemble", "lastro")
+    newest, first = (
+        registry.member_checkpoint(f"models:/lens_ensemble/{version}", "lastro")
+        for version in ("latest", "1")
+    )
+    assert newest == first
+    assert newest.is_file()
 
 
 def test_a_member_that_a_version_has_not_is_told(own_home: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from lens_pipeline.errors import NoAnswerError
 from lens_pipeline.storage import (
     READ_LIMIT,
+    WORTH_LISTING,
     asking,
     changed_since,
     locate,
@@ -64,11 +65,18 @@ def test_what_has_changed_since_is_told_by_the_clock_of_its_store(
         (tmp_path / name).touch()
         bucket.pipe_file(f"{s3_bucket}/{name}", b"pixels")
     os.utime(tmp_path / "a", (now - 50, now - 50))
-    local, remote = ([f"{place}/{name}" for name in "ab"] for place in (tmp_path, s3_bucket))
-    assert changed_since(local, now - 20) == local[1]
-    assert changed_since(local, now + 20) is None
-    assert changed_since(remote, now - 20, options) == remote[0]
-    assert changed_since([*remote, f"{s3_bucket}/missing"], now + 20, options) is None
+    local = [f"{tmp_path}/{name}" for name in "ab"]
+    assert changed_since(dict.fromkeys(local, now - 20)) == local[1]
+    assert changed_since(dict.fromkeys(local, now + 20)) is None
+    assert changed_since({local[0]: now - 60, local[1]: now + 20}) == local[0]
+    for name in range(WORTH_LISTING):
+        bucket.pipe_file(f"{s3_bucket}/{name:03d}", b"pixels")
+    remote = [f"{s3_bucket}/{name:03d}" for name in range(WORTH_LISTING)]
+    missing = f"{s3_bucket}/missing"
+    assert changed_since(dict.fromkeys([*remote, missing], now - 20), options) == remote[0]
+    assert changed_since(dict.fromkeys([*remote, missing], now + 20), options) is None
+    # For these few each would have to be asked for.
+    assert changed_since({f"{s3_bucket}/a": 0.0}, options) is None
 
 
 def test_a_file_of_a_web_server_is_told_from_a_later_one(tmp_path: Path) -> None:
@@ -81,8 +89,6 @@ def test_a_file_of_a_web_server_is_told_from_a_later_one(tmp_path: Path) -> None
             (tmp_path / "a.npy").write_bytes(b"pixels")
             os.utime(tmp_path / "a.npy", (when, when))
             found += states_of([url])
-            assert changed_since([url], when - 10) == url
-            assert changed_since([url], when + 10) is None
         server.shutdown()
     assert found[0] != found[1]
 

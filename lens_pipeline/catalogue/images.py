@@ -219,6 +219,8 @@ def _remote_row(path: str, row: int, options: dict[str, Any] | None) -> NDArray[
     size = dtype.itemsize * math.prod(shape[1:])
     begin = head.tell() + row * size
     content = _content(path, options, begin, begin + size)
+    if len(content) > size:  # a web server that gives whole files alone
+        content = content[begin : begin + size]
     return np.frombuffer(content, dtype).reshape(shape[1:])
 
 

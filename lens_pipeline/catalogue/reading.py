@@ -52,8 +52,7 @@ def read_cutouts(
     paths = table[catalogue.image_columns].to_numpy().tolist()
     unit = table["flux_unit"] if "flux_unit" in table else pd.Series([None] * len(table))
     units = [None if pd.isna(value) else value for value in unit]
-    named = Catalogue(table, catalogue.source).bands_of_rows
-    sources = zip(rows.tolist(), paths, units, named, strict=True)
+    sources = zip(rows.tolist(), paths, units, catalogue.bands_of(rows), strict=True)
     chunks = iter(lambda: list(islice(sources, CHUNK)), [])
     read = partial(
         _read_chunk,

@@ -15,6 +15,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.splits import assign_splits
 from lens_pipeline.errors import InputError
@@ -65,12 +66,14 @@ class Catalogue:
         stated = set(self.table["bands"].dropna()) if "bands" in self.table else set()
         return _split_names(stated.pop()) if len(stated) == 1 else None
 
-    @property
-    def bands_of_rows(self) -> list[list[str] | None]:
-        """Those of each row, which need not be the same, nor in one order."""
+    def bands_of(self, rows: NDArray[np.integer]) -> list[list[str] | None]:
+        """Those of each of some rows (from 0), which need not be the same, nor in one order; where
+        a row says nothing, those that all others say."""
+        common = self.bands
         if self.image_columns != ["path"] or "bands" not in self.table:
-            return [self.bands] * len(self.table)
-        return [None if pd.isna(stated) else _split_names(stated) for stated in self.table["bands"]]
+            return [common] * len(rows)
+        stated = self.table["bands"].iloc[rows]
+        return [common if pd.isna(names) else _split_names(names) for names in stated]
 
     def of_surveys(self, names: Sequence[str], split_seed: int) -> "Catalogue":
         """The rows of these surveys, each in the split that it has among all: a group may show one
@@ -232,8 +235,7 @@ def _read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str
             if missing:
                 raise InputError(f"{listing}: column {sorted(missing)[0]} is missing")
             paths = _text(table["filepath"])
-            ids = _text(table["id"]).fillna(paths) if "id" in table else paths
-            table = table.assign(id=ids, path=paths, split=split, label=_labels(table, listing))
+            table = table.assign(path=paths, split=split, label=_labels(table, listing))
             tables.append(table.drop(columns="filepath"))
             continue  # the listing says what of the split's folders belongs to it
         for kind, label in CLASS_FOLDERS.items():
@@ -251,7 +253,11 @@ def _read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str
             f"{source}: no cutouts; a folder holds images, or train|val|test/lens|nonlens/ with "
             "them, or train.csv ..."
         )
-    return pd.concat(tables, ignore_index=True)
+    found = pd.concat(tables, ignore_index=True)
+    # Of listings that number their rows each for itself, paths are the ids.
+    own = _text(found["id"]) if "id" in found else pd.Series(None, index=found.index, dtype=object)
+    told_apart = own.notna().all() and own.is_unique
+    return found.assign(id=own if told_apart else found["path"])
 
 
 def _images_in(filesystem: fsspec.AbstractFileSystem, folder: str) -> list[str]:

@@ -105,7 +105,8 @@ def _other_cutouts(form: dict[str, Any], champion: "LensEnsemble") -> str:
 
 
 def _alike(one: float | None, other: float | None) -> bool:
-    return one is not None and other is not None and math.isclose(one, other, rel_tol=1e-3)
+    """Of pixel scales; one that is not known is no other one."""
+    return one is None or other is None or math.isclose(one, other, rel_tol=1e-3)
 
 
 def _scored_by(

@@ -36,9 +36,9 @@ class CutoutSource(Protocol):
         """What it is of, and a hash of its rows: whether two readings are of the same."""
         ...
 
-    def changed_since(self, rows: NDArray[np.integer], when: float, /) -> str | None:
-        """The first image of these rows that has changed since a time (seconds since 1970), by the
-        clock of its store; None where none has, or none says when."""
+    def changed_since(self, times: NDArray[np.float64], /) -> str | None:
+        """An image of the first rows that has changed since their times (seconds since 1970); None
+        where none has: see `storage.changed_since`."""
         ...
 
     def check(self, form: CutoutFormat, /) -> None:
@@ -76,11 +76,14 @@ class CatalogueCutouts:
         source = {"source": masked(self.catalogue.source), "content": content}
         return {"catalogue": source, "padding": self.pad}
 
-    def changed_since(self, rows: NDArray[np.integer], when: float) -> str | None:
-        some = Catalogue(self.catalogue.table.iloc[rows], self.catalogue.source)
-        return changed_since(
-            {file_of(reference) for reference in some.references}, when, self.options
-        )
+    def changed_since(self, times: NDArray[np.float64]) -> str | None:
+        some = Catalogue(self.catalogue.table.iloc[: len(times)], self.catalogue.source)
+        of_images = np.repeat(times, len(some.image_columns))
+        earliest: dict[str, float] = {}
+        for reference, time in zip(some.references, of_images.tolist(), strict=True):
+            file = file_of(reference)
+            earliest[file] = min(time, earliest.get(file, time))
+        return changed_since(earliest, self.options)
 
     def check(self, form: CutoutFormat) -> None:
         check_bands(form, self.catalogue.bands, self.catalogue.source)

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
@@ -87,9 +87,9 @@ def score_to_file(
         "rows_of_a_part": ROWS,
         "program": digest(source_hashes([__name__]))[:32],
     }
-    with _claimed(out.with_name(f"{out.name}.parts"), about) as folder:
+    with _claimed(out.with_name(f"{out.name}.parts"), about) as (folder, begun):
         parts = [folder / f"part-{number:06d}.parquet" for number in range(-(-n // ROWS))]
-        _check_still_true(source, parts)
+        _check_still_true(source, parts, begun)
         _score_parts(ensemble, source, parts, types)
         logit = pd.concat([_column(part, "logit") for part in parts], ignore_index=True)
         gallery = _draw_gallery(ensemble, source, logit, out, top) if top else None
@@ -106,8 +106,9 @@ def score_to_file(
 
 
 @contextmanager
-def _claimed(folder: Path, about: dict[str, Any]) -> Iterator[Path]:
-    """The folder of the parts, for this process alone. Raises InputError where it is another's."""
+def _claimed(folder: Path, about: dict[str, Any]) -> Iterator[tuple[Path, float]]:
+    """(the folder of the parts, for this process alone, and when the last command there began).
+    Raises InputError where it is another's."""
     folder.mkdir(exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
     try:
@@ -126,8 +127,9 @@ def _claimed(folder: Path, about: dict[str, Any]) -> Iterator[Path]:
                     f"({_shown(found.get(name))}; now {_shown(about.get(name))}); go on with that, "
                     "name another --out, or remove the folder to begin again"
                 )
+        begun = path.stat().st_mtime if path.exists() else 0.0
         write_aside(path, json.dumps(about, indent=1))
-        yield folder
+        yield folder, begun
     finally:
         lock.release()
 
@@ -170,18 +172,19 @@ def _score_parts(
                 pq.write_table(pa.Table.from_pandas(table, schema, preserve_index=False), file)
 
 
-def _check_still_true(source: CutoutSource, parts: list[Path]) -> None:
-    """Raises InputError where an image has changed since its part was written."""
-    for number, part in enumerate(parts):
-        if not part.exists():
-            break
-        rows = np.arange(number * ROWS, min((number + 1) * ROWS, len(source.catalogue.table)))
-        changed = source.changed_since(rows, part.stat().st_mtime)
-        if changed is not None:
-            raise InputError(
-                f"{part.parent}: has scores of {masked(changed)} as it was before it changed; "
-                "remove the folder to begin again"
-            )
+def _check_still_true(source: CutoutSource, parts: list[Path], begun: float) -> None:
+    """Raises InputError where an image has changed since its part was made.
+
+    begun: when the command that wrote the last parts did; images are read ahead of their part.
+    """
+    written = [part.stat().st_mtime for part in takewhile(Path.exists, parts)]
+    times = np.repeat(np.minimum(written, begun), ROWS)[: len(source.catalogue.table)]
+    changed = source.changed_since(times) if written else None
+    if changed is not None:
+        raise InputError(
+            f"{parts[0].parent}: has scores of {masked(changed)} as it was before it changed; "
+            "remove the folder to begin again"
+        )
 
 
 def _is_whole(part: Path, n_rows: int) -> bool:

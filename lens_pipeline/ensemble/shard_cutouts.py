@@ -43,7 +43,7 @@ class ShardCutouts:
         version = self.dataset.shards.manifest.dataset_version
         return {"catalogue": {"source": masked(self.dataset.folder), "content": version}}
 
-    def changed_since(self, rows: NDArray[np.integer], when: float) -> str | None:
+    def changed_since(self, times: NDArray[np.float64]) -> str | None:
         return None  # a version never does
 
     @cached_property

@@ -7,10 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lens_pipeline.evaluation.metrics import lens_metrics, paired_bootstrap, ranking_metric
+from lens_pipeline.evaluation.metrics import (
+    FEWEST_GROUPS,
+    lens_metrics,
+    paired_bootstrap,
+    ranking_metric,
+)
 
 WORST = 5  # percentile: a loss beyond the tolerance is ruled out at 95 %
-FEWEST_GROUPS = 20  # of fewer that are drawn whole, resampling says little
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,10 @@ def first_model_gate(
     low = metrics["auroc"]["low"]
     reasons = _shortages(metrics, "the test set has", min_lens, min_nonlens)
     if low is None:
-        reasons.append("AUROC has no interval; the test set needs lenses and non-lenses")
+        reasons.append(
+            "AUROC has no interval; the test set needs lenses and non-lenses, where groups hold "
+            f"several of {FEWEST_GROUPS} groups each"
+        )
     elif low <= min_auroc_low:
         reasons.append(
             f"the lower 95 % bound of AUROC is {low:.3f}; it must exceed {min_auroc_low:g}"

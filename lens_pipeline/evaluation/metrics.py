@@ -23,6 +23,7 @@ TAIL = 0.1  # of the cutouts: those with the highest scores
 TAIL_LEAST = 50  # cutouts; fewer tell nothing of their calibration
 TAIL_BINS = 5
 INTERVAL = (2.5, 97.5)  # percentiles
+FEWEST_GROUPS = 20  # of fewer that are drawn whole, resampling says little
 ENOUGH = 10  # false positives: a rate of fewer is mostly chance
 
 
@@ -58,7 +59,8 @@ def lens_metrics(
     and the integers `n_lens` and `n_nonlens`. `low` and `high` bound the middle 95 % of `bootstrap`
     resamplings, that of ece and ece_top centred on their values; they are None where `bootstrap` is
     0. group (n,): whole groups are drawn, as in `paired_bootstrap`, for cutouts of one galaxy or
-    region are not independent; else lenses and non-lenses are, apart.
+    region are not independent; else lenses and non-lenses are, apart. Where a class is of fewer
+    than FEWEST_GROUPS groups that hold several cutouts, there are no bounds.
 
     auroc: ties count half. average_precision: sum of precision x step in recall. tpr0, tpr10: the
     highest true positive rate with no, and with fewer than ten, false positives. tpr_at_fpr_x: the
@@ -78,8 +80,12 @@ def lens_metrics(
     if group is None:
         drawings = _resampled(levels, bootstrap, seed)
     else:
-        weights, ranked = _drawn_groups(label, np.asarray(group), bootstrap, seed), _ranked(score)
-        drawings = (_counted(label, ranked, weight) for weight in weights)
+        groups = np.asarray(group)
+        times = bootstrap if _enough_groups(label, groups) else 0
+        ranked = _ranked(score)
+        drawings = (
+            _counted(label, ranked, weight) for weight in _drawn_groups(label, groups, times, seed)
+        )
     draws = [_values(drawn) for drawn in drawings]
     metrics: dict[str, Any] = {}
     for name, value in values.items():
@@ -133,6 +139,14 @@ def paired_bootstrap(
             value = _metrics(_counted(lens, ranked[name], weight))[metric]()
             found[name][draw] = np.nan if value is None else value
     return found
+
+
+def _enough_groups(label: NDArray[np.bool_], groups: NDArray[Any]) -> bool:
+    """Whether resampling groups tells of what else might have been drawn."""
+    return all(
+        len(np.unique(groups[of_class])) >= min(FEWEST_GROUPS, int(of_class.sum()))
+        for of_class in (label, ~label)
+    )
 
 
 def _drawn_groups(

@@ -130,6 +130,11 @@ class PeakMemory(Callback):
 class Patience(EarlyStopping):
     """Early stopping that a training which goes on from its last checkpoint has not forgotten."""
 
+    @property
+    def state_key(self) -> str:
+        """As in checkpoints that Lightning's own has written."""
+        return super().state_key.replace(type(self).__qualname__, EarlyStopping.__qualname__)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.wait_count >= self.patience:
             trainer.should_stop = True

@@ -35,6 +35,11 @@ class BestCheckpoints(ModelCheckpoint):
         super().__init__(**how)
         self.surpassed: list[str] = []
 
+    @property
+    def state_key(self) -> str:
+        """As in checkpoints that Lightning's own has written."""
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__)
+
     def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         self.surpassed.append(filepath)
 
@@ -52,8 +57,10 @@ class LastCheckpoint(Checkpoint):
     batches of one step, whose gradients no checkpoint holds.
     """
 
-    def __init__(self, path: Path, every_n_steps: int, best: BestCheckpoints) -> None:
-        self.path, self.every_n_steps, self.best = path, every_n_steps, best
+    def __init__(
+        self, path: Path, every_n_steps: int, best: BestCheckpoints, files: "RenamedCheckpoints"
+    ) -> None:
+        self.path, self.every_n_steps, self.best, self.files = path, every_n_steps, best, files
         self.written, self.took = time.monotonic(), 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, *about: Any) -> None:
@@ -71,7 +78,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
-        if ends or self._long_ago(trainer, self.took / SHARE):
+        if ends or self._long_ago(trainer, (self.took + self.files.took) / SHARE):
             self._write(trainer)
 
     def _long_ago(self, trainer: pl.Trainer, seconds: float) -> bool:
@@ -94,6 +101,8 @@ class RenamedCheckpoints(TorchCheckpointIO):
     training goes on; after one that cannot be written it does nothing more, and who asks next, or
     ends the training, is told.
     """
+
+    took = 0.0  # seconds that the thread has needed for the last one
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1)
@@ -133,11 +142,12 @@ class RenamedCheckpoints(TorchCheckpointIO):
         now = apply_to_collection(checkpoint, Tensor, lambda t: t.detach().to("cpu", copy=True))
         self._ask(self._write, now, Path(path))
 
-    @staticmethod
-    def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
+        begun = time.monotonic()
         # Most of the time of writing; those that are kept are written once more, with it.
         with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
             save_aside(checkpoint, path)
+        self.took = time.monotonic() - begun
 
 
 def save_aside(checkpoint: dict[str, Any], path: Path) -> None:

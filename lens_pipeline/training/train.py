@@ -270,7 +270,9 @@ def _fit(
         enable_version_counter=False,
     )
     # Behind the others, whose state it keeps.
-    last = [] if how.fast_dev_run else [LastCheckpoint(out / LAST, how.save_every_n_steps, best)]
+    files = RenamedCheckpoints()
+    every = how.save_every_n_steps
+    last = [] if how.fast_dev_run else [LastCheckpoint(out / LAST, every, best, files)]
     finite = FiniteLoss(None if how.fast_dev_run else monitor)
     chosen: list[Callback] = [StepSeeds(how.seed), finite, *callbacks, Curves()]
     if how.ema:
@@ -300,7 +302,7 @@ def _fit(
             precision=resolved_precision(config),
             logger=[*into_files, *loggers],
             callbacks=[*chosen, best, *last],
-            plugins=[RenamedCheckpoints()],
+            plugins=[files],
             gradient_clip_val=how.gradient_clip or None,
             accumulate_grad_batches=how.accumulate_grad_batches,
             fast_dev_run=how.fast_dev_run,
@@ -326,7 +328,7 @@ def _fit(
             data.trainer = None  # which holds the network, and what the optimiser knows of it
     if trainer.is_global_zero and not how.fast_dev_run:
         curves = next(c for c in chosen if isinstance(c, Curves))
-        kept = {Path(path).name for path in best.best_k_models}
+        kept = {Path(path).name for path in (best.best_model_path, *best.best_k_models)}
         for path in (out / TOP).glob("*.ckpt"):  # of a process that was killed, and did better
             if path.name not in kept:
                 path.unlink()

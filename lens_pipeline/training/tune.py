@@ -87,13 +87,14 @@ class TunedStudy:
 
     @property
     def found(self) -> dict[str, dict[str, Any]]:
-        """The best trial's values of what the trials change, {section: {field: value}}; as for
-        LENS_TRAINING. None where none has been completed."""
+        """The best trial's values of what the trials change, {section: {field: value}}, as
+        LENS_TRAINING takes them: without the architecture, which LENS_ARCHS names. Nothing where
+        no trial has been completed."""
         if self.best is None:
             return {}
         values = self.trained(int(self.best["number"])).config.model_dump(mode="json")
         return {
-            section: {name: values[section][name] for name in fields}
+            section: {name: values[section][name] for name in fields if name != "arch"}
             for section, fields in read_yaml(self.folder / SPACE).items()
         }
 

@@ -2,7 +2,10 @@
 
 import io
 import struct
+import threading
 import zlib
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -39,7 +42,7 @@ def test_a_compressed_file_is_read_as_what_it_holds(tmp_path: Path) -> None:
         read_image(str(tmp_path / "a.fits.gz"))
 
 
-def test_of_a_stack_in_a_store_its_row_alone_is_fetched() -> None:
+def test_of_a_stack_in_a_store_its_row_alone_is_fetched(tmp_path: Path) -> None:
     stack = np.arange(20 * 3 * 40 * 40, dtype=np.float32).reshape(20, 3, 40, 40)
     whole = io.BytesIO()
     np.save(whole, stack)
@@ -49,6 +52,13 @@ def test_of_a_stack_in_a_store_its_row_alone_is_fetched() -> None:
     np.testing.assert_array_equal(found.pixels, stack[5])
     with pytest.raises(CutoutError, match=r"no row 20 in a stack of shape \(20, 3, 40, 40\)"):
         read_image("memory://stack.npy#20")
+    np.save(tmp_path / "stack.npy", stack)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))  # knows no ranges
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/stack.npy#5"
+        np.testing.assert_array_equal(read_image(url, "background_sigma").pixels, stack[5])
+        server.shutdown()
     np.save(whole := io.BytesIO(), np.asfortranarray(stack))
     memory.pipe_file("/columns.npy", whole.getvalue())
     with pytest.raises(CutoutError, match="C order"):

@@ -42,6 +42,8 @@ def test_each_row_may_name_its_bands_in_an_order_of_its_own(tmp_path: Path) -> N
     pixels = np.random.default_rng(0).normal(size=(3, 32, 32)).astype(np.float32)
     for name, order in (("a", [0, 1, 2]), ("b", [2, 0, 1])):
         np.save(tmp_path / f"{name}.npy", pixels[order])
+    common = pd.DataFrame({"id": ["b", "other"], "path": "b.npy", "bands": ["i,g,r", None]})
+    assert Catalogue(common, "").bands_of(np.array([1])) == [["i", "g", "r"]]
     table = pd.DataFrame(
         {"id": ["a", "b"], "path": ["a.npy", "b.npy"], "bands": ["g,r,i", "i, g,r"]}
     )

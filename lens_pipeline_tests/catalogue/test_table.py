@@ -102,15 +102,21 @@ def test_listings_of_splits(tmp_path: Path) -> None:
 
 
 def test_listings_keep_their_other_columns(tmp_path: Path) -> None:
-    (tmp_path / "train.csv").write_text("filepath,label,group,ra\na.png,1,galaxy,10.5\nb.png,0,,\n")
+    (tmp_path / "train.csv").write_text(
+        "id,filepath,label,group,ra\none,a.png,1,galaxy,10.5\ntwo,b.png,0,,\n"
+    )
     (tmp_path / "test.csv").write_text("id,filepath,label,group\nother,c.png,1,galaxy\n")
     with pytest.raises(InputError, match="row 3, column split: 'test' differs from that of"):
         read_catalogue(tmp_path)  # one galaxy in two splits
     (tmp_path / "test.csv").write_text("id,filepath,label,group\nother,c.png,1,another\n")
     table = read_catalogue(tmp_path).table
-    assert table["id"].tolist() == ["a.png", "b.png", "other"]
-    assert table["group"].tolist() == ["galaxy", "b.png", "another"]
+    assert table["id"].tolist() == ["one", "two", "other"]
+    assert table["group"].tolist() == ["galaxy", "two", "another"]
     assert table["ra"].tolist()[0] == 10.5
+    # Each counts its own rows.
+    (tmp_path / "train.csv").write_text("id,filepath,label\n0,a.png,1\n1,b.png,0\n")
+    (tmp_path / "test.csv").write_text("id,filepath,label\n0,c.png,1\n")
+    assert read_catalogue(tmp_path).table["id"].tolist() == ["a.png", "b.png", "c.png"]
 
 
 def test_ids_of_other_surveys_keep_their_digits_and_zeros(tmp_path: Path) -> None:
