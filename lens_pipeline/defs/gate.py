@@ -48,9 +48,8 @@ def decide(
         return GateDecision(True, (), {})
     if version is not None and ROLLED_BACK in version.tags:
         return refused(f"version {version.version} was rolled back; promote it by hand")
-    evaluated = read_evaluation(evaluation)
     if champion is None:
-        return evaluated.gate(settings.gate)
+        return read_evaluation(evaluation).gate(settings.gate)
     if version is not None and int(version.version) < int(champion.version):
         return refused(f"version {version.version} is older than the champion")
     own = json.loads((ensemble / "ensemble.json").read_text())
@@ -76,7 +75,7 @@ def decide(
 
     test = pd.read_parquet(evaluation / SCORES, filters=[("split", "==", "test")])
     test = test[test["probability"].notna()]
-    if evaluated.on_real_ones(settings.gate):
+    if read_evaluation(evaluation).on_real_ones(settings.gate):
         test = by_origin(test, dataset.facts["origin"] == "simulation")[REAL]
     probability = _scored_by(champion, theirs, source, lens).reindex(test["id"])
     if probability.isna().any():
