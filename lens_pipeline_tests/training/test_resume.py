@@ -9,11 +9,13 @@ import pandas as pd
 import pytest
 import torch
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.datamodule import LensDataModule
 from lens_pipeline.training import TrainedMember, train
+from lens_pipeline.training.callbacks import Patience
+from lens_pipeline.training.checkpoints import BestCheckpoints
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline_tests.training.killed import in_a_process
 
@@ -93,6 +95,13 @@ def test_the_best_epoch_is_kept_until_a_better_one_is_known(
     assert trained.curves["val/loss"].idxmin() == 0
     assert torch.load(trained.checkpoint, weights_only=True)["epoch"] == 0
     assert not better.exists()
+
+
+def test_what_lightnings_own_callbacks_have_written_is_understood() -> None:
+    """Lightning finds the state of a callback by the name of its class."""
+    assert Patience("val/loss").state_key == EarlyStopping("val/loss").state_key
+    ours, theirs = (kind(monitor="val/loss") for kind in (BestCheckpoints, ModelCheckpoint))
+    assert ours.state_key == theirs.state_key
 
 
 def test_a_training_that_has_stopped_early_does_not_go_on(
