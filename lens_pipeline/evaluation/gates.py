@@ -42,8 +42,8 @@ def first_model_gate(
     reasons = _shortages(metrics, "the test set has", min_lens, min_nonlens)
     if low is None:
         reasons.append(
-            "AUROC has no interval; the test set needs lenses and non-lenses, and "
-            f"{FEWEST_GROUPS} groups of either where groups hold several"
+            "AUROC has no interval; the test set needs lenses and non-lenses, where groups hold "
+            f"several of {FEWEST_GROUPS} groups each"
         )
     elif low <= min_auroc_low:
         reasons.append(

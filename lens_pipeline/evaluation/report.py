@@ -55,9 +55,10 @@ def metric_text(metric: Mapping[str, float | None]) -> str:
 
 def _counts(metrics: Mapping[str, Mapping[str, Any]], split: str = "Test") -> str:
     first = next(iter(metrics.values()))
-    bounded = first["brier"]["low"] is not None  # which any cutouts resolve
-    intervals = "95 % intervals by bootstrap" if bounded else "of too few groups for intervals"
-    text = f"{split} split: {first['n_lens']} lenses, {first['n_nonlens']} non-lenses; {intervals}."
+    text = (
+        f"{split} split: {first['n_lens']} lenses, {first['n_nonlens']} non-lenses; "
+        "95 % intervals by bootstrap."
+    )
     if any(of[key]["value"] is None for of in metrics.values() for key in COLUMNS):
         text += f" {UNRESOLVED}: too few cutouts to tell."
     return text

@@ -76,13 +76,6 @@ def test_the_report_needs_no_other_file(tmp_path: Path) -> None:
     assert "Passed" in elements.text
 
 
-def test_a_table_without_intervals_says_why() -> None:
-    label = np.arange(100) % 2
-    regions = lens_metrics(label, label / 2 + 0.2, group=np.arange(100) % 4)
-    text = format_metrics_table({"ensemble": regions})
-    assert "50 lenses, 50 non-lenses; of too few groups for intervals." in text
-
-
 def test_the_table_gives_each_figure_with_its_interval_and_the_counts() -> None:
     metrics = lens_metrics(LABEL, SCORE, 10)
     text = format_metrics_table({"resnet18": metrics, "ensemble": metrics})
