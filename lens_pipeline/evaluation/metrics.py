@@ -59,8 +59,8 @@ def lens_metrics(
     and the integers `n_lens` and `n_nonlens`. `low` and `high` bound the middle 95 % of `bootstrap`
     resamplings, that of ece and ece_top centred on their values; they are None where `bootstrap` is
     0. group (n,): whole groups are drawn, as in `paired_bootstrap`, for cutouts of one galaxy or
-    region are not independent; else lenses and non-lenses are, apart. Where a class is of fewer
-    than FEWEST_GROUPS groups that hold several cutouts, there are no bounds.
+    region are not independent; else lenses and non-lenses are, apart, and also where a class is of
+    fewer than FEWEST_GROUPS groups, whose resamplings would be alike: there bounds are too close.
 
     auroc: ties count half. average_precision: sum of precision x step in recall. tpr0, tpr10: the
     highest true positive rate with no, and with fewer than ten, false positives. tpr_at_fpr_x: the
@@ -77,15 +77,12 @@ def lens_metrics(
     label, score = _checked(label, score)
     levels = _levels(label, score)
     values = _values(levels)
-    if group is None:
+    groups = None if group is None else np.asarray(group)
+    if groups is None or not _enough_groups(label, groups):
         drawings = _resampled(levels, bootstrap, seed)
     else:
-        groups = np.asarray(group)
-        times = bootstrap if _enough_groups(label, groups) else 0
-        ranked = _ranked(score)
-        drawings = (
-            _counted(label, ranked, weight) for weight in _drawn_groups(label, groups, times, seed)
-        )
+        ranked, weights = _ranked(score), _drawn_groups(label, groups, bootstrap, seed)
+        drawings = (_counted(label, ranked, weight) for weight in weights)
     draws = [_values(drawn) for drawn in drawings]
     metrics: dict[str, Any] = {}
     for name, value in values.items():
@@ -143,10 +140,7 @@ def paired_bootstrap(
 
 def _enough_groups(label: NDArray[np.bool_], groups: NDArray[Any]) -> bool:
     """Whether resampling groups tells of what else might have been drawn."""
-    return all(
-        len(np.unique(groups[of_class])) >= min(FEWEST_GROUPS, int(of_class.sum()))
-        for of_class in (label, ~label)
-    )
+    return all(len(np.unique(groups[of_class])) >= FEWEST_GROUPS for of_class in (label, ~label))
 
 
 def _drawn_groups(
