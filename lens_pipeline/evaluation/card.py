@@ -32,7 +32,7 @@ def model_card(facts: Mapping[str, Any], evaluation: Evaluation) -> str:
         f"`{facts['dataset_version']}`. Fusion and calibration: {validation['n_lens']} lenses and "
         f"{validation['n_nonlens']} non-lenses of the validation split. Figures below: "
         f"{metrics['n_lens']} lenses and {metrics['n_nonlens']} non-lenses of the test split, with "
-        "95 % intervals by bootstrap, groups drawn whole.",
+        "95 % intervals by bootstrap.",
         "## Test figures",
         "| | ensemble |",
         "|---|---|",

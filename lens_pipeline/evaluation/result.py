@@ -51,11 +51,8 @@ class Evaluation:
         """Whether gates judge by the real cutouts alone: where they hold what a gate needs beside
         simulated ones, from which real non-lenses may be told by the noise."""
         real = self.origins.get(REAL, {}).get(ENSEMBLE, {"n_lens": 0, "n_nonlens": 0})
-        return bool(
-            real["n_lens"] >= thresholds["min_lens"]
-            and real["n_nonlens"] >= thresholds["min_nonlens"]
-            and self.origins
-        )
+        enough = (real[f"n_{name}"] >= thresholds[f"min_{name}"] for name in ("lens", "nonlens"))
+        return all(enough)
 
     def gate(self, thresholds: Mapping[str, Any]) -> GateDecision:
         """Whether this ensemble may become the first champion."""
