@@ -22,7 +22,7 @@ from lenstronomy.Util import param_util
 
 from benchmarks._harness import Row, Target, options, report
 from lens_pipeline.simulation import load_config
-from lens_pipeline.simulation.population import candidates, magnitudes
+from lens_pipeline.simulation.population import COLUMNS, candidates, magnitudes
 from lens_pipeline.simulation.render import Renderer, moffat
 from lens_pipeline.simulation.sources import SersicDiscs
 from lens_pipeline.simulation.surveys import Survey
@@ -33,7 +33,7 @@ FOR_A_GPU = 64  # times as many systems as for a CPU
 
 
 def systems(n: int) -> pd.DataFrame:
-    u = np.random.default_rng(0).random((600 * n, 21))
+    u = np.random.default_rng(0).random((600 * n, COLUMNS))
     return candidates(u, load_config("des")).head(n).reset_index(drop=True)
 
 

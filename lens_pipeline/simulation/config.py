@@ -93,7 +93,8 @@ Distribution = Annotated[
 class Population(_Part):
     """Distributions that replace those of `population` with the same names, and the cuts.
 
-    A distribution given here does not depend on what the built-in one depends on.
+    A distribution given here does not depend on what the built-in one depends on. That of velocity
+    dispersions is of galaxies that are lenses: those of all galaxies, weighted by sigma^4.
     """
 
     lens_redshift: Distribution | None = None

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lens_pipeline.simulation.hosts import HostGalaxies
-from lens_pipeline.simulation.population import Array, magnitudes, source_axis_ratio, source_colours
+from lens_pipeline.simulation.neighbours import add_components
+from lens_pipeline.simulation.population import Array, source_axis_ratio, source_colours
 from lens_pipeline.simulation.render import Renderer
 from lens_pipeline.simulation.streams import Purpose, stream
 
@@ -56,12 +57,8 @@ def draw_decoys(
             kept = torch.from_numpy(share.astype(np.float32)).to(electrons.device)
             electrons[chosen] *= kept[:, None, None, None]
             components += parts
-    position = pd.Series(np.arange(len(hosts)), index=hosts)
     for profile, part in _by_profile(components):
-        image = renderer.blur(renderer.component(profile, renderer.parameters(part)))
-        owner = torch.tensor(position[part.index].to_numpy(), device=electrons.device)
-        light = renderer.electrons(image, magnitudes(part, "component", renderer.bands))
-        electrons.index_add_(0, owner, light)
+        add_components(electrons, hosts, renderer, profile, part)
     damaged = np.flatnonzero(kinds == "artefact")
     if len(damaged):
         background = galaxies.background(lenses["host_galaxy"].to_numpy()[damaged])

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lens_pipeline.simulation.neighbours import draw_neighbours
 from lens_pipeline.simulation.pool import KNOWN, Pool
 from lens_pipeline.simulation.population import Array, magnitudes
 from lens_pipeline.simulation.render import Renderer
@@ -56,6 +57,11 @@ class HostGalaxies(Protocol):
         """
         ...
 
+    def neighbours(self, seed: int, hosts: Numbers) -> Tensor:
+        """Electrons (n, bands, size, size) of what else is in the cutouts of hosts, lens or not;
+        none where their images show it already."""
+        ...
+
     def unexposed(self, light: Tensor) -> Tensor:
         """Of that light, the expected electrons that `expose` takes."""
         ...
@@ -98,6 +104,9 @@ class SersicHosts:
         renderer = self.renderer
         images = renderer.blur(renderer.elliptical(renderer.parameters(table)))
         return renderer.electrons(images, magnitudes(table, "lens", renderer.bands))
+
+    def neighbours(self, seed: int, hosts: Numbers) -> Tensor:
+        return draw_neighbours(self.renderer, seed, hosts)
 
     def unexposed(self, light: Tensor) -> Tensor:
         return light
@@ -144,6 +153,9 @@ class RealHosts:
         numbers = table["host_galaxy"].to_numpy()
         images = self._images(numbers).clamp_min(0)
         return self.renderer.electrons_of_sigma(images, self.background(numbers))
+
+    def neighbours(self, seed: int, hosts: Numbers) -> Tensor:
+        return self.renderer.darkness(len(hosts))
 
     def unexposed(self, light: Tensor) -> Tensor:
         return torch.zeros_like(light)

@@ -45,7 +45,8 @@ def draw_lenses(
     """For each host the first of its candidates that passes every cut.
 
     A candidate passes on the rendered arcs' signal-to-noise (best band) and on their magnification,
-    the flux of the arcs within the cutout over the flux of the source. Where few hosts are left,
+    the flux of the arcs within the cutout over the flux of the source, which must be seen to be
+    drawn out: magnification x source_radius > seeing (LensPop). Where few hosts are left,
     several candidates of each are rendered at a time; the first that passes is the same.
     """
     device = galaxies.renderer.device
@@ -116,6 +117,7 @@ def _render(galaxies: HostGalaxies, table: pd.DataFrame, cuts: Population) -> Le
     arcs = renderer.electrons(renderer.blur(arcs), magnitudes(table, "source", renderer.bands))
     best = renderer.matched_filter(arcs, background).cpu().numpy()
     may = (magnification > cuts.min_magnification) & (best > cuts.min_arc_snr)
+    may &= magnification * table["source_radius"].to_numpy() > renderer.survey.seeing
     table, arcs = table[may], arcs[torch.from_numpy(may).to(arcs.device)]
     if table.empty:
         return Lenses(table, arcs, arcs)

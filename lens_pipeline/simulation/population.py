@@ -26,16 +26,17 @@ from lens_pipeline.simulation.surveys import Survey
 
 Array = NDArray[np.float64]
 
-VERSION = 2  # of the population: raise it with any change to what is drawn
+VERSION = 3  # of the population: raise it with any change to what is drawn
 
 COSMOLOGY = FlatLambdaCDM(H0=70, Om0=0.3)
 ARCSEC = np.pi / 180 / 3600
 MAX_LENS_REDSHIFT = 2.0
+MAX_VELOCITY_DISPERSION = 500.0  # km/s: beyond it no galaxy is, nor the relations that follow
 MAX_SHEAR = 0.1
 MIN_SOURCE_RADIUS = 0.4  # pixels
 RARE = 1e-4  # of sources, or of lenses: what is rarer is not waited for
 CANDIDATES = 192  # drawn at a time for each host
-COLUMNS = 21  # uniform deviates that a candidate takes
+COLUMNS = 22  # uniform deviates that a candidate takes
 
 
 @cache
@@ -60,14 +61,15 @@ def kpc_to_arcsec(z: Array) -> Array:
     return (1 + z) / (comoving_distance(z) * 1e3 * ARCSEC)
 
 
-def einstein_radius(velocity_dispersion: Array, z_lens: Array, z_source: Array) -> Array:
-    """4 pi (sigma_v/c)^2 D_ls/D_s in arcsec, of a singular isothermal sphere; sigma_v in km/s.
+def distance_ratio(z_lens: Array, z_source: Array) -> Array:
+    """D_ls/D_s, in a flat universe 1 - D_C(z_lens)/D_C(z_source). Zero for a source in front."""
+    return np.clip(1 - comoving_distance(z_lens) / comoving_distance(z_source), 0, None)
 
-    In a flat universe D_ls/D_s = 1 - D_C(z_lens)/D_C(z_source). Zero for a source in front.
-    """
-    ratio = 1 - comoving_distance(z_lens) / comoving_distance(z_source)
+
+def einstein_radius(velocity_dispersion: Array, z_lens: Array, z_source: Array) -> Array:
+    """4 pi (sigma_v/c)^2 D_ls/D_s in arcsec, of a singular isothermal sphere; sigma_v in km/s."""
     beta = velocity_dispersion / c.to_value("km/s")
-    return 4 * np.pi * beta**2 * np.clip(ratio, 0, None) / ARCSEC
+    return 4 * np.pi * beta**2 * distance_ratio(z_lens, z_source) / ARCSEC
 
 
 def lens_redshift(u: Array) -> Array:
@@ -79,15 +81,16 @@ def lens_redshift(u: Array) -> Array:
 @cache
 def _velocity_dispersion_table() -> tuple[Array, Array]:
     sigma = np.linspace(100, 400, 3001)
-    density = (sigma / 161) ** 2.32 * np.exp(-((sigma / 161) ** 2.67)) / sigma
+    density = (sigma / 161) ** 2.32 * np.exp(-((sigma / 161) ** 2.67)) / sigma * sigma**4
     cumulative = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
     return cumulative / cumulative[-1], sigma
 
 
 def velocity_dispersion(u: Array) -> Array:
-    """phi ~ (s/161)^2.32 exp[-(s/161)^2.67]/s in km/s, from 100 to 400, at every redshift.
+    """Of lens galaxies: phi s^4, from 100 to 400 km/s, at every redshift.
 
-    Choi, Park & Vogeley 2007.
+    phi ~ (s/161)^2.32 exp[-(s/161)^2.67]/s of galaxies (Choi, Park & Vogeley 2007); what is behind
+    one is multiply imaged over an area of pi theta_E^2, which grows as s^4.
     """
     return np.interp(u, *_velocity_dispersion_table())
 
@@ -231,7 +234,9 @@ def candidates(
     Cuts on redshift, Einstein radius and 2 theta_E^2 > (2 r_s)^2 + seeing^2 are final; those on
     magnification and signal-to-noise only drop what cannot pass, and wait for the rendered arcs.
     Sources are placed uniformly over the box |beta_x|, |beta_y| <= theta_E, whose corners lie at
-    beta^2 = 2 theta_E^2. Sources smaller than the renderer's sub-pixels resolve are left out.
+    beta^2 = 2 theta_E^2; a pair of redshifts is kept with the chance (D_ls/D_s)^2, for the area of
+    that box, and with it how many sources there are, grows as theta_E^2 (its other factor is in
+    `velocity_dispersion`). Sources smaller than the renderer's sub-pixels resolve are left out.
 
     known: columns of the lens galaxy (rows,) that are not drawn but given, where they are not NaN.
     background: variance of an empty pixel (rows, bands), electrons^2; by default the survey's.
@@ -252,7 +257,8 @@ def candidates(
     z_source = chosen.named(source_redshift, u[:, 3], i_magnitude)
     theta = einstein_radius(sigma, z_lens, z_source)
     keep = (z_source - z_lens > chosen.min_redshift_gap) & (theta >= chosen.min_einstein_radius)
-    keep &= theta <= chosen.max_einstein_radius
+    keep &= (theta <= chosen.max_einstein_radius) & (sigma <= MAX_VELOCITY_DISPERSION)
+    keep &= u[:, 21] < distance_ratio(z_lens, z_source) ** 2
 
     index = np.flatnonzero(keep)
     u, z_lens, sigma, i_magnitude, z_source, theta = (
@@ -306,11 +312,21 @@ def _may_be_detectable(
     # no shape is easier to detect than a star against the empty sky.
     beta = np.hypot(table["source_x"].to_numpy(), table["source_y"].to_numpy())
     magnification = 2 * (1 + 2 * theta / np.hypot(beta, radius / 1.678))
-    star = 0.2545 / (survey.seeing / survey.pixel_scale / 2.3548)
-    flux = survey.electrons(magnitudes(table, "source", survey.bands))
-    snr = star * magnification * (flux / np.sqrt(background)).max(axis=1)
+    snr = magnification * star_snr(survey, magnitudes(table, "source", survey.bands), background)
     detectable = (magnification > cuts.min_magnification) & (snr > cuts.min_arc_snr)
-    return resolved & sampled & detectable
+    sheared = magnification * radius > survey.seeing
+    return resolved & sampled & detectable & sheared
+
+
+def star_snr(survey: Survey, magnitudes: Array, background: Array) -> Array:
+    """Signal-to-noise (n,) of stars of AB magnitudes (n, bands) on the empty sky, in the best band.
+
+    Within the best aperture for a Gaussian of the survey's seeing. background: variance of an empty
+    pixel, electrons^2, (n, bands) or (bands,).
+    """
+    # Of a radius of 1.585 standard deviations, where (1 - exp(-r^2/2)) / (sqrt(pi) r) is highest.
+    share = 0.2546 / (survey.seeing / survey.pixel_scale / 2.3548)
+    return share * (survey.electrons(magnitudes) / np.sqrt(background)).max(axis=1)
 
 
 def may_lens(config: SimulationConfig, sigma: Array, z: Array) -> NDArray[np.bool_]:
@@ -326,11 +342,13 @@ def may_lens(config: SimulationConfig, sigma: Array, z: Array) -> NDArray[np.boo
     light, heavy = (
         np.where(np.isnan(sigma), chosen.named(velocity_dispersion, u), sigma) for u in (low, high)
     )
+    heavy = np.minimum(heavy, MAX_VELOCITY_DISPERSION)
     widest = einstein_radius(heavy, near, z_source)
     narrowest = einstein_radius(light, far, far + chosen.min_redshift_gap)
     smallest = MIN_SOURCE_RADIUS * survey.pixel_scale
     return (
         (z_source - near > chosen.min_redshift_gap)
+        & (light <= MAX_VELOCITY_DISPERSION)
         & (widest >= chosen.min_einstein_radius)
         & (narrowest <= chosen.max_einstein_radius)
         & (2 * widest**2 > (2 * smallest) ** 2 + survey.seeing**2)

@@ -148,6 +148,10 @@ class Renderer:
         values = torch.from_numpy(table.to_numpy(np.float32).T.copy()).to(self.device)
         return dict(zip(table.columns, values, strict=True))
 
+    def darkness(self, n: int) -> Tensor:
+        """Electrons (n, bands, size, size) of nothing."""
+        return torch.zeros(n, len(self.bands), self.size, self.size, device=self.device)
+
     def electrons(self, images: Tensor, magnitudes: NDArray[np.float64]) -> Tensor:
         """Expected electrons (B, bands, size, size) of images of unit flux; (B, bands) AB mag."""
         flux = torch.from_numpy(self.survey.electrons(magnitudes)).to(self.device, torch.float32)

@@ -222,7 +222,9 @@ def _pairs(galaxies: HostGalaxies, config: SimulationConfig, seed: int, rows: ra
     kinds = choose_kinds(seed, hosts, config.decoys)
     bare = galaxies.unexposed(lenses.galaxy)
     decoys = draw_decoys(galaxies, seed, lenses.table, bare, kinds)
-    electrons = torch.stack([bare + lenses.arcs, decoys], dim=1)
+    # Of both the same: neighbours of one alone would tell them apart.
+    neighbours = galaxies.neighbours(seed, np.array(hosts))
+    electrons = torch.stack([bare + lenses.arcs, decoys], dim=1) + neighbours[:, None]
     deviates = _deviates(electrons, seed, hosts)
     images = galaxies.expose(electrons, deviates, lenses.table["host_galaxy"].to_numpy())
     return Simulation(

@@ -13,6 +13,7 @@ class Purpose(IntEnum):
     DECOY = 1
     NOISE = 2
     KIND = 3
+    NEIGHBOURS = 4
 
 
 def stream(seed: int, host: int, purpose: Purpose, block: int = 0) -> np.random.Generator:

@@ -8,7 +8,7 @@ from scipy.stats import kstest, truncnorm, uniform
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.simulation import SURVEYS, load_config, simulate
-from lens_pipeline.simulation.population import candidates
+from lens_pipeline.simulation.population import COLUMNS, candidates
 
 # Point-source depths (AB, 5 sigma) as published: DES Y6 (Bechtol et al. 2025) from its S/N = 10
 # limits, HSC-SSP Wide (Aihara et al. 2018), LSST after ten years (Ivezic et al. 2019), Euclid VIS
@@ -49,7 +49,7 @@ population:
   min_einstein_radius: 0.8
 """,
     )
-    table = candidates(np.random.default_rng(0).random((60_000, 21)), load_config("des", file))
+    table = candidates(np.random.default_rng(0).random((60_000, COLUMNS)), load_config("des", file))
     assert len(table) > 200
     assert kstest(table["shear"], uniform(0.02, 0.02).cdf).pvalue > 0.01
     assert table["velocity_dispersion"].between(200, 350).all()

@@ -7,7 +7,8 @@ from lenstronomy.Cosmo.lens_cosmo import LensCosmo
 from scipy.integrate import quad
 from scipy.stats import kstest
 
-from lens_pipeline.simulation import population
+from lens_pipeline.simulation import SimulationConfig, load_config, population
+from lens_pipeline.simulation.config import Population
 
 COSMOLOGY = FlatLambdaCDM(H0=70, Om0=0.3)
 U = np.random.default_rng(0).uniform(size=4000)
@@ -44,13 +45,66 @@ def test_lenses_fill_the_comoving_volume() -> None:
     assert kstest(volume(z).value / volume(2.0).value, "uniform").pvalue > 0.01
 
 
-def test_velocity_dispersions_follow_the_published_function() -> None:
-    def phi(s: float) -> float:
-        return (s / 161) ** 2.32 * np.exp(-((s / 161) ** 2.67)) / s
+def phi(s: float) -> float:
+    """Velocity dispersions of galaxies, Choi, Park & Vogeley 2007."""
+    return (s / 161) ** 2.32 * np.exp(-((s / 161) ** 2.67)) / s
 
-    total = quad(phi, 100, 400)[0]
+
+def test_velocity_dispersions_follow_the_published_function_and_the_cross_section() -> None:
+    def lenses(s: float) -> float:
+        return phi(s) * s**4
+
+    total = quad(lenses, 100, 400)[0]
     found = population.velocity_dispersion(U)
-    assert kstest(found, np.vectorize(lambda s: quad(phi, 100, s)[0] / total)).pvalue > 0.01
+    assert kstest(found, np.vectorize(lambda s: quad(lenses, 100, s)[0] / total)).pvalue > 0.01
+
+
+def test_a_galaxy_lenses_as_often_as_its_einstein_radius_squared() -> None:
+    """Of the Einstein radii of all pairs of galaxies, each weighing its area: here by weights."""
+    file = {
+        "survey": load_config("des").survey.model_dump() | {"seeing": 0.1, "pixel_scale": 0.05},
+        "population": {
+            "source_i_magnitude": {"distribution": "constant", "value": 26.5},  # small, and far
+            "min_einstein_radius": 1.0,
+            "min_magnification": 0,
+            "min_arc_snr": 0,
+        },
+    }
+    config = SimulationConfig.model_validate(file)
+    random = np.random.default_rng(1)
+    found = population.candidates(random.random((400_000, population.COLUMNS)), config)
+    n = 2_000_000
+    grid = np.linspace(100, 400, 3001)
+    sigma = random.choice(grid, n, p=phi(grid) / phi(grid).sum())
+    z_lens = population.lens_redshift(random.random(n))
+    z_source = population.source_redshift(random.random(n), np.full(n, 26.5))
+    theta = population.einstein_radius(sigma, z_lens, z_source)
+    kept = (theta >= 1) & (theta <= 3) & (z_source - z_lens > 0.4)
+    for name, all_pairs in (
+        ("einstein_radius", theta),
+        ("z_lens", z_lens),
+        ("z_source", z_source),
+        ("velocity_dispersion", sigma),
+    ):
+        ours, theirs, weight = found[name], all_pairs[kept], theta[kept] ** 2
+        order = theirs.argsort()
+        cumulative = weight[order].cumsum() / weight.sum()
+        theirs_at = np.interp(np.sort(ours), theirs[order], cumulative)
+        distance = np.abs(theirs_at - (np.arange(len(ours)) + 0.5) / len(ours)).max()
+        assert distance < 0.03, name
+
+
+def test_there_are_no_galaxies_beyond_the_relations() -> None:
+    """A distribution may well reach further: the lens's magnitude would be no number."""
+    wide = {"distribution": "uniform", "low": 300, "high": 900}
+    config = load_config("des").model_copy(
+        update={"population": Population.model_validate({"velocity_dispersion": wide})}
+    )
+    found = population.candidates(
+        np.random.default_rng(0).random((60_000, population.COLUMNS)), config
+    )
+    assert found["velocity_dispersion"].between(300, 500).all()
+    assert found.notna().all(axis=None)
 
 
 def test_axis_ratios_are_rayleigh_and_stay_in_bounds() -> None:

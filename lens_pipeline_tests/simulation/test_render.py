@@ -19,7 +19,7 @@ from scipy.special import gamma, gammaincinv
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.simulation.config import load_config
-from lens_pipeline.simulation.population import candidates
+from lens_pipeline.simulation.population import COLUMNS, candidates
 from lens_pipeline.simulation.profiles import ring, sersic, spiral, tail
 from lens_pipeline.simulation.render import Renderer, deflect, grid, moffat
 from lens_pipeline.simulation.sources import SersicDiscs
@@ -108,7 +108,7 @@ def test_sersic_profiles_are_those_of_astropy_and_of_unit_flux(index: int) -> No
 
 def random_systems(n: int) -> list[dict[str, float]]:
     """Systems as the population draws them."""
-    u = np.random.default_rng(3).random((60_000, 21))
+    u = np.random.default_rng(3).random((60_000, COLUMNS))
     table = candidates(u, load_config("des")).head(n)
     assert len(table) == n
     return [dict(row) for _, row in table.iterrows()]

@@ -1,0 +1,55 @@
+"""Galaxies that happen to be in a cutout: as many as on the sky, and in both of a pair."""
+
+import numpy as np
+import pytest
+
+from lens_pipeline.simulation import Simulation, load_config, simulate
+from lens_pipeline.simulation.neighbours import draw_neighbours
+from lens_pipeline.simulation.render import Renderer
+from lens_pipeline.simulation.sources import SersicDiscs
+
+DES = load_config("des").survey
+SIZE, I_BAND = 64, 2
+AREA = (SIZE * DES.pixel_scale / 60) ** 2  # square arcmin
+
+
+@pytest.fixture(scope="module")
+def flux() -> np.ndarray:
+    """Electrons in i of the neighbours of each of 1000 hosts."""
+    renderer = Renderer(DES, SersicDiscs(), SIZE, "cpu")
+    parts = [draw_neighbours(renderer, 4, np.arange(k, k + 250)) for k in range(0, 1000, 250)]
+    return np.concatenate([part[:, I_BAND].sum(dim=(1, 2)).numpy() for part in parts])
+
+
+def electrons(i: np.ndarray) -> np.ndarray:
+    return DES.electrons(np.broadcast_to(i[..., None], (*i.shape, 3)))[..., I_BAND]
+
+
+def test_there_are_as_many_as_are_counted_on_the_sky(flux: np.ndarray) -> None:
+    """LSST Science Book, section 3.7: 46 x 10^(0.31 (i - 25)) a square arcmin brighter than i."""
+    random = np.random.default_rng(0)
+    faintest = 25.5  # or thereabouts, a star is seen at 3 sigma
+    count = random.poisson(46 * 10 ** (0.31 * (faintest - 25)) * AREA, 20_000)
+    i = faintest + np.log10(random.random(count.sum())) / 0.31
+    owner = np.arange(len(count)).repeat(count)
+    expected = np.bincount(owner[i > 20], electrons(i[i > 20]), len(count))
+    for limit in electrons(np.arange(20.5, 24)):
+        # Some of a galaxy's light falls beside the cutout.
+        assert (flux > limit).mean() == pytest.approx((expected > limit).mean(), abs=0.05)
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Simulation:
+    config = load_config("des").model_copy(update={"decoys": {"unlensed": 1.0}})
+    return simulate("des", 200, seed=6, config=config)
+
+
+def test_a_lens_and_its_decoy_have_the_same(pairs: Simulation) -> None:
+    y, x = np.mgrid[:SIZE, :SIZE] - (SIZE - 1) / 2
+    beside = np.hypot(x, y) * DES.pixel_scale > 6.5  # beyond all arcs
+    lens, decoy = (pairs.images[k::2, I_BAND][:, beside] for k in (0, 1))
+    bright = decoy.argmax(axis=1)[:, None]
+    found = np.take_along_axis(decoy, bright, 1)[:, 0]
+    same = np.take_along_axis(lens, bright, 1)[:, 0]
+    assert (found > 10).sum() > 15
+    np.testing.assert_allclose(same[found > 10], found[found > 10], atol=8, rtol=0.1)
