@@ -144,7 +144,8 @@ def colour_composite(images: NDArray[np.floating], units: str) -> NDArray[np.flo
     intensity = rgb.mean(axis=-1, keepdims=True).clip(1e-6)
     scale = np.arcsinh(intensity / SOFTENING) / np.arcsinh(WHITE / SOFTENING)
     rgb = (rgb * scale / intensity).clip(0)
-    return rgb / rgb.max(axis=-1, keepdims=True).clip(1)  # keeps the colour of what is too bright
+    # Colours stay, and what is bright is compressed, not cut: arcs show on the light of a galaxy.
+    return rgb / np.hypot(1, rgb.max(axis=-1, keepdims=True))
 
 
 def contact_sheet(

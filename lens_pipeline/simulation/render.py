@@ -38,7 +38,7 @@ CORE_SUPERSAMPLING = 8
 # Of a sub-pixel's side: keeps the light of the cusp within 1 % for half-light radii over 0.5 arcsec
 # wherever the centre falls; the rms radius of a square, 0.41, would lose three times as much.
 CUSP_SOFTENING = 0.2
-PSF_RADIUS = 12  # pixels
+PSF_RADIUS = 24  # pixels: the wings of a bright star end in noise
 POINT_WIDTH = 0.3  # pixels: standard deviation of a star before the PSF
 # Of light that is added to an image: less than that many of its background's sigmas is what the
 # Fourier transform of the PSF leaves everywhere, and is left out.

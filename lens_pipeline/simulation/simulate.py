@@ -80,7 +80,7 @@ def simulate(
 
     The first m cutouts are the same for every n >= m (and one pool of hosts); for another
     batch_size (cutouts drawn together) or device, or compiled (see `Renderer`), to 1e-4 of the
-    background sigma, or 2e-7 of a cutout's brightest pixel where that is more: float32 holds no
+    background sigma, or 5e-7 of a cutout's brightest pixel where that is more: float32 holds no
     more of it. config: `load_config(survey)` by default. Raises InputError for an unknown
     survey, settings out of range, a pool of hosts that cannot be used (see `read_pool`), or where
     nothing can be compiled.

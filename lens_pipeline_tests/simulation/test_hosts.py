@@ -28,7 +28,8 @@ from lens_pipeline.simulation.render import Renderer
 from lens_pipeline.simulation.simulate import simulate_catalogue
 from lens_pipeline.simulation.sources import make_sources
 
-DES = load_config("des").survey
+# With a point spread function that ends within images as small as these.
+DES = load_config("des").survey.model_copy(update={"moffat_beta": 8.0})
 BANDS = DES.bands
 SIZE = 32
 POOL = 60

@@ -199,7 +199,7 @@ def test_a_psf_of_the_users_own(tmp_path: Path) -> None:
         return Renderer(survey, SersicDiscs(), 32, "cpu").blur(image).numpy()[0]
 
     np.testing.assert_allclose(blurred("narrow"), image[0].numpy(), atol=1e-6)
-    assert blurred("wide")[16, 16] == pytest.approx(1 / 625, rel=1e-3)  # cut to 25 pixels a side
+    assert blurred("wide")[16, 16] == pytest.approx(1 / 49**2, rel=1e-3)  # cut to 49 pixels a side
     with pytest.raises(InputError, match=r"even\.fits has the shape \(60, 60\)"):
         blurred("even")
     with pytest.raises(InputError, match=r"none\.fits cannot be read"):
