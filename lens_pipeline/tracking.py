@@ -136,8 +136,19 @@ class Tracking:
         """This home's newest run of a step that has not failed."""
         return next(iter(self._find_runs(step_key, "!= 'FAILED'")), None)
 
-    def start_run(self, name: str, step_key: str, tags: Mapping[str, str]) -> str:
-        """A new run of a step; the caller holds the step's lock, so an unfinished one is dead."""
+    def start_run(
+        self, name: str, step_key: str, tags: Mapping[str, str], goes_on: bool = False
+    ) -> str:
+        """A new run of a step; the caller holds the step's lock, so an unfinished one is dead.
+
+        goes_on: with what that has left, and so in its run, if there is one.
+        """
+        if goes_on:
+            for left in self._find_runs(step_key, "!= 'FINISHED'"):
+                self.client.update_run(left.info.run_id, "RUNNING")
+                for tag, value in tags.items():
+                    self.client.set_tag(left.info.run_id, tag, value)
+                return str(left.info.run_id)
         for dead in self._find_runs(step_key, "= 'RUNNING'"):
             self.client.set_terminated(dead.info.run_id, "FAILED")
         run = self.client.create_run(

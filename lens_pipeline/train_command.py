@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +87,7 @@ def train_here(config: TrainConfig, settings: Settings, out: Path) -> "TrainedMe
     data = data_module(config, settings.home / "cache", settings.storage_options)
     to_do = not config.training.fast_dev_run and not (out / SCORES).exists()
     told = "mlflow" in config.training.loggers and to_do
-    loggers = [_mlflow(config, settings)] if told else []
+    loggers = [_mlflow(config, settings, out)] if told else []
     return train(config, data, out, loggers=loggers, system_type=system_type(config))
 
 
@@ -98,19 +98,23 @@ def system_type(config: TrainConfig) -> "type[LensClassifier]":
     return LitEnsembleSystem if config.model.model_type == "ensemble" else LitLensSystem
 
 
-def _mlflow(config: TrainConfig, settings: Settings) -> "Logger":
+def _mlflow(config: TrainConfig, settings: Settings, out: Path) -> "Logger":
     from pytorch_lightning.loggers import MLFlowLogger
 
     from lens_pipeline.tracking import Tracking, flat
+    from lens_pipeline.training.member import LAST
 
     tracking = Tracking(settings)
     assert tracking.client  # makes the registry's database where there is none
     run_id = os.environ.get("MLFLOW_RUN_ID")  # of who started this process, and records the rest
     begun_here = run_id is None and is_first()
+    known: Mapping[str, str] = {}
     if begun_here:
-        run_id = tracking.start_run(name_of(config), digest(config.deciding), {})
+        key = digest(config.deciding | {"out": str(out)})
+        run_id = tracking.start_run(name_of(config), key, {}, goes_on=(out / LAST).exists())
+        known = tracking.client.get_run(run_id).data.params
     logger = MLFlowLogger(run_id=run_id, tracking_uri=settings.mlflow_uri, log_model=False)
-    if begun_here:
+    if begun_here and not known:
         logger.log_hyperparams(flat(config.model_dump()))
     return logger
 

@@ -181,9 +181,11 @@ def _train(
     recipe: Recipe,
     out: Path,
 ) -> None:
+    from lens_pipeline.training.member import LAST
+
     tracking = Tracking(settings)
     tags = _tags(upstream, member, context.run_id)
-    run_id = tracking.start_run(member.name, recipe.key, tags)
+    run_id = tracking.start_run(member.name, recipe.key, tags, goes_on=(out / LAST).exists())
     try:
         if config.hardware.devices > 1:
             _train_in_processes(context, settings, upstream, config, out, run_id)

@@ -1,6 +1,8 @@
 """A training that was killed goes on where it was, and ends as if nothing had happened."""
 
 import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,14 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.settings import Settings
 from lens_pipeline.shards.datamodule import LensDataModule
+from lens_pipeline.tracking import Tracking
 from lens_pipeline.training import TrainedMember, train
 from lens_pipeline.training.callbacks import Patience
 from lens_pipeline.training.checkpoints import BestCheckpoints
 from lens_pipeline.training.config import TrainConfig
+from lens_pipeline_tests.conftest import LENS_PIPELINE
 from lens_pipeline_tests.training.killed import in_a_process
 
 
@@ -75,6 +80,34 @@ def test_killed_at_five_moments_the_weights_are_those_of_an_undisturbed_training
     pd.testing.assert_frame_equal(
         TrainedMember(undisturbed).val_scores, TrainedMember(killed).val_scores
     )
+
+
+@pytest.mark.slow
+def test_mlflow_shows_a_training_that_was_killed_as_one(
+    shards_folder: Path, tmp_path: Path
+) -> None:
+    home, out = tmp_path / "home", tmp_path / "out"
+    command = [
+        *(LENS_PIPELINE, "train", "--data-root", str(shards_folder), "--home", str(home)),
+        *("--checkpoint-dir", str(out), "--arch", "lastro", "--epochs", "6"),
+        *("--loggers", "csv,mlflow", "--save-every-n-steps", "1"),
+    ]
+    with subprocess.Popen(command) as process:
+        deadline = time.monotonic() + 120
+        while not any((out / "top").glob("epoch_00[1-9].ckpt")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.kill()
+    assert not (out / "val_scores.parquet").exists()
+    subprocess.run(command, check=True)
+    tracking = Tracking(Settings.load(home=str(home)))
+    (run,) = tracking.client.search_runs([tracking.experiment_id])
+    assert run.info.status == "FINISHED"
+    history = tracking.client.get_metric_history(run.info.run_id, "val/auroc")
+    # Those of the epoch in which it was killed may have been told twice.
+    values = {point.step: point.value for point in history}
+    assert list(values.values()) == pytest.approx(TrainedMember(out).curves["val/auroc"].tolist())
 
 
 def test_the_best_epoch_is_kept_until_a_better_one_is_known(
