@@ -25,7 +25,8 @@ def make_ensemble(folder: Path, members: Sequence[str], form: CutoutFormat) -> L
         content = {"state_dict": system.state_dict(), "hyper_parameters": dict(system.hparams)}
         torch.save(content, checkpoint)
         logit = label + random.normal(size=len(label))
-        scores = pd.DataFrame({"id": label.index.astype(str), "label": label, "logit": logit})
+        ids = label.index.astype(str)
+        scores = pd.DataFrame({"id": ids, "label": label, "group": ids, "logit": logit})
         scores["logit_std"] = 0.1
         parts[arch] = (checkpoint, scores)
     facts = {"dataset": "benchmark", "dataset_version": "benchmark"}

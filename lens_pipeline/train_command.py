@@ -195,7 +195,7 @@ def _tell(trained: "TrainedMember", config: TrainConfig) -> None:
     from lens_pipeline.evaluation.report import format_metrics_table
 
     scores = trained.val_scores
-    metrics = lens_metrics(scores["label"], expit(scores["logit"]))
+    metrics = lens_metrics(scores["label"], expit(scores["logit"]), group=scores.get("group"))
     name = "ensemble" if config.model.model_type == "ensemble" else config.model.arch
     print(format_metrics_table({name: metrics}, split="Validation"))
     print(f"Checkpoint  {trained.checkpoint}")

@@ -145,13 +145,19 @@ def _validation_auroc(trained: "TrainedMember") -> tuple[float, float]:
     import numpy as np
     from scipy.special import expit
 
-    from lens_pipeline.evaluation.metrics import INTERVAL, lens_metrics, paired_bootstrap
+    from lens_pipeline.evaluation.metrics import (
+        INTERVAL,
+        independent_groups,
+        lens_metrics,
+        paired_bootstrap,
+    )
 
-    label, logit = trained.val_scores["label"], trained.val_scores["logit"]
-    probability = expit(logit)
+    scores = trained.val_scores
+    label, probability = scores["label"], expit(scores["logit"])
+    group = independent_groups(label, scores["group"])
     auroc = lens_metrics(label, probability, bootstrap=0)["auroc"]["value"]
-    drawn_again = paired_bootstrap(label, {"": probability}, "auroc")[""]
-    return auroc, float(np.percentile(drawn_again, INTERVAL[0]))
+    drawn_again = paired_bootstrap(label, {"": probability}, "auroc", group=group)[""]
+    return auroc, float(np.nanpercentile(drawn_again, INTERVAL[0]))
 
 
 def network_libraries(members: Iterable[Member]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ from lens_pipeline.ensemble.fusion import (
 )
 from lens_pipeline.evaluation.metrics import (
     INTERVAL,
+    independent_groups,
     lens_metrics,
     paired_bootstrap,
     ranking_metric,
@@ -88,17 +89,18 @@ def choose(
     logits: Array,
     deviation: Array,
     label: NDArray[np.integer],
+    group: NDArray[Any],
 ) -> tuple[FittedFusion, pd.DataFrame]:
     """(the fusion that was asked for, or the best; the comparison of all: see `compare`).
 
-    Other arguments as of `fit`. Where a class has fewer than two cutouts a fold nothing can be
-    compared: the table is empty, and the mean is the best.
+    group (n,): of the cutouts. Other arguments as of `fit`. Where a class has fewer than two cutouts
+    a fold nothing can be compared: the table is empty, and the mean is the best.
     """
     check_validation(logits, label)
     counts = np.bincount(label == 1, minlength=2)
     table = pd.DataFrame()
     if counts.min() >= 2 * FOLDS:
-        table = compare(method, logits, deviation, label)
+        table = compare(method, logits, deviation, label, group)
     elif choice == "best":
         log.info(
             "  %d lenses and %d non-lenses of the validation set cannot tell fusions apart; "
@@ -120,18 +122,25 @@ def best_of(comparison: pd.DataFrame) -> Strategy:
 
 
 def compare(
-    method: Method, logits: Array, deviation: Array, label: NDArray[np.integer], seed: int = 0
+    method: Method,
+    logits: Array,
+    deviation: Array,
+    label: NDArray[np.integer],
+    group: NDArray[Any],
+    seed: int = 0,
 ) -> pd.DataFrame:
     """What each strategy is worth on validation cutouts that it was not fitted to.
 
-    Arguments as of `fit`. Each fifth of the cutouts is scored by what was fitted to the others.
+    Arguments as of `choose`. Each fifth of the groups is scored by what was fitted to the others,
+    and whole groups are resampled: see `independent_groups`.
     One row a strategy, the best first: `strategy`; `metric`, the name of what they are ranked by,
     see `ranking_metric`; its `value`, and its `mean`, `low` and `high` over a thousand resamplings,
     the same for all; `gain`, `gain_low` and `gain_high` over the best single member; `better`, the
     fraction of resamplings in which it was better than that; `auroc` and `ece`.
     """
     check_validation(logits, label)
-    fold = _folds(label, seed)
+    group = independent_groups(label, group)
+    fold = _folds(label, group, seed)
     scores: dict[str, Array] = {}
     for strategy in STRATEGIES:
         score = np.empty(len(label))
@@ -141,7 +150,7 @@ def compare(
             score[out] = expit(fitted(logits[out], deviation[out]))
         scores[strategy] = score
     metric = ranking_metric(int(np.count_nonzero(label == 0)))
-    drawn = paired_bootstrap(label, scores, metric, seed=seed)
+    drawn = paired_bootstrap(label, scores, metric, group=group, seed=seed)
     rows = []
     for name, score in scores.items():
         plain = lens_metrics(label, score, bootstrap=0)
@@ -179,13 +188,16 @@ def _calibrated(
     return centre, ((high - low) / 2) ** 2
 
 
-def _folds(label: NDArray[np.integer], seed: int) -> NDArray[np.integer]:
-    """A fold for each cutout, each with its share of both classes."""
-    random, fold = np.random.default_rng(seed), np.empty(len(label), dtype=int)
-    for value in (0, 1):
-        places = random.permutation(np.flatnonzero(label == value))
+def _folds(label: NDArray[np.integer], group: NDArray[Any], seed: int) -> NDArray[np.integer]:
+    """A fold for each cutout, that of its group; of groups with lenses and of those without each
+    fold has its share."""
+    _, member = np.unique(group, return_inverse=True)
+    with_lens = np.bincount(member, weights=label == 1) > 0
+    random, fold = np.random.default_rng(seed), np.empty(len(with_lens), dtype=int)
+    for stratum in (~with_lens, with_lens):
+        places = random.permutation(np.flatnonzero(stratum))
         fold[places] = np.arange(len(places)) % FOLDS
-    return fold
+    return fold[member]
 
 
 def _rank(label: NDArray[np.integer]) -> Callable[[Array], float]:

@@ -99,7 +99,7 @@ def assemble(
 ) -> LensEnsemble:
     """Write an ensemble into `out` and return it.
 
-    members: {name: (checkpoint, validation scores with columns id, label, logit, logit_std)};
+    members: {name: (checkpoint, validation scores, see `TrainedMember.val_scores`)};
     groups: those of the cutouts that they trained and validated on; fusion: see `choose`;
     calibration: see `fit_calibration`; prevalence: the fraction of lenses among the cutouts of the
     sky, for `sky_probability`. `comparison` in ensemble.json is what the choice was made by.
@@ -107,12 +107,12 @@ def assemble(
     cutouts than `form`.
     """
     scores = {name: table for name, (_, table) in members.items()}
-    label = _common_labels(scores)
+    label, group = _common_labels(scores)
     logits, deviation = (
         np.stack([table[column].to_numpy() for table in scores.values()], axis=1)
         for column in ("logit", "logit_std")
     )
-    fitted, comparison = choose(fusion, calibration, logits, deviation, label)
+    fitted, comparison = choose(fusion, calibration, logits, deviation, label, group)
     (out / "members").mkdir()
     for name, (checkpoint, _) in members.items():
         shutil.copyfile(checkpoint, out / "members" / f"{name}.ckpt")
@@ -145,17 +145,19 @@ def groups_behind(weights: str) -> frozenset[str]:
     return read_groups(folder) if (folder / GROUPS).is_file() else frozenset()
 
 
-def _common_labels(scores: Mapping[str, pd.DataFrame]) -> NDArray[np.int8]:
-    """The labels of the validation cutouts, which all members have in one order."""
+def _common_labels(
+    scores: Mapping[str, pd.DataFrame],
+) -> tuple[NDArray[np.int8], NDArray[np.object_]]:
+    """(labels, groups) of the validation cutouts, which all members have in one order."""
     (first, reference), *others = scores.items()
     for name, table in others:
-        for column in ("id", "label"):
+        for column in ("id", "label", "group"):
             if table[column].tolist() != reference[column].tolist():
                 raise InputError(
                     f"members {first} and {name}: the column {column} of their validation scores "
                     "differs; train both on one dataset"
                 )
-    return reference["label"].to_numpy(dtype=np.int8)
+    return reference["label"].to_numpy(np.int8), reference["group"].to_numpy(object)
 
 
 def _check_member(name: str, system: LitLensSystem, form: CutoutFormat) -> None:

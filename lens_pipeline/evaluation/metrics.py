@@ -143,6 +143,13 @@ def _enough_groups(label: NDArray[np.bool_], groups: NDArray[Any]) -> bool:
     return all(len(np.unique(groups[of_class])) >= FEWEST_GROUPS for of_class in (label, ~label))
 
 
+def independent_groups(label: ArrayLike, group: ArrayLike) -> NDArray[Any]:
+    """What is drawn as one, (n,): the groups, or each cutout where a class is of too few groups."""
+    groups = np.asarray(group)
+    enough = _enough_groups(np.asarray(label) == 1, groups)
+    return groups if enough else np.arange(len(groups))
+
+
 def _drawn_groups(
     lens: NDArray[np.bool_], groups: NDArray[Any], times: int, seed: int
 ) -> Iterator[Array]:

@@ -24,7 +24,7 @@ class TrainedMember:
     best.ckpt and, where more are kept, top/*.ckpt (weights), last.ckpt (all that training goes on
     from): Lightning checkpoints, loadable with `weights_only`; settings.yaml: the resolved
     configuration; curves.csv: metrics by epoch; logs/: those of the loggers; val_scores.parquet:
-    id, label, logit, logit_std.
+    id, label, group, logit, logit_std.
     """
 
     folder: Path
@@ -40,8 +40,8 @@ class TrainedMember:
 
     @property
     def val_scores(self) -> pd.DataFrame:
-        """id, label, logit of the validation split, by the best checkpoint, and logit_std under
-        dropout."""
+        """id, label, group, logit of the validation split, by the best checkpoint, and logit_std
+        under dropout."""
         return pd.read_parquet(self.folder / SCORES)
 
     @property

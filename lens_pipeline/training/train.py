@@ -352,7 +352,7 @@ def _finish(
             save_aside(weights, out / BEST)
     system = system_type.load_from_checkpoint(out / BEST, _device(config), compile_model=False)
     split = data.split("val")
-    labels = pd.DataFrame({"id": split.ids, "label": split.labels})
+    labels = pd.DataFrame({"id": split.ids, "label": split.labels, "group": split.groups})
     scores = pd.concat([labels, split_scores(system, split)], axis=1)
     # Where this was trained is no part of what was: the same training leaves the same bytes.
     checkpoint = read_checkpoint(out / LAST)

@@ -85,7 +85,10 @@ def ensemble(tmp_path_factory: pytest.TempPathFactory) -> Path:
     label = np.arange(40) % 2
     logit = np.random.default_rng(0).normal(label)
     scores = pd.DataFrame(
-        {"id": label.astype(str), "label": label, "logit": logit, "logit_std": 0.3}
+        {
+            **{"id": label.astype(str), "label": label, "group": label},
+            **{"logit": logit, "logit_std": 0.3},
+        }
     )
     members = {}
     for name in ("lastro", "trans_enc_s"):
@@ -251,7 +254,8 @@ def test_an_ensemble_that_is_damaged_or_of_another_version_is_named(
 
 def test_members_that_do_not_fit_together_are_both_named(ensemble: Path, tmp_path: Path) -> None:
     label = np.arange(40) % 2
-    scores = pd.DataFrame({"id": label.astype(str), "label": label, "logit": 1.0, "logit_std": 0.3})
+    columns = {"id": label.astype(str), "label": label, "group": label}
+    scores = pd.DataFrame(columns | {"logit": 1.0, "logit_std": 0.3})
     path = ensemble / "members" / "lastro.ckpt"
     for column, spoilt in (("id", scores["id"][::-1].to_numpy()), ("label", 1 - label)):
         members = {"a": (path, scores), "b": (path, scores.assign(**{column: spoilt}))}

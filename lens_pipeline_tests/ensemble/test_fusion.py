@@ -150,7 +150,7 @@ def test_a_member_that_says_the_same_of_all_counts_for_nothing(method: str) -> N
     logits = np.column_stack([logits, np.zeros(4000)])
     deviation = np.column_stack([deviation, np.zeros(4000)])
     for strategy in sorted(STRATEGIES):
-        fitted, table = choose(strategy, method, logits, deviation, label)
+        fitted, table = choose(strategy, method, logits, deviation, label, np.arange(4000))
         assert len(table) == len(STRATEGIES)
         without = fit(strategy, method, logits[:, :3], deviation[:, :3], label)
         score, expected = fitted(logits, deviation), without(logits[:, :3], deviation[:, :3])
@@ -180,7 +180,7 @@ def test_a_single_member_is_taken_only_where_it_surely_beats_the_fusions(
 
 
 def test_the_best_is_chosen_on_cutouts_that_it_was_not_fitted_to() -> None:
-    fitted, table = choose("best", "platt", *members(3000, 0))
+    fitted, table = choose("best", "platt", *members(3000, 0), np.arange(3000))
     assert set(table["strategy"]) == STRATEGIES
     assert table["strategy"][0] == fitted.fusion.strategy != "single"
     single = table.set_index("strategy").loc["single"]
@@ -190,17 +190,20 @@ def test_the_best_is_chosen_on_cutouts_that_it_was_not_fitted_to() -> None:
     assert first["better"] > 0.95
     assert first["mean"] == table["mean"].max()
     assert first["metric"] == "tpr_at_fpr_1e-2"  # 1500 non-lenses: fifteen false positives
-    named, again = choose("stacking", "platt", *members(3000, 0))
+    named, again = choose("stacking", "platt", *members(3000, 0), np.arange(3000))
     assert named.fusion.strategy == "stacking"
     assert again.equals(table)
 
 
-def test_members_of_pure_noise_gain_nothing_where_they_are_judged() -> None:
-    """Judged on what they were fitted to, they would."""
+@pytest.mark.parametrize("shown", [1, 5])
+def test_members_of_pure_noise_gain_nothing_where_they_are_judged(shown: int) -> None:
+    """Judged on what they were fitted to, they would; so on other cutouts of the same galaxies."""
     random = np.random.default_rng(0)
-    label = np.arange(60) % 2
-    logits = random.normal(size=(60, 40))
-    auroc = compare("platt", logits, np.ones_like(logits), label).set_index("strategy")["auroc"]
+    group = np.arange(60).repeat(shown)
+    label = group % 2
+    logits = random.normal(size=(60, 40))[group]
+    deviation = np.ones_like(logits)
+    auroc = compare("platt", logits, deviation, label, group).set_index("strategy")["auroc"]
     fitted = fit("stacking", "platt", logits, np.ones_like(logits), label)
     assert roc_auc_score(label, fitted(logits, np.ones_like(logits))) > 0.75
     assert auroc["stacking"] < 0.65
@@ -208,7 +211,7 @@ def test_members_of_pure_noise_gain_nothing_where_they_are_judged() -> None:
 
 def test_too_few_cutouts_take_the_mean(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="lens_pipeline"):
-        fitted, table = choose("best", "platt", *members(18, 0))
+        fitted, table = choose("best", "platt", *members(18, 0), np.arange(18))
     assert table.empty
     assert isinstance(fitted.fusion, Mean)
     assert "9 lenses and 9 non-lenses of the validation set cannot tell" in caplog.text
@@ -239,4 +242,4 @@ def test_logits_that_are_not_finite_are_refused() -> None:
     logits, deviation, label = members(100, 0)
     logits[3, 1] = np.nan
     with pytest.raises(InputError, match="1 of 300 validation logits are not finite"):
-        choose("best", "platt", logits, deviation, label)
+        choose("best", "platt", logits, deviation, label, np.arange(100))
