@@ -126,30 +126,30 @@ class Tracking:
         """Which home a run is of: another may make the same step on the same server."""
         return f"{socket.gethostname()}:{self.settings.home}"
 
-    def _find_runs(self, step_key: str, status: str) -> "list[Run]":
-        mine = f"tags.`{STEP_KEY}` = '{step_key}' and tags.`{HOME}` = '{self._home}'"
-        return list(
-            self.client.search_runs([self.experiment_id], f"{mine} and attributes.status {status}")
-        )
+    def _find_runs(self, step_key: str, *also: str) -> "list[Run]":
+        """This home's runs of a step, the newest first; also: further conditions."""
+        mine = (f"tags.`{STEP_KEY}` = '{step_key}'", f"tags.`{HOME}` = '{self._home}'")
+        return list(self.client.search_runs([self.experiment_id], " and ".join((*mine, *also))))
 
     def find_run(self, step_key: str) -> "Run | None":
         """This home's newest run of a step that has not failed."""
-        return next(iter(self._find_runs(step_key, "!= 'FAILED'")), None)
+        return next(iter(self._find_runs(step_key, "attributes.status != 'FAILED'")), None)
 
     def start_run(
         self, name: str, step_key: str, tags: Mapping[str, str], goes_on: bool = False
     ) -> str:
         """A new run of a step; the caller holds the step's lock, so an unfinished one is dead.
 
-        goes_on: with what that has left, and so in its run, if there is one.
+        goes_on: with what another has left, and so in its run, the newest, if there is one.
         """
-        if goes_on:
-            for left in self._find_runs(step_key, "!= 'FINISHED'"):
-                self.client.update_run(left.info.run_id, "RUNNING")
-                for tag, value in tags.items():
-                    self.client.set_tag(left.info.run_id, tag, value)
-                return str(left.info.run_id)
-        for dead in self._find_runs(step_key, "= 'RUNNING'"):
+        left = self._find_runs(step_key) if goes_on else []
+        if left:
+            run_id = str(left[0].info.run_id)
+            self.client.update_run(run_id, "RUNNING")
+            for tag, value in tags.items():
+                self.client.set_tag(run_id, tag, value)
+            return run_id
+        for dead in self._find_runs(step_key, "attributes.status = 'RUNNING'"):
             self.client.set_terminated(dead.info.run_id, "FAILED")
         run = self.client.create_run(
             self.experiment_id, tags={STEP_KEY: step_key, HOME: self._home, **tags}, run_name=name

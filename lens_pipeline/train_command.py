@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,8 +87,8 @@ def train_here(config: TrainConfig, settings: Settings, out: Path) -> "TrainedMe
     data = data_module(config, settings.home / "cache", settings.storage_options)
     to_do = not config.training.fast_dev_run and not (out / SCORES).exists()
     told = "mlflow" in config.training.loggers and to_do
-    loggers = [_mlflow(config, settings, out)] if told else []
-    return train(config, data, out, loggers=loggers, system_type=system_type(config))
+    with _mlflow(config, settings, out, told) as loggers:
+        return train(config, data, out, loggers=loggers, system_type=system_type(config))
 
 
 def system_type(config: TrainConfig) -> "type[LensClassifier]":
@@ -98,7 +98,15 @@ def system_type(config: TrainConfig) -> "type[LensClassifier]":
     return LitEnsembleSystem if config.model.model_type == "ensemble" else LitLensSystem
 
 
-def _mlflow(config: TrainConfig, settings: Settings, out: Path) -> "Logger":
+@contextmanager
+def _mlflow(
+    config: TrainConfig, settings: Settings, out: Path, told: bool
+) -> "Iterator[list[Logger]]":
+    """MLflow's logger, if it is to be told: of one run for the training in a folder, however often
+    it goes on."""
+    if not told:
+        yield []
+        return
     from pytorch_lightning.loggers import MLFlowLogger
 
     from lens_pipeline.tracking import Tracking, flat
@@ -106,17 +114,22 @@ def _mlflow(config: TrainConfig, settings: Settings, out: Path) -> "Logger":
 
     tracking = Tracking(settings)
     assert tracking.client  # makes the registry's database where there is none
-    run_id = os.environ.get("MLFLOW_RUN_ID")  # of who started this process, and records the rest
-    begun_here = run_id is None and is_first()
-    known: Mapping[str, str] = {}
-    if begun_here:
-        key = digest(config.deciding | {"out": str(out)})
-        run_id = tracking.start_run(name_of(config), key, {}, goes_on=(out / LAST).exists())
-        known = tracking.client.get_run(run_id).data.params
-    logger = MLFlowLogger(run_id=run_id, tracking_uri=settings.mlflow_uri, log_model=False)
-    if begun_here and not known:
-        logger.log_hyperparams(flat(config.model_dump()))
-    return logger
+    uri = settings.mlflow_uri
+    given = os.environ.get("MLFLOW_RUN_ID")  # of who started this process, and records the rest
+    if given or not is_first():
+        yield [MLFlowLogger(run_id=given, tracking_uri=uri, log_model=False)]
+        return
+    goes_on = (out / LAST).exists()
+    run_id = tracking.start_run(name_of(config), digest(str(out)), {}, goes_on=goes_on)
+    ended = "FAILED"
+    try:
+        logger = MLFlowLogger(run_id=run_id, tracking_uri=uri, log_model=False)
+        if not tracking.client.get_run(run_id).data.params:
+            logger.log_hyperparams(flat(config.model_dump()))
+        yield [logger]
+        ended = "FINISHED"
+    finally:
+        tracking.client.set_terminated(run_id, ended)
 
 
 def _in_processes(

@@ -93,8 +93,8 @@ def choose(
 ) -> tuple[FittedFusion, pd.DataFrame]:
     """(the fusion that was asked for, or the best; the comparison of all: see `compare`).
 
-    group (n,): of the cutouts. Other arguments as of `fit`. Where a class has fewer than two cutouts
-    a fold nothing can be compared: the table is empty, and the mean is the best.
+    group (n,): of the cutouts. Other arguments as of `fit`. Where a class has fewer than two
+    cutouts a fold nothing can be compared: the table is empty, and the mean is the best.
     """
     check_validation(logits, label)
     counts = np.bincount(label == 1, minlength=2)

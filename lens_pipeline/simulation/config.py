@@ -28,6 +28,9 @@ from lens_pipeline.simulation.surveys import Survey, find_survey, of_bands
 
 Array = NDArray[np.float64]
 
+# km/s: no galaxy has more, and beyond 542 the relation of its magnitude has no solution.
+MAX_VELOCITY_DISPERSION = 500.0
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -98,7 +101,10 @@ class Population(_Part):
     """
 
     lens_redshift: Distribution | None = None
-    velocity_dispersion: Distribution | None = Field(default=None, description="km/s")
+    velocity_dispersion: Distribution | None = Field(
+        default=None,
+        description=f"km/s; what is above {MAX_VELOCITY_DISPERSION:.0f} is drawn anew",
+    )
     lens_axis_ratio: Distribution | None = None
     shear: Distribution | None = None
     source_i_magnitude: Distribution | None = Field(default=None, description="unlensed, AB")
@@ -109,6 +115,16 @@ class Population(_Part):
     min_redshift_gap: float = Field(default=0.4, ge=0, description="between lens and source")
     min_magnification: float = Field(default=3.0, ge=0)
     min_arc_snr: float = Field(default=20.0, ge=0, description="in the best band")
+
+    @model_validator(mode="after")
+    def _of_galaxies(self) -> Self:
+        sigma = self.velocity_dispersion
+        if sigma is not None and not sigma(np.array(0.5)) <= MAX_VELOCITY_DISPERSION:
+            raise ValueError(
+                f"velocity_dispersion: half of it is above {MAX_VELOCITY_DISPERSION:.0f} km/s, "
+                "which no galaxy has"
+            )
+        return self
 
     def named(self, builtin: Callable[..., Array], u: Array, *given: Array) -> Array:
         """The distribution of the name of a function of `population`: given here, or that one."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from lens_pipeline.simulation.hosts import HostGalaxies
 from lens_pipeline.simulation.neighbours import add_components
 from lens_pipeline.simulation.population import Array, source_axis_ratio, source_colours
-from lens_pipeline.simulation.render import Renderer
+from lens_pipeline.simulation.render import Renderer, add_in_order
 from lens_pipeline.simulation.streams import Purpose, stream
 
 MAX_MEMBERS = 5
@@ -57,8 +57,9 @@ def draw_decoys(
             kept = torch.from_numpy(share.astype(np.float32)).to(electrons.device)
             electrons[chosen] *= kept[:, None, None, None]
             components += parts
+    position = pd.Series(np.arange(len(hosts)), index=hosts)
     for profile, part in _by_profile(components):
-        add_components(electrons, hosts, renderer, profile, part)
+        add_components(electrons, position[part.index].to_numpy(), renderer, profile, part)
     damaged = np.flatnonzero(kinds == "artefact")
     if len(damaged):
         background = galaxies.background(lenses["host_galaxy"].to_numpy()[damaged])
@@ -226,8 +227,8 @@ def _artefacts(renderer: Renderer, u: Array) -> Tensor:
     )
     band = (len(renderer.bands) * v[row, 2]).astype(int)
     images = strokes.new_zeros(len(u) * len(renderer.bands), side, side)
-    owner = torch.from_numpy(row * len(renderer.bands) + band).to(images.device)
-    return images.index_add_(0, owner, strokes).unflatten(0, (len(u), len(renderer.bands)))
+    add_in_order(images, row * len(renderer.bands) + band, strokes)
+    return images.unflatten(0, (len(u), len(renderer.bands)))
 
 
 def _members(count: NDArray[np.intp]) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:

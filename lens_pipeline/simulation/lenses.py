@@ -18,7 +18,6 @@ from lens_pipeline.simulation.population import (
 )
 from lens_pipeline.simulation.streams import Purpose, stream
 
-TOGETHER = {"cpu": 64, "cuda": 2048}  # candidates rendered at a time: what the cache, the GPU likes
 MANY = 50_000  # candidates that are drawn at a time
 MAX_BLOCKS = 2000
 
@@ -50,7 +49,7 @@ def draw_lenses(
     several candidates of each are rendered at a time; the first that passes is the same.
     """
     device = galaxies.renderer.device
-    cuts, together = config.population, TOGETHER.get(torch.device(device).type, 64)
+    cuts, together = config.population, galaxies.renderer.together
     found: list[Lenses] = []
     pending, block = np.array(hosts), 0
     while pending.size:

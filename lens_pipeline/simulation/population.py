@@ -21,7 +21,11 @@ from astropy.cosmology import FlatLambdaCDM
 from numpy.typing import NDArray
 from scipy.special import gammaincinv, ndtri
 
-from lens_pipeline.simulation.config import Population, SimulationConfig
+from lens_pipeline.simulation.config import (
+    MAX_VELOCITY_DISPERSION,
+    Population,
+    SimulationConfig,
+)
 from lens_pipeline.simulation.surveys import Survey
 
 Array = NDArray[np.float64]
@@ -31,7 +35,6 @@ VERSION = 3  # of the population: raise it with any change to what is drawn
 COSMOLOGY = FlatLambdaCDM(H0=70, Om0=0.3)
 ARCSEC = np.pi / 180 / 3600
 MAX_LENS_REDSHIFT = 2.0
-MAX_VELOCITY_DISPERSION = 500.0  # km/s: beyond it no galaxy is, nor the relations that follow
 MAX_SHEAR = 0.1
 MIN_SOURCE_RADIUS = 0.4  # pixels
 RARE = 1e-4  # of sources, or of lenses: what is rarer is not waited for
@@ -231,8 +234,9 @@ def candidates(
 ) -> pd.DataFrame:
     """The systems among u (rows, COLUMNS) that may be detectable lenses; the index is u's rows.
 
-    Cuts on redshift, Einstein radius and 2 theta_E^2 > (2 r_s)^2 + seeing^2 are final; those on
-    magnification and signal-to-noise only drop what cannot pass, and wait for the rendered arcs.
+    Cuts on redshift, velocity dispersion, Einstein radius and 2 theta_E^2 > (2 r_s)^2 + seeing^2
+    are final; those on magnification, signal-to-noise and magnification x r_s > seeing only drop
+    what cannot pass, and wait for the rendered arcs.
     Sources are placed uniformly over the box |beta_x|, |beta_y| <= theta_E, whose corners lie at
     beta^2 = 2 theta_E^2; a pair of redshifts is kept with the chance (D_ls/D_s)^2, for the area of
     that box, and with it how many sources there are, grows as theta_E^2 (its other factor is in
@@ -257,8 +261,12 @@ def candidates(
     z_source = chosen.named(source_redshift, u[:, 3], i_magnitude)
     theta = einstein_radius(sigma, z_lens, z_source)
     keep = (z_source - z_lens > chosen.min_redshift_gap) & (theta >= chosen.min_einstein_radius)
-    keep &= (theta <= chosen.max_einstein_radius) & (sigma <= MAX_VELOCITY_DISPERSION)
-    keep &= u[:, 21] < distance_ratio(z_lens, z_source) ** 2
+    keep &= theta <= chosen.max_einstein_radius
+    # Of a galaxy whose redshift is given, what counts is its own sources: the best of them pass.
+    given = known.get("z_lens", np.full(len(u), np.nan))
+    best = np.where(np.isnan(given), 1, distance_ratio(given, _farthest_source(chosen)) ** 2)
+    keep &= u[:, 21] * best < distance_ratio(z_lens, z_source) ** 2
+    keep &= (sigma <= MAX_VELOCITY_DISPERSION) | (sigma == known.get("velocity_dispersion", -1))
 
     index = np.flatnonzero(keep)
     u, z_lens, sigma, i_magnitude, z_source, theta = (
@@ -329,6 +337,12 @@ def star_snr(survey: Survey, magnitudes: Array, background: Array) -> Array:
     return share * (survey.electrons(magnitudes) / np.sqrt(background)).max(axis=1)
 
 
+def _farthest_source(chosen: Population) -> Array:
+    """The redshift of the farthest source that is waited for."""
+    high = np.array(1 - RARE)
+    return chosen.named(source_redshift, high, chosen.named(source_i_magnitude, high))
+
+
 def may_lens(config: SimulationConfig, sigma: Array, z: Array) -> NDArray[np.bool_]:
     """Whether lens galaxies may pass the cuts on geometry, with the most favourable of sources.
 
@@ -337,18 +351,16 @@ def may_lens(config: SimulationConfig, sigma: Array, z: Array) -> NDArray[np.boo
     """
     survey, chosen = config.survey, config.population
     low, high = np.array(RARE), np.array(1 - RARE)
-    z_source = chosen.named(source_redshift, high, chosen.named(source_i_magnitude, high))
+    z_source = _farthest_source(chosen)
     near, far = (np.where(np.isnan(z), chosen.named(lens_redshift, u), z) for u in (low, high))
     light, heavy = (
         np.where(np.isnan(sigma), chosen.named(velocity_dispersion, u), sigma) for u in (low, high)
     )
-    heavy = np.minimum(heavy, MAX_VELOCITY_DISPERSION)
     widest = einstein_radius(heavy, near, z_source)
     narrowest = einstein_radius(light, far, far + chosen.min_redshift_gap)
     smallest = MIN_SOURCE_RADIUS * survey.pixel_scale
     return (
         (z_source - near > chosen.min_redshift_gap)
-        & (light <= MAX_VELOCITY_DISPERSION)
         & (widest >= chosen.min_einstein_radius)
         & (narrowest <= chosen.max_einstein_radius)
         & (2 * widest**2 > (2 * smallest) ** 2 + survey.seeing**2)

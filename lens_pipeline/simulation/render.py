@@ -114,6 +114,18 @@ def read_psf(path: str) -> Tensor:
     return torch.from_numpy(image / image.sum())
 
 
+def add_in_order(total: Tensor, owner: NDArray[np.int64], parts: Tensor) -> None:
+    """Add each of the parts (m, ...) to that of a total (n, ...) which is its owner, (m,).
+
+    One of each owner at a time: a GPU that sums many in one go takes them in any order, and then
+    the last bit is anything, too.
+    """
+    place = pd.Series(owner).groupby(owner).cumcount().to_numpy()
+    for number in range(place.max(initial=-1) + 1):
+        now = np.flatnonzero(place == number)
+        total[torch.from_numpy(owner[now])] += parts[torch.from_numpy(now)]
+
+
 def _broadcast(p: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value[:, None, None] for name, value in p.items()}
 
@@ -132,6 +144,9 @@ class Renderer:
     ) -> None:
         self.survey, self.sources, self.size, self.device = survey, sources, size, device
         self.bands = survey.bands
+        # Systems that are drawn at a time: what the cache, or the memory of a GPU, likes.
+        at_64 = 2048 if torch.device(device).type == "cuda" else 64
+        self.together = max(1, at_64 * 64**2 // size**2)
         self._x, self._y = grid(size, survey.pixel_scale, SUPERSAMPLING, device)
         self._core_size = CORE_PIXELS + size % 2
         self._core = grid(self._core_size, survey.pixel_scale, CORE_SUPERSAMPLING, device)

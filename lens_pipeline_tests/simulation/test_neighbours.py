@@ -1,10 +1,11 @@
 """Galaxies that happen to be in a cutout: as many as on the sky, and in both of a pair."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from lens_pipeline.simulation import Simulation, load_config, simulate
-from lens_pipeline.simulation.neighbours import draw_neighbours
+from lens_pipeline.simulation.neighbours import MIN_RADIUS, add_components, draw_neighbours
 from lens_pipeline.simulation.render import Renderer
 from lens_pipeline.simulation.sources import SersicDiscs
 
@@ -21,7 +22,7 @@ def flux() -> np.ndarray:
     return np.concatenate([part[:, I_BAND].sum(dim=(1, 2)).numpy() for part in parts])
 
 
-def electrons(i: np.ndarray) -> np.ndarray:
+def electrons_of(i: np.ndarray) -> np.ndarray:
     return DES.electrons(np.broadcast_to(i[..., None], (*i.shape, 3)))[..., I_BAND]
 
 
@@ -32,10 +33,38 @@ def test_there_are_as_many_as_are_counted_on_the_sky(flux: np.ndarray) -> None:
     count = random.poisson(46 * 10 ** (0.31 * (faintest - 25)) * AREA, 20_000)
     i = faintest + np.log10(random.random(count.sum())) / 0.31
     owner = np.arange(len(count)).repeat(count)
-    expected = np.bincount(owner[i > 20], electrons(i[i > 20]), len(count))
-    for limit in electrons(np.arange(20.5, 24)):
+    expected = np.bincount(owner[i > 20], electrons_of(i[i > 20]), len(count))
+    for limit in electrons_of(np.arange(20.5, 24)):
         # Some of a galaxy's light falls beside the cutout.
         assert (flux > limit).mean() == pytest.approx((expected > limit).mean(), abs=0.05)
+
+
+@pytest.mark.parametrize("size", [32, 256])
+def test_their_light_is_all_there(size: int) -> None:
+    """Of small ones too, wherever they are in a pixel; and where there is none, there is none."""
+    renderer = Renderer(DES, SersicDiscs(), size, "cpu")
+    radius = np.geomspace(0.02, 1, 40)
+    random = np.random.default_rng(0)
+    table = pd.DataFrame(
+        {
+            **{"x": random.uniform(-0.3, 0.3, 40), "y": random.uniform(-0.3, 0.3, 40)},
+            **{"radius": np.maximum(radius, MIN_RADIUS * DES.pixel_scale)},
+            **{"axis_ratio": 1.0, "angle": 0.0, "component_magnitude": 22.0},
+            **{"component_g_r": 0.0, "component_r_i": 0.0},
+        }
+    )
+    electrons = renderer.darkness(41)
+    add_components(electrons, np.arange(40), renderer, "disc", table)
+    flux = electrons[:, I_BAND].sum(dim=(1, 2)).numpy() / electrons_of(np.array(22.0))
+    np.testing.assert_allclose(flux[:40], 1, atol=0.12)
+    assert flux[40] == 0
+    add_components(electrons, np.array([], int), renderer, "disc", table[:0])
+
+
+def test_a_batch_may_have_none() -> None:
+    """As the only host of a small image often has."""
+    for seed in range(20):
+        assert len(simulate("euclid_vis", 2, seed=seed, image_size=32).images) == 2
 
 
 @pytest.fixture(scope="module")

@@ -59,18 +59,24 @@ def test_velocity_dispersions_follow_the_published_function_and_the_cross_sectio
     assert kstest(found, np.vectorize(lambda s: quad(lenses, 100, s)[0] / total)).pvalue > 0.01
 
 
+def every_pair() -> SimulationConfig:
+    """No cut but those on redshifts and Einstein radii, of at least 1 arcsec, that matters."""
+    return SimulationConfig.model_validate(
+        {
+            "survey": load_config("des").survey.model_dump() | {"seeing": 0.1, "pixel_scale": 0.05},
+            "population": {
+                "source_i_magnitude": {"distribution": "constant", "value": 26.5},  # small, and far
+                "min_einstein_radius": 1.0,
+                "min_magnification": 0,
+                "min_arc_snr": 0,
+            },
+        }
+    )
+
+
 def test_a_galaxy_lenses_as_often_as_its_einstein_radius_squared() -> None:
     """Of the Einstein radii of all pairs of galaxies, each weighing its area: here by weights."""
-    file = {
-        "survey": load_config("des").survey.model_dump() | {"seeing": 0.1, "pixel_scale": 0.05},
-        "population": {
-            "source_i_magnitude": {"distribution": "constant", "value": 26.5},  # small, and far
-            "min_einstein_radius": 1.0,
-            "min_magnification": 0,
-            "min_arc_snr": 0,
-        },
-    }
-    config = SimulationConfig.model_validate(file)
+    config = every_pair()
     random = np.random.default_rng(1)
     found = population.candidates(random.random((400_000, population.COLUMNS)), config)
     n = 2_000_000
@@ -96,7 +102,7 @@ def test_a_galaxy_lenses_as_often_as_its_einstein_radius_squared() -> None:
 
 def test_there_are_no_galaxies_beyond_the_relations() -> None:
     """A distribution may well reach further: the lens's magnitude would be no number."""
-    wide = {"distribution": "uniform", "low": 300, "high": 900}
+    wide = {"distribution": "uniform", "low": 300, "high": 700}
     config = load_config("des").model_copy(
         update={"population": Population.model_validate({"velocity_dispersion": wide})}
     )
@@ -105,6 +111,26 @@ def test_there_are_no_galaxies_beyond_the_relations() -> None:
     )
     assert found["velocity_dispersion"].between(300, 500).all()
     assert found.notna().all(axis=None)
+    none = {"distribution": "constant", "value": 550}
+    with pytest.raises(ValueError, match="velocity_dispersion: half of it is above 500 km/s"):
+        Population.model_validate({"velocity_dispersion": none})
+
+
+def test_a_given_galaxy_weighs_its_own_sources_and_finds_them_soon() -> None:
+    """A pool of far galaxies is not worn out by what near ones would lens."""
+    n, z, sigma = 200_000, 1.2, 300.0
+    u = np.random.default_rng(2).random((n, population.COLUMNS))
+    given = {"z_lens": np.full(n, z), "velocity_dispersion": np.full(n, sigma)}
+    found = population.candidates(u, every_pair(), given)
+    random = np.random.default_rng(3).random(n)
+    z_source = np.sort(population.source_redshift(random, np.full(n, 26.5)))
+    theta = population.einstein_radius(np.array(sigma), np.array(z), z_source)
+    weight = np.where((theta >= 1) & (z_source - z > 0.4), theta**2, 0)
+    theirs = np.interp(np.sort(found["z_source"]), z_source, weight.cumsum() / weight.sum())
+    ours = (np.arange(len(found)) + 0.5) / len(found)
+    assert np.abs(theirs - ours).max() < 0.03
+    largest = population.einstein_radius(np.array(sigma), np.array(0.0), np.array(10.0))
+    assert len(found) > 2 * weight.sum() / largest**2  # had it been weighed against any galaxy
 
 
 def test_axis_ratios_are_rayleigh_and_stay_in_bounds() -> None:
