@@ -12,5 +12,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "ensemble.lit_system": ["LitEnsembleSystem"],
         "models.system": ["LitLensSystem"],
         "shards.datamodule": ["LensDataModule", "LensWebDatasetDataModule"],
+        "training.train": ["set_seed"],
     },
 )

@@ -41,6 +41,8 @@ def train_command(options: argparse.Namespace) -> int:
     config = asked_config(options, settings)
     out = options.checkpoint_dir or settings.home / "trainings" / name_of(config)
     out = Path(absolute(str(out)))
+    if out.is_file():
+        raise InputError(f"--checkpoint-dir: {out} is a file; name a folder")
     config = with_local_weights(config, settings)
     from lens_pipeline.training.devices import gpus_claimed
 
@@ -135,6 +137,7 @@ def _mlflow(
 def _in_processes(
     config: TrainConfig, settings: Settings, out: Path, verbose: bool
 ) -> "TrainedMember":
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from lens_pipeline.training.member import TrainedMember
@@ -144,6 +147,8 @@ def _in_processes(
     failure.unlink(missing_ok=True)
     try:
         launch(_one_of_many, (config, settings, out, verbose), config.hardware.devices)
+    except SignalException:
+        raise KeyboardInterrupt from None
     except ChildFailedError as problem:
         if failure.exists():
             raise InputError(failure.read_text()) from None

@@ -17,6 +17,7 @@ from lens_pipeline import (
     LensWebDatasetDataModule,
     LitEnsembleSystem,
     LitLensSystem,
+    set_seed,
 )
 from lens_pipeline.cli import main
 from lens_pipeline.errors import InputError
@@ -91,6 +92,36 @@ def test_guide_prepare_and_train_in_the_cloud(
         storage_options=s3_server.storage_options(),
     )
     assert sum(len(batch["label"]) for batch in data.train_dataloader()) == 71
+    # The guide's jobs on EC2 and in the cloud name the training tars alone.
+    assert _command("--use-webdataset", *urls[:2], "--arch", "lastro", "--devices", "1") == 0
+
+
+def test_guide_tars_that_are_not_named(newest: Path, tmp_path: Path) -> None:
+    data = LensWebDatasetDataModule(batch_size=64, cache_dir="wds_cache")
+    Trainer(**SMALL).fit(LitLensSystem("lastro"), data)
+    assert len(data.split("test")) == 20
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for tar in newest.glob("train-*.tar"):
+        shutil.copy(tar, alone)
+    pattern = str(alone / Path(read_manifest(newest).patterns("")["train"]).name)
+    with pytest.raises(InputError, match="val_urls: not given, and no manifest beside"):
+        LensWebDatasetDataModule(train_urls=pattern, cache_dir="wds_cache").val_dataloader()
+
+
+def test_guide_seeds() -> None:
+    set_seed(42)
+    first = torch.rand(3)
+    set_seed(42)
+    assert torch.equal(torch.rand(3), first)
+
+
+@pytest.mark.slow
+def test_guide_a_compiled_model() -> None:
+    model = LitLensSystem(arch="resnet18", compile_model=True)
+    Trainer(**SMALL | {"num_sanity_val_steps": 2}, limit_train_batches=2).fit(
+        model, LensDataModule(batch_size=16)
+    )
 
 
 def test_guide_four_gpus_are_not_here(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
 """Several networks trained together, as one Lightning system."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, fields
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lens_pipeline.ensemble.fusion import Fused, InverseVariance, Mean, fuse
 from lens_pipeline.ensemble.uncertainty import member_logits
-from lens_pipeline.models.names import parse_members
+from lens_pipeline.errors import InputError
+from lens_pipeline.models.names import Member, parse_members
 from lens_pipeline.models.system import LensClassifier, LitLensSystem, check_choice
 
 STRATEGIES = ("mean", "uncertainty_weighted")
@@ -25,7 +26,8 @@ class LitEnsembleSystem(LensClassifier):
     Input and output: as of `LitLensSystem`; the logit is the mean of the members'.
     architectures: members as in LENS_ARCHS; ensemble_strategy: `mean` or
     `uncertainty_weighted`, of logits that are not calibrated (see `InverseVariance`); the rest: of
-    each member, see `LitLensSystem`. Raises InputError for a strategy that there is not.
+    each member, see `LitLensSystem`. Raises InputError for a strategy that there is not, or a name
+    that no member may have.
     """
 
     def __init__(
@@ -36,10 +38,11 @@ class LitEnsembleSystem(LensClassifier):
     ) -> None:
         super().__init__()
         check_choice("ensemble_strategy", ensemble_strategy, STRATEGIES)
-        members = {
-            member.name: LitLensSystem(member.architecture, **shared)
-            for member in parse_members(",".join(architectures))
-        }
+        named = parse_members(",".join(architectures), "architectures")
+        for member in named:
+            if hasattr(nn.ModuleDict(), member.name):  # torch has a method of that name
+                raise InputError(f"architectures: no member may be called {member.name}")
+        members = {member.name: _untrained(member, shared) for member in named}
         self.members = nn.ModuleDict(members)
         common = dict(next(iter(members.values())).hparams)
         del common["arch"]
@@ -78,6 +81,15 @@ class LitEnsembleSystem(LensClassifier):
         names = [f"probability_{name}" for name in self.members]
         columns = [*(field.name for field in fields(Fused)), *names]
         return pd.DataFrame(np.concatenate(rows), columns=columns)
+
+
+def _untrained(member: Member, shared: Mapping[str, Any]) -> LitLensSystem:
+    """Other weights for another seed; those of the others stay as they are without it."""
+    if not member.seed:
+        return LitLensSystem(member.architecture, **shared)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed((torch.initial_seed() + member.seed) % 2**64)
+        return LitLensSystem(member.architecture, **shared)
 
 
 def _system(member: nn.Module) -> LitLensSystem:

@@ -10,13 +10,14 @@ from torch.nn import functional
 MARGIN = 4  # pixels beyond the largest shift, mirrored
 
 
-def augment(images: Tensor, shift: float, noise: float) -> Tensor:
+def augment(images: Tensor, shift: float, noise: float, turn: bool = True) -> Tensor:
     """Each image (n, bands, height, width) turned, moved and made noisier at random.
 
-    shift: by up to so many pixels along each axis; noise: with up to so much more noise, in units
-    of the background's sigma; 0 leaves either out.
+    turn: and flipped, see `random_dihedral`; shift: by up to so many pixels along each axis; noise:
+    with up to so much more noise, in units of the background's sigma; 0 leaves either out.
     """
-    images = random_dihedral(images)
+    if turn:
+        images = random_dihedral(images)
     if shift:
         offsets = shift * (2 * torch.rand(len(images), 2, device=images.device) - 1)
         images = shifted(images, offsets, math.ceil(shift))

@@ -67,31 +67,32 @@ class Member:
     seed: int = 0
 
 
-def parse_members(text: str) -> tuple[Member, ...]:
-    """The members of a comma-separated list. Raises InputError for one that is not valid."""
+def parse_members(text: str, setting: str = "LENS_ARCHS") -> tuple[Member, ...]:
+    """The members of a comma-separated list. Raises InputError, naming the setting, for one that
+    is not valid."""
     members: list[Member] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         match = _MEMBER.match(part)
         if match is None:
-            raise InputError(f"LENS_ARCHS: {part!r} is not [name=]architecture[@seed]")
+            raise InputError(f"{setting}: {part!r} is not [name=]architecture[@seed]")
         architecture = match["architecture"]
         try:
             check_architecture(architecture)
         except InputError as error:
-            raise InputError(f"LENS_ARCHS: {error}") from None
+            raise InputError(f"{setting}: {error}") from None
         name = re.sub(r"[^A-Za-z0-9_]", "_", match["name"] or architecture)
         if name == RESERVED:
-            raise InputError(f"LENS_ARCHS: no member may be called {name}: that is all of them")
+            raise InputError(f"{setting}: no member may be called {name}: that is all of them")
         if int(match["seed"] or 0) >= 2**32:
-            raise InputError(f"LENS_ARCHS: {part}: the seed must be below 2**32")
+            raise InputError(f"{setting}: {part}: the seed must be below 2**32")
         if any(member.name == name for member in members):
             raise InputError(
-                f"LENS_ARCHS: two members are called {name}; "
+                f"{setting}: two members are called {name}; "
                 f"name them apart, as in {name}_b={architecture}@1"
             )
         members.append(Member(name, architecture, int(match["seed"] or 0)))
     if not members:
-        raise InputError("LENS_ARCHS: names no member; an example: resnet18,deeplens@7")
+        raise InputError(f"{setting}: names no member; an example: resnet18,deeplens@7")
     return tuple(members)
 
 

@@ -1,5 +1,6 @@
 """The Lightning system of one member: network, loss, optimiser, metrics."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +26,7 @@ from lens_pipeline.models.uncertainty import dropout_draws
 SOFTENING_SIGMA = 2.0
 METRIC_STATE = "train_metrics"  # in a checkpoint
 LOSSES = ("bce", "focal")
+COMPILED = 64  # codes of one network that torch may keep, for all in a process: it has 8 by default
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -67,29 +69,23 @@ class LensClassifier(pl.LightningModule):
     def loss(self, logits: Tensor, label: Tensor) -> Tensor:
         """The mean over members (n, members) and cutouts, label (n,).
 
-        Binary cross-entropy, lenses weighing `pos_weight`; or the focal loss (Lin et al. 2017),
-        `alpha` giving lenses the same weight. Labels move by half of `label_smoothing` towards each
-        other in training.
+        Binary cross-entropy, lenses weighing `pos_weight`; or the focal loss (Lin et al. 2017), its
+        alpha giving lenses the same weight. Labels move by half of `label_smoothing` towards each
+        other in training; what a cutout weighs is by what it is.
         """
         smoothing = self.hparams["label_smoothing"] if self.training else 0.0
         target = (label * (1 - smoothing) + smoothing / 2)[:, None].expand_as(logits)
-        weight = self.hparams["pos_weight"]
+        weight = torch.where(label == 1, self.hparams["pos_weight"], 1.0)[:, None]
         if self.hparams["loss"] == "focal":
-            return sigmoid_focal_loss(
-                logits,
-                target,
-                alpha=weight / (1 + weight),
-                gamma=self.hparams["focal_gamma"],
-                reduction="mean",
-            )
+            found = sigmoid_focal_loss(logits, target, -1, self.hparams["focal_gamma"])
+            return (found * weight).mean() / (1 + self.hparams["pos_weight"])
         return functional.binary_cross_entropy_with_logits(
-            logits, target, pos_weight=logits.new_full((), weight)
+            logits, target, weight=weight.expand_as(logits)
         )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        images = batch["image"]
-        if self.hparams["augment"]:
-            images = augment(images, self.hparams["shift"], self.hparams["noise"])
+        how = self.hparams
+        images = augment(batch["image"], how["shift"], how["noise"], turn=how["augment"])
         loss = self._step("train", images, batch["label"])
         if self.trainer.world_size > 1 and self.trainer.is_last_batch:
             # Of a last batch that does not divide evenly, each rank has another number of cutouts,
@@ -208,11 +204,16 @@ class LensClassifier(pl.LightningModule):
                 "how many batches the tars hold is not known, and so no schedule of the learning "
                 "rate; give limit_train_batches or max_steps, or name a cache_dir"
             )
+        if wanted["schedule"] == "plateau" and not self.trainer.limit_val_batches:
+            raise InputError("schedule plateau: follows val/loss, and nothing is validated")
+        if math.isinf(self.trainer.num_training_batches):  # one that ends by steps has not looked
+            self.trainer.fit_loop.setup_data()
+        n_batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         schedulers = schedule(
             optimiser,
             wanted["schedule"],
             steps=int(steps),
-            epochs=max(1, self.trainer.max_epochs or 1),
+            epochs=max(1, round(steps / math.ceil(n_batches))) if math.isfinite(n_batches) else 1,
             **{name: wanted[name] for name in ("warmup", "decay", "decay_epochs")},
         )
         return [optimiser], schedulers
@@ -229,7 +230,7 @@ class LitLensSystem(LensClassifier):
     `build_backbone`; compile_model: by `torch.compile`; channels_last: the layout that convolutions
     prefer; units: `background_sigma` or `composite`; pos_weight, loss, focal_gamma,
     label_smoothing: see `LensClassifier.loss`; schedule, warmup, decay, decay_epochs: see
-    `schedule`; augment: turn and flip in training, shift and noise: see `augment`.
+    `schedule`; augment: turn and flip in training; shift and noise: see `augment`.
     Raises InputError for noise on composites, and for a loss or schedule that there is not.
     """
 
@@ -274,6 +275,8 @@ class LitLensSystem(LensClassifier):
             # In place: the names of the weights stay. A last batch that is smaller gets code of its
             # own: made for any size, the code of all others would be slower after it.
             self.backbone.compile(dynamic=False)
+            kept = torch._dynamo.config
+            kept.recompile_limit = max(COMPILED, kept.recompile_limit)
 
     def features(self, images: Tensor) -> Tensor:
         """The backbone's output (n, features), float32 or what autocast makes of it."""

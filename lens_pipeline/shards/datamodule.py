@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from lens_pipeline.catalogue.dataset import CutoutFormat
 from lens_pipeline.catalogue.splits import drawn_groups
 from lens_pipeline.errors import InputError
-from lens_pipeline.shards.cutouts import Cutouts, Split, fetched, open_cutouts
+from lens_pipeline.settings import Settings
+from lens_pipeline.shards.cutouts import Cutouts, Split, fetched, newest_shards, open_cutouts
+from lens_pipeline.shards.manifest import read_manifest
 from lens_pipeline.shards.prefetch import Batch
 from lens_pipeline.shards.reader import FetchedSplit
 from lens_pipeline.shards.sampling import EpochBatches, ShardLoader, Windows
@@ -238,8 +240,9 @@ class LensDataModule(CutoutModule):
 class LensWebDatasetDataModule(CutoutModule):
     """Batches of WebDataset tars, ours or others', at paths or fsspec URLs with braces.
 
-    train_urls, val_urls, test_urls: `s3://bucket/lenses/train-{000000..000009}.tar`. Tars with a
-    manifest beside them are checked against it, and must be all of a split. Remote ones are fetched
+    train_urls, val_urls, test_urls: `s3://bucket/lenses/train-{000000..000009}.tar`; without any,
+    the newest shards of LENS_HOME. Tars with a manifest beside them are checked against it, and
+    must be all of a split; it names those of the splits that are not given. Remote ones are fetched
     ahead into `cache_dir`, which holds up to `cache_gb` of them, or else into memory, for which
     there are no workers. Remote tars without a manifest are copied into `cache_dir` before they are
     read; without one they are streamed: shuffled within `shuffle_buffer` cutouts, their batches
@@ -289,11 +292,8 @@ class LensWebDatasetDataModule(CutoutModule):
         self.opened: dict[str, Tars] = {}
 
     def _tars(self, name: str) -> Tars:
-        url = self.urls.get(name)
-        if url is None:
-            raise InputError(f"{name}_urls: not given; name the tars of that split")
         if name not in self.opened:
-            tars = open_tars(url, f"{name}_urls", **self.how)
+            tars = open_tars(self._url(name), f"{name}_urls", **self.how)
             for other, opened in self.opened.items():
                 if opened.format != tars.format:
                     raise InputError(
@@ -303,9 +303,27 @@ class LensWebDatasetDataModule(CutoutModule):
             self.opened[name] = tars
         return self.opened[name]
 
+    def _url(self, name: str) -> str:
+        """As given, or as the manifest beside those that are."""
+        if not any(self.urls.values()):
+            newest = newest_shards(Settings.load().home)
+            self.urls |= read_manifest(newest).patterns(str(newest))
+        url = self.urls.get(name) or self._tars(self._given).patterns.get(name)
+        if url is None:
+            raise InputError(
+                f"{name}_urls: not given, and no manifest beside {self.urls[self._given]} names "
+                "them; name the tars of that split"
+            )
+        return url
+
+    @property
+    def _given(self) -> str:
+        """The first split whose tars were named, if any was."""
+        return next((name for name in SPLITS if self.urls[name]), SPLITS[0])
+
     @property
     def format(self) -> CutoutFormat:
-        return self._tars(next(name for name in SPLITS if self.urls[name])).format
+        return self._tars(self._given).format
 
     def split(self, name: str) -> Split:
         tars = self._tars(name)

@@ -4,7 +4,7 @@ import hashlib
 import posixpath
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,16 @@ from lens_pipeline.storage import state_of
 
 @dataclass(frozen=True)
 class Tars:
-    """The tars of a split: either a `split` for reading at places, or a `decoder` for streaming."""
+    """The tars of a split: either a `split` for reading at places, or a `decoder` for streaming.
+
+    patterns: {split: URL with braces} of all splits, where a manifest beside them says so.
+    """
 
     urls: Sequence[str]
     format: CutoutFormat
     split: Split | None = None
     decoder: Decoder | None = None
+    patterns: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_tars(
@@ -62,7 +66,8 @@ def open_tars(
     if shards is not None:
         split = _split_named(shards.manifest, urls, store.url, name)
         mine = cropped(shards, image_size, store.url)
-        return Tars(urls, mine.format, mine.split(split))
+        patterns = shards.manifest.patterns(store.url)
+        return Tars(urls, mine.format, mine.split(split), patterns=patterns)
     if store.is_local or cache is not None:
         names = [posixpath.basename(url) for url in urls]
         if cache is None or store.is_local:

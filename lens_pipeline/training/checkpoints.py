@@ -23,7 +23,7 @@ from lens_pipeline.models.pretrained import read_checkpoint
 
 MINUTE = 60.0  # seconds
 SHARE = 0.03  # of the time, for checkpoints after epochs
-SELDOM = 10  # batches
+SELDOM = 10  # steps
 AT_A_TIME = 2  # checkpoints in memory that are still to be written: the best one, and the last
 
 
@@ -39,6 +39,20 @@ class BestCheckpoints(ModelCheckpoint):
     def state_key(self) -> str:
         """As in checkpoints that Lightning's own has written."""
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Where fewer are kept than before, the best of them."""
+        super().load_state_dict(state_dict)
+        value_of = self.best_k_models
+        ranked = sorted(
+            value_of, key=lambda path: float(value_of[path]), reverse=self.mode == "max"
+        )
+        kept = ranked[: self.save_top_k]
+        self.surpassed += ranked[self.save_top_k :]
+        self.best_k_models = {path: value_of[path] for path in kept}
+        if len(kept) == self.save_top_k:
+            self.kth_best_model_path = kept[-1]
+            self.kth_value = value_of[kept[-1]]
 
     def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         self.surpassed.append(filepath)
@@ -71,14 +85,15 @@ class LastCheckpoint(Checkpoint):
             due = trainer.global_step % self.every_n_steps == 0
         else:
             # Several processes have to agree, for which their GPUs would be waited for.
-            asked = trainer.world_size == 1 or loop.batch_idx % SELDOM == 0
+            asked = trainer.world_size == 1 or trainer.global_step % SELDOM == 0
             due = asked and self._long_ago(trainer, MINUTE)
         if due:
             self._write(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
-        if ends or self._long_ago(trainer, (self.took + self.files.took) / SHARE):
+        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
+        if ends or due or self._long_ago(trainer, (self.took + self.files.took) / SHARE):
             self._write(trainer)
 
     def _long_ago(self, trainer: pl.Trainer, seconds: float) -> bool:

@@ -264,6 +264,11 @@ class TrainConfig(_Section):
     def _together(self) -> Self:
         if self.training.find_batch_size and self.hardware.devices > 1:
             raise ValueError("training.find_batch_size: goes with one device alone")
+        chosen, default = self.model.architectures, ModelSection().architectures
+        if self.model.model_type == "single" and chosen != default:
+            raise ValueError(
+                "model.architectures: is for model.model_type ensemble; one network is model.arch"
+            )
         if self.model.model_type == "ensemble" and self.model.pretrained.startswith("models:/"):
             raise ValueError("model.pretrained: a registered member is the start of one network")
         return self

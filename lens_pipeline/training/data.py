@@ -38,7 +38,6 @@ def data_module(
         return LensDataModule(chosen.data_root, **shared)
     if chosen.data_root is not None:
         raise InputError("data.data_root: goes without data.use_webdataset, which takes URLs")
-    for name in ("train_urls", "val_urls"):
-        if urls[name] is None:
-            raise InputError(f"data.{name}: is needed with data.use_webdataset")
+    if urls["train_urls"] is None:
+        raise InputError("data.train_urls: is needed with data.use_webdataset")
     return LensWebDatasetDataModule(**urls, **shared)

@@ -8,7 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-QUIET = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")
+QUIET = (
+    *("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing"),
+    *(
+        "torch.distributed.elastic.agent.server.api",
+        "torch.distributed.elastic.multiprocessing.api",
+    ),
+)
 
 
 FAILURE = ".failure"  # in the folder of a training: why one of its processes ended

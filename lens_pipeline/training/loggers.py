@@ -17,13 +17,13 @@ def file_loggers(config: TrainConfig, out: Path) -> list[Logger]:
     """The loggers that write into `out/logs`: CSV always, TensorBoard and Weights & Biases by
     choice (`WANDB_MODE=offline` needs no account).
 
-    Raises InputError where a package is missing.
+    Raises InputError where a package is missing, or the account.
     """
     folder = out / FOLDER
     loggers: list[Logger] = [CSVLogger(folder, name="csv")]
     for name, make in (
         ("tensorboard", lambda: TensorBoardLogger(folder, name="tensorboard")),
-        ("wandb", lambda: WandbLogger(project=PROJECT, save_dir=folder)),
+        ("wandb", lambda: _wandb(folder)),
     ):
         if name in config.training.loggers:
             if find_spec(name) is None:
@@ -33,6 +33,20 @@ def file_loggers(config: TrainConfig, out: Path) -> list[Logger]:
             folder.mkdir(parents=True, exist_ok=True)
             loggers.append(make())
     return loggers
+
+
+def _wandb(folder: Path) -> WandbLogger:
+    from wandb.errors import UsageError
+
+    logger = WandbLogger(project=PROJECT, save_dir=folder)
+    try:
+        logger.experiment  # noqa: B018 -- begins its run
+    except UsageError as problem:
+        said = str(problem).splitlines()[0].rstrip(".")
+        raise InputError(
+            f"training.loggers: wandb: {said}; set WANDB_API_KEY, or WANDB_MODE=offline"
+        ) from None
+    return logger
 
 
 def end(loggers: Sequence[Logger]) -> None:

@@ -94,7 +94,13 @@ def train(
             break
         except torch.OutOfMemoryError:
             half = config.training.batch_size // 2
-            if not config.training.find_batch_size or half < 2 or going_on:
+            if going_on and config.training.find_batch_size:
+                raise InputError(
+                    f"training.batch_size {config.training.batch_size}: the GPU has too little "
+                    f"memory for it now, and {out} holds a training with it; free the memory, or "
+                    "begin another in another folder"
+                ) from None
+            if not config.training.find_batch_size or half < 2:
                 raise InputError(
                     f"training.batch_size {config.training.batch_size}: the GPU has too little "
                     "memory for it; halve it and double training.accumulate_grad_batches, or set "
@@ -110,6 +116,11 @@ def train(
     if rank_zero_only.rank == 0 and not config.training.fast_dev_run:  # type: ignore[attr-defined]
         _finish(config, data, out, system_type)
     return TrainedMember(out)
+
+
+def set_seed(seed: int) -> None:
+    """Of all random numbers of Python, NumPy and torch, here and in workers."""
+    pl.seed_everything(seed, workers=True, verbose=False)
 
 
 def resolved_precision(config: TrainConfig) -> Any:
@@ -139,6 +150,8 @@ def check_devices(config: TrainConfig) -> None:
             f"hardware.devices {wanted.devices}: this machine has {n_gpus} GPUs; name fewer, or "
             "set hardware.accelerator to cpu"
         )
+    if wanted.precision == "16-mixed" and not on_gpu:
+        raise InputError("hardware.precision 16-mixed: needs a GPU; on a CPU, auto is 32-true")
 
 
 def build_system(
@@ -254,7 +267,7 @@ def _fit(
 ) -> None:
     how, hardware = config.training, config.hardware
     data.batch_size = how.batch_size
-    pl.seed_everything(how.seed, workers=True, verbose=False)
+    set_seed(how.seed)
     system = build_system(config, data, system_type)
     monitor = deciding_metric(config, data)
     mode = "min" if monitor == "val/loss" else "max"
@@ -285,7 +298,7 @@ def _fit(
         chosen.append(LearningRateMonitor("step"))
     if _on_gpu(config):
         chosen.append(PeakMemory())
-    into_files = file_loggers(config, out)
+    into_files = [] if how.fast_dev_run else file_loggers(config, out)
     with warnings.catch_warnings():
         # Few workers are meant: batches are gathered from mapped memory.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")

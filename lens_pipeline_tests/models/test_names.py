@@ -40,6 +40,11 @@ def test_what_is_wrong_is_named(text: str, message: str) -> None:
         parse_members(text)
 
 
+def test_the_setting_that_is_wrong_is_named() -> None:
+    with pytest.raises(InputError, match="architectures: 'lastr' is not .*did you mean lastro"):
+        parse_members("lastr", "architectures")
+
+
 def test_a_name_says_who_builds_the_network() -> None:
     assert check_architecture("vit_b_16").library == "torchvision"
     assert check_architecture("trans_enc_s").library == "lens_pipeline"

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning import Trainer
 
 import lens_pipeline
 from lens_pipeline import LitEnsembleSystem
@@ -95,7 +96,10 @@ def _rates(total: int, **how: object) -> list[float]:
     """The learning rate of each step, in epochs of ten steps with a flat validation loss."""
     system = LitLensSystem("lastro", lr=0.1, image_size=32, **how)  # type: ignore[arg-type]
     system.trainer = SimpleNamespace(  # type: ignore[assignment]
-        estimated_stepping_batches=total, max_epochs=max(1, total // 10)
+        estimated_stepping_batches=total,
+        num_training_batches=min(10, total),
+        limit_val_batches=1.0,
+        accumulate_grad_batches=1,
     )
     (optimiser,), schedules = system.configure_optimizers()
     rates = []
@@ -172,6 +176,60 @@ def test_labels_are_smoothed_in_training_alone() -> None:
     )
 
 
+@pytest.mark.parametrize("loss", ["bce", "focal"])
+def test_smoothed_labels_leave_the_weights_of_the_classes(loss: str) -> None:
+    """Of each class for itself the same logits are best, however rare lenses are."""
+    logit = torch.linspace(-6, 6, 1201)[:, None]
+    for value in (0.0, 1.0):
+        label = torch.full((1201,), value)
+        best = []
+        for weight in (1.0, 100.0):
+            system = LitLensSystem("lastro", loss=loss, label_smoothing=0.2, pos_weight=weight)
+            each = [system.loss(x[None], y[None]).item() for x, y in zip(logit, label, strict=True)]
+            best.append(logit[int(np.argmin(each))].item())
+        assert best[0] == pytest.approx(best[1], abs=0.02)
+        if loss == "bce":
+            assert best[0] == pytest.approx(np.log(9) * (1 if value else -1), abs=0.02)
+
+
+def test_a_shift_needs_no_turns() -> None:
+    images, label = torch.randn(4, 3, 32, 32), torch.tensor([1.0, 0.0, 1.0, 0.0])
+    seen = []
+
+    class Seeing(LitLensSystem):
+        def member_logits(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(images)
+            return super().member_logits(images)
+
+    for how in ({}, {"shift": 2.0}, {"noise": 0.5}):
+        system = Seeing("lastro", image_size=32, augment=False, **how)
+        system.trainer = Trainer(accelerator="cpu", logger=False)
+        system.training_step({"image": images, "label": label}, 0)
+    assert torch.equal(seen[0], images)
+    assert not torch.equal(seen[1], images)
+    assert not torch.equal(seen[2], images)
+
+
+def test_many_compiled_networks_are_all_compiled() -> None:
+    """Of each kind of batch one code, for as many networks as a process makes."""
+    counts = []
+    torch._dynamo.reset()
+    for arch in ("lastro", "trans_enc_s", "light_transformer"):
+        system, compiled = LitLensSystem(arch, image_size=32, compile_model=True), []
+
+        def counting(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> object:
+            compiled.append(graph)  # noqa: B023 -- called before the next
+            return graph.forward
+
+        system.backbone.compile(backend=counting, dynamic=False)  # no C++ compiler is waited for
+        for training in (True, False):
+            for n in (8, 3):
+                system.train(training)(torch.zeros(n, 3, 32, 32))
+        counts.append(len(compiled))
+    torch._dynamo.reset()
+    assert counts == [4, 4, 4]
+
+
 def test_channels_last_changes_the_layout_alone() -> None:
     torch.manual_seed(0)
     plain = LitLensSystem("resnet18", image_size=32).eval()
@@ -181,3 +239,15 @@ def test_channels_last_changes_the_layout_alone() -> None:
     assert weight.is_contiguous(memory_format=torch.channels_last)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(plain(images), other(images), rtol=1e-4, atol=1e-4)
+
+
+def test_members_of_other_seeds_begin_with_other_weights() -> None:
+    def weights(*architectures: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        return LitEnsembleSystem(architectures, image_size=32).state_dict()
+
+    first, second, both = weights("lastro@1"), weights("lastro@7"), weights("lastro", "b=lastro@7")
+    name = "members.lastro.head.weight"
+    assert not torch.equal(first[name], second[name])
+    assert torch.equal(both["members.b.head.weight"], second[name])
+    assert torch.equal(both[name], weights("lastro")[name])

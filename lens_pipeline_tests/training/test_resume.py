@@ -14,10 +14,11 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.models.system import LitLensSystem
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards.datamodule import LensDataModule
 from lens_pipeline.tracking import Tracking
-from lens_pipeline.training import TrainedMember, train
+from lens_pipeline.training import TrainedMember, checkpoints, train
 from lens_pipeline.training.callbacks import Patience
 from lens_pipeline.training.checkpoints import BestCheckpoints
 from lens_pipeline.training.config import TrainConfig
@@ -128,6 +129,70 @@ def test_the_best_epoch_is_kept_until_a_better_one_is_known(
     assert trained.curves["val/loss"].idxmin() == 0
     assert torch.load(trained.checkpoint, weights_only=True)["epoch"] == 0
     assert not better.exists()
+
+
+@pytest.mark.parametrize(("before", "now"), [(3, 1), (1, 3)])
+def test_another_number_of_best_epochs_is_kept(
+    before: int, now: int, shards_folder: Path, tmp_path: Path
+) -> None:
+    config = _config(save_top_k=before, epochs=5, monitor="val/loss")
+    per_epoch = len(LensDataModule(shards_folder, batch_size=16).train_dataloader())
+    assert in_a_process(config, shards_folder, tmp_path, 3 * per_epoch + 4, "batch") < 0
+    going_on = _config(save_top_k=now, epochs=5, monitor="val/loss")
+    trained = train(going_on, LensDataModule(shards_folder), tmp_path)
+    best = trained.curves.sort_values("val/loss")["epoch"].tolist()
+    assert torch.load(trained.checkpoint, weights_only=True)["epoch"] == best[0]
+    others = sorted(path.name for path in (tmp_path / "top").glob("*"))
+    # Of those that are one too many nothing is left; those since are kept.
+    assert others == [] if now < before else 1 <= len(others) <= 2
+
+
+def test_a_checkpoint_is_due_after_a_step_of_several_batches_in_several_processes(
+    uneven_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "MINUTE", 0.0)
+    monkeypatch.setattr(Trainer, "world_size", 2)  # they ask each other at every tenth step alone
+    written = []
+
+    class Written(Callback):
+        def on_save_checkpoint(self, trainer: Trainer, *_: Any) -> None:
+            written.append(trainer.global_step)
+
+    data = LensDataModule(uneven_shards, batch_size=2)
+    steps = -(-len(data.train_dataloader()) // 2)
+    out = tmp_path / "out"
+    files = checkpoints.RenamedCheckpoints()
+    best = BestCheckpoints(monitor="val/loss", dirpath=out, save_weights_only=True)
+    last = checkpoints.LastCheckpoint(out / "last.ckpt", 0, best, files)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        accumulate_grad_batches=2,
+        callbacks=[Written(), last],
+        plugins=[files],
+        logger=False,
+        limit_val_batches=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(LitLensSystem("lastro", image_size=32), data)
+    assert written == [*range(10, steps, 10), steps]
+
+
+def test_a_checkpoint_that_is_due_at_the_end_of_an_epoch_is_written_after_it(
+    shards_folder: Path, tmp_path: Path
+) -> None:
+    per_epoch = len(LensDataModule(shards_folder, batch_size=16).train_dataloader())
+    written = []
+
+    class SlowDisk(Callback):
+        def on_save_checkpoint(self, trainer: Trainer, *_: Any) -> None:
+            written.append(trainer.global_step)
+            time.sleep(0.3)
+
+    config = _config(save_every_n_steps=per_epoch, epochs=3)
+    train(config, LensDataModule(shards_folder), tmp_path, callbacks=[SlowDisk()])
+    assert {per_epoch, 2 * per_epoch, 3 * per_epoch} <= set(written)
 
 
 def test_what_lightnings_own_callbacks_have_written_is_understood() -> None:

@@ -1,5 +1,6 @@
 """Training from a configuration: what it leaves, and what it says when it cannot go on."""
 
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,11 +16,12 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback
 from sklearn.metrics import roc_auc_score
 
-from lens_pipeline import LensDataModule, LitEnsembleSystem
+from lens_pipeline import LensDataModule, LitEnsembleSystem, LitLensSystem
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.system import load_system
 from lens_pipeline.training import TrainedMember, train
 from lens_pipeline.training.config import TrainConfig
+from lens_pipeline_tests.conftest import LENS_PIPELINE
 
 
 def _config(arch: str = "lastro", **training: Any) -> TrainConfig:
@@ -263,6 +265,10 @@ def test_the_rate_falls_at_the_plateaus_of_the_validation_loss(
             {"model": {"model_type": "ensemble", "pretrained": "models:/lens_ensemble@champion"}},
             "file: model.pretrained: a registered member is the start of one network",
         ),
+        (
+            {"model": {"architectures": ["resnet18", "lastro"]}},
+            "file: model.architectures: is for model.model_type ensemble; one network is",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_named(values: dict[str, Any], said: str) -> None:
@@ -315,6 +321,65 @@ def test_every_logger_is_told(
         assert table["val/auroc"].notna().any()
         assert list(logs.glob("tensorboard/*/events*"))
         assert len(list(logs.glob("wandb/offline-run-*/*.wandb"))) == 1
+
+
+def test_wandb_without_an_account_is_one_line(
+    uneven_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where a key may lie
+    out = tmp_path / "out"
+    command = [
+        *(LENS_PIPELINE, "train", "--data-root", str(uneven_shards), "--arch", "lastro"),
+        *("--checkpoint-dir", str(out), "--loggers", "csv,wandb", "--home", str(tmp_path / "home")),
+    ]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    last = refused.stderr.strip().splitlines()[-1]
+    assert re.match("error: training.loggers: wandb: .*WANDB_API_KEY, or WANDB_MODE=offline", last)
+    subprocess.run([*command, "--fast-dev-run"], check=True)
+    assert not (out / "logs" / "wandb").exists()
+
+
+def test_what_this_machine_cannot_do_is_said_before_training(
+    uneven_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lens_pipeline.cli import main
+
+    (tmp_path / "file").write_text("")
+    place = ["--data-root", str(uneven_shards), "--home", str(tmp_path / "home")]
+    for flags, said in (
+        (["--precision", "16-mixed", "--accelerator", "cpu"], "hardware.precision 16-mixed: needs"),
+        (
+            ["--checkpoint-dir", str(tmp_path / "file")],
+            "--checkpoint-dir: .*file is a file; name a",
+        ),
+        (["--model-type", "ensemble", "--archs", "lastr"], "architectures: 'lastr' is not"),
+        (["--model-type", "ensemble", "--archs", "pop=lastro"], "no member may be called pop"),
+        (["--archs", "lastro,resnet18"], "model.architectures: is for model.model_type ensemble"),
+    ):
+        assert main(["train", *place, "--epochs", "1", *flags]) == 2
+        assert re.search(f"^error: .*{said}", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_a_plateau_without_a_validation_and_steps_without_epochs(uneven_shards: Path) -> None:
+    """As a Trainer of the user's own may ask for."""
+    quiet: dict[str, Any] = {
+        **{"accelerator": "cpu", "logger": False, "enable_checkpointing": False},
+        **{"enable_progress_bar": False, "enable_model_summary": False},
+    }
+    data = LensDataModule(uneven_shards, batch_size=16)
+    system = LitLensSystem("lastro", image_size=32, schedule="plateau")
+    with pytest.raises(InputError, match="schedule plateau: follows val/loss"):
+        Trainer(**quiet, max_epochs=1, limit_val_batches=0).fit(system, data)
+    system = LitLensSystem(
+        "lastro", image_size=32, schedule="step", decay_epochs=1, decay=0.5, warmup=0, lr=1e-3
+    )
+    Trainer(**quiet, max_epochs=-1, max_steps=3 * len(data.train_dataloader())).fit(system, data)
+    (group,) = system.optimizers().optimizer.param_groups  # type: ignore[union-attr]
+    assert group["lr"] == pytest.approx(1e-3 * 0.5**3)
 
 
 def test_mlflow_is_told_of_a_training(uneven_shards: Path, tmp_path: Path) -> None:
