@@ -1,6 +1,8 @@
 """Several processes train what one would."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ from lens_pipeline.tracking import Tracking
 from lens_pipeline.training import TrainedMember
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.launch import launch
+from lens_pipeline_tests.conftest import LENS_PIPELINE
 from lens_pipeline_tests.training.killed import run
 
 
@@ -171,6 +174,31 @@ def test_the_metrics_of_all_processes_outlive_a_kill(uneven_shards: Path, tmp_pa
     undisturbed = curves(tmp_path / "undisturbed", None)
     killed = curves(tmp_path / "killed", 7, None)
     pd.testing.assert_frame_equal(killed, undisturbed)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [
+        *(LENS_PIPELINE, "train", "--data-root", str(uneven_shards), "--home", str(tmp_path)),
+        *("--checkpoint-dir", str(out), "--arch", "lastro", "--devices", "2"),
+        *("--accelerator", "cpu", "--save-every-n-steps", "1", "--epochs", "4"),
+    ]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        while not (out / "last.ckpt").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines()[-1].startswith("error: interrupted")
+    assert "death signal" not in said
+    subprocess.run(command, check=True)
+    assert TrainedMember(out).curves["epoch"].tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.slow
