@@ -122,7 +122,8 @@ def _mlflow(
         yield [MLFlowLogger(run_id=given, tracking_uri=uri, log_model=False)]
         return
     goes_on = (out / LAST).exists()
-    run_id = tracking.start_run(name_of(config), digest(str(out)), {}, goes_on=goes_on)
+    key = digest(config.of_weights | {"out": str(out)})
+    run_id = tracking.start_run(name_of(config), key, {}, goes_on=goes_on)
     ended = "FAILED"
     try:
         logger = MLFlowLogger(run_id=run_id, tracking_uri=uri, log_model=False)

@@ -28,7 +28,7 @@ from lens_pipeline.evaluation.metrics import (
     INTERVAL,
     independent_groups,
     lens_metrics,
-    paired_bootstrap,
+    ranked_bootstrap,
     ranking_metric,
 )
 
@@ -134,9 +134,9 @@ def compare(
     Arguments as of `choose`. Each fifth of the groups is scored by what was fitted to the others,
     and whole groups are resampled: see `independent_groups`.
     One row a strategy, the best first: `strategy`; `metric`, the name of what they are ranked by,
-    see `ranking_metric`; its `value`, and its `mean`, `low` and `high` over a thousand resamplings,
-    the same for all; `gain`, `gain_low` and `gain_high` over the best single member; `better`, the
-    fraction of resamplings in which it was better than that; `auroc` and `ece`.
+    see `ranked_bootstrap`; its `value`, and its `mean`, `low` and `high` over a thousand
+    resamplings, the same for all; `gain`, `gain_low` and `gain_high` over the best single member;
+    `better`, the fraction of resamplings in which it was better than that; `auroc` and `ece`.
     """
     check_validation(logits, label)
     group = independent_groups(label, group)
@@ -149,8 +149,7 @@ def compare(
             fitted = fit(strategy, method, logits[~out], deviation[~out], label[~out])
             score[out] = expit(fitted(logits[out], deviation[out]))
         scores[strategy] = score
-    metric = ranking_metric(int(np.count_nonzero(label == 0)))
-    drawn = paired_bootstrap(label, scores, metric, group=group, seed=seed)
+    metric, drawn = ranked_bootstrap(label, scores, group, seed)
     rows = []
     for name, score in scores.items():
         plain = lens_metrics(label, score, bootstrap=0)

@@ -150,6 +150,12 @@ def _common_labels(
 ) -> tuple[NDArray[np.int8], NDArray[np.object_]]:
     """(labels, groups) of the validation cutouts, which all members have in one order."""
     (first, reference), *others = scores.items()
+    for name, table in scores.items():
+        if "group" not in table:
+            raise InputError(
+                f"member {name}: its validation scores name no groups, as an older version left "
+                f"them; train it again (checkpoints/{name})"
+            )
     for name, table in others:
         for column in ("id", "label", "group"):
             if table[column].tolist() != reference[column].tolist():

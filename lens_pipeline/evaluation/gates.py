@@ -9,9 +9,9 @@ from numpy.typing import ArrayLike
 
 from lens_pipeline.evaluation.metrics import (
     FEWEST_GROUPS,
+    ece_by_chance,
     lens_metrics,
-    paired_bootstrap,
-    ranking_metric,
+    ranked_bootstrap,
 )
 
 WORST = 5  # percentile: a loss beyond the tolerance is ruled out at 95 %
@@ -77,7 +77,7 @@ def champion_gate(
     in FEWEST_GROUPS groups each. The challenger must pass as a first model would, its `ece` must
     not exceed `max_ece`, and by `ranking_metric` it must not be worse than the champion by
     `tolerance` or more: by the lower 95 % bound, of one side, of the difference over resamplings of
-    both together, of which one that cannot resolve the metric counts as the worst.
+    both together, see `ranked_bootstrap`. Of the `ece`, what chance alone makes does not count.
     """
     new = ~np.asarray(seen, dtype=bool)
     label, challenger, champion, groups = (
@@ -104,13 +104,15 @@ def champion_gate(
             metrics, min_lens=min_lens, min_nonlens=min_nonlens, min_auroc_low=min_auroc_low
         ).reasons
     )
-    ece = metrics["ece"]["value"]
-    if ece > max_ece:
-        reasons.append(f"the calibration error is {ece:.3f}; at most {max_ece:g} is allowed")
-    metric = ranking_metric(n_nonlens)
+    ece, by_chance = metrics["ece"]["value"], ece_by_chance(challenger)
+    if ece - by_chance > max_ece:
+        reasons.append(
+            f"the calibration error is {ece:.3f}, of which chance makes {by_chance:.3f}; at most "
+            f"{max_ece:g} beside it is allowed"
+        )
     scores = {"challenger": challenger, "champion": champion}
-    drawn = paired_bootstrap(label, scores, metric, group=groups)
-    gain = np.nan_to_num(drawn["challenger"] - drawn["champion"], nan=-1.0)
+    metric, drawn = ranked_bootstrap(label, scores, groups)
+    gain = drawn["challenger"] - drawn["champion"]
     lowest = float(np.percentile(gain, WORST))
     theirs = lens_metrics(label, champion, bootstrap=0)[metric]["value"]
     if lowest <= -tolerance:
@@ -126,6 +128,7 @@ def champion_gate(
         "gain_low": lowest,
         "auroc_low": metrics["auroc"]["low"],
         "ece": ece,
+        "ece_by_chance": by_chance,
     }
     return GateDecision(not reasons, tuple(reasons), figures)
 

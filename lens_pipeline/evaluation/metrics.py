@@ -24,6 +24,7 @@ TAIL_LEAST = 50  # cutouts; fewer tell nothing of their calibration
 TAIL_BINS = 5
 INTERVAL = (2.5, 97.5)  # percentiles
 FEWEST_GROUPS = 20  # of fewer that are drawn whole, resampling says little
+RESOLVED = 0.95  # of the resamplings, at least
 ENOUGH = 10  # false positives: a rate of fewer is mostly chance
 
 
@@ -136,6 +137,30 @@ def paired_bootstrap(
             value = _metrics(_counted(lens, ranked[name], weight))[metric]()
             found[name][draw] = np.nan if value is None else value
     return found
+
+
+def ranked_bootstrap(
+    label: ArrayLike, scores: Mapping[str, ArrayLike], group: ArrayLike, seed: int = 0
+) -> tuple[str, dict[str, Array]]:
+    """(metric, {name: resamplings}), see `paired_bootstrap`: of `ranking_metric`, or of the AUROC
+    where more than a twentieth of the resamplings, which have fewer non-lenses, cannot resolve it.
+    Those of the others that cannot are left out of all."""
+    n_nonlens = int(np.count_nonzero(np.asarray(label) == 0))
+    for metric in (ranking_metric(n_nonlens), "auroc"):
+        drawn = paired_bootstrap(label, scores, metric, group=group, seed=seed)
+        resolved = np.isfinite(list(drawn.values())).all(axis=0)
+        if resolved.mean() >= RESOLVED:
+            break
+    return metric, {name: values[resolved] for name, values in drawn.items()}
+
+
+def ece_by_chance(score: ArrayLike, times: int = 200, seed: int = 0) -> float:
+    """The `ece` that cutouts with these probabilities (n,) have where they are exactly right."""
+    scores = np.asarray(score, dtype=np.float64)
+    random, ranked = np.random.default_rng(seed), _ranked(scores)
+    drawn = (random.random(len(scores)) < scores for _ in range(times))
+    levels = (_counted(label, ranked, np.ones(len(scores))) for label in drawn)
+    return float(np.mean([_ece(level, len(scores), BINS) for level in levels]))
 
 
 def _enough_groups(label: NDArray[np.bool_], groups: NDArray[Any]) -> bool:

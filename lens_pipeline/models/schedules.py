@@ -15,13 +15,14 @@ def schedule(
     name: str,
     *,
     steps: int,
-    epochs: int,
+    per_epoch: int,
     warmup: float,
     decay: float,
     decay_epochs: int,
 ) -> list[dict[str, Any]]:
     """Lightning's schedulers for a rate that rises for `warmup` of all steps, to the optimiser's.
 
+    steps: of the training; per_epoch: of an epoch.
     name: `cosine` then falls to zero (Loshchilov & Hutter 2017); `step` falls by the factor `decay`
     every `decay_epochs` epochs, `plateau` when the validation loss has not fallen for as many;
     `constant` stays.
@@ -32,7 +33,6 @@ def schedule(
         falling = ReduceLROnPlateau(optimiser, factor=decay, patience=decay_epochs)
         by_step = [{"scheduler": warm, "interval": "step"}] if warm else []
         return [*by_step, {"scheduler": falling, "interval": "epoch", "monitor": "val/loss"}]
-    per_epoch = max(1, steps // epochs)
 
     def factor(step: int) -> float:
         if step < rising:

@@ -213,7 +213,7 @@ class LensClassifier(pl.LightningModule):
             optimiser,
             wanted["schedule"],
             steps=int(steps),
-            epochs=max(1, round(steps / math.ceil(n_batches))) if math.isfinite(n_batches) else 1,
+            per_epoch=max(1, math.ceil(min(n_batches, steps))),
             **{name: wanted[name] for name in ("warmup", "decay", "decay_epochs")},
         )
         return [optimiser], schedulers

@@ -307,8 +307,11 @@ class LensWebDatasetDataModule(CutoutModule):
         """As given, or as the manifest beside those that are."""
         if not any(self.urls.values()):
             newest = newest_shards(Settings.load().home)
-            self.urls |= read_manifest(newest).patterns(str(newest))
-        url = self.urls.get(name) or self._tars(self._given).patterns.get(name)
+            patterns = read_manifest(newest).patterns(str(newest))
+            self.urls = {split: patterns.get(split) for split in SPLITS}
+        url = self.urls.get(name)
+        if url is None and name != self._given:
+            url = self._tars(self._given).patterns.get(name)
         if url is None:
             raise InputError(
                 f"{name}_urls: not given, and no manifest beside {self.urls[self._given]} names "

@@ -23,7 +23,7 @@ from lens_pipeline.models.pretrained import read_checkpoint
 
 MINUTE = 60.0  # seconds
 SHARE = 0.03  # of the time, for checkpoints after epochs
-SELDOM = 10  # steps
+SELDOM = 10  # batches
 AT_A_TIME = 2  # checkpoints in memory that are still to be written: the best one, and the last
 
 
@@ -43,16 +43,15 @@ class BestCheckpoints(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Where fewer are kept than before, the best of them."""
         super().load_state_dict(state_dict)
-        value_of = self.best_k_models
-        ranked = sorted(
-            value_of, key=lambda path: float(value_of[path]), reverse=self.mode == "max"
-        )
-        kept = ranked[: self.save_top_k]
-        self.surpassed += ranked[self.save_top_k :]
-        self.best_k_models = {path: value_of[path] for path in kept}
-        if len(kept) == self.save_top_k:
-            self.kth_best_model_path = kept[-1]
-            self.kth_value = value_of[kept[-1]]
+        values = self.best_k_models
+        if len(values) <= self.save_top_k:
+            return
+        ranked = sorted(values, key=lambda path: float(values[path]), reverse=self.mode == "max")
+        surpassed = ranked[self.save_top_k :]
+        self.surpassed += surpassed
+        self.best_k_models = {p: value for p, value in values.items() if p not in surpassed}
+        self.kth_best_model_path = ranked[self.save_top_k - 1]
+        self.kth_value = values[self.kth_best_model_path]
 
     def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         self.surpassed.append(filepath)
@@ -85,7 +84,8 @@ class LastCheckpoint(Checkpoint):
             due = trainer.global_step % self.every_n_steps == 0
         else:
             # Several processes have to agree, for which their GPUs would be waited for.
-            asked = trainer.world_size == 1 or trainer.global_step % SELDOM == 0
+            seldom = max(1, SELDOM // trainer.accumulate_grad_batches)
+            asked = trainer.world_size == 1 or trainer.global_step % seldom == 0
             due = asked and self._long_ago(trainer, MINUTE)
         if due:
             self._write(trainer)

@@ -288,23 +288,30 @@ class TrainConfig(_Section):
                 values[section] = fields
         return self.parse(values, source)
 
+    def _without(self, names: set[tuple[str, str]]) -> dict[str, dict[str, Any]]:
+        return {
+            section: {name: value for name, value in fields.items() if (section, name) not in names}
+            for section, fields in self.model_dump().items()
+        }
+
     def differences(self, now: "TrainConfig") -> list[str]:
         """`section.field (value, now another)` of what decides the weights and is not the same."""
         return [
-            f"{section}.{name} ({getattr(getattr(self, section), name)!r}, now {value!r})"
-            for section, fields in now.model_dump().items()
+            f"{section}.{name} ({before!r}, now {value!r})"
+            for section, fields in now.of_weights.items()
             for name, value in fields.items()
-            if (section, name) not in UNDECIDING | BESIDES
-            and getattr(getattr(self, section), name) != value
+            if (before := self.of_weights[section][name]) != value
         ]
+
+    @property
+    def of_weights(self) -> dict[str, dict[str, Any]]:
+        """The values by section that decide the weights: a training goes on with the same."""
+        return self._without(UNDECIDING | BESIDES)
 
     @property
     def deciding(self) -> dict[str, dict[str, Any]]:
         """The values by section, but for those that decide nothing that a training leaves."""
-        return {
-            section: {name: v for name, v in fields.items() if (section, name) not in UNDECIDING}
-            for section, fields in self.model_dump().items()
-        }
+        return self._without(UNDECIDING)
 
     @property
     def yaml(self) -> str:

@@ -209,6 +209,17 @@ def test_members_of_pure_noise_gain_nothing_where_they_are_judged(shown: int) ->
     assert auroc["stacking"] < 0.65
 
 
+def test_resamplings_that_cannot_tell_are_left_out() -> None:
+    """Of uneven groups some have fewer than the hundred non-lenses that an FPR of 1e-2 takes."""
+    random = np.random.default_rng(0)
+    logits, deviation, label = members(260, 1)
+    group = random.permutation(np.repeat(np.arange(52), np.tile([2, 8], 26)))
+    table = compare("platt", logits, deviation, label, group)
+    numbers = table.select_dtypes("number")
+    assert np.isfinite(numbers).all(axis=None)
+    assert table.set_index("strategy").loc["single", "better"] == 0.5
+
+
 def test_too_few_cutouts_take_the_mean(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="lens_pipeline"):
         fitted, table = choose("best", "platt", *members(18, 0), np.arange(18))

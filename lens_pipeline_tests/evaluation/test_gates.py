@@ -138,24 +138,47 @@ def test_the_order_of_the_cutouts_decides_nothing() -> None:
         assert one.figures[name] == pytest.approx(other.figures[name], abs=1e-12)
 
 
-def test_resamplings_that_resolve_nothing_count_against_the_challenger() -> None:
+def test_where_resamplings_do_not_resolve_the_rate_the_auroc_decides() -> None:
     """110 non-lenses in groups of uneven size: of some resamplings there are fewer than 100."""
     random = np.random.default_rng(0)
     n, label = 230, np.repeat([1, 0], [120, 110])
     champion = np.where(label == 1, 0.9, 0.1) + random.uniform(-0.05, 0.05, n)
     found = (label == 1) & (random.uniform(size=n) < 0.4)
-    challenger = np.where(found, 0.9, np.where(label == 1, 0.35, 0.3)) + random.uniform(0, 0.05, n)
+    worse = np.where(found, 0.9, 0.3) + random.uniform(0, 0.05, n)
     test = {
         "label": label,
         "champion": champion,
-        "challenger": challenger,
         "group": random.integers(60, size=n),
         "seen": np.zeros(n, dtype=bool),
     }
-    decision = champion_gate(**test, **AGAINST | {"max_ece": 1.0})
-    assert not decision.passed
-    assert any("a loss of" in reason for reason in decision.reasons)
-    assert all(np.isfinite(v) for v in decision.figures.values() if not isinstance(v, str))
+    same, refused = (
+        champion_gate(**test, challenger=challenger, **AGAINST | {"max_ece": 1.0})
+        for challenger in (champion, worse)
+    )
+    assert same.passed
+    assert same.figures["gain"] == 0
+    assert any(reason.startswith("auroc is 0.") for reason in refused.reasons)
+    for decision in (same, refused):
+        assert decision.figures["metric"] == "auroc"
+        assert all(np.isfinite(v) for v in decision.figures.values() if not isinstance(v, str))
+
+
+def test_what_chance_makes_of_the_calibration_error_does_not_count() -> None:
+    """With 130 cutouts a model that is exactly right has an error of some 0.1."""
+    random = np.random.default_rng(0)
+    n = 130
+    p = random.uniform(0.02, 0.98, n)
+    test = {
+        "label": (random.uniform(size=n) < p).astype(int),
+        "champion": p,
+        "group": np.arange(n),
+        "seen": np.zeros(n, dtype=bool),
+    }
+    right = champion_gate(**test, challenger=p, **AGAINST | {"max_ece": 0.06})
+    assert right.figures["ece"] > 0.06
+    assert right.passed
+    wrong = champion_gate(**test, challenger=p**3, **AGAINST | {"max_ece": 0.06})
+    assert any("of which chance makes" in reason for reason in wrong.reasons)
 
 
 def test_one_region_of_the_sky_is_no_sample() -> None:

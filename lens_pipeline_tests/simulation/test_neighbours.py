@@ -1,11 +1,10 @@
 """Galaxies that happen to be in a cutout: as many as on the sky, and in both of a pair."""
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from lens_pipeline.simulation import Simulation, load_config, simulate
-from lens_pipeline.simulation.neighbours import MIN_RADIUS, add_components, draw_neighbours
+from lens_pipeline.simulation.neighbours import draw_neighbours
 from lens_pipeline.simulation.render import Renderer
 from lens_pipeline.simulation.sources import SersicDiscs
 
@@ -39,26 +38,20 @@ def test_there_are_as_many_as_are_counted_on_the_sky(flux: np.ndarray) -> None:
         assert (flux > limit).mean() == pytest.approx((expected > limit).mean(), abs=0.05)
 
 
-@pytest.mark.parametrize("size", [32, 256])
-def test_their_light_is_all_there(size: int) -> None:
-    """Of small ones too, wherever they are in a pixel; and where there is none, there is none."""
-    renderer = Renderer(DES, SersicDiscs(), size, "cpu")
-    radius = np.geomspace(0.02, 1, 40)
-    random = np.random.default_rng(0)
-    table = pd.DataFrame(
-        {
-            **{"x": random.uniform(-0.3, 0.3, 40), "y": random.uniform(-0.3, 0.3, 40)},
-            **{"radius": np.maximum(radius, MIN_RADIUS * DES.pixel_scale)},
-            **{"axis_ratio": 1.0, "angle": 0.0, "component_magnitude": 22.0},
-            **{"component_g_r": 0.0, "component_r_i": 0.0},
-        }
-    )
-    electrons = renderer.darkness(41)
-    add_components(electrons, np.arange(40), renderer, "disc", table)
-    flux = electrons[:, I_BAND].sum(dim=(1, 2)).numpy() / electrons_of(np.array(22.0))
-    np.testing.assert_allclose(flux[:40], 1, atol=0.12)
-    assert flux[40] == 0
-    add_components(electrons, np.array([], int), renderer, "disc", table[:0])
+def test_their_light_does_not_depend_on_the_pixels() -> None:
+    """That of small ones would be missed between sub-pixels, or counted twice."""
+    hosts = np.arange(300)
+    sums = []
+    for finer in (1, 4):
+        survey = DES.model_copy(update={"pixel_scale": DES.pixel_scale / finer, "read_noise": 0.0})
+        renderer = Renderer(survey, SersicDiscs(), 32 * finer, "cpu")
+        sums.append(draw_neighbours(renderer, 4, hosts)[:, I_BAND].sum(dim=(1, 2)).numpy())
+    some = sums[1] > 0
+    assert (sums[0] > 0).tolist() == some.tolist()
+    assert 100 < some.sum() < 300  # and some hosts have none
+    ratio = sums[0][some] / sums[1][some]
+    assert np.median(ratio) == pytest.approx(1, abs=0.02)
+    assert (np.abs(ratio - 1) < 0.15).mean() > 0.9  # but for what lies at an edge
 
 
 def test_a_batch_may_have_none() -> None:

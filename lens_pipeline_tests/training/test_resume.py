@@ -151,7 +151,7 @@ def test_a_checkpoint_is_due_after_a_step_of_several_batches_in_several_processe
     uneven_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints, "MINUTE", 0.0)
-    monkeypatch.setattr(Trainer, "world_size", 2)  # they ask each other at every tenth step alone
+    monkeypatch.setattr(Trainer, "world_size", 2)  # they ask each other at every tenth batch alone
     written = []
 
     class Written(Callback):
@@ -176,7 +176,7 @@ def test_a_checkpoint_is_due_after_a_step_of_several_batches_in_several_processe
         enable_model_summary=False,
     )
     trainer.fit(LitLensSystem("lastro", image_size=32), data)
-    assert written == [*range(10, steps, 10), steps]
+    assert written == [*range(5, steps, 5), steps]
 
 
 def test_a_checkpoint_that_is_due_at_the_end_of_an_epoch_is_written_after_it(
