@@ -189,7 +189,10 @@ class Settings(BaseSettings):
         "95 % confidence, is not promoted.",
     )
     gate_max_ece: float = Field(
-        default=0.1, ge=0, le=1, description="The most calibration error of a challenger."
+        default=0.1,
+        ge=0,
+        le=1,
+        description="The most calibration error of a challenger, beside what chance makes.",
     )
     gate_min_auroc: float = Field(
         default=0.5, ge=0, le=1, description="The lower 95 % bound of AUROC must exceed this."

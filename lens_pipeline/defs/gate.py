@@ -38,6 +38,7 @@ def decide(
     take, which is scored on the test split of today; version: its own in the registry, where it has
     one.
     """
+    from lens_pipeline.ensemble.calibration import at_mixture
     from lens_pipeline.ensemble.system import read_groups
     from lens_pipeline.evaluation.gates import GateDecision, champion_gate, refused
     from lens_pipeline.evaluation.origins import REAL, by_origin
@@ -81,9 +82,11 @@ def decide(
     if probability.isna().any():
         return refused(f"the champion, version {number}, gives no score for some of the test split")
     log.info("  comparing with the champion, version %s", number)
+    counts = own["validation"]
+    label, fitted_at = test["label"].to_numpy(int), counts["n_lens"] / sum(counts.values())
     return champion_gate(
-        test["label"].to_numpy(int),
-        test["probability"].to_numpy(),
+        label,
+        at_mixture(test["probability"], label, fitted_at),
         probability.to_numpy(),
         group=test["group"].to_numpy(str),
         seen=test["group"].isin(read_groups(ensemble) | theirs.groups).to_numpy(),

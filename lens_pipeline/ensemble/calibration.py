@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 from scipy.optimize import isotonic_regression, minimize
 from scipy.special import expit, logit
@@ -110,6 +110,16 @@ def _isotonic(logits: Array, target: Array) -> Isotonic:
     values = logit(np.bincount(step, weights=steps * count) / n)
     slope = _scaling(logits, target, free_intercept=True).slope
     return Isotonic(tuple(knots.tolist()), tuple(values.tolist()), slope)
+
+
+def at_mixture(probability: ArrayLike, label: ArrayLike, fitted_at: float) -> Array:
+    """Probabilities (n,) calibrated where a fraction `fitted_at` are lenses, as they hold among
+    cutouts with these labels (n,); of one class alone they stay as they are."""
+    share = float(np.mean(np.asarray(label) == 1))
+    same = np.asarray(probability, dtype=np.float64)
+    if share in (0.0, 1.0, fitted_at):
+        return same
+    return expit(logit(same) + prior_shift(share, fitted_at))
 
 
 def prior_shift(prevalence: float, fitted_at: float) -> float:

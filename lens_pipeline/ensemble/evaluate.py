@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens_pipeline.catalogue.table import Catalogue
+from lens_pipeline.ensemble.calibration import at_mixture
 from lens_pipeline.ensemble.predictor import ScoredDataset, score_dataset
 from lens_pipeline.ensemble.system import load_ensemble
 from lens_pipeline.errors import InputError
@@ -84,14 +85,22 @@ def evaluate_ensemble(
     parts = by_origin(test, dataset.facts["origin"] == "simulation")
     rests_on, shown = basis(parts)
     surveys = by_survey(test)
-    expected = forecast(shown["label"], shown["probability"], prevalence=prevalence)
+    expected = forecast(
+        shown["label"], shown["probability"], prevalence=prevalence, group=shown["group"]
+    )
+    validation = ensemble.facts["validation"]
+    fitted_at = validation["n_lens"] / sum(validation.values())
+
+    def metrics(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
+        return _metrics(table, columns, fitted_at)
+
     selection = selection_function(test)
     evaluation = Evaluation(
         out,
-        metrics=_metrics(test, columns),
+        metrics=metrics(test),
         kinds=false_positives_by_kind(test, selection["threshold"]),
-        origins={o: _metrics(part, columns) for o, part in parts.items()} if len(parts) > 1 else {},
-        surveys={name: _metrics(part, columns) for name, part in surveys.items()},
+        origins={o: metrics(part) for o, part in parts.items()} if len(parts) > 1 else {},
+        surveys={name: metrics(part) for name, part in surveys.items()},
         selection=selection,
         forecast={"rests_on": rests_on, **expected},
     )
@@ -101,7 +110,12 @@ def evaluate_ensemble(
     best = _best_member(evaluation.metrics)
     architectures = {name: one.hparams["arch"] for name, one in ensemble.members.items()}
     sections = [
-        *score_sections(shown, columns, evaluation.forecast),
+        *score_sections(
+            shown,
+            columns,
+            evaluation.forecast,
+            at_mixture(shown["probability"], shown["label"], fitted_at),
+        ),
         *survey_sections(
             surveys,
             {name: of[ENSEMBLE] for name, of in evaluation.surveys.items()},
@@ -113,22 +127,26 @@ def evaluate_ensemble(
     ]
     for picture in (picture for section in sections for picture in section.pictures):
         (out / f"{picture.name}.png").write_bytes(picture.png)
-    metrics = {described(parts[origin], origin): of for origin, of in evaluation.origins.items()}
+    by_part = {described(parts[origin], origin): of for origin, of in evaluation.origins.items()}
     write_report(
         out / REPORT,
         title="Lens ensemble",
         facts=_facts(dataset, ensemble.facts["dataset_version"], scores, parts, int(seen.sum())),
-        metrics={**metrics, "all of the test split": evaluation.metrics},
+        metrics={**by_part, "all of the test split": evaluation.metrics},
         gate=evaluation.gate(gate),
         sections=sections,
     )
     return evaluation
 
 
-def _metrics(table: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """What `lens_metrics` gives, by the names of the columns; groups are drawn whole."""
+def _metrics(
+    table: pd.DataFrame, columns: Mapping[str, str], fitted_at: float
+) -> dict[str, dict[str, Any]]:
+    """What `lens_metrics` gives, by the names of the columns; groups are drawn whole, and
+    probabilities are those at the mixture of the table, which moves no rank."""
+    label, group = table["label"], table["group"]
     return {
-        name: lens_metrics(table["label"], table[column], group=table["group"])
+        name: lens_metrics(label, at_mixture(table[column], label, fitted_at), group=group)
         for name, column in columns.items()
     }
 
@@ -142,6 +160,13 @@ def _facts(
 ) -> dict[str, str]:
     form = dataset.format
     tested = "; ".join(described(part, origin) for origin, part in parts.items())
+    lost = scores[scores["reject_reason"].notna()]
+    lenses, others = (int((lost["label"] == value).sum()) for value in (1, 0))
+    if lenses or others:
+        tested += (
+            f"; {lenses:,} lenses and {others:,} non-lenses of all splits could not be used, and "
+            "completeness is of those that could"
+        )
     if n_seen:
         tested += f"; {n_seen:,} more were seen by weights that members started from"
     if SIMULATED in parts:

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -108,6 +109,13 @@ def completeness_table(selection: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def threshold_text(threshold: float) -> str:
+    """Rounded down, with two digits of what is missing to 1: as it is printed it chooses the same
+    cutouts, or some more."""
+    digits = max(4, 1 - math.floor(math.log10(1 - threshold))) if threshold < 1 else 4
+    return f"{math.floor(threshold * 10**digits) / 10**digits:.{digits}f}"
+
+
 def forecast_table(forecast: Mapping[str, Any]) -> pd.DataFrame:
     """What `forecast` returns, a row a threshold."""
     rows = []
@@ -118,7 +126,7 @@ def forecast_table(forecast: Mapping[str, Any]) -> pd.DataFrame:
         rows.append(
             {
                 "chosen for": f"FPR {row['fpr']:g}" if row["fpr"] else "no false positive",
-                "threshold": f"{row['threshold']:.4f}",
+                "threshold": threshold_text(row["threshold"]),
                 "false positive rate": (
                     f"{rate['value']:.2g} [{rate['low']:.2g}, {rate['high']:.2g}]"
                     if resolved

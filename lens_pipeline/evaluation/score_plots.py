@@ -106,13 +106,15 @@ def precision_recall_figure(
     return figure
 
 
-def purity_figure(label: ArrayLike, score: ArrayLike, prevalence: float) -> Figure:
+def purity_figure(
+    label: ArrayLike, score: ArrayLike, prevalence: float, group: ArrayLike | None = None
+) -> Figure:
     """Completeness and purity against the threshold, at the sample's mixture and at a prevalence.
 
     The band is the 95 % interval that the false positive rate gives; where there is no false
     positive, purity is above the dashes (see `threshold_curve`).
     """
-    curve = threshold_curve(label, score, prevalence)
+    curve = threshold_curve(label, score, prevalence, group)
     threshold = curve["threshold"].clip(1e-6, 1 - 1e-6)  # the axis has neither 0 nor 1
     figure = column_figure(3.4)
     axes = plain(figure.add_subplot(), "threshold of probability", "fraction")

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from lens_pipeline.evaluation.origins import REAL, described
 from lens_pipeline.evaluation.report import (
@@ -15,6 +17,7 @@ from lens_pipeline.evaluation.report import (
     kinds_table,
     seeds_table,
     surveys_table,
+    threshold_text,
 )
 from lens_pipeline.evaluation.score_plots import (
     agreement_figure,
@@ -34,12 +37,16 @@ WARNING = (
 
 
 def score_sections(
-    table: pd.DataFrame, models: Mapping[str, str], forecast: Mapping[str, Any]
+    table: pd.DataFrame,
+    models: Mapping[str, str],
+    forecast: Mapping[str, Any],
+    calibrated: NDArray[np.floating],
 ) -> list[Section]:
     """Ranking, calibration, and what a survey may expect.
 
-    table: cutouts with their `label` and scores; models: {name: column}, the ensemble last;
-    forecast: of `forecast`, with `rests_on`.
+    table: cutouts with their `label`, scores and, if it is known, `group`; models: {name: column},
+    the ensemble last; forecast: of `forecast`, with `rests_on`; calibrated: the ensemble's
+    probabilities as they hold at the mixture of the table.
     """
     of = f"Of the {described(table, forecast['rests_on'])}."
     label = table["label"].to_numpy(dtype="int8")
@@ -80,8 +87,9 @@ def score_sections(
             pictures=[
                 Picture(
                     "reliability",
-                    "Predicted against observed fraction of lenses; bars are 68 % intervals",
-                    reliability_figure(label, score),
+                    "Predicted against observed fraction of lenses, at the mixture of these "
+                    "cutouts; bars are 68 % intervals",
+                    reliability_figure(label, calibrated),
                 ),
                 Picture(
                     "histogram",
@@ -99,7 +107,7 @@ def score_sections(
                     "purity",
                     "Completeness and purity of what lies above a threshold; grey: the 95 % "
                     "interval of the false positive rate",
-                    purity_figure(label, score, prevalence),
+                    purity_figure(label, score, prevalence, table.get("group")),
                 )
             ],
         ),
@@ -195,8 +203,9 @@ def selection_sections(
         chosen = f"No threshold finds a lens with {at} among {n:,} non-lenses."
     else:
         chosen = (
-            f"Chosen are cutouts with a probability of {selection['threshold']:.4f} or more, for "
-            f"{at}, the smallest in decades that {n:,} non-lenses resolve ({k} of them are chosen)."
+            f"Chosen are cutouts with a probability of {threshold_text(selection['threshold'])} or "
+            f"more, for {at}, the smallest in decades that {n:,} non-lenses resolve ({k} of them "
+            "are chosen)."
         )
     of = "; ".join(described(part, origin) for origin, part in parts.items())
     text = f"{chosen} Of the {of}."

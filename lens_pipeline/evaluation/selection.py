@@ -5,7 +5,7 @@ positives by kind, purity at a stated prevalence. Pure functions of labels, scor
 no result depends on the order of the cutouts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,20 +64,47 @@ def jeffreys(count: ArrayLike, n: ArrayLike, confidence: float = 0.95) -> tuple[
     return np.where(count == 0, 0.0, low), np.where(count == n, 1.0, high)
 
 
-def fraction(count: int, n: int) -> dict[str, float | None]:
-    """count / n with its 95 % interval (see `jeffreys`); all None where n is 0."""
+def fraction(count: int, n: int, effect: float = 1.0) -> dict[str, float | None]:
+    """count / n with its 95 % interval (see `jeffreys`), of n / effect independent cutouts (see
+    `design_effect`); all None where n is 0."""
     if not n:
         return {"value": None, "low": None, "high": None}
-    low, high = jeffreys(count, n)
+    low, high = jeffreys(count / effect, n / effect)
     return {"value": count / n, "low": float(low), "high": float(high)}
+
+
+def design_effect(chosen: ArrayLike, group: ArrayLike | None) -> float:
+    """How many times the variance of a fraction that of independent cutouts is; at least 1.
+
+    chosen, group: (n,). Kish 1965: of cutouts of one galaxy or region, which are drawn whole, the
+    variance between groups. Where all or none are chosen that tells nothing, and groups count as
+    one cutout each.
+    """
+    found = np.asarray(chosen, dtype=np.float64)
+    if group is None or not len(found):
+        return 1.0
+    _, member = np.unique(np.asarray(group), return_inverse=True)
+    n, n_groups, share = len(found), member.max() + 1, found.mean()
+    if n_groups in (1, n) or share in (0, 1):
+        return float(n / n_groups)
+    between = (np.bincount(member, found - share) ** 2).sum() * n_groups / (n_groups - 1)
+    return float(max(1.0, between / (n * share * (1 - share))))
+
+
+def _fraction_of(chosen: NDArray[np.bool_], group: NDArray[Any] | None) -> dict[str, float | None]:
+    return fraction(int(chosen.sum()), len(chosen), design_effect(chosen, group))
+
+
+def _groups(table: pd.DataFrame) -> NDArray[Any] | None:
+    return table["group"].to_numpy(str) if "group" in table else None
 
 
 def selection_function(table: pd.DataFrame) -> dict[str, Any]:
     """The completeness of a choice of cutouts against what is known of the lenses.
 
-    table: one row a cutout; `label` (1 lens, 0 not), `probability`, and any of the simulator's
-    columns (see `Simulation`). Cutouts are chosen at the threshold of `threshold_at_fpr` for
-    `working_fpr`. Returns
+    table: one row a cutout; `label` (1 lens, 0 not), `probability`, and, where they are known,
+    `group`, and any of the simulator's columns (see `Simulation`). Cutouts are chosen at the
+    threshold of `threshold_at_fpr` for `working_fpr`. Returns
 
     - `fpr`, `threshold` (None where no threshold has so few false positives and finds a lens),
       `n_nonlens`, `false_positives`, and `completeness` of all lenses;
@@ -88,7 +115,8 @@ def selection_function(table: pd.DataFrame) -> dict[str, Any]:
     - `map`: {`x`, `y` (columns), `x_edges`, `y_edges`, `n`, `found` (row by row of y)} over
       Einstein radius and source magnitude; None where fewer than 40 lenses have both.
 
-    A `completeness` is {"value", "low", "high"}, a fraction with its 95 % interval.
+    A `completeness` is {"value", "low", "high"}, a fraction with its 95 % interval; of groups: see
+    `design_effect`.
     Raises InputError as `roc` does.
     """
     label, score = table["label"].to_numpy(dtype=np.int8), table["probability"].to_numpy(float)
@@ -96,18 +124,18 @@ def selection_function(table: pd.DataFrame) -> dict[str, Any]:
     fpr = working_fpr(n_nonlens)
     threshold = threshold_at_fpr(label, score, fpr)
     lenses = table[label == 1]
-    found = lenses["probability"].to_numpy(float) >= threshold
+    found, groups = lenses["probability"].to_numpy(float) >= threshold, _groups(lenses)
     known = {name: values for name in QUANTITIES if (values := _quantity(lenses, name)) is not None}
     return {
         "fpr": fpr,
         "threshold": threshold if np.isfinite(threshold) else None,
         "n_nonlens": n_nonlens,
         "false_positives": int((score[label == 0] >= threshold).sum()),
-        "completeness": fraction(int(found.sum()), len(found)),
+        "completeness": _fraction_of(found, groups),
         "quantities": {
             name: {
                 "missing": int(np.isnan(values).sum()),
-                "bins": _bins(values[~np.isnan(values)], found[~np.isnan(values)]),
+                "bins": _bins(values, found, groups),
             }
             for name, values in known.items()
         },
@@ -132,7 +160,12 @@ def _quantity(lenses: pd.DataFrame, name: str) -> Array | None:
     return None if np.isnan(values).all() else values
 
 
-def _bins(values: Array, found: NDArray[np.bool_]) -> list[dict[str, Any]]:
+def _bins(
+    values: Array, found: NDArray[np.bool_], groups: NDArray[Any] | None
+) -> list[dict[str, Any]]:
+    there = ~np.isnan(values)
+    values, found = values[there], found[there]
+    groups = None if groups is None else groups[there]
     wanted = int(np.clip(len(values) // LENSES_PER_BIN, 1, MAX_BINS))
     edges = np.unique(np.quantile(values, np.linspace(0, 1, wanted + 1)))
     # Of a bin the upper edge belongs to it, as `pandas.qcut` has it; of the first, the lower, too.
@@ -147,7 +180,9 @@ def _bins(values: Array, found: NDArray[np.bool_]) -> list[dict[str, Any]]:
                 "median": float(np.median(values[inside])),
                 "n": int(inside.sum()),
                 "found": int(found[inside].sum()),
-                "completeness": fraction(int(found[inside].sum()), int(inside.sum())),
+                "completeness": _fraction_of(
+                    found[inside], None if groups is None else groups[inside]
+                ),
             }
         )
     return bins
@@ -188,11 +223,11 @@ def false_positives_by_kind(table: pd.DataFrame, threshold: float | None) -> dic
         ranked = lens_metrics(
             against["label"].to_numpy(dtype=np.int8), against["probability"].to_numpy(), bootstrap=0
         )
-        chosen = 0 if threshold is None else int((part["probability"] >= threshold).sum())
+        chosen = (part["probability"] >= (np.inf if threshold is None else threshold)).to_numpy()
         kinds[str(kind)] = {
             "n": len(part),
-            "false_positives": chosen,
-            "false_positive_rate": fraction(chosen, len(part)),
+            "false_positives": int(chosen.sum()),
+            "false_positive_rate": _fraction_of(chosen, _groups(part)),
             "auroc": ranked["auroc"]["value"],
         }
     return kinds
@@ -215,6 +250,7 @@ def forecast(
     *,
     prevalence: float = PREVALENCE,
     n_objects: int = OBJECTS,
+    group: ArrayLike | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """What a survey of `n_objects`, of which a share `prevalence` are lenses, may expect.
@@ -226,7 +262,8 @@ def forecast(
     and {"value", "low", "high"} of `completeness`, `false_positive_rate`, `lenses` and
     `candidates` (expected numbers in the survey) and `purity`.
 
-    Intervals are those of `jeffreys`, and the middle 95 % of what both rates' posteriors give: with
+    group (n,): cutouts of one are no independent ones, see `design_effect`. Intervals are those of
+    `jeffreys`, and the middle 95 % of what both rates' posteriors give: with
     a few false positives, a resampling of them is too narrow. Where there is none, the sample does
     not resolve the rate: `high` of it is the exact 95 % upper limit (see `upper_limit`), and purity
     and candidates have no value, but the `low` and `high` that follow from it.
@@ -237,6 +274,7 @@ def forecast(
     if n_objects < 1:
         raise InputError(f"n_objects: {n_objects} is too small; at least 1 is needed")
     label, score = np.asarray(label), np.asarray(score, dtype=np.float64)
+    groups = None if group is None else np.asarray(group)
     n_nonlens = int((label == 0).sum())
     thresholds = {
         threshold_at_fpr(label, score, fpr): fpr
@@ -246,15 +284,20 @@ def forecast(
     for threshold, fpr in thresholds.items():
         if np.isfinite(threshold):
             chosen = score >= threshold
-            found, mistaken = int(chosen[label == 1].sum()), int(chosen[label == 0].sum())
-            counts = (found, int((label == 1).sum()), mistaken, n_nonlens)
+            counts, effects = [], []
+            for value in (1, 0):
+                of_class = label == value
+                counts += [int(chosen[of_class].sum()), int(of_class.sum())]
+                own = None if groups is None else groups[of_class]
+                effects.append(design_effect(chosen[of_class], own))
+            found, _, mistaken, _ = counts
             rows.append(
                 {
                     "fpr": fpr,
                     "threshold": threshold,
                     "found": found,
                     "false_positives": mistaken,
-                    **_expected(counts, prevalence, n_objects, seed),
+                    **_expected(counts, effects, prevalence, n_objects, seed),
                 }
             )
     return {"prevalence": prevalence, "n_objects": n_objects, "rows": rows}
@@ -269,26 +312,32 @@ def _check_prevalence(prevalence: float) -> None:
 
 
 def _expected(
-    counts: tuple[int, int, int, int], prevalence: float, n_objects: int, seed: int
+    counts: Sequence[int],
+    effects: Sequence[float],
+    prevalence: float,
+    n_objects: int,
+    seed: int,
 ) -> dict[str, Any]:
+    """counts: found, n_lens, mistaken, n_nonlens; effects: of both classes."""
     found, n_lens, mistaken, n_nonlens = counts
     n_lenses, n_others = n_objects * prevalence, n_objects * (1 - prevalence)
-    completeness, rate = fraction(found, n_lens), fraction(mistaken, n_nonlens)
+    completeness = fraction(found, n_lens, effects[0])
+    rate = fraction(mistaken, n_nonlens, effects[1])
     lenses = {end: value * n_lenses for end, value in completeness.items() if value is not None}
     if mistaken:
         tpr, fpr = found / n_lens, mistaken / n_nonlens
-        drawn = _posteriors(counts, seed)
+        drawn = _posteriors(counts, effects, seed)
         pure = _interval(float(purity(tpr, fpr, prevalence)), purity(*drawn, prevalence))
         candidates = _interval(
             tpr * n_lenses + fpr * n_others, drawn[0] * n_lenses + drawn[1] * n_others
         )
     else:
-        limit = upper_limit(n_nonlens)
+        limit = upper_limit(n_nonlens / effects[1])
         rate["high"] = limit
         least = float(purity(found / n_lens, limit, prevalence))
         pure = {"value": None, "low": least, "high": None}
-        most = lenses["value"] + limit * n_others
-        candidates = {"value": None, "low": lenses["value"], "high": most}
+        most = lenses["high"] + limit * n_others
+        candidates = {"value": None, "low": lenses["low"], "high": most}
     return {
         "completeness": completeness,
         "false_positive_rate": rate,
@@ -299,27 +348,34 @@ def _expected(
 
 
 def threshold_curve(
-    label: ArrayLike, score: ArrayLike, prevalence: float = PREVALENCE
+    label: ArrayLike,
+    score: ArrayLike,
+    prevalence: float = PREVALENCE,
+    group: ArrayLike | None = None,
 ) -> pd.DataFrame:
     """Completeness and purity from the highest threshold down, at up to POINTS realised ones.
 
     Columns: `threshold`; `completeness`; `false_positives` (a count); `purity_of_sample`, at the
     sample's own mixture; `purity` at `prevalence`, NaN where there is no false positive, and
     `purity_low`, `purity_high`: from the interval of the false positive rate alone, and there from
-    its upper limit. Raises InputError as `forecast` does.
+    its upper limit; group: as of `forecast`. Raises InputError as that does.
     """
     _check_prevalence(prevalence)
     fpr, tpr, threshold = roc(label, score)
-    labels = np.asarray(label)
+    labels, scores = np.asarray(label), np.asarray(score, dtype=np.float64)
     n_lens, n_nonlens = int((labels == 1).sum()), int((labels == 0).sum())
     last = len(threshold) - 1
     # What is chosen lies among the first: there are more points.
     place = np.unique(np.geomspace(1, last, min(POINTS, last)).round().astype(int))
     fpr, tpr, threshold = fpr[place], tpr[place], threshold[place]
     mistaken = (fpr * n_nonlens).round()
-    low, high = jeffreys(mistaken, n_nonlens)
+    others = scores[labels == 0]
+    own = None if group is None else np.asarray(group)[labels == 0]
+    effect = np.array([design_effect(others >= at, own) for at in threshold])
+    low, high = jeffreys(mistaken / effect, n_nonlens / effect)
     none = mistaken == 0
-    high = np.where(none, upper_limit(n_nonlens), high)
+    limits = betaincinv(1, n_nonlens / effect, LIMIT)
+    high = np.where(none, limits, high)
     return pd.DataFrame(
         {
             "threshold": threshold,
@@ -333,14 +389,14 @@ def threshold_curve(
     )
 
 
-def upper_limit(n: int) -> float:
+def upper_limit(n: float) -> float:
     """The 95 % upper limit of a rate of which n trials show no case (Clopper & Pearson 1934)."""
     return float(betaincinv(1, n, LIMIT))
 
 
-def _posteriors(counts: tuple[int, int, int, int], seed: int) -> tuple[Array, Array]:
+def _posteriors(counts: Sequence[int], effects: Sequence[float], seed: int) -> tuple[Array, Array]:
     random = np.random.default_rng(seed)
-    found, n_lens, mistaken, n_nonlens = counts
+    found, n_lens, mistaken, n_nonlens = np.array(counts) / np.repeat(effects, 2)
     tpr = random.beta(found + 0.5, n_lens - found + 0.5, DRAWS)
     return tpr, random.beta(mistaken + 0.5, n_nonlens - mistaken + 0.5, DRAWS)
 

@@ -7,7 +7,13 @@ from sklearn.calibration import _sigmoid_calibration
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
-from lens_pipeline.ensemble.calibration import Isotonic, Platt, fit_calibration, prior_shift
+from lens_pipeline.ensemble.calibration import (
+    Isotonic,
+    Platt,
+    at_mixture,
+    fit_calibration,
+    prior_shift,
+)
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import lens_metrics
 
@@ -111,3 +117,17 @@ def test_what_cannot_be_calibrated_is_refused_by_name() -> None:
         fit_calibration(np.zeros(3), np.ones(3, dtype=int))
     with pytest.raises(InputError, match="2 of 3 validation logits are not finite"):
         fit_calibration(np.array([np.nan, np.inf, 0.0]), np.array([0, 1, 1]))
+
+
+def test_probabilities_hold_at_another_mixture() -> None:
+    """By Bayes' theorem: one lens in fifty, where they were calibrated at one in two."""
+    random = np.random.default_rng(0)
+    label = (np.arange(200_000) % 50 == 0).astype(int)
+    signal = random.normal(2 * label, 1)
+    at_half = 1 / (1 + np.exp(-(2 * signal - 2)))  # of unit normals two apart
+    shifted = at_mixture(at_half, label, 0.5)
+    odds = np.exp(2 * signal - 2) * 0.02 / 0.98
+    np.testing.assert_allclose(shifted, odds / (1 + odds))
+    assert lens_metrics(label, at_half, bootstrap=0)["ece"]["value"] > 0.1
+    assert lens_metrics(label, shifted, bootstrap=0)["ece"]["value"] < 0.005
+    np.testing.assert_array_equal(at_mixture(at_half, label, 0.02), at_half)

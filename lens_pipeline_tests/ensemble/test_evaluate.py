@@ -139,8 +139,12 @@ def test_real_cutouts_come_first_and_carry_the_forecast(mixed: Evaluation) -> No
     scores = pd.read_parquet(mixed.folder / "scores.parquet")
     for origin, part in (("real", scores[60:]), ("simulated", scores[:60])):
         for column, name in (("probability", "ensemble"), ("probability_lastro", "lastro")):
-            by_hand = lens_metrics(part["label"].astype(int), part[column], group=part["group"])
-            assert mixed.origins[origin][name] == by_hand
+            label = part["label"].astype(int)
+            assert label.mean() == pytest.approx(1 / 3)  # calibrated where a half are lenses
+            odds = part[column] / (1 - part[column]) * 0.5
+            by_hand = lens_metrics(label, odds / (1 + odds), group=part["group"])
+            for metric, found in mixed.origins[origin][name].items():
+                assert found == pytest.approx(by_hand[metric]), metric
     assert mixed.forecast["rests_on"] == "real"
     assert mixed.forecast["prevalence"] == 0.01
     assert [text for text in page_of(mixed).text if text.startswith("Metrics: ")] == [

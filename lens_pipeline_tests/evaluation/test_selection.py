@@ -9,6 +9,7 @@ from scipy.stats import beta, binomtest
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import lens_metrics, threshold_at_fpr
+from lens_pipeline.evaluation.report import threshold_text
 from lens_pipeline.evaluation.selection import (
     QUANTITIES,
     false_positives_by_kind,
@@ -218,8 +219,9 @@ class TestForecast:
         assert row["purity"]["value"] is None
         assert row["purity"]["low"] == pytest.approx(800 / (800 + 999_000 * 0.003), rel=0.005)
         assert row["candidates"]["value"] is None
-        assert row["candidates"]["low"] == pytest.approx(800)
-        assert row["candidates"]["high"] == pytest.approx(800 + 2997, rel=0.005)
+        low, high = (1000 * fraction(80, 100)[end] for end in ("low", "high"))
+        assert row["candidates"]["low"] == pytest.approx(low)
+        assert row["candidates"]["high"] == pytest.approx(high + 2997, rel=0.005)
 
     def test_one_false_positive_gives_a_value_and_a_wide_interval(self) -> None:
         label = np.r_[np.ones(100), np.zeros(1000)]
@@ -274,3 +276,50 @@ class TestForecast:
         assert purity(1.0, 0.0, 0.5) == 1
         assert purity(0.5, 0.5, 0.001) == pytest.approx(0.001)
         assert np.isnan(purity(0.0, 0.0, 0.5))
+
+
+@pytest.mark.parametrize("shown", [1, 10])
+def test_cutouts_of_one_galaxy_are_one_case(shown: int) -> None:
+    """Ten alike of each of two hundred galaxies tell no more than one of each."""
+    random = np.random.default_rng(0)
+    label = np.arange(200) % 2
+    score = np.clip(0.3 * label + random.uniform(0, 0.7, 200), 0, 1)
+    table = pd.DataFrame({"label": label, "probability": score, "group": np.arange(200)})
+    many = table.loc[table.index.repeat(shown)].assign(kind="ring")
+    once = fraction(*[int(n) for n in _counts(table)])
+    found = selection_function(many)["completeness"]
+    width = found["high"] - found["low"]
+    if shown == 1:
+        assert found == once
+    else:
+        assert width == pytest.approx(once["high"] - once["low"], rel=0.02)
+        alone = selection_function(many.drop(columns="group"))["completeness"]
+        assert width > 2.5 * (alone["high"] - alone["low"])
+    rows = forecast(many["label"], many["probability"], group=many["group"])["rows"]
+    least = forecast(label, score)["rows"]
+    for row, expected in zip(rows[-1:], least[-1:], strict=True):
+        assert row["false_positives"] == 0
+        rate = row["false_positive_rate"]["high"]
+        assert rate == pytest.approx(expected["false_positive_rate"]["high"])  # of a hundred
+        assert row["candidates"]["low"] == row["lenses"]["low"]
+        assert row["candidates"]["high"] > row["lenses"]["high"]
+    curve = threshold_curve(many["label"], many["probability"], group=many["group"])
+    assert curve["purity_low"].iloc[0] == pytest.approx(
+        threshold_curve(label, score)["purity_low"].iloc[0]
+    )
+
+
+def _counts(table: pd.DataFrame) -> tuple[int, int]:
+    """(found, all) lenses at the threshold of `selection_function`."""
+    threshold = selection_function(table)["threshold"]
+    lenses = table[table["label"] == 1]["probability"]
+    return (lenses >= threshold).sum(), len(lenses)
+
+
+@pytest.mark.parametrize(
+    "threshold", [0.5, 0.12345678, 0.99998595, 1 - 1e-9, 0.9999, 0.00004, 1.0, 0.0]
+)
+def test_a_threshold_as_it_is_printed_chooses_what_it_says(threshold: float) -> None:
+    printed = float(threshold_text(threshold))
+    assert printed <= threshold
+    assert 1 - printed <= 1.1 * (1 - threshold) + 1e-4 * (threshold < 0.99)
