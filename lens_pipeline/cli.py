@@ -219,14 +219,23 @@ def _training_changes(assignments: Sequence[str], members: Sequence[str]) -> dic
 
 
 def _print_summary(settings: Settings) -> None:
-    from lens_pipeline.evaluation.report import format_kinds, format_metrics_table, format_surveys
+    from lens_pipeline.evaluation.report import (
+        format_kinds,
+        format_metrics_table,
+        format_origins,
+        format_surveys,
+    )
 
     summary = json.loads((settings.reports / "summary.json").read_text())
     model = summary["model"]
     aliases = ", ".join(model["aliases"]) or "none"
     print()
     print(format_metrics_table({**summary["members"], "ensemble": summary["ensemble"]}))
-    for what, line in (("kinds", format_kinds), ("surveys", format_surveys)):
+    for what, line in (
+        ("origins", format_origins),
+        ("kinds", format_kinds),
+        ("surveys", format_surveys),
+    ):
         if summary[what]:
             print(textwrap.fill(line(summary[what]), 88, subsequent_indent="  "))
     print()

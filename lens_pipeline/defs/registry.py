@@ -110,6 +110,7 @@ def registry_stage(published: bool) -> Stage:
             "dataset_version": facts["dataset_version"],
             "members": {n: m for n, m in evaluation.metrics.items() if n != FUSED},
             "ensemble": evaluation.metrics[FUSED],
+            "origins": {name: of[FUSED] for name, of in evaluation.origins.items()},
             "kinds": evaluation.kinds,
             "surveys": {name: of[FUSED] for name, of in evaluation.surveys.items()},
             "model": {"name": MODEL, "version": number, "aliases": aliases},
@@ -188,6 +189,9 @@ def _register(
     dagster_run: str,
 ) -> Any:
     metrics = evaluation.metrics["ensemble"]
+    shown = flat_metrics(metrics, "test/")
+    for origin, of in evaluation.origins.items():
+        shown |= flat_metrics(of["ensemble"], f"test/{origin}/")
     steps, dataset_version = facts["member_steps"], facts["dataset_version"]
     runs = {name: tracking.find_run(step) for name, step in steps.items()}
     member_runs = {name: run.info.run_id for name, run in runs.items() if run is not None}
@@ -197,7 +201,7 @@ def _register(
     tracking.finish_run(
         run_id,
         {"fusion": facts["fusion"]["strategy"], "members": ",".join(steps)},
-        metrics=flat_metrics(metrics, "test/"),
+        metrics=shown,
         artifacts=evaluation.shown,
     )
     tags = version_tags(registry.settings, key, dataset_version, dagster_run, member_runs, metrics)

@@ -201,9 +201,16 @@ def format_kinds(kinds: Mapping[str, Mapping[str, Any]]) -> str:
 
 def format_surveys(surveys: Mapping[str, Mapping[str, Any]]) -> str:
     """A line for the terminal."""
-    return "AUROC by survey: " + ", ".join(
-        f"{name} {metric_text(of['auroc'])}" for name, of in surveys.items()
-    )
+    return "AUROC by survey: " + _aurocs(surveys)
+
+
+def format_origins(origins: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for the terminal: from simulated lenses real non-lenses may be told by their noise."""
+    return "AUROC of each kind of cutouts alone: " + _aurocs(origins)
+
+
+def _aurocs(parts: Mapping[str, Mapping[str, Any]]) -> str:
+    return ", ".join(f"{name} {metric_text(of['auroc'])}" for name, of in parts.items())
 
 
 _STYLE = """
