@@ -51,7 +51,7 @@ def markdown_rows(value: dg.MetadataValue) -> list[dict[str, str]]:
 
 
 def test_a_network_is_judged_by_what_chance_leaves_of_its_auroc(home: Path) -> None:
-    """On 16 cutouts an AUROC of 0.6 is none."""
+    """On 16 cutouts hardly any AUROC is one."""
     check = checks_of(home)["checkpoints/lastro", "better_than_chance"]
     (scores,) = home.glob("checkpoints/lastro/*/val_scores.parquet")
     table = pd.read_parquet(scores)
@@ -66,7 +66,7 @@ def test_a_network_is_judged_by_what_chance_leaves_of_its_auroc(home: Path) -> N
     assert check.metadata["AUROC"].value == pytest.approx(auroc)
     assert check.metadata["lower 95 % bound"].value == pytest.approx(low, abs=0.04)
     assert check.metadata["above"].value == 0.5
-    assert auroc > 0.5 > low
+    assert low < 0.5
     assert not check.passed
     assert check.severity == dg.AssetCheckSeverity.WARN
 
