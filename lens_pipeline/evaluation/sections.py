@@ -57,7 +57,7 @@ def score_sections(
         f"Of {n_objects:,} objects, {one_in(prevalence)}, if its lenses and its other objects are "
         f"like those of the sample. {of} In brackets, 95 % intervals; where the sample shows no "
         "false positive it does not resolve their rate, and the bounds follow from the rate's 95 % "
-        "upper limit (about 3 / n)."
+        "upper limit (about 3 / n, of n independent ones)."
     )
     if forecast["rests_on"] != REAL:
         survey += f" {WARNING}"

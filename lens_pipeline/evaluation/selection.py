@@ -73,26 +73,30 @@ def fraction(count: int, n: int, effect: float = 1.0) -> dict[str, float | None]
     return {"value": count / n, "low": float(low), "high": float(high)}
 
 
-def design_effect(chosen: ArrayLike, group: ArrayLike | None) -> float:
+def design_effect(chosen: ArrayLike, group: ArrayLike | None, usual: float | None = None) -> float:
     """How many times the variance of a fraction that of independent cutouts is; at least 1.
 
     chosen, group: (n,). Kish 1965: of cutouts of one galaxy or region, which are drawn whole, the
-    variance between groups. Where all or none are chosen that tells nothing, and groups count as
-    one cutout each.
+    variance between groups. Where all or none are chosen, which tells nothing, it is the `usual`
+    one, or else groups count as one cutout each.
     """
     found = np.asarray(chosen, dtype=np.float64)
     if group is None or not len(found):
         return 1.0
     _, member = np.unique(np.asarray(group), return_inverse=True)
     n, n_groups, share = len(found), member.max() + 1, found.mean()
+    if share in (0, 1) and usual is not None:
+        return usual
     if n_groups in (1, n) or share in (0, 1):
         return float(n / n_groups)
     between = (np.bincount(member, found - share) ** 2).sum() * n_groups / (n_groups - 1)
     return float(max(1.0, between / (n * share * (1 - share))))
 
 
-def _fraction_of(chosen: NDArray[np.bool_], group: NDArray[Any] | None) -> dict[str, float | None]:
-    return fraction(int(chosen.sum()), len(chosen), design_effect(chosen, group))
+def _fraction_of(
+    chosen: NDArray[np.bool_], group: NDArray[Any] | None, usual: float | None = None
+) -> dict[str, float | None]:
+    return fraction(int(chosen.sum()), len(chosen), design_effect(chosen, group, usual))
 
 
 def _groups(table: pd.DataFrame) -> NDArray[Any] | None:
@@ -163,6 +167,7 @@ def _quantity(lenses: pd.DataFrame, name: str) -> Array | None:
 def _bins(
     values: Array, found: NDArray[np.bool_], groups: NDArray[Any] | None
 ) -> list[dict[str, Any]]:
+    usual = design_effect(found, groups)
     there = ~np.isnan(values)
     values, found = values[there], found[there]
     groups = None if groups is None else groups[there]
@@ -181,7 +186,7 @@ def _bins(
                 "n": int(inside.sum()),
                 "found": int(found[inside].sum()),
                 "completeness": _fraction_of(
-                    found[inside], None if groups is None else groups[inside]
+                    found[inside], None if groups is None else groups[inside], usual
                 ),
             }
         )
@@ -217,17 +222,19 @@ def false_positives_by_kind(table: pd.DataFrame, threshold: float | None) -> dic
     lenses, others = (table[table["label"] == label] for label in (1, 0))
     if "kind" not in table or others["kind"].isna().all():
         return {}
+    lowest = np.inf if threshold is None else threshold
+    usual = design_effect(others["probability"] >= lowest, _groups(others))
     kinds = {}
     for kind, part in others.groupby(others["kind"].astype(object).fillna(NO_KIND)):
         against = pd.concat([lenses, part])
         ranked = lens_metrics(
             against["label"].to_numpy(dtype=np.int8), against["probability"].to_numpy(), bootstrap=0
         )
-        chosen = (part["probability"] >= (np.inf if threshold is None else threshold)).to_numpy()
+        chosen = (part["probability"] >= lowest).to_numpy()
         kinds[str(kind)] = {
             "n": len(part),
             "false_positives": int(chosen.sum()),
-            "false_positive_rate": _fraction_of(chosen, _groups(part)),
+            "false_positive_rate": _fraction_of(chosen, _groups(part), usual),
             "auroc": ranked["auroc"]["value"],
         }
     return kinds
@@ -281,6 +288,7 @@ def forecast(
         for fpr in (*(fpr for fpr in DECADES if n_nonlens * fpr >= 1), 0.0)
     }
     rows = []
+    usual: dict[int, float] = {}  # of the class at the first threshold, at which most are chosen
     for threshold, fpr in thresholds.items():
         if np.isfinite(threshold):
             chosen = score >= threshold
@@ -289,7 +297,9 @@ def forecast(
                 of_class = label == value
                 counts += [int(chosen[of_class].sum()), int(of_class.sum())]
                 own = None if groups is None else groups[of_class]
-                effects.append(design_effect(chosen[of_class], own))
+                effect = design_effect(chosen[of_class], own, usual.get(value))
+                effects.append(effect)
+                usual.setdefault(value, effect)
             found, _, mistaken, _ = counts
             rows.append(
                 {
@@ -371,7 +381,8 @@ def threshold_curve(
     mistaken = (fpr * n_nonlens).round()
     others = scores[labels == 0]
     own = None if group is None else np.asarray(group)[labels == 0]
-    effect = np.array([design_effect(others >= at, own) for at in threshold])
+    usual = design_effect(others >= np.quantile(others, 1 - DECADES[0]), own)
+    effect = np.array([design_effect(others >= at, own, usual) for at in threshold])
     low, high = jeffreys(mistaken / effect, n_nonlens / effect)
     none = mistaken == 0
     limits = betaincinv(1, n_nonlens / effect, LIMIT)

@@ -300,12 +300,12 @@ def test_cutouts_of_one_galaxy_are_one_case(shown: int) -> None:
     for row, expected in zip(rows[-1:], least[-1:], strict=True):
         assert row["false_positives"] == 0
         rate = row["false_positive_rate"]["high"]
-        assert rate == pytest.approx(expected["false_positive_rate"]["high"])  # of a hundred
+        assert rate == pytest.approx(expected["false_positive_rate"]["high"], rel=0.02)
         assert row["candidates"]["low"] == row["lenses"]["low"]
         assert row["candidates"]["high"] > row["lenses"]["high"]
     curve = threshold_curve(many["label"], many["probability"], group=many["group"])
     assert curve["purity_low"].iloc[0] == pytest.approx(
-        threshold_curve(label, score)["purity_low"].iloc[0]
+        threshold_curve(label, score)["purity_low"].iloc[0], rel=0.02
     )
 
 
