@@ -84,7 +84,7 @@ def decide(
     log.info("  comparing with the champion, version %s", number)
     counts = own["validation"]
     label, fitted_at = test["label"].to_numpy(int), counts["n_lens"] / sum(counts.values())
-    return champion_gate(
+    decision = champion_gate(
         label,
         at_mixture(test["probability"], label, fitted_at),
         probability.to_numpy(),
@@ -93,6 +93,7 @@ def decide(
         **settings.gate,
         **settings.gate_against_champion,
     )
+    return read_evaluation(evaluation).in_each_survey(decision, settings.gate)
 
 
 def _other_cutouts(form: dict[str, Any], champion: "LensEnsemble") -> str:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ FORECAST = "forecast.json"
 SCORES = "scores.parquet"
 REPORT = "report.html"
 ENSEMBLE = "ensemble"
+CLASSES = ("lens", "nonlens")
 FILES = (METRICS, KINDS, ORIGINS, SURVEYS, SELECTION, FORECAST)  # as `Evaluation` has them
 
 
@@ -51,13 +52,28 @@ class Evaluation:
         """Whether gates judge by the real cutouts alone: where they hold what a gate needs beside
         simulated ones, from which real non-lenses may be told by the noise."""
         real = self.origins.get(REAL, {}).get(ENSEMBLE, {"n_lens": 0, "n_nonlens": 0})
-        enough = (real[f"n_{name}"] >= thresholds[f"min_{name}"] for name in ("lens", "nonlens"))
+        enough = (real[f"n_{name}"] >= thresholds[f"min_{name}"] for name in CLASSES)
         return all(enough)
 
     def gate(self, thresholds: Mapping[str, Any]) -> GateDecision:
         """Whether this ensemble may become the first champion."""
         metrics = self.origins[REAL] if self.on_real_ones(thresholds) else self.metrics
-        return first_model_gate(metrics[ENSEMBLE], **thresholds)
+        return self.in_each_survey(first_model_gate(metrics[ENSEMBLE], **thresholds), thresholds)
+
+    def in_each_survey(self, decision: GateDecision, thresholds: Mapping[str, Any]) -> GateDecision:
+        """The decision, where no survey that holds what a gate needs may fail by itself: over
+        several, who tells the cameras apart may seem to tell lenses."""
+        alone = {
+            name: first_model_gate(of[ENSEMBLE], **thresholds)
+            for name, of in self.surveys.items()
+            if all(of[ENSEMBLE][f"n_{n}"] >= max(1, thresholds[f"min_{n}"]) for n in CLASSES)
+        }
+        reasons = [f"{name}: {reason}" for name, own in alone.items() for reason in own.reasons]
+        return replace(
+            decision,
+            passed=decision.passed and not reasons,
+            reasons=(*decision.reasons, *reasons),
+        )
 
 
 def read_evaluation(folder: Path) -> Evaluation:

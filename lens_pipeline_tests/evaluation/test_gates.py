@@ -1,10 +1,14 @@
 """The gates: of the first model, and of a challenger against a champion."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy.special import expit
 
 from lens_pipeline.evaluation.gates import champion_gate, first_model_gate
+from lens_pipeline.evaluation.metrics import lens_metrics
+from lens_pipeline.evaluation.result import Evaluation
 
 LIMITS = {"min_lens": 50, "min_nonlens": 50, "min_auroc_low": 0.5}
 
@@ -189,3 +193,25 @@ def test_one_region_of_the_sky_is_no_sample() -> None:
         "1 groups with lenses; at least 20 are needed",
         "1 groups with non-lenses; at least 20 are needed",
     ]
+
+
+def test_who_tells_cameras_apart_is_no_lens_finder() -> None:
+    """Nine in ten are lenses in one survey, one in ten in the other; the score knows no more."""
+    random = np.random.default_rng(0)
+    survey = np.repeat(["a", "b"], 1000)
+    label = np.r_[np.repeat([1, 0], [900, 100]), np.repeat([1, 0], [100, 900])]
+    score = np.clip(np.where(survey == "a", 0.7, 0.2) + random.uniform(0, 0.2, 2000), 0, 1)
+    thresholds = {"min_lens": 50, "min_nonlens": 50, "min_auroc_low": 0.55}
+    parts = {name: lens_metrics(label[survey == name], score[survey == name]) for name in "ab"}
+    rest = {"kinds": {}, "origins": {}, "selection": {}, "forecast": {}, "folder": Path()}
+    together = {"ensemble": lens_metrics(label, score)}
+    pooled = Evaluation(**rest, metrics=together, surveys={})
+    assert pooled.gate(thresholds).passed
+    apart = Evaluation(
+        **rest, metrics=together, surveys={name: {"ensemble": of} for name, of in parts.items()}
+    )
+    decision = apart.gate(thresholds)
+    assert not decision.passed
+    assert [reason.partition(":")[0] for reason in decision.reasons] == ["a", "b"]
+    few = thresholds | {"min_lens": 101}
+    assert [r.partition(":")[0] for r in apart.gate(few | {"min_nonlens": 101}).reasons] == []
