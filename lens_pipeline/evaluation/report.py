@@ -110,9 +110,10 @@ def completeness_table(selection: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def threshold_text(threshold: float) -> str:
-    """Rounded down, with two digits of what is missing to 1: as it is printed it chooses the same
-    cutouts, or some more."""
-    digits = max(4, 1 - math.floor(math.log10(1 - threshold))) if threshold < 1 else 4
+    """Rounded down, with two digits of it and of what is missing to 1: as it is printed it chooses
+    the same cutouts, or some more."""
+    least = min(threshold, 1 - threshold)
+    digits = max(4, 1 - math.floor(math.log10(least))) if least > 0 else 4
     return f"{math.floor(threshold * 10**digits) / 10**digits:.{digits}f}"
 
 

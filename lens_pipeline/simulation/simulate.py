@@ -59,6 +59,7 @@ class Simulation:
     (radians), `magnification` (of the flux), `arc_snr` (best band), `source_x`, `source_y` (arcsec
     from the lens), `source_radius` (arcsec), `source_axis_ratio` (of a smooth source),
     `source_angle` (radians), `source_magnitude` (unlensed, AB, r), `source_g_r`, `source_r_i`.
+    Of the unrelated galaxies around (see `neighbours`) nothing; nor does `arc_snr` know of them.
     """
 
     images: NDArray[np.float32]

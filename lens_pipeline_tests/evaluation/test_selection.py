@@ -323,3 +323,4 @@ def test_a_threshold_as_it_is_printed_chooses_what_it_says(threshold: float) -> 
     printed = float(threshold_text(threshold))
     assert printed <= threshold
     assert 1 - printed <= 1.1 * (1 - threshold) + 1e-4 * (threshold < 0.99)
+    assert printed >= 0.9 * threshold
