@@ -182,12 +182,15 @@ def test_smoothed_labels_leave_the_weights_of_the_classes(loss: str) -> None:
     logit = torch.linspace(-6, 6, 1201)[:, None]
     for value in (0.0, 1.0):
         label = torch.full((1201,), value)
-        best = []
+        best, losses = [], []
         for weight in (1.0, 100.0):
             system = LitLensSystem("lastro", loss=loss, label_smoothing=0.2, pos_weight=weight)
             each = [system.loss(x[None], y[None]).item() for x, y in zip(logit, label, strict=True)]
             best.append(logit[int(np.argmin(each))].item())
+            own = weight if value else 1.0
+            losses.append(np.array(each) / own * (1 + weight if loss == "focal" else 1))
         assert best[0] == pytest.approx(best[1], abs=0.02)
+        np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
         if loss == "bce":
             assert best[0] == pytest.approx(np.log(9) * (1 if value else -1), abs=0.02)
 
