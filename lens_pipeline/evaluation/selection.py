@@ -11,9 +11,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import betaincinv
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.evaluation.fractions import (
+    design_effect,
+    fraction,
+    fraction_of,
+    jeffreys,
+    upper_limit,
+)
 from lens_pipeline.evaluation.metrics import INTERVAL, lens_metrics, roc, threshold_at_fpr
 
 Array = NDArray[np.float64]
@@ -40,7 +46,6 @@ PREVALENCE = 1e-3
 OBJECTS = 1_000_000
 DRAWS = 4000
 POINTS = 200
-LIMIT = 0.95  # of an upper limit, where there is no false positive
 
 
 def working_fpr(n_nonlens: int) -> float:
@@ -49,54 +54,6 @@ def working_fpr(n_nonlens: int) -> float:
     From 1e-1 to 1e-4; 0, no false positive at all, for fewer than ten.
     """
     return min((fpr for fpr in DECADES if n_nonlens * fpr >= 1), default=0.0)
-
-
-def jeffreys(count: ArrayLike, n: ArrayLike, confidence: float = 0.95) -> tuple[Array, Array]:
-    """The ends of a fraction's interval, count of n, under the prior of Jeffreys.
-
-    Brown, Cai & DasGupta 2001 (Stat. Sci. 16, 101), by which it reaches 0 where there is none and 1
-    where there is no other; Cameron 2011 (PASA 28, 128) for the use in astronomy.
-    """
-    count, n = np.asarray(count, dtype=np.float64), np.asarray(n, dtype=np.float64)
-    low, high = (
-        betaincinv(count + 0.5, n - count + 0.5, (1 + side * confidence) / 2) for side in (-1, 1)
-    )
-    return np.where(count == 0, 0.0, low), np.where(count == n, 1.0, high)
-
-
-def fraction(count: int, n: int, effect: float = 1.0) -> dict[str, float | None]:
-    """count / n with its 95 % interval (see `jeffreys`), of n / effect independent cutouts (see
-    `design_effect`); all None where n is 0."""
-    if not n:
-        return {"value": None, "low": None, "high": None}
-    low, high = jeffreys(count / effect, n / effect)
-    return {"value": count / n, "low": float(low), "high": float(high)}
-
-
-def design_effect(chosen: ArrayLike, group: ArrayLike | None, usual: float | None = None) -> float:
-    """How many times the variance of a fraction that of independent cutouts is; at least 1.
-
-    chosen, group: (n,). Kish 1965: of cutouts of one galaxy or region, which are drawn whole, the
-    variance between groups. Where all or none are chosen, which tells nothing, it is the `usual`
-    one, or else groups count as one cutout each.
-    """
-    found = np.asarray(chosen, dtype=np.float64)
-    if group is None or not len(found):
-        return 1.0
-    _, member = np.unique(np.asarray(group), return_inverse=True)
-    n, n_groups, share = len(found), member.max() + 1, found.mean()
-    if share in (0, 1) and usual is not None:
-        return usual
-    if n_groups in (1, n) or share in (0, 1):
-        return float(n / n_groups)
-    between = (np.bincount(member, found - share) ** 2).sum() * n_groups / (n_groups - 1)
-    return float(max(1.0, between / (n * share * (1 - share))))
-
-
-def _fraction_of(
-    chosen: NDArray[np.bool_], group: NDArray[Any] | None, usual: float | None = None
-) -> dict[str, float | None]:
-    return fraction(int(chosen.sum()), len(chosen), design_effect(chosen, group, usual))
 
 
 def _groups(table: pd.DataFrame) -> NDArray[Any] | None:
@@ -135,7 +92,7 @@ def selection_function(table: pd.DataFrame) -> dict[str, Any]:
         "threshold": threshold if np.isfinite(threshold) else None,
         "n_nonlens": n_nonlens,
         "false_positives": int((score[label == 0] >= threshold).sum()),
-        "completeness": _fraction_of(found, groups),
+        "completeness": fraction_of(found, groups),
         "quantities": {
             name: {
                 "missing": int(np.isnan(values).sum()),
@@ -185,7 +142,7 @@ def _bins(
                 "median": float(np.median(values[inside])),
                 "n": int(inside.sum()),
                 "found": int(found[inside].sum()),
-                "completeness": _fraction_of(
+                "completeness": fraction_of(
                     found[inside], None if groups is None else groups[inside], usual
                 ),
             }
@@ -234,7 +191,7 @@ def false_positives_by_kind(table: pd.DataFrame, threshold: float | None) -> dic
         kinds[str(kind)] = {
             "n": len(part),
             "false_positives": int(chosen.sum()),
-            "false_positive_rate": _fraction_of(chosen, _groups(part), usual),
+            "false_positive_rate": fraction_of(chosen, _groups(part), usual),
             "auroc": ranked["auroc"]["value"],
         }
     return kinds
@@ -342,7 +299,7 @@ def _expected(
             tpr * n_lenses + fpr * n_others, drawn[0] * n_lenses + drawn[1] * n_others
         )
     else:
-        limit = upper_limit(n_nonlens / effects[1])
+        limit = float(upper_limit(n_nonlens / effects[1]))
         rate["high"] = limit
         least = float(purity(found / n_lens, limit, prevalence))
         pure = {"value": None, "low": least, "high": None}
@@ -385,8 +342,7 @@ def threshold_curve(
     effect = np.array([design_effect(others >= at, own, usual) for at in threshold])
     low, high = jeffreys(mistaken / effect, n_nonlens / effect)
     none = mistaken == 0
-    limits = betaincinv(1, n_nonlens / effect, LIMIT)
-    high = np.where(none, limits, high)
+    high = np.where(none, upper_limit(n_nonlens / effect), high)
     return pd.DataFrame(
         {
             "threshold": threshold,
@@ -398,11 +354,6 @@ def threshold_curve(
             "purity_high": np.where(none, np.nan, purity(tpr, low, prevalence)),
         }
     )
-
-
-def upper_limit(n: float) -> float:
-    """The 95 % upper limit of a rate of which n trials show no case (Clopper & Pearson 1934)."""
-    return float(betaincinv(1, n, LIMIT))
 
 
 def _posteriors(counts: Sequence[int], effects: Sequence[float], seed: int) -> tuple[Array, Array]:

@@ -5,16 +5,15 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import beta, binomtest
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.evaluation.fractions import fraction
 from lens_pipeline.evaluation.metrics import lens_metrics, threshold_at_fpr
 from lens_pipeline.evaluation.report import threshold_text
 from lens_pipeline.evaluation.selection import (
     QUANTITIES,
     false_positives_by_kind,
     forecast,
-    fraction,
     purity,
     selection_function,
     threshold_curve,
@@ -162,16 +161,6 @@ class TestSelectionFunction:
         assert (got["fpr"], got["threshold"], got["false_positives"]) == (0, None, 0)
         assert got["completeness"]["value"] == 0
         assert false_positives_by_kind(table, got["threshold"])["ring"]["false_positives"] == 0
-
-
-def test_the_interval_of_a_fraction_is_that_of_jeffreys_and_near_that_of_wilson() -> None:
-    got = fraction(30, 50)
-    assert got["low"] == pytest.approx(beta.ppf(0.025, 30.5, 20.5))
-    wilson = binomtest(30, 50).proportion_ci(method="wilson")
-    assert (got["low"], got["high"]) == pytest.approx((wilson.low, wilson.high), abs=0.01)
-    assert fraction(0, 50)["low"] == 0
-    assert fraction(50, 50)["high"] == 1
-    assert fraction(0, 0) == {"value": None, "low": None, "high": None}
 
 
 def test_false_positives_are_counted_by_kind() -> None:

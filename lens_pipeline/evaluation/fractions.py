@@ -1,0 +1,65 @@
+"""Fractions of cutouts, with what their number, and their groups, leave open."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import betaincinv
+
+Array = NDArray[np.float64]
+
+LIMIT = 0.95  # of an upper limit, where there is no case
+
+
+def jeffreys(count: ArrayLike, n: ArrayLike, confidence: float = 0.95) -> tuple[Array, Array]:
+    """The ends of a fraction's interval, count of n, under the prior of Jeffreys.
+
+    Brown, Cai & DasGupta 2001 (Stat. Sci. 16, 101), by which it reaches 0 where there is none and 1
+    where there is no other; Cameron 2011 (PASA 28, 128) for the use in astronomy.
+    """
+    count, n = np.asarray(count, dtype=np.float64), np.asarray(n, dtype=np.float64)
+    low, high = (
+        betaincinv(count + 0.5, n - count + 0.5, (1 + side * confidence) / 2) for side in (-1, 1)
+    )
+    return np.where(count == 0, 0.0, low), np.where(count == n, 1.0, high)
+
+
+def fraction(count: int, n: int, effect: float = 1.0) -> dict[str, float | None]:
+    """count / n with its 95 % interval (see `jeffreys`), of n / effect independent cutouts (see
+    `design_effect`); all None where n is 0."""
+    if not n:
+        return {"value": None, "low": None, "high": None}
+    low, high = jeffreys(count / effect, n / effect)
+    return {"value": count / n, "low": float(low), "high": float(high)}
+
+
+def design_effect(chosen: ArrayLike, group: ArrayLike | None, usual: float | None = None) -> float:
+    """How many times the variance of a fraction that of independent cutouts is; at least 1.
+
+    chosen, group: (n,). Kish 1965: of cutouts of one galaxy or region, which are drawn whole, the
+    variance between groups. Where all or none are chosen, which tells nothing, it is the `usual`
+    one, or else groups count as one cutout each.
+    """
+    found = np.asarray(chosen, dtype=np.float64)
+    if group is None or not len(found):
+        return 1.0
+    _, member = np.unique(np.asarray(group), return_inverse=True)
+    n, n_groups, share = len(found), member.max() + 1, found.mean()
+    if share in (0, 1) and usual is not None:
+        return usual
+    if n_groups in (1, n) or share in (0, 1):
+        return float(n / n_groups)
+    between = (np.bincount(member, found - share) ** 2).sum() * n_groups / (n_groups - 1)
+    return float(max(1.0, between / (n * share * (1 - share))))
+
+
+def fraction_of(
+    chosen: NDArray[np.bool_], group: NDArray[Any] | None, usual: float | None = None
+) -> dict[str, float | None]:
+    """The fraction that is chosen, (n,), of cutouts in groups: see `design_effect`."""
+    return fraction(int(chosen.sum()), len(chosen), design_effect(chosen, group, usual))
+
+
+def upper_limit(n: ArrayLike) -> Array:
+    """The 95 % upper limit of a rate of which n trials show no case (Clopper & Pearson 1934)."""
+    return np.asarray(betaincinv(1, n, LIMIT))
