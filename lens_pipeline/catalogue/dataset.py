@@ -136,7 +136,7 @@ class Dataset:
     def near_duplicates(self) -> pd.DataFrame:
         """Pairs of cutouts of the same sky in two splits, the most alike first.
 
-        id, split, other_id, other_split, correlation (see `duplicates`).
+        id, split, other_id, other_split, correlation, mirrored, rotated (see `duplicates`).
         """
         return pd.read_parquet(self.folder / "near_duplicates.parquet")
 

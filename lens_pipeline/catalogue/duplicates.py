@@ -1,10 +1,11 @@
 """Near-duplicates: cutouts of the same sky, under two names and in two splits.
 
 A catalogue may hold a galaxy twice: cut out again some pixels aside, resampled, in other units,
-compressed. A network that trained on one knows the other. Different galaxies look alike, too, but
-their noise does not, and both steps go by it: hashes of 64 bits propose pairs, and a correlation of
-the pixels decides. So a stack of other exposures is not found, which shares no noise; nor one with
-bright arcs painted on it, as a rule, which have a hash of their own; nor a rotated one.
+compressed, mirrored and turned by right angles as those do who enlarge a training set. A network
+that trained on one knows the other. Different galaxies look alike, too, but their noise does not,
+and both steps go by it: hashes of 64 bits propose pairs, and a correlation of the pixels decides.
+So a stack of other exposures is not found, which shares no noise; nor one with bright arcs painted
+on it, as a rule, which have a hash of their own; nor one turned by other angles.
 """
 
 from collections.abc import Iterator
@@ -39,6 +40,9 @@ PARTS, KEY_PARTS = 12, 3  # so 16 bits are compared at a time
 NEIGHBOURS = 16  # that one is compared with where more are alike
 PAIRS_PER_CUTOUT, PAIRS = 0.3, 10_000  # whose pixels are compared, at least PAIRS
 
+# Ways to lay a cutout: `turned` by this many right angles, those from MIRRORED on mirrored before.
+TURNS, MIRRORED, HALF = 8, 4, 2
+
 # Of the correlation. Of different skies, simulated and real, flux, PNG or JPEG, it reaches 0.27
 # (56 pixels) or 0.32 (32 pixels), and 0.36 in coarse JPEG where a lens and its decoy share their
 # neighbours; copies as the tests make them have 0.5 or more.
@@ -50,18 +54,19 @@ def find_near_duplicates(dataset: "Dataset") -> tuple[pd.DataFrame, int]:
     """(near-duplicates across train, val and test; how many that look alike were not compared).
 
     The table has a row a pair: id, split, other_id, other_split, correlation (`phase_correlation`,
-    at least MIN_CORRELATION), the most alike first. Pixels are compared of PAIRS_PER_CUTOUT of the
-    pairs of `candidates`, the nearest first; there are more where a catalogue holds an image a
-    hundred times.
+    at least MIN_CORRELATION), the most alike first; and how the other is laid to look like the one:
+    mirrored (left to right) and then rotated (degrees, counterclockwise). Pixels are compared of
+    PAIRS_PER_CUTOUT of the pairs of `candidates`, the nearest first; there are more where a
+    catalogue holds an image a hundred times.
     """
     tables = {part: dataset.table(part)[["id"]] for part in FRACTIONS}
     cutouts = pd.concat(tables, names=["split", "row"]).reset_index()
     split = np.repeat(range(len(tables)), [len(table) for table in tables.values()])
     pairs = candidates(_hashes(dataset, cutouts), split)
     compared = pairs[: max(PAIRS, int(PAIRS_PER_CUTOUT * len(cutouts)))]
-    correlation = _correlations(dataset, cutouts, compared)
+    correlation, turns = _correlations(dataset, cutouts, compared)
     found = correlation >= MIN_CORRELATION
-    one, other = (cutouts.iloc[side].reset_index(drop=True) for side in compared[found].T)
+    one, other = (cutouts.iloc[side].reset_index(drop=True) for side in compared[found, :2].T)
     table = pd.DataFrame(
         {
             "id": one["id"],
@@ -70,10 +75,14 @@ def find_near_duplicates(dataset: "Dataset") -> tuple[pd.DataFrame, int]:
             "other_split": other["split"],
             # Beyond, it differs from processor to processor, and with it the step's content.
             "correlation": correlation[found].round(3),
+            "mirrored": turns[found] >= MIRRORED,
+            "rotated": turns[found] % MIRRORED * 90,
         }
     )
     order = ["correlation", "id", "other_id"]
-    table = table.sort_values(order, ascending=[False, True, True], ignore_index=True)
+    table = table.sort_values(order, ascending=[False, True, True], kind="stable")
+    # What looks alike mirrored, too, has been compared both ways.
+    table = table.drop_duplicates(["id", "other_id"], ignore_index=True)
     return table, len(pairs) - len(compared)
 
 
@@ -83,7 +92,7 @@ def _progress(total: int, what: str, unit: str) -> Any:
 
 def _hashes(dataset: "Dataset", cutouts: pd.DataFrame) -> NDArray[np.uint64]:
     block = _block(dataset)
-    hashes = [np.zeros(0, np.uint64)]
+    hashes = [np.zeros((0, 2), np.uint64)]
     with _progress(len(cutouts), "hashing cutouts", "cutout") as progress:
         for part in FRACTIONS:
             with dataset.open_images(part) as file:
@@ -95,22 +104,35 @@ def _hashes(dataset: "Dataset", cutouts: pd.DataFrame) -> NDArray[np.uint64]:
 
 def _correlations(
     dataset: "Dataset", cutouts: pd.DataFrame, pairs: NDArray[np.int_]
-) -> NDArray[np.float32]:
-    """(m,): `phase_correlation` of pairs (m, 2) of rows of `cutouts` (split, row)."""
+) -> tuple[NDArray[np.float32], NDArray[np.int_]]:
+    """(m,), (m,): `phase_correlation` of pairs (m, 3) of rows of `cutouts` (split, row) and a turn
+    of the second, or this and half a turn; and the turn where it is higher."""
     split, row = cutouts["split"].tolist(), cutouts["row"].tolist()
     blocks = _block(dataset), _block(dataset)
-    correlation = [np.zeros(0, np.float32)]
+    correlation = [np.zeros((2, 0), np.float32)]
     with ExitStack() as stack, _progress(len(pairs), "comparing cutouts", "pair") as progress:
         files = {part: stack.enter_context(dataset.open_images(part)) for part in FRACTIONS}
         for start in range(0, len(pairs), CHUNK):
             some = pairs[start : start + CHUNK]
-            for block, side in zip(blocks, some.T, strict=True):
+            for block, side in zip(blocks, some.T[:2], strict=True):
                 for place, cutout in enumerate(side):
                     next(files[split[cutout]].blocks(row[cutout], 1, block[place : place + 1]))
             images, others = (block[: len(some)] for block in blocks)
-            correlation.append(phase_correlation(images, others, dataset.format.units))
+            for other, turn in zip(others, some[:, 2], strict=True):
+                other[:] = turned(other, turn)
+            ways = (others, turned(others, HALF))
+            units = dataset.format.units
+            correlation.append(np.stack([phase_correlation(images, way, units) for way in ways]))
             progress.update(len(some))
-    return np.concatenate(correlation)
+    both = np.concatenate(correlation, axis=1)
+    return both.max(axis=0), pairs[:, 2] + HALF * both.argmax(axis=0)
+
+
+def turned(images: NDArray[np.float32], turn: int) -> NDArray[np.float32]:
+    """Images (..., size, size) as one of TURNS lays them."""
+    mirrored = images[..., ::-1] if turn >= MIRRORED else images
+    # A copy: what is turned in place would be read while it is written.
+    return np.rot90(mirrored, turn % MIRRORED, axes=(-2, -1)).copy()
 
 
 def _block(dataset: "Dataset") -> NDArray[np.float32]:
@@ -133,12 +155,14 @@ def _hann(distance: NDArray[np.floating]) -> NDArray[np.float32]:
 
 
 def perceptual_hash(images: NDArray[np.float32], units: str) -> NDArray[np.uint64]:
-    """uint64 (n,): hashes of float32 images (n, bands, size, size), few bits apart for copies.
+    """uint64 (n, 2): hashes of float32 images (n, bands, size, size) and of these transposed.
+
+    Of copies few bits differ.
 
     The usual one, signs of a cosine transform, says where the galaxy is and changes with a shift by
     a few pixels. Here a bit says whether a wave of the image is stronger than the one at a right
-    angle to it: where the image is does not matter, nor how bright it is. A window on its brightest
-    point covers the same sky in both.
+    angle to it: where the image is does not matter, nor how bright it is, and half a turn changes
+    nothing, a quarter of one all bits. A window on its brightest point covers the same sky in both.
     """
     grey = _grey(images, units)
     n, size = len(grey), grey.shape[-1]
@@ -157,9 +181,12 @@ def perceptual_hash(images: NDArray[np.float32], units: str) -> NDArray[np.uint6
     frequency = max(STEP, 1 / size) * np.arange(-most, most + 1)
     waves = np.exp(-2j * np.pi * np.outer(frequency, place)).astype(np.complex64)
     strength = np.abs(waves @ windowed @ waves.T)
-    bits = strength[:, most + i, most + j] > strength[:, most - j, most + i]
-    octets = np.packbits(bits, axis=1)
-    return np.frombuffer(octets.tobytes(), ">u8").astype(np.uint64)
+    bits = [
+        wave[:, most + i, most + j] > wave[:, most - j, most + i]
+        for wave in (strength, strength.swapaxes(1, 2))
+    ]
+    octets = np.packbits(np.stack(bits, axis=1), axis=2)
+    return np.frombuffer(octets.tobytes(), ">u8").astype(np.uint64).reshape(n, 2)
 
 
 def _waves() -> tuple[NDArray[np.int_], NDArray[np.int_]]:
@@ -175,7 +202,8 @@ _WAVES = _waves()
 
 
 def candidates(hashes: NDArray[np.uint64], split: NDArray[np.int_]) -> NDArray[np.int_]:
-    """(m, 2): pairs of different splits whose hashes are at most MAX_DISTANCE bits apart.
+    """(m, 3): pairs of different splits whose `perceptual_hash`es (n, 2) are at most MAX_DISTANCE
+    bits apart, with the turn of the second (0, 1, or these mirrored; half a turn has the same).
 
     The nearest come first; of a pair, the one of the lower split. The bits are dealt into PARTS,
     and hashes compared that agree in any KEY_PARTS of them: pairs that are 8 bits apart are all
@@ -183,25 +211,33 @@ def candidates(hashes: NDArray[np.uint64], split: NDArray[np.int_]) -> NDArray[n
     Where more than NEIGHBOURS agree, each is compared with that many, in the order of the hashes:
     of a crowd of look-alikes some pairs are found, not all.
     """
+    second = np.flatnonzero(split > split.min(initial=0))  # of a pair, may be
+    row = np.concatenate([np.arange(len(split)), second, second, second])
+    turn = np.repeat([0, 1, MIRRORED, MIRRORED + 1], [len(split), *(3 * [len(second)])])
+    plain, transposed = hashes.T
+    # Transposed is mirrored and a quarter of a turn.
+    keys = np.concatenate([plain, *(way[second] for way in (~plain, ~transposed, transposed))])
     # Equal hashes are mixed, lest each stand beside those of its own split.
-    order = np.random.default_rng(0).permutation(len(hashes))
-    order = order[np.argsort(hashes[order], kind="stable")]
-    hashes, split = hashes[order], split[order]
-    equal = [pair[:, split[pair[0]] != split[pair[1]]] for pair in _agreeing(hashes)]
+    order = np.random.default_rng(0).permutation(len(keys))
+    order = order[np.argsort(keys[order], kind="stable")]
+    hashes, row, turn = keys[order], row[order], turn[order]
+    split = split[row]
+
+    def of_two_splits(pair: NDArray[np.int_]) -> NDArray[np.int_]:
+        pair = np.where(split[pair[0]] > split[pair[1]], pair[::-1], pair)
+        return pair[:, (split[pair[0]] < split[pair[1]]) & (turn[pair[0]] == 0)]
+
+    equal = [of_two_splits(pair) for pair in _agreeing(hashes)]
     near = [np.zeros((2, 0), np.int64)]
     for parts in combinations(range(PARTS), KEY_PARTS):
         mask = np.uint64(sum(1 << bit for bit in range(64) if bit % PARTS in parts))
         for pair in _agreeing(hashes & mask):
             distance = np.bitwise_count(hashes[pair[0]] ^ hashes[pair[1]])
-            wanted = split[pair[0]] != split[pair[1]]
-            wanted &= (distance > 0) & (distance <= MAX_DISTANCE)
-            near.append(pair[:, wanted])
-    different = np.unique(np.sort(np.concatenate(near, axis=1), axis=0), axis=1)
+            near.append(of_two_splits(pair[:, (distance > 0) & (distance <= MAX_DISTANCE)]))
+    different = np.unique(np.concatenate(near, axis=1), axis=1)
     distance = np.bitwise_count(hashes[different[0]] ^ hashes[different[1]])
-    pairs = np.concatenate([*equal, different[:, np.argsort(distance, kind="stable")]], axis=1).T
-    swapped = split[pairs[:, 0]] > split[pairs[:, 1]]
-    pairs[swapped] = pairs[swapped, ::-1]
-    return order[pairs]
+    one, other = np.concatenate([*equal, different[:, np.argsort(distance, kind="stable")]], axis=1)
+    return np.stack([row[one], row[other], turn[other]], axis=1)
 
 
 def _agreeing(keys: NDArray[np.uint64]) -> Iterator[NDArray[np.int_]]:

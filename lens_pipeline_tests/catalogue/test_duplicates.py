@@ -15,9 +15,11 @@ from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.catalogue.duplicates import (
     MAX_DISTANCE,
     NEIGHBOURS,
+    TURNS,
     candidates,
     perceptual_hash,
     phase_correlation,
+    turned,
 )
 from lens_pipeline.evaluation.plots import colour_composite
 from lens_pipeline.simulation import simulate
@@ -51,11 +53,26 @@ def resampled(images: Images) -> Images:
 
 COPIES: dict[str, Callable[[Images], Images]] = {
     "exact": cut,
+    "mirrored": lambda images: cut(images)[..., ::-1],
+    "quarter turn": lambda images: np.rot90(cut(images), 1, (2, 3)),
+    "half turn": lambda images: np.rot90(cut(images), 2, (2, 3)),
+    "transposed, noisy": lambda images: noisy(images).swapaxes(2, 3),
+    "turned, mirrored": lambda images: np.rot90(cut(images, 0, -3), 1, (2, 3))[..., ::-1],
+    "upside down": lambda images: cut(images)[..., ::-1, :],
     "shifted": lambda images: cut(images, 3, -2),
     "far": lambda images: cut(images, -4, 4),
     "rescaled": lambda images: cut(images) * np.float32(0.8),
     "noisy": noisy,
     "resampled": resampled,
+}
+# How a copy is mirrored, and then rotated, to be as the original was.
+BACK = {
+    "mirrored": (True, 0),
+    "quarter turn": (False, 270),
+    "half turn": (False, 180),
+    "transposed, noisy": (True, 90),
+    "turned, mirrored": (True, 270),
+    "upside down": (True, 180),
 }
 
 
@@ -101,7 +118,10 @@ def test_copies_of_every_kind_are_found_and_nothing_else(sky: Simulation, tmp_pa
     assert set(found["other_split"]) == {"test"}
     assert found["correlation"].is_monotonic_decreasing
     assert found["correlation"].min() > 0.5
-    exact = found["correlation"][found["other_id"].str.startswith("exact")]
+    kind = found["other_id"].str.extract("^(.*)-des-", expand=False)
+    for name, laid in zip(kind, zip(found["mirrored"], found["rotated"], strict=True), strict=True):
+        assert laid == BACK.get(name, (False, 0)), name
+    exact = found["correlation"][kind == "exact"]
     assert len(exact) == EACH
     assert (exact == 1).all()
     assert dataset.facts["n_near_duplicates"] == len(copies)
@@ -152,8 +172,9 @@ def test_other_skies_stay_below_the_limit(
     if quality:
         pictures = (colour_composite(images, units) * 255).astype(np.uint8)
         images, units = np.stack([jpeg(picture, quality) for picture in pictures]), "composite"
-    for step in (1, 2, 5):
-        assert phase_correlation(images[step:], images[:-step], units).max() < most
+    for step, turn in [(1, 0), (2, 0), (5, 0), *((1, turn) for turn in range(1, TURNS))]:
+        others = turned(images[:-step], turn)
+        assert phase_correlation(images[step:], others, units).max() < most
 
 
 def jpeg(picture: NDArray[np.uint8], quality: int) -> Images:
@@ -163,36 +184,46 @@ def jpeg(picture: NDArray[np.uint8], quality: int) -> Images:
 
 
 def test_pairs_are_found_without_comparing_all() -> None:
-    """Up to 8 bits, none is missed."""
+    """Up to 8 bits, none is missed, turned by quarters or not."""
     random = np.random.default_rng(2)
-    hashes = random.integers(0, 2**64, 500, dtype=np.uint64)
+    hashes = random.integers(0, 2**64, (500, 2), dtype=np.uint64)
     copies = hashes.copy()
+    turn = np.arange(500) // 125
     for row, copy in enumerate(copies):
+        if turn[row] % 2:
+            copy ^= np.uint64(2**64 - 1)
+        if turn[row] > 1:  # transposed
+            copy[:] = copy[::-1].copy()
         for bit in random.choice(64, row % 20, replace=False):
             copy ^= np.uint64(1) << np.uint64(bit)
-        copies[row] = copy
     split = np.repeat([2, 0], 500)
-    pairs = candidates(np.concatenate([hashes, copies]), split)
-    assert (split[pairs] == [0, 2]).all()
-    both = np.concatenate([hashes, copies])[pairs]
-    distance = np.bitwise_count(both[:, 0] ^ both[:, 1])
+    both = np.concatenate([hashes, copies])
+    pairs = candidates(both, split)
+    assert (split[pairs[:, :2]] == [0, 2]).all()
+    there = pairs[:, 0] == pairs[:, 1] + 500
+    laid = np.array([0, 1, 5, 4])[turn[pairs[there, 1]]]
+    assert (pairs[there, 2] == laid).all()
+    other = both[pairs[:, 1], pairs[:, 2] // 4]
+    other = np.where(np.isin(pairs[:, 2], (1, 4)), ~other, other)
+    distance = np.bitwise_count(both[pairs[:, 0], 0] ^ other)
     assert (np.diff(distance.astype(int)) >= 0).all()
     assert distance.max() <= MAX_DISTANCE
-    planted = distance[pairs[:, 0] == pairs[:, 1] + 500]
+    planted = distance[there]
     assert (np.bincount(planted)[:9] == 25).all()
 
 
 def test_a_crowd_of_look_alikes_is_not_compared_pair_by_pair() -> None:
     split = np.arange(30_000) % 3
-    pairs = candidates(np.repeat(np.array([7, 2**63], np.uint64), 15_000), split)
-    assert len(pairs) <= NEIGHBOURS * 30_000
-    assert len(np.unique(pairs)) == 30_000
+    alike = np.repeat(np.array([[7, 2**40], [2**63, 2**20]], np.uint64), 15_000, axis=0)
+    pairs = candidates(alike, split)
+    assert len(pairs) <= 3 * NEIGHBOURS * 30_000
+    assert len(np.unique(pairs[:, :2])) == 30_000
     assert (split[pairs[:, 0]] < split[pairs[:, 1]]).all()
 
 
 def test_no_cutouts_no_pairs() -> None:
     for n in (0, 1):
-        assert candidates(np.zeros(n, np.uint64), np.zeros(n, np.int64)).shape == (0, 2)
+        assert candidates(np.zeros((n, 2), np.uint64), np.zeros(n, np.int64)).shape == (0, 3)
 
 
 def test_a_hash_is_that_of_the_image_whatever_is_beside_it(sky: Simulation) -> None:
@@ -200,7 +231,7 @@ def test_a_hash_is_that_of_the_image_whatever_is_beside_it(sky: Simulation) -> N
     together = perceptual_hash(images, "background_sigma")
     alone = np.concatenate([perceptual_hash(one[None], "background_sigma") for one in images])
     assert (np.bitwise_count(together ^ alone) <= 1).all()  # by rounding
-    assert len(np.unique(together)) == 70
+    assert len(np.unique(together)) == 2 * 70
 
 
 def test_neighbours_on_the_real_sky(shared_data: Path, tmp_path: Path) -> None:
