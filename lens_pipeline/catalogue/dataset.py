@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from lens_pipeline.catalogue.duplicates import find_near_duplicates
 from lens_pipeline.catalogue.images import (
     COMPOSITE,
+    COMPOSITE_BANDS,
     SIGMA_UNITS,
     Cutout,
     CutoutError,
@@ -43,7 +44,6 @@ SAMPLE = 256  # cutouts that decide on the bands and units of all
 REJECT_COLUMNS = ["id", "row", "file", "column", "reason"]
 
 
-COMPOSITE_BANDS = ("red", "green", "blue")
 log = logging.getLogger(__name__)
 
 

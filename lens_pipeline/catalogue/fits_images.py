@@ -3,7 +3,7 @@
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,14 +18,21 @@ from numpy.typing import NDArray
 _ROLES = {
     "image": ("BGSUB", "FLUX", "SCI", "IMAGE"),  # BGSUB, or else the first in the file
     "rms": ("RMS", "NOISE", "ERR"),
-    "weight": ("WHT", "IVAR"),  # inverse variance
-    "mask": ("MASK", "FLAG", "FLG", "DQ"),  # 0 is good
-    "other": ("PSF",),
+    "variance": ("VARIANCE", "VAR"),
+    "weight": ("WHT", "WGT", "WEIGHT", "IVAR", "INVVAR"),  # inverse variance
+    "mask": ("MASK", "MSK", "FLAG", "FLAGS", "FLG", "DQ"),  # 0 is good
+    "other": ("PSF", "CTX", "VAR_POISSON", "VAR_RNOISE", "VAR_FLAT"),
 }
 _SUFFIX = {suffix: role for role, suffixes in _ROLES.items() for suffix in suffixes}
 _NAME = re.compile(rf"^((?P<band>.+)_)?(?P<suffix>{'|'.join(_SUFFIX)})$")
+_UNNAMED = ("", "COMPRESSED_IMAGE")  # the second: what astropy calls it, compressed
 _FIRST = "PRIMARY"  # what astropy calls the first of a file, which need not have a name
 _PLAIN = ""  # the band of an extension that is named by its role alone
+# Masks whose header says what their bits mean (`MP_SAT = 1`: HSC, Rubin) have one for the pixels of
+# detected sources, and for others that are as good as any.
+_PLANE = "MP_"
+_BAD_PLANES = ("BAD", "SAT", "CR", "NO_DATA", "UNMASKEDNAN")
+_MIDDLE = 8  # of a cutout: this part of its side
 _ZERO_POINTS = ("MAGZERO", "MAGZPT", "MAGZP", "ZEROPNT", "PHOTZP", "ZP")
 
 
@@ -41,12 +48,52 @@ class FitsImage:
     zero_point: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class _Extension:
+    name: str
+    data: NDArray[Any]
+    header: fits.Header
+
+    @property
+    def _match(self) -> re.Match[str] | None:
+        return _NAME.match(self.name)
+
+    @property
+    def role(self) -> str | None:
+        """What its suffix says; None where it has none."""
+        return _SUFFIX[self._match["suffix"]] if self._match else None
+
+    @property
+    def band(self) -> str:
+        return (self._match["band"] or _PLAIN) if self._match else self.name
+
+    @property
+    def preferred(self) -> bool:
+        return self.name.endswith("BGSUB")
+
+    @property
+    def zero_point(self) -> float:
+        """NaN where it states none that is a number."""
+        stated = (self.header[key] for key in _ZERO_POINTS if key in self.header)
+        try:
+            return float(next(stated, float("nan")))
+        except (TypeError, ValueError, fits.VerifyError):
+            return float("nan")
+
+    @property
+    def bad(self) -> NDArray[np.bool_]:
+        """Of a mask: which pixels it says to be bad."""
+        if not any(key.startswith(_PLANE) for key in self.header):
+            return self.data != 0
+        planes = (self.header.get(_PLANE + name) for name in _BAD_PLANES)
+        bits = sum(1 << plane for plane in planes if plane is not None)
+        return self.data.astype(np.int64) & bits != 0
+
+
 @dataclass
 class _Band:
-    image: NDArray[Any] | None = None
-    named: str = ""  # the image's extension
-    zero_point: float = float("nan")
-    maps: dict[str, NDArray[Any]] = field(default_factory=dict)
+    image: _Extension | None = None
+    maps: dict[str, _Extension] = field(default_factory=dict)
 
 
 @contextmanager
@@ -56,69 +103,74 @@ def strict_fits() -> Iterator[None]:
     Filters of warnings belong to the process, so this is set once around all reading threads.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("error", AstropyWarning)
-        warnings.filterwarnings("ignore", category=fits.verify.VerifyWarning)
+        warnings.simplefilter("ignore", AstropyWarning)  # of headers: the pixels are as good
+        warnings.filterwarnings("error", ".*truncated", AstropyWarning)
         yield
 
 
 def read_fits(content: io.BytesIO) -> FitsImage:
     """Raises ValueError where there is no image, where the bands' images differ in shape, and where
     the extensions' names leave open what goes together."""
-    with fits.open(content, memmap=False) as hdus:
-        images = [
-            (hdu.name, np.asarray(hdu.data), _zero_point(hdu.header))
+    with fits.open(content, memmap=False, uint=False) as hdus:
+        extensions = [
+            _Extension("" if hdu.name in _UNNAMED else hdu.name, np.asarray(hdu.data), hdu.header)
             for hdu in hdus
             if hdu.is_image and hdu.data is not None
         ]
-    if not images:
+    if not extensions:
         raise ValueError("the FITS file holds no image")
-    if len(images) == 1:
-        _, cube, zero_point = images[0]
-        n_bands = len(cube) if cube.ndim == 3 else 1
+    first, alone = extensions[0], len(extensions) == 1
+    if alone and first.data.ndim == 3 and first.role in ("image", None):
+        n_bands = len(first.data)
         unknown = (float("nan"),) * n_bands
-        return FitsImage(cube, None, unknown, (zero_point,) * n_bands)
-    found = _found(images)
-    shapes = {band.image.shape for band in found.values() if band.image is not None}
+        return FitsImage(first.data, None, unknown, (first.zero_point,) * n_bands)
+    found = _found(extensions)
+    images = {name: band.image for name, band in found.items() if band.image is not None}
+    shapes = {image.data.shape for image in images.values()}
     if len(shapes) > 1:
         raise ValueError(f"the FITS images differ in shape: {sorted(shapes)}")
     if len(shape := shapes.pop()) != 2:
         raise ValueError(f"of several extensions each holds one band; the shape of one is {shape}")
-    named = not any(name.startswith("#") for name in found) and [*found] not in ([_PLAIN], [_FIRST])
+    nameless = any(name.startswith("#") for name in found) or [*found] in ([_PLAIN], [_FIRST])
     return FitsImage(
-        np.stack([_masked(band) for band in found.values()]),
-        tuple(found) if named else None,
-        tuple(_sigma(band) for band in found.values()),
-        tuple(band.zero_point for band in found.values()),
+        np.stack([_masked(image, found[name].maps.get("mask")) for name, image in images.items()]),
+        None if nameless or (alone and first.role is None) else tuple(found),
+        tuple(_sigma(band.maps) for band in found.values()),
+        tuple(image.zero_point for image in images.values()),
     )
 
 
-def _found(images: Sequence[tuple[str, NDArray[Any], float]]) -> dict[str, _Band]:
-    """{band: its image and maps} of extensions (name, data, zero point).
+def _found(extensions: Sequence[_Extension]) -> dict[str, _Band]:
+    """{band: its image and maps}.
 
-    What is named by its role alone belongs to the image that is, else to the only one.
+    What is named by its role alone belongs to the image that is, else to the only one. Where any
+    says that it is an image, those that do not say what they are hold something else.
     """
-    names = [name for name, _, _ in images]
+    names = [extension.name for extension in extensions]
+    other = "other" if any(extension.role == "image" for extension in extensions) else "image"
     bands: dict[str, _Band] = {}
-    for number, (name, data, zero_point) in enumerate(images):
-        match = _NAME.match(name)
-        role = _SUFFIX[match["suffix"]] if match else "image"
+    for number, extension in enumerate(extensions):
+        name, role = extension.name, extension.role or other
         if name and role != "other" and name in names[:number]:
             raise ValueError(
                 f"{names.count(name)} extensions are named {name}; of several bands each needs a "
                 "name of its own, as G_SCI, R_SCI"
             )
-        key = (match["band"] or _PLAIN) if match else name or f"#{number}"
-        band = bands.setdefault(key, _Band())
+        nameless = extension.role is None and not name
+        band = bands.setdefault(f"#{number}" if nameless else extension.band, _Band())
         if role != "image":
-            band.maps[role] = data
-        elif band.image is None or (match and match["suffix"] == "BGSUB"):
-            band.image, band.named, band.zero_point = data, name, zero_point
+            band.maps[role] = extension
+        elif band.image is None or extension.preferred:
+            band.image = extension
     found = {name: band for name, band in bands.items() if band.image is not None}
     if not found:
         raise ValueError(f"none of the extensions {', '.join(names)} is an image")
     if _PLAIN in found:
-        alone = len(found) == 1
-        return {(name if name or alone else band.named): band for name, band in found.items()}
+        only = len(found) == 1
+        return {
+            (name if name or only or band.image is None else band.image.name): band
+            for name, band in found.items()
+        }
     maps = bands[_PLAIN].maps if _PLAIN in bands else {}
     if maps.keys() - {"other"}:
         if len(found) > 1:
@@ -127,33 +179,34 @@ def _found(images: Sequence[tuple[str, NDArray[Any], float]]) -> dict[str, _Band
                 f"the extension {plain} does not say of which band it is; name it "
                 f"{next(iter(found))}_{plain}, say"
             )
-        (only,) = found.values()
-        only.maps = maps | only.maps
+        (one,) = found.values()
+        one.maps = maps | one.maps
     return found
 
 
-def _zero_point(header: fits.Header) -> float:
-    stated = (header[key] for key in _ZERO_POINTS if key in header)
-    return float(next(stated, float("nan")))
+def _masked(image: _Extension, mask: _Extension | None) -> NDArray[Any]:
+    if mask is None:
+        return image.data
+    if mask.data.shape != image.data.shape:
+        raise ValueError(f"a mask has the shape {mask.data.shape}, its image another")
+    bad = mask.bad
+    y, x = (
+        slice(side // 2 - side // _MIDDLE // 2, -(-side // 2) + side // _MIDDLE // 2)
+        for side in bad.shape
+    )
+    if bad[y, x].mean() > 0.5:
+        raise ValueError(
+            f"the mask {mask.name} covers the middle, where the object is; in a mask 0 is good, "
+            "and what is detected must not be marked"
+        )
+    return np.where(bad, np.nan, image.data.astype(np.float32))
 
 
-def _masked(band: _Band) -> NDArray[Any]:
-    assert band.image is not None
-    if "mask" not in band.maps:
-        return band.image
-    if band.maps["mask"].shape != band.image.shape:
-        raise ValueError(f"a mask has the shape {band.maps['mask'].shape}, its image another")
-    return np.where(band.maps["mask"] == 0, band.image.astype(np.float32), np.nan)
-
-
-def _sigma(band: _Band) -> float:
+def _sigma(maps: Mapping[str, _Extension]) -> float:
     """The median of the noise map: most pixels of a cutout are background."""
-    if "rms" in band.maps:
-        noise = np.asarray(band.maps["rms"], dtype=np.float64)
-    elif "weight" in band.maps:
-        weight = np.asarray(band.maps["weight"], dtype=np.float64)
-        noise = np.sqrt(1 / np.where(weight > 0, weight, np.nan))
-    else:
-        return float("nan")
-    good = noise[np.isfinite(noise) & (noise > 0)]
-    return float(np.median(good)) if len(good) else float("nan")
+    for role, power in (("rms", 1), ("variance", 0.5), ("weight", -0.5)):
+        if role in maps:
+            values = np.asarray(maps[role].data, dtype=np.float64)
+            good = values[np.isfinite(values) & (values > 0)]
+            return float(np.median(good**power)) if len(good) else float("nan")
+    return float("nan")

@@ -18,13 +18,16 @@ import numpy as np
 from astropy.stats import mad_std, sigma_clip
 from numpy.lib import format as npy
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from lens_pipeline.catalogue.fits_images import read_fits
+from lens_pipeline.catalogue.pictures import read_picture
 from lens_pipeline.errors import NoAnswerError
 from lens_pipeline.storage import asking, locate, states_of
 
 SIGMA_UNITS = "background_sigma"
 COMPOSITE = "composite"
+COMPOSITE_BANDS = ("red", "green", "blue")
 FLUX = "flux"  # as read: becomes SIGMA_UNITS
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 NPY_HEAD = 4096  # bytes: more than the head of a NumPy file
@@ -75,14 +78,18 @@ class Cutout:
 
         Raises CutoutError where there is no such band, or the file does not name its bands.
         """
-        if self.bands is None:
+        bands = self.bands
+        if bands is None and self.units == COMPOSITE and len(self.pixels) == len(COMPOSITE_BANDS):
+            colours = {band.lower() for band in wanted} <= {*COMPOSITE_BANDS}
+            bands = COMPOSITE_BANDS if colours else None
+        if bands is None:
             if len(wanted) == len(self.pixels):
                 return replace(self, bands=tuple(wanted))
             raise CutoutError(f"{len(self.pixels)} bands without names; {len(wanted)} are needed")
-        found = [band.lower() for band in self.bands]
+        found = [band.lower() for band in bands]
         missing = [band for band in wanted if band.lower() not in found]
         if missing:
-            raise CutoutError(f"there is no band {missing[0]}; there are {', '.join(self.bands)}")
+            raise CutoutError(f"there is no band {missing[0]}; there are {', '.join(bands)}")
         chosen = [found.index(band.lower()) for band in wanted]
         return replace(
             self,
@@ -149,8 +156,11 @@ def decode_image(content: bytes, suffix: str, flux_unit: str | None = None) -> C
         if suffix == "npz":
             return _read_npz(content, linear)
         if suffix in ("png", "jpg", "jpeg", "tif", "tiff"):
-            pixels, composite = _read_picture(content)
-            return Cutout(pixels, COMPOSITE if composite else linear)
+            cube = read_picture(content)
+            if np.issubdtype(cube.dtype, np.floating):
+                return Cutout(_as_cube(cube), linear)
+            full_scale = 255 if cube.dtype == np.uint8 else 65535
+            return Cutout((cube / np.float32(full_scale)).astype(np.float32), COMPOSITE)
     except CutoutError:
         raise
     except Exception as problem:  # noqa: BLE001  (decoders raise anything on a damaged file)
@@ -224,79 +234,13 @@ def _remote_row(path: str, row: int, options: dict[str, Any] | None) -> NDArray[
     return np.frombuffer(content, dtype).reshape(shape[1:])
 
 
-def _read_picture(content: bytes) -> tuple[NDArray[np.float32], bool]:
-    """(pixels (bands, height, width), whether they are a composite) of a PNG, JPEG or TIFF file.
-
-    Pillow opens 16-bit colour as 8-bit colour, without a word: those files go to others.
-    """
-    if content[:4] in (b"II*\0", b"MM\0*"):
-        cube = _read_tiff(content)
-    elif content[1:4] == b"PNG" and content[24] == 16 and content[25] in (2, 4, 6):
-        cube = _read_deep_png(content)
-    else:
-        cube = _read_pillow(content)
-    if np.issubdtype(cube.dtype, np.floating):
-        return cube.astype(np.float32), False
-    full_scale = np.iinfo(np.uint8 if cube.dtype == np.uint8 else np.uint16).max
-    return (cube / np.float32(full_scale)).astype(np.float32), True
-
-
-def _read_pillow(content: bytes) -> NDArray[Any]:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(content)) as image:
-        mode = {"P": "RGB", "RGBA": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "LA": "L", "1": "L"}
-        array = np.asarray(image.convert(mode.get(image.mode, image.mode)))
-    return np.moveaxis(array, -1, 0) if array.ndim == 3 else array[None]
-
-
-def _read_deep_png(content: bytes) -> NDArray[np.uint16]:
-    """A PNG with 16 bits a channel; an alpha channel is no band.
-
-    A slow reader, for a fast one ends the process on some damaged files.
-    """
-    import png
-
-    width, height, rows, about = png.Reader(bytes=content).read()
-    cube = np.array([list(row) for row in rows], np.uint16).reshape(height, width, -1)
-    return np.moveaxis(cube, -1, 0)[: about["planes"] - about["alpha"]]
-
-
-def _read_tiff(content: bytes) -> NDArray[Any]:
-    """Pages or channels as bands; what tifffile cannot decompress goes to Pillow if it is 8-bit."""
-    import tifffile
-
-    with tifffile.TiffFile(io.BytesIO(content)) as file:
-        series = file.series[0]
-        for page in (p for s in file.series for p in s.pages if p is not None):
-            # A segment that the header claims and the file lacks would be zeros, however many.
-            page = page.aspage()
-            if len(page.dataoffsets) != math.prod(page.chunked) or 0 in page.databytecounts:
-                raise ValueError("the TIFF lacks a part of its image")
-            if page.compression == 1 and page.nbytes > len(content):
-                raise ValueError("the TIFF is truncated")
-        try:
-            array = series.asarray()
-            if len(file.series) > 1 and {s.shape for s in file.series} == {series.shape}:
-                array = np.stack([s.asarray() for s in file.series])
-        except ValueError:
-            if series.dtype != np.uint8:
-                raise
-            return _read_pillow(content)
-        if not np.issubdtype(array.dtype, np.floating) and array.dtype not in (np.uint8, np.uint16):
-            raise CutoutError(f"the pixels are {array.dtype}; 8 or 16 bits or floats are needed")
-        if series.axes.endswith("S"):
-            array = np.moveaxis(array, -1, 0)
-        if file.pages.first.photometric == tifffile.PHOTOMETRIC.RGB:
-            array = array[:3]
-    return array.reshape(-1, *array.shape[-2:])
-
-
 def _as_cube(array: NDArray[Any]) -> NDArray[np.float32]:
     if array.ndim == 2:
         array = array[None]
     if array.ndim != 3:
         raise CutoutError(f"the shape is {array.shape}; (bands, height, width) is needed")
+    if array.shape[-1] < min(array.shape[:2]):  # fewer than rows and columns: bands, at the end
+        array = np.moveaxis(array, -1, 0)
     if not np.issubdtype(array.dtype, np.number) or np.iscomplexobj(array):
         raise CutoutError(f"the pixels are {array.dtype}, not real numbers")
     if np.any(np.isfinite(array) & (np.abs(array) > np.finfo(np.float32).max)):
@@ -314,16 +258,27 @@ def background_sigma(band: NDArray[np.float32]) -> float:
     return float(mad_std(kept))
 
 
+def _filled(pixels: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which pixels (bands, height, width) of linear flux hold a filler, as beyond the edge of a
+    tile: blocks of zeros, at least 3 x 3, for the sky's noise has no such."""
+    zero = pixels == 0
+    constant = (zero | ~np.isfinite(pixels)).all(axis=(1, 2), keepdims=True)
+    zero &= ~constant  # of which others tell
+    if zero.sum() < 9:
+        return np.zeros_like(zero)
+    return ndimage.binary_opening(zero, np.ones((1, 3, 3)))
+
+
 def usable_cutout(
     cutout: Cutout, size: int, *, pad: bool = False, max_nan_fraction: float = 0.1
 ) -> Cutout:
     """The central `size` x `size` pixels, in the stored units, with every pixel finite.
 
     A band's sigma is the file's own where it tells it, else `background_sigma` of the whole image.
-    A pixel that is not finite becomes the median of its band, and so does what lacks of a smaller
-    image if `pad` asks for it. Raises CutoutError where an image is smaller without, is constant,
-    has too many such pixels in the middle, has no background noise to measure, or exceeds what a
-    float16 holds.
+    A pixel that is not finite becomes the median of its band, and so does one of a block of zeros
+    in linear flux, and what lacks of a smaller image if `pad` asks for it. Raises CutoutError where
+    an image is smaller without, is constant, has too many such pixels in the middle, has no
+    background noise to measure, or exceeds what a float16 holds.
     """
     if not cutout.pixels.size:
         raise CutoutError("the image holds no pixel")
@@ -331,13 +286,16 @@ def usable_cutout(
     if min(height, width) < size and not pad:
         raise CutoutError(f"{width} x {height} pixels; at least {size} x {size} are needed")
     pixels, units, sigma = cutout.pixels, cutout.units, cutout.sigma
+    if units == FLUX:
+        pixels = np.where(_filled(pixels), np.float32(np.nan), pixels)
     finite = np.isfinite(pixels)
     nan_fraction = float(1 - central(finite, size).mean(axis=(1, 2)).min())
     if nan_fraction == 1:
         raise CutoutError("a band has no finite pixel")
     if nan_fraction > max_nan_fraction:
         raise CutoutError(
-            f"{nan_fraction:.0%} of a band's pixels are not finite; {max_nan_fraction:.0%} may be"
+            f"{nan_fraction:.0%} of a band's pixels are not finite, or zeros side by side; "
+            f"{max_nan_fraction:.0%} may be"
         )
     if units == FLUX:
         stated = sigma or (float("nan"),) * len(pixels)
@@ -417,7 +375,9 @@ def read_cutout(
             sigma=tuple(v for part in parts for v in part.sigma or unknown),
             zero_point=tuple(v for part in parts for v in part.zero_point or unknown),
         )
-    if names and cutout.bands is None and len(names) == len(cutout.pixels):
+    # A column `path_g` names its band whatever the file says, as several do together.
+    named = cutout.bands is not None and len(cutout.bands) > 1
+    if names and not named and len(names) == len(cutout.pixels):
         cutout = replace(cutout, bands=tuple(names))
     if bands:
         cutout = cutout.with_bands(bands)

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lens_pipeline.catalogue.dataset import (
-    COMPOSITE_BANDS,
     CutoutFormat,
     CutoutRows,
     Empty,
@@ -23,6 +22,7 @@ from lens_pipeline.catalogue.dataset import (
 )
 from lens_pipeline.catalogue.images import (
     COMPOSITE,
+    COMPOSITE_BANDS,
     FLUX,
     SIGMA_UNITS,
     CutoutError,

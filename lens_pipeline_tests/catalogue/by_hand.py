@@ -23,11 +23,14 @@ Cube = NDArray[np.float32]
 
 
 def sigma_by_hand(band: Cube) -> float:
-    """Three rounds of clipping at 3 sigma about the median, sigma = 1.4826 x MAD; no library."""
+    """Three rounds of clipping at 3 sigma about the median, sigma = 1.4826 x MAD; no library.
+
+    To the last digit: in a thousand images some pixel lies at 3.00000 sigma.
+    """
     values = band[np.isfinite(band)].astype(np.float64)
 
     def sigma_of(left: NDArray[np.float64]) -> float:
-        return 1.4826 * float(np.median(np.abs(left - np.median(left))))
+        return 1.482602218505602 * float(np.median(np.abs(left - np.median(left))))
 
     for _ in range(3):
         values = values[np.abs(values - np.median(values)) <= 3 * sigma_of(values)]

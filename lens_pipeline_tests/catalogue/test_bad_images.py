@@ -143,7 +143,10 @@ def _all_nan(folder: Path, i: int) -> str:
     return name
 
 
-@kind("many NaN in a band", r"(11|25|90)% of a band's pixels are not finite; 10% may be")
+@kind(
+    "many NaN in a band",
+    r"(11|25|90)% of a band's pixels are not finite, or zeros side by side; 10% may be",
+)
 def _many_nan(folder: Path, i: int) -> str:
     name = f"holed{i}.{suffix_of(i, 'fits', 'npy', 'npz')}"
     cube = sky()
