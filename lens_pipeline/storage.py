@@ -66,10 +66,14 @@ def locate(
         raise InputError(f"{location}: cannot be used ({reason})") from None
 
 
+def without_query(location: str) -> str:
+    """A path as it is; a URL without what follows `?`, where it is signed."""
+    return urlsplit(location)._replace(query="").geturl() if "://" in location else location
+
+
 def names_table(location: str) -> bool:
-    """Whether a path or URL ends as a catalogue's does; a signed one ends before its query."""
-    path = urlsplit(location).path if "://" in location else location
-    return path.lower().endswith(TABLES)
+    """Whether a path or URL ends as a catalogue's does."""
+    return without_query(location).lower().endswith(TABLES)
 
 
 def state_of(info: Mapping[str, Any]) -> str | None:

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -294,7 +294,7 @@ def build_dataset(
     if whole:
         check_splits(split, table["label"], catalogue.source)
     stream = read_cutouts(catalogue, image_size, bands=bands, pad=pad, options=options)
-    first = list(islice(stream, SAMPLE))
+    first = _first(stream, int(max_reject_fraction * len(table)))
     form = _common_format(catalogue, first, image_size, bands)
     shape = (len(form.bands), image_size, image_size)
     stacks = {part: _Stack(out / f"{part}.npy", shape) for part in PARTS}
@@ -363,6 +363,20 @@ def _content(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def _first(
+    stream: Iterator[tuple[int, Cutout | CutoutError]], may_fail: int
+) -> list[tuple[int, Cutout | CutoutError]]:
+    """SAMPLE of a stream; where none of these can be used, as many more as are needed for one that
+    can, or to know that more fail than may."""
+    first, enough = [], False
+    for read in stream:
+        first.append(read)
+        enough |= isinstance(read[1], Cutout) or len(first) > may_fail
+        if enough and len(first) >= SAMPLE:
+            break
+    return first
+
+
 def _common_format(
     catalogue: Catalogue,
     sample: list[tuple[int, Cutout | CutoutError]],
@@ -399,7 +413,7 @@ def _common_format(
 def _pixel_scale(table: pd.DataFrame) -> float | None:
     if "pixel_scale" not in table:
         return None
-    values = pd.to_numeric(table["pixel_scale"], errors="coerce").dropna().to_numpy(float)
+    values = table["pixel_scale"].dropna().to_numpy(float)
     if not len(values):
         return None
     if values.max() > values.min() * (1 + SCALE_SPREAD):

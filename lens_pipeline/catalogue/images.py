@@ -31,7 +31,7 @@ COMPOSITE_BANDS = ("red", "green", "blue")
 FLUX = "flux"  # as read: becomes SIGMA_UNITS
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 NPY_HEAD = 4096  # bytes: more than the head of a NumPy file
-STACK_ROW = re.compile(r"^(?P<file>.*\.npy)#(?P<row>\d+)$")
+STACK_ROW = re.compile(r"^(?P<file>.*\.npy)#(?P<row>\d+)$", re.IGNORECASE)
 
 
 class CutoutError(Exception):
@@ -129,11 +129,11 @@ def read_image(
     """
     path = file_of(reference)
     try:
-        if path.endswith(".npy"):
+        if path.lower().endswith(".npy"):
             return Cutout(_as_cube(_read_npy(reference, path, options)), _linear(flux_unit))
         content = _content(path, options)
-        if path.endswith(".gz"):
-            content, path = gzip.decompress(content), path.removesuffix(".gz")
+        if path.lower().endswith(".gz"):
+            content, path = gzip.decompress(content), path[: -len(".gz")]
     except FileNotFoundError:
         raise CutoutError("the file is missing") from None
     except (CutoutError, NoAnswerError):

@@ -2,7 +2,6 @@
 
 from itertools import combinations, repeat
 
-import numpy as np
 import pandas as pd
 
 from lens_pipeline.catalogue.splits import FRACTIONS
@@ -11,21 +10,10 @@ RADIUS = 2.0  # arcsec: two surveys place one galaxy closer, and cutouts of two 
 
 
 def with_position(table: pd.DataFrame) -> pd.Series:
-    """Which rows say where on the sky they are, in columns `ra` and `dec` (degrees), in any case of
-    letters."""
-    ra, dec = _sky(table)
-    return ra.notna() & np.isfinite(ra) & dec.between(-90, 90)
-
-
-def _sky(table: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
-    """(right ascension, declination), NaN where they are not known."""
-    unknown = pd.Series(np.nan, index=table.index)
-    named = {str(name).lower(): table[name] for name in reversed(table.columns)}
-    ra, dec = (
-        pd.to_numeric(named.get(name, unknown), errors="coerce").astype(float)
-        for name in ("ra", "dec")
-    )
-    return ra, dec
+    """Which rows say where on the sky they are, in columns `ra` and `dec` (degrees)."""
+    if not {"ra", "dec"} <= {*table}:
+        return pd.Series(False, index=table.index)
+    return table["ra"].notna() & table["dec"].between(-90, 90)
 
 
 def positions_in_two_splits(table: pd.DataFrame, split: pd.Series) -> pd.DataFrame:
@@ -42,8 +30,7 @@ def positions_in_two_splits(table: pd.DataFrame, split: pd.Series) -> pd.DataFra
     rows = table[with_position(table)]
     if rows.empty:
         return pd.DataFrame(columns=columns)
-    ra, dec = _sky(rows)
-    rows = rows.assign(split=split, ra=ra, dec=dec)
+    rows = rows.assign(split=split)
     places = rows.drop_duplicates(["split", "ra", "dec"])
     of_split = {part: places[places["split"] == part] for part in FRACTIONS}
     found: list[tuple[str, str, str, str, float]] = []

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from lens_pipeline.errors import InputError
 
 FRACTIONS: Mapping[str, float] = {"train": 0.65, "val": 0.15, "test": 0.20}
+SPLITS = tuple(FRACTIONS)
 
 
 def split_of_group(group: str, seed: int, fractions: Mapping[str, float] = FRACTIONS) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from lens_pipeline.catalogue.columns import numbers, refuse
 from lens_pipeline.catalogue.images import COMPOSITE, Cutout, CutoutError
 from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.table import Catalogue, read_catalogue
@@ -157,9 +158,14 @@ def _background(survey: Survey, magnitude: NDArray[np.float64]) -> NDArray[np.fl
 
 def _check_pixel_scale(catalogue: Catalogue, survey: Survey) -> None:
     if "pixel_scale" in catalogue.table:
-        scale = _numbers(catalogue, "pixel_scale")
-        differs = (scale / survey.pixel_scale - 1).abs() > PIXEL_SCALE_TOLERANCE
-        _refuse(catalogue, differs, "pixel_scale", f"survey.pixel_scale is {survey.pixel_scale:g}")
+        differs = (catalogue.table["pixel_scale"] / survey.pixel_scale - 1).abs()
+        refuse(
+            f"hosts: {catalogue.source}",
+            catalogue.table,
+            differs > PIXEL_SCALE_TOLERANCE,
+            "pixel_scale",
+            f"is not survey.pixel_scale, {survey.pixel_scale:g}",
+        )
 
 
 def _known(catalogue: Catalogue, half_side: float) -> pd.DataFrame:
@@ -167,7 +173,7 @@ def _known(catalogue: Catalogue, half_side: float) -> pd.DataFrame:
 
     half_side: of a cutout, arcsec.
     """
-    redshift = (0.0, MAX_REDSHIFT, f"a redshift is above 0, and at most {MAX_REDSHIFT:g}")
+    redshift = (0.0, MAX_REDSHIFT, f"a redshift, above 0 and at most {MAX_REDSHIFT:g}")
     inside = (-half_side, half_side, "arcsec from the middle of the cutout, and within it")
     allowed = {
         "z_lens": redshift,
@@ -178,33 +184,14 @@ def _known(catalogue: Catalogue, half_side: float) -> pd.DataFrame:
         "x": inside,
         "y": inside,
     }
+    source = f"hosts: {catalogue.source}"
     found = {}
     for name, (above, most, what) in allowed.items():
-        found[name] = _numbers(catalogue, name)
+        found[name] = numbers(catalogue.table, name, source, what)
         outside = (found[name] <= above) | (found[name] > most)
-        _refuse(catalogue, outside, name, f"must be {what}, or empty")
+        refuse(source, catalogue.table, outside, name, f"must be {what}, or empty")
     found["z_lens"] = found["z_lens"].fillna(found["redshift"])
     return pd.DataFrame({name: found[name] for name in KNOWN})
-
-
-def _numbers(catalogue: Catalogue, name: str) -> pd.Series:
-    """A column, float64; NaN where it is empty, or where there is no such column."""
-    table = catalogue.table
-    if name not in table:
-        return pd.Series(np.nan, table.index)
-    numbers = pd.to_numeric(table[name], errors="coerce").astype("float64")
-    _refuse(catalogue, numbers.isna() & table[name].notna(), name, "must be a number, or empty")
-    return numbers
-
-
-def _refuse(catalogue: Catalogue, bad: pd.Series, column: str, what: str) -> None:
-    if bad.any():
-        row = int(np.flatnonzero(bad)[0])
-        value = catalogue.table[column].iloc[row]
-        more = f" (and {int(bad.sum()) - 1} more)" if bad.sum() > 1 else ""
-        raise InputError(
-            f"hosts: {catalogue.source}: row {row + 1}, column {column}: {value}; {what}{more}"
-        )
 
 
 def _where(catalogue: Catalogue, row: int, image: int = 0) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lens_pipeline.catalogue import build_dataset, read_catalogue
 from lens_pipeline.catalogue.dataset import PARTS, Dataset
-from lens_pipeline.catalogue.table import SPLITS
+from lens_pipeline.catalogue.splits import SPLITS
 from lens_pipeline_tests.catalogue.test_images import write_png
 
 RNG = np.random.default_rng(5)

@@ -113,6 +113,21 @@ def test_too_many_rejects_stop_it(tmp_path: Path) -> None:
         _build(path, tmp_path / "out2")
 
 
+def test_a_lost_tile_at_the_top_of_a_table_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bands and units are those of the first that can be read."""
+    monkeypatch.setattr("lens_pipeline.catalogue.dataset.SAMPLE", 5)
+    path = _catalogue(tmp_path)
+    table = pd.read_csv(path)
+    table.loc[:7, "path"] = "absent.fits"
+    table.to_csv(path, index=False)
+    dataset = _build(path, tmp_path / "out", max_reject_fraction=0.1)
+    assert dataset.rejects()["row"].tolist() == list(range(8))
+    with pytest.raises(InputError, match="none of the first 7 cutouts"):
+        _build(path, tmp_path / "out2", max_reject_fraction=0.05)
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [

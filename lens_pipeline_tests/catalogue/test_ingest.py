@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from astropy.io import fits
 
-from lens_pipeline.catalogue.table import SPLITS
+from lens_pipeline.catalogue.splits import SPLITS
 from lens_pipeline_tests.catalogue.by_hand import (
     RNG,
     build,

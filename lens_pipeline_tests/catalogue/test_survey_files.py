@@ -171,6 +171,16 @@ def test_beyond_the_edge_of_a_tile_nothing_is_measured(tmp_path: Path) -> None:
     assert read_cutout([str(tmp_path / "b.npy")], SIDE, "background_sigma").nan_fraction == 0
 
 
+def test_suffixes_are_known_in_any_case_of_letters(tmp_path: Path) -> None:
+    cube = sky()
+    fits.PrimaryHDU(cube).writeto(tmp_path / "a.fits.gz")
+    (tmp_path / "a.fits.gz").rename(tmp_path / "A.FITS.GZ")
+    np.save(tmp_path / "a.npy", cube[None])
+    (tmp_path / "a.npy").rename(tmp_path / "A.NPY")
+    for name in ("A.FITS.GZ", "A.NPY#0"):
+        np.testing.assert_array_equal(read_image(str(tmp_path / name)).pixels, cube)
+
+
 @pytest.mark.parametrize("suffix", ["npy", "fits"])
 def test_bands_at_the_end_are_bands(tmp_path: Path, suffix: str) -> None:
     cube = sky()

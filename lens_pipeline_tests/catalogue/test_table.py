@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from astropy.table import Table
@@ -121,17 +122,87 @@ def test_listings_keep_their_other_columns(tmp_path: Path) -> None:
 
 def test_ids_of_other_surveys_keep_their_digits_and_zeros(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(
-        "id,path,gaia_id,tile,flux\n"
-        "a,a.npy,4295806720123456789,0012,1.5\n"
-        "b,b.npy,,0400,2e17\n"
-        "c,c.npy,4295806720123456791,1000,\n"
+        "id,path,gaia_id,tile,flux,chi2\n"
+        "a,a.npy,4295806720123456789,0012,1.5,inf\n"
+        "b,b.npy,,0400,2e17,1\n"
+        "c,c.npy,4295806720123456791,1000,,2\n"
     )
     table = read_catalogue(tmp_path / "t.csv").table
+    assert table["chi2"].tolist() == [np.inf, 1, 2]
     assert table["gaia_id"].tolist()[0] == 4295806720123456789
     assert table["gaia_id"].tolist()[2] == 4295806720123456791
     assert table["gaia_id"].isna().tolist() == [False, True, False]
     assert table["tile"].tolist() == ["0012", "0400", "1000"]
     assert table["flux"].tolist()[:2] == [1.5, 2e17]
+
+
+def test_columns_are_known_in_any_case_of_letters(tmp_path: Path) -> None:
+    """As FITS tables write them, and with a blank after the comma: else groups are torn."""
+    (tmp_path / "t.csv").write_text(
+        "ID, Path_g,PATH_R, LABEL,Group, SPLIT ,RA,Dec,Grade\n"
+        "a, a.npy,b.npy,1, 0012, train,10.5,-1,A\n"
+        "b,c.npy,d.npy, 0,0012 ,train ,, ,B\n"
+    )
+    table = read_catalogue(tmp_path / "t.csv").table
+    assert [*table][:8] == ["id", "path_g", "path_R", "label", "group", "split", "ra", "dec"]
+    assert table["path_g"].tolist() == [f"{tmp_path}/a.npy", f"{tmp_path}/c.npy"]
+    assert table["group"].tolist() == ["0012", "0012"]
+    assert table["split"].tolist() == ["train", "train"]
+    assert table["ra"].tolist()[0] == 10.5
+    assert table[["ra", "dec"]].isna().to_numpy().tolist() == [[False, False], [True, True]]
+    assert table["Grade"].tolist() == ["A", "B"]
+    fits = Table({"ID": ["a", "b"], "PATH": ["a.npy", "b.npy"], "GROUP": ["one", "one "]})
+    fits.write(tmp_path / "t.fits")
+    assert read_catalogue(tmp_path / "t.fits").table["group"].tolist() == ["one", "one"]
+    (tmp_path / "t.csv").write_text("id,path,group,Group\na,a.npy,1,2\n")
+    with pytest.raises(InputError, match="columns 'group' and 'Group' are both group; drop or"):
+        read_catalogue(tmp_path / "t.csv")
+
+
+def test_a_parquet_index_is_a_column(tmp_path: Path) -> None:
+    for index in ("id", "group"):
+        table = pd.DataFrame({"id": ["a", "b"], "path": ["a.npy", "b.npy"], "group": ["x", "x"]})
+        table.set_index(index).to_parquet(tmp_path / "t.parquet")
+        found = read_catalogue(tmp_path / "t.parquet").table
+        assert found[["id", "group"]].to_numpy().tolist() == [["a", "x"], ["b", "x"]]
+
+
+def test_bytes_and_lists_of_parquet_are_text(tmp_path: Path) -> None:
+    table = pd.DataFrame({"id": [b"a"], "path": [b"a.npy"], "bands": [["g", "r"]]})
+    table.to_parquet(tmp_path / "t.parquet")
+    catalogue = read_catalogue(tmp_path / "t.parquet")
+    assert catalogue.table["id"].tolist() == ["a"]
+    assert catalogue.references == [f"{tmp_path}/a.npy"]
+    assert catalogue.bands == ["g", "r"]
+
+
+def test_nan_is_what_other_libraries_write_for_nothing(tmp_path: Path) -> None:
+    written = Table({"id": ["nan", "b", "c"], "path": ["nan", "b.npy", "c.npy"]})
+    written["label"] = [1, np.nan, 0]
+    written["group"] = [7, np.nan, np.nan]
+    written["ra"] = [np.nan, 10.5, 11]
+    written.write(tmp_path / "t.csv")
+    table = read_catalogue(tmp_path / "t.csv").table
+    assert table["id"].tolist() == ["nan", "b", "c"]
+    assert table["path"].tolist()[0] == f"{tmp_path}/nan"
+    assert table["label"].isna().tolist() == [False, True, False]
+    assert table["group"].tolist() == ["7.0", "b", "c"]
+    assert table["ra"].tolist()[1:] == [10.5, 11]
+
+
+def test_a_signed_url_ends_before_its_query(tmp_path: Path) -> None:
+    import functools
+    import http.server
+    import threading
+
+    (tmp_path / "t.csv").write_text("id,path\na,a.npy\n")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        catalogue = read_catalogue(f"{address}/t.csv?signed=a/b")
+        server.shutdown()
+    assert catalogue.references == [f"{address}/a.npy"]
 
 
 @pytest.mark.parametrize(
@@ -149,6 +220,19 @@ def test_ids_of_other_surveys_keep_their_digits_and_zeros(tmp_path: Path) -> Non
         ("id,path,label\na,a.npy,0.5\n", "row 1, column label: '0.5' must be"),
         ("id,path,simulated\na,a.npy,0\nb,b.npy,no\n", "row 2, column simulated: 'no' must be"),
         ("id,path,split\na,a.npy,dev\n", "row 1, column split: 'dev' must be train"),
+        (
+            'id,path,pixel_scale\na,a.npy,0.2"\n',
+            "row 1, column pixel_scale: '0.2\"' must be arcsec",
+        ),
+        (
+            "id,path,pixel_scale\na,a.npy,\nb,b.npy,0\n",
+            "row 2, column pixel_scale: '0.0' must be above",
+        ),
+        (
+            "id,path,ra\na,a.npy,12:00:00\n",
+            "row 1, column ra: '12:00:00' must be degrees, or empty",
+        ),
+        ("id,path,Dec\na,a.npy,inf\n", "row 1, column dec: 'inf' must be degrees, or empty"),
         (
             "id,path,label,group,split\na,a,1,g,train\nb,b,0,g,test\n",
             "row 2, column split: 'test' differs",

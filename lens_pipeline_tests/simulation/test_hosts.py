@@ -312,15 +312,15 @@ def test_a_galaxy_behind_which_nothing_is_seen_starves_no_host(tmp_path: Path) -
         ("hosts: lrg/catalogue.csv\ndecoys: {unlensed: 1, ring: 1}", "decoys: ring rearranges"),
         (
             "hosts: lrg/catalogue.csv\nsurvey: {pixel_scale: 0.25}",
-            "row 2, column pixel_scale: 0.26",
+            "row 2, column pixel_scale: '0.26'",
         ),
         (
             "hosts: lrg/euclid.csv\nsurvey: {bands: [g, r, VIS]}",
             "row 1, column path, .*no band VIS",
         ),
         ("hosts: lrg/pictures.csv", r"row 1, column path, .*a\.png: is a composite"),
-        ("hosts: lrg/radians.csv", "row 2, column position_angle: 45.0; must be radians"),
-        ("hosts: lrg/words.csv", "row 1, column redshift: photometric; must be a number"),
+        ("hosts: lrg/radians.csv", "row 2, column position_angle: '45.0' must be radians"),
+        ("hosts: lrg/words.csv", "row 1, column redshift: 'photometric' must be a redshift"),
         ("hosts: lrg/lenses.csv", "none of its 2 galaxies can be a host: 2 labelled lenses"),
     ],
 )

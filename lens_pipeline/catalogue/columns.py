@@ -1,0 +1,96 @@
+"""Columns of a catalogue: what they are called, and values that must be of one kind."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lens_pipeline.errors import InputError
+
+TEXT_COLUMNS = ("id", "path", "label", "group", "split", "survey", "flux_unit", "bands")
+_NAMES = (*TEXT_COLUMNS, "pixel_scale", "simulated", "ra", "dec")
+_IMAGE = "path_"  # and a band
+
+
+def column_name(name: Any) -> str:
+    """The name that a column has here: `Group` is `group`, as FITS tables write all in capitals;
+    what is not ours keeps its letters."""
+    given = str(name).strip()
+    lower = given.lower()
+    if lower.startswith(_IMAGE):
+        return _IMAGE + given[len(_IMAGE) :]  # of a band letters may matter
+    return lower if lower in _NAMES else given
+
+
+def with_column_names(table: pd.DataFrame, source: str) -> pd.DataFrame:
+    """The table, its columns called by `column_name`. Raises InputError where two are one."""
+    given = [str(name) for name in table]
+    names = [column_name(name) for name in given]
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            both = f"{given[names.index(name)]!r} and {given[place]!r}"
+            raise InputError(f"{source}: columns {both} are both {name}; drop or rename one")
+    return table.set_axis(names, axis=1)
+
+
+def is_text(name: Any) -> bool:
+    """Whether a column holds text whatever it looks like: `0012` is not 12."""
+    return column_name(name) in TEXT_COLUMNS or column_name(name).startswith(_IMAGE)
+
+
+def image_columns(names: Iterable[Any]) -> list[str]:
+    """`path`, or `path_<band>` for each band; empty where there is neither."""
+    known = [str(name) for name in names]
+    return ["path"] if "path" in known else [name for name in known if name.startswith(_IMAGE)]
+
+
+def as_text(column: pd.Series) -> pd.Series:
+    """As text, with empty and missing alike missing; whole numbers without a decimal point."""
+    if pd.api.types.is_float_dtype(column) and (column.dropna() % 1 == 0).all():
+        column = column.astype("Int64")
+    text = column.astype("object").map(_text)
+    return text.astype("object").where(text.notna(), None)
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, bytes):
+        value = value.decode()
+    if isinstance(value, list | tuple | np.ndarray):
+        return ",".join(map(str, value)) or None
+    return None if pd.isna(value) or str(value) == "" else str(value)
+
+
+def stripped(column: pd.Series) -> pd.Series:
+    """`as_text`, without blanks around it."""
+    return as_text(as_text(column).map(str.strip, na_action="ignore"))
+
+
+def zero_or_one(table: pd.DataFrame, column: str, source: str) -> pd.Series:
+    """Int8, missing where the column is. Raises InputError for all that is neither."""
+    known = {"1": 1, "0": 0, "1.0": 1, "0.0": 0, "True": 1, "False": 0}
+    text = stripped(table[column])
+    value = text.map(known)
+    refuse(source, table, text.notna() & value.isna(), column, "must be 1, 0 or empty")
+    return value.astype("Int8")
+
+
+def numbers(table: pd.DataFrame, column: str, source: str, what: str = "a number") -> pd.Series:
+    """float64, NaN where it is empty, or where there is no such column. Raises InputError for what
+    is neither, and infinite."""
+    if column not in table:
+        return pd.Series(np.nan, table.index)
+    text = stripped(table[column])
+    found = pd.to_numeric(text, errors="coerce").astype("float64")
+    refuse(source, table, text.notna() & ~np.isfinite(found), column, f"must be {what}, or empty")
+    return found
+
+
+def refuse(source: str, table: pd.DataFrame, bad: pd.Series, column: str, what: str) -> None:
+    """Raises InputError where any row is bad, naming the first."""
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        value = table[column].iloc[row]
+        more = f" (and {int(bad.sum()) - 1} more)" if bad.sum() > 1 else ""
+        shown = "" if pd.isna(value) else f" {str(value)!r}"
+        raise InputError(f"{source}: row {row + 1}, column {column}:{shown} {what}{more}")

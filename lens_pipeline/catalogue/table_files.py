@@ -1,0 +1,150 @@
+"""Files and folders -> tables as they are written; what they must hold is `table`'s matter."""
+
+import io
+import posixpath
+from typing import Any
+
+import fsspec
+import numpy as np
+import pandas as pd
+
+from lens_pipeline.catalogue.columns import (
+    as_text,
+    column_name,
+    image_columns,
+    is_text,
+    refuse,
+    with_column_names,
+    zero_or_one,
+)
+from lens_pipeline.catalogue.splits import SPLITS
+from lens_pipeline.errors import InputError
+from lens_pipeline.storage import TABLES, asking, locate, names_table, without_query
+
+IMAGE_SUFFIXES = (
+    *(".fits", ".fit", ".fz", ".fits.gz", ".fit.gz", ".npy", ".npz"),
+    *(".png", ".jpg", ".jpeg", ".tif", ".tiff"),
+)
+LOOKED_AT = 10_000  # rows, for numbers that are not meant as such
+CLASS_FOLDERS = {"lens": "1", "nonlens": "0"}
+
+
+def read_table(source: str, options: dict[str, Any]) -> pd.DataFrame:
+    """A CSV, Parquet, FITS or VOTable file, its columns by their names here.
+
+    Raises InputError for another, and where two columns are one; what the store or format raises.
+    """
+    if not names_table(source):
+        raise InputError(
+            f"{source}: a catalogue is a folder or one of {', '.join(TABLES)}; convert it"
+        )
+    filesystem, inside = locate(source, options)
+    with asking(source):
+        content = io.BytesIO(filesystem.cat_file(inside))
+    suffix = posixpath.splitext(without_query(source))[1].lower()
+    if suffix == ".csv":
+        return _read_csv(content, source)
+    if suffix == ".parquet":
+        table = pd.read_parquet(content)
+        own = [name for name in table.index.names if name is not None]  # a column, to pandas
+        return with_column_names(table.reset_index(own), source)
+    from astropy.table import Table
+
+    table = Table.read(content, format="fits" if suffix.startswith(".fit") else "votable")
+    wide = [name for name in table.colnames if table[name].ndim > 1]
+    if wide:
+        raise InputError(f"{source}: column {wide[0]} holds arrays; drop it or split it")
+    frame = table.to_pandas()
+    for name in frame.select_dtypes("object"):
+        frame[name] = frame[name].map(lambda v: v.decode() if isinstance(v, bytes) else v)
+    return with_column_names(frame, source)
+
+
+def _read_csv(content: io.BytesIO, source: str) -> pd.DataFrame:
+    try:
+        header = pd.read_csv(content, nrows=0, skipinitialspace=True).columns
+    except pd.errors.EmptyDataError:
+        raise InputError(f"{source}: the file is empty; a header with `id` is needed") from None
+    content.seek(0)
+    # Only an empty field is a missing one, and NaN, as other libraries write that: an id may be
+    # "NA". A comma that ends every row makes no column an index, and whole columns are looked at
+    # before they are taken for numbers.
+    names = [name for name in header if column_name(name) in ("id", *image_columns([name]))]
+    missing = {name: [""] if name in names else ["", "nan", "NaN"] for name in header}
+    how: dict[str, Any] = {
+        **{"keep_default_na": False, "na_values": missing, "index_col": False},
+        **{"low_memory": False, "skipinitialspace": True},
+    }
+    first = pd.read_csv(content, dtype=str, nrows=LOOKED_AT, **how)
+    content.seek(0)
+    text = {
+        name: str
+        for name in header
+        if is_text(name)
+        or first[name]
+        .astype("string")
+        .str.fullmatch(r"0\d+")
+        .any()  # a number would lose its zeros
+    }
+    table = pd.read_csv(content, dtype=text, **how)
+    content.seek(0)
+    # A column with an empty field is read as floats, which hold 15 digits: other surveys' ids have
+    # more.
+    floats = table.select_dtypes("float64")
+    lossy = [name for name in floats if floats[name].abs().between(2**53, np.inf, "left").any()]
+    if lossy:
+        exact = pd.read_csv(content, dtype=str, usecols=lossy, **how)
+        for name in lossy:
+            table[name] = pd.to_numeric(exact[name], dtype_backend="numpy_nullable")
+    return with_column_names(table, source)
+
+
+def read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str) -> pd.DataFrame:
+    """A row for each image of a folder, or of its classes' folders, or of its splits' listings.
+
+    Raises InputError where it has none, and for a listing of other columns, an empty path or label.
+    """
+    rows: list[dict[str, str]] = []
+    tables: list[pd.DataFrame] = []
+    for split in SPLITS:
+        listing = posixpath.join(inside, f"{split}.csv")
+        if filesystem.exists(listing):
+            with filesystem.open(listing, "rb") as file:
+                table = _read_csv(io.BytesIO(file.read()), listing)
+            missing = {"filepath", "label"} - set(table)
+            if missing:
+                raise InputError(f"{listing}: column {sorted(missing)[0]} is missing")
+            paths = as_text(table["filepath"])
+            refuse(listing, table, paths.isna(), "filepath", "is empty")
+            labels = zero_or_one(table, "label", listing)
+            table = table.assign(path=paths, split=split, label=labels)
+            tables.append(table.drop(columns="filepath"))
+            continue  # the listing says what of the split's folders belongs to it
+        for kind, label in CLASS_FOLDERS.items():
+            folder = posixpath.join(inside, split, kind)
+            if filesystem.isdir(folder):
+                for name in images_in(filesystem, folder):
+                    path = f"{split}/{kind}/{name}"
+                    rows.append({"id": path, "path": path, "label": label, "split": split})
+    if not rows and not tables:
+        rows = [{"id": name, "path": name} for name in images_in(filesystem, inside)]
+    if rows:
+        tables.append(pd.DataFrame(rows))
+    if not tables:
+        raise InputError(
+            f"{source}: no cutouts; a folder holds images, or train|val|test/lens|nonlens/ with "
+            "them, or train.csv ..."
+        )
+    found = pd.concat(tables, ignore_index=True)
+    # Of listings that number their rows each for itself, paths are the ids.
+    if "id" in found:
+        own = as_text(found["id"])
+        if own.notna().all() and own.is_unique:
+            return found.assign(id=own)
+    return found.assign(id=found["path"])
+
+
+def images_in(filesystem: fsspec.AbstractFileSystem, folder: str) -> list[str]:
+    """Names of the images that lie in a folder, sorted."""
+    names = (posixpath.basename(name) for name in filesystem.ls(folder, False))
+    return sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
