@@ -4,7 +4,6 @@ import argparse
 import difflib
 import json
 import logging
-import os
 import re
 import sys
 import textwrap
@@ -378,9 +377,9 @@ def _prune(options: argparse.Namespace) -> int:
     settings = Settings.load(home=options.home, cloud_url=options.cloud_url)
     from lens_pipeline.registry import Registry
     from lens_pipeline.shards.prune import prune_versions
+    from lens_pipeline.tracking import keep_waits_short
 
-    # Somebody waits; MLflow would try a server that is gone for four minutes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    keep_waits_short()
     try:
         referred = Registry(settings).dataset_versions()
     except InputError as problem:
@@ -402,16 +401,19 @@ def _prune(options: argparse.Namespace) -> int:
 
 
 def _promote(options: argparse.Namespace) -> int:
-    from lens_pipeline.registry import GATE, MODEL, PASSED, Registry
+    from lens_pipeline.registry import GATE, MODEL, PASSED, Registry, answering
+    from lens_pipeline.tracking import keep_waits_short
 
+    keep_waits_short()
     registry = Registry(Settings.load(home=options.home))
     registry.require()
-    known = [str(version.version) for version in registry.versions()]
-    if options.version not in known:
-        raise InputError(
-            f"promote {options.version}: {MODEL} has the versions {', '.join(known) or '(none)'}"
-        )
-    with registry.lock():
+    with answering(f"promote {options.version}"), registry.lock():
+        known = [str(version.version) for version in registry.versions()]
+        if options.version not in known:
+            raise InputError(
+                f"promote {options.version}: {MODEL} has the versions "
+                f"{', '.join(known) or '(none)'}"
+            )
         verdict = registry.version(options.version).tags.get(GATE, PASSED)
         registry.promote(options.version)
         against = () if verdict == PASSED else (f"before: {verdict}",)
@@ -421,11 +423,14 @@ def _promote(options: argparse.Namespace) -> int:
 
 
 def _rollback(options: argparse.Namespace) -> int:
-    from lens_pipeline.registry import MODEL, Registry
+    from lens_pipeline.registry import MODEL, Registry, answering
+    from lens_pipeline.tracking import keep_waits_short
 
+    keep_waits_short()
     registry = Registry(Settings.load(home=options.home))
     registry.require()
-    former, rolled_back = registry.roll_back()
+    with answering("rollback"):
+        former, rolled_back = registry.roll_back()
     print(f"{MODEL} version {former} is champion again, in the place of version {rolled_back}")
     return 0
 

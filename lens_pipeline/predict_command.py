@@ -28,8 +28,12 @@ def _predict(options: argparse.Namespace) -> int:
     from lens_pipeline.ensemble.parts import check_out, score_to_file
     from lens_pipeline.ensemble.shard_cutouts import open_cutout_source
     from lens_pipeline.registry import Registry
+    from lens_pipeline.tracking import keep_waits_short
 
     check_out(options.out)
+    if options.out.resolve() == Path(source).resolve():
+        raise InputError(f"--out {options.out}: is the catalogue; name another file")
+    keep_waits_short()
     registry = Registry(settings)
     registry.require()
     cutouts = open_cutout_source(
@@ -40,7 +44,14 @@ def _predict(options: argparse.Namespace) -> int:
     )
     ensemble, uri = registry.load(options.model)
     with interruptible():
-        scored = score_to_file(ensemble, cutouts, options.out, model=uri, top=options.top)
+        scored = score_to_file(
+            ensemble,
+            cutouts,
+            options.out,
+            model=uri,
+            top=options.top,
+            max_reject_fraction=settings.max_reject_fraction,
+        )
     print(f"{scored.path}: {scored.n_scored} of {scored.n_rows} cutouts scored by {uri}")
     if scored.gallery:
         print(f"{scored.gallery}: the highest-scored")

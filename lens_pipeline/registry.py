@@ -21,12 +21,13 @@ import filelock
 
 from lens_pipeline.errors import InputError, NoAnswerError, masked
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import digest, folder_aside
+from lens_pipeline.steps import PACKAGE, digest, folder_aside
 from lens_pipeline.tracking import (
     DAGSTER_RUN,
     DATASET_VERSION,
     STEP_KEY,
     Tracking,
+    code_commit,
     flat_metrics,
 )
 
@@ -238,17 +239,15 @@ class Registry:
                 f"models:/{MODEL}/version (a model is code, so no other place is trusted)"
             )
         self.require()
-        import mlflow
-        from mlflow.exceptions import MlflowException
-
-        try:
+        with answering(f"--model: {uri or MODEL} cannot be loaded"):
             assert self.client  # sets MLflow's URIs
             uri = self._numbered(uri or self._default_uri())
             # MLflow would leave what it fetches where it lies; the ensemble is in memory then.
+            if not uri.startswith(f"models:/{MODEL}/"):
+                raise InputError(f"--model: {uri} is another model; a lens finder is {MODEL}")
             with _import_path_kept(), TemporaryDirectory() as fetched:
-                model = mlflow.pyfunc.load_model(uri, dst_path=fetched)
-        except (MlflowException, OSError) as problem:
-            raise _told(f"--model: {uri or MODEL} cannot be loaded", problem) from None
+                model = _loaded(uri, fetched)
+                _tell_of_other_code(uri, Path(fetched))
         return model.unwrap_python_model().ensemble, uri
 
     def member_checkpoint(self, uri: str, architecture: str) -> Path:
@@ -259,11 +258,10 @@ class Registry:
         """
         self.require()
         import mlflow
-        from mlflow.exceptions import MlflowException
 
         from lens_pipeline.models.pretrained import read_checkpoint
 
-        try:
+        with answering(f"model.pretrained: {uri} cannot be had"):
             assert self.client  # sets MLflow's URIs
             uri = self._numbered(uri)
             # The number alone would be that of another server's version, too.
@@ -276,8 +274,6 @@ class Registry:
                 if not folder.exists():
                     with folder_aside(folder) as aside:
                         mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(aside))
-        except (MlflowException, OSError) as problem:
-            raise _told(f"model.pretrained: {uri} cannot be had", problem) from None
         members = {
             read_checkpoint(path)["hyper_parameters"]["arch"]: path
             for path in sorted(folder.rglob("members/*.ckpt"))
@@ -317,10 +313,58 @@ class Registry:
                 if alias == CHALLENGER:
                     log.warning("no champion: using the challenger, version %s", version.version)
                 return f"models:/{MODEL}/{version.version}"
+        known = ", ".join(str(version.version) for version in self.versions())
+        if known:
+            raise InputError(
+                f"{MODEL} has the versions {known}, and none is champion or challenger; name one "
+                f"with --model models:/{MODEL}/..., or make one champion with `lens-pipeline "
+                "promote`"
+            )
         raise InputError(
             f"{masked(self.settings.mlflow_uri)}: no version of {MODEL} is registered; "
             "make one with `lens-pipeline run`"
         )
+
+
+def _loaded(uri: str, folder: str) -> Any:
+    """MLflow's model, fetched into a folder; it names the version where that holds no ensemble."""
+    import mlflow
+
+    try:
+        return mlflow.pyfunc.load_model(uri, dst_path=folder)
+    except InputError as problem:
+        raise InputError(f"--model: {uri}: {problem}") from None
+
+
+def _tell_of_other_code(uri: str, folder: Path) -> None:
+    """Warns where the code that scores is not what a version was registered with, and carries for
+    those who have not installed it."""
+    installed = Path(__file__).parent
+    for carried in folder.rglob(f"code/{PACKAGE}"):
+        files = [file.relative_to(carried) for file in sorted(carried.rglob("*.py"))]
+        other = [
+            str(file)
+            for file in files
+            if not (installed / file).is_file()
+            or (installed / file).read_bytes() != (carried / file).read_bytes()
+        ]
+        if other:
+            log.warning(
+                "%s was registered with other code (%d files differ, as %s); the code that is "
+                "installed here scores", uri, len(other), other[0],
+            )  # fmt: skip
+
+
+@contextmanager
+def answering(what: str) -> Iterator[None]:
+    """Around what asks the registry: its errors come out as InputError, NoAnswerError where it
+    gives none, both with what could not be done."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as problem:
+        raise _told(what, problem) from None
 
 
 def _told(what: str, problem: Exception) -> InputError:
@@ -362,10 +406,8 @@ def version_tags(
     metrics: Mapping[str, Any],
 ) -> dict[str, str]:
     """What a registered version carries: its dataset, code, settings, its members' runs, its
-    metrics. The commit is that of the checkout that this runs from, where it is one."""
-    from mlflow.utils.git_utils import get_git_commit
-
-    commit = get_git_commit(str(Path(__file__).parent))
+    metrics."""
+    commit = code_commit()
     return {
         STEP_KEY: step_key,
         DATASET_VERSION: dataset_version,

@@ -114,8 +114,11 @@ def changed_since(
     of its store; None where none has. What a store would have to be asked for one by one is not
     asked for. Raises NoAnswerError where a store fails."""
     for path, info in _infos(times, storage_options, one_by_one=False):
-        if info is not None and _seconds(_when(info)) > times[path]:
-            return path
+        if info is not None:
+            # A file that was moved into place keeps its time, but for that of its inode.
+            of_inode = 0 if protocol_of(path) else info["created"]
+            if max(_seconds(_when(info)), of_inode) > times[path]:
+                return path
     return None
 
 

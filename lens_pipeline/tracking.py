@@ -8,6 +8,7 @@ import math
 import os
 import socket
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,6 +61,26 @@ def flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def code_commit() -> str | None:
+    """The commit of the checkout that this runs from, with `-dirty` where files of it have changed
+    since; None where it is no checkout."""
+    from mlflow.utils.git_utils import get_git_commit
+
+    here = str(Path(__file__).parent)
+    commit = get_git_commit(here)
+    if commit is None:
+        return None
+    import git
+
+    changed = git.Repo(here, search_parent_directories=True).is_dirty()
+    return f"{commit}-dirty" if changed else str(commit)
+
+
+def keep_waits_short() -> None:
+    """Where somebody waits: MLflow would try a server that is gone for four minutes."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+
+
 def flat_metrics(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """The values that the sample could resolve, of what `lens_metrics` returns."""
     found = {}
@@ -88,10 +109,12 @@ class Tracking:
         os.environ.update(self.settings.mlflow_credentials)
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
-        # Two processes that create one SQLite file at once would trip over each other.
-        lock = self.settings.home / ".locks" / "mlflow.lock"
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(lock):
+        locks = self.settings.home / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        # Two processes that create one SQLite file at once would trip over each other. Of a server
+        # none waits for another.
+        lock = filelock.FileLock(locks / "mlflow.lock")
+        with lock if self.settings.tracking_uri is None else nullcontext():
             if self.settings.tracking_uri is None:
                 _create_database(self.settings.mlflow_database)
             try:

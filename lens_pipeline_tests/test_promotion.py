@@ -188,8 +188,10 @@ def test_a_registry_that_fails_in_the_middle_leaves_the_champion(
                 f"CREATE TRIGGER fails_{event} BEFORE {event} ON registered_model_aliases "
                 "BEGIN SELECT RAISE(ABORT, 'the disk has failed'); END"
             )
-    assert main(["promote", "2", "--home", str(own_home)]) == 1
-    assert "the disk has failed" in capsys.readouterr().err
+    assert main(["promote", "2", "--home", str(own_home)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: promote 2 (")
+    assert "the disk has failed" in error
     assert aliases(own_home)["champion"] == "1"
 
 
@@ -213,6 +215,45 @@ def test_what_was_rolled_back_during_the_comparison_stays_down(own_home: Path) -
     assert not _promoted_if_passed(registry, "2", against).passed
     assert aliases(own_home)["champion"] == "1"
     assert ["lens.rolled_back" in tags for tags in asked] == [False, True]
+
+
+def test_what_was_replaced_by_hand_stays_so(own_home: Path) -> None:
+    """The next run makes the same model: it is not to undo what somebody has decided."""
+    client = client_of(own_home)
+    first = client.get_model_version(MODEL, "1")
+    client.create_model_version(MODEL, first.source, first.run_id)
+    for version in ("2", "1"):
+        assert main(["promote", version, "--home", str(own_home)]) == 0
+    registry = Registry(Settings.load(home=own_home))
+    lens = SimpleNamespace(settings=registry.settings, registry=registry)
+    source = Source({}, lambda: (None, None))
+
+    def judged() -> GateDecision:
+        champion, version = registry.aliased("champion"), registry.version("2")
+        return decide(lens, "key", own_home, own_home, source, champion, version)
+
+    assert judged().reasons == (
+        "version 2 was replaced by hand with the older version 1; promote it by hand",
+    )
+    assert aliases(own_home)["champion"] == "1"
+
+
+def test_the_registry_says_what_it_does_not_have(
+    own_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = client_of(own_home)
+    for alias in list(aliases(own_home)):
+        client.delete_registered_model_alias(MODEL, alias)
+    (tmp_path / "c.csv").write_text("id,path\na,a.npy\n")
+    predict = ["predict", "--home", str(own_home), "--catalogue", str(tmp_path / "c.csv")]
+    predict += ["--out", str(tmp_path / "scores.csv")]
+    assert main(predict) == 2
+    assert "has the versions 1, and none is champion or chall" in capsys.readouterr().err
+    first = client.get_model_version(MODEL, "1")
+    client.create_registered_model("other")
+    client.create_model_version("other", first.source, first.run_id)
+    assert main([*predict, "--model", "models:/other/1"]) == 2
+    assert "models:/other/1 is another model; a lens finder is lens_e" in capsys.readouterr().err
 
 
 def test_a_champion_that_cannot_be_loaded_is_kept_and_said(

@@ -18,7 +18,9 @@ from mlflow.models import Model
 
 from lens_pipeline.ensemble.carried import LIBRARIES
 from lens_pipeline.ensemble.system import LensEnsemble, load_ensemble
-from lens_pipeline.registry import MODEL
+from lens_pipeline.errors import InputError
+from lens_pipeline.registry import MODEL, Registry
+from lens_pipeline.settings import Settings
 from lens_pipeline_tests.conftest import program_says
 from lens_pipeline_tests.object_stores import free_ports
 from lens_pipeline_tests.served import DIRECT
@@ -168,3 +170,30 @@ def _answers(url: str) -> bool:
             return bool(answer.status == 200)
     except OSError:
         return False
+
+
+def test_what_is_no_cutout_is_refused_and_nothing_gives_nothing(ensemble: LensEnsemble) -> None:
+    shape = (3, ensemble.format.image_size, ensemble.format.image_size)
+    nothing = ensemble.predict(np.zeros((0, *shape), np.float32))
+    assert list(nothing) == ensemble.columns
+    assert len(nothing) == 0
+    cutouts = np.random.default_rng(0).normal(size=(4, *shape))
+    cutouts[2, 1, 5, 5] = np.nan
+    with pytest.raises(InputError, match=r"cutout 2 of the array \(from 0\) has pixels that are"):
+        ensemble.predict(cutouts)
+
+
+def test_a_version_of_other_code_is_told(
+    home: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = Registry(Settings.load(home=home))
+    registry.load()
+    assert "other code" not in caplog.text
+    (carried,) = model.rglob("code/lens_pipeline/ensemble/fusion.py")
+    as_it_was = carried.read_text()
+    carried.write_text(f"{as_it_was}# before it was mended\n")
+    try:
+        registry.load()
+    finally:
+        carried.write_text(as_it_was)
+    assert "was registered with other code (1 files differ, as ensemble/fusion.py)" in caplog.text

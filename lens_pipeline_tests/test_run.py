@@ -136,7 +136,7 @@ def test_mlflow_holds_a_run_per_member_and_a_version_that_names_them(home: Path)
     assert float(version.tags["lens.auroc"]) == pytest.approx(auroc, rel=1e-5)
     assert version.tags["lens.dagster_run_id"] == runs["lastro"].data.tags["lens.dagster_run_id"]
     assert json.loads(version.tags["lens.settings"]) == {"preset": "tiny"}
-    assert re.fullmatch("[0-9a-f]{40}", version.tags["lens.git_commit"])
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", version.tags["lens.git_commit"])
     assert summary["dataset_version"] in version.description
     for part in ("validated on simulated cutouts: ", "32 x 32 pixels of 0.263 arcsec", "## Limits"):
         assert part in version.description

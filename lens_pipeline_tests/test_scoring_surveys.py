@@ -1,5 +1,6 @@
 """Scoring more than memory should hold: in parts, killed and gone on, never mixed."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from PIL import Image
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
 from lens_pipeline.ensemble.cutouts import CatalogueCutouts
-from lens_pipeline.ensemble.parts import ROWS, score_to_file
+from lens_pipeline.ensemble.parts import ROWS, about_scores, score_to_file
 from lens_pipeline.ensemble.system import LensEnsemble, load_ensemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.cloud import publish_shards
@@ -114,13 +115,70 @@ def test_an_image_that_has_changed_since_is_not_scored_as_it_was(
 ) -> None:
     table = pd.read_parquet(survey)
     stack = Path(table["path"][1].partition("#")[0])
-    times = stack.stat()
-    os.utime(stack, (time.time() + 60, time.time() + 60))
+    another = tmp_path / "another.npy"
+    shutil.copy2(stack, another)
+    stack.rename(kept := tmp_path / "kept.npy")
     try:
+        another.rename(stack)  # which keeps the time of its content
         assert main(command(home, survey, killed.with_name("scores.parquet"))) == 2
         assert f"has scores of {stack} as it was before it changed" in capsys.readouterr().err
     finally:
-        os.utime(stack, ns=(times.st_atime_ns, times.st_mtime_ns))
+        kept.rename(stack)
+
+
+def test_scores_say_of_what_they_are(home: Path, undisturbed: Path, survey: Path) -> None:
+    about = about_scores(undisturbed)
+    ensemble = next((home / "ensemble").glob("[!.]*/ensemble.json"))
+    facts = json.loads(ensemble.read_text())
+    assert about["model"]["uri"] == "models:/lens_ensemble/1"
+    assert about["dataset_version"] == facts["dataset_version"]
+    assert about["catalogue"]["source"] == str(survey)
+    assert about["code_version"] == importlib.metadata.version("lens-pipeline")
+    with pytest.raises(InputError, match="does not say of what its scores are"):
+        about_scores(survey)
+
+
+def test_scores_are_not_replaced_by_none(
+    home: Path, simulated_catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk that is not mounted, in the middle of a survey: what there was stays, and what was
+    scored is not scored again."""
+    table = pd.read_parquet(simulated_catalogue)
+    images = tmp_path / "images"
+    shutil.copytree(simulated_catalogue.parent, images)
+    table["path"] = [str(images / path) for path in table["path"]]
+    table = pd.concat([table] * (1 + 3 * ROWS // len(table)), ignore_index=True)[: 3 * ROWS]
+    table["id"] = [f"J{number:06d}" for number in range(len(table))]
+    # The first part is of files that stay.
+    for row in range(ROWS):
+        table.loc[row, "path"] = str(simulated_catalogue.parent / Path(table["path"][row]).name)
+    catalogue, out = tmp_path / "survey.parquet", tmp_path / "scores.parquet"
+    table.to_parquet(catalogue)
+    assert main(command(home, catalogue, out)) == 0
+    before = out.read_bytes()
+    images.rename(tmp_path / "away")
+    assert main(command(home, catalogue, out)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"of the first {2 * ROWS} cutouts {ROWS} cannot be used" in error
+    assert f"of all {3 * ROWS // 10} may be so (LENS_MAX_REJECT_FRACTION)" in error
+    assert f"{ROWS} times: the file is missing" in error
+    assert out.read_bytes() == before
+    (tmp_path / "away").rename(images)
+    assert main(command(home, catalogue, out)) == 0
+    assert f"goes on from row {ROWS} of {3 * ROWS}" in capsys.readouterr().err
+    assert out.read_bytes() == before
+
+
+def test_images_without_names_of_bands_are_told(
+    home: Path, simulated_catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.read_parquet(simulated_catalogue)[:4]
+    table["path"] = [str(simulated_catalogue.parent / path) for path in table["path"]]
+    for name, rows in (("named", table), ("unnamed", table.drop(columns="bands"))):
+        rows.to_parquet(tmp_path / f"{name}.parquet")
+        assert main(command(home, tmp_path / f"{name}.parquet", tmp_path / "s.csv")) == 0
+        told = "they are taken to be g, r, i, in this order" in capsys.readouterr().err
+        assert told == (name == "unnamed")
 
 
 def test_row_groups_are_larger_than_parts(undisturbed: Path) -> None:
@@ -182,6 +240,7 @@ def test_a_csv_is_the_same_table(
     assert list(csv) == list(parquet)
     assert csv["id"].tolist() == parquet["id"].tolist()
     np.testing.assert_allclose(csv["logit"], parquet["logit"], rtol=1e-15)
+    assert about_scores(out) == about_scores(undisturbed)
 
 
 def test_the_top_is_drawn(
@@ -243,6 +302,23 @@ def test_a_catalogue_that_lacks_a_band_is_refused_before_anything_is_read(
     path.write_text("id,path_g,path_r\na,a_g.fits,a_r.fits\n")
     assert main(command(home, path, tmp_path / "scores.parquet")) == 2
     assert "has the bands g, r; the model takes g, r, i" in capsys.readouterr().err
+
+
+def test_an_out_may_have_any_name_but_the_catalogues(
+    home: Path, survey: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.read_parquet(survey)[1:10]
+    table.to_parquet(tmp_path / "part-000000.parquet")
+    catalogue = tmp_path / "few.parquet"
+    table.to_parquet(catalogue)
+    assert main(command(home, catalogue, tmp_path / "part-000000.parquet")) == 0
+    assert pd.read_parquet(tmp_path / "part-000000.parquet")["probability"].notna().all()
+    assert main(command(home, catalogue, catalogue)) == 2
+    assert f"--out {catalogue}: is the catalogue" in capsys.readouterr().err
+    pd.testing.assert_frame_equal(pd.read_parquet(catalogue), table)
+    assert main(command(home, catalogue, Path("s3://bucket/scores.parquet"))) == 2
+    assert "must be a file on this machine" in capsys.readouterr().err
+    assert not Path("s3:").exists()
 
 
 @pytest.mark.parametrize("out", ["file/scores.parquet", "folder.parquet", "scores.txt"])

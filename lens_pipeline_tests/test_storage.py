@@ -64,11 +64,13 @@ def test_what_has_changed_since_is_told_by_the_clock_of_its_store(
     for name in ("a", "b"):
         (tmp_path / name).touch()
         bucket.pipe_file(f"{s3_bucket}/{name}", b"pixels")
-    os.utime(tmp_path / "a", (now - 50, now - 50))
+    os.utime(tmp_path / "b", (now + 50, now + 50))
     local = [f"{tmp_path}/{name}" for name in "ab"]
-    assert changed_since(dict.fromkeys(local, now - 20)) == local[1]
-    assert changed_since(dict.fromkeys(local, now + 20)) is None
-    assert changed_since({local[0]: now - 60, local[1]: now + 20}) == local[0]
+    assert changed_since(dict.fromkeys(local, now + 20)) == local[1]
+    assert changed_since(dict.fromkeys(local, now + 60)) is None
+    # A file that is moved into place has the time of its content, and not that of its name.
+    os.utime(tmp_path / "a", (now - 50, now - 50))
+    assert changed_since({local[0]: now - 20, local[1]: now + 60}) == local[0]
     for name in range(WORTH_LISTING):
         bucket.pipe_file(f"{s3_bucket}/{name:03d}", b"pixels")
     remote = [f"{s3_bucket}/{name:03d}" for name in range(WORTH_LISTING)]

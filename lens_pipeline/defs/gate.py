@@ -9,7 +9,7 @@ from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.scored import Source
 from lens_pipeline.defs.stages import log
 from lens_pipeline.errors import InputError, NoAnswerError
-from lens_pipeline.registry import MODEL, ROLLED_BACK
+from lens_pipeline.registry import MODEL, REPLACED, ROLLED_BACK
 from lens_pipeline.steps import Recipe, digest, run_step
 from lens_pipeline.tracking import STEP_KEY
 
@@ -53,6 +53,11 @@ def decide(
         return read_evaluation(evaluation).gate(settings.gate)
     if version is not None and int(version.version) < int(champion.version):
         return refused(f"version {version.version} is older than the champion")
+    if version is not None and champion.tags.get(REPLACED) == str(version.version):
+        return refused(
+            f"version {version.version} was replaced by hand with the older version "
+            f"{champion.version}; promote it by hand"
+        )
     own = json.loads((ensemble / "ensemble.json").read_text())
     dataset = source.opened()[0]
     if own["dataset"] != dataset.facts["content"]:

@@ -57,9 +57,11 @@ class FittedFusion:
 
     def fuse(self, logits: Array, draws: Array) -> Fused:
         """Scores of raw logits (n, members) and of the same with dropout (n, members, draws)."""
-        calibrated = [one(draws[:, i]) for i, one in enumerate(self.members)]
-        fused = self(logits, draws.std(axis=2))
-        return with_uncertainty(fused, np.stack(calibrated, axis=1))
+        deviation = draws.std(axis=2)
+        calibrated, variance = _calibrated(self.members, logits, deviation)
+        drawn = np.stack([one(draws[:, i]) for i, one in enumerate(self.members)], axis=1)
+        shares = self.fusion.shares(calibrated, variance)
+        return with_uncertainty(self(logits, deviation), drawn, shares)
 
 
 def fit(

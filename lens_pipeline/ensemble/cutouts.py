@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.dataset import CutoutFormat
-from lens_pipeline.catalogue.images import CutoutError, file_of
+from lens_pipeline.catalogue.images import CutoutError, file_of, read_image
 from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.errors import InputError, masked
@@ -87,7 +87,22 @@ class CatalogueCutouts:
 
     def check(self, form: CutoutFormat) -> None:
         check_bands(form, self.catalogue.bands, self.catalogue.source)
+        self._tell_of_unnamed_bands(form)
         check_pixel_scale(form, self.catalogue.table, self.catalogue.source)
+
+    def _tell_of_unnamed_bands(self, form: CutoutFormat) -> None:
+        """Warns where neither the catalogue nor its first file says which band is which."""
+        if self.catalogue.bands is not None or form.named_bands is None:
+            return
+        try:
+            first = read_image(self.catalogue.references[0], options=self.options)
+        except CutoutError:
+            return  # which its row will tell
+        if first.bands is None and len(first.pixels) > 1:
+            log.warning(
+                "%s: no column bands, and images that do not name theirs; they are taken to be %s, "
+                "in this order", self.catalogue.source, ", ".join(form.named_bands),
+            )  # fmt: skip
 
     def read(
         self, form: CutoutFormat, rows: NDArray[np.integer]

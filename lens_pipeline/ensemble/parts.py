@@ -6,9 +6,11 @@ Beside `scores.parquet` lies `scores.parquet.parts` meanwhile, with `part-000000
 """
 
 import errno
+import importlib.metadata
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,10 +31,12 @@ from lens_pipeline.ensemble.predictor import score_batches, scoring
 from lens_pipeline.ensemble.system import BATCH, LensEnsemble
 from lens_pipeline.errors import InputError, NoRoomError, masked
 from lens_pipeline.steps import digest, file_aside, source_hashes, write_aside
+from lens_pipeline.tracking import code_commit
 
 ROWS = 4 * BATCH  # of a part: what a kill costs
 TOGETHER = 64  # parts in a row group of the whole
 ABOUT = "parts.json"
+_KEY = b"lens_pipeline"  # of a Parquet file's metadata
 SUFFIXES = (".parquet", ".csv")
 CAPTION = 17  # characters of an id that fit over a cutout
 
@@ -51,6 +55,8 @@ class ScoredFile:
 
 def check_out(out: Path) -> None:
     """Raises InputError where scores cannot be written to this file."""
+    if out.parts[0].endswith(":"):  # of a URL, `s3://`, as a path writes it
+        raise InputError(f"--out {out}: must be a file on this machine; upload it afterwards")
     if out.suffix not in SUFFIXES:
         raise InputError(f"--out {out}: must end in {' or '.join(SUFFIXES)}")
     if out.is_dir():
@@ -64,15 +70,23 @@ def check_out(out: Path) -> None:
 
 
 def score_to_file(
-    ensemble: LensEnsemble, source: CutoutSource, out: Path, *, model: str, top: int = 0
+    ensemble: LensEnsemble,
+    source: CutoutSource,
+    out: Path,
+    *,
+    model: str,
+    top: int = 0,
+    max_reject_fraction: float = 1.0,
 ) -> ScoredFile:
     """Write the score table of a source to a .parquet or .csv file; see `score_catalogue`.
 
     model: where the ensemble comes from, for people; top: how many of the highest-scored cutouts a
-    picture beside the file shows. Parts of a call that did not end are gone on from.
+    picture beside the file shows; max_reject_fraction: of cutouts that cannot be used. Parts of a
+    call that did not end are gone on from. Of what the scores are, `about_scores` tells.
     Raises InputError where the file cannot be written, where the source disagrees with the format
     of the ensemble, where the parts are of another model or source, or another process is writing
-    them, and, when all is written, where no cutout could be scored. NoRoomError: the disk is full.
+    them; and where more cutouts than that, or all, cannot be used: a file that was there before is
+    as it was, and what could not be read is tried again. NoRoomError: the disk is full.
     """
     check_out(out)
     source.check(ensemble.format)
@@ -87,22 +101,49 @@ def score_to_file(
         "rows_of_a_part": ROWS,
         "program": digest(source_hashes([__name__]))[:32],
     }
+    may_fail = min(n - 1, int(max_reject_fraction * n))
     with _claimed(out.with_name(f"{out.name}.parts"), about) as (folder, begun):
         parts = [folder / f"part-{number:06d}.parquet" for number in range(-(-n // ROWS))]
         _check_still_true(source, parts, begun)
-        _score_parts(ensemble, source, parts, types)
+        _score_parts(ensemble, source, parts, types, may_fail)
         logit = pd.concat([_column(part, "logit") for part in parts], ignore_index=True)
         gallery = _draw_gallery(ensemble, source, logit, out, top) if top else None
-        _put_together(parts, folder / out.name)
-        (folder / out.name).replace(out)
+        whole = folder / f"whole{out.suffix}"
+        made = {
+            "dataset_version": ensemble.facts["dataset_version"],
+            "code_version": importlib.metadata.version("lens-pipeline"),
+            "code_commit": code_commit(),
+        }
+        _put_together(parts, whole, json.dumps(about | made))
+        if out.suffix == ".csv":
+            write_aside(_beside(out), json.dumps(about | made, indent=1))
+        whole.replace(out)
         n_scored = int(logit.notna().sum())
-        reason = None if n_scored else _column(parts[0], "reject_reason")[0]
         for part in parts:  # before what says of what they are: a kill leaves no riddle
             part.unlink()
         shutil.rmtree(folder)
-    if reason is not None:
-        raise InputError(f"{source.catalogue.source}: no cutout could be scored; row 1: {reason}")
     return ScoredFile(out, n, n_scored, gallery)
+
+
+def about_scores(path: Path) -> dict[str, Any]:
+    """Of what the scores in a file of `score_to_file` are: `model` (its URI in the registry, and a
+    hash), `dataset_version` that it was trained on, the `catalogue` or shards, `code_version`
+    and `code_commit`.
+
+    It is kept in the metadata of a Parquet file, and beside a CSV file. Raises InputError where it
+    is not there.
+    """
+    if path.suffix == ".csv":
+        text = _beside(path).read_text() if _beside(path).is_file() else None
+    else:
+        text = (pq.read_schema(path).metadata or {}).get(_KEY)
+    if text is None:
+        raise InputError(f"{path}: does not say of what its scores are")
+    return dict(json.loads(text))
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
 
 
 @contextmanager
@@ -149,27 +190,50 @@ def _shown(value: Any) -> str:
 
 
 def _score_parts(
-    ensemble: LensEnsemble, source: CutoutSource, parts: list[Path], types: dict[str, pa.DataType]
+    ensemble: LensEnsemble,
+    source: CutoutSource,
+    parts: list[Path],
+    types: dict[str, pa.DataType],
+    may_fail: int,
 ) -> None:
     n = len(source.catalogue.table)
     done = 0
+    reasons: Counter[str] = Counter()
     for number, part in enumerate(parts):
         if not _is_whole(part, min(ROWS, n - number * ROWS)):
             break
+        reasons.update(_column(part, "reject_reason").dropna())
         done += 1
     if done:
         log.info("%s: goes on from row %d of %d", parts[0].parent, min(done * ROWS, n), n)
     batches = score_batches(ensemble, source, begin=done * ROWS)
     with scoring(n, min(done * ROWS, n)) as progress:
-        for part in parts[done:]:
+        for number, part in enumerate(parts[done:], done):
             tables = []
             for batch in islice(batches, ROWS // BATCH):
                 tables.append(batch)
                 progress.update(len(batch))
             table = pd.concat(tables)
+            reasons.update(table["reject_reason"].dropna())
+            if reasons.total() > may_fail:
+                _refuse_rejects(reasons, source, min(n, (number + 1) * ROWS), may_fail, parts)
             schema = pa.schema([(str(name), types[str(name)]) for name in table])
             with _written(part) as file:
                 pq.write_table(pa.Table.from_pandas(table, schema, preserve_index=False), file)
+
+
+def _refuse_rejects(
+    reasons: Counter[str], source: CutoutSource, n: int, may_fail: int, parts: list[Path]
+) -> None:
+    """Raises InputError; parts in which any cutout could not be used are removed."""
+    for part in takewhile(Path.exists, parts):
+        if _column(part, "reject_reason").notna().any():
+            part.unlink()
+    said = "; ".join(f"{count} times: {reason}" for reason, count in reasons.most_common(3))
+    raise InputError(
+        f"{source.catalogue.source}: of the first {n} cutouts {reasons.total()} cannot be used, of "
+        f"all {may_fail} may be so (LENS_MAX_REJECT_FRACTION): {said}"
+    )
 
 
 def _check_still_true(source: CutoutSource, parts: list[Path], begun: float) -> None:
@@ -211,17 +275,20 @@ def _column(part: Path, name: str) -> pd.Series:
     return pq.ParquetFile(part).read(columns=[name]).to_pandas()[name]
 
 
-def _put_together(parts: list[Path], out: Path) -> None:
+def _put_together(parts: list[Path], out: Path, about: str) -> None:
     with _written(out) as file:
         if out.suffix == ".csv":
             for part in parts:
                 table = pq.ParquetFile(part).read().to_pandas()
                 table.to_csv(file, header=part is parts[0], index=False, mode="wb")
         else:
-            with pq.ParquetWriter(file, pq.read_schema(parts[0])) as writer:
+            schema = pq.read_schema(parts[0])
+            schema = schema.with_metadata({**(schema.metadata or {}), _KEY: about.encode()})
+            with pq.ParquetWriter(file, schema) as writer:
                 for begin in range(0, len(parts), TOGETHER):
                     some = parts[begin : begin + TOGETHER]
-                    writer.write_table(pa.concat_tables(pq.ParquetFile(p).read() for p in some))
+                    tables = [pq.ParquetFile(part).read() for part in some]
+                    writer.write_table(pa.concat_tables(tables).cast(schema))
 
 
 @contextmanager

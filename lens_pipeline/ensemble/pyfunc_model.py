@@ -1,7 +1,7 @@
 """The ensemble as an MLflow model, logged as code: MLflow runs this file to load it.
 
 Input: float32 (n, bands, height, width) in the units of the stored cutouts. Output: a table with
-probability, logit, std, entropy and probability_<member>.
+the columns of `LensEnsemble.columns`.
 """
 
 from typing import Any

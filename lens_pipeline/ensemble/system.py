@@ -58,15 +58,23 @@ class LensEnsemble:
     def predict(self, images: NDArray[np.floating]) -> pd.DataFrame:
         """Scores of cutouts (n, bands, height, width), in the units of the stored ones.
 
-        One row a cutout, with the columns of `columns`. Raises InputError where
-        the shape is not the one that the ensemble was trained on.
+        One row a cutout, with the columns of `columns`. Raises InputError where the shape is not
+        the one that the ensemble was trained on, and for a pixel that is not finite, which
+        `usable_cutout` would have filled in.
         """
         size = self.format.image_size
         wanted = (len(self.format.bands), size, size)
         if images.ndim != 4 or images.shape[1:] != wanted:
             raise InputError(f"the array has shape {images.shape}; the model takes (n, *{wanted})")
+        whole = np.isfinite(images).all(axis=(1, 2, 3))
+        if not whole.all():
+            raise InputError(
+                f"cutout {int(np.argmin(whole))} of the array (from 0) has pixels that are not "
+                "finite; fill them in first, as with the median of their band"
+            )
         parts = [self._predict(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
-        return pd.concat(parts, ignore_index=True) if parts else self._predict(images)
+        nothing = pd.DataFrame(columns=self.columns, dtype=np.float64)
+        return pd.concat(parts, ignore_index=True) if parts else nothing
 
     def _predict(self, images: NDArray[np.floating]) -> pd.DataFrame:
         logits, draws = [], []

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.special import expit
+from scipy.stats import bernoulli, norm
 from scipy.stats import entropy as scipy_entropy
-from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
@@ -245,8 +245,28 @@ def test_draws_give_the_uncertainty_of_the_calibrated_members() -> None:
     draws = logits[..., None] + deviation[..., None] * np.array([-1.0, 1.0])
     fused = fitted.fuse(logits, draws)
     np.testing.assert_allclose(fused.logit, fitted(logits, deviation))
+    # A member that decides nothing adds no doubt.
     calibrated = [expit(one(draws[:, i])) for i, one in enumerate(fitted.members)]
-    np.testing.assert_allclose(fused.std, np.concatenate(calibrated, axis=1).std(axis=1))
+    np.testing.assert_allclose(fused.std, calibrated[0].std(axis=1))
+    mean = fit("mean", "platt", logits, deviation, label).fuse(logits, draws)
+    np.testing.assert_allclose(mean.std, np.concatenate(calibrated, axis=1).std(axis=1))
+
+
+def test_each_member_adds_doubt_as_far_as_it_decides() -> None:
+    """Against NumPy's covariance of draws that are repeated as often as their member counts."""
+    draws = np.random.default_rng(0).normal(size=(5, 2, 20))
+    logits, drawn = draws.mean(axis=2), expit(draws)
+    fused = fuse(logits, draws, Stacking((3.0, 1.0)))
+    counts = np.repeat([3, 1], 20)
+    for row, values in enumerate(drawn.reshape(5, -1)):
+        assert fused.std[row] == pytest.approx(np.sqrt(np.cov(values, fweights=counts, ddof=0)))
+        entropy = np.average([bernoulli(p).entropy() for p in values], weights=counts)
+        assert fused.entropy[row] == pytest.approx(entropy)
+    variance = draws.var(axis=2)
+    for fusion in (Mean(), InverseVariance(), Stacking((0.0, 0.0)), Single(1)):
+        shares = fusion.shares(logits, variance)
+        np.testing.assert_allclose(shares.sum(axis=1), 1)
+        assert (shares >= 0).all()
 
 
 def test_logits_that_are_not_finite_are_refused() -> None:
