@@ -68,9 +68,9 @@ def stripped(column: pd.Series) -> pd.Series:
 
 def zero_or_one(table: pd.DataFrame, column: str, source: str) -> pd.Series:
     """Int8, missing where the column is. Raises InputError for all that is neither."""
-    known = {"1": 1, "0": 0, "1.0": 1, "0.0": 0, "True": 1, "False": 0}
+    known = {"1": 1, "0": 0, "1.0": 1, "0.0": 0, "true": 1, "false": 0}
     text = stripped(table[column])
-    value = text.map(known)
+    value = text.map(lambda said: known.get(said.lower()), na_action="ignore")
     refuse(source, table, text.notna() & value.isna(), column, "must be 1, 0 or empty")
     return value.astype("Int8")
 

@@ -36,6 +36,11 @@ from lens_pipeline.shards.memory import stacked
 Content = bytes | memoryview
 IMAGES = ("npy", "png", "jpg", "jpeg")
 _NAME = re.compile(r"(?P<key>[A-Za-z0-9_-]+)\.(?P<extension>[a-z0-9]+(?:\.[a-z0-9]+)*)")
+_LABELS = {
+    **{"": -1, "none": -1, "nan": -1},
+    **{"0": 0, "0.0": 0, "false": 0},
+    **{"1": 1, "1.0": 1, "true": 1},
+}
 END = bytes(2 * tarfile.BLOCKSIZE)  # every whole tar ends with it
 
 
@@ -128,9 +133,9 @@ def _sample(key: str, parts: dict[str, tuple[Content, int]], shard: str) -> RawS
         stated = bytes(parts["cls"][0]).decode() if "cls" in parts else about.get("label")
     except (ValueError, TypeError):
         raise InputError(f"{shard}: sample {key}: its .json or .cls cannot be read") from None
-    label = {"": -1, "None": -1, "0": 0, "1": 1}.get(str(stated).strip())
+    label = _LABELS.get(str(stated).strip().lower())
     if label is None:
-        raise InputError(f"{shard}: sample {key}: label {stated!r} must be 0 or 1")
+        raise InputError(f"{shard}: sample {key}: label {stated!r} must be 0, 1 or empty")
     return RawSample(str(about.get("id", key)), label, images[0], *parts[images[0]])
 
 
@@ -194,15 +199,35 @@ def index_tars(
     return ForeignSplit(pd.DataFrame(rows, columns=columns), decoder)
 
 
+class WholeTarInfo(tarfile.TarInfo):
+    """A header that is damaged is an error: to `tarfile` it would be the end of the tar."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as problem:
+            if any(buf):
+                raise tarfile.ReadError(f"a header is damaged: {problem}") from None
+            raise  # an empty block, as at the end
+
+
+def check_end(rest: bytes | memoryview) -> None:
+    """Raises tarfile.ReadError where anything is behind the end of a tar but zeros."""
+    if np.frombuffer(rest, np.uint8).any():
+        raise tarfile.ReadError("more lies behind its end: a header is empty, or two tars are one")
+
+
 def _files(path: Path) -> Iterator[tuple[str, memoryview, int]]:
     content = mapped(path, 0)
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", tarinfo=WholeTarInfo) as tar:
             for file in tar:
                 end = file.offset_data + file.size
                 if end > len(content):
                     raise tarfile.ReadError("it is cut short")
                 yield file.name, content[file.offset_data : end], file.offset_data
+            check_end(content[tar.offset :])
     except tarfile.TarError as problem:
         raise InputError(f"{path}: is no whole tar ({problem})") from None
     if bytes(content[-len(END) :]) != END:

@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.shards.foreign import END, Decoder, RawSample, samples_of
+from lens_pipeline.shards.foreign import (
+    END,
+    Decoder,
+    RawSample,
+    WholeTarInfo,
+    check_end,
+    samples_of,
+)
 from lens_pipeline.shards.sampling import SMALLEST, ResumableLoader, rank_of_ranks
 from lens_pipeline.shards.store import AT_A_TIME, Store, ahead_of
 
@@ -53,15 +60,17 @@ def read_tar(store: Store, name: str) -> Iterator[RawSample]:
     opened = _Ahead(store, name, about["size"])
 
     def files() -> Iterator[tuple[str, bytes, int]]:
-        with tarfile.open(fileobj=opened, mode="r|", bufsize=BLOCK) as tar:  # type: ignore[call-overload]
+        with tarfile.open(  # type: ignore[call-overload]
+            fileobj=opened, mode="r|", bufsize=BLOCK, tarinfo=WholeTarInfo
+        ) as tar:
             for file in tar:
                 content = tar.extractfile(file)
                 yield file.name, b"" if content is None else content.read(), file.offset_data
+            while rest := tar.fileobj.read(BLOCK):
+                check_end(rest)
 
     try:
         yield from samples_of(files(), url)
-        while opened.read(BLOCK):
-            pass
     except tarfile.TarError as problem:
         raise InputError(f"{url}: is no whole tar ({problem})") from None
     finally:

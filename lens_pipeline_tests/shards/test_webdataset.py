@@ -224,12 +224,62 @@ def test_every_truncation_of_a_foreign_tar_is_found(tmp_path: Path, remote: str)
     assert len(read(LensWebDatasetDataModule(val_urls=pattern), "val")[0]) == N
 
 
+def test_every_damaged_header_of_a_foreign_tar_is_found(tmp_path: Path, remote: str) -> None:
+    """To Python's tarfile the first that is, or is empty, is the end; and so is that of a tar to
+    which another was appended."""
+    write_tars(tmp_path / "tars", "npy")
+    path = tmp_path / "tars" / "part-0001.tar"
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        headers = [file.offset for file in tar]
+    damaged = []
+    for number, at in enumerate(headers):
+        flipped, emptied = bytearray(whole), bytearray(whole)
+        flipped[at + int(RNG.integers(100))] ^= 1
+        emptied[at : at + 512] = bytes(512)
+        damaged += [flipped] if number % 2 else [emptied]
+    damaged.append(bytearray(whole + whole))
+    bad = tmp_path / "bad.tar"
+    for n, content in enumerate(damaged):
+        bad.write_bytes(content)
+        url = str(bad)
+        if n % 5 == 0 or n == len(damaged) - 1:
+            url = f"{remote}/bad.tar"
+            with fsspec.open(url, "wb") as file:
+                file.write(content)
+        with pytest.raises(InputError, match=r"bad\.tar: (is no whole tar|.*no name)"):
+            list(LensWebDatasetDataModule(val_urls=url).val_dataloader())
+
+
+def test_labels_and_axes_as_others_write_them(tmp_path: Path) -> None:
+    labels = ["1", "0.0", "True", "false", " 1\n", "1.0"]
+    samples: dict[str, Any] = {}
+    for number, label in enumerate(labels):
+        samples[f"{number}.npy"] = np.moveaxis(CUTOUTS[number], 0, -1)  # bands last
+        if number % 2:
+            samples[f"{number}.cls"] = label.encode()
+        else:
+            text = label.strip().lower()
+            samples[f"{number}.json"] = f'{{"label": {text}}}'.encode()
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in samples.items():
+            written = io.BytesIO()
+            np.save(written, content) if name.endswith("npy") else written.write(content)
+            about = tarfile.TarInfo(name)
+            about.size = written.tell()
+            tar.addfile(about, io.BytesIO(written.getvalue()))
+    data = LensWebDatasetDataModule(val_urls=str(tmp_path / "a.tar"))
+    images, found = read(data, "val")
+    assert images.shape[1:] == CUTOUTS[0].shape
+    assert found.tolist() == [1, 0, 1, 0, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ({"0.npy": CUTOUTS[0], "0.png": b"", "0.cls": b"1"}, "sample 0 has 2 images"),
         ({"0.cls": b"1"}, "sample 0 has 0 images"),
-        ({"0.npy": CUTOUTS[0], "0.cls": b"2"}, "sample 0: label '2' must be 0 or 1"),
+        ({"0.npy": CUTOUTS[0], "0.cls": b"2"}, "sample 0: label '2' must be 0, 1 or empty"),
         ({"0.npy": CUTOUTS[0], "0.json": b"{"}, "sample 0: its .json or .cls cannot be read"),
         ({"0.npy": CUTOUTS[0]}, "cutout 0 has no label"),
         ({"a/0.npy": CUTOUTS[0]}, "'a/0.npy' is no name of a sample's file"),
