@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import importlib.metadata
 import json
 import logging
 import re
@@ -35,13 +36,32 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             command = self.commands[options.command]
             flags = re.findall(r"--[a-z][a-z-]+", command.format_help())
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
+            flag = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(flag, flags, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
+            if options.command == "run":
+                hint = _elsewhere(flag.lstrip("-").replace("-", "_")) or hint
             command.error(f"unrecognized argument {unknown[0]}{hint}")
         return options
 
     def error(self, message: str) -> NoReturn:
+        wrong = re.match("argument COMMAND: invalid choice: '(.*?)'", message)
+        near = difflib.get_close_matches(wrong[1], self.commands, 1) if wrong else []
+        if near:
+            message = f"{message}; did you mean {near[0]}?"
         raise InputError(f"{message}; see {self.prog} --help")
+
+
+def _elsewhere(name: str) -> str:
+    """How `run` is told what is no flag of its own; empty for what is no setting."""
+    from lens_pipeline.training.config import TrainConfig
+
+    if name in Settings.model_fields:
+        return f"; set LENS_{name.upper()} in the environment"
+    for section, info in TrainConfig.model_fields.items():
+        if name in info.annotation.model_fields:  # type: ignore[union-attr]
+            return f"; say --set {section}.{name}=..."
+    return ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,13 +69,22 @@ def _parser() -> argparse.ArgumentParser:
         prog="lens-pipeline",
         description="From survey cutouts to a registered ensemble that finds gravitational lenses.",
     )
+    version = importlib.metadata.version("lens-pipeline")
+    parser.add_argument("--version", action="version", version=f"lens-pipeline {version}")
     common = _Parser(add_help=False)
     common.add_argument("--home", help="where everything is written (LENS_HOME)")
     common.add_argument("--verbose", action="store_true", help="logs and tracebacks")
     common.set_defaults(after_interrupt=GOES_ON)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", parents=[common], help="the main job: source to registry")
+    flags = ("home", "source", "preset", "archs", "verify")
+    others = [f"LENS_{name.upper()}" for name in Settings.model_fields if name not in flags]
+    run = commands.add_parser(
+        "run",
+        parents=[common],
+        help="the main job: source to registry",
+        epilog=f"Variables of the environment say the rest (README, Settings): {', '.join(others)}",
+    )
     run.add_argument("--source", help="`simulation`, or a catalogue (LENS_SOURCE)")
     run.add_argument("--preset", help="tiny, quick or full (LENS_PRESET)")
     run.add_argument("--archs", help="members, comma-separated (LENS_ARCHS)")
@@ -182,8 +211,13 @@ def _run(options: argparse.Namespace) -> int:
 
     changes = _training_changes(options.set, [m.name for m in chosen_members(settings)])
     with interruptible():
+        from lens_pipeline.registry import answering
         from lens_pipeline.runner import run_pipeline
+        from lens_pipeline.tracking import Tracking, keep_waits_short
 
+        keep_waits_short()
+        with answering("MLFLOW_TRACKING_URI"):
+            assert Tracking(settings).client  # before hours of work are done for it
         run_pipeline(settings, changes, options.verbose)
     _print_summary(settings)
     return 0

@@ -25,6 +25,7 @@ def _predict(options: argparse.Namespace) -> int:
     source = absolute(options.catalogue)
     if options.top < 0:
         raise InputError(f"--top {options.top}: must be 0 or more")
+    from lens_pipeline.catalogue.dataset import counted_reasons
     from lens_pipeline.ensemble.parts import check_out, score_to_file
     from lens_pipeline.ensemble.shard_cutouts import open_cutout_source
     from lens_pipeline.registry import Registry
@@ -53,6 +54,9 @@ def _predict(options: argparse.Namespace) -> int:
             max_reject_fraction=settings.max_reject_fraction,
         )
     print(f"{scored.path}: {scored.n_scored} of {scored.n_rows} cutouts scored by {uri}")
+    if scored.rejects:
+        said = counted_reasons(scored.rejects.elements())
+        print(f"the column reject_reason says why others are not: {said}")
     if scored.gallery:
         print(f"{scored.gallery}: the highest-scored")
     return 0

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ UNFINISHED = [
     dg.DagsterRunStatus.CANCELING,
 ]
 KEPT = "settings.json"
+GATE_CHECK = "passes_the_gate"
 # sha256 of dagster.yaml as former versions have made it.
 FORMER = {
     "59045419ec5290be587670029148bbe82f980ab20d4f09a3a1ea8b73c52a7bd1",
@@ -140,7 +141,7 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
         run_id = dg._core.utils.make_new_run_id()
         with _naming_the_holder(instance, run_id):
             try:
-                definitions.resolve_job_def("full_pipeline").execute_in_process(
+                done = definitions.resolve_job_def("full_pipeline").execute_in_process(
                     run_config=config,
                     instance=instance,
                     run_id=run_id,
@@ -153,7 +154,25 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
                 )
             except dg.DagsterExecutionInterruptedError:
                 raise KeyboardInterrupt from None
+        _tell_of_checks(done.get_asset_check_evaluations())
     return run_id
+
+
+def _tell_of_checks(evaluations: Iterable[dg.AssetCheckEvaluation]) -> None:
+    """Warns of each check that has failed, with what it has counted. The gate speaks for itself."""
+    for check in evaluations:
+        if check.passed or check.check_name == GATE_CHECK:
+            continue
+        figures = [
+            f"{name} {value.value:.3g}"
+            if isinstance(value.value, float)
+            else f"{name} {value.value}"
+            for name, value in check.metadata.items()
+            if isinstance(value.value, int | float)
+        ]
+        said = ", ".join(figures[:3])
+        asset = check.asset_key.to_user_string()
+        log.warning("  check failed: %s of %s%s", check.check_name, asset, said and f" ({said})")
 
 
 @contextmanager

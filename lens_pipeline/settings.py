@@ -4,9 +4,11 @@
 absolute when the settings are read, relative to the working directory.
 """
 
+import difflib
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -16,6 +18,12 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from lens_pipeline.errors import InputError
 
+# Variables of the deployment, the code server and the tests, which are no settings.
+OTHERS = (
+    *("LENS_TAG", "LENS_DATA", "LENS_ENV_FILE", "LENS_GIT_COMMIT", "LENS_NO_SKIP"),
+    *("LENS_CODE_HOST", "LENS_CODE_PORT", "LENS_DAGSTER_PORT"),
+    *("LENS_MLFLOW_PORT", "LENS_MLFLOW_HOSTS"),
+)
 SECRET = re.compile("sig|token|key|secret|password|credential", re.IGNORECASE)
 
 
@@ -60,10 +68,24 @@ def _names(text: Any) -> Any:
     return tuple(part.strip() for part in text.split(",")) if isinstance(text, str) else text
 
 
-def _told_apart(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    """Sorted: in whatever order they are asked for, the result is the same one."""
+def _refuse_unknown(known: Iterable[str]) -> None:
+    """Raises InputError for a variable that looks like a setting, and is none."""
+    names = [*known, *OTHERS]
+    for name in sorted(os.environ):
+        if name.startswith("LENS_") and name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {near[0]}? Else unset it" if near else "unset it"
+            raise InputError(f"{name}: there is no such setting; {hint}")
+
+
+def _once_each(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
     if names and ("" in names or len(set(names)) < len(names)):
         raise ValueError("names nothing between two commas, or one thing twice")
+    return names
+
+
+def _told_apart(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Sorted: in whatever order they are asked for, the result is the same one."""
     if names and "..." in "".join(names):
         raise ValueError("no name may hold `...`, which stands for a range of partitions")
     return names and tuple(sorted(names))
@@ -87,7 +109,9 @@ class Settings(BaseSettings):
         description="`simulation`, or the path or URL of a catalogue, or a folder of cutouts, "
         "or of published shards.",
     )
-    bands: Annotated[tuple[str, ...] | None, NoDecode, BeforeValidator(_names)] = Field(
+    bands: Annotated[
+        tuple[str, ...] | None, NoDecode, BeforeValidator(_names), AfterValidator(_once_each)
+    ] = Field(
         default=None, description="Bands to keep, by name and in this order, as `g,r,i`; else all."
     )
     pad: bool = Field(
@@ -133,7 +157,9 @@ class Settings(BaseSettings):
         default="local", description="Name of this deployment; tagged on every run."
     )
     survey: Annotated[
-        tuple[str, ...] | None, NoDecode, BeforeValidator(_names), AfterValidator(_told_apart)
+        tuple[str, ...] | None,
+        *(NoDecode, BeforeValidator(_names)),
+        *(AfterValidator(_once_each), AfterValidator(_told_apart)),
     ] = Field(
         default=None,
         description="Whose images: simulated (des, hsc, lsst, euclid_vis, cfhtls; by default des), "
@@ -220,15 +246,22 @@ class Settings(BaseSettings):
     def load(cls, **changes: Any) -> Self:
         """The settings from the environment, with `changes` (of the command line) on top.
 
-        Raises InputError, naming the variable, where a value is not valid.
+        Raises InputError, naming the variable, where a value is not valid, and for a variable that
+        is no setting.
         """
+        _refuse_unknown(
+            f"LENS_{name.upper()}"
+            for name, info in cls.model_fields.items()
+            if info.validation_alias is None
+        )
         try:
             return cls(**{name: value for name, value in changes.items() if value is not None})
         except ValidationError as problem:
             first = problem.errors()[0]
             name = str(first["loc"][0]) if first["loc"] else ""
             variable = name if name.isupper() else f"LENS_{name.upper()}"
-            raise InputError(f"{variable}: {first['msg']}; correct or unset it") from None
+            said = first["msg"].removeprefix("Value error, ")
+            raise InputError(f"{variable}: {said}; correct or unset it") from None
         except InputError:
             raise
         except ValueError as problem:  # a JSON value that does not parse

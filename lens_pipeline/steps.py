@@ -1,7 +1,7 @@
 """Content-addressed steps: the key of a step, reuse, locks, write aside and rename.
 
 A step writes one folder, named by its key. The key hashes the content of the step's inputs, its
-settings, the source of the library modules that it runs, and the versions of the libraries that
+settings, what the library modules do that it runs, and the versions of the libraries that
 decide its output. A folder is complete when its `complete.json`, written last, lists every file.
 """
 
@@ -77,18 +77,24 @@ def folder_aside(out: Path) -> Iterator[Path]:
 
 @cache
 def _imports(module: str) -> tuple[str, frozenset[str]]:
-    """sha256 of a module's source, and the modules of this package that it imports anywhere."""
+    """sha256 of what a module does, and the modules of this package that it imports anywhere.
+
+    Of its syntax tree, without docstrings: a comment makes nothing again.
+    """
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(module)
-    source = Path(spec.origin).read_bytes()
+    tree = ast.parse(Path(spec.origin).read_bytes())
     found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if ast.get_docstring(node, clean=False) is not None:
+                del node.body[0]
+        elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return hashlib.sha256(source).hexdigest(), frozenset(
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), frozenset(
         name for name in found if name.startswith(f"{PACKAGE}.") and _is_module_file(name)
     )
 
@@ -101,7 +107,7 @@ def _is_module_file(name: str) -> bool:
 
 
 def source_hashes(modules: Iterable[str]) -> dict[str, str]:
-    """{module: sha256 of its source} of these modules and all of this package that they import."""
+    """{module: sha256 of its code} of these modules and all of this package that they import."""
     hashes: dict[str, str] = {}
     waiting = list(modules)
     while waiting:

@@ -1,5 +1,7 @@
 """What the command says to bad input: one line, the place, the way out, and nothing registered."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +96,10 @@ def test_a_bad_source_stops_the_run_with_one_line(
         (["run", "--archs", "lastro@4294967296"], "2**32"),
         (["run", "--source", "https://me:secret@127.0.0.1/c.csv"], "https://me:***@127.0.0.1"),
         (["run", "--cutouts", "3"], "--cutouts"),
+        (["run", "--survey", "lsst"], "--survey; set LENS_SURVEY in the environment"),
+        (["run", "--epochs=3"], "--epochs=3; say --set training.epochs=..."),
+        (["rnu"], "did you mean run?"),
+        (["train", "--data-root", "/nowhere"], "/nowhere: there is no such file or folder"),
         (["train", "--learnig-rate", "1e-3"], "--learnig-rate; did you mean --learning-rate"),
         (["tune", "--trails=3"], "--trails=3; did you mean --trials"),
         (["predict", "--catalogue", "c.csv"], "--out"),
@@ -128,6 +134,7 @@ def test_a_cloud_that_cannot_be_used_is_named(
 def test_a_few_bad_images_are_listed_and_the_run_goes_on(
     catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    spoil(catalogue, 0, label="")  # and the first row has no label
     spoil_images(catalogue, 2)
     (catalogue.parent / "2.png").unlink()
     grey = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64).astype(np.uint8)
@@ -146,4 +153,16 @@ def test_a_few_bad_images_are_listed_and_the_run_goes_on(
     assert len(scores) == 120
     assert scores["probability"].isna().sum() == 4
     assert scores.loc[2, "reject_reason"] == rejects.loc[2, "reason"]
-    assert "lastro" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "lastro" in told.out
+    assert "4 of 120 cutouts cannot be used, see " in told.err
+    assert "1 times: the file is missing" in told.err
+    assert "check failed: better_than_chance of checkpoints/lastro (AUROC " in told.err
+    # The same catalogue elsewhere is the same one.
+    moved = tmp_path / "moved"
+    shutil.copytree(catalogue.parent, moved)
+    elsewhere = [str(moved / catalogue.name) if one == str(catalogue) else one for one in arguments]
+    assert main([*elsewhere, "--archs", "lastro"]) == 0
+    again = json.loads((home / "reports" / "summary.json").read_text())["stages"]
+    assert not again["processed_dataset"]["reused"]
+    assert again["checkpoints/lastro"]["reused"]

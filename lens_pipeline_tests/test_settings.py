@@ -93,3 +93,13 @@ def test_the_settings_of_the_ensemble_are_what_it_knows() -> None:
     fields = Settings.model_fields
     assert get_args(fields["calibration"].annotation) == get_args(Method)
     assert get_args(fields["fusion"].annotation) == ("best", *STRATEGIES)
+
+
+def test_a_variable_that_is_no_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LENS_PREVALANCE", "0.01")
+    with pytest.raises(InputError, match="LENS_PREVALANCE: .* did you mean LENS_PREVALENCE"):
+        Settings.load()
+    monkeypatch.delenv("LENS_PREVALANCE")
+    monkeypatch.setenv("LENS_BANDS", "g,g")
+    with pytest.raises(InputError, match="LENS_BANDS: names nothing between two commas, or one"):
+        Settings.load()

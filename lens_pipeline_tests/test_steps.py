@@ -51,6 +51,26 @@ def test_code_of_a_stage_is_all_that_it_imports() -> None:
         assert f"lens_pipeline.{module}" not in training
 
 
+def test_what_is_said_of_code_is_none_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A comment, a docstring or another layout of lines trains no network again."""
+    monkeypatch.syspath_prepend(tmp_path)
+    code = [
+        "def twice(x):\n    return 2 * x\n",
+        '"""A module."""\n\n# Why.\ndef twice(\n    x,\n):\n    """Twice x."""\n    return 2 * x\n',
+        "def twice(x):\n    return x + x\n",
+        'def twice(x):\n    return 2 * x\n\n"""no docstring"""\n',
+    ]
+    found = []
+    for number, text in enumerate(code):
+        (tmp_path / f"some_code_{number}.py").write_text(text)
+        (sha256,) = source_hashes([f"some_code_{number}"]).values()
+        found.append(sha256)
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
+
+
 def test_content_is_of_the_files_alone(tmp_path: Path) -> None:
     """Other settings that lead to the same files: what is downstream need not run again."""
     other = Recipe("test", ("lens_pipeline.errors",), settings={"n": 2})

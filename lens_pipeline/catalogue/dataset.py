@@ -1,10 +1,11 @@
 """The processed dataset: memory-mappable arrays per split, with tables beside them."""
 
 import hashlib
+import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,6 +16,7 @@ import pandas as pd
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from lens_pipeline.catalogue.columns import image_columns
 from lens_pipeline.catalogue.duplicates import find_near_duplicates
 from lens_pipeline.catalogue.images import (
     COMPOSITE,
@@ -354,12 +356,18 @@ def build_dataset(
 
 
 def _content(folder: Path) -> str:
-    """sha256 over the splits' cutouts and tables: shards and ensembles name it as their origin."""
+    """sha256 over the splits' cutouts and tables: shards and ensembles name it as their origin.
+
+    Not over where the images lay: a catalogue that is moved is the same one.
+    """
     digest = hashlib.sha256()
     for part in PARTS:
-        for suffix in ("npy", "parquet"):
-            with (folder / f"{part}.{suffix}").open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+        with (folder / f"{part}.npy").open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+        table = pd.read_parquet(folder / f"{part}.parquet")
+        without = io.BytesIO()
+        table.drop(columns=image_columns(table)).to_parquet(without, index=False)
+        digest.update(hashlib.sha256(without.getbuffer()).digest())
     return digest.hexdigest()
 
 
@@ -433,6 +441,12 @@ def _rejects(catalogue: Catalogue, rejects: list[tuple[int, CutoutError]]) -> pd
         column = catalogue.image_columns[reason.image]
         rows.append((entry["id"], row, file_of(entry[column]), column, str(reason)))
     return pd.DataFrame(rows, columns=REJECT_COLUMNS).astype({"row": "int64"})
+
+
+def counted_reasons(reasons: Iterable[str]) -> str:
+    """Why cutouts could not be used, the three most frequent reasons: `2 times: too small; ...`."""
+    most: list[tuple[str, int]] = Counter(reasons).most_common(3)
+    return "; ".join(f"{n} times: {why}" for why, n in most)
 
 
 def check_rejects(rejects: pd.DataFrame, n_rows: int, limit: float, source: str) -> None:

@@ -24,9 +24,13 @@ def read_picture(content: bytes) -> NDArray[Any]:
 
 
 def _read_pillow(content: bytes) -> NDArray[Any]:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    with Image.open(io.BytesIO(content)) as image:
+    try:
+        opened = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:  # whose words name an address in memory
+        raise ValueError("no PNG, JPEG or TIFF, or its beginning is damaged") from None
+    with opened as image:
         mode = {"P": "RGB", "RGBA": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "LA": "L", "1": "L"}
         array = np.asarray(image.convert(mode.get(image.mode, image.mode)))
     if array.dtype == np.int32:  # how Pillow holds 16 bits of grey

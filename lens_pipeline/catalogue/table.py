@@ -1,7 +1,8 @@
 """Catalogues of cutouts: reading, schema and validation.
 
-A catalogue is a CSV, Parquet, FITS or VOTable file, or a folder laid out `{split}/{lens,nonlens}/`
-or with `{split}.csv` (columns `filepath,label`), or of images alone, which have no label.
+A catalogue is a CSV, Parquet, FITS or VOTable file, or a folder laid out `{split}/{lens,nonlens}/`,
+or `{lens,nonlens}/`, or with `{split}.csv` (columns `filepath,label`), or of images alone, which
+have no label.
 """
 
 import hashlib
@@ -24,9 +25,14 @@ from lens_pipeline.catalogue.columns import (
     zero_or_one,
 )
 from lens_pipeline.catalogue.splits import SPLITS, assign_splits
-from lens_pipeline.catalogue.table_files import images_in, read_folder, read_table
+from lens_pipeline.catalogue.table_files import (
+    CLASS_FOLDERS,
+    images_in,
+    read_folder,
+    read_table,
+)
 from lens_pipeline.errors import InputError
-from lens_pipeline.storage import asking, locate, without_query
+from lens_pipeline.storage import asking, locate, names_table, without_query
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,8 @@ def read_catalogue(path: str | Path, storage_options: Mapping[str, Any] | None =
             with asking(source):
                 table, folder = read_folder(source, filesystem, inside), source
         else:
+            if not names_table(source) and not filesystem.exists(inside):
+                raise FileNotFoundError(source)
             table = read_table(source, options)
             folder = posixpath.dirname(without_query(source))
     except InputError:
@@ -154,7 +162,7 @@ def _fingerprint(source: str, storage_options: Mapping[str, Any] | None) -> str:
     # What `_read_folder` looks at: other things may lie there, LENS_HOME among them.
     listings = [posixpath.join(inside, f"{split}.csv") for split in SPLITS]
     tables = [filesystem.cat_file(name) for name in listings if filesystem.exists(name)]
-    folders = [posixpath.join(inside, split) for split in SPLITS]
+    folders = [posixpath.join(inside, part) for part in (*SPLITS, *CLASS_FOLDERS)]
     names = sorted(name for part in folders for name in filesystem.find(part))
     if not names and not tables:
         names = images_in(filesystem, inside)

@@ -104,7 +104,7 @@ def read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str)
 
     Raises InputError where it has none, and for a listing of other columns, an empty path or label.
     """
-    rows: list[dict[str, str]] = []
+    rows: list[dict[str, str | None]] = []
     tables: list[pd.DataFrame] = []
     for split in SPLITS:
         listing = posixpath.join(inside, f"{split}.csv")
@@ -120,20 +120,19 @@ def read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str)
             table = table.assign(path=paths, split=split, label=labels)
             tables.append(table.drop(columns="filepath"))
             continue  # the listing says what of the split's folders belongs to it
-        for kind, label in CLASS_FOLDERS.items():
-            folder = posixpath.join(inside, split, kind)
-            if filesystem.isdir(folder):
-                for name in images_in(filesystem, folder):
-                    path = f"{split}/{kind}/{name}"
-                    rows.append({"id": path, "path": path, "label": label, "split": split})
+        rows += _of_classes(filesystem, inside, split)
+    rows += _of_classes(filesystem, inside, None)
     if not rows and not tables:
+        for name in ("catalogue.parquet", "catalogue.csv"):
+            if filesystem.exists(posixpath.join(inside, name)):
+                raise InputError(f"{source}: is no catalogue, but holds one: name {source}/{name}")
         rows = [{"id": name, "path": name} for name in images_in(filesystem, inside)]
     if rows:
         tables.append(pd.DataFrame(rows))
     if not tables:
         raise InputError(
-            f"{source}: no cutouts; a folder holds images, or train|val|test/lens|nonlens/ with "
-            "them, or train.csv ..."
+            f"{source}: no cutouts; a folder holds images, or lens|nonlens/ with them, or "
+            "train|val|test/lens|nonlens/, or train.csv ..."
         )
     found = pd.concat(tables, ignore_index=True)
     # Of listings that number their rows each for itself, paths are the ids.
@@ -142,6 +141,21 @@ def read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str)
         if own.notna().all() and own.is_unique:
             return found.assign(id=own)
     return found.assign(id=found["path"])
+
+
+def _of_classes(
+    filesystem: fsspec.AbstractFileSystem, inside: str, split: str | None
+) -> list[dict[str, str | None]]:
+    """A row for each image of a split's folders of classes, or of those of none."""
+    rows: list[dict[str, str | None]] = []
+    for kind, label in CLASS_FOLDERS.items():
+        below = f"{split}/{kind}" if split else kind
+        folder = posixpath.join(inside, below)
+        if filesystem.isdir(folder):
+            for name in images_in(filesystem, folder):
+                path = f"{below}/{name}"
+                rows.append({"id": path, "path": path, "label": label, "split": split})
+    return rows
 
 
 def images_in(filesystem: fsspec.AbstractFileSystem, folder: str) -> list[str]:

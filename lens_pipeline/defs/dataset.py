@@ -1,6 +1,7 @@
 """From a source to the processed dataset: `cutout_catalogue`, `processed_dataset`."""
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,7 @@ COLUMNS = {
     "arc_snr": "Signal-to-noise ratio of the arcs, in the best band.",
     "source_magnitude": "AB, unlensed.",
 }
+log = logging.getLogger(__name__)
 
 
 def simulated(settings: Settings) -> "list[SimulationConfig]":
@@ -292,6 +294,7 @@ def processed_dataset(
         LIBRARIES,
         build_dataset,
         check_rejects,
+        counted_reasons,
         open_dataset,
     )
     from lens_pipeline.catalogue.images import files_fingerprint
@@ -339,6 +342,14 @@ def processed_dataset(
     # It may have been made when more were allowed.
     n_rows = dataset.facts["n_rows"]
     check_rejects(rejects, n_rows, settings.max_reject_fraction, catalogue.source)
+    if len(rejects):
+        log.warning(
+            "  %d of %d cutouts cannot be used, see %s (%s)",
+            len(rejects),
+            n_rows,
+            dataset.folder / "rejects.parquet",
+            counted_reasons(rejects["reason"]),
+        )
     return result(
         step,
         {

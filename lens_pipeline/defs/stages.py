@@ -281,7 +281,9 @@ def table(rows: "pd.DataFrame") -> dg.TableMetadataValue:
 
 def _shown(value: Any) -> str:
     """A cell of a table: three digits, nothing where there is nothing, no secret of a URL."""
-    if value is None or value != value:
+    from pandas import NA
+
+    if value is None or value is NA or value != value:
         return ""
     return f"{value:.3g}" if isinstance(value, float) else masked(str(value))
 

@@ -25,6 +25,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lens_pipeline.catalogue.dataset import counted_reasons
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.ensemble.cutouts import CutoutSource
 from lens_pipeline.ensemble.predictor import score_batches, scoring
@@ -45,11 +46,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ScoredFile:
-    """gallery: the picture of the cutouts with the highest scores, where it was asked for."""
+    """rejects: how many cutouts could not be used, by reason; gallery: the picture of those with
+    the highest scores, where it was asked for."""
 
     path: Path
     n_rows: int
     n_scored: int
+    rejects: Counter[str]
     gallery: Path | None
 
 
@@ -105,7 +108,7 @@ def score_to_file(
     with _claimed(out.with_name(f"{out.name}.parts"), about) as (folder, begun):
         parts = [folder / f"part-{number:06d}.parquet" for number in range(-(-n // ROWS))]
         _check_still_true(source, parts, begun)
-        _score_parts(ensemble, source, parts, types, may_fail)
+        rejects = _score_parts(ensemble, source, parts, types, may_fail)
         logit = pd.concat([_column(part, "logit") for part in parts], ignore_index=True)
         gallery = _draw_gallery(ensemble, source, logit, out, top) if top else None
         whole = folder / f"whole{out.suffix}"
@@ -122,7 +125,7 @@ def score_to_file(
         for part in parts:  # before what says of what they are: a kill leaves no riddle
             part.unlink()
         shutil.rmtree(folder)
-    return ScoredFile(out, n, n_scored, gallery)
+    return ScoredFile(out, n, n_scored, rejects, gallery)
 
 
 def about_scores(path: Path) -> dict[str, Any]:
@@ -195,7 +198,8 @@ def _score_parts(
     parts: list[Path],
     types: dict[str, pa.DataType],
     may_fail: int,
-) -> None:
+) -> Counter[str]:
+    """Returns why how many could not be scored."""
     n = len(source.catalogue.table)
     done = 0
     reasons: Counter[str] = Counter()
@@ -220,6 +224,7 @@ def _score_parts(
             schema = pa.schema([(str(name), types[str(name)]) for name in table])
             with _written(part) as file:
                 pq.write_table(pa.Table.from_pandas(table, schema, preserve_index=False), file)
+    return reasons
 
 
 def _refuse_rejects(
@@ -229,10 +234,10 @@ def _refuse_rejects(
     for part in takewhile(Path.exists, parts):
         if _column(part, "reject_reason").notna().any():
             part.unlink()
-    said = "; ".join(f"{count} times: {reason}" for reason, count in reasons.most_common(3))
+    why = counted_reasons(reasons.elements())
     raise InputError(
         f"{source.catalogue.source}: of the first {n} cutouts {reasons.total()} cannot be used, of "
-        f"all {may_fail} may be so (LENS_MAX_REJECT_FRACTION): {said}"
+        f"all {may_fail} may be so (LENS_MAX_REJECT_FRACTION): {why}"
     )
 
 

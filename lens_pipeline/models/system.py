@@ -219,6 +219,9 @@ class LensClassifier(pl.LightningModule):
         return [optimiser], schedulers
 
 
+NAMED_STARTS = {"none": False, "published": True}  # as configurations say them
+
+
 class LitLensSystem(LensClassifier):
     """One network that tells lenses from non-lenses.
 
@@ -226,11 +229,11 @@ class LitLensSystem(LensClassifier):
     (n,).
 
     arch: a name of `lens_pipeline.models.names`; lr, weight_decay: AdamW's; dropout_rate: in the
-    head alone, so that Monte Carlo dropout needs the backbone once; pretrained: see
-    `build_backbone`; compile_model: by `torch.compile`; channels_last: the layout that convolutions
-    prefer; units: `background_sigma` or `composite`; pos_weight, loss, focal_gamma,
-    label_smoothing: see `LensClassifier.loss`; schedule, warmup, decay, decay_epochs: see
-    `schedule`; augment: turn and flip in training; shift and noise: see `augment`.
+    head alone, so that Monte Carlo dropout needs the backbone once; pretrained: `none`,
+    `published`, or what `build_backbone` takes; compile_model: by `torch.compile`; channels_last:
+    the layout that convolutions prefer; units: `background_sigma` or `composite`; pos_weight, loss,
+    focal_gamma, label_smoothing: see `LensClassifier.loss`; schedule, warmup, decay, decay_epochs:
+    see `schedule`; augment: turn and flip in training; shift and noise: see `augment`.
     Raises InputError for noise on composites, and for a loss or schedule that there is not.
     """
 
@@ -266,7 +269,8 @@ class LitLensSystem(LensClassifier):
         # Of a trained network only its own weights count; the whole configuration is logged
         # elsewhere.
         self.save_hyperparameters(ignore=["pretrained"], logger=False)
-        self.backbone, n_features = build_backbone(arch, bands, image_size, pretrained)
+        start = NAMED_STARTS.get(str(pretrained), pretrained)
+        self.backbone, n_features = build_backbone(arch, bands, image_size, start)
         self.dropout = nn.Dropout(dropout_rate)
         self.head = nn.Linear(n_features, 1)
         if channels_last:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from lens_pipeline.catalogue.columns import image_columns
 from lens_pipeline.catalogue.dataset import PARTS, Dataset, open_dataset
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.encoding import Encoding
@@ -57,7 +58,6 @@ def write_shards(
             tables.append(table)
             progress.update(shard.samples)
     rows = pd.concat([source.table(part) for part in PARTS], ignore_index=True)
-    places = [name for name in rows if name == "path" or str(name).startswith("path_")]
     return write_manifest(
         out,
         format=asdict(source.format),
@@ -66,7 +66,7 @@ def write_shards(
         simulated=source.facts["origin"] == "simulation",
         shards=tuple(shards),
         index=pd.concat(tables, ignore_index=True),
-        catalogue=rows.drop(columns=places),
+        catalogue=rows.drop(columns=image_columns(rows)),
     )
 
 

@@ -12,6 +12,7 @@ Plain pydantic, and written by hand in a YAML file where the defaults are not wa
       min_arc_snr: 30
 """
 
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -195,6 +196,13 @@ def load_config(survey: str, file: str | Path | None = None) -> SimulationConfig
         first = problem.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         said = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden" and len(first["loc"]) <= 2:
+            *section, key = (str(part) for part in first["loc"])
+            known = SimulationConfig.model_fields
+            if section:
+                known = known[section[0]].annotation.model_fields  # type: ignore[union-attr]
+            near = difflib.get_close_matches(key, known, 1, cutoff=0.0)
+            said = f"there is no such key; did you mean {near[0]}?"
         raise InputError(f"{file}: {place}: {said}".replace(": :", ":")) from None
 
 

@@ -164,7 +164,7 @@ def _check_pixel_scale(catalogue: Catalogue, survey: Survey) -> None:
             catalogue.table,
             differs > PIXEL_SCALE_TOLERANCE,
             "pixel_scale",
-            f"is not survey.pixel_scale, {survey.pixel_scale:g}",
+            f"is not survey.pixel_scale, {survey.pixel_scale:g}; set that in the simulation's YAML",
         )
 
 

@@ -178,6 +178,11 @@ def _renderer(config: SimulationConfig, device: str, image_size: int, compiled: 
         raise InputError(
             f"image_size: {image_size} is too small; at least {MIN_IMAGE_SIZE} is needed"
         )
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        reason = str(problem).strip().splitlines()[0]
+        raise InputError(f"device: {device} cannot be used ({reason})") from None
     if compiled:
         try:
             torch.compile(torch.sqrt)(torch.ones(2, device=device))

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.steps import file_sha256
 
 Precision = Literal["auto", "32-true", "16-mixed", "bf16-mixed"]
 Monitor = Literal[
@@ -310,8 +311,13 @@ class TrainConfig(_Section):
 
     @property
     def deciding(self) -> dict[str, dict[str, Any]]:
-        """The values by section, but for those that decide nothing that a training leaves."""
-        return self._without(UNDECIDING)
+        """The values by section, but for those that decide nothing that a training leaves; in place
+        of a file of weights to start from its sha256: it may be another by now."""
+        values = self._without(UNDECIDING)
+        start = Path(self.model.pretrained)
+        if start.is_file():
+            values["model"] = {**values["model"], "pretrained": file_sha256(start)}
+        return values
 
     @property
     def yaml(self) -> str:

@@ -172,7 +172,7 @@ def build_system(
         "image_size": data.image_size,
         "units": data.units,
         "channels_last": config.hardware.channels_last,
-        "pretrained": {"none": False, "published": True}.get(chosen.pretrained, chosen.pretrained),
+        "pretrained": chosen.pretrained,
         "dropout_rate": chosen.dropout_rate,
         "compile_model": chosen.compile_model,
         **how.model_dump(

@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 from sklearn.metrics import roc_auc_score
 
 from lens_pipeline.cli import main
+from lens_pipeline.defs.stages import table
 from lens_pipeline.registry import Registry
 from lens_pipeline.runner import open_instance
 from lens_pipeline.settings import Settings
@@ -48,6 +49,18 @@ def summary_of(home: Path) -> dict[str, Any]:
 def markdown_rows(value: dg.MetadataValue) -> list[dict[str, str]]:
     lines = [line.strip("| ").split(" | ") for line in str(value.value).splitlines()]
     return [dict(zip(lines[0], line, strict=False)) for line in lines[2:]]
+
+
+def test_a_table_shows_nothing_where_there_is_nothing() -> None:
+    """A label that is missing is neither true nor false."""
+    rows = pd.DataFrame(
+        {"label": pd.array([pd.NA, 1], "Int8"), "z": [np.nan, 0.5], "corner": [[1, 2], None]}
+    )
+    shown = [record.data for record in table(rows).records]
+    assert shown == [
+        {"label": "", "z": "", "corner": "[1, 2]"},
+        {"label": "1", "z": "0.5", "corner": ""},
+    ]
 
 
 def test_a_network_is_judged_by_what_chance_leaves_of_its_auroc(home: Path) -> None:

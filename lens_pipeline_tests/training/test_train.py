@@ -297,6 +297,17 @@ def test_what_decides_nothing_makes_no_other_training() -> None:
     assert config.differences(other) == []  # and the same weights
 
 
+def test_weights_to_start_from_decide_by_what_they_are(tmp_path: Path) -> None:
+    """Not by where they lie: a file may be moved, or be replaced by another."""
+    deciding = []
+    for name, content in (("a.ckpt", b"one"), ("b.ckpt", b"one"), ("a.ckpt", b"other")):
+        (tmp_path / name).write_bytes(content)
+        start = {"model": {"pretrained": str(tmp_path / name)}}
+        deciding.append(_config().with_changes(start, "test").deciding)
+    assert deciding[0] == deciding[1]
+    assert deciding[0] != deciding[2]
+
+
 @pytest.mark.parametrize(("said", "meant"), [("true", "published"), (False, "none"), ("w", "w")])
 def test_pretrained_may_be_said_as_yaml_or_a_flag_says_it(said: object, meant: str) -> None:
     assert TrainConfig.parse({"model": {"pretrained": said}}, "test").model.pretrained == meant
