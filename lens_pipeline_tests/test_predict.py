@@ -66,7 +66,8 @@ def test_where_no_cutout_fits_the_model_the_reason_is_told(
     assert error.startswith("error: ")
     assert "composite" in error
     assert "background_sigma" in error
-    assert len(pd.read_csv(out)) == 218
+    assert "of the first 218 cutouts 218 cannot be used, of all 21 may be so" in error
+    assert list(tmp_path.iterdir()) == [real]
 
 
 def test_the_champion_is_used_else_the_challenger_and_any_version_by_name(

@@ -234,6 +234,8 @@ def _refuse_rejects(
     for part in takewhile(Path.exists, parts):
         if _column(part, "reject_reason").notna().any():
             part.unlink()
+    if not any(part.exists() for part in parts):
+        shutil.rmtree(parts[0].parent)
     why = counted_reasons(reasons.elements())
     raise InputError(
         f"{source.catalogue.source}: of the first {n} cutouts {reasons.total()} cannot be used, of "
