@@ -303,6 +303,12 @@ def _simulate(options: argparse.Namespace) -> int:
             storage_options=Settings.load(home=options.home).storage_options,
         )
         _draw_kinds(aside)
+    import pandas as pd
+
+    label = pd.read_parquet(out / "catalogue.parquet", columns=["label"])["label"]
+    print(
+        f"{len(label)} cutouts: {int((label == 1).sum())} lenses, {int((label == 0).sum())} decoys"
+    )
     print(out / "catalogue.parquet")
     print(out / "kinds.jpg")
     return 0

@@ -80,6 +80,27 @@ def test_folders_of_classes(tmp_path: Path) -> None:
     assert table["split"].tolist() == ["train", "train", "val"]
 
 
+def test_folders_of_classes_without_splits(tmp_path: Path) -> None:
+    before = None
+    for path in ("lens/1.png", "nonlens/lens.png", "other/3.png"):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).touch()
+        if path != "other/3.png":
+            assert source_fingerprint(str(tmp_path)) != before
+            before = source_fingerprint(str(tmp_path))
+    table = read_catalogue(tmp_path).table.set_index("id")
+    assert table["label"].to_dict() == {"lens/1.png": 1, "nonlens/lens.png": 0}
+    assert table["split"].isna().all()
+
+
+def test_a_folder_that_holds_a_catalogue_is_not_read_as_images(tmp_path: Path) -> None:
+    """As the simulator leaves it: a stack, a picture and a table."""
+    for name in ("images-00000.npy", "kinds.jpg", "catalogue.parquet"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=f"holds one: name {tmp_path}/catalogue.parquet"):
+        read_catalogue(tmp_path)
+
+
 def test_a_folder_of_images_alone_has_no_labels(tmp_path: Path) -> None:
     for name in ("b.fits", "a.png", "notes.txt"):
         (tmp_path / name).touch()
