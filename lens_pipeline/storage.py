@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -139,6 +140,9 @@ def _infos(
             continue
         for path in together:
             try:
+                if not protocol_of(path):
+                    yield path, _local_info(path)  # fsspec takes five times as long
+                    continue
                 filesystem, inside = locate(path, storage_options)
                 if listed is None:
                     with asking(path):
@@ -150,6 +154,11 @@ def _infos(
                 raise
             except Exception:  # noqa: BLE001  (each store has errors of its own)
                 yield path, None
+
+
+def _local_info(path: str) -> dict[str, Any]:
+    stat = Path(path).stat()
+    return {"size": stat.st_size, "mtime": stat.st_mtime, "created": stat.st_ctime}
 
 
 def _listed(folder: str, storage_options: Mapping[str, Any] | None) -> dict[str, Any] | None:
