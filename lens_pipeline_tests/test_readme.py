@@ -1,0 +1,31 @@
+"""The README's code for notebooks, as it stands there."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_code_for_notebooks_runs(
+    home: Path, simulated_catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = README.read_text().partition("## From a notebook")[2]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert code is not None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_survey").mkdir()
+    pd.read_parquet(simulated_catalogue).to_csv("my_survey/catalogue.csv", index=False)
+    (scores,) = home.glob("reports/*/scores.parquet")
+    shutil.copyfile(scores, "scores.parquet")
+    found: dict[str, Any] = {}
+    exec(code[1], found)
+    assert found["simulated"].images.shape == (100, 3, 64, 64)
+    assert found["simulated"].images.dtype == np.float32
+    assert len(found["catalogue"].table) == len(pd.read_parquet(simulated_catalogue))
+    assert set(found["metrics"]["auroc"]) == {"value", "low", "high"}
