@@ -291,7 +291,7 @@ def _simulate(options: argparse.Namespace) -> int:
 
     names = options.survey.split(",")
     configs = [load_config(name.strip(), options.config) for name in names]
-    with folder_aside(out) as aside:
+    with interruptible(), folder_aside(out) as aside:
         simulate_surveys(
             aside,
             configs,
@@ -343,7 +343,7 @@ def _prepare(options: argparse.Namespace) -> int:
             raise InputError(f"--output-dir {out}: exists already; {_way_out(out)}")
         from lens_pipeline.shards.prepare import prepare_shards
 
-        with folder_aside(out) as aside:
+        with interruptible(), folder_aside(out) as aside:
             prepare_shards(
                 absolute(options.data_root),
                 aside,

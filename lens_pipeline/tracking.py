@@ -8,7 +8,6 @@ import math
 import os
 import socket
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -109,22 +108,20 @@ class Tracking:
         os.environ.update(self.settings.mlflow_credentials)
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
-        locks = self.settings.home / ".locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        # Two processes that create one SQLite file at once would trip over each other. Of a server
-        # none waits for another.
-        lock = filelock.FileLock(locks / "mlflow.lock")
-        with lock if self.settings.tracking_uri is None else nullcontext():
-            if self.settings.tracking_uri is None:
+        if self.settings.tracking_uri is None and not self.settings.mlflow_database.exists():
+            # Two processes that create one SQLite file at once would trip over each other.
+            locks = self.settings.home / ".locks"
+            locks.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(locks / "mlflow.lock"):
                 _create_database(self.settings.mlflow_database)
-            try:
-                client = mlflow.MlflowClient(uri, uri)
-                client.search_experiments(max_results=1)
-            except ModuleNotFoundError as problem:
-                raise InputError(
-                    f"MLFLOW_TRACKING_URI: {masked(uri)} needs the package {problem.name}; for "
-                    "PostgreSQL install lens-pipeline[postgresql]"
-                ) from None
+        try:
+            client = mlflow.MlflowClient(uri, uri)
+            client.search_experiments(max_results=1)
+        except ModuleNotFoundError as problem:
+            raise InputError(
+                f"MLFLOW_TRACKING_URI: {masked(uri)} needs the package {problem.name}; for "
+                "PostgreSQL install lens-pipeline[postgresql]"
+            ) from None
         return client
 
     @cached_property

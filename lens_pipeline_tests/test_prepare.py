@@ -1,6 +1,8 @@
 """`lens-pipeline prepare`: cutouts to shards, checked and published."""
 
 import json
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.cli import main
 from lens_pipeline.shards import open_shards, verify_shards
+from lens_pipeline_tests.conftest import LENS_PIPELINE
 
 
 @pytest.fixture
@@ -122,3 +125,25 @@ def test_after_an_interruption_what_it_says_works(
     assert "--upload-only" in said
     assert main([*again, "--upload-only"] if out.exists() else arguments) == 0
     assert out.exists() == cloud.exists()
+
+
+def test_what_is_asked_to_end_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    """As batch systems and containers do: by SIGTERM."""
+    out = tmp_path / "there" / "shards"
+    out.parent.mkdir()
+    many = tmp_path / "many.csv"
+    images = sorted(folder.rglob("*.png"))
+    rows = [f"{n},{images[n % len(images)]},{n % 2}" for n in range(200_000)]
+    many.write_text("id,path,label\n" + "\n".join(rows))
+    command = [LENS_PIPELINE, "prepare", "--data-root", str(many), "--output-dir", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    begun = time.monotonic()
+    while not any(out.parent.glob(".dataset-*/train.npy")):
+        assert process.poll() is None
+        assert time.monotonic() - begun < 100
+        time.sleep(0.05)
+    process.terminate()
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "error: interrupted" in said
+    assert list(out.parent.iterdir()) == []
