@@ -132,7 +132,7 @@ def test_a_lost_tile_at_the_top_of_a_table_stops_nothing(
     ("columns", "message"),
     [
         ({"label": 1}, "column label has no 0"),
-        ({"label": ""}, "column label is empty everywhere"),
+        ({"label": ""}, "no row has a label"),
         ({"group": "one"}, "split .* has no lenses"),
     ],
 )
