@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from lens_pipeline import LensDataModule, LensWebDatasetDataModule, storage
+from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards import open_shards, publish_shards, read_manifest, store, write_shards
 from lens_pipeline.shards.store import StoreError, ahead_of
@@ -547,3 +548,49 @@ def test_copies_of_tars_without_a_manifest_keep_within_the_bound(
         data(tars, 3.5).val_dataloader()
         assert sum(path.stat().st_size for path in tmp_path.rglob("*.tar")) <= 3.5 * each
     assert sorted(numbers(loader)) == list(range(750))  # though it made room
+
+
+FEW_FILES = """
+import os, resource, sys
+from contextlib import suppress
+from pathlib import Path
+from lens_pipeline.catalogue.dataset import Dataset
+from lens_pipeline.errors import InputError
+from lens_pipeline.shards import open_shards, publish_shards
+from lens_pipeline.shards.urls import open_tars
+
+folder, cache = Path(sys.argv[1]), Path(sys.argv[2])
+url = publish_shards(folder, "memory://bucket").url
+n = len(list(folder.glob("train-*.tar")))
+resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+here, fetched = open_shards(folder), open_shards(url, cache=cache)
+(folder / "manifest.json").unlink()
+tars = open_tars(f"{folder}/train-{{000000..{n - 1:06d}}}.tar", "train", flux_unit=sys.argv[3])
+for split in (here.split("train"), fetched.split("train"), tars.split):
+    print(n > 60, len(split.gather(range(n))) == n)
+val = here.split("val"), fetched.split("val")
+with suppress(OSError):
+    while True:
+        os.open(os.devnull, os.O_RDONLY)
+for split in val:
+    try:
+        split.gather([0])
+    except InputError as problem:
+        print(problem)
+"""
+
+
+def test_more_shards_than_files_may_be_open(dataset: Dataset, tmp_path: Path) -> None:
+    """What is mapped keeps no descriptor, of which a process has a thousand; where there is none
+    left for a moment, the message says what raises their number."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write_shards(dataset.folder, shards, shard_size=1)
+    command = [sys.executable, "-c", FEW_FILES, shards, tmp_path / "cache", "background_sigma"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    *read, here, fetched = done.stdout.splitlines()
+    assert read == ["True True"] * 3
+    assert re.fullmatch(r".*/val-000000\.tar: .*\(Too many open files; raise `ulimit -n`\)", here)
+    assert re.fullmatch(
+        r".*/val-000000\.tar: .*\(Too many open files; raise `ulimit -n`\)", fetched
+    )
