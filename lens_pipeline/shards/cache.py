@@ -124,9 +124,13 @@ class CacheFolder:
     def open(self, path: Path, least: int) -> memoryview:
         """The bytes of a file, which is noted as used. Raises InputError where it is gone."""
         content = mapped(path, least)
+        self.touch(path)
+        return content
+
+    def touch(self, path: Path) -> None:
+        """Note a file as used."""
         with suppress(OSError):  # gone meanwhile, or another user's
             os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
-        return content
 
     @contextmanager
     def room(self, n_bytes: int, needed: frozenset[Path] = frozenset()) -> Iterator[None]:

@@ -553,6 +553,34 @@ def test_copies_of_tars_without_a_manifest_keep_within_the_bound(
     assert [f"train {number}" for number in numbers(loader)] == ids.tolist()  # though it made room
 
 
+def test_cloud_copies_of_tars_without_a_manifest_make_no_room_for_their_own_set(
+    small_cutouts: Path, published: str, s3_server: S3Server, faulty_proxy: Proxies, tmp_path: Path
+) -> None:
+    proxy = faulty_proxy(s3_server)
+    plain, through = s3_server.storage_options(), s3_server.storage_options(proxy.url)
+    for name in (f"{published}/manifest.json", f"{published.rpartition('/')[0]}/latest.json"):
+        fsspec.url_to_fs(name, **plain)[0].rm_file(name)
+
+    def use(tars: str) -> set[int]:
+        """Returns which are there then."""
+        gb = 3.5 * shard_bytes(small_cutouts) / 1e9
+        data = LensWebDatasetDataModule(
+            val_urls=f"{published}/train-{tars}.tar", flux_unit="background_sigma",
+            cache_dir=tmp_path, cache_gb=gb, storage_options=through,
+        )  # fmt: skip
+        assert len(list(data.val_dataloader()))
+        return {int(path.stem.removeprefix("train-")) for path in tmp_path.rglob("*.tar")}
+
+    for number in (1, 8, 9):
+        use(f"{number:06d}")
+    proxy.delay(0.5, only=r"GET .*train-000002")  # once the other has been found
+    assert use("{000001..000002}") == {1, 2, 9}
+    assert use("000009") == {1, 2, 9}
+    use("{000003..000004}")
+    assert use("000009") == {3, 4, 9}  # it was used again, so the others went
+    assert len([line for line in gets(proxy) if "train-000009" in line]) == 1
+
+
 FEW_FILES = """
 import os, resource, sys
 from contextlib import suppress
