@@ -36,7 +36,8 @@ def write_shards(
     """Write the processed dataset in a folder as shards into `out`, an empty folder.
 
     `{split}-{number:06d}.tar` with `shard_size` cutouts each: per sample `.npy` (or `.png`, `.jpg`:
-    see `Encoding`), `.cls` (1 lens, 0 not; absent for unlabelled), `.json` (its `id`);
+    see `Encoding`), `.cls` (1 lens, 0 not; absent for unlabelled), `.json` (its `id`, and how a
+    `png16` is stored);
     `index.parquet`; `catalogue.parquet`, the rows of the dataset's tables in the same order,
     without their paths; `manifest.json`, last. The cutouts of a split are in no order, so that
     every shard is a sample of it. Shards are written in parallel, a thread a core. The same dataset
@@ -105,7 +106,7 @@ class _Portion:
         step = max(1, PART // (4 * int(np.prod(self.shape))))
         block = np.empty((step, *self.shape), np.float32)
         scratch = np.empty(2 * PART, np.uint8)
-        others = _others(self.table)
+        others = _others(self.table, encoding.stated(self.dataset.format.bands, self.shape))
         with (
             self.dataset.open_images(self.split) as images,
             (folder / self.name).open("wb", buffering=0) as file,
@@ -148,12 +149,12 @@ class _Portion:
         return shard, pd.DataFrame(index)
 
 
-def _others(table: pd.DataFrame) -> list[Member]:
-    """What stands beside the pixels of some samples."""
+def _others(table: pd.DataFrame, stated: dict[str, Any]) -> list[Member]:
+    """What stands beside the pixels of some samples; stated: of all of them."""
     quoted = json.JSONEncoder().encode
-    members = [
-        Member("json", [f'{{"id": {quoted(name)}}}'.encode() for name in table["id"].tolist()])
-    ]
+    more = "".join(f", {quoted(name)}: {quoted(value)}" for name, value in stated.items())
+    abouts = [f'{{"id": {quoted(name)}{more}}}'.encode() for name in table["id"].tolist()]
+    members = [Member("json", abouts)]
     if table["label"].notna().all():
         members.append(Member("cls", [b"%d" % label for label in table["label"].tolist()]))
     return members
