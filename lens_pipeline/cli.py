@@ -415,7 +415,9 @@ def _storage_options(text: str) -> dict[str, Any]:
 
 def _prune(options: argparse.Namespace) -> int:
     settings = Settings.load(home=options.home, cloud_url=options.cloud_url)
+    from lens_pipeline.defs.cleaning import shards_in_use
     from lens_pipeline.registry import Registry
+    from lens_pipeline.runner import open_instance
     from lens_pipeline.shards.prune import prune_versions
     from lens_pipeline.tracking import keep_waits_short
 
@@ -424,6 +426,8 @@ def _prune(options: argparse.Namespace) -> int:
         referred = Registry(settings).dataset_versions()
     except InputError as problem:
         raise InputError(f"nothing is removed: {problem}") from None
+    with open_instance(settings) as instance:
+        referred = shards_in_use(instance) | referred
     found = prune_versions(
         settings.cloud,
         options.keep,

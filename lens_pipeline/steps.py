@@ -45,7 +45,8 @@ def file_sha256(path: Path) -> str:
 def file_aside(path: Path) -> Iterator[BinaryIO]:
     """A file that becomes `path` when the block ends well, so that a reader sees the old one or the
     new one, never a part."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    # Not by the process: two containers that share a folder may have the same number.
+    aside = path.with_name(f".{path.name}.{uuid4().hex[:12]}")
     try:
         with aside.open("wb") as file:
             yield file

@@ -14,8 +14,10 @@ import pandas as pd
 import pytest
 
 from lens_pipeline.catalogue.dataset import Dataset, build_dataset
+from lens_pipeline.catalogue.joined import JoinedDataset
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
+from lens_pipeline.shards.cutouts import Split
 from lens_pipeline.shards.prepare import prepare_shards
 from lens_pipeline_tests.faulty_proxy import FaultyProxy
 from lens_pipeline_tests.object_stores import GCSServer, S3Server, sign_in
@@ -42,6 +44,16 @@ def program_says(program: str, *arguments: object, cwd: Path, env: Mapping[str, 
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def as_in(
+    split: Split, dataset: Dataset | JoinedDataset, part: str
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """The cutouts and rows of a dataset's split, in the order of shards that hold just those."""
+    table = dataset.table(part)
+    places = pd.Index(table["id"]).get_indexer(pd.Index(split.ids))
+    assert sorted(places) == list(range(len(table)))
+    return dataset.images(part)[places], table.iloc[places].reset_index(drop=True)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

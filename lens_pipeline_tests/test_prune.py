@@ -1,12 +1,17 @@
 """`lens-pipeline prune`: which versions stay, and that it removes nothing where it cannot know."""
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import dagster as dg
 import pytest
 
 from lens_pipeline.cli import main
+from lens_pipeline.defs.stages import CLOUD
+from lens_pipeline.runner import open_instance
+from lens_pipeline.settings import Settings
 from lens_pipeline.shards import publish_shards, read_manifest
 
 LONG_AGO = 1_500_000_000
@@ -52,6 +57,34 @@ def test_prune_keeps_what_a_registered_model_refers_to(
     }
     assert "1 of 3 versions removed" in printed.splitlines()[3]
     assert left(own_home) == {cloud["newest"], cloud["of the model"]}
+
+
+def test_prune_keeps_what_runs_of_this_home_may_be_reading(
+    own_home: Path, cloud: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reason(*more: str) -> str:
+        assert main(["prune", "--home", str(own_home), "--keep", "1", *more]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return next(line for line in lines if line.startswith(cloud["old"])).split(" MB  ")[1]
+
+    with open_instance(Settings.load(home=str(own_home))) as instance:
+
+        def published(version: str) -> None:
+            about = {"content": cloud[version]}
+            instance.report_runless_asset_event(dg.AssetMaterialization(CLOUD, metadata=about))
+
+        published("old")
+        assert reason() == "kept      cloud_shards of this home refers to it"
+        time.sleep(1.1)
+        training = dg.DagsterRun(job_name="all", status=dg.DagsterRunStatus.STARTED)
+        instance.add_run(training)
+        time.sleep(1.1)
+        published("of the model")
+        published("newest")
+        assert reason() == "kept      a run under way refers to it"
+        instance.report_run_failed(training)
+        assert reason("--dry-run") == "would go  is older"
+        assert reason() == "removed   is older"
 
 
 def test_prune_removes_nothing_where_the_registry_cannot_be_asked(

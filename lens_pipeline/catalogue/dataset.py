@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -171,19 +172,35 @@ class ImageFile:
 
         Raises InputError where the file is shorter.
         """
-        self._file.seek(self._begin + start * block[0].nbytes)
         while n > 0:
             images = block[:n]
-            content = images.data.cast("B")
-            while content:
-                got = self._file.readinto(content)
-                if not got:
-                    raise InputError(
-                        f"{self._file.name}: is shorter than its table; make the dataset again"
-                    )
-                content = content[got:]
+            self._read(images, start)
             yield images
-            n -= len(images)
+            start, n = start + len(images), n - len(images)
+
+    def gather(
+        self, places: NDArray[np.integer], block: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """The images at these places, in the memory `block`, which holds as many.
+
+        Read in the order in which they lie in the file. Raises InputError where it is shorter.
+        """
+        images = block[: len(places)]
+        for at in np.argsort(places):
+            self._read(images[at : at + 1], int(places[at]))
+        return images
+
+    def _read(self, images: NDArray[np.float32], start: int) -> None:
+        """Fill the array with the images from `start` on."""
+        content = images.data.cast("B")
+        at = self._begin + start * images[0].nbytes
+        while content:
+            got = os.preadv(self._file.fileno(), [content], at)
+            if not got:
+                raise InputError(
+                    f"{self._file.name}: is shorter than its table; make the dataset again"
+                )
+            content, at = content[got:], at + got
 
 
 Empty = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]  # as np.empty

@@ -1,13 +1,14 @@
 """The job `cleaning`: what ended or was made long ago, and nothing needs, is removed."""
 
 import datetime
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import dagster as dg
 
 from lens_pipeline.defs.resources import LensHome
-from lens_pipeline.defs.stages import LOCATION, PUBLISHED_FROM, log
+from lens_pipeline.defs.stages import CLOUD, LOCATION, PUBLISHED_FROM, log
 from lens_pipeline.steps import Removed, remove_unused
 
 ENDED = [
@@ -24,6 +25,7 @@ UNDER_WAY = [
 # Of LENS_HOME. Of the others, small and looked at, what stopped steps have left goes alone.
 MADE_AGAIN = ("cache", "catalogue", "checkpoints/*", "dataset", "shards")
 STAY = ("ensemble", "pictures", "reports", "statistics")
+MANY = 1000  # versions that were published while one run was under way
 
 
 def _last_made(instance: dg.DagsterInstance) -> Iterator[dg.EventLogRecord]:
@@ -35,6 +37,31 @@ def _last_made(instance: dg.DagsterInstance) -> Iterator[dg.EventLogRecord]:
         for survey in instance.get_materialized_partitions(key):
             of_survey = dg.AssetRecordsFilter(asset_key=key, asset_partitions=[survey])
             yield from instance.fetch_materializations(of_survey, limit=1).records
+
+
+def shards_in_use(instance: dg.DagsterInstance) -> dict[str, str]:
+    """{version of the published shards: what uses it}, as far as this instance knows: the one that
+    was made or seen last, and what was when the oldest run that is under way began, or since."""
+    runs = instance.get_run_records(dg.RunsFilter(statuses=UNDER_WAY))
+    now = datetime.datetime.now(datetime.UTC)
+    begun = min([now, *(run.create_timestamp for run in runs)]).timestamp()
+    since = dg.AssetRecordsFilter(asset_key=CLOUD, after_timestamp=begun)
+    before = dg.AssetRecordsFilter(asset_key=CLOUD, before_timestamp=begun)
+    used: dict[str, str] = {}
+    for fetch in (instance.fetch_materializations, instance.fetch_observations):
+        records = [*fetch(since, limit=MANY).records, *fetch(before, limit=1).records]
+        contents = list(_contents(records))  # the newest first
+        used = dict.fromkeys(contents[1:], "a run under way") | used
+        used |= dict.fromkeys(contents[:1], f"{CLOUD.to_user_string()} of this home")
+    return used
+
+
+def _contents(records: Iterable[dg.EventLogRecord]) -> Iterator[str]:
+    """The content hashes of what was made or seen."""
+    for record in records:
+        about = record.asset_materialization or record.asset_observation
+        if about is not None:
+            yield str(about.metadata["content"].value)
 
 
 def _begin_of_days(lens: LensHome) -> datetime.datetime:
@@ -60,9 +87,13 @@ def remove_old_runs(context: dg.OpExecutionContext, lens: LensHome) -> int:
         if run.run_id not in kept:
             instance.delete_run(run.run_id)
             instance.compute_log_manager.delete_logs(prefix=[run.run_id])
-            # In SQLite each run has a file, which Dagster empties and leaves.
-            for file in Path(instance.root_directory).rglob(f"{run.run_id}*"):
-                file.unlink()
+            # In SQLite each run has a file, which Dagster empties and leaves; and a folder, where
+            # its logs are kept elsewhere.
+            for left in list(Path(instance.root_directory).rglob(f"{run.run_id}*")):
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
             removed += 1
     context.add_output_metadata({"runs removed": removed, "older than (days)": days})
     log.info("cleaning: %d runs ended more than %d days ago are removed", removed, days)

@@ -2,6 +2,7 @@
 need into a folder of bounded size that processes share, or into memory.
 """
 
+import errno
 import mmap
 import os
 import threading
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import filelock
+import numpy as np
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
@@ -51,20 +54,29 @@ def local_difference(path: Path, listed: Listed) -> str | None:
 def mapped(path: Path, least: int, written: bool = False) -> memoryview:
     """The bytes of a file. Raises InputError where there is none, or fewer bytes than `least`.
 
-    written: it just was, and lies in memory: all its pages are mapped at once, not one by one where
-    they are touched.
+    Through Arrow: a map of Python's keeps a descriptor, of which a process may have a thousand.
+    written: it just was, and lies in memory: all its pages are mapped here, not one by one where
+    they are needed.
     """
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        with pa.memory_map(str(path)) as file:
+            size = file.size()
             if size < max(least, 1):
                 raise InputError(
                     f"{path}: was cut to {size} bytes; write or fetch the shards again"
                 )
-            flags = mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if written else 0)
-            return memoryview(mmap.mmap(file.fileno(), 0, flags, mmap.PROT_READ))
+            view = memoryview(file.read_buffer())
     except OSError as problem:
-        raise InputError(f"{path}: cannot be read ({problem.strerror})") from None
+        raise InputError(f"{path}: cannot be read ({_reason(problem)})") from None
+    if written:
+        np.frombuffer(view, np.uint8)[:: mmap.PAGESIZE].max()
+    return view
+
+
+def _reason(problem: OSError) -> str:
+    """In words, without the path; and the way out where it is not one of the cache's settings."""
+    said = os.strerror(problem.errno) if problem.errno else str(problem)
+    return f"{said}; raise `ulimit -n`" if problem.errno == errno.EMFILE else said
 
 
 @dataclass(frozen=True)
@@ -91,18 +103,34 @@ class CacheFolder:
                 "(cache_gb)"
             )
 
-    def lock(self, path: Path) -> AbstractContextManager[object]:
-        """For what is done to a file, or to the folder, by one thread of one process at a time."""
+    @contextmanager
+    def lock(self, path: Path) -> Iterator[None]:
+        """For what is done to a file, or to the folder, by one thread of one process at a time.
+
+        Raises InputError where it cannot be locked.
+        """
         locks = path.parent / ".locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        return filelock.FileLock(locks / f"{path.name}.lock", poll_interval=0.01)
+        lock = filelock.FileLock(locks / f"{path.name}.lock", poll_interval=0.01)
+        try:
+            locks.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except OSError as problem:
+            raise InputError(f"{path}: cannot be locked ({_reason(problem)})") from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def open(self, path: Path, least: int) -> memoryview:
         """The bytes of a file, which is noted as used. Raises InputError where it is gone."""
         content = mapped(path, least)
+        self.touch(path)
+        return content
+
+    def touch(self, path: Path) -> None:
+        """Note a file as used."""
         with suppress(OSError):  # gone meanwhile, or another user's
             os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
-        return content
 
     @contextmanager
     def room(self, n_bytes: int, needed: frozenset[Path] = frozenset()) -> Iterator[None]:
@@ -125,7 +153,7 @@ class CacheFolder:
             aside.replace(path)
         except OSError as problem:
             raise InputError(
-                f"{source}: cannot be kept at {path} ({problem.strerror}); make room there, or "
+                f"{source}: cannot be kept at {path} ({_reason(problem)}); make room there, or "
                 "lower LENS_CACHE_GB (cache_gb)"
             ) from None
         finally:

@@ -7,17 +7,26 @@ which version is the newest; it is swapped when a version is whole.
 import json
 import logging
 import posixpath
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.shards.manifest import MANIFEST, Listed, read_manifest
+from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest, read_manifest
 from lens_pipeline.shards.store import Store, StoreError, md5_of_listed, transfer
 
 LATEST = "latest.json"
+# In a version's folder while it is published. An upload that only finds what is there already must
+# not look as old as that, or `prune` would take it for one that was stopped.
+AT_WORK = ".publishing"
+STILL = 3600  # seconds after which that is said again
+STOPPED = 86_400  # seconds after which nobody writes a file any more
+NAMED = 5  # objects in a message
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +75,8 @@ def publish_shards(
     an upload that was stopped goes on. Each is checked before and after, and the manifest put last:
     who sees one sees a whole dataset. Then `latest.json` names the version, unless it names one
     whose upload began later. Raises InputError where `shards` has no manifest or is damaged, or
-    where nothing may be written; StoreError where the store fails for long: what was the newest
-    before, still is.
+    where nothing may be written; StoreError where the store fails for long, or somebody has removed
+    meanwhile what was there: what was the newest before, still is.
     """
     created = datetime.now(UTC).isoformat()
     manifest = read_manifest(shards)
@@ -77,8 +86,10 @@ def publish_shards(
     place = Store(posixpath.join(url, version), storage_options)
     if place.is_local:
         Path(place.root).mkdir(exist_ok=True)
+        _remove_asides(Path(place.root))
 
     def publish(listed: Listed) -> bool:
+        say_so()
         source = shards / listed.name
         md5 = md5_of_listed(source, listed)
         if place.holds(listed, md5):
@@ -88,16 +99,63 @@ def publish_shards(
             raise StoreError(f"{place.url}/{listed.name}: is not what was put there")
         return True
 
-    sent = transfer(manifest.files, publish, "publishing")
-    uploaded = [listed.name for listed, new in zip(manifest.files, sent, strict=True) if new]
-    skipped = [listed.name for listed, new in zip(manifest.files, sent, strict=True) if not new]
-    if place.read(MANIFEST) != manifest.text.encode():
-        uploaded.append(MANIFEST)
-    # Even where it is there: its time says when this version was published last.
-    place.put_bytes(MANIFEST, manifest.text.encode())
-    _point_to(top, version, created)
+    with _at_work(place) as say_so:
+        sent = transfer(manifest.files, publish, "publishing")
+        uploaded = [listed.name for listed, new in zip(manifest.files, sent, strict=True) if new]
+        skipped = [listed.name for listed, new in zip(manifest.files, sent, strict=True) if not new]
+        if place.read(MANIFEST) != manifest.text.encode():
+            uploaded.append(MANIFEST)
+        # Even where it is there: its time says when this version was published last.
+        place.put_bytes(MANIFEST, manifest.text.encode())
+        _check_there(place, manifest)
+        _point_to(top, version, created)
     n_bytes = sum(listed.bytes for listed in manifest.files if listed.name in uploaded)
     return PublishedShards(place.url, version, tuple(uploaded), tuple(skipped), n_bytes)
+
+
+def _remove_asides(folder: Path) -> None:
+    """What uploads have left there that were stopped while they put a file."""
+    for aside in folder.glob(".*.*.*"):
+        with suppress(FileNotFoundError):  # another process was quicker
+            if time.time() - aside.stat().st_mtime > STOPPED:
+                aside.unlink()
+
+
+@contextmanager
+def _at_work(place: Store) -> Iterator[Callable[[], None]]:
+    """While a version is published, an object in its folder is young: what is given keeps it so,
+    and is to be called again and again."""
+    said, lock = [-float("inf")], threading.Lock()
+
+    def say_so() -> None:
+        with lock:
+            if time.monotonic() - said[0] > STILL:
+                place.put_bytes(AT_WORK, b"")
+                said[0] = time.monotonic()
+
+    say_so()
+    yield say_so
+    with suppress(InputError):  # objects may be put there, and not removed
+        place.remove(AT_WORK)
+
+
+def _check_there(place: Store, manifest: Manifest) -> None:
+    """Raises StoreError where a file has gone since it was found or put, by a `prune` that had
+    begun before; the manifest goes, too."""
+    files = [*manifest.files, Listed(MANIFEST, "", len(manifest.text.encode()))]
+    found = transfer(files, lambda listed: place.about(listed.name), "checking")
+    gone = [
+        listed.name
+        for listed, about in zip(files, found, strict=True)
+        if about is None or about["size"] != listed.bytes
+    ]
+    if gone:
+        with suppress(InputError):  # objects may be put there, and not removed
+            place.remove(MANIFEST)
+        named = ", ".join(gone[:NAMED]) + (f" and {len(gone) - NAMED} more" * (len(gone) > NAMED))
+        raise StoreError(
+            f"{place.url}: {named}: removed by somebody while it was published; publish it again"
+        )
 
 
 def _point_to(store: Store, version: str, created: str) -> None:

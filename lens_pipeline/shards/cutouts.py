@@ -24,7 +24,7 @@ from lens_pipeline.settings import Settings, absolute
 from lens_pipeline.shards.cloud import newest_version
 from lens_pipeline.shards.manifest import MANIFEST
 from lens_pipeline.shards.prepare import IMAGE_SIZE
-from lens_pipeline.shards.reader import FetchedSplit, shards_at
+from lens_pipeline.shards.reader import FetchedSplit, ShardSplit, shards_at
 from lens_pipeline.shards.store import Store
 from lens_pipeline.steps import Recipe, run_step
 from lens_pipeline.storage import locate
@@ -111,9 +111,15 @@ class CroppedSplit:
         return out
 
 
+def in_shards(split: Split) -> ShardSplit | None:
+    """What is behind a split that lies in shards."""
+    whole = split.whole if isinstance(split, CroppedSplit) else split
+    return whole if isinstance(whole, ShardSplit) else None
+
+
 def fetched(split: Split) -> FetchedSplit | None:
     """What is behind a split whose shards are fetched when they are needed."""
-    whole = split.whole if isinstance(split, CroppedSplit) else split
+    whole = in_shards(split)
     return whole if isinstance(whole, FetchedSplit) else None
 
 

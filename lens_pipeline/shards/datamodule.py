@@ -15,7 +15,14 @@ from lens_pipeline.catalogue.dataset import CutoutFormat
 from lens_pipeline.catalogue.splits import drawn_groups
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
-from lens_pipeline.shards.cutouts import Cutouts, Split, fetched, newest_shards, open_cutouts
+from lens_pipeline.shards.cutouts import (
+    Cutouts,
+    Split,
+    fetched,
+    in_shards,
+    newest_shards,
+    open_cutouts,
+)
 from lens_pipeline.shards.manifest import read_manifest
 from lens_pipeline.shards.prefetch import Batch
 from lens_pipeline.shards.reader import FetchedSplit
@@ -147,7 +154,7 @@ class CutoutModule(pl.LightningDataModule):
             self.batch_size,
             shuffle=shuffle,
             seed=self.seed,
-            windows=_windows(remote) if remote else None,
+            windows=_windows(split),
             among=self.taking_part(name),
         )
         ahead = remote.ahead if remote else None
@@ -169,11 +176,16 @@ class CutoutModule(pl.LightningDataModule):
         return self.loader("test", shuffle=False)
 
 
-def _windows(split: FetchedSplit) -> Windows:
+def _windows(split: Split) -> Windows | None:
     """Half of what may be kept is for the shards that are mixed, half for those that come next."""
-    whole = 2 * split.fetched.largest.bytes
-    size = max(1, min(MIXED, split.fetched.bound // whole))
-    return Windows(split.shards[0], size, always=split.n_bytes > split.fetched.bound)
+    shards = in_shards(split)
+    if shards is None:
+        return None
+    if not isinstance(shards, FetchedSplit):
+        return Windows(shards.shards[0], 0, always=False)
+    whole = 2 * shards.fetched.largest.bytes
+    size = max(1, min(MIXED, shards.fetched.bound // whole))
+    return Windows(shards.shards[0], size, always=shards.n_bytes > shards.fetched.bound)
 
 
 class LensDataModule(CutoutModule):

@@ -1,6 +1,7 @@
 """How a cutout's pixels are stored in a shard: as an array of floats, a 16-bit PNG, or a JPEG."""
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,14 @@ class Encoding:
         described = {"descr": self.dtype.str, "fortran_order": False, "shape": shape}
         npy.write_array_header_1_0(header, described)
         return header.getvalue()
+
+    def stated(self, bands: Sequence[str], shape: Sequence[int]) -> dict[str, Any]:
+        """What the `.json` of a sample says of a picture that nobody could read without: its codes
+        mean flux, and its rows the bands one after the other."""
+        if self.name != "png16":
+            return {}
+        about = {"encoding": self.name, "units": self.units}
+        return {**about, "bands": list(bands), "shape": list(shape)}
 
     def encode(self, image: NDArray[np.floating]) -> bytes:
         """A picture file of one cutout (bands, height, width)."""

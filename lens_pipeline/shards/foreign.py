@@ -5,7 +5,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -25,12 +25,14 @@ from lens_pipeline.catalogue.images import (
     COMPOSITE_BANDS,
     FLUX,
     SIGMA_UNITS,
+    Cutout,
     CutoutError,
     decode_image,
     usable_cutout,
 )
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.cache import mapped
+from lens_pipeline.shards.encoding import Encoding
 from lens_pipeline.shards.memory import stacked
 
 Content = bytes | memoryview
@@ -45,10 +47,36 @@ END = bytes(2 * tarfile.BLOCKSIZE)  # every whole tar ends with it
 
 
 @dataclass(frozen=True)
+class Stored:
+    """How a picture of ours is to be read, as the `.json` beside it says: see `Encoding.stated`."""
+
+    encoding: Encoding
+    bands: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    def cutout(self, content: bytes) -> Cutout:
+        """Raises CutoutError where the picture is damaged, or another."""
+        try:
+            pixels = self.encoding.decode(content, self.shape)
+        except Exception as problem:  # noqa: BLE001  (decoders raise anything on a damaged file)
+            raise CutoutError(f"the file is not as its .json says ({problem})") from None
+        return Cutout(pixels, self.encoding.units, self.bands)
+
+
+@cache
+def _png16(units: str, bands: tuple[str, ...], shape: tuple[int, ...]) -> Stored:
+    """One for all samples. Raises ValueError where the parts do not fit together."""
+    if units not in (SIGMA_UNITS, COMPOSITE) or len(shape) != 3 or len(bands) != shape[0]:
+        raise ValueError
+    return Stored(Encoding("png16", units), bands, shape)
+
+
+@dataclass(frozen=True)
 class RawSample:
     """What a tar holds of one cutout, not decoded; label: 1 lens, 0 not, -1 unknown.
 
-    content: of the image file, which begins at `offset` of the tar.
+    content: of the image file, which begins at `offset` of the tar; stored: how it is to be read,
+    where that is said beside it.
     """
 
     id: str
@@ -56,6 +84,14 @@ class RawSample:
     suffix: str
     content: Content
     offset: int = 0
+    stored: Stored | None = None
+
+    def cutout(self, flux_unit: str | None) -> Cutout:
+        """Decoded, as it is. Raises CutoutError where it cannot be."""
+        content = bytes(self.content)
+        if self.stored is not None:
+            return self.stored.cutout(content)
+        return decode_image(content, self.suffix, flux_unit)
 
 
 class Decoder(Protocol):
@@ -76,7 +112,7 @@ class ImageDecoder:
 
     def __call__(self, sample: RawSample, shard: str) -> NDArray[np.float32]:
         try:
-            cutout = decode_image(bytes(sample.content), sample.suffix, self.flux_unit)
+            cutout = sample.cutout(self.flux_unit)
             return self.form.fitted(usable_cutout(cutout, self.form.image_size)).pixels
         except CutoutError as reason:
             raise InputError(f"{shard}: sample {sample.id}: {reason}") from None
@@ -87,12 +123,13 @@ class ImageDecoder:
     ) -> Self:
         """One for cutouts that are as this one is."""
         try:
-            cutout = decode_image(bytes(sample.content), sample.suffix, flux_unit)
+            cutout = sample.cutout(flux_unit)
         except CutoutError as reason:
             raise InputError(f"{shard}: sample {sample.id}: {reason}") from None
         n_bands, *sides = cutout.pixels.shape
         units = SIGMA_UNITS if cutout.units == FLUX else cutout.units
         bands = COMPOSITE_BANDS if (n_bands, units) == (3, COMPOSITE) else unnamed(n_bands)
+        bands = cutout.bands or bands
         return cls(CutoutFormat(bands, image_size or min(sides), units, None), flux_unit)
 
 
@@ -131,19 +168,22 @@ def _sample(key: str, parts: dict[str, tuple[Content, int]], shard: str) -> RawS
         if "json" in parts:
             about = dict(json.loads(bytes(parts["json"][0])))
         stated = bytes(parts["cls"][0]).decode() if "cls" in parts else about.get("label")
-    except (ValueError, TypeError):
+        stored = None
+        if images[0] == "png" and about.get("encoding") == "png16":
+            stored = _png16(about["units"], tuple(about["bands"]), tuple(about["shape"]))
+    except (ValueError, TypeError, KeyError):
         raise InputError(f"{shard}: sample {key}: its .json or .cls cannot be read") from None
     label = _LABELS.get(str(stated).strip().lower())
     if label is None:
         raise InputError(f"{shard}: sample {key}: label {stated!r} must be 0, 1 or empty")
-    return RawSample(str(about.get("id", key)), label, images[0], *parts[images[0]])
+    return RawSample(str(about.get("id", key)), label, images[0], *parts[images[0]], stored)
 
 
 @dataclass(frozen=True)
 class ForeignSplit(CutoutRows):
     """Cutouts in tars without a manifest.
 
-    index: one row a cutout: id, label, shard (its path), offset, bytes, suffix.
+    index: one row a cutout: id, label, shard (its path), offset, bytes, suffix, stored.
     """
 
     index: pd.DataFrame
@@ -171,9 +211,10 @@ class ForeignSplit(CutoutRows):
     ) -> NDArray[np.floating]:
         cutouts = []
         for i in indices:
-            name, label, shard, offset, size, suffix = self._places[i]
+            name, label, shard, offset, size, suffix, stored = self._places[i]
             content = self._maps[shard][offset : offset + size]
-            cutouts.append(self.decoder(RawSample(name, label, suffix, content), shard))
+            sample = RawSample(name, label, suffix, content, offset, stored)
+            cutouts.append(self.decoder(sample, shard))
         return stacked(cutouts, empty)
 
 
@@ -192,10 +233,11 @@ def index_tars(
             if decoder is None:
                 decoder = ImageDecoder.like(sample, str(path), image_size, flux_unit)
             place = sample.offset, len(sample.content)
-            rows.append((sample.id, sample.label, str(path), *place, sample.suffix))
+            how = sample.suffix, sample.stored
+            rows.append((sample.id, sample.label, str(path), *place, *how))
     if decoder is None:
         raise InputError(f"{', '.join(map(str, paths[:3]))}: no cutouts")
-    columns = ["id", "label", "shard", "offset", "bytes", "suffix"]
+    columns = ["id", "label", "shard", "offset", "bytes", "suffix", "stored"]
     return ForeignSplit(pd.DataFrame(rows, columns=columns), decoder)
 
 

@@ -2,11 +2,10 @@
 
 import posixpath
 import re
-import shutil
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -33,10 +32,11 @@ class FoundVersion:
 
 
 class _Versions(Store):
-    def objects(self) -> dict[str, dict[str, Any]]:
-        """{version: {name of an object: what the store says of it}}; nothing else that is there."""
+    def objects(self, version: str = "") -> dict[str, dict[str, Any]]:
+        """{version: {name of an object: what the store says of it}}, of one or all; nothing else
+        that is there."""
         try:
-            found = self._again(lambda: self.filesystem.find(self.root, detail=True), "")
+            found = self._again(lambda: self.filesystem.find(self.at(version), detail=True), "")
         except PermissionError as problem:
             raise InputError(f"{self.url}: may not be listed ({problem})") from None
         versions: dict[str, dict[str, Any]] = {}
@@ -59,13 +59,6 @@ class _Versions(Store):
         self.remove(probe)
         return _changed(about)
 
-    def remove(self, name: str) -> None:
-        try:
-            with suppress(FileNotFoundError):  # another process was quicker
-                self._again(lambda: self.filesystem.rm_file(self.at(name)), name)
-        except PermissionError as problem:
-            raise InputError(f"{self.url}/{name}: may not be removed ({problem})") from None
-
 
 def prune_versions(
     url: str,
@@ -79,7 +72,7 @@ def prune_versions(
 
     Kept are the `keep` newest whole ones, the one that `latest.json` names, those that are
     `referred` to ({version: by what}), and what was written to within a day; so an upload without a
-    manifest is one that was stopped. Manifests go first: who sees one sees a whole dataset.
+    manifest is one that was stopped. What is written to while others are removed stays, too.
     dry_run: remove nothing. Raises InputError for keep < 1, where there are no versions, and where
     nothing may be removed.
     """
@@ -92,9 +85,9 @@ def prune_versions(
     found = _judged(store, store.objects(), keep, referred)
     if not found:
         raise InputError(f"{url}: no shards are published there")
-    if not dry_run:
-        _remove(store, [one.version for one in found if not one.kept])
-    return found
+    if dry_run:
+        return found
+    return [one if one.kept else _removed(store, one) for one in found]
 
 
 def _judged(
@@ -122,20 +115,29 @@ def _judged(
     return found
 
 
-def _remove(store: _Versions, versions: list[str]) -> None:
-    for version in versions:
-        store.remove(f"{version}/{MANIFEST}")
-    # What has come since they were judged goes too.
-    objects = store.objects()
-    files = [
-        Listed(f"{version}/{name}", "", about["size"])
-        for version in versions
-        for name, about in objects.get(version, {}).items()
-    ]
+def _removed(store: _Versions, one: FoundVersion) -> FoundVersion:
+    """Remove a version; its manifest first, for who sees one sees a whole dataset. Returns what
+    became of it: it is kept where it has been published again since it was judged."""
+    for remove in (_remove_manifest, _remove_rest):
+        objects = store.objects(one.version).get(one.version, {})
+        if store.newest() == one.version:
+            return replace(one, kept=True, reason=f"{LATEST} names it")
+        if any(_changed(about) > one.published for about in objects.values()):
+            return replace(one, kept=True, reason="is being published again")
+        remove(store, one.version, objects)
+    return one
+
+
+def _remove_manifest(store: _Versions, version: str, objects: Mapping[str, Any]) -> None:
+    store.remove(f"{version}/{MANIFEST}")
+
+
+def _remove_rest(store: _Versions, version: str, objects: Mapping[str, Any]) -> None:
+    files = [Listed(f"{version}/{name}", "", about["size"]) for name, about in objects.items()]
     transfer(files, lambda listed: store.remove(listed.name), "removing")
     if store.is_local:
-        for version in versions:
-            shutil.rmtree(store.at(version), ignore_errors=True)
+        with suppress(OSError):  # somebody has just put something there
+            Path(store.at(version)).rmdir()
 
 
 def _changed(about: Mapping[str, Any]) -> datetime:

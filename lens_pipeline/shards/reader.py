@@ -36,7 +36,7 @@ from lens_pipeline.shards.store import Store
 
 @dataclass(frozen=True)
 class ShardSplit(CutoutRows, ABC):
-    """The cutouts of one split, in the order of the dataset.
+    """The cutouts of one split, in the order of the shards.
 
     index: one row a cutout: id, label, shard, offset and bytes of its pixels; shape: (bands,
     height, width) of each.

@@ -30,7 +30,7 @@ def rank_of_ranks() -> tuple[int, int]:
 @dataclass(frozen=True)
 class Windows:
     """An order for cutouts whose shards arrive one by one: shards in any order, and the cutouts of
-    `size` of them mixed.
+    `size` of them mixed; 0 where all are there, and all cutouts are mixed.
 
     shard: int (n,), the number of each cutout's; always: in every epoch, not in the first alone.
     """
@@ -39,14 +39,14 @@ class Windows:
     size: int
     always: bool
 
-    def order(self, generator: torch.Generator) -> NDArray[np.integer]:
+    def order(self, generator: torch.Generator, size: int) -> NDArray[np.integer]:
         """A shard gives its cutouts, at random, while `size` others begin; half a window of shards
         begins at once, and half of one ends together, or there the mixing would be poor."""
         n_shards = int(self.shard.max()) + 1
         turn = torch.randperm(n_shards, generator=generator)
-        begin = (turn - self.size / 2).clamp(0, max(n_shards - self.size, 0)).numpy()
+        begin = (turn - size / 2).clamp(0, max(n_shards - size, 0)).numpy()
         within = torch.rand(len(self.shard), generator=generator, dtype=torch.float64).numpy()
-        return np.argsort(begin[self.shard] + self.size * within, kind="stable")
+        return np.argsort(begin[self.shard] + size * within, kind="stable")
 
 
 class EpochBatches(DistributedSampler[list[int]]):
@@ -60,8 +60,9 @@ class EpochBatches(DistributedSampler[list[int]]):
     windows: of shards that are fetched, an order that needs them one after the other; other epochs,
     and other splits, are shuffled as a whole.
     among: bool (n,), the places that take part, else all; only they count.
-    rank, ranks: of torch.distributed where it runs, else 0 of 1. `start`: batches to leave out at
-    the next iteration, for an epoch that goes on.
+    rank, ranks: of torch.distributed where it runs, else 0 of 1. For an epoch that goes on,
+    `start`: batches to leave out at the next iteration; `began_with`: how many shards it mixes, if
+    not as many as `windows` say.
     """
 
     # Lightning replaces samplers in distributed runs, but for this class and its children.
@@ -83,6 +84,7 @@ class EpochBatches(DistributedSampler[list[int]]):
         self.windows = windows
         self._given = rank, ranks
         self.epoch, self.start = 0, 0
+        self.began_with: int | None = None
 
     # Asked when they are used: a loader may be made before torch.distributed runs.
     @property
@@ -93,6 +95,15 @@ class EpochBatches(DistributedSampler[list[int]]):
     @property
     def ranks(self) -> int:
         return self._given[1] or rank_of_ranks()[1]
+
+    @property
+    def mixed(self) -> int:
+        """How many shards are mixed in this epoch; 0: all."""
+        if self.began_with is not None:
+            return self.began_with
+        if self.windows is None or not (self.epoch == 0 or self.windows.always):
+            return 0
+        return self.windows.size
 
     def __len__(self) -> int:
         if not self.shuffle:
@@ -123,9 +134,11 @@ class EpochBatches(DistributedSampler[list[int]]):
     def _order_of_all(self) -> NDArray[np.integer]:
         if not self.shuffle:
             return np.arange(self.whole)
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        if self.windows is not None and (self.epoch == 0 or self.windows.always):
-            return self.windows.order(generator)
+        # A sum would give a seed's second epoch the order of the next one's first.
+        state = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0]))
+        if self.windows is not None and self.mixed:
+            return self.windows.order(generator, self.mixed)
         return torch.randperm(self.whole, generator=generator).numpy()
 
 
@@ -184,10 +197,45 @@ class ShardLoader(ResumableLoader):
     ) -> None:
         super().__init__(dataset, batch_size=None, sampler=sampler, **how)  # it gives whole batches
         self.ahead, self.device = ahead, device
+        self.began_with: int | None = None  # of the epoch that goes on, if one does
+
+    def state_dict(self) -> dict[str, int]:
+        """With what decides the order of the epoch, beside its seed and number."""
+        assert isinstance(self.sampler, EpochBatches)
+        return super().state_dict() | {
+            "cutouts": self.sampler.n,
+            "a step": self.sampler.batch_size * self.sampler.ranks,
+            "mixed": self.sampler.mixed,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """The epoch goes on in the order that it began with, whatever cache there is now. Raises
+        InputError where that cannot be: some cutouts would be seen twice, and others not at all."""
+        super().load_state_dict(state)
+        assert isinstance(self.sampler, EpochBatches)
+        if not self.start:
+            return
+        now = self.state_dict()
+        for name, what in (
+            ("cutouts", "cutouts in all"),
+            ("a step", "cutouts a step (batch_size x processes)"),
+        ):
+            if state.get(name, now[name]) != now[name]:
+                raise InputError(
+                    f"the epoch that is to go on began with {state[name]} {what}, and there are "
+                    f"{now[name]} now; go on with as many"
+                )
+        self.began_with = state.get("mixed")
+        if self.began_with and self.sampler.windows is None:
+            raise InputError(
+                "the epoch that is to go on began with shards, and there are none now; go on with "
+                "the shards"
+            )
 
     def batches_from(self, start: int) -> Iterator[Any]:
         assert isinstance(self.sampler, EpochBatches)
         self.sampler.start = start
+        self.sampler.began_with, self.began_with = self.began_with, None
         if self.num_workers:
             batches = super().batches_from(0)
         elif self.pin_memory:

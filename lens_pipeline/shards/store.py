@@ -20,6 +20,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -128,7 +129,8 @@ class Store:
     def put_file(self, source: Path, name: str) -> None:
         """A store shows an object when it is whole; in a folder it is renamed into place."""
         if self.is_local:
-            aside = self.at(f".{name}.{os.getpid()}")
+            # Not by the process: two containers that share a folder may have the same number.
+            aside = self.at(f".{name}.{uuid.uuid4().hex[:12]}")
             self.filesystem.put_file(str(source), aside)
             with Path(aside).open("rb") as file:
                 os.fsync(file.fileno())  # the manifest that follows must not outlive it
@@ -141,6 +143,14 @@ class Store:
             write_aside(Path(self.at(name)), content.decode())
         else:
             self._again(lambda: self.filesystem.pipe_file(self.at(name), content), name)
+
+    def remove(self, name: str) -> None:
+        """Remove an object, if it is there. Raises InputError where it may not be removed."""
+        try:
+            with suppress(FileNotFoundError):  # another process was quicker
+                self._again(lambda: self.filesystem.rm_file(self.at(name)), name)
+        except PermissionError as problem:
+            raise InputError(f"{self.url}/{name}: may not be removed ({problem})") from None
 
     def read(self, name: str) -> bytes | None:
         """The content of a small object, None where there is none. Raises InputError where it may

@@ -122,13 +122,16 @@ def _copied(store: Store, names: Sequence[str], cache: CacheFolder) -> list[Path
         path_of[name] = cache.path / key / name
         tars.append(Listed(name, "", about["size"]))
     cache.check_holds(sum(tar.bytes for tar in tars), f"{store.url}: {len(tars)} tars")
+    needed = frozenset(path_of.values())
 
     def copy(tar: Listed) -> None:
         path = path_of[tar.name]
         with cache.lock(path):
-            if not path.is_file():
+            if path.is_file():
+                cache.touch(path)
+            else:
                 content = store.whole(tar.name, tar.bytes)
-                with cache.room(tar.bytes):
+                with cache.room(tar.bytes, needed):
                     cache.write(path, content, f"{store.url}/{tar.name}")
 
     transfer(tars, copy, "fetching", at_a_time(max(tar.bytes for tar in tars)))

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -37,10 +37,12 @@ def write_shards(
     """Write the processed dataset in a folder as shards into `out`, an empty folder.
 
     `{split}-{number:06d}.tar` with `shard_size` cutouts each: per sample `.npy` (or `.png`, `.jpg`:
-    see `Encoding`), `.cls` (1 lens, 0 not; absent for unlabelled), `.json` (its `id`);
+    see `Encoding`), `.cls` (1 lens, 0 not; absent for unlabelled), `.json` (its `id`, and how a
+    `png16` is stored);
     `index.parquet`; `catalogue.parquet`, the rows of the dataset's tables in the same order,
-    without their paths; `manifest.json`, last. Shards are written in parallel, a thread a core. The
-    same dataset gives the same bytes. Raises InputError for settings out of range.
+    without their paths; `manifest.json`, last. The cutouts of a split are in no order, so that
+    every shard is a sample of it. Shards are written in parallel, a thread a core. The same dataset
+    gives the same bytes. Raises InputError for settings out of range.
     """
     if shard_size < 1:
         raise InputError(f"shard_size {shard_size}: at least 1 is needed")
@@ -57,7 +59,7 @@ def write_shards(
             shards.append(shard)
             tables.append(table)
             progress.update(shard.samples)
-    rows = pd.concat([source.table(part) for part in PARTS], ignore_index=True)
+    rows = pd.concat([_mixed(source.table(part)) for part in PARTS], ignore_index=True)
     return write_manifest(
         out,
         format=asdict(source.format),
@@ -85,7 +87,10 @@ def _a_thread_a_core() -> Iterator[ThreadPoolExecutor]:
 
 @dataclass(frozen=True)
 class _Portion:
-    """The cutouts of one shard; `first` is the number of the first in its split."""
+    """The cutouts of one shard; `first` is the number of the first in its split.
+
+    table: their rows, whose index says where they lie in the dataset.
+    """
 
     name: str
     split: str
@@ -101,7 +106,7 @@ class _Portion:
         step = max(1, PART // (4 * int(np.prod(self.shape))))
         block = np.empty((step, *self.shape), np.float32)
         scratch = np.empty(2 * PART, np.uint8)
-        others = _others(self.table)
+        others = _others(self.table, encoding.stated(self.dataset.format.bands, self.shape))
         with (
             self.dataset.open_images(self.split) as images,
             (folder / self.name).open("wb", buffering=0) as file,
@@ -109,13 +114,13 @@ class _Portion:
             for start in range(0, len(self.table), step):
                 rows = slice(start, min(start + step, len(self.table)))
                 n = rows.stop - start
-                blocks = images.blocks(self.first + start, n, block)
-                pixels = _pixels(blocks, self.shape, encoding)
+                cutouts = images.gather(self.table.index[rows].to_numpy(), block)
+                pixels = _pixels(cutouts, self.shape, encoding)
                 members = [pixels, *(member.part(rows) for member in others)]
                 part, places = tar_part(self.first + start, n, members, scratch)
                 begin = places[encoding.extension]
                 if encoding.is_raw:
-                    _fill_in(part, begin, blocks, encoding.dtype)
+                    _fill_in(part, begin, cutouts, encoding.dtype)
                 length = pixels.sizes(n) - len(pixels.prefix)
                 sums.append(word_sums(part, begin, length))
                 offsets.append(begin + size)
@@ -144,32 +149,26 @@ class _Portion:
         return shard, pd.DataFrame(index)
 
 
-def _others(table: pd.DataFrame) -> list[Member]:
-    """What stands beside the pixels of some samples."""
+def _others(table: pd.DataFrame, stated: dict[str, Any]) -> list[Member]:
+    """What stands beside the pixels of some samples; stated: of all of them."""
     quoted = json.JSONEncoder().encode
-    members = [
-        Member("json", [f'{{"id": {quoted(name)}}}'.encode() for name in table["id"].tolist()])
-    ]
+    more = "".join(f", {quoted(name)}: {quoted(value)}" for name, value in stated.items())
+    abouts = [f'{{"id": {quoted(name)}{more}}}'.encode() for name in table["id"].tolist()]
+    members = [Member("json", abouts)]
     if table["label"].notna().all():
         members.append(Member("cls", [b"%d" % label for label in table["label"].tolist()]))
     return members
 
 
-def _pixels(
-    blocks: Iterable[NDArray[np.float32]], shape: tuple[int, ...], encoding: Encoding
-) -> Member:
+def _pixels(cutouts: NDArray[np.float32], shape: tuple[int, ...], encoding: Encoding) -> Member:
     if not encoding.is_raw:
-        encoded = [encoding.encode(image) for images in blocks for image in images]
-        return Member(encoding.extension, encoded)
+        return Member(encoding.extension, [encoding.encode(image) for image in cutouts])
     n_bytes = int(np.prod(shape)) * encoding.dtype.itemsize
     return Member(encoding.extension, n_bytes, encoding.npy_header(shape))
 
 
 def _fill_in(
-    part: Bytes,
-    begin: NDArray[np.int64],
-    blocks: Iterable[NDArray[np.float32]],
-    dtype: np.dtype[Any],
+    part: Bytes, begin: NDArray[np.int64], cutouts: NDArray[np.float32], dtype: np.dtype[Any]
 ) -> None:
     """Put the pixels of each sample where the part of a tar has room for them.
 
@@ -180,24 +179,30 @@ def _fill_in(
         len(part) == stride * len(begin)
         and not np.diff(begin - stride * np.arange(len(begin))).any()
     )
-    done = 0
-    for images in blocks:
-        flat = torch.from_numpy(images).flatten(1)
-        n_bytes = flat.shape[1] * dtype.itemsize
-        if alike:
-            of_sample = part.reshape(-1, stride)[done : done + len(flat)]
-            rooms, sources = [of_sample[:, begin[0] : begin[0] + n_bytes]], [flat]
-        else:  # a long id takes a block more than others
-            rooms = [part[at : at + n_bytes] for at in begin[done : done + len(flat)]]
-            sources = [*flat]
-        for room, source in zip(rooms, sources, strict=True):
-            torch.from_numpy(room.view(dtype)).copy_(source)
-        done += len(flat)
+    flat = torch.from_numpy(cutouts).flatten(1)
+    n_bytes = flat.shape[1] * dtype.itemsize
+    if alike:
+        rooms = [part.reshape(-1, stride)[:, begin[0] : begin[0] + n_bytes]]
+        sources = [flat]
+    else:  # a long id takes a block more than others
+        rooms, sources = [part[at : at + n_bytes] for at in begin], [*flat]
+    for room, source in zip(rooms, sources, strict=True):
+        torch.from_numpy(room.view(dtype)).copy_(source)
+
+
+def _mixed(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows, the index still saying where each was, in an order that their ids decide.
+
+    Catalogues are often sorted, by class or by place on the sky; what reads a few shards at a time
+    would have batches of one kind.
+    """
+    ids = table["id"].to_numpy(dtype=object)
+    return table.iloc[np.argsort(pd.util.hash_array(ids, categorize=False), kind="stable")]
 
 
 def _portions(dataset: Dataset, shard_size: int) -> Iterator[_Portion]:
     for split in PARTS:
-        shape, table = dataset.images(split).shape[1:], dataset.table(split)
+        shape, table = dataset.images(split).shape[1:], _mixed(dataset.table(split))
         for number, first in enumerate(range(0, len(table), shard_size)):
             rows = table.iloc[first : first + shard_size]
             yield _Portion(shard_name(split, number), split, first, dataset, shape, rows)

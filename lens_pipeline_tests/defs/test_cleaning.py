@@ -10,6 +10,7 @@ import pytest
 
 from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.stages import result
+from lens_pipeline.runner import open_instance
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Recipe, Step, run_step
 
@@ -51,6 +52,30 @@ def test_cleaning_removes_old_runs_but_none_that_made_what_is_there(
     latest = instance.get_latest_materialization_event(dg.AssetKey("thing"))
     assert latest is not None
     assert latest.run_id == third
+
+
+def test_cleaning_removes_the_folder_of_a_run_whose_logs_are_kept_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @dg.op
+    def nothing() -> None: ...
+
+    @dg.job
+    def idle() -> None:
+        nothing()
+
+    monkeypatch.setenv("LENS_KEEP_DAYS", "30")
+    settings = Settings.load()
+    with open_instance(settings) as instance:
+        old = idle.execute_in_process(instance=instance).run_id
+        changed(instance, [old], update_timestamp=stamp(AGO))
+        folder = settings.dagster_home / "storage" / old / "nothing"
+        folder.mkdir(parents=True)
+        (folder / f"{old}.pickle").write_bytes(b"what an op returned")
+        cleaning = make_definitions(settings).resolve_job_def("cleaning")
+        done = cleaning.execute_in_process(instance=instance)
+    assert done.output_for_node("remove_old_runs") == 1
+    assert not [path for path in settings.dagster_home.rglob("*") if old in path.name]
 
 
 def test_cleaning_keeps_what_made_each_survey_last(

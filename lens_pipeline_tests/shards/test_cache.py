@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from lens_pipeline import LensDataModule, LensWebDatasetDataModule, storage
+from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards import open_shards, publish_shards, read_manifest, store, write_shards
 from lens_pipeline.shards.store import StoreError, ahead_of
@@ -272,26 +273,27 @@ def test_cloud_first_batch_waits_for_few_shards(
 def test_cloud_order_depends_on_seed_and_epoch_alone(
     small_cutouts: Path, published: str, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    def epoch(number: int, cache: Path, start: int = 0) -> list[int]:
+    def epoch(number: int, cache: Path, start: int = 0) -> tuple[list[int], list[int]]:
+        """The cutouts, and their places."""
         data = LensDataModule(
             published, batch_size=100, cache_dir=cache, storage_options=s3_server.storage_options()
         )
         loader = data.train_dataloader()
         loader.sampler.set_epoch(number)
         loader.load_state_dict({"given": start})
-        return numbers(loader)
+        batches = list(loader)
+        return numbers(batches), torch.cat([batch["index"] for batch in batches]).tolist()
 
-    cold = epoch(0, tmp_path / "one")
-    assert epoch(0, tmp_path / "one") == cold
-    assert epoch(0, tmp_path / "two", start=60) == cold[6000:]
+    cold, places = epoch(0, tmp_path / "one")
+    assert epoch(0, tmp_path / "one")[0] == cold
+    assert epoch(0, tmp_path / "two", start=60)[0] == cold[6000:]
     assert len(list((tmp_path / "two").rglob("*.tar"))) < SHARDS  # the others were not needed
-    later = epoch(1, tmp_path / "two")
-    assert later == epoch(1, tmp_path / "one")
-    spans = [np.ptp(np.array(order[:100]) // (N // SHARDS)) for order in (cold, later)]
+    later, _ = epoch(1, tmp_path / "two")
+    assert later == epoch(1, tmp_path / "one")[0]
     whole = LensDataModule(small_cutouts, batch_size=100).train_dataloader()
     whole.sampler.set_epoch(1)
     assert later == numbers(whole)
-    assert len({number // (N // SHARDS) for number in cold[:100]}) <= 8, spans
+    assert len({place // (N // SHARDS) for place in places[:100]}) <= 8
 
 
 @pytest.mark.parametrize("kept", ["cache", "memory"])
@@ -511,7 +513,9 @@ def test_shards_used_least_recently_make_room_first(
     split.gather([5 * per_shard])
     assert not (other / "old.tar").exists()
     # What made room is read on by who had it, and fetched again by who needs it.
-    assert numbers([{"image": torch.from_numpy(again.gather([1, 2 * per_shard]))}]) == [1, 500]
+    places = [1, 2 * per_shard]
+    found = numbers([{"image": torch.from_numpy(again.gather(places))}])
+    assert [f"train {number}" for number in found] == again.ids[places].tolist()
 
 
 def test_damage_in_the_cache_is_mended(small_cutouts: Path, remote: str, tmp_path: Path) -> None:
@@ -542,8 +546,82 @@ def test_copies_of_tars_without_a_manifest_keep_within_the_bound(
     with pytest.raises(InputError, match=r"3 tars: \d+ bytes; .*LENS_CACHE_GB"):
         data("train-{000000..000002}", 2.5).val_dataloader()
     first = data("train-{000000..000002}", 3.5)
-    loader = first.val_dataloader()
+    loader, ids = first.val_dataloader(), first.split("val").ids
     for tars in ("train-000003", "train-{000004..000005}"):
         data(tars, 3.5).val_dataloader()
         assert sum(path.stat().st_size for path in tmp_path.rglob("*.tar")) <= 3.5 * each
-    assert sorted(numbers(loader)) == list(range(750))  # though it made room
+    assert [f"train {number}" for number in numbers(loader)] == ids.tolist()  # though it made room
+
+
+def test_cloud_copies_of_tars_without_a_manifest_make_no_room_for_their_own_set(
+    small_cutouts: Path, published: str, s3_server: S3Server, faulty_proxy: Proxies, tmp_path: Path
+) -> None:
+    proxy = faulty_proxy(s3_server)
+    plain, through = s3_server.storage_options(), s3_server.storage_options(proxy.url)
+    for name in (f"{published}/manifest.json", f"{published.rpartition('/')[0]}/latest.json"):
+        fsspec.url_to_fs(name, **plain)[0].rm_file(name)
+
+    def use(tars: str) -> set[int]:
+        """Returns which are there then."""
+        gb = 3.5 * shard_bytes(small_cutouts) / 1e9
+        data = LensWebDatasetDataModule(
+            val_urls=f"{published}/train-{tars}.tar", flux_unit="background_sigma",
+            cache_dir=tmp_path, cache_gb=gb, storage_options=through,
+        )  # fmt: skip
+        assert len(list(data.val_dataloader()))
+        return {int(path.stem.removeprefix("train-")) for path in tmp_path.rglob("*.tar")}
+
+    for number in (1, 8, 9):
+        use(f"{number:06d}")
+    proxy.delay(0.5, only=r"GET .*train-000002")  # once the other has been found
+    assert use("{000001..000002}") == {1, 2, 9}
+    assert use("000009") == {1, 2, 9}
+    use("{000003..000004}")
+    assert use("000009") == {3, 4, 9}  # it was used again, so the others went
+    assert len([line for line in gets(proxy) if "train-000009" in line]) == 1
+
+
+FEW_FILES = """
+import os, resource, sys
+from contextlib import suppress
+from pathlib import Path
+from lens_pipeline.catalogue.dataset import Dataset
+from lens_pipeline.errors import InputError
+from lens_pipeline.shards import open_shards, publish_shards
+from lens_pipeline.shards.urls import open_tars
+
+folder, cache = Path(sys.argv[1]), Path(sys.argv[2])
+url = publish_shards(folder, "memory://bucket").url
+n = len(list(folder.glob("train-*.tar")))
+resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+here, fetched = open_shards(folder), open_shards(url, cache=cache)
+(folder / "manifest.json").unlink()
+tars = open_tars(f"{folder}/train-{{000000..{n - 1:06d}}}.tar", "train", flux_unit=sys.argv[3])
+for split in (here.split("train"), fetched.split("train"), tars.split):
+    print(n > 60, len(split.gather(range(n))) == n)
+val = here.split("val"), fetched.split("val")
+with suppress(OSError):
+    while True:
+        os.open(os.devnull, os.O_RDONLY)
+for split in val:
+    try:
+        split.gather([0])
+    except InputError as problem:
+        print(problem)
+"""
+
+
+def test_more_shards_than_files_may_be_open(dataset: Dataset, tmp_path: Path) -> None:
+    """What is mapped keeps no descriptor, of which a process has a thousand; where there is none
+    left for a moment, the message says what raises their number."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write_shards(dataset.folder, shards, shard_size=1)
+    command = [sys.executable, "-c", FEW_FILES, shards, tmp_path / "cache", "background_sigma"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    *read, here, fetched = done.stdout.splitlines()
+    assert read == ["True True"] * 3
+    assert re.fullmatch(r".*/val-000000\.tar: .*\(Too many open files; raise `ulimit -n`\)", here)
+    assert re.fullmatch(
+        r".*/val-000000\.tar: .*\(Too many open files; raise `ulimit -n`\)", fetched
+    )

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -272,10 +273,14 @@ def publisher(shards: Path, url: str, options: dict) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_an_object(url: str, options: dict) -> None:
+def wait_for_an_object(url: str, options: dict, like: str = ".tar") -> None:
+    wait_until(lambda: any(like in name for name in names(url, options)))
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
     until = time.monotonic() + 60
-    while not names(url, options):
-        assert time.monotonic() < until, f"nothing came to {url}"
+    while not holds():
+        assert time.monotonic() < until, "it did not come to that"
         time.sleep(0.02)
 
 
@@ -289,13 +294,14 @@ def test_cloud_upload_that_was_killed_goes_on(
     with publisher(shards_folder, url, s3_server.storage_options(proxy.url)) as process:
         wait_for_an_object(f"{url}/{version}", options)
         process.send_signal(signal.SIGKILL)
-    there = names(f"{url}/{version}", options)
+    there = names(f"{url}/{version}", options) - {".publishing"}
     assert there
     assert "manifest.json" not in there
     assert newest_version(url, options) is None
     published = publish_shards(shards_folder, url, storage_options=options)
     assert set(published.skipped) == there
     assert verify_shards(published.url, options) == []
+    assert ".publishing" not in names(published.url, options)
 
 
 def test_cloud_server_restarted_during_an_upload(
@@ -404,6 +410,106 @@ def test_cloud_versions_that_nobody_needs_are_pruned(
     assert pruned()[referred][1] == (
         "latest.json names it; of the newest 1; lens_ensemble version 1 refers to it"
     )
+
+
+def test_cloud_upload_that_only_finds_what_is_there_is_under_way(
+    shards_folder: Path,
+    s3_bucket: str,
+    s3_server: S3Server,
+    faulty_proxy: Proxies,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It puts nothing for as long as it looks, and is not taken for one that was stopped."""
+    url, options = f"{s3_bucket}/lenses", s3_server.storage_options()
+    published = publish_shards(shards_folder, url, storage_options=options)
+    Store(published.url, options).remove("manifest.json")
+    Store(url, options).remove("latest.json")
+    time.sleep(6)
+    monkeypatch.setattr(prune, "YOUNG", timedelta(seconds=5))
+    (stopped,) = prune_versions(url, 1, referred={}, dry_run=True, storage_options=options)
+    assert stopped.reason == "an upload that was stopped"
+    proxy = faulty_proxy(s3_server)
+    proxy.delay(1, only=r"\.tar")
+    with publisher(shards_folder, url, s3_server.storage_options(proxy.url)) as process:
+        wait_for_an_object(published.url, options, ".publishing")
+        (found,) = prune_versions(url, 1, referred={}, storage_options=options)
+        assert found.reason == "younger than a day"
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert verify_shards(published.url, options) == []
+    assert newest_version(url, options) == published.url
+
+
+def test_cloud_version_that_is_published_again_while_others_are_removed_stays(
+    own_shards: Path,
+    s3_bucket: str,
+    s3_server: S3Server,
+    faulty_proxy: Proxies,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url, options = f"{s3_bucket}/lenses", s3_server.storage_options()
+    first = read_manifest(own_shards)
+    again, going, newest = publish_versions(own_shards, url, options, 3)
+    monkeypatch.setattr(prune, "YOUNG", timedelta(0))
+    proxy = faulty_proxy(s3_server)
+    proxy.delay(1, only="DELETE")
+    through = s3_server.storage_options(proxy.url)
+    with ThreadPoolExecutor(1) as pool:
+        pruned = pool.submit(prune_versions, url, 1, referred={}, storage_options=through)
+        wait_until(lambda: any(f"{going}/" in line for line in proxy.seen if "DELETE" in line))
+        manifest = replace(first, dataset="dataset 0")
+        (own_shards / "manifest.json").write_text(manifest.text)
+        assert publish_shards(own_shards, url, storage_options=options).uploaded == ()
+        found = {one.version: one for one in pruned.result()}
+    assert (found[again].kept, found[again].reason) == (True, "latest.json names it")
+    assert not found[going].kept
+    assert versions_at(url, options) == {"latest.json", newest, again}
+    assert verify_shards(f"{url}/{again}", options) == []
+
+
+def test_cloud_upload_whose_shards_are_removed_meanwhile_is_not_the_newest(
+    shards_folder: Path, s3_bucket: str, s3_server: S3Server, faulty_proxy: Proxies
+) -> None:
+    url, options = f"{s3_bucket}/lenses", s3_server.storage_options()
+    place = publish_shards(shards_folder, url, storage_options=options).url
+    Store(place, options).remove("manifest.json")
+    Store(url, options).remove("latest.json")
+    proxy = faulty_proxy(s3_server)
+    proxy.delay(1.5, only=r"manifest\.json")
+    with publisher(shards_folder, url, s3_server.storage_options(proxy.url)) as process:
+        wait_until(lambda: any("manifest.json" in line for line in proxy.seen))
+        Store(place, options).remove("train-000001.tar")  # it has just been seen
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert f"StoreError: {place}: train-000001.tar: removed by somebody" in errors
+    assert newest_version(url, options) is None
+    assert "manifest.json" not in names(place, options)
+    assert publish_shards(shards_folder, url, storage_options=options).uploaded == (
+        "train-000001.tar",
+        "manifest.json",
+    )
+
+
+def test_two_containers_that_publish_to_one_folder_do_not_disturb_each_other(
+    shards_folder: Path, tmp_path: Path
+) -> None:
+    """Their processes may have one number. What a killed one has left goes after a day."""
+    version = read_manifest(shards_folder).dataset_version
+    place = Store(f"{tmp_path}/{version}")
+    Path(place.root).mkdir()
+    source = tmp_path / "train-000000.tar"
+    source.write_bytes(bytes(200_000_000))
+    with ThreadPoolExecutor(4) as pool:  # threads have one process number, too
+        for done in [pool.submit(place.put_file, source, source.name) for _ in range(8)]:
+            done.result()
+    assert (tmp_path / version / source.name).stat().st_size == 200_000_000
+    old, young = (tmp_path / version / f".val-000000.tar.{name}" for name in ("old", "young"))
+    for path in (old, young):
+        path.write_bytes(b"half a ta")
+    os.utime(old, (time.time() - 90_000,) * 2)
+    publish_shards(shards_folder, str(tmp_path))
+    left = {path.name for path in (tmp_path / version).iterdir()}
+    assert left == {young.name, *(path.name for path in shards_folder.iterdir())}
 
 
 def test_cloud_prune_that_is_stopped_leaves_nothing_that_looks_whole(

@@ -15,15 +15,14 @@ from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards import open_shards, publish_shards, verify_shards
 from lens_pipeline.shards.manifest import Listed, read_manifest
+from lens_pipeline_tests.conftest import as_in
 
 
 def test_gather_in_any_order(dataset: Dataset, shards_folder: Path) -> None:
     split = open_shards(shards_folder).split("train")
     order = np.random.default_rng(0).permutation(len(split))
-    wanted = dataset.images("train")[:].astype(np.float16)
-    np.testing.assert_array_equal(split.gather(order), wanted[order])
-    table = dataset.table("train")
-    assert split.ids.tolist() == table["id"].tolist()
+    images, table = as_in(split, dataset, "train")
+    np.testing.assert_array_equal(split.gather(order), images.astype(np.float16)[order])
     assert split.labels.tolist() == table["label"].tolist()
 
 

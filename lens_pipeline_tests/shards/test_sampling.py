@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import pytest
 import torch
 
 from lens_pipeline import LensDataModule
+from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.errors import InputError
-from lens_pipeline.shards import open_shards
-from lens_pipeline.shards.sampling import EpochBatches, Windows
+from lens_pipeline.shards import open_shards, publish_shards
+from lens_pipeline.shards.sampling import EpochBatches, ShardLoader, Windows
 
 
 def epoch(
@@ -111,7 +114,7 @@ def test_an_interrupted_epoch_goes_on_at_the_batch_where_it_stopped(
     for _ in range(3):
         next(batches)
     state = stopped.state_dict()  # type: ignore[attr-defined]
-    assert state == {"given": 3}
+    assert state["given"] == 3
     again = loader()
     again.load_state_dict(state)  # type: ignore[attr-defined]
     rest = [batch["index"] for batch in again]  # type: ignore[attr-defined]
@@ -119,6 +122,73 @@ def test_an_interrupted_epoch_goes_on_at_the_batch_where_it_stopped(
     assert all(torch.equal(one, other) for one, other in zip(rest, whole[3:], strict=True))
     # The epoch after it is whole again.
     assert len(list(again)) == len(whole)  # type: ignore[call-overload]
+
+
+def test_epochs_of_neighbouring_seeds_are_not_each_other() -> None:
+    def order(seed: int, number: int) -> list[list[int]]:
+        sampler = EpochBatches(1000, 16, shuffle=True, seed=seed)
+        sampler.set_epoch(number)
+        return list(sampler)
+
+    orders = [order(seed, number) for seed in range(3) for number in range(3)]
+    assert all(one != other for one, other in combinations(orders, 2))
+
+
+def test_an_interrupted_epoch_goes_on_in_its_order_with_another_cache_or_in_another_place(
+    shards_folder: Path, tmp_path: Path
+) -> None:
+    """Elsewhere more shards fit into the cache, or all are there: the order would be another."""
+    url = publish_shards(shards_folder, "memory://bucket/lenses").url
+    largest = max(path.stat().st_size for path in shards_folder.glob("*.tar"))
+
+    def loader(place: str | Path, room: float, number: int = 0) -> ShardLoader:
+        gb = room * largest / 1e9
+        data = LensDataModule(place, batch_size=16, cache_dir=tmp_path / str(room), cache_gb=gb)
+        found = data.train_dataloader()
+        assert isinstance(found, ShardLoader)
+        found.sampler.set_epoch(number)  # type: ignore[attr-defined]
+        return found
+
+    def places(batches: Iterable[Any]) -> list[list[int]]:
+        return [batch["index"].tolist() for batch in batches]
+
+    for number in (0, 1):  # in the second, only the small cache orders by shards
+        whole = places(loader(url, 2.5, number))
+        assert places(loader(url, 100, number)) != whole
+        stopped = loader(url, 2.5, number)
+        for _ in zip(range(3), stopped, strict=False):
+            state = stopped.state_dict()
+        for again in (loader(url, 100, number), loader(shards_folder, 100, number)):
+            again.load_state_dict(state)
+            first = next(iter(again))  # it may be stopped once more
+            assert again.state_dict() == state | {"given": state["given"] + 1}
+            again.load_state_dict(state)
+            assert places(again) == whole[state["given"] :]
+            assert first["index"].tolist() == whole[state["given"]]
+            # Its next epoch is as its own cache has it.
+            again.sampler.set_epoch(1)  # type: ignore[attr-defined]
+            assert places(again) == places(loader(url, 100, 1))
+
+
+def test_an_interrupted_epoch_does_not_go_on_with_other_batches(
+    shards_folder: Path, dataset: Dataset
+) -> None:
+    state = {"given": 2, "cutouts": 140, "a step": 16, "mixed": 0}
+
+    def goes_on(place: Path, batch_size: int = 16, **changes: int) -> None:
+        loader = LensDataModule(place, batch_size=batch_size).train_dataloader()
+        whole = {"cutouts": loader.sampler.n}  # type: ignore[attr-defined]
+        loader.load_state_dict(state | whole | changes)  # type: ignore[attr-defined]
+
+    goes_on(shards_folder)
+    goes_on(dataset.folder)
+    goes_on(shards_folder, 32, given=0)  # an epoch that begins may be any
+    with pytest.raises(InputError, match="began with 16 cutouts a step .* there are 32 now"):
+        goes_on(shards_folder, 32)
+    with pytest.raises(InputError, match="began with 7 cutouts in all"):
+        goes_on(shards_folder, cutouts=7)
+    with pytest.raises(InputError, match="began with shards, and there are none now"):
+        goes_on(dataset.folder, mixed=2)
 
 
 def test_too_few_cutouts_to_train_on_are_an_error() -> None:

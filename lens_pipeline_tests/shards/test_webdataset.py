@@ -20,7 +20,8 @@ from lens_pipeline import LensDataModule, LensWebDatasetDataModule, LitLensSyste
 from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.catalogue.splits import drawn_groups
 from lens_pipeline.errors import InputError
-from lens_pipeline.shards import streaming
+from lens_pipeline.shards import open_shards, streaming, write_shards
+from lens_pipeline_tests.conftest import as_in
 
 N = 47
 RNG = np.random.default_rng(0)
@@ -45,6 +46,17 @@ def write_tars(folder: Path, kind: str, name: str = "part") -> str:
                 sample |= {kind: content.getvalue(), "json": label}
             writer.write(sample)
     return str(folder / f"{name}-{{0000..0002}}.tar")
+
+
+def as_png(code: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(code).save(content, "png")
+    return content.getvalue()
+
+
+STATED = json.dumps(
+    {"encoding": "png16", "units": "composite", "bands": ["g", "r"], "shape": [2, 32, 32]}
+).encode()
 
 
 def picture(row: int) -> np.ndarray:
@@ -174,15 +186,14 @@ def test_bagging_needs_cutouts_at_their_places(remote: str, tmp_path: Path) -> N
 def test_a_streamed_shard_that_is_not_as_listed(
     dataset: Dataset, tmp_path: Path, remote: str, png16: bool
 ) -> None:
-    from lens_pipeline.shards import write_shards
-
     out = tmp_path / "shards"
     out.mkdir()
     write_shards(dataset.folder, out, encoding="png16" if png16 else "float16")
     upload(out, remote)
     data = LensWebDatasetDataModule(val_urls=f"{remote}/val-000000.tar", batch_size=16)
     images, _ = read(data, "val")
-    np.testing.assert_allclose(images, dataset.images("val"), atol=2e-3, rtol=1e-3)
+    wanted, _ = as_in(open_shards(out).split("val"), dataset, "val")
+    np.testing.assert_allclose(images, wanted, atol=2e-3, rtol=1e-3)
     store = fsspec.filesystem("memory").store
     content = bytearray(store["/bucket/val-000000.tar"].getvalue())
     for place in RNG.integers(0, len(content), 40):
@@ -194,6 +205,27 @@ def test_a_streamed_shard_that_is_not_as_listed(
         with pytest.raises(InputError, match=r"memory://bucket/val-000000\.tar"):
             next(iter(again.val_dataloader()))
     assert len(read(data, "val")[0]) == len(images)  # from memory
+
+
+@pytest.mark.parametrize("where", ["local", "streamed"])
+def test_our_own_png16_says_without_its_manifest_how_it_is_read(
+    dataset: Dataset, tmp_path: Path, remote: str, where: str
+) -> None:
+    """Codes of asinh, the bands below each other: read as any picture they would be a tall grey
+    one, of which the middle of one band is left."""
+    out = tmp_path / "shards"
+    out.mkdir()
+    write_shards(dataset.folder, out, encoding="png16")
+    wanted, rows = as_in(open_shards(out).split("val"), dataset, "val")
+    (out / "manifest.json").unlink()
+    upload(out, remote)
+    data = LensWebDatasetDataModule(
+        val_urls=f"{out if where == 'local' else remote}/val-000000.tar", batch_size=16
+    )
+    images, labels = read(data, "val")
+    assert (data.bands, data.image_size, data.units) == (("g", "r", "i"), 32, "background_sigma")
+    assert (np.abs(images - wanted) <= 4e-4 * np.hypot(1, wanted)).all()
+    assert labels.tolist() == rows["label"].tolist()
 
 
 def test_braces_that_are_not_the_shards_of_a_split(shards_folder: Path) -> None:
@@ -287,6 +319,10 @@ def test_labels_and_axes_as_others_write_them(tmp_path: Path) -> None:
         ({"0.pkl": b"cos\nsystem\n", "0.cls": b"1"}, "sample 0 has 0 images"),
         ({"0.npy": CUTOUTS[0], "0.cls": b"0", "1.npy": CUTOUTS[0, :2], "1.cls": b"1"},
          "sample 1: 2 bands; 3 are needed"),
+        ({"0.png": b"", "0.cls": b"1", "0.json": b'{"encoding": "png16"}'},
+         "sample 0: its .json or .cls cannot be read"),
+        ({"0.png": as_png(np.zeros((32, 32), np.uint16)), "0.cls": b"1", "0.json": STATED},
+         "sample 0: the file is not as its .json says .*reshape"),
     ],
 )  # fmt: skip
 def test_bad_samples_are_named(tmp_path: Path, files: dict[str, Any], message: str) -> None:

@@ -13,10 +13,12 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from lens_pipeline.catalogue.dataset import PARTS, Dataset, build_dataset
+from lens_pipeline.catalogue.dataset import PARTS, Dataset, build_dataset, open_dataset
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards import open_shards, verify_shards, write_shards
+from lens_pipeline.shards.as_dataset import shards_as_dataset
+from lens_pipeline_tests.conftest import as_in
 
 
 def test_same_dataset_gives_same_bytes(dataset: Dataset, tmp_path: Path) -> None:
@@ -28,17 +30,52 @@ def test_same_dataset_gives_same_bytes(dataset: Dataset, tmp_path: Path) -> None
     assert first == second
 
 
+def test_every_shard_is_a_sample_of_its_split(tmp_path: Path) -> None:
+    """Of a catalogue that is sorted by class, too: remote shards arrive a few at a time, and a
+    batch of these must hold both classes. All that says where a cutout lies agrees."""
+    n = 400
+    pixels = np.random.default_rng(0).normal(size=(n, 1, 8, 8)).astype(np.float32)
+    rows = []
+    for number, image in enumerate(pixels):
+        np.save(tmp_path / f"{number}.npy", image)
+        split = "train" if number % 100 < 90 else ("val" if number % 2 else "test")
+        rows.append({"id": f"cutout {number}", "path": f"{number}.npy", "split": split})
+    table = pd.DataFrame(rows).assign(label=(np.arange(n) < n / 4).astype(int))
+    table.to_csv(tmp_path / "catalogue.csv", index=False)
+    for name in ("dataset", "shards"):
+        (tmp_path / name).mkdir()
+    catalogue = read_catalogue(tmp_path / "catalogue.csv")
+    build_dataset(catalogue, tmp_path / "dataset", image_size=8)
+    manifest = write_shards(
+        tmp_path / "dataset", tmp_path / "shards", shard_size=30, encoding="float32"
+    )
+    lenses = [shard.n_lens for shard in manifest.shards if shard.split == "train"]
+    assert len(lenses) == 12
+    assert min(lenses) > 1
+    assert max(lenses) < 16
+    opened = shards_as_dataset(str(tmp_path / "shards"), cache=tmp_path)
+    for part in ("train", "val", "test"):
+        split, rows_of = opened.shards.split(part), opened.table(part)
+        number = rows_of["row"].to_numpy()
+        assert not (np.diff(number) > 0).all()
+        assert rows_of["id"].tolist() == split.ids.tolist() == [f"cutout {k}" for k in number]
+        assert rows_of["label"].tolist() == split.labels.tolist() == (number < n / 4).tolist()
+        images, _ = as_in(split, open_dataset(tmp_path / "dataset"), part)
+        np.testing.assert_array_equal(split.gather(np.arange(len(split))), images)
+    assert opened.catalogue.table["id"].tolist() == table["id"].tolist()
+
+
 def test_a_plain_webdataset_client_reads_every_sample(
     dataset: Dataset, shards_folder: Path
 ) -> None:
     for part in PARTS:
         urls = sorted(str(path) for path in shards_folder.glob(f"{part}-*.tar"))
         samples = list(wds.WebDataset(urls, shardshuffle=False).decode())
-        table = dataset.table(part)
+        images, table = as_in(open_shards(shards_folder).split(part), dataset, part)
         assert [s["__key__"] for s in samples] == [f"{i:08d}" for i in range(len(table))]
         assert [s["json"]["id"] for s in samples] == table["id"].tolist()
         np.testing.assert_array_equal(
-            np.stack([s["npy"] for s in samples]), dataset.images(part).astype(np.float16)
+            np.stack([s["npy"] for s in samples]), images.astype(np.float16)
         )
         if part == "unlabelled":
             assert not any("cls" in s for s in samples)
@@ -60,10 +97,10 @@ def test_ids_of_any_length(dataset: Dataset, tmp_path: Path) -> None:
     assert verify_shards(out) == []
     urls = sorted(str(path) for path in out.glob("train-*.tar"))
     samples = list(wds.WebDataset(urls, shardshuffle=False).decode())
-    assert [s["json"]["id"] for s in samples] == table["id"].tolist()
-    images = dataset.images("train").astype(np.float16)
-    np.testing.assert_array_equal(np.stack([s["npy"] for s in samples]), images)
     train = open_shards(out).split("train")
+    images = as_in(train, open_dataset(tmp_path / "dataset"), "train")[0].astype(np.float16)
+    assert [s["json"]["id"] for s in samples] == train.ids.tolist()
+    np.testing.assert_array_equal(np.stack([s["npy"] for s in samples]), images)
     np.testing.assert_array_equal(train.gather(list(range(len(train)))), images)
 
 
@@ -87,16 +124,17 @@ def test_manifest_lists_what_lies_there(dataset: Dataset, shards_folder: Path) -
 def test_float32_keeps_every_bit(dataset: Dataset, tmp_path: Path) -> None:
     write_shards(dataset.folder, tmp_path, encoding="float32")
     val = open_shards(tmp_path).split("val")
-    np.testing.assert_array_equal(val.gather(np.arange(len(val))), dataset.images("val"))
+    wanted, _ = as_in(val, dataset, "val")
+    np.testing.assert_array_equal(val.gather(np.arange(len(val))), wanted)
 
 
-def test_the_standard_library_reads_the_tars(shards_folder: Path, dataset: Dataset) -> None:
+def test_the_standard_library_reads_the_tars(shards_folder: Path) -> None:
     """Every checksum holds, nothing follows the end, and the times and owners say nothing."""
     with tarfile.open(shards_folder / "test-000000.tar", "r:", errorlevel=2) as tar:
         members = tar.getmembers()
         content = tar.extractfile(members[-1])
         assert content is not None
-        assert content.read() == b"%d" % dataset.table("test")["label"].iloc[len(members) // 3 - 1]
+        assert content.read() == b"%d" % open_shards(shards_folder).split("test").labels[-1]
     assert [m.name.partition(".")[2] for m in members[:3]] == ["npy", "json", "cls"]
     assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in members} == {(0, 0, 0, "", "")}
     assert subprocess.run(
@@ -107,8 +145,9 @@ def test_the_standard_library_reads_the_tars(shards_folder: Path, dataset: Datas
 
 def test_png16_keeps_flux_within_the_step_it_states(dataset: Dataset, tmp_path: Path) -> None:
     write_shards(dataset.folder, tmp_path, encoding="png16", shard_size=40)
-    flux = np.asarray(dataset.images("val"), dtype=np.float64)
-    stored = open_shards(tmp_path).split("val").gather(np.arange(len(flux)))
+    split = open_shards(tmp_path).split("val")
+    flux = as_in(split, dataset, "val")[0].astype(np.float64)
+    stored = split.gather(np.arange(len(flux)))
     assert stored.dtype == np.float32
     assert (np.abs(stored - flux) <= 4e-4 * np.hypot(1, flux)).all()
     # Any client sees a grey 16-bit picture with the bands below each other.
@@ -118,7 +157,6 @@ def test_png16_keeps_flux_within_the_step_it_states(dataset: Dataset, tmp_path: 
 
 
 def test_composites_as_png16_and_jpeg(composites: Dataset, tmp_path: Path) -> None:
-    values = np.asarray(composites.images("test"), dtype=np.float64)
     worst = {}
     for name, settings in {
         "png16": {"encoding": "png16"},
@@ -127,7 +165,9 @@ def test_composites_as_png16_and_jpeg(composites: Dataset, tmp_path: Path) -> No
     }.items():
         (tmp_path / name).mkdir()
         write_shards(composites.folder, tmp_path / name, **settings)
-        stored = open_shards(tmp_path / name).split("test").gather(np.arange(len(values)))
+        split = open_shards(tmp_path / name).split("test")
+        values = as_in(split, composites, "test")[0].astype(np.float64)
+        stored = split.gather(np.arange(len(values)))
         worst[name] = np.abs(stored - values).max()
     assert worst["png16"] < 1e-5
     assert worst["png16"] < worst["good"] < worst["poor"]
