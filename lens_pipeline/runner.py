@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,16 @@ from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.checkpoints import POOL
 from lens_pipeline.defs.surveys import every_survey
 from lens_pipeline.errors import InputError
-from lens_pipeline.processes import HOST, PID, end_rest, is_dead, is_here, process_tags
+from lens_pipeline.launcher import forget_ended_runs
+from lens_pipeline.processes import (
+    HOST,
+    PID,
+    end_rest,
+    is_dead,
+    is_here,
+    process_tags,
+    sign_of_life,
+)
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import write_aside
 
@@ -94,7 +104,7 @@ def release_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     dead = [
         run
         for run in instance.get_runs(dg.RunsFilter(statuses=UNFINISHED))
-        if is_dead(run.run_id, run.tags)
+        if is_dead(run.run_id, run.tags, Path(instance.root_directory))
     ]
     for run in dead:
         end_rest(run.tags)
@@ -107,6 +117,7 @@ def release_dead_runs(instance: dg.DagsterInstance) -> list[str]:
         holder = instance.get_run_by_id(run_id)
         if holder is None or holder.is_finished:
             instance.event_log_storage.free_concurrency_slots_for_run(run_id)
+    forget_ended_runs(instance)
     return [run.run_id for run in dead]
 
 
@@ -138,7 +149,7 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
         keep_settings(settings)
         release_dead_runs(instance)
         run_id = dg._core.utils.make_new_run_id()
-        with _naming_the_holder(instance, run_id):
+        with _giving_a_sign(instance, run_id), _naming_the_holder(instance, run_id):
             try:
                 definitions.resolve_job_def("full_pipeline").execute_in_process(
                     run_config=config,
@@ -157,21 +168,38 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
 
 
 @contextmanager
+def _giving_a_sign(instance: dg.DagsterInstance, run_id: str) -> Iterator[None]:
+    """While a run goes on: let other hosts see that it does."""
+    sign = sign_of_life(Path(instance.root_directory), run_id)
+    try:
+        yield
+    finally:
+        os.close(sign)
+        forget_ended_runs(instance)
+
+
+@contextmanager
 def _naming_the_holder(instance: dg.DagsterInstance, run_id: str) -> Iterator[None]:
-    """While a run goes on: say who holds the pool that it has been waiting for."""
+    """While a run goes on: say who holds the pool that it has been waiting for, unless that has
+    died and gives it back."""
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(PATIENCE):
             info = instance.event_log_storage.get_concurrency_info(POOL)
             if run_id in info.pending_run_ids:
+                if release_dead_runs(instance):
+                    continue
                 holders = [instance.get_run_by_id(slot) for slot in info.active_run_ids]
                 named = [
                     f"run {r.run_id[:8]} (process {r.tags.get(PID)} on {r.tags.get(HOST)})"
                     for r in holders
                     if r is not None
                 ]
-                log.warning("waiting for pool %s, held by %s", POOL, ", ".join(named) or "no run")
+                log.warning(
+                    "waiting for pool %s, held by %s; should that be gone, terminate it on its "
+                    "page (lens-pipeline show)", POOL, ", ".join(named) or "no run",
+                )  # fmt: skip
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
