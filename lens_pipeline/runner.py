@@ -43,6 +43,7 @@ KEPT = "settings.json"
 FORMER = {
     "59045419ec5290be587670029148bbe82f980ab20d4f09a3a1ea8b73c52a7bd1",
     "9d8f19626ababa3b6a08abcfd431509f965fedf3b83663852c46bb08256cc0f7",
+    "ff068861abc9859b77e92598efeef480d85bd3b16e368ea48526ab120e4132c0",
 }
 PATIENCE = 10  # seconds of waiting before the holder is named
 log = logging.getLogger(__name__)

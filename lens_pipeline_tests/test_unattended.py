@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,9 +18,52 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from lens_pipeline.registry import MODEL
+from lens_pipeline.runner import prepare_home
+from lens_pipeline.settings import Settings
 from lens_pipeline_tests.served import Served, until
 
 EPOCHS = 100  # so long a training that each kill is sure to meet it
+SENSORS = """
+import time
+import dagster as dg
+
+RUNNING = dg.DefaultSensorStatus.RUNNING
+
+@dg.sensor(minimum_interval_seconds=1, default_status=RUNNING)
+def looks(context):
+    time.sleep(600)
+
+@dg.sensor(minimum_interval_seconds=1, default_status=RUNNING)
+def tells(context):
+    print("told", flush=True)
+
+defs = dg.Definitions(sensors=[looks, tells])
+"""
+
+
+@pytest.mark.slow
+def test_a_sensor_that_takes_long_delays_no_other(tmp_path: Path) -> None:
+    """As one that looks at a source of many cutouts, beside one that tells of failed runs."""
+    (tmp_path / "sensors.py").write_text(SENSORS)
+    settings = Settings.load(home=tmp_path)
+    prepare_home(settings)
+    command = [sys.executable, "-m", "dagster._daemon", "run", "-f", "sensors.py"]
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        daemon = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=os.environ | {"DAGSTER_HOME": str(settings.dagster_home)},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        # The first time each sensor may have its turn before the slow one has.
+        until(lambda: log.read_text().count("told") > 2, 60, f"it is told\n{log.read_text()}")
+    finally:
+        os.killpg(daemon.pid, signal.SIGKILL)  # in order it would wait for the slow one
+        daemon.wait()
 
 
 @pytest.mark.slow
