@@ -310,14 +310,17 @@ class Settings(BaseSettings):
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """What was set of all that decides on results, for JSON.
+        """What was set of all that decides on results, and is not as it is by default, for JSON.
 
         Neither storage options nor the tracking server's URI: they may hold secrets.
         """
         places = {"home", "storage_options", "tracking_uri", "mlflow_page"}
-        operation = {"verify", "retrain_cron", "time_zone", "webhook_url", "keep_days"}
+        operation = {
+            *("deployment", "verify", "cache_gb", "keep_days"),
+            *("retrain_cron", "time_zone", "webhook_url"),
+        }
         names = self.model_fields_set - places - operation
-        return self.model_dump(mode="json", include=names)
+        return self.model_dump(mode="json", include=names, exclude_defaults=True)
 
     def export(self) -> None:
         """Put what was set into the environment, for the steps and child processes."""
