@@ -204,7 +204,8 @@ class Settings(BaseSettings):
     time_zone: str = Field(default="UTC", description="Of the schedules, as `Europe/Paris`.")
     webhook_url: Annotated[SecretStr | None, BeforeValidator(_web_address)] = Field(
         default=None,
-        description="Is told by POST of failed runs and new challengers, JSON with a `text`.",
+        description="Is told by POST of failed runs, new challengers and other champions, JSON "
+        "with a `text`.",
     )
     keep_days: int = Field(
         default=90,
