@@ -35,10 +35,12 @@ from lens_pipeline.processes import (
     sign_of_life,
     signs_without_life,
 )
+from lens_pipeline.settings import Settings
 
 # Waits until the run says which process it is; where nobody gets to say so, it ends.
 GATE = 'read -r go && exec "$@"'
 EXECUTE = (sys.executable, "-m", "dagster", "api", "execute_run")
+DEPLOYMENT = "lens/deployment"
 CANCELED = "lens/canceled"  # by somebody on another host; its value is the run
 
 
@@ -79,7 +81,7 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
         return Path(self._instance.root_directory)
 
     def launch_run(self, context: LaunchRunContext) -> None:
-        run = context.dagster_run
+        run, deployment = context.dagster_run, Settings.load().deployment
         arguments = ExecuteRunArgs(
             job_origin=check.not_none(context.job_code_origin),
             run_id=run.run_id,
@@ -96,7 +98,8 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
             )
         finally:
             os.close(sign)
-        self._instance.add_run_tags(run.run_id, process_tags(run.run_id, process.pid))
+        tags = process_tags(run.run_id, process.pid)
+        self._instance.add_run_tags(run.run_id, tags | {DEPLOYMENT: deployment})
         assert process.stdin is not None
         with process.stdin as gate:
             gate.write(b"\n")

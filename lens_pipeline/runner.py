@@ -18,7 +18,7 @@ from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.checkpoints import POOL
 from lens_pipeline.defs.surveys import every_survey
 from lens_pipeline.errors import InputError
-from lens_pipeline.launcher import forget_ended_runs
+from lens_pipeline.launcher import DEPLOYMENT, forget_ended_runs
 from lens_pipeline.processes import (
     HOST,
     PID,
@@ -31,7 +31,6 @@ from lens_pipeline.processes import (
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import write_aside
 
-DEPLOYMENT = "lens/deployment"
 UNFINISHED = [
     dg.DagsterRunStatus.NOT_STARTED,
     dg.DagsterRunStatus.STARTING,

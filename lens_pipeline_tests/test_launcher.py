@@ -49,8 +49,10 @@ def test_a_launched_run_that_dies_under_another_host_name_is_found_and_its_sign_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a node of a cluster that shares the home, or on a machine that is renamed."""
+    monkeypatch.setenv("LENS_DEPLOYMENT", "staging")
     with open_instance(Settings.load(home=tmp_path)) as instance:
         run = launched(instance)
+        assert run.tags["lens/deployment"] == "staging"
         monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
         assert release_dead_runs(instance) == []
         health = instance.run_launcher.check_run_worker_health(run)
