@@ -213,6 +213,10 @@ class Settings(BaseSettings):
         description="Days for which the job `cleaning` keeps runs, their logs, and folders of "
         "steps that nothing uses.",
     )
+    git_commit: str | None = Field(
+        default=None,
+        description="The commit of this code where it is no checkout, as in an image.",
+    )
     verify: bool = Field(
         default=False, description="Check the sha256 of what is reused, not only file sizes."
     )
@@ -317,7 +321,7 @@ class Settings(BaseSettings):
         """
         places = {"home", "storage_options", "tracking_uri", "mlflow_page"}
         operation = {
-            *("deployment", "verify", "cache_gb", "keep_days"),
+            *("deployment", "git_commit", "verify", "cache_gb", "keep_days"),
             *("retrain_cron", "time_zone", "webhook_url"),
         }
         names = self.model_fields_set - places - operation
