@@ -50,12 +50,21 @@ log = logging.getLogger(__name__)
 
 def prepare_home(settings: Settings) -> None:
     """Make LENS_HOME/dagster with the settings of one machine, where it is not there yet; those of
-    a former version give way to them unless somebody has edited them."""
+    a former version give way to them unless somebody has edited them.
+
+    Raises InputError where the home cannot be made, or written into.
+    """
     home = settings.dagster_home
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise InputError(f"LENS_HOME: {home} cannot be made ({problem.strerror})") from None
+    for folder in (settings.home, home):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise InputError(
+                f"LENS_HOME: {folder} is not writable by you; name another home with --home, or "
+                "ask whom it belongs to"
+            )
     file = home / "dagster.yaml"
     if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() in FORMER:
         write_aside(file, Path(__file__).with_name("dagster.yaml").read_text())
