@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import dagster as dg
@@ -222,6 +223,28 @@ def test_the_schedule_is_that_of_the_settings(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(InputError, match=f"{name}.*{wrong}"):
             make_definitions(Settings.load())
         monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("cron", "warned", "failed"),
+    [
+        ("0 3 * * 1", 8, 35),
+        ("0 3 * * *", 2, 5),
+        ("0 3 1 * *", 32, 155),
+        ("0 3 * * 1-5", 4, 15),  # nothing is due at weekends
+        ("* * * * *", 2, 5),
+    ],
+)
+def test_what_is_retrained_is_overdue_by_the_schedule(
+    cron: str, warned: int, failed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LENS_RETRAIN_CRON", cron)
+    graph = make_definitions(Settings.load()).resolve_asset_graph()
+    for name in ("cutout_catalogue", "registered_ensemble"):
+        policy = graph.get(dg.AssetKey(name)).to_asset_spec().freshness_policy
+        assert policy == dg.FreshnessPolicy.time_window(
+            fail_window=timedelta(days=failed), warn_window=timedelta(days=warned)
+        )
 
 
 CHEAP_END = {"lens_ensemble", "ensemble_evaluation", "registered_ensemble"}
