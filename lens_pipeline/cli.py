@@ -164,11 +164,17 @@ def _parser() -> argparse.ArgumentParser:
     rollback.set_defaults(do=_rollback, after_interrupt="look who is champion before you repeat it")
 
     show = commands.add_parser("show", parents=[common], help="open the Dagster and MLflow UIs")
-    show.add_argument("--dagster-port", type=int, default=3000)
-    show.add_argument("--mlflow-port", type=int, default=5000)
+    show.add_argument("--dagster-port", type=_port, default=3000)
+    show.add_argument("--mlflow-port", type=_port, default=5000)
     show.set_defaults(do=_show)
     parser.commands = commands.choices
     return parser
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"{text} is no port; name one from 1 to 65535")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.sensors import failed_runs, new_challenger, source_changed
 from lens_pipeline.defs.shards import cloud_shards, lens_shards, observed_shards
 from lens_pipeline.defs.source import source_is_published
+from lens_pipeline.defs.stages import freshness
 from lens_pipeline.defs.tuning import tuning
 from lens_pipeline.errors import InputError
 from lens_pipeline.presets import chosen_members
@@ -52,11 +53,12 @@ def make_definitions(settings: Settings, retries: bool = True) -> dg.Definitions
         evaluation_stage(members, published),
         registry_stage(published),
     ]
-    made = [one.asset(retries, settings.surveys) for one in stages]
+    planned = schedules(settings)  # raises where there is no such time
+    made = [one.asset(retries, settings.surveys, freshness(settings)) for one in stages]
     return dg.Definitions(
         assets=[*([observed_shards()] if published else []), *with_follow_up(made)],
         jobs=[full_pipeline, data, training, evaluation_and_registration, tuning, cleaning],
-        schedules=schedules(settings),
+        schedules=planned,
         sensors=[source_changed, new_challenger, failed_runs, follow_up],
         resources={"lens": LensHome()},
         executor=dg.multiprocess_executor.configured(

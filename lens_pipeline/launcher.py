@@ -10,9 +10,10 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Self
 
-from dagster import DagsterRun
+from dagster import DagsterInstance, DagsterRun
 from dagster import _check as check
 from dagster._core.launcher.base import (
     CheckRunHealthResult,
@@ -31,12 +32,25 @@ from lens_pipeline.processes import (
     is_dead,
     is_here,
     process_tags,
+    sign_of_life,
+    signs_without_life,
 )
+from lens_pipeline.settings import Settings
 
 # Waits until the run says which process it is; where nobody gets to say so, it ends.
 GATE = 'read -r go && exec "$@"'
 EXECUTE = (sys.executable, "-m", "dagster", "api", "execute_run")
+DEPLOYMENT = "lens/deployment"
 CANCELED = "lens/canceled"  # by somebody on another host; its value is the run
+
+
+def forget_ended_runs(instance: DagsterInstance) -> None:
+    """Remove the signs of life of runs that have ended. Of one that has died the sign stays until
+    somebody has said so of the run: without it nobody on another host could."""
+    for sign in signs_without_life(Path(instance.root_directory)):
+        run = instance.get_run_by_id(sign.name)
+        if run is None or run.is_finished:
+            sign.unlink(missing_ok=True)
 
 
 class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
@@ -61,19 +75,31 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
     ) -> Self:
         return cls(inst_data)
 
+    @property
+    def _home(self) -> Path:
+        """DAGSTER_HOME."""
+        return Path(self._instance.root_directory)
+
     def launch_run(self, context: LaunchRunContext) -> None:
-        run = context.dagster_run
+        run, deployment = context.dagster_run, Settings.load().deployment
         arguments = ExecuteRunArgs(
             job_origin=check.not_none(context.job_code_origin),
             run_id=run.run_id,
             instance_ref=self._instance.get_ref(),
         )
-        process = subprocess.Popen(
-            ["sh", "-c", GATE, "run", *EXECUTE, serialize_value(arguments)],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
-        self._instance.add_run_tags(run.run_id, process_tags(run.run_id, process.pid))
+        forget_ended_runs(self._instance)
+        sign = sign_of_life(self._home, run.run_id)
+        try:
+            process = subprocess.Popen(
+                ["sh", "-c", GATE, "run", *EXECUTE, serialize_value(arguments)],
+                stdin=subprocess.PIPE,
+                start_new_session=True,
+                pass_fds=[sign],
+            )
+        finally:
+            os.close(sign)
+        tags = process_tags(run.run_id, process.pid)
+        self._instance.add_run_tags(run.run_id, tags | {DEPLOYMENT: deployment})
         assert process.stdin is not None
         with process.stdin as gate:
             gate.write(b"\n")
@@ -84,11 +110,12 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
         run = self._instance.get_run_by_id(run_id)
         if run is None or run.is_finished:
             return False
-        if has_begun(run_id, run.tags) and not is_here(run_id, run.tags):
+        here, dead = is_here(run_id, run.tags), is_dead(run_id, run.tags, self._home)
+        if has_begun(run_id, run.tags) and not here and not dead:
             self._instance.add_run_tags(run_id, {CANCELED: run_id})
             return True
         self._instance.report_run_canceling(run)
-        if not is_here(run_id, run.tags) or is_dead(run_id, run.tags):
+        if not here or dead:
             return False
         with suppress(ProcessLookupError):
             os.kill(int(run.tags[PID]), signal.SIGTERM)
@@ -101,7 +128,7 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
     def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
         """Whether the process of a run lives. What a dead one has left is ended, for the run may be
         tried again."""
-        if not is_dead(run.run_id, run.tags):
+        if not is_dead(run.run_id, run.tags, self._home):
             if run.tags.get(CANCELED) == run.run_id and is_here(run.run_id, run.tags):
                 self.terminate(run.run_id)
             return CheckRunHealthResult(WorkerStatus.RUNNING)
@@ -119,7 +146,7 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
         though it was asked to; so what is left of its process is killed."""
         if not is_here(run.run_id, run.tags):
             return None
-        if not is_dead(run.run_id, run.tags):
+        if not is_dead(run.run_id, run.tags, self._home):
             with suppress(ProcessLookupError):
                 os.kill(int(run.tags[PID]), signal.SIGKILL)
         killed = end_rest(run.tags)

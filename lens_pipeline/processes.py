@@ -1,6 +1,7 @@
 """Which process runs a run, whether it lives, and what it has left behind."""
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import psutil
 
 HOST, PID, STARTED = "lens/host", "lens/pid", "lens/started"
 RUN = "lens/run"  # whose tags these are: a run that is tried again inherits those of the first
+SIGNS = ".alive"  # in DAGSTER_HOME: a file by the id of each run, locked while its process lives
 
 
 def process_tags(run_id: str, pid: int | None = None) -> dict[str, str]:
@@ -36,6 +38,34 @@ def _started(pid: int) -> str:
     return fields[19]
 
 
+def sign_of_life(home: Path, run_id: str) -> int:
+    """The descriptor of a new file in `home`, DAGSTER_HOME, which tells other hosts that a run
+    lives: it is locked until it is closed in this process, and in those that it is passed to.
+    """
+    folder = home / SIGNS
+    folder.mkdir(exist_ok=True)
+    aside = folder / f".{run_id}"
+    descriptor = os.open(aside, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    aside.rename(folder / run_id)  # whoever sees it finds it locked
+    return descriptor
+
+
+def signs_without_life(home: Path) -> list[Path]:
+    """The files of runs whose processes have ended; by their names, the runs' ids."""
+    return [sign for sign in (home / SIGNS).glob("[!.]*") if _is_free(sign)]
+
+
+def _is_free(sign: Path) -> bool:
+    """Whether a file is there and locked by nobody."""
+    try:
+        with sign.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # others may ask at the same time
+    except OSError:
+        return False
+    return True
+
+
 def has_begun(run_id: str, tags: Mapping[str, str]) -> bool:
     """Whether a run has a process, or had one."""
     return tags.get(RUN) == run_id
@@ -46,10 +76,11 @@ def is_here(run_id: str, tags: Mapping[str, str]) -> bool:
     return has_begun(run_id, tags) and tags[HOST] == socket.gethostname()
 
 
-def is_dead(run_id: str, tags: Mapping[str, str]) -> bool:
-    """Whether the process of a run is known to be gone: it was on this host, and is not now."""
+def is_dead(run_id: str, tags: Mapping[str, str], home: Path) -> bool:
+    """Whether the process of a run is known to be gone: it was on this host, and is not now; or on
+    another, and has let go of its sign of life in `home`, DAGSTER_HOME."""
     if not is_here(run_id, tags):
-        return False
+        return has_begun(run_id, tags) and _is_free(home / SIGNS / run_id)
     try:
         return _started(int(tags[PID])) != tags[STARTED]
     except psutil.NoSuchProcess:
@@ -57,12 +88,15 @@ def is_dead(run_id: str, tags: Mapping[str, str]) -> bool:
 
 
 def end_rest(tags: Mapping[str, str]) -> list[int]:
-    """Kill what a dead process that led a session has left of it, and return their numbers.
+    """Kill what a dead process that led a session has left of it on this host, and return their
+    numbers.
 
     A step that trains outlives the run's process when that is killed, and would write on beside the
     next try. The number of a session's leader is not given to another process while one of the
     session lives; should it be somebody else's by now, nothing of ours is left.
     """
+    if tags[HOST] != socket.gethostname():
+        return []
     leader = int(tags[PID])
     with contextlib.suppress(psutil.NoSuchProcess):
         if _started(leader) != tags[STARTED]:

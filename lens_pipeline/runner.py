@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,11 +18,19 @@ from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.checkpoints import POOL
 from lens_pipeline.defs.surveys import every_survey
 from lens_pipeline.errors import InputError
-from lens_pipeline.processes import HOST, PID, end_rest, is_dead, is_here, process_tags
+from lens_pipeline.launcher import DEPLOYMENT, forget_ended_runs
+from lens_pipeline.processes import (
+    HOST,
+    PID,
+    end_rest,
+    is_dead,
+    is_here,
+    process_tags,
+    sign_of_life,
+)
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import write_aside
 
-DEPLOYMENT = "lens/deployment"
 UNFINISHED = [
     dg.DagsterRunStatus.NOT_STARTED,
     dg.DagsterRunStatus.STARTING,
@@ -34,6 +43,7 @@ GATE_CHECK = "passes_the_gate"
 FORMER = {
     "59045419ec5290be587670029148bbe82f980ab20d4f09a3a1ea8b73c52a7bd1",
     "9d8f19626ababa3b6a08abcfd431509f965fedf3b83663852c46bb08256cc0f7",
+    "ff068861abc9859b77e92598efeef480d85bd3b16e368ea48526ab120e4132c0",
 }
 PATIENCE = 10  # seconds of waiting before the holder is named
 log = logging.getLogger(__name__)
@@ -41,12 +51,21 @@ log = logging.getLogger(__name__)
 
 def prepare_home(settings: Settings) -> None:
     """Make LENS_HOME/dagster with the settings of one machine, where it is not there yet; those of
-    a former version give way to them unless somebody has edited them."""
+    a former version give way to them unless somebody has edited them.
+
+    Raises InputError where the home cannot be made, or written into.
+    """
     home = settings.dagster_home
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise InputError(f"LENS_HOME: {home} cannot be made ({problem.strerror})") from None
+    for folder in (settings.home, home):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise InputError(
+                f"LENS_HOME: {folder} is not writable by you; name another home with --home, or "
+                "ask whom it belongs to"
+            )
     file = home / "dagster.yaml"
     if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() in FORMER:
         write_aside(file, Path(__file__).with_name("dagster.yaml").read_text())
@@ -95,7 +114,7 @@ def release_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     dead = [
         run
         for run in instance.get_runs(dg.RunsFilter(statuses=UNFINISHED))
-        if is_dead(run.run_id, run.tags)
+        if is_dead(run.run_id, run.tags, Path(instance.root_directory))
     ]
     for run in dead:
         end_rest(run.tags)
@@ -108,6 +127,7 @@ def release_dead_runs(instance: dg.DagsterInstance) -> list[str]:
         holder = instance.get_run_by_id(run_id)
         if holder is None or holder.is_finished:
             instance.event_log_storage.free_concurrency_slots_for_run(run_id)
+    forget_ended_runs(instance)
     return [run.run_id for run in dead]
 
 
@@ -139,7 +159,7 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
         keep_settings(settings)
         release_dead_runs(instance)
         run_id = dg._core.utils.make_new_run_id()
-        with _naming_the_holder(instance, run_id):
+        with _giving_a_sign(instance, run_id), _naming_the_holder(instance, run_id):
             try:
                 done = definitions.resolve_job_def("full_pipeline").execute_in_process(
                     run_config=config,
@@ -176,21 +196,38 @@ def _tell_of_checks(evaluations: Iterable[dg.AssetCheckEvaluation]) -> None:
 
 
 @contextmanager
+def _giving_a_sign(instance: dg.DagsterInstance, run_id: str) -> Iterator[None]:
+    """While a run goes on: let other hosts see that it does."""
+    sign = sign_of_life(Path(instance.root_directory), run_id)
+    try:
+        yield
+    finally:
+        os.close(sign)
+        forget_ended_runs(instance)
+
+
+@contextmanager
 def _naming_the_holder(instance: dg.DagsterInstance, run_id: str) -> Iterator[None]:
-    """While a run goes on: say who holds the pool that it has been waiting for."""
+    """While a run goes on: say who holds the pool that it has been waiting for, unless that has
+    died and gives it back."""
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(PATIENCE):
             info = instance.event_log_storage.get_concurrency_info(POOL)
             if run_id in info.pending_run_ids:
+                if release_dead_runs(instance):
+                    continue
                 holders = [instance.get_run_by_id(slot) for slot in info.active_run_ids]
                 named = [
                     f"run {r.run_id[:8]} (process {r.tags.get(PID)} on {r.tags.get(HOST)})"
                     for r in holders
                     if r is not None
                 ]
-                log.warning("waiting for pool %s, held by %s", POOL, ", ".join(named) or "no run")
+                log.warning(
+                    "waiting for pool %s, held by %s; should that be gone, terminate it on its "
+                    "page (lens-pipeline show)", POOL, ", ".join(named) or "no run",
+                )  # fmt: skip
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

@@ -79,12 +79,12 @@ def pages(settings: Settings, dagster_port: int, mlflow_port: int) -> Iterator[P
     for option, port in ports.items():
         if _answers(port):
             raise InputError(f"{option} {port}: is in use; name another")
-    assert Tracking(settings).experiment_id  # creates the database before two servers would
     commands = _commands(dagster_port, mlflow_port if len(ports) == 2 else None)
     # Its URI may hold a password, which everybody would read among a command's arguments.
     environment = LOOKING | os.environ | QUIET | {"MLFLOW_BACKEND_STORE_URI": settings.mlflow_uri}
     environment["LENS_MLFLOW_PAGE"] = addresses["MLflow"]
     with open_instance(settings) as instance, _alone(settings) as lock:
+        assert Tracking(settings).experiment_id  # creates the database before two servers would
         release_dead_runs(instance)
         found = Pages(addresses, tuple(Server(command, environment, lock) for command in commands))
         try:
@@ -149,6 +149,8 @@ def _answers(port: int) -> bool:
 def serve(settings: Settings, dagster_port: int, mlflow_port: int) -> int:
     """Serve `pages` until Ctrl-C; prints their addresses once they answer. A server that ends, or
     is killed, is started again."""
+    if not settings.dagster_home.exists():
+        log.warning("LENS_HOME: %s is new: nothing has run there yet", settings.home)
     try:
         with pages(settings, dagster_port, mlflow_port) as found:
             for name, address in found.addresses.items():

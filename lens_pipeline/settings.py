@@ -230,13 +230,18 @@ class Settings(BaseSettings):
     time_zone: str = Field(default="UTC", description="Of the schedules, as `Europe/Paris`.")
     webhook_url: Annotated[SecretStr | None, BeforeValidator(_web_address)] = Field(
         default=None,
-        description="Is told by POST of failed runs and new challengers, JSON with a `text`.",
+        description="Is told by POST of failed runs, new challengers and other champions, JSON "
+        "with a `text`.",
     )
     keep_days: int = Field(
         default=90,
         ge=1,
         description="Days for which the job `cleaning` keeps runs, their logs, and folders of "
         "steps that nothing uses.",
+    )
+    git_commit: str | None = Field(
+        default=None,
+        description="The commit of this code where it is no checkout, as in an image.",
     )
     verify: bool = Field(
         default=False, description="Check the sha256 of what is reused, not only file sizes."
@@ -343,14 +348,17 @@ class Settings(BaseSettings):
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """What was set of all that decides on results, for JSON.
+        """What was set of all that decides on results, and is not as it is by default, for JSON.
 
         Neither storage options nor the tracking server's URI: they may hold secrets.
         """
         places = {"home", "storage_options", "tracking_uri", "mlflow_page"}
-        operation = {"verify", "retrain_cron", "time_zone", "webhook_url", "keep_days"}
+        operation = {
+            *("deployment", "git_commit", "verify", "cache_gb", "keep_days"),
+            *("retrain_cron", "time_zone", "webhook_url"),
+        }
         names = self.model_fields_set - places - operation
-        return self.model_dump(mode="json", include=names)
+        return self.model_dump(mode="json", include=names, exclude_defaults=True)
 
     def export(self) -> None:
         """Put what was set into the environment, for the steps and child processes."""

@@ -61,8 +61,10 @@ def flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def code_commit() -> str | None:
-    """The commit of the checkout that this runs from, with `-dirty` where files of it have changed
-    since; None where it is no checkout."""
+    """The commit that LENS_GIT_COMMIT names, else that of the checkout that this runs from, with
+    `-dirty` where files of it have changed since; None where it is no checkout."""
+    if stated := Settings.load().git_commit:
+        return stated
     from mlflow.utils.git_utils import get_git_commit
 
     here = str(Path(__file__).parent)

@@ -1,7 +1,11 @@
 """What the command says to bad input: one line, the place, the way out, and nothing registered."""
 
 import json
+import multiprocessing
+import os
 import shutil
+import socket
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +15,11 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from lens_pipeline.cli import main
+from lens_pipeline.errors import InputError
+from lens_pipeline.runner import prepare_home
+from lens_pipeline.settings import Settings
+
+NOBODY = 65534  # the number of a user who owns nothing
 
 
 @pytest.fixture
@@ -106,6 +115,8 @@ def test_a_bad_source_stops_the_run_with_one_line(
         (["predict", "--catalogue", "c.csv", "--out", "scores.txt"], ".parquet or .csv"),
         (["predict", "--catalogue", "c.csv", "--out", "scores.csv"], "no model registry"),
         (["promote", "3"], "no model registry"),
+        (["show", "--dagster-port", "99999999"], "--dagster-port: 99999999 is no port"),
+        (["show", "--mlflow-port", "0"], "--mlflow-port: 0 is no port"),
         ([], "COMMAND"),
     ],
 )
@@ -121,6 +132,41 @@ def test_a_bad_command_line_is_one_line_too(
     assert named in line
     assert "secret" not in line
     assert not (tmp_path / "home" / "mlflow.db").exists()
+
+
+def test_who_opens_a_home_where_nothing_has_run_is_told(
+    own_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # so that no page is opened
+        show = ["show", "--dagster-port", str(taken.getsockname()[1])]
+        assert main([*show, "--home", str(tmp_path / "mistyped")]) == 2
+        told = f"LENS_HOME: {tmp_path / 'mistyped'} is new: nothing has run there yet"
+        assert told in capsys.readouterr().err
+        assert main([*show, "--home", str(own_home)]) == 2
+        assert "is new" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", [".", "dagster"])
+def test_a_home_that_is_somebody_elses_is_named(folder: str) -> None:
+    """Root, who may write anywhere, is nobody here."""
+
+    def refused(home: Path) -> None:
+        if os.getuid() == 0:
+            os.setuid(NOBODY)
+        with pytest.raises(InputError, match=f"LENS_HOME: {home / folder} is not writable by you"):
+            prepare_home(Settings.load(home=home))
+
+    with tempfile.TemporaryDirectory() as place:  # nobody sees what lies above tmp_path
+        home = Path(place)
+        prepare_home(Settings.load(home=home))
+        home.chmod(0o777)
+        (home / "dagster").chmod(0o777)
+        (home / folder).chmod(0o555)
+        process = multiprocessing.get_context("fork").Process(target=refused, args=(home,))
+        process.start()
+        process.join()
+        (home / folder).chmod(0o777)
+    assert process.exitcode == 0
 
 
 def test_a_cloud_that_cannot_be_used_is_named(

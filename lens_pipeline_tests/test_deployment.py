@@ -11,8 +11,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +26,7 @@ import yaml
 from lens_pipeline.defs.stages import REGISTERED
 from lens_pipeline.runner import open_instance
 from lens_pipeline.settings import Settings
+from lens_pipeline.tracking import code_commit
 from lens_pipeline_tests.object_stores import free_ports
 from lens_pipeline_tests.postgres import PASSWORD, PROGRAMS
 from lens_pipeline_tests.served import Pages, until
@@ -32,7 +34,7 @@ from lens_pipeline_tests.served import Pages, until
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 OPERATIONS = ROOT / "docs" / "operations.md"
-VARIABLE = re.compile(r"\$\{(\w+):?([?-]?)([^{}]*)\}")  # the innermost of nested ones
+VARIABLE = re.compile(r"\$\{(\w+):?([?+-]?)([^{}]*)\}")  # the innermost of nested ones
 NEW_PASSWORD = "an0ther-w@rd/%"
 SECRET = re.compile("PASSWORD|WEBHOOK|OPTIONS|TRACKING_URI")
 
@@ -48,6 +50,8 @@ def interpolated(value: Any, variables: Mapping[str, str]) -> Any:
         name, rule, default = found.groups()
         if rule == "?":
             assert variables.get(name), f"{name}: {default}"
+        if rule == "+":
+            return default if variables.get(name) else ""
         return variables.get(name) or default
 
     if isinstance(value, dict):
@@ -79,6 +83,66 @@ def test_the_example_of_an_env_file_names_every_variable_and_no_secret() -> None
     settings = {f"LENS_{name.upper()}" for name in Settings.model_fields}
     assert {name for name in example if name.startswith("LENS_")} <= used | settings
     assert not [name for name, value in example.items() if SECRET.search(name) and value]
+
+
+def test_what_is_built_knows_its_commit_and_no_env_file_hides_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    (name,) = compose["x-lens"]["build"]["args"]
+    image = (DEPLOY / "Dockerfile").read_text()
+    assert f"ARG {name}=\nENV {name}=${name}\n" in image
+    assert name not in env_file(DEPLOY / ".env.example")  # the services get all of it, last
+    (command,) = {line for line in OPERATIONS.read_text().splitlines() if name in line}
+    said = subprocess.check_output(
+        ["bash", "-euc", f"{command}; echo ${name}"], cwd=ROOT, text=True
+    )
+    assert said.strip() == code_commit()
+    monkeypatch.setenv(name, 40 * "a")
+    assert code_commit() == 40 * "a"
+
+
+def test_mlflow_answers_behind_a_proxy_that_is_named_and_behind_no_other(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    variables = env_file(DEPLOY / ".env.example") | {"PGPASSWORD": "x"}
+    variables |= {"LENS_MLFLOW_HOSTS": "lens.example", "LENS_MLFLOW_PORT": str(port)}
+    variables["LENS_MLFLOW_ORIGINS"] = "https://lens.example"
+    read = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    service = interpolated(read, variables)["services"]["mlflow"]
+    database = {"MLFLOW_BACKEND_STORE_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
+    destination = [w for w in service["command"] if not w.startswith("--artifacts-destination")]
+    server = psutil.Popen(
+        [sys.executable, "-m", *destination],
+        cwd=tmp_path,
+        env=os.environ | service["environment"] | database,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def status(host: str, **headers: str) -> int:
+        connection = HTTPConnection("127.0.0.1", port, timeout=60)
+        path = "/ajax-api/2.0/mlflow/experiments/search"
+        content = {"Content-Type": "application/json"}
+        with closing(connection):
+            connection.request(
+                "POST", path, '{"max_results": 1}', content | {"Host": host} | headers
+            )
+            return connection.getresponse().status
+
+    def answers() -> bool:
+        with suppress(OSError):
+            return status("localhost:1") == 200
+        return False
+
+    try:
+        until(answers, 120, "MLflow answers")
+        assert status("lens.example", Origin="https://lens.example") == 200
+        assert status("lens.example", Origin="https://other.example") == 403
+        assert status("other.example") == 403
+    finally:
+        below = server.children(recursive=True)
+        server.terminate()
+        psutil.wait_procs([server, *below], timeout=30)
 
 
 def test_images_are_pinned_and_every_service_is_watched_and_started_again() -> None:

@@ -9,11 +9,64 @@ from pathlib import Path
 import dagster as dg
 import psutil
 import pytest
+from dagster._core.launcher.base import LaunchRunContext, WorkerStatus
 
 from lens_pipeline.launcher import ProcessRunLauncher
 from lens_pipeline.processes import process_tags
-from lens_pipeline.runner import open_instance
+from lens_pipeline.runner import open_instance, release_dead_runs
 from lens_pipeline.settings import Settings
+from lens_pipeline_tests.served import until
+
+
+@dg.op
+def waits(context: dg.OpExecutionContext) -> None:
+    context.log.info("has begun")
+    time.sleep(600)
+
+
+@dg.job
+def long_job() -> None:
+    waits()
+
+
+def launched(instance: dg.DagsterInstance) -> dg.DagsterRun:
+    """A run of `long_job` that has begun, as the daemon launches one."""
+    origin = dg.reconstructable(long_job).get_python_origin()
+    run = instance.create_run_for_job(long_job, job_code_origin=origin)
+    instance.run_launcher.launch_run(LaunchRunContext(dagster_run=run, workspace=None))
+
+    def begun() -> bool:
+        logged = instance.all_logs(run.run_id)
+        return any("has begun" in entry.user_message for entry in logged)
+
+    until(begun, 60, "the run begins")
+    found = instance.get_run_by_id(run.run_id)
+    assert found is not None
+    return found
+
+
+def test_a_launched_run_that_dies_under_another_host_name_is_found_and_its_sign_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a node of a cluster that shares the home, or on a machine that is renamed."""
+    monkeypatch.setenv("LENS_DEPLOYMENT", "staging")
+    with open_instance(Settings.load(home=tmp_path)) as instance:
+        run = launched(instance)
+        assert run.tags["lens/deployment"] == "staging"
+        monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+        assert release_dead_runs(instance) == []
+        health = instance.run_launcher.check_run_worker_health(run)
+        assert health.status is WorkerStatus.RUNNING
+        signs = tmp_path / "dagster" / ".alive"
+        assert [sign.name for sign in signs.iterdir()] == [run.run_id]
+        process = psutil.Process(int(run.tags["lens/pid"]))
+        process.kill()
+        process.wait(10)
+        health = instance.run_launcher.check_run_worker_health(run)
+        assert health.status is WorkerStatus.FAILED
+        assert not instance.run_launcher.terminate(run.run_id)  # there is nobody to be asked
+        assert release_dead_runs(instance) == [run.run_id]
+        assert list(signs.iterdir()) == []
 
 
 def test_a_run_that_is_cancelled_on_another_host_is_ended_by_the_daemon_on_its_own(

@@ -5,11 +5,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
-from lens_pipeline.processes import end_rest, is_dead, process_tags
+from lens_pipeline.processes import (
+    end_rest,
+    is_dead,
+    process_tags,
+    sign_of_life,
+    signs_without_life,
+)
 from lens_pipeline_tests.served import until
 
 # Starts a child that would live on, tells its number, and waits.
@@ -39,41 +46,74 @@ def family() -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
 Family = tuple[subprocess.Popen[str], psutil.Process]
 
 
-def test_a_killed_process_is_dead_before_anybody_asked_how_it_ended(family: Family) -> None:
+def test_a_killed_process_is_dead_before_anybody_asked_how_it_ended(
+    family: Family, tmp_path: Path
+) -> None:
     leader, _ = family
     tags = process_tags("r", leader.pid)
-    assert not is_dead("r", tags)
+    assert not is_dead("r", tags, tmp_path)
     leader.kill()
-    until(lambda: is_dead("r", tags), 10, "it is dead")  # a zombie, for nobody has waited for it
+    # A zombie, for nobody has waited for it.
+    until(lambda: is_dead("r", tags, tmp_path), 10, "it is dead")
     assert psutil.Process(leader.pid).status() == psutil.STATUS_ZOMBIE
     leader.wait()
-    assert is_dead("r", tags)
+    assert is_dead("r", tags, tmp_path)
 
 
-def test_a_process_with_the_number_of_a_dead_one_is_another(family: Family) -> None:
+def test_a_process_with_the_number_of_a_dead_one_is_another(family: Family, tmp_path: Path) -> None:
     leader, child = family
     tags = process_tags("r", leader.pid) | {"lens/started": "1"}
-    assert is_dead("r", tags)
+    assert is_dead("r", tags, tmp_path)
     assert end_rest(tags) == []  # it is somebody else's
     assert child.is_running()
 
 
-def test_a_process_of_another_host_is_not_known_to_be_dead(family: Family) -> None:
+def test_a_process_of_another_host_that_gives_no_sign_is_not_known_to_be_dead(
+    family: Family, tmp_path: Path
+) -> None:
+    """As one of a version that gave none, or of a home that is not shared."""
     leader, _ = family
     tags = process_tags("r", leader.pid) | {"lens/host": "elsewhere"}
     leader.kill()
     leader.wait()
-    assert not is_dead("r", tags)
-    assert not is_dead("r", {})
+    assert not is_dead("r", tags, tmp_path)
+    assert not is_dead("r", {}, tmp_path)
 
 
-def test_a_run_is_not_taken_for_the_one_whose_tags_it_inherits(family: Family) -> None:
+def test_a_process_of_another_host_is_dead_once_it_has_let_go_of_its_sign_of_life(
+    tmp_path: Path,
+) -> None:
+    """Also where it never got to say that it ends, and where this host has its number, too."""
+    sign = sign_of_life(tmp_path, "r")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, pass_fds=[sign]
+    )
+    os.close(sign)
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline())
+    tags = process_tags("r") | {"lens/host": "elsewhere"}
+    for _ in range(2):  # who asks takes nothing away
+        assert not is_dead("r", tags, tmp_path)
+        assert signs_without_life(tmp_path) == []
+    holder.kill()
+    holder.wait()
+    assert is_dead("r", tags, tmp_path)
+    assert not is_dead("r", {**tags, "lens/run": "the first"}, tmp_path)
+    assert [sign.name for sign in signs_without_life(tmp_path)] == ["r"]
+    assert end_rest(tags) == []  # what has these numbers here is somebody else's
+    os.kill(child, signal.SIGKILL)
+    holder.stdout.close()
+
+
+def test_a_run_is_not_taken_for_the_one_whose_tags_it_inherits(
+    family: Family, tmp_path: Path
+) -> None:
     leader, _ = family
     tags = process_tags("r", leader.pid)
     leader.kill()
     leader.wait()
-    assert is_dead("r", tags)
-    assert not is_dead("tried again", tags)
+    assert is_dead("r", tags, tmp_path)
+    assert not is_dead("tried again", tags, tmp_path)
 
 
 def test_what_a_dead_process_has_left_is_ended_and_nothing_else(family: Family) -> None:

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +25,17 @@ from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.checkpoints import POOL
 from lens_pipeline.ensemble.evaluate import evaluate_ensemble
 from lens_pipeline.errors import InputError
-from lens_pipeline.processes import process_tags
+from lens_pipeline.processes import process_tags, sign_of_life
 from lens_pipeline.runner import (
     open_instance,
     prepare_home,
     release_dead_runs,
+    run_pipeline,
     settings_of_home,
 )
 from lens_pipeline.settings import Settings
 from lens_pipeline.tracking import Tracking
+from lens_pipeline_tests.served import until
 
 MEMBERS = ["light_transformer", "lastro"]
 ASSETS = [
@@ -246,6 +250,40 @@ def test_dead_and_ended_runs_give_their_slots_back_and_a_live_one_keeps_its(own_
         canceled = instance.get_run_by_id(runs["dead and canceling"])
         assert canceled is not None
         assert canceled.status == dg.DagsterRunStatus.CANCELED  # not tried again
+
+
+def test_a_run_that_waits_for_one_of_another_host_goes_on_when_that_dies(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(runner, "PATIENCE", 1)
+    settings = Settings.load(home=own_home, preset="tiny")
+    settings.export()
+    held = str(uuid.uuid4())
+    sign = sign_of_life(settings.dagster_home, held)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[sign]
+    )
+    os.close(sign)
+    with open_instance(settings) as instance:
+        instance.create_run_for_job(
+            make_definitions(settings).resolve_job_def("full_pipeline"),
+            run_id=held,
+            tags=process_tags(held, holder.pid) | {"lens/host": "elsewhere"},
+            status=dg.DagsterRunStatus.STARTED,
+        )
+        instance.event_log_storage.initialize_concurrency_limit_to_default(POOL)
+        assert instance.event_log_storage.claim_concurrency_slot(POOL, held, "step").is_claimed
+    with ThreadPoolExecutor(1) as other:
+        waiting = f"held by run {held[:8]} (process {holder.pid} on elsewhere)"
+
+        def ends_once_it_is_named() -> None:
+            until(lambda: waiting in caplog.text, 120, waiting)
+            holder.communicate(b"\n")
+
+        ended = other.submit(ends_once_it_is_named)
+        run_pipeline(settings, {})
+        ended.result()
+    assert list((own_home / "dagster" / ".alive").iterdir()) == []
 
 
 def test_no_ensemble_is_made_of_members_of_older_shards(

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,9 +18,53 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from lens_pipeline.registry import MODEL
+from lens_pipeline.runner import prepare_home
+from lens_pipeline.settings import Settings
 from lens_pipeline_tests.served import Served, until
+from lens_pipeline_tests.test_deployment import documented
 
 EPOCHS = 100  # so long a training that each kill is sure to meet it
+SENSORS = """
+import time
+import dagster as dg
+
+RUNNING = dg.DefaultSensorStatus.RUNNING
+
+@dg.sensor(minimum_interval_seconds=1, default_status=RUNNING)
+def looks(context):
+    time.sleep(600)
+
+@dg.sensor(minimum_interval_seconds=1, default_status=RUNNING)
+def tells(context):
+    print("told", flush=True)
+
+defs = dg.Definitions(sensors=[looks, tells])
+"""
+
+
+@pytest.mark.slow
+def test_a_sensor_that_takes_long_delays_no_other(tmp_path: Path) -> None:
+    """As one that looks at a source of many cutouts, beside one that tells of failed runs."""
+    (tmp_path / "sensors.py").write_text(SENSORS)
+    settings = Settings.load(home=tmp_path)
+    prepare_home(settings)
+    command = [sys.executable, "-m", "dagster._daemon", "run", "-f", "sensors.py"]
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        daemon = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=os.environ | {"DAGSTER_HOME": str(settings.dagster_home)},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        # The first time each sensor may have its turn before the slow one has.
+        until(lambda: log.read_text().count("told") > 2, 60, f"it is told\n{log.read_text()}")
+    finally:
+        os.killpg(daemon.pid, signal.SIGKILL)  # in order it would wait for the slow one
+        daemon.wait()
 
 
 @pytest.mark.slow
@@ -166,3 +212,32 @@ def test_a_run_ends_where_it_is_cancelled_and_where_its_pages_are_closed(tmp_pat
     until(lambda: nothing_of(process), 30, "its processes have ended")
     with Served(home, tmp_path / "log", settings) as served:
         assert served.run(run)["status"] == "CANCELED"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("fuser") is None, reason="fuser is not installed")
+def test_what_a_killed_show_leaves_is_ended_as_it_is_documented(tmp_path: Path) -> None:
+    """And what another home's has begun goes on."""
+    settings = {"LENS_PRESET": "tiny", "LENS_ARCHS": "lastro"}
+    training = {"checkpoints__lastro": {"config": {"training": {"epochs": 1000}}}}
+    home = tmp_path / "home"
+    with Served(tmp_path / "other", tmp_path / "other.log") as other:
+        killed = Served(home, tmp_path / "log", settings).__enter__()
+        run = killed.launch("full_pipeline", ops=training)
+        until(lambda: "epoch 1/" in "".join(killed.messages(run)), 180, killed.log)
+        left = killed.processes()
+        killed.server.kill()
+        killed.server.wait()
+        commands = [
+            line for line in documented("What notices which death") if not line.startswith("export")
+        ]
+        subprocess.run(
+            ["bash", "-euc", "\n".join(commands)],
+            env=os.environ | {"LENS_HOME": str(home)},
+            check=True,
+        )
+        assert psutil.wait_procs(left, timeout=60)[1] == []
+        assert other.answers()
+        assert other.processes("dagster._daemon")
+    with Served(home, tmp_path / "log", settings) as served:
+        assert served.run(run)["status"] in ("FAILURE", "CANCELED")

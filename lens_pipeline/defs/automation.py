@@ -1,10 +1,12 @@
 """Jobs over the asset graph, when schedules launch them, and what follows by itself."""
 
+import importlib.metadata
 from collections.abc import Iterable
 
 import dagster as dg
 
 from lens_pipeline.alerts import alert
+from lens_pipeline.defs.checkpoints import training_libraries
 from lens_pipeline.defs.cleaning import cleaning
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.source import source_state
@@ -24,6 +26,11 @@ from lens_pipeline.settings import Settings
 from lens_pipeline.steps import digest, source_hashes
 
 INPUTS = "lens/inputs"
+MAY_SUCCEED = [
+    status
+    for status in dg.DagsterRunStatus
+    if status not in (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
+]
 # Retrainings wait for each other: see `tag_concurrency_limits` in dagster.yaml.
 TRAINS = {"lens/queue": "training"}
 
@@ -98,10 +105,20 @@ follow_up = dg.AutomationConditionSensorDefinition(
 
 
 def retraining_inputs(settings: Settings) -> str:
-    """A hash of all that a retraining depends on: the source, the settings, the code."""
+    """A hash of all that a retraining depends on: the source, the settings, the code, and the
+    libraries that networks learn with."""
     code = source_hashes(["lens_pipeline.definitions"])
-    members = [member_config(settings, member).deciding for member in chosen_members(settings)]
-    return digest([source_state(settings), settings.decisive, members, code])
+    members = chosen_members(settings)
+    configs = [member_config(settings, member).deciding for member in members]
+    libraries = {name: importlib.metadata.version(name) for name in training_libraries(members)}
+    return digest([source_state(settings), settings.decisive, configs, code, libraries])
+
+
+def last_retraining(instance: dg.DagsterInstance) -> dg.DagsterRun | None:
+    """The newest of all retrainings by schedule that have succeeded or are under way. They end one
+    after another, so that what is left when all have ended is what it has made."""
+    runs = instance.get_runs(dg.RunsFilter(job_name=full_pipeline.name, statuses=MAY_SUCCEED))
+    return next((run for run in runs if INPUTS in run.tags), None)
 
 
 def schedules(settings: Settings) -> list[dg.ScheduleDefinition]:
@@ -115,8 +132,8 @@ def schedules(settings: Settings) -> list[dg.ScheduleDefinition]:
             job=full_pipeline,
             cron_schedule=settings.retrain_cron,
             execution_timezone=settings.time_zone,
-            description="Launches full_pipeline where the source, the settings or the code are not "
-            "those of a retraining that has succeeded or is under way.",
+            description="Launches full_pipeline where the source, the settings, the code or the "
+            "libraries are not those of the last retraining that has succeeded or is under way.",
         )
         def weekly_retraining(
             context: dg.ScheduleEvaluationContext, lens: LensHome
@@ -127,19 +144,11 @@ def schedules(settings: Settings) -> list[dg.ScheduleDefinition]:
             except InputError as problem:
                 alert(settings, f"the source cannot be read, nothing is retrained: {problem}")
                 return dg.SkipReason(str(problem))
-            same = dg.RunsFilter(
-                job_name=full_pipeline.name,
-                tags=tags,
-                statuses=[
-                    status
-                    for status in dg.DagsterRunStatus
-                    if status not in (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
-                ],
-            )
-            for run in context.instance.get_runs(same, limit=1):
+            last = last_retraining(context.instance)
+            if last is not None and last.tags[INPUTS] == tags[INPUTS]:
                 return dg.SkipReason(
-                    f"run {run.run_id[:8]} has the same source, settings and code: nothing would "
-                    "be new"
+                    f"run {last.run_id[:8]} has the same source, settings, code and libraries: "
+                    "nothing would be new"
                 )
             return dg.RunRequest(tags=tags | every_survey(settings))
 

@@ -98,12 +98,7 @@ def checkpoint_stage(member: Member, defaults: TrainConfig) -> Stage:
         recipe = Recipe(
             stage=f"checkpoints/{member.name}",
             modules=(TRAIN,),
-            libraries=(
-                *network_libraries([member]),
-                "pytorch-lightning",
-                "torchmetrics",
-                "numpy",
-            ),
+            libraries=training_libraries([member]),
             inputs={"shards": upstream.content},
             settings=trained_with.deciding,
         )
@@ -164,6 +159,11 @@ def network_libraries(members: Iterable[Member]) -> tuple[str, ...]:
     """The distributions that build these members' networks."""
     used = {check_architecture(member.architecture).library for member in members}
     return ("torch", "torchvision", *(["timm"] if used & {"timm", "efficientnet"} else []))
+
+
+def training_libraries(members: Iterable[Member]) -> tuple[str, ...]:
+    """The distributions that decide what these members learn."""
+    return (*network_libraries(members), "pytorch-lightning", "torchmetrics", "numpy")
 
 
 def _trained(step: Step) -> "TrainedMember":

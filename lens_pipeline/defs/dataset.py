@@ -26,7 +26,6 @@ from lens_pipeline.defs.stages import (
     CATALOGUE,
     DATASET,
     FIRST,
-    WEEKLY,
     Made,
     column_schema,
     drawn,
@@ -161,7 +160,7 @@ def catalogue_of(settings: Settings, upstream: Made, survey: str | None = None) 
     by_chance=True,  # the source may lie in a store
     group_name="data",
     kinds={"parquet"},
-    freshness_policy=WEEKLY,
+    by_schedule=True,
     check_specs=[
         dg.AssetCheckSpec(
             "no_position_is_in_two_splits",
@@ -248,7 +247,7 @@ def draw_training_cutouts(dataset: "Dataset") -> bytes:
     deps=[CATALOGUE],
     group_name="data",
     kinds={"numpy"},
-    freshness_policy=WEEKLY,
+    by_schedule=True,
     check_specs=[
         dg.AssetCheckSpec(
             "no_group_spans_two_splits",

@@ -15,7 +15,6 @@ from lens_pipeline.defs.stages import (
     ENSEMBLE,
     EVALUATION,
     REGISTERED,
-    WEEKLY,
     Stage,
     link,
     linked_table,
@@ -55,7 +54,7 @@ def registry_stage(published: bool) -> Stage:
         deps=[EVALUATION, ENSEMBLE],
         group_name="ensemble",
         kinds={"mlflow"},
-        freshness_policy=WEEKLY,
+        by_schedule=True,
     )
     def registered_ensemble(
         context: dg.AssetExecutionContext, lens: LensHome

@@ -12,7 +12,9 @@ from lens_pipeline.defs.source import source_state
 from lens_pipeline.defs.stages import REGISTERED
 from lens_pipeline.defs.surveys import every_survey
 from lens_pipeline.errors import InputError
+from lens_pipeline.registry import CHAMPION, MODEL, answering
 from lens_pipeline.settings import Settings
+from lens_pipeline.tracking import keep_waits_short
 
 WILL_RETRY = "dagster/will_retry"
 FAILURE: Final = dg.DagsterEventType.RUN_FAILURE
@@ -68,31 +70,60 @@ def _unreadable(settings: Settings, problem: InputError, cursor: dict[str, Any])
 
 
 @dg.sensor(
-    minimum_interval_seconds=30,
+    minimum_interval_seconds=60,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Tells the log and LENS_WEBHOOK_URL of each new version in the registry, and "
-    "whether it became champion.",
+    description="Tells the log and LENS_WEBHOOK_URL of each new version in the registry, and of "
+    "each change of the champion, by the gate, by `promote` or by `rollback`.",
 )
 def new_challenger(
     context: dg.SensorEvaluationContext, lens: LensHome
 ) -> dg.SensorResult | dg.SkipReason:
+    told = json.loads(context.cursor or "{}")
+    if isinstance(told, int):  # as former versions have left it
+        told = {"version": told}
+    try:
+        champion = _champion(lens)
+    except InputError as problem:
+        return dg.SkipReason(str(problem))
     records = context.instance.fetch_materializations(REGISTERED, limit=1).records
     made = records[0].asset_materialization if records else None
-    if made is None:
-        return dg.SkipReason("no version has been registered yet")
-    facts = {name: str(value.value) for name, value in made.metadata.items()}
+    facts = {name: str(value.value) for name, value in made.metadata.items()} if made else {}
     # An older one comes up again where its members are trained again, as after a change taken back.
-    if int(facts["version"]) <= int(context.cursor or 0):
-        return dg.SkipReason(f"version {context.cursor} is the newest still")
-    champion = "champion" in facts["aliases"]
-    why = "it has become champion" if champion else f"it stays challenger: {facts['gate']}"
-    alert(
-        lens.settings,
-        f"{facts['model']} version {facts['version']} is registered; {why}",
-        version=facts["version"],
-        run=records[0].run_id,
+    version = max(int(facts.get("version", 0)), told.get("version", 0))
+    new = version > told.get("version", 0)
+    said = []
+    if new:
+        stays = f"it stays challenger: {facts['gate']}"
+        why = "it has become champion" if champion == version else stays
+        said.append(f"{MODEL} version {version} is registered; {why}")
+    if not (new and champion == version) and told.get("champion", champion) != champion:
+        said.append(_of_champion(champion, told["champion"]))
+    if said:
+        about = str(version if new else champion or "")
+        run = records[0].run_id if new else None
+        alert(lens.settings, "; ".join(said), version=about, run=run)
+    return dg.SensorResult(
+        cursor=json.dumps({"version": version, "champion": champion}),
+        skip_reason="; ".join(said) or "neither a new version nor another champion",
     )
-    return dg.SensorResult(cursor=facts["version"], skip_reason=f"told of {facts['version']}")
+
+
+def _champion(lens: LensHome) -> int | None:
+    """The number of the version that is champion now. Raises InputError where the registry cannot
+    be asked."""
+    keep_waits_short()
+    lens.registry.require()
+    with answering("the registry cannot be asked who is champion"):
+        champion = lens.registry.aliased(CHAMPION)
+    return None if champion is None else int(champion.version)
+
+
+def _of_champion(champion: int | None, former: int | None) -> str:
+    """A change of the champion, in words."""
+    if champion is None:
+        return f"{MODEL} has no champion any more; it was version {former}"
+    place = "" if former is None else f", in the place of version {former}"
+    return f"{MODEL} version {champion} is champion{place}"
 
 
 @dg.sensor(

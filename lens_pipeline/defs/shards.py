@@ -15,7 +15,6 @@ from lens_pipeline.defs.stages import (
     OWNERS,
     PUBLISHED_FROM,
     SHARDS,
-    WEEKLY,
     log,
     made,
     quiet,
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
     deps=[DATASET],
     group_name="data",
     kinds={"webdataset"},
-    freshness_policy=WEEKLY,
+    by_schedule=True,
     check_specs=[
         dg.AssetCheckSpec(
             "manifest_is_whole",
@@ -131,7 +130,7 @@ def _counted(problems: list[str]) -> dict[str, Any]:
     deps=[of_every_survey(SHARDS)],
     group_name="data",
     kinds={"webdataset"},
-    freshness_policy=WEEKLY,
+    by_schedule=True,
     check_specs=[
         dg.AssetCheckSpec(
             "cloud_equals_manifest",

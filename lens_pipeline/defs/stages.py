@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import chain
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
+from dagster._utils.schedules import schedule_execution_time_iterator
 
 from lens_pipeline.defs.surveys import over_surveys, partitioned
 from lens_pipeline.errors import InputError, NoAnswerError, masked
@@ -35,13 +36,10 @@ OWNERS = ("team:lens-finding",)
 # What fails by chance: a store or server that is gone for a while, a worker that is killed. After
 # 10 s, and once more 30 s later; stores have been asked for longer by then.
 AGAIN = dg.RetryPolicy(max_retries=2, delay=10, backoff=dg.Backoff.EXPONENTIAL)
-# Retraining is weekly, and not launched where nothing is new: a day late is worth a look, for the
-# survey may have sent nothing, and a month without anything new is not meant.
-WEEKLY = dg.FreshnessPolicy.time_window(
-    fail_window=timedelta(days=35), warn_window=timedelta(days=8)
+DAY = timedelta(days=1)
+TICKS = (
+    1000  # of a schedule, which tell how far apart they are: more than a week of every ten minutes
 )
-
-
 FIRST = 20  # rows that are shown of a longer table
 # Of a materialisation: where what was made lies, and the folder that it was published from.
 LOCATION, PUBLISHED_FROM = "location", "published from"
@@ -55,23 +53,31 @@ def checkpoint_key(member: str) -> dg.AssetKey:
 
 @dataclass(frozen=True)
 class Stage:
-    """An asset that is still to be told whether it is tried again, and of which surveys it is: see
-    `stage`."""
+    """An asset that is still to be told whether it is tried again, of which surveys it is, and when
+    it is overdue: see `stage`."""
 
     body: Callable[..., dg.MaterializeResult]
     declared: Mapping[str, Any]
     by_chance: bool
     by_survey: bool
+    by_schedule: bool
 
-    def asset(self, retries: bool = True, surveys: Sequence[str] = ()) -> dg.AssetsDefinition:
+    def asset(
+        self,
+        retries: bool = True,
+        surveys: Sequence[str] = (),
+        freshness: dg.FreshnessPolicy | None = None,
+    ) -> dg.AssetsDefinition:
         """retries: whether what failed by chance is tried again, as where nobody waits for it;
-        surveys: the partitions of what is made survey by survey, none where all are made as one."""
+        surveys: the partitions of what is made survey by survey, none where all are made as one;
+        freshness: of what is made by schedule."""
         again = self.by_chance and retries
         body = over_surveys(self.body) if self.by_survey else self.body
         with quiet():
             declare = dg.asset(
                 **self.declared,
                 retry_policy=AGAIN if again else None,
+                freshness_policy=freshness if self.by_schedule else None,
                 **(partitioned(surveys) if self.by_survey and surveys else {}),
             )
         return declare(bad_input_is_final(body) if again else body)
@@ -105,13 +111,15 @@ def stage(
     modules: tuple[str, ...],
     by_chance: bool,
     by_survey: bool = False,
+    by_schedule: bool = False,
     **declared: Any,
 ) -> Callable[[Callable[..., dg.MaterializeResult]], Stage]:
     """Declares an asset of the pipeline; `declared` is what else `dagster.asset` takes.
 
     modules: the library modules that it runs; by_chance: whether it needs what may be gone for a
     while (a network, a server, a worker); by_survey: whether it is made survey by survey where
-    there are several: its function is given the name of one, None where all are made as one.
+    there are several: its function is given the name of one, None where all are made as one;
+    by_schedule: whether somebody should look where no retraining has made it for long.
     """
 
     def declare(body: Callable[..., dg.MaterializeResult]) -> Stage:
@@ -121,9 +129,21 @@ def stage(
             "code_version": code_version(*modules),
             "metadata": source_of(body),
         }
-        return Stage(body, common | declared, by_chance, by_survey)
+        return Stage(body, common | declared, by_chance, by_survey, by_schedule)
 
     return declare
+
+
+def freshness(settings: Settings) -> dg.FreshnessPolicy:
+    """When what retrainings make is overdue, by LENS_RETRAIN_CRON, which is valid: a day after one
+    was due, and in earnest after five times as long as there is ever between two.
+
+    None is launched where nothing is new: the survey may have sent nothing, but not for ever.
+    """
+    ticks = schedule_execution_time_iterator(0, settings.retrain_cron, settings.time_zone)
+    longest = max(after - before for before, after in pairwise(islice(ticks, TICKS)))
+    longest = max(longest, DAY)  # for looking, it is no matter of minutes
+    return dg.FreshnessPolicy.time_window(fail_window=5 * longest, warn_window=longest + DAY)
 
 
 @dataclass(frozen=True)

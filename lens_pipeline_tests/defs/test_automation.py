@@ -1,9 +1,11 @@
 """What schedules, sensors and conditions launch, and what they leave alone."""
 
+import importlib.metadata
 import json
 import os
 import shutil
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import dagster as dg
@@ -131,40 +133,82 @@ def scheduled(instance: dg.DagsterInstance) -> list[dg.RunRequest]:
         return list(schedule.evaluate_tick(context).run_requests or [])
 
 
+def launched(
+    instance: dg.DagsterInstance,
+    request: dg.RunRequest,
+    status: dg.DagsterRunStatus = dg.DagsterRunStatus.SUCCESS,
+) -> None:
+    """Let a run that the schedule asks for be as it is later."""
+    instance.add_run(
+        dg.DagsterRun(job_name="full_pipeline", tags=dict(request.tags), status=status)
+    )
+
+
 def test_nothing_is_retrained_twice_from_the_same_source_settings_and_code(
     source: Path,
     simulated_catalogue: Path,
     instance: dg.DagsterInstance,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def run(request: dg.RunRequest, status: dg.DagsterRunStatus) -> None:
-        instance.add_run(
-            dg.DagsterRun(job_name="full_pipeline", tags=dict(request.tags), status=status)
-        )
-
     assert scheduled(instance) == []  # the source is not there
     shutil.copy(simulated_catalogue, source)
     (request,) = scheduled(instance)
     for status in (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED):
-        run(request, status)
+        launched(instance, request, status)
     assert scheduled(instance) == [request]  # which did not succeed
-    run(request, dg.DagsterRunStatus.STARTED)
+    launched(instance, request, dg.DagsterRunStatus.STARTED)
     assert scheduled(instance) == []
     monkeypatch.setenv("LENS_IMAGE_SIZE", "48")
     (other,) = scheduled(instance)
     assert other.tags != request.tags
-    run(other, dg.DagsterRunStatus.SUCCESS)
+    launched(instance, other)
     assert scheduled(instance) == []
     training = source.with_name("training.yaml")
     monkeypatch.setenv("LENS_TRAINING", str(training))
     for epochs in (2, 3):  # the file is the same one, and says something else
         training.write_text(f"training: {{epochs: {epochs}}}")
         (other,) = scheduled(instance)
-        run(other, dg.DagsterRunStatus.SUCCESS)
-    monkeypatch.setenv("LENS_TIME_ZONE", "Europe/Paris")  # decides on no result
-    assert scheduled(instance) == []
+        launched(instance, other)
+    decide_nothing = {"TIME_ZONE": "Europe/Paris", "CACHE_GB": "5", "DEPLOYMENT": "staging"}
+    for name, value in {**decide_nothing, "FUSION": "best", "SURVEY": ""}.items():  # by default
+        monkeypatch.setenv(f"LENS_{name}", value)
+        assert scheduled(instance) == [], name
     os.utime(source.with_name("images-00000.npy"), (0, 0))
     assert len(scheduled(instance)) == 1
+
+
+def test_settings_that_are_taken_back_are_trained_with_again(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was last made is of other settings, though there once was a run with these."""
+    (first,) = scheduled(instance)
+    launched(instance, first)
+    monkeypatch.setenv("LENS_SEED", "1")
+    (second,) = scheduled(instance)
+    launched(instance, second, dg.DagsterRunStatus.FAILURE)
+    monkeypatch.delenv("LENS_SEED")
+    assert scheduled(instance) == []  # the first one's is still what was last made
+    launched(instance, second, dg.DagsterRunStatus.STARTED)
+    instance.add_run(  # by hand
+        dg.DagsterRun(job_name="full_pipeline", status=dg.DagsterRunStatus.SUCCESS)
+    )
+    assert scheduled(instance) == [first]  # it will be made after the second, which is under way
+    launched(instance, first, dg.DagsterRunStatus.STARTING)
+    assert scheduled(instance) == []
+
+
+def test_another_version_of_a_library_that_trains_is_trained_with(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = importlib.metadata.version
+    launched(instance, *scheduled(instance))
+    for library, asked in (("torchmetrics", 1), ("dagster", 0)):
+        with monkeypatch.context() as upgraded:
+            upgraded.setattr(
+                "importlib.metadata.version",
+                lambda name, new=library: "99.1" if name == new else installed(name),
+            )
+            assert len(scheduled(instance)) == asked, library
 
 
 def test_the_schedule_is_that_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +223,28 @@ def test_the_schedule_is_that_of_the_settings(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(InputError, match=f"{name}.*{wrong}"):
             make_definitions(Settings.load())
         monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("cron", "warned", "failed"),
+    [
+        ("0 3 * * 1", 8, 35),
+        ("0 3 * * *", 2, 5),
+        ("0 3 1 * *", 32, 155),
+        ("0 3 * * 1-5", 4, 15),  # nothing is due at weekends
+        ("* * * * *", 2, 5),
+    ],
+)
+def test_what_is_retrained_is_overdue_by_the_schedule(
+    cron: str, warned: int, failed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LENS_RETRAIN_CRON", cron)
+    graph = make_definitions(Settings.load()).resolve_asset_graph()
+    for name in ("cutout_catalogue", "registered_ensemble"):
+        policy = graph.get(dg.AssetKey(name)).to_asset_spec().freshness_policy
+        assert policy == dg.FreshnessPolicy.time_window(
+            fail_window=timedelta(days=failed), warn_window=timedelta(days=warned)
+        )
 
 
 CHEAP_END = {"lens_ensemble", "ensemble_evaluation", "registered_ensemble"}

@@ -17,6 +17,7 @@ class Sensor:
         self._sensor, self._instance = definitions.resolve_sensor_def(name), instance
         self.cursor: str | None = None
         self.requested: list[dg.RunRequest] = []  # by all ticks
+        self.skipped = ""  # why the last tick has requested none
 
     def tick(self) -> list[str]:
         """The keys of the runs that it requests."""
@@ -28,5 +29,6 @@ class Sensor:
         ) as context:
             found = self._sensor.evaluate_tick(context)
         self.cursor = found.cursor
+        self.skipped = found.skip_message or ""
         self.requested += found.run_requests or []
         return [str(request.run_key) for request in found.run_requests or []]
