@@ -15,7 +15,7 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="scores, .parquet or .csv")
     parser.add_argument("--model", help="models:/lens_ensemble@alias or /version")
     parser.add_argument(
-        "--top", type=int, default=0, metavar="N", help="draw the N highest-scored cutouts, too"
+        "--top", type=int, default=0, metavar="N", help="list and draw the N highest-scored, too"
     )
     parser.set_defaults(do=_predict)
 
@@ -53,6 +53,7 @@ def _predict(options: argparse.Namespace) -> int:
             max_reject_fraction=settings.max_reject_fraction,
         )
     print(f"{scored.path}: {scored.n_scored} of {scored.n_rows} cutouts scored by {uri}")
-    if scored.gallery:
-        print(f"{scored.gallery}: the highest-scored")
+    if scored.top:
+        drawn = f"; {scored.gallery}: their picture" if scored.gallery else ""
+        print(f"{scored.top}: the highest-scored, the best first{drawn}")
     return 0

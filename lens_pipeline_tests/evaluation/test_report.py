@@ -143,6 +143,23 @@ def test_a_contact_sheet_shows_all_cutouts_alike() -> None:
     assert [text.get_text() for text in axes.texts] == ["a", "b$"]
 
 
+def test_no_line_of_a_caption_lies_on_a_cutout() -> None:
+    """Its own below, or that of the row above."""
+    black = np.zeros((17, 3, 32, 32), dtype=np.float32)
+    for caption in ("0.931", "#12  0.931\nSDSSJ095…+100146"):
+        figure = contact_sheet(black, [caption] * 17, "composite")
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        assert len(axes.texts) == 17
+        shown = axes.images[0].get_array()
+        for text in axes.texts:
+            box = text.get_window_extent().transformed(axes.transData.inverted())
+            top, bottom = sorted((box.y0, box.y1))
+            assert top > -0.5
+            left, right = max(0, int(box.x0)), int(np.ceil(box.x1))
+            assert (shown[int(np.ceil(top)) : int(bottom) + 1, left:right] == 1).all()
+
+
 @pytest.mark.parametrize(("units", "row"), [("background_sigma", -1), ("composite", 0)])
 def test_a_map_lies_below_its_cutout_the_same_way_up(units: str, row: int) -> None:
     """Of flux the first row is the lowest; of a picture, the uppermost."""
