@@ -16,7 +16,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import lens_metrics, ranking_metric
 from lens_pipeline.evaluation.origins import SIMULATED, basis, by_origin, described
 from lens_pipeline.evaluation.plots import contact_sheet
-from lens_pipeline.evaluation.report import Picture, Section, write_report
+from lens_pipeline.evaluation.report import Picture, Section, cutouts_table, write_report
 from lens_pipeline.evaluation.result import ENSEMBLE, FILES, REPORT, SCORES, Evaluation
 from lens_pipeline.evaluation.sections import (
     fusion_section,
@@ -196,19 +196,19 @@ def _galleries(
     def gallery(rows: pd.DataFrame, name: str, caption: str) -> Picture:
         first = rows.head(GALLERY)
         images = np.asarray(dataset.images("test")[position[first.index].to_numpy()])
-        captions = [f"{row.probability:.3f}" for row in first.itertuples()]
+        captions = [f"#{n}  {p:.3f}" for n, p in enumerate(first["probability"], 1)]
         sheet = contact_sheet(
             images, captions, dataset.format.units, maps=smooth_grad(system, images)
         )
-        return Picture(name, caption, sheet)
+        return Picture(name, caption, sheet, table=cutouts_table(first))
 
     ranked = test.sort_values("probability")
     return Section(
         "Where it is wrong",
-        f"Above each cutout its probability; below, how much the logit of {member}, of the members "
-        "the best on this test split, changes with the stretched flux in each pixel (SmoothGrad, "
-        "Smilkov et al. 2017), yellow at the map's own maximum. It shows where the network is "
-        "sensitive, not why.",
+        "Above each cutout its place in the list under the picture, and its probability; below, "
+        f"how much the logit of {member}, of the members the best on this test split, changes with "
+        "the stretched flux in each pixel (SmoothGrad, Smilkov et al. 2017), yellow at the map's "
+        "own maximum. It shows where the network is sensitive, not why.",
         pictures=[
             gallery(ranked[ranked["label"] == 1], "missed", "The lenses with the lowest scores"),
             gallery(

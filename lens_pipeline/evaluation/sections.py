@@ -20,6 +20,7 @@ from lens_pipeline.evaluation.report import (
     threshold_text,
 )
 from lens_pipeline.evaluation.score_plots import (
+    REFERENCES,
     agreement_figure,
     one_in,
     precision_recall_figure,
@@ -70,8 +71,9 @@ def score_sections(
                     "roc",
                     "True against false positive rate. Hatched: rates that so few non-lenses do "
                     "not resolve. Open points were published of other data, and no difference to "
-                    "them can be read off.",
+                    "them can be read off:",
                     roc_figure(curves),
+                    REFERENCES,
                 ),
                 Picture(
                     "precision_recall",
@@ -105,8 +107,9 @@ def score_sections(
             pictures=[
                 Picture(
                     "purity",
-                    "Completeness and purity of what lies above a threshold; grey: the 95 % "
-                    "interval of the false positive rate",
+                    "Completeness and purity of what lies above a threshold. Above, of the sample; "
+                    f"below, where {one_in(prevalence)} is; grey: the 95 % interval of the false "
+                    "positive rate",
                     purity_figure(label, score, prevalence, table.get("group")),
                 )
             ],
@@ -174,14 +177,17 @@ def survey_sections(
         for name, part in shown.items()
         if part["label"].nunique() == 2
     }
-    caption = "The ensemble's true against false positive rate, of each survey's cutouts alone"
+    caption = (
+        "The ensemble's true against false positive rate, of each survey's cutouts alone. Open "
+        "points were published of other data:"
+    )
     return [
         Section(
             "By survey",
             "Of each survey's cutouts alone, where telling one survey from the other helps no "
             "network. Surveys of other depth and seeing hold other lenses, too.",
             {"The ensemble on the test split": surveys_table(metrics)},
-            [Picture("surveys", caption, roc_figure(curves))] if curves else [],
+            [Picture("surveys", caption, roc_figure(curves), REFERENCES)] if curves else [],
         )
     ]
 

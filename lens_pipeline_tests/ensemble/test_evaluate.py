@@ -194,7 +194,19 @@ def test_nothing_that_a_catalogue_holds_becomes_markup(mixed: Evaluation) -> Non
     assert "<script" not in (mixed.folder / "report.html").read_text()
     page = page_of(mixed)
     assert "script" not in page.tags
-    assert page.text.count(EVIL) == 2  # the source, and a kind
+    scores = pd.read_parquet(mixed.folder / "scores.parquet")
+    mistaken = scores[scores["label"] == 0].nlargest(16, "probability")
+    # The source, a kind, and that of each of these.
+    assert page.text.count(EVIL) == 2 + (mistaken["kind"] == EVIL).sum()
+
+
+def test_each_cutout_of_the_galleries_is_named_in_their_order(mixed: Evaluation) -> None:
+    scores = pd.read_parquet(mixed.folder / "scores.parquet")
+    missed = scores[scores["label"] == 1].nsmallest(16, "probability")
+    mistaken = scores[scores["label"] == 0].nlargest(16, "probability")
+    ids = set(scores["id"])
+    listed = [text for text in page_of(mixed).text if text in ids]
+    assert listed == [*missed["id"], *mistaken["id"]]
 
 
 def test_one_origin_has_no_metrics_of_its_own(ensemble: Path, tmp_path: Path) -> None:

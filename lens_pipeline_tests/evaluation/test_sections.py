@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from scipy.special import expit
 from scipy.stats import spearmanr
 
 from lens_pipeline.evaluation.gates import GateDecision
@@ -180,6 +181,45 @@ class TestFigures:
         ]
         drawn = {tuple(np.ravel(line.get_data())) for line in figure.axes[0].lines}
         assert {(fpr, tpr) for _, fpr, tpr in PUBLISHED} <= drawn
+
+    def test_every_published_point_is_cited_under_the_figure(self) -> None:
+        pictures = {p.name: p for section in sections_of(sample()) for p in section.pictures}
+        cited = " ".join(pictures["roc"].references)
+        for name, _, _ in PUBLISHED:
+            author = name.removeprefix("its best member").removesuffix(" 2024")
+            assert author in cited
+        assert all(a.startswith("https://") for a in pictures["roc"].references.values())
+
+    @pytest.mark.parametrize("sharp", [0.3, 1.0, 3.0, 10.0])
+    def test_thresholds_of_purity_are_decimals_apart(self, sharp: float) -> None:
+        random = np.random.default_rng(0)
+        label = np.arange(4000) % 4 == 0
+        score = expit(sharp * (random.normal(size=4000) + 3 * label - 1.5))
+        figure = purity_figure(label.astype(int), score, 1e-3)
+        figure.draw_without_rendering()
+        axes = figure.axes[-1]
+        low, high = axes.get_xlim()
+        ticks = [text for text in axes.get_xticklabels() if text.get_text()]
+        assert len(ticks) >= 3
+        for tick in ticks:
+            assert low <= float(tick.get_text()) <= high
+            assert tick.get_position()[0] == pytest.approx(float(tick.get_text()), rel=1e-9)
+        boxes = sorted((text.get_window_extent() for text in ticks), key=lambda box: box.x0)
+        assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+        assert not any(text.get_text() for text in axes.get_xticklabels(minor=True))
+
+    def test_the_purity_of_the_sky_has_decades_and_its_limit_a_name(self) -> None:
+        table = sample()
+        figure = purity_figure(table["label"], table["probability"], 1e-3)
+        figure.draw_without_rendering()
+        sky = figure.axes[-1]
+        assert sky.get_yscale() == "log"
+        assert sky.get_ylim()[0] < 1e-3
+        (legend,) = figure.legends
+        named = {" ".join(text.get_text().split()) for text in legend.get_texts()}
+        assert "95 % lower limit where no false positive was seen" in named
+        box = legend.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
 
     def test_an_empty_cell_of_the_map_is_empty_and_one_that_finds_nothing_is_not(self) -> None:
         grid = {
