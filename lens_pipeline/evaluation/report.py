@@ -95,6 +95,16 @@ def surveys_table(surveys: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def format_text(form: Mapping[str, Any]) -> str:
+    """The `format` of a dataset in words."""
+    size, scale = form["image_size"], form["pixel_scale"]
+    of = "several scales or an unknown one" if scale is None else f"{scale:g} arcsec"
+    return (
+        f"the central {size} x {size} pixels of {of}, bands {', '.join(form['bands'])}, in units "
+        f"of {form['units'].replace('_', ' ')}"
+    )
+
+
 def cutouts_table(rows: pd.DataFrame) -> pd.DataFrame:
     """A row a cutout, in their order: by what it is found again.
 

@@ -28,7 +28,12 @@ from lens_pipeline.evaluation.score_plots import (
     purity_figure,
     roc_figure,
 )
-from lens_pipeline.evaluation.sections import fusion_section, score_sections, selection_sections
+from lens_pipeline.evaluation.sections import (
+    fusion_section,
+    reject_sections,
+    score_sections,
+    selection_sections,
+)
 from lens_pipeline.evaluation.selection import (
     false_positives_by_kind,
     forecast,
@@ -251,8 +256,12 @@ def test_the_fusion_is_shown_beside_all_that_it_was_compared_with() -> None:
     row = {"strategy": "uncertainty_weighted", "metric": "tpr_at_fpr_1e-3", "better": 0.95}
     figures = ("mean", "low", "high", "gain", "gain_low", "gain_high", "auroc", "ece")
     row |= {name: number / 10 for number, name in enumerate(figures)}
+    auroc = {"value": 0.6, "low": 0.4, "high": 0.7}
     facts = {
+        "asked_for": "best",
         "fusion": {"strategy": "uncertainty_weighted"},
+        "members": {"a": {"slope": 1.5}, "b": {"slope": 0.001}},
+        "standing": {"a": {"auroc": auroc, "share": 0.99}, "b": {"auroc": auroc, "share": 0.01}},
         "validation": {"n_lens": 1200, "n_nonlens": 3400},
         "comparison": [row],
     }
@@ -265,7 +274,12 @@ def test_the_fusion_is_shown_beside_all_that_it_was_compared_with() -> None:
         for name, value in (("a", 0.7), ("b", 0.8))
     }
     section = fusion_section(facts, table, {"a": "resnet18", "b": "resnet18"}, "real", metrics)
-    assert section.text.startswith("Fusion: uncertainty weighted.")
+    assert section.text.startswith("Fusion: uncertainty weighted, the one with the highest mean")
+    assert "single member is taken only where it beats the best of the others in 95 %" in (
+        section.text
+    )
+    assert "b ranks the validation split no better than chance" in section.text
+    assert section.tables["Members"]["share in the score"].tolist() == ["99%", "1%"]
     assert "(1,200 lenses, 3,400 non-lenses)" in section.text
     assert section.tables["Fusions"].to_dict("records") == [
         {
@@ -287,7 +301,20 @@ def test_the_fusion_is_shown_beside_all_that_it_was_compared_with() -> None:
         of = table[table["label"] == label]
         expected = spearmanr(of["probability_a"], of["probability_b"]).statistic
         assert shown[place] == f"{expected:.2f}"
+    asked = fusion_section(facts | {"asked_for": "stacking"}, table, {}, "real", metrics)
+    assert asked.text.startswith("Fusion: uncertainty weighted, as was asked for.")
     alone = fusion_section(facts | {"comparison": []}, table, {"a": "resnet18"}, "real", metrics)
     assert "too small to compare" in alone.text
     assert "No two members share an architecture" in alone.text
-    assert (alone.tables, alone.pictures) == ({}, [])
+    assert (list(alone.tables), alone.pictures) == (["Members"], [])
+
+
+def test_rejected_cutouts_are_counted_by_reason() -> None:
+    reasons = [f"reason {number:02d}" for number in range(12) for _ in range(12 - number)]
+    (section,) = reject_sections(pd.Series([None, *reasons, None]))
+    assert section.text.startswith("78 of 80 cutouts")
+    assert "for 12 reasons, of which these are the 10 most frequent" in section.text
+    table = section.tables["By reason"]
+    assert table["reason"].tolist() == [f"reason {number:02d}" for number in range(10)]
+    assert table["cutouts"].tolist() == list(range(12, 2, -1))
+    assert reject_sections(pd.Series([None, None], dtype=object)) == []
