@@ -76,8 +76,8 @@ def score_sections(
                 Picture(
                     "roc",
                     "True against false positive rate. Hatched: rates that so few non-lenses do "
-                    "not resolve. Open points were published of other data, and no difference to "
-                    "them can be read off:",
+                    "not resolve. Open points are of other data, and no difference to them can be "
+                    "read off; they were published in:",
                     roc_figure(curves),
                     REFERENCES,
                 ),
@@ -197,7 +197,7 @@ def survey_sections(
     }
     caption = (
         "The ensemble's true against false positive rate, of each survey's cutouts alone. Open "
-        "points were published of other data:"
+        "points are of other data, and were published in:"
     )
     return [
         Section(
