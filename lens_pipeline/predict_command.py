@@ -15,7 +15,7 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="scores, .parquet or .csv")
     parser.add_argument("--model", help="models:/lens_ensemble@alias or /version")
     parser.add_argument(
-        "--top", type=int, default=0, metavar="N", help="draw the N highest-scored cutouts, too"
+        "--top", type=int, default=0, metavar="N", help="list and draw the N highest-scored, too"
     )
     parser.set_defaults(do=_predict)
 
@@ -57,6 +57,7 @@ def _predict(options: argparse.Namespace) -> int:
     if scored.rejects:
         said = counted_reasons(scored.rejects.elements())
         print(f"the column reject_reason says why others are not: {said}")
-    if scored.gallery:
-        print(f"{scored.gallery}: the highest-scored")
+    if scored.top:
+        drawn = f"; {scored.gallery}: their picture" if scored.gallery else ""
+        print(f"{scored.top}: the highest-scored, the best first{drawn}")
     return 0

@@ -25,6 +25,7 @@ from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.checkpoints import POOL
 from lens_pipeline.ensemble.evaluate import evaluate_ensemble
 from lens_pipeline.errors import InputError
+from lens_pipeline.evaluation import standing
 from lens_pipeline.processes import process_tags, sign_of_life
 from lens_pipeline.runner import (
     open_instance,
@@ -162,6 +163,23 @@ def test_a_second_run_does_nothing_again(
     for name in (*MEMBERS, "ensemble", "AUROC", "calibration error", "report.html"):
         assert name in printed
     assert "AUROC against each kind: " in printed
+
+
+def test_a_member_that_hardly_counts_is_told_by_every_run(
+    own_home: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one that reuses the ensemble, too; here all are taken to count too little."""
+    monkeypatch.setattr(standing, "LITTLE", 2.0)
+    assert run(own_home) == 0
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    for name, message in zip(MEMBERS, told, strict=True):
+        assert re.search(rf"\b{name} .*hardly counts: its share in the score is \d+%", message)
+
+
+def test_the_report_says_when_and_by_which_code_it_was_made(home: Path) -> None:
+    page = Path(summary_of(home)["report"]).read_text()
+    made = r"\d{4}-\d\d-\d\d \d\d:\d\d UTC, lens-pipeline \S+, commit [0-9a-f]{40}(-dirty)?<"
+    assert re.search(made, page)
 
 
 def test_the_summary_breaks_down_by_kind_of_non_lens(home: Path) -> None:

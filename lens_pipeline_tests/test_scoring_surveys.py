@@ -243,17 +243,37 @@ def test_a_csv_is_the_same_table(
     assert about_scores(out) == about_scores(undisturbed)
 
 
-def test_the_top_is_drawn(
+def test_the_top_is_listed_and_drawn(
     home: Path, survey: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    table = pd.read_parquet(survey)[:40]
+    table = pd.read_parquet(survey)[:40].assign(RA=np.linspace(0, 359, 40), dec=-1.5)
     table.to_parquet(tmp_path / "few.parquet")
     out = tmp_path / "scores.parquet"
     assert main([*command(home, tmp_path / "few.parquet", out), "--top", "10"]) == 0
-    picture = tmp_path / "scores.top.jpg"
-    assert f"{picture}: the highest-scored" in capsys.readouterr().out
+    picture, listed = tmp_path / "scores.top.jpg", tmp_path / "scores.top.csv"
+    said = f"{listed}: the highest-scored, the best first; {picture}: their picture"
+    assert capsys.readouterr().out.splitlines()[-1] == said
     with Image.open(picture) as image:
         assert image.width > 500
+    best = pd.read_parquet(out).nlargest(10, "logit")
+    top = pd.read_csv(listed)
+    assert list(top) == ["rank", "id", "ra", "dec", "probability", "logit"]
+    assert top["rank"].tolist() == list(range(1, 11))
+    for column in ("id", "ra", "dec"):
+        assert top[column].tolist() == best[column].tolist()
+    np.testing.assert_allclose(top["logit"], best["logit"], rtol=1e-12)
+    np.testing.assert_allclose(top["probability"], best["probability"], rtol=1e-12)
+
+
+def test_without_positions_the_top_is_listed_by_ids_alone(
+    ensemble: LensEnsemble, survey: Path, tmp_path: Path
+) -> None:
+    table = pd.read_parquet(survey)[1:4].drop(columns=["ra", "dec"], errors="ignore")
+    table.to_parquet(tmp_path / "few.parquet")
+    source = CatalogueCutouts(read_catalogue(str(tmp_path / "few.parquet")))
+    scored = score_to_file(ensemble, source, tmp_path / "scores.csv", model="a", top=2)
+    assert scored.top == tmp_path / "scores.top.csv"
+    assert list(pd.read_csv(scored.top)) == ["rank", "id", "probability", "logit"]
 
 
 @pytest.mark.parametrize(

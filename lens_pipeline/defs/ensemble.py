@@ -1,7 +1,9 @@
 """The ensemble and what it is worth: `lens_ensemble`, `ensemble_evaluation`."""
 
+import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from lens_pipeline.defs.stages import (
     checkpoint_key,
     column_schema,
     linked_table,
+    log,
     made,
     picture,
     result,
@@ -34,7 +37,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.models.names import Member
 from lens_pipeline.registry import CHAMPION, registry_key
 from lens_pipeline.steps import Recipe, inputs_of
-from lens_pipeline.tracking import Tracking
+from lens_pipeline.tracking import Tracking, code_commit
 
 SYSTEM = "lens_pipeline.ensemble.system"
 EVALUATE = "lens_pipeline.ensemble.evaluate"
@@ -80,6 +83,7 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
         import pandas as pd
 
         from lens_pipeline.catalogue.dataset import CutoutFormat
+        from lens_pipeline.evaluation.standing import idle_members, members_table
         from lens_pipeline.shards.as_dataset import read_rows
         from lens_pipeline.shards.manifest import read_manifest
         from lens_pipeline.training.member import TrainedMember
@@ -132,9 +136,12 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
 
         step = run_stage(ENSEMBLE, recipe, settings.home / "ensemble", build, settings)
         description = json.loads((step.folder / "ensemble.json").read_text())
+        for sentence in idle_members(description):
+            log.warning("  %s", sentence)
         metadata: dict[str, Any] = {
             "ensemble": dg.MetadataValue.json(description),
             "fusion": description["fusion"]["strategy"],
+            "members": table(members_table(description)),
         }
         if description["comparison"]:
             metadata["fusions"] = table(pd.DataFrame(description["comparison"]).round(4))
@@ -205,6 +212,7 @@ def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
                 out,
                 gate=settings.gate,
                 prevalence=settings.prevalence,
+                made=_now(),
             )
 
         step = run_stage(EVALUATION, recipe, settings.reports, build, settings)
@@ -260,6 +268,14 @@ def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
         )
 
     return ensemble_evaluation
+
+
+def _now() -> str:
+    """When and by which code a report is made. Neither decides on what it says, so it is no part of
+    its recipe: a report that is reused names the code that made it."""
+    version = importlib.metadata.version("lens-pipeline")
+    commit = code_commit() or "not known"
+    return f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, lens-pipeline {version}, commit {commit}"
 
 
 def _probabilities_are_calibrated(

@@ -63,6 +63,17 @@ class FittedFusion:
         shares = self.fusion.shares(calibrated, variance)
         return with_uncertainty(self(logits, deviation), drawn, shares)
 
+    def moved_by(self, logits: Array, deviation: Array) -> Array:
+        """How far each member decides, (members,), 1 in sum: what the fused logit changes by, as
+        root mean square, where the member's own is held at its mean. Arguments as of a call."""
+        fused = self(logits, deviation)
+        changes = []
+        for member, mean in enumerate(logits.mean(axis=0)):
+            held = logits.copy()
+            held[:, member] = mean
+            changes.append(np.sqrt(np.mean((self(held, deviation) - fused) ** 2)))
+        return np.array(changes) / max(sum(changes), np.finfo(np.float64).tiny)
+
 
 def fit(
     strategy: Strategy,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,17 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import lens_metrics, ranking_metric
 from lens_pipeline.evaluation.origins import SIMULATED, basis, by_origin, described
 from lens_pipeline.evaluation.plots import contact_sheet
-from lens_pipeline.evaluation.report import Picture, Section, write_report
+from lens_pipeline.evaluation.report import (
+    Picture,
+    Section,
+    cutouts_table,
+    format_text,
+    write_report,
+)
 from lens_pipeline.evaluation.result import ENSEMBLE, FILES, REPORT, SCORES, Evaluation
 from lens_pipeline.evaluation.sections import (
     fusion_section,
+    reject_sections,
     score_sections,
     selection_sections,
     survey_sections,
@@ -45,11 +53,13 @@ def evaluate_ensemble(
     *,
     gate: Mapping[str, Any],
     prevalence: float = PREVALENCE,
+    made: str | None = None,
 ) -> Evaluation:
     """Score all of a dataset and write the files of `Evaluation` into `out`.
 
     gate: the thresholds of `first_model_gate`, whose verdict stands in the report; prevalence: the
-    share of lenses among a survey's objects, for the forecast. Of the test split that counts which
+    share of lenses among a survey's objects, for the forecast; made: when and by which code, in
+    words, which the report begins with. Of the test split that counts which
     no member has seen, nor weights that it started from. Where the test split holds real and
     simulated cutouts, each has metrics of its own, and what ranks, calibrates and forecasts rests
     on the real ones if there are both lenses and non-lenses among them. Raises InputError where the
@@ -124,6 +134,7 @@ def evaluate_ensemble(
         *selection_sections(selection, evaluation.kinds, parts),
         fusion_section(ensemble.facts, shown, architectures, rests_on, evaluation.metrics),
         _galleries(dataset, test, best, ensemble.members[best]),
+        *reject_sections(scores["reject_reason"]),
     ]
     for picture in (picture for section in sections for picture in section.pictures):
         (out / f"{picture.name}.png").write_bytes(picture.png)
@@ -131,7 +142,8 @@ def evaluate_ensemble(
     write_report(
         out / REPORT,
         title="Lens ensemble",
-        facts=_facts(dataset, ensemble.facts["dataset_version"], scores, parts, int(seen.sum())),
+        facts=({} if made is None else {"Made": made})
+        | _facts(dataset, ensemble.facts["dataset_version"], scores, parts, int(seen.sum())),
         metrics={**by_part, "all of the test split": evaluation.metrics},
         gate=evaluation.gate(gate),
         sections=sections,
@@ -158,7 +170,6 @@ def _facts(
     parts: Mapping[str, pd.DataFrame],
     n_seen: int,
 ) -> dict[str, str]:
-    form = dataset.format
     tested = "; ".join(described(part, origin) for origin, part in parts.items())
     lost = scores[scores["reject_reason"].notna()]
     lenses, others = (int((lost["label"] == value).sum()) for value in (1, 0))
@@ -171,10 +182,12 @@ def _facts(
         tested += f"; {n_seen:,} more were seen by weights that members started from"
     if SIMULATED in parts:
         tested += ". What a test on simulated cutouts says of the sky is limited"
+    surveys = sorted(scores["survey"].dropna().astype(str).unique()) if "survey" in scores else []
     return {
         "Tested on": tested,
         "Source": dataset.facts["origin"],
-        "Format": f"{', '.join(form.bands)}; {form.image_size} px; {form.units}",
+        **({"Survey": ", ".join(surveys)} if surveys else {}),
+        "Cutouts": format_text(asdict(dataset.format)),
         "Scored": f"{int(scores['probability'].notna().sum())} of {len(scores)} cutouts",
         "Splits": ", ".join(f"{k} {v['n']}" for k, v in dataset.facts["splits"].items()),
         "Dataset version": version,
@@ -196,19 +209,19 @@ def _galleries(
     def gallery(rows: pd.DataFrame, name: str, caption: str) -> Picture:
         first = rows.head(GALLERY)
         images = np.asarray(dataset.images("test")[position[first.index].to_numpy()])
-        captions = [f"{row.probability:.3f}" for row in first.itertuples()]
+        captions = [f"#{n}  {p:.3f}" for n, p in enumerate(first["probability"], 1)]
         sheet = contact_sheet(
             images, captions, dataset.format.units, maps=smooth_grad(system, images)
         )
-        return Picture(name, caption, sheet)
+        return Picture(name, caption, sheet, table=cutouts_table(first))
 
     ranked = test.sort_values("probability")
     return Section(
         "Where it is wrong",
-        f"Above each cutout its probability; below, how much the logit of {member}, of the members "
-        "the best on this test split, changes with the stretched flux in each pixel (SmoothGrad, "
-        "Smilkov et al. 2017), yellow at the map's own maximum. It shows where the network is "
-        "sensitive, not why.",
+        "Above each cutout its place in the list under the picture, and its probability; below, "
+        f"how much the logit of {member}, of the members the best on this test split, changes with "
+        "the stretched flux in each pixel (SmoothGrad, Smilkov et al. 2017), yellow at the map's "
+        "own maximum. It shows where the network is sensitive, not why.",
         pictures=[
             gallery(ranked[ranked["label"] == 1], "missed", "The lenses with the lowest scores"),
             gallery(

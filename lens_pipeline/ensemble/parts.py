@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from scipy.special import expit
 
 from lens_pipeline.catalogue.dataset import counted_reasons
 from lens_pipeline.catalogue.table import Catalogue
@@ -40,19 +41,21 @@ ABOUT = "parts.json"
 _KEY = b"lens_pipeline"  # of a Parquet file's metadata
 SUFFIXES = (".parquet", ".csv")
 CAPTION = 17  # characters of an id that fit over a cutout
+PLACE = ["id", "ra", "dec"]  # by which a cutout is found again
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ScoredFile:
-    """rejects: how many cutouts could not be used, by reason; gallery: the picture of those with
-    the highest scores, where it was asked for."""
+    """rejects: how many cutouts could not be used, by reason; top: the table of those with the
+    highest scores, gallery: their picture; both where they were asked for."""
 
     path: Path
     n_rows: int
     n_scored: int
     rejects: Counter[str]
+    top: Path | None
     gallery: Path | None
 
 
@@ -84,8 +87,8 @@ def score_to_file(
     """Write the score table of a source to a .parquet or .csv file; see `score_catalogue`.
 
     model: where the ensemble comes from, for people; top: how many of the highest-scored cutouts a
-    picture beside the file shows; max_reject_fraction: of cutouts that cannot be used. Parts of a
-    call that did not end are gone on from. Of what the scores are, `about_scores` tells.
+    table and a picture beside the file show; max_reject_fraction: of cutouts that cannot be used.
+    Parts of a call that did not end are gone on from. Of what the scores are, `about_scores` tells.
     Raises InputError where the file cannot be written, where the source disagrees with the format
     of the ensemble, where the parts are of another model or source, or another process is writing
     them; and where more cutouts than that, or all, cannot be used: a file that was there before is
@@ -110,7 +113,7 @@ def score_to_file(
         _check_still_true(source, parts, begun)
         rejects = _score_parts(ensemble, source, parts, types, may_fail)
         logit = pd.concat([_column(part, "logit") for part in parts], ignore_index=True)
-        gallery = _draw_gallery(ensemble, source, logit, out, top) if top else None
+        listed, gallery = _show_best(ensemble, source, logit, out, top) if top else (None, None)
         whole = folder / f"whole{out.suffix}"
         made = {
             "dataset_version": ensemble.facts["dataset_version"],
@@ -125,7 +128,7 @@ def score_to_file(
         for part in parts:  # before what says of what they are: a kill leaves no riddle
             part.unlink()
         shutil.rmtree(folder)
-    return ScoredFile(out, n, n_scored, rejects, gallery)
+    return ScoredFile(out, n, n_scored, rejects, listed, gallery)
 
 
 def about_scores(path: Path) -> dict[str, Any]:
@@ -312,22 +315,35 @@ def _written(path: Path) -> Iterator[BinaryIO]:
         raise InputError(f"{path}: cannot be written ({problem.strerror})") from None
 
 
-def _draw_gallery(
+def _show_best(
     ensemble: LensEnsemble, source: CutoutSource, logit: pd.Series, out: Path, top: int
-) -> Path | None:
-    """The highest-scored cutouts, the best first, with their ids and probabilities."""
-    from scipy.special import expit
+) -> tuple[Path | None, Path | None]:
+    """(the table of the highest-scored cutouts, the best first; their picture)."""
+    best = logit.dropna().nlargest(top)
+    if best.empty:
+        return None, None
+    listed = out.with_name(f"{out.stem}.top.csv")
+    named = source.catalogue.table.iloc[best.index].reindex(columns=PLACE)
+    table = pd.DataFrame({"rank": range(1, len(best) + 1)}, index=best.index)
+    table = table.join(named.dropna(axis=1, how="all"))
+    table = table.assign(probability=expit(best), logit=best)
+    with _written(listed) as file:
+        table.to_csv(file, index=False, mode="wb")
+    return listed, _draw_gallery(ensemble, source, table, out)
 
+
+def _draw_gallery(
+    ensemble: LensEnsemble, source: CutoutSource, best: pd.DataFrame, out: Path
+) -> Path | None:
+    """The cutouts of a table of `_show_best` with their ranks, probabilities and ids."""
     from lens_pipeline.evaluation.plots import contact_sheet, jpeg_bytes
 
-    best = logit.dropna().nlargest(top)
-    ids = source.catalogue.table["id"].iloc[best.index]
     images, captions = [], []
     read = source.read(ensemble.format, best.index.to_numpy())
-    for cutout, name, score in zip(read, ids, expit(best), strict=True):
+    for cutout, row in zip(read, best.itertuples(), strict=True):
         if isinstance(cutout, np.ndarray):  # else its file has gone since it was scored
             images.append(cutout)
-            captions.append(f"{_short(name)}\n{score:.3f}")
+            captions.append(f"#{row.rank}  {row.probability:.3f}\n{_short(str(row.id))}")
     if not images:
         return None
     gallery = out.with_name(f"{out.stem}.top.jpg")

@@ -20,6 +20,7 @@ from lens_pipeline.ensemble.choice import Choice, FittedFusion, choose
 from lens_pipeline.ensemble.fusion import Fused, Fusion
 from lens_pipeline.ensemble.uncertainty import member_logits
 from lens_pipeline.errors import InputError
+from lens_pipeline.evaluation.metrics import lens_metrics
 from lens_pipeline.models.system import LitLensSystem, load_system
 
 ENSEMBLE = "ensemble.json"
@@ -110,7 +111,9 @@ def assemble(
     members: {name: (checkpoint, validation scores, see `TrainedMember.val_scores`)};
     groups: those of the cutouts that they trained and validated on; fusion: see `choose`;
     calibration: see `fit_calibration`; prevalence: the fraction of lenses among the cutouts of the
-    sky, for `sky_probability`. `comparison` in ensemble.json is what the choice was made by.
+    sky, for `sky_probability`. In ensemble.json `comparison` is what the choice was made by, and
+    `standing` what each member is on the validation set: its `auroc`, and its `share` in the score
+    (see `moved_by`).
     Raises InputError where two members were validated on different cutouts, or one takes other
     cutouts than `form`.
     """
@@ -125,11 +128,18 @@ def assemble(
     for name, (checkpoint, _) in members.items():
         shutil.copyfile(checkpoint, out / "members" / f"{name}.ckpt")
     n_lens = int(np.count_nonzero(label == 1))
+    shares = dict(zip(members, fitted.moved_by(logits, deviation).tolist(), strict=True))
+    ranked = {
+        name: lens_metrics(label, expit(own(one)), group=group)["auroc"]
+        for name, own, one in zip(members, fitted.members, logits.T, strict=True)
+    }
     description = {
         "schema": SCHEMA,
+        "asked_for": fusion,
         "fusion": asdict(fitted.fusion),
         "members": {n: asdict(one) for n, one in zip(members, fitted.members, strict=True)},
         "calibration": asdict(fitted.calibration),
+        "standing": {n: {"auroc": ranked[n], "share": share} for n, share in shares.items()},
         "comparison": comparison.to_dict("records"),
         "validation": {"n_lens": n_lens, "n_nonlens": len(label) - n_lens},
         "prevalence": prevalence,

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lens_pipeline.evaluation.report import MORE_COLUMNS, metric_text
+from lens_pipeline.evaluation.report import MORE_COLUMNS, format_text, metric_text
 from lens_pipeline.evaluation.result import ENSEMBLE, Evaluation
+from lens_pipeline.evaluation.standing import idle_members
 
 LONGEST = 5000  # characters that the registry keeps
 FEWEST = 10  # cutouts of a kind that is named among the hardest
@@ -16,17 +17,11 @@ def model_card(facts: Mapping[str, Any], evaluation: Evaluation) -> str:
     facts: `ensemble.json`; evaluation: on the test split of the same dataset. Sections: what it is
     and for what, data, test figures with intervals, how scores are made, limits.
     """
-    form, validation = facts["format"], facts["validation"]
-    metrics = evaluation.metrics[ENSEMBLE]
-    scale = "unknown" if form["pixel_scale"] is None else f"{form['pixel_scale']:g}"
-    cutouts = (
-        f"{form['image_size']} x {form['image_size']} pixels of {scale} arcsec, bands "
-        f"{', '.join(form['bands'])}, in units of {form['units'].replace('_', ' ')}"
-    )
+    validation, metrics = facts["validation"], evaluation.metrics[ENSEMBLE]
     lines = [
         "# Strong gravitational lens finder",
         f"An ensemble of {', '.join(facts['members'])}. It ranks cutouts of galaxies for visual "
-        f"inspection: {cutouts}. Of other cutouts its scores mean nothing.",
+        f"inspection: {format_text(facts['format'])}. Of other cutouts its scores mean nothing.",
         "## Data",
         f"Trained and validated on {facts['learnt_from']}; dataset version "
         f"`{facts['dataset_version']}`. Fusion and calibration: {validation['n_lens']} lenses and "
@@ -63,6 +58,7 @@ def _limits(facts: Mapping[str, Any], evaluation: Evaluation) -> list[str]:
         "- `sky_probability` presumes that the lenses and the non-lenses of the sky look like "
         "those of the validation split."
     ]
+    limits += [f"- {sentence}." for sentence in idle_members(facts)]
     if facts["simulated"]:
         limits.append(
             "- It has learnt from simulations, too. On real images expect less than on them: "

@@ -154,7 +154,7 @@ def contact_sheet(
     units: str,
     maps: NDArray[np.floating] | None = None,
 ) -> Figure:
-    """Cutouts (n, bands, height, width) side by side, each below its caption.
+    """Cutouts (n, bands, height, width) side by side, each below its caption of a line or more.
 
     maps (n, height, width): what is shown below each, from 0 to its own maximum.
     """
@@ -166,18 +166,19 @@ def contact_sheet(
     tiles = np.concatenate(upright, axis=1)
     rows = max(1, -(-len(tiles) // COLUMNS))
     height, width = tiles.shape[1:3]
-    gap, line = max(1, width // 40), -(-width // 6)
+    lines = max((caption.count("\n") + 1 for caption in captions), default=1)
+    gap, strip = max(1, width // 40), -(-width * (1 + 3 * lines) // 24)  # a line is an eighth high
     # One picture: a figure of a hundred axes takes longer to draw than to simulate.
-    sheet = np.ones((rows * (line + height), COLUMNS * (width + gap) - gap, 3))
+    sheet = np.ones((rows * (strip + height), COLUMNS * (width + gap) - gap, 3))
     figure = Figure(figsize=(1.25 * COLUMNS, 1.25 * COLUMNS * sheet.shape[0] / sheet.shape[1]))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
     for number, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
         row, column = divmod(number, COLUMNS)
-        top, left = row * (line + height) + line, column * (width + gap)
+        top, left = row * (strip + height) + strip, column * (width + gap)
         sheet[top : top + height, left : left + width] = tile
         axes.text(
-            left + width / 2, top - line / 4, caption, fontsize=FONT, ha="center",
+            left + width / 2, top - width / 40, caption, fontsize=FONT, ha="center", va="bottom",
             parse_math=False,
         )  # fmt: skip
     axes.imshow(sheet)

@@ -32,6 +32,8 @@ MORE_COLUMNS = COLUMNS | {
     "brier": "Brier score",
 }
 UNRESOLVED = "–"
+# By what a cutout is found again, as it is printed.
+TRACED = {"id": "{}", "kind": "{}", "probability": "{:.4f}", "ra": "{:.5f}", "dec": "{:.5f}"}
 LONG = 20  # rows of a table that is folded up
 
 
@@ -46,12 +48,14 @@ def format_metrics_table(metrics: Mapping[str, Mapping[str, Any]], split: str = 
 
 
 def metric_text(metric: Mapping[str, float | None]) -> str:
-    """A figure of `lens_metrics` with its interval."""
+    """A figure of `lens_metrics` with its interval, where it has one that is wider than nothing."""
     if metric["value"] is None:
         return UNRESOLVED
+    value = f"{metric['value']:.3f}"
     if metric["low"] is None or metric["high"] is None:
-        return f"{metric['value']:.3f}"
-    return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
+        return value
+    low, high = f"{metric['low']:.3f}", f"{metric['high']:.3f}"
+    return value if low == value == high else f"{value} [{low}, {high}]"
 
 
 def _counts(metrics: Mapping[str, Mapping[str, Any]], split: str = "Test") -> str:
@@ -89,6 +93,28 @@ def surveys_table(surveys: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
         for name, of in surveys.items()
     ]
     return pd.DataFrame(rows)
+
+
+def format_text(form: Mapping[str, Any]) -> str:
+    """The `format` of a dataset in words."""
+    size, scale = form["image_size"], form["pixel_scale"]
+    of = "several scales or an unknown one" if scale is None else f"{scale:g} arcsec"
+    return (
+        f"the central {size} x {size} pixels of {of}, bands {', '.join(form['bands'])}, in units "
+        f"of {form['units'].replace('_', ' ')}"
+    )
+
+
+def cutouts_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row a cutout, in their order: by what it is found again.
+
+    rows: `id`, `probability` and, where the catalogue has them, `kind`, `ra` and `dec` (degrees).
+    """
+    table = pd.DataFrame({"order": range(1, len(rows) + 1)})
+    for name, text in TRACED.items():
+        if name in rows and rows[name].notna().any():
+            table[name] = rows[name].astype(object).map(text.format, "ignore").to_numpy()
+    return table
 
 
 def completeness_table(selection: Mapping[str, Any]) -> pd.DataFrame:
@@ -232,11 +258,14 @@ figure img { max-width: 100%; } figcaption { color: #555; font-size: .9rem; }
 
 @dataclass(frozen=True)
 class Picture:
-    """name: of its file, without the suffix."""
+    """name: of its file, without the suffix; references: {paper that it cites: its address}; table:
+    what it shows, in words."""
 
     name: str
     caption: str
     figure: Figure
+    references: Mapping[str, str] = field(default_factory=dict)
+    table: pd.DataFrame | None = None
 
     @cached_property
     def png(self) -> bytes:
@@ -284,12 +313,18 @@ def write_report(
 
 
 def _table(caption: str, table: pd.DataFrame) -> str:
-    shown = table.to_html(
-        index=False, float_format="{:.3f}".format, border=0, escape=True, na_rep=UNRESOLVED
-    )
+    shown = _rows(table)
     if len(table) > LONG:
         shown = f"<details><summary>{len(table)} rows</summary>{shown}</details>"
-    return f"<h3>{html.escape(caption)}</h3><div class=wide>{shown}</div>"
+    return f"<h3>{html.escape(caption)}</h3>{shown}"
+
+
+def _rows(table: pd.DataFrame) -> str:
+    with pd.option_context("display.max_colwidth", None):  # of an id all is needed
+        shown = table.to_html(
+            index=False, float_format="{:.3f}".format, border=0, escape=True, na_rep=UNRESOLVED
+        )
+    return f"<div class=wide>{shown}</div>"
 
 
 def _facts(facts: Mapping[str, str]) -> str:
@@ -325,7 +360,12 @@ def _picture(picture: Picture) -> str:
     encoded = base64.b64encode(picture.png).decode()
     text = html.escape(picture.caption)
     narrow = " class=narrow" if picture.figure.get_figwidth() < 5 else ""
+    papers = "".join(
+        f'<br><a href="{html.escape(address)}">{html.escape(paper)}</a>'
+        for paper, address in picture.references.items()
+    )
+    table = "" if picture.table is None else _rows(picture.table)
     return (
         f'<figure{narrow}><img alt="{text}" src="data:image/png;base64,{encoded}">'
-        f"<figcaption>{text}</figcaption></figure>"
+        f"<figcaption>{text}{papers}</figcaption>{table}</figure>"
     )

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from lens_pipeline.evaluation.fractions import jeffreys
@@ -16,6 +17,7 @@ from lens_pipeline.evaluation.selection import threshold_curve
 LENS, NONLENS = COLOURS[1], COLOURS[0]
 DASHES = ("--", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))  # nor by colour alone
 BINS = 10
+FINEST = 6  # decades from 0 and 1 that an axis of probabilities shows
 
 # (false positive rate, true positive rate), read off other data sets; nothing here was tested on
 # them. HOLISMOKES XI: fewer than ten of 70,910 non-lenses. Those that give no rate are left out.
@@ -25,6 +27,15 @@ PUBLISHED = (
     ("Holloway 2024", 1e-3, 0.46),  # an ensemble
     ("its best member", 1e-3, 0.34),
 )
+REFERENCES = {
+    "HOLISMOKES XVI: Schuldt et al. 2025, A&A 699, A350": (
+        "https://doi.org/10.1051/0004-6361/202554425"
+    ),
+    "HOLISMOKES XI: Cañameras et al. 2024, A&A 692, A72": (
+        "https://shsuyu.github.io/HOLISMOKES/site/paperXI.html"
+    ),
+    "Holloway et al. 2024, MNRAS 530, 1297": "https://doi.org/10.1093/mnras/stae875",
+}
 
 
 def line_of(number: int, last: int) -> dict[str, Any]:
@@ -110,37 +121,62 @@ def precision_recall_figure(
 def purity_figure(
     label: ArrayLike, score: ArrayLike, prevalence: float, group: ArrayLike | None = None
 ) -> Figure:
-    """Completeness and purity against the threshold, at the sample's mixture and at a prevalence.
+    """Against the threshold: completeness and purity at the sample's mixture; below, by decades,
+    purity at a prevalence.
 
     The band is the 95 % interval that the false positive rate gives; where there is no false
-    positive, purity is above the dashes (see `threshold_curve`).
+    positive, purity is above the dots (see `threshold_curve`).
     """
     curve = threshold_curve(label, score, prevalence, group)
-    threshold = curve["threshold"].clip(1e-6, 1 - 1e-6)  # the axis has neither 0 nor 1
-    figure = column_figure(3.4)
-    axes = plain(figure.add_subplot(), "threshold of probability", "fraction")
-    axes.plot(threshold, curve["completeness"], color=COLOURS[0], label="completeness")
-    axes.plot(
+    threshold = curve["threshold"].clip(10.0**-FINEST, 1 - 10.0**-FINEST)  # the axis ends there
+    figure = column_figure(4.6)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    plain(upper, "", "fraction")
+    plain(lower, "threshold of probability", f"purity at {one_in(prevalence)}")
+    upper.plot(threshold, curve["completeness"], color=COLOURS[0], label="completeness")
+    upper.plot(
         threshold, curve["purity_of_sample"], color=COLOURS[1], linestyle="--",
         label="purity of the sample",
     )  # fmt: skip
-    axes.plot(
+    lower.plot(
         threshold, curve["purity"], color=COLOURS[-1], linestyle="-.",
-        label=f"purity, {one_in(prevalence)}",
+        label=f"purity at\n{one_in(prevalence)}",
     )  # fmt: skip
-    axes.fill_between(
+    lower.fill_between(
         threshold, curve["purity_low"], curve["purity_high"], color="0.8", linewidth=0
     )
     none = curve["false_positives"] == 0
     if none.any():
-        axes.plot(
+        lower.plot(
             threshold[none], curve["purity_low"][none], color=COLOURS[-1], linestyle=(0, (1, 1)),
-            label="its lower limit",
+            label="95 % lower limit\nwhere no false\npositive was seen",
         )  # fmt: skip
     ends = (min(threshold.min(), 0.1), max(threshold.max(), 0.9))
-    axes.set(xscale="logit", xlim=ends, ylim=(0, 1.02))
-    legend_outside(figure, *axes.get_legend_handles_labels())
+    upper.set(xscale="logit", xlim=ends, ylim=(0, 1.02))
+    ticks = _probability_ticks(*ends)
+    step = max(1, len(ticks) // 3)  # of the decades from 0.5, as many as there is room for
+    labelled = {place: label for place, (decade, label) in ticks.items() if decade % step == 0}
+    upper.set_xticks(list(labelled), list(labelled.values()))
+    upper.set_xticks(list(ticks), minor=True)
+    upper.xaxis.set_minor_formatter(NullFormatter())
+    lower.set(yscale="log", ylim=(prevalence / 2, 1.2))
+    lower.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if prevalence > 0.05 else (1,)))
+    lower.yaxis.set_major_formatter("{x:g}")
+    lower.yaxis.set_minor_formatter(NullFormatter())
+    drawn = [axes.get_legend_handles_labels() for axes in (upper, lower)]
+    legend_outside(figure, *(handles + more for handles, more in zip(*drawn, strict=True)))
     return figure
+
+
+def _probability_ticks(low: float, high: float) -> dict[float, tuple[int, str]]:
+    """{place: (decades from 0.5, label)} on a logit axis between these ends: 0.1, 0.01, ... and
+    0.9, 0.99, ..."""
+    ticks = {0.5: (0, "0.5")}
+    for decade in range(1, FINEST + 1):
+        least = 10.0**-decade
+        ticks[least] = (-decade, f"{least:.{decade}f}")
+        ticks[1 - least] = (decade, f"{1 - least:.{decade}f}")
+    return {place: tick for place, tick in ticks.items() if low <= place <= high}
 
 
 def one_in(prevalence: float) -> str:

@@ -20,6 +20,7 @@ from lens_pipeline.evaluation.report import (
     threshold_text,
 )
 from lens_pipeline.evaluation.score_plots import (
+    REFERENCES,
     agreement_figure,
     one_in,
     precision_recall_figure,
@@ -29,10 +30,16 @@ from lens_pipeline.evaluation.score_plots import (
     score_histogram_figure,
 )
 from lens_pipeline.evaluation.selection_plots import completeness_figure, completeness_map_figure
+from lens_pipeline.evaluation.standing import idle_members, members_table
 
 WARNING = (
     "Simulated cutouts promise too much: networks that were trained on simulations alone fell from "
     "92 % to 24 % purity on real images of Euclid (Euclid Q1)."
+)
+REASONS = 10  # against cutouts that are told
+SHARE = (
+    "A member's share in the score is how far the score's logit changes where the member's own is "
+    "held at its mean, beside the same of the others, on the validation split."
 )
 
 
@@ -69,9 +76,10 @@ def score_sections(
                 Picture(
                     "roc",
                     "True against false positive rate. Hatched: rates that so few non-lenses do "
-                    "not resolve. Open points were published of other data, and no difference to "
-                    "them can be read off.",
+                    "not resolve. Open points are of other data, and no difference to them can be "
+                    "read off; they were published in:",
                     roc_figure(curves),
+                    REFERENCES,
                 ),
                 Picture(
                     "precision_recall",
@@ -105,8 +113,9 @@ def score_sections(
             pictures=[
                 Picture(
                     "purity",
-                    "Completeness and purity of what lies above a threshold; grey: the 95 % "
-                    "interval of the false positive rate",
+                    "Completeness and purity of what lies above a threshold. Above, of the sample; "
+                    f"below, where {one_in(prevalence)} is; grey: the 95 % interval of the false "
+                    "positive rate",
                     purity_figure(label, score, prevalence, table.get("group")),
                 )
             ],
@@ -126,28 +135,20 @@ def fusion_section(
     facts: `ensemble.json`; table: cutouts with their scores, `rests_on` what they are;
     architectures: {member: architecture}; metrics: of `lens_metrics`, by member.
     """
-    chosen, validation = facts["fusion"]["strategy"], facts["validation"]
-    text = (
-        f"Fusion: {chosen.replace('_', ' ')}. Below, all that were compared on the validation "
-        f"split ({validation['n_lens']:,} lenses, {validation['n_nonlens']:,} non-lenses), each "
-        "fifth scored by what was fitted to the others, with 95 % intervals; gain: over the best "
-        "single member on the same resamplings. "
-        if facts["comparison"]
-        else f"Fusion: {chosen.replace('_', ' ')}; the validation split is too small to compare "
-        "others with it. "
-    )
-    text += f"The figure is of the {described(table, rests_on)}."
+    text = " ".join([_chosen(facts), *(f"{sentence}." for sentence in idle_members(facts)), SHARE])
     pictures = []
     if len(architectures) > 1:
         columns = {name: table[f"probability_{name}"].to_numpy() for name in architectures}
         caption = (
             "How alike the members rank lenses (upper right) and non-lenses (lower left): "
-            "Spearman's correlation of their scores. Members that err together gain little by "
-            "being many."
+            f"Spearman's correlation of their scores, of the {described(table, rests_on)}. Members "
+            "that err together gain little by being many."
         )
         figure = agreement_figure(table["label"].to_numpy(dtype="int8"), columns)
         pictures.append(Picture("agreement", caption, figure))
-    tables = {"Fusions": fusions_table(facts["comparison"])} if facts["comparison"] else {}
+    tables = {"Members": members_table(facts)}
+    if facts["comparison"]:
+        tables["Fusions"] = fusions_table(facts["comparison"])
     seeds = seeds_table(metrics, architectures)
     if seeds.empty:
         text += (
@@ -157,6 +158,26 @@ def fusion_section(
     else:
         tables["By seed alone: mean (lowest to highest)"] = seeds
     return Section("How members become one score", text, tables, pictures)
+
+
+def _chosen(facts: Mapping[str, Any]) -> str:
+    """Which fusion it is, and why."""
+    text = f"Fusion: {facts['fusion']['strategy'].replace('_', ' ')}"
+    validation = facts["validation"]
+    if not facts["comparison"]:
+        return f"{text}; the validation split is too small to compare others with it."
+    how = (
+        "the one with the highest mean below; the best single member is taken only where it beats "
+        "the best of the others in 95 % of the resamplings"
+        if facts["asked_for"] == "best"
+        else "as was asked for"
+    )
+    return (
+        f"{text}, {how}. All were compared on the validation split ({validation['n_lens']:,} "
+        f"lenses, {validation['n_nonlens']:,} non-lenses), each fifth scored by what was fitted to "
+        "the others, with 95 % intervals; gain: over the best single member on the same "
+        "resamplings."
+    )
 
 
 def survey_sections(
@@ -174,14 +195,17 @@ def survey_sections(
         for name, part in shown.items()
         if part["label"].nunique() == 2
     }
-    caption = "The ensemble's true against false positive rate, of each survey's cutouts alone"
+    caption = (
+        "The ensemble's true against false positive rate, of each survey's cutouts alone. Open "
+        "points are of other data, and were published in:"
+    )
     return [
         Section(
             "By survey",
             "Of each survey's cutouts alone, where telling one survey from the other helps no "
             "network. Surveys of other depth and seeing hold other lenses, too.",
             {"The ensemble on the test split": surveys_table(metrics)},
-            [Picture("surveys", caption, roc_figure(curves))] if curves else [],
+            [Picture("surveys", caption, roc_figure(curves), REFERENCES)] if curves else [],
         )
     ]
 
@@ -236,3 +260,22 @@ def selection_sections(
         table = {"Test split, by kind of non-lens": kinds_table(kinds)}
         sections.append(Section("False positives by kind", chosen, table))
     return sections
+
+
+def reject_sections(reasons: pd.Series) -> list[Section]:
+    """Why cutouts could not be used; no section where all could.
+
+    reasons: of every cutout, none where it was used.
+    """
+    counts = reasons.value_counts().rename_axis("reason").reset_index(name="cutouts")
+    if counts.empty:
+        return []
+    text = (
+        f"{counts['cutouts'].sum():,} of {len(reasons):,} cutouts of all splits could not be used, "
+        f"and have no scores, for {len(counts):,} reasons"
+    )
+    if len(counts) > REASONS:
+        text += f", of which these are the {REASONS} most frequent"
+    text += ". Which each is, `reject_reason` in scores.parquet says."
+    first = counts.sort_values(["cutouts", "reason"], ascending=[False, True]).head(REASONS)
+    return [Section("Rejected cutouts", text, {"By reason": first})]

@@ -194,7 +194,62 @@ def test_nothing_that_a_catalogue_holds_becomes_markup(mixed: Evaluation) -> Non
     assert "<script" not in (mixed.folder / "report.html").read_text()
     page = page_of(mixed)
     assert "script" not in page.tags
-    assert page.text.count(EVIL) == 2  # the source, and a kind
+    scores = pd.read_parquet(mixed.folder / "scores.parquet")
+    mistaken = scores[scores["label"] == 0].nlargest(16, "probability")
+    # The source, a kind, and that of each of these.
+    assert page.text.count(EVIL) == 2 + (mistaken["kind"] == EVIL).sum()
+
+
+def test_each_cutout_of_the_galleries_is_named_in_their_order(mixed: Evaluation) -> None:
+    scores = pd.read_parquet(mixed.folder / "scores.parquet")
+    missed = scores[scores["label"] == 1].nsmallest(16, "probability")
+    mistaken = scores[scores["label"] == 0].nlargest(16, "probability")
+    ids = set(scores["id"])
+    listed = [text for text in page_of(mixed).text if text in ids]
+    assert listed == [*missed["id"], *mistaken["id"]]
+
+
+def test_the_report_begins_with_what_it_is_of(ensemble: Path, tmp_path: Path) -> None:
+    made = "2026-01-02 03:04 UTC, lens-pipeline 1.0, commit 0123"
+    table = rows().assign(survey=["hsc", "des"] * 60)
+    evaluation = evaluate(ensemble, Cutouts(table), tmp_path, made=made)
+    text = page_of(evaluation).text
+    begins = text[: text.index("Metrics: all of the test split")]
+    for name, fact in (
+        ("Made", made),
+        ("Source", "survey.csv"),
+        ("Survey", "des, hsc"),
+        ("Cutouts", "the central 16 x 16 pixels of 0.26 arcsec, bands g, r, i, in units of "
+         "background sigma"),
+        ("Dataset version", "1"),
+    ):  # fmt: skip
+        assert begins[begins.index(name) + 1] == fact
+
+
+@dataclass(frozen=True)
+class Spoilt(Cutouts):
+    """The last two cutouts cannot be used."""
+
+    def table(self, part: str) -> pd.DataFrame:
+        return super().table(part).iloc[:-2]
+
+    def images(self, part: str) -> Any:
+        return super().images(part)[:-2]
+
+    def rejects(self) -> pd.DataFrame:
+        lost = super().table("test").iloc[-2:]
+        return lost[["id", "row"]].assign(reason=EVIL)
+
+
+def test_why_cutouts_were_rejected_stands_in_the_report(
+    ensemble: Path, mixed: Evaluation, tmp_path: Path
+) -> None:
+    page = page_of(evaluate(ensemble, Spoilt(rows()), tmp_path))
+    assert "Rejected cutouts" not in page_of(mixed).text
+    said = page.text[page.text.index("Rejected cutouts") :]
+    assert said[1].startswith("2 of 120 cutouts of all splits could not be used")
+    assert said[said.index(EVIL) + 2] == "2"
+    assert "script" not in page.tags
 
 
 def test_one_origin_has_no_metrics_of_its_own(ensemble: Path, tmp_path: Path) -> None:
@@ -210,6 +265,31 @@ def test_one_origin_has_no_metrics_of_its_own(ensemble: Path, tmp_path: Path) ->
         *("roc", "precision_recall", "reliability", "histogram", "purity"),
         *("completeness", "agreement", "missed", "mistaken"),
     }
+
+
+def test_an_ensemble_says_what_each_member_is_worth(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    label = np.arange(400) % 2
+    logits = {"lastro": random.normal(size=400), "trans_enc_s": random.normal(3 * label)}
+    ids = [str(number) for number in range(400)]
+    members = {}
+    for name, logit in logits.items():
+        path = tmp_path / f"{name}-checkpoint.ckpt"
+        system = LitLensSystem(name, image_size=SIZE)
+        content = {"state_dict": system.state_dict(), "hyper_parameters": dict(system.hparams)}
+        torch.save(content, path)
+        scores = {"id": ids, "label": label, "group": ids, "logit": logit, "logit_std": 0.3}
+        members[name] = (path, pd.DataFrame(scores))
+    facts = {"dataset": "pixels", "dataset_version": "1"}
+    found = assemble(members, FORM, tmp_path, facts, [], fusion="mean").facts
+    assert found["asked_for"] == "mean"
+    standing = found["standing"]
+    for name, logit in logits.items():
+        by_hand = lens_metrics(label, 1 / (1 + np.exp(-logit)), group=ids)["auroc"]
+        assert standing[name]["auroc"] == pytest.approx(by_hand)
+    assert standing["lastro"]["auroc"]["low"] < 0.5 < standing["trans_enc_s"]["auroc"]["low"]
+    assert standing["lastro"]["share"] < 0.1
+    assert standing["lastro"]["share"] + standing["trans_enc_s"]["share"] == pytest.approx(1)
 
 
 def test_a_prevalence_that_is_none_is_refused(ensemble: Path, tmp_path: Path) -> None:

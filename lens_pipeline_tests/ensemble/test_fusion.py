@@ -269,6 +269,26 @@ def test_each_member_adds_doubt_as_far_as_it_decides() -> None:
         assert (shares >= 0).all()
 
 
+def test_a_members_share_is_what_its_own_scores_move() -> None:
+    """Of a mean in proportion to the scatter of its calibrated logits."""
+    logits, deviation, label = members(4000, seed=5)
+    fitted = fit("mean", "platt", logits, deviation, label)
+    slopes = np.array([one.slope for one in fitted.members])
+    scatter = slopes * logits.std(axis=0)
+    np.testing.assert_allclose(fitted.moved_by(logits, deviation), scatter / scatter.sum())
+    alone = fit("single", "platt", logits, deviation, label)
+    np.testing.assert_array_equal(alone.moved_by(logits, deviation), [1, 0, 0])
+
+
+@pytest.mark.parametrize("strategy", ["mean", "uncertainty_weighted", "stacking", "bayesian"])
+def test_a_member_that_ranks_backwards_has_no_share(strategy: str) -> None:
+    logits, deviation, label = members(4000, seed=6)
+    logits = logits * [1, 1, -1]
+    shares = fit(strategy, "platt", logits, deviation, label).moved_by(logits, deviation)
+    assert shares.sum() == pytest.approx(1)
+    assert shares[2] < 0.02 < shares[:2].min()
+
+
 def test_logits_that_are_not_finite_are_refused() -> None:
     logits, deviation, label = members(100, 0)
     logits[3, 1] = np.nan

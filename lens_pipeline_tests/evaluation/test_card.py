@@ -1,6 +1,7 @@
 """The model card."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.special import expit
@@ -9,8 +10,12 @@ from lens_pipeline.evaluation.card import LONGEST, model_card
 from lens_pipeline.evaluation.metrics import lens_metrics
 from lens_pipeline.evaluation.result import Evaluation
 
-FACTS = {
+FACTS: dict[str, Any] = {
     "members": {"resnet18": {}, "lastro": {}},
+    "standing": {
+        name: {"share": 0.5, "auroc": {"value": 0.9, "low": 0.8, "high": 0.95}}
+        for name in ("resnet18", "lastro")
+    },
     "format": {
         "bands": ["g", "r", "i"],
         "image_size": 64,
@@ -74,6 +79,13 @@ def test_a_card_of_real_cutouts_says_nothing_of_simulations() -> None:
     card = model_card(FACTS | real, evaluated())
     assert "validated on real cutouts" in card
     assert "simulat" not in card
+
+
+def test_a_member_that_hardly_counts_is_among_the_limits() -> None:
+    assert "hardly counts" not in model_card(FACTS, evaluated())
+    idle = {"share": 0.0, "auroc": {"value": 0.5, "low": 0.4, "high": 0.6}}
+    card = model_card(FACTS | {"standing": FACTS["standing"] | {"lastro": idle}}, evaluated())
+    assert "- lastro ranks the validation split no better than chance" in card
 
 
 def test_a_kind_of_few_cutouts_is_not_called_the_hardest() -> None:

@@ -10,7 +10,14 @@ import pytest
 from lens_pipeline.evaluation.gates import GateDecision
 from lens_pipeline.evaluation.metrics import lens_metrics
 from lens_pipeline.evaluation.plots import contact_sheet, learning_curves_figure
-from lens_pipeline.evaluation.report import Picture, Section, format_metrics_table, write_report
+from lens_pipeline.evaluation.report import (
+    Picture,
+    Section,
+    cutouts_table,
+    format_metrics_table,
+    metric_text,
+    write_report,
+)
 from lens_pipeline.evaluation.score_plots import (
     reliability_figure,
     roc_figure,
@@ -22,17 +29,20 @@ SCORE = np.linspace(1, 0, 80) ** 2
 
 
 class Elements(HTMLParser):
-    """Which elements a page opens, what they load, and its text."""
+    """Which elements a page opens, what they load and link to, and its text."""
 
     def __init__(self) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.sources: list[str] = []
+        self.links: list[str] = []
         self.text = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        self.links += [value or "" for name, value in attrs if (tag, name) == ("a", "href")]
+        loading = {"src"} if tag == "a" else {"src", "href"}
+        self.sources += [value or "" for name, value in attrs if name in loading]
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -76,12 +86,47 @@ def test_the_report_needs_no_other_file(tmp_path: Path) -> None:
     assert "Passed" in elements.text
 
 
+def test_an_interval_of_no_width_is_left_out() -> None:
+    flat = {"value": 0.1694, "low": 0.1694, "high": 0.1694}
+    assert metric_text(flat) == "0.169"
+    assert metric_text(flat | {"high": 0.1701}) == "0.169 [0.169, 0.170]"
+
+
+def test_a_cutout_of_a_gallery_can_be_traced(tmp_path: Path) -> None:
+    """By a row of the table under it, in which nothing is cut off and nothing is made up."""
+    long = "SDSS" + "J" * 80
+    rows = pd.DataFrame({"id": ["b", long], "probability": [0.98765, 0.5], "label": 1})
+    assert list(cutouts_table(rows)) == ["order", "id", "probability"]
+    places = {"ra": [150.123456, None], "dec": [-2.0, None], "kind": [None, "ring"]}
+    table = cutouts_table(rows.assign(**places).set_index(pd.Index([7, 3])))
+    sheet = contact_sheet(np.zeros((2, 3, 8, 8), np.float32), ["#1", "#2"], "composite")
+    papers = {"Holloway & al.": "https://doi.org/10.1093/mnras/stae875"}
+    write_report(
+        tmp_path / "report.html",
+        title="Lens ensemble",
+        facts={},
+        metrics={},
+        gate=GateDecision(True, (), {}),
+        sections=[Section("", "", pictures=[Picture("missed", "", sheet, papers, table)])],
+    )
+    elements = Elements()
+    elements.feed((tmp_path / "report.html").read_text())
+    assert elements.text.split()[-18:] == [
+        *("order", "id", "kind", "probability", "ra", "dec"),
+        *("1", "b", "–", "0.9877", "150.12346", "-2.00000"),
+        *("2", long, "ring", "0.5000", "–", "–"),
+    ]
+    assert elements.links == [*papers.values()]
+    assert "Holloway & al." in elements.text
+    assert all(source.startswith("data:image/png;base64,") for source in elements.sources)
+
+
 def test_the_table_gives_each_figure_with_its_interval_and_the_counts() -> None:
     metrics = lens_metrics(LABEL, SCORE, 10)
     text = format_metrics_table({"resnet18": metrics, "ensemble": metrics})
-    auroc = metrics["auroc"]
+    ece = metrics["ece"]
     row = next(line for line in text.splitlines() if line.startswith("resnet18"))
-    assert f"{auroc['value']:.3f} [{auroc['low']:.3f}, {auroc['high']:.3f}]" in row
+    assert f"{ece['value']:.3f} [{ece['low']:.3f}, {ece['high']:.3f}]" in row
     assert "–" in row  # 40 non-lenses cannot tell a false positive rate of 1e-2
     assert "40 lenses, 40 non-lenses" in text
     assert "too few cutouts to tell" in text
@@ -141,6 +186,23 @@ def test_a_contact_sheet_shows_all_cutouts_alike() -> None:
     assert np.ptp(first) < 1e-9 > np.ptp(second)
     assert (shown[:, 33:] == 1).all()
     assert [text.get_text() for text in axes.texts] == ["a", "b$"]
+
+
+def test_no_line_of_a_caption_lies_on_a_cutout() -> None:
+    """Its own below, or that of the row above."""
+    black = np.zeros((17, 3, 32, 32), dtype=np.float32)
+    for caption in ("0.931", "#12  0.931\nSDSSJ095…+100146"):
+        figure = contact_sheet(black, [caption] * 17, "composite")
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        assert len(axes.texts) == 17
+        shown = axes.images[0].get_array()
+        for text in axes.texts:
+            box = text.get_window_extent().transformed(axes.transData.inverted())
+            top, bottom = sorted((box.y0, box.y1))
+            assert top > -0.5
+            left, right = max(0, int(box.x0)), int(np.ceil(box.x1))
+            assert (shown[int(np.ceil(top)) : int(bottom) + 1, left:right] == 1).all()
 
 
 @pytest.mark.parametrize(("units", "row"), [("background_sigma", -1), ("composite", 0)])

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from scipy.special import expit
 from scipy.stats import spearmanr
 
 from lens_pipeline.evaluation.gates import GateDecision
@@ -27,7 +28,12 @@ from lens_pipeline.evaluation.score_plots import (
     purity_figure,
     roc_figure,
 )
-from lens_pipeline.evaluation.sections import fusion_section, score_sections, selection_sections
+from lens_pipeline.evaluation.sections import (
+    fusion_section,
+    reject_sections,
+    score_sections,
+    selection_sections,
+)
 from lens_pipeline.evaluation.selection import (
     false_positives_by_kind,
     forecast,
@@ -181,6 +187,45 @@ class TestFigures:
         drawn = {tuple(np.ravel(line.get_data())) for line in figure.axes[0].lines}
         assert {(fpr, tpr) for _, fpr, tpr in PUBLISHED} <= drawn
 
+    def test_every_published_point_is_cited_under_the_figure(self) -> None:
+        pictures = {p.name: p for section in sections_of(sample()) for p in section.pictures}
+        cited = " ".join(pictures["roc"].references)
+        for name, _, _ in PUBLISHED:
+            author = name.removeprefix("its best member").removesuffix(" 2024")
+            assert author in cited
+        assert all(a.startswith("https://") for a in pictures["roc"].references.values())
+
+    @pytest.mark.parametrize("sharp", [0.3, 1.0, 3.0, 10.0])
+    def test_thresholds_of_purity_are_decimals_apart(self, sharp: float) -> None:
+        random = np.random.default_rng(0)
+        label = np.arange(4000) % 4 == 0
+        score = expit(sharp * (random.normal(size=4000) + 3 * label - 1.5))
+        figure = purity_figure(label.astype(int), score, 1e-3)
+        figure.draw_without_rendering()
+        axes = figure.axes[-1]
+        low, high = axes.get_xlim()
+        ticks = [text for text in axes.get_xticklabels() if text.get_text()]
+        assert len(ticks) >= 3
+        for tick in ticks:
+            assert low <= float(tick.get_text()) <= high
+            assert tick.get_position()[0] == pytest.approx(float(tick.get_text()), rel=1e-9)
+        boxes = sorted((text.get_window_extent() for text in ticks), key=lambda box: box.x0)
+        assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+        assert not any(text.get_text() for text in axes.get_xticklabels(minor=True))
+
+    def test_the_purity_of_the_sky_has_decades_and_its_limit_a_name(self) -> None:
+        table = sample()
+        figure = purity_figure(table["label"], table["probability"], 1e-3)
+        figure.draw_without_rendering()
+        sky = figure.axes[-1]
+        assert sky.get_yscale() == "log"
+        assert sky.get_ylim()[0] < 1e-3
+        (legend,) = figure.legends
+        named = {" ".join(text.get_text().split()) for text in legend.get_texts()}
+        assert "95 % lower limit where no false positive was seen" in named
+        box = legend.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+
     def test_an_empty_cell_of_the_map_is_empty_and_one_that_finds_nothing_is_not(self) -> None:
         grid = {
             "x": "einstein_radius", "y": "source_magnitude", "x_edges": [0, 1, 2],
@@ -211,8 +256,12 @@ def test_the_fusion_is_shown_beside_all_that_it_was_compared_with() -> None:
     row = {"strategy": "uncertainty_weighted", "metric": "tpr_at_fpr_1e-3", "better": 0.95}
     figures = ("mean", "low", "high", "gain", "gain_low", "gain_high", "auroc", "ece")
     row |= {name: number / 10 for number, name in enumerate(figures)}
+    auroc = {"value": 0.6, "low": 0.4, "high": 0.7}
     facts = {
+        "asked_for": "best",
         "fusion": {"strategy": "uncertainty_weighted"},
+        "members": {"a": {"slope": 1.5}, "b": {"slope": 0.001}},
+        "standing": {"a": {"auroc": auroc, "share": 0.99}, "b": {"auroc": auroc, "share": 0.01}},
         "validation": {"n_lens": 1200, "n_nonlens": 3400},
         "comparison": [row],
     }
@@ -225,7 +274,12 @@ def test_the_fusion_is_shown_beside_all_that_it_was_compared_with() -> None:
         for name, value in (("a", 0.7), ("b", 0.8))
     }
     section = fusion_section(facts, table, {"a": "resnet18", "b": "resnet18"}, "real", metrics)
-    assert section.text.startswith("Fusion: uncertainty weighted.")
+    assert section.text.startswith("Fusion: uncertainty weighted, the one with the highest mean")
+    assert "single member is taken only where it beats the best of the others in 95 %" in (
+        section.text
+    )
+    assert "b ranks the validation split no better than chance" in section.text
+    assert section.tables["Members"]["share in the score"].tolist() == ["99%", "1%"]
     assert "(1,200 lenses, 3,400 non-lenses)" in section.text
     assert section.tables["Fusions"].to_dict("records") == [
         {
@@ -247,7 +301,20 @@ def test_the_fusion_is_shown_beside_all_that_it_was_compared_with() -> None:
         of = table[table["label"] == label]
         expected = spearmanr(of["probability_a"], of["probability_b"]).statistic
         assert shown[place] == f"{expected:.2f}"
+    asked = fusion_section(facts | {"asked_for": "stacking"}, table, {}, "real", metrics)
+    assert asked.text.startswith("Fusion: uncertainty weighted, as was asked for.")
     alone = fusion_section(facts | {"comparison": []}, table, {"a": "resnet18"}, "real", metrics)
     assert "too small to compare" in alone.text
     assert "No two members share an architecture" in alone.text
-    assert (alone.tables, alone.pictures) == ({}, [])
+    assert (list(alone.tables), alone.pictures) == (["Members"], [])
+
+
+def test_rejected_cutouts_are_counted_by_reason() -> None:
+    reasons = [f"reason {number:02d}" for number in range(12) for _ in range(12 - number)]
+    (section,) = reject_sections(pd.Series([None, *reasons, None]))
+    assert section.text.startswith("78 of 80 cutouts")
+    assert "for 12 reasons, of which these are the 10 most frequent" in section.text
+    table = section.tables["By reason"]
+    assert table["reason"].tolist() == [f"reason {number:02d}" for number in range(10)]
+    assert table["cutouts"].tolist() == list(range(12, 2, -1))
+    assert reject_sections(pd.Series([None, None], dtype=object)) == []
