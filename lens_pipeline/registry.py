@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
+from lens_pipeline.commit import code_commit
 from lens_pipeline.errors import InputError, NoAnswerError, masked
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import PACKAGE, digest, folder_aside
@@ -27,7 +28,6 @@ from lens_pipeline.tracking import (
     DATASET_VERSION,
     STEP_KEY,
     Tracking,
-    code_commit,
     flat_metrics,
 )
 

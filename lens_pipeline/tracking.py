@@ -60,23 +60,6 @@ def flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def code_commit() -> str | None:
-    """The commit that LENS_GIT_COMMIT names, else that of the checkout that this runs from, with
-    `-dirty` where files of it have changed since; None where it is no checkout."""
-    if stated := Settings.load().git_commit:
-        return stated
-    from mlflow.utils.git_utils import get_git_commit
-
-    here = str(Path(__file__).parent)
-    commit = get_git_commit(here)
-    if commit is None:
-        return None
-    import git
-
-    changed = git.Repo(here, search_parent_directories=True).is_dirty()
-    return f"{commit}-dirty" if changed else str(commit)
-
-
 def keep_waits_short() -> None:
     """Where somebody waits: MLflow would try a server that is gone for four minutes."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")

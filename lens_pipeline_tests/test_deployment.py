@@ -23,10 +23,10 @@ import psutil
 import pytest
 import yaml
 
+from lens_pipeline.commit import code_commit
 from lens_pipeline.defs.stages import REGISTERED
 from lens_pipeline.runner import open_instance
 from lens_pipeline.settings import Settings
-from lens_pipeline.tracking import code_commit
 from lens_pipeline_tests.object_stores import free_ports
 from lens_pipeline_tests.postgres import PASSWORD, PROGRAMS
 from lens_pipeline_tests.served import Pages, until

@@ -9,6 +9,7 @@ from typing import Any
 
 import dagster as dg
 
+from lens_pipeline.commit import code_commit
 from lens_pipeline.defs.checkpoints import network_libraries
 from lens_pipeline.defs.dataset import COLUMNS as CATALOGUE_COLUMNS
 from lens_pipeline.defs.gate import decide
@@ -37,7 +38,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.models.names import Member
 from lens_pipeline.registry import CHAMPION, registry_key
 from lens_pipeline.steps import Recipe, inputs_of
-from lens_pipeline.tracking import Tracking, code_commit
+from lens_pipeline.tracking import Tracking
 
 SYSTEM = "lens_pipeline.ensemble.system"
 EVALUATE = "lens_pipeline.ensemble.evaluate"

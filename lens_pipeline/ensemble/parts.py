@@ -28,12 +28,12 @@ from scipy.special import expit
 
 from lens_pipeline.catalogue.dataset import counted_reasons
 from lens_pipeline.catalogue.table import Catalogue
+from lens_pipeline.commit import code_commit
 from lens_pipeline.ensemble.cutouts import CutoutSource
 from lens_pipeline.ensemble.predictor import score_batches, scoring
 from lens_pipeline.ensemble.system import BATCH, LensEnsemble
 from lens_pipeline.errors import InputError, NoRoomError, masked
 from lens_pipeline.steps import digest, file_aside, source_hashes, write_aside
-from lens_pipeline.tracking import code_commit
 
 ROWS = 4 * BATCH  # of a part: what a kill costs
 TOGETHER = 64  # parts in a row group of the whole
