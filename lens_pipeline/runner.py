@@ -111,11 +111,13 @@ def release_dead_runs(instance: dg.DagsterInstance) -> list[str]:
 
     Returns the ids of the dead.
     """
-    dead = [
-        run
+    gone = [
+        run.run_id
         for run in instance.get_runs(dg.RunsFilter(statuses=UNFINISHED))
         if is_dead(run.run_id, run.tags, Path(instance.root_directory))
     ]
+    # One may have ended in order since it was listed.
+    dead = instance.get_runs(dg.RunsFilter(run_ids=gone, statuses=UNFINISHED)) if gone else []
     for run in dead:
         end_rest(run.tags)
         if run.status == dg.DagsterRunStatus.CANCELING:
@@ -225,8 +227,8 @@ def _naming_the_holder(instance: dg.DagsterInstance, run_id: str) -> Iterator[No
                     if r is not None
                 ]
                 log.warning(
-                    "waiting for pool %s, held by %s; should that be gone, terminate it on its "
-                    "page (lens-pipeline show)", POOL, ", ".join(named) or "no run",
+                    "waiting for pool %s, held by %s; should that be gone, force its termination "
+                    "on its page (lens-pipeline show)", POOL, ", ".join(named) or "no run",
                 )  # fmt: skip
 
     watcher = threading.Thread(target=watch, daemon=True)

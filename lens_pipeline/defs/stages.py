@@ -37,9 +37,7 @@ OWNERS = ("team:lens-finding",)
 # 10 s, and once more 30 s later; stores have been asked for longer by then.
 AGAIN = dg.RetryPolicy(max_retries=2, delay=10, backoff=dg.Backoff.EXPONENTIAL)
 DAY = timedelta(days=1)
-TICKS = (
-    1000  # of a schedule, which tell how far apart they are: more than a week of every ten minutes
-)
+TICKS = 1000  # of a schedule that are looked at: a week, where they are ten minutes apart
 FIRST = 20  # rows that are shown of a longer table
 # Of a materialisation: where what was made lies, and the folder that it was published from.
 LOCATION, PUBLISHED_FROM = "location", "published from"
