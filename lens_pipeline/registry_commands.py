@@ -1,0 +1,50 @@
+"""`lens-pipeline promote` and `rollback`: who is champion, by hand."""
+
+import argparse
+
+from lens_pipeline.errors import InputError
+from lens_pipeline.settings import Settings
+
+
+def add_promote(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("version", help="a version of lens_ensemble")
+    parser.set_defaults(do=_promote)
+
+
+def add_rollback(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(do=_rollback, after_interrupt="look who is champion before you repeat it")
+
+
+def _promote(options: argparse.Namespace) -> int:
+    from lens_pipeline.registry import GATE, MODEL, PASSED, Registry, answering
+    from lens_pipeline.tracking import keep_waits_short
+
+    keep_waits_short()
+    registry = Registry(Settings.load(home=options.home))
+    registry.require()
+    with answering(f"promote {options.version}"), registry.lock():
+        known = [str(version.version) for version in registry.versions()]
+        if options.version not in known:
+            raise InputError(
+                f"promote {options.version}: {MODEL} has the versions "
+                f"{', '.join(known) or '(none)'}"
+            )
+        verdict = registry.version(options.version).tags.get(GATE, PASSED)
+        registry.promote(options.version)
+        against = () if verdict == PASSED else (f"before: {verdict}",)
+        registry.judge(options.version, ("promoted by hand", *against))
+    print(f"{MODEL} version {options.version} is champion")
+    return 0
+
+
+def _rollback(options: argparse.Namespace) -> int:
+    from lens_pipeline.registry import MODEL, Registry, answering
+    from lens_pipeline.tracking import keep_waits_short
+
+    keep_waits_short()
+    registry = Registry(Settings.load(home=options.home))
+    registry.require()
+    with answering("rollback"):
+        former, rolled_back = registry.roll_back()
+    print(f"{MODEL} version {former} is champion again, in the place of version {rolled_back}")
+    return 0
