@@ -40,7 +40,7 @@ def run(folder: Path, n: int) -> None:
         catalogue = read_catalogue(simulated)
 
     with stage("processed_dataset", folder) as made:
-        from lens_pipeline.catalogue.dataset import build_dataset
+        from lens_pipeline.catalogue.build import build_dataset
         from lens_pipeline.evaluation.plots import (
             first_cutouts_sheet,
             jpeg_bytes,

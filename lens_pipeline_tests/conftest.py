@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lens_pipeline.catalogue.dataset import Dataset, build_dataset
+from lens_pipeline.catalogue.build import build_dataset
+from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.catalogue.joined import JoinedDataset
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main

@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "table": ["Catalogue", "read_catalogue"],
-        "dataset": ["Dataset", "build_dataset", "open_dataset"],
+        "build": ["build_dataset"],
+        "dataset": ["Dataset", "open_dataset"],
     },
 )

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 SIMULATION = "lens_pipeline.simulation.simulate"
 TABLE = "lens_pipeline.catalogue.table"
-BUILD = "lens_pipeline.catalogue.dataset"
+BUILD = "lens_pipeline.catalogue.build"
 SIMULATED = "des"  # where LENS_SURVEY says nothing
 COLUMNS = {
     "id": "Unique, any characters.",
@@ -289,13 +289,12 @@ def processed_dataset(
     float32 (n, bands, height, width) per split (`train`, `val`, `test`, `unlabelled`), in units of
     the background's sigma, each with its table; and the cutouts that were rejected.
     """
-    from lens_pipeline.catalogue.dataset import (
+    from lens_pipeline.catalogue.build import (
         LIBRARIES,
         build_dataset,
         check_rejects,
-        counted_reasons,
-        open_dataset,
     )
+    from lens_pipeline.catalogue.dataset import counted_reasons, open_dataset
     from lens_pipeline.catalogue.images import files_fingerprint
 
     settings = lens.settings

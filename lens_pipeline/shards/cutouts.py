@@ -9,14 +9,8 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from lens_pipeline.catalogue.dataset import (
-    LIBRARIES,
-    CutoutFormat,
-    Dataset,
-    Empty,
-    build_dataset,
-    open_dataset,
-)
+from lens_pipeline.catalogue.build import LIBRARIES, build_dataset
+from lens_pipeline.catalogue.dataset import CutoutFormat, Dataset, Empty, open_dataset
 from lens_pipeline.catalogue.images import central, files_fingerprint
 from lens_pipeline.catalogue.table import read_catalogue, source_fingerprint
 from lens_pipeline.errors import InputError

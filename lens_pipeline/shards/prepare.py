@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lens_pipeline.catalogue.dataset import build_dataset, open_dataset
+from lens_pipeline.catalogue.build import build_dataset
+from lens_pipeline.catalogue.dataset import open_dataset
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.manifest import Manifest

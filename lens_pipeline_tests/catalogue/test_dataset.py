@@ -117,7 +117,7 @@ def test_a_lost_tile_at_the_top_of_a_table_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bands and units are those of the first that can be read."""
-    monkeypatch.setattr("lens_pipeline.catalogue.dataset.SAMPLE", 5)
+    monkeypatch.setattr("lens_pipeline.catalogue.build.SAMPLE", 5)
     path = _catalogue(tmp_path)
     table = pd.read_csv(path)
     table.loc[:7, "path"] = "absent.fits"

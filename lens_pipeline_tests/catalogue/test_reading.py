@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from lens_pipeline.catalogue import reading
-from lens_pipeline.catalogue.dataset import CutoutFormat, build_dataset
+from lens_pipeline.catalogue.build import build_dataset
+from lens_pipeline.catalogue.dataset import CutoutFormat
 from lens_pipeline.catalogue.images import Cutout
 from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.table import Catalogue, read_catalogue, source_fingerprint

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 import webdataset as wds
 
-from lens_pipeline.catalogue.dataset import PARTS, build_dataset, open_dataset
+from lens_pipeline.catalogue.build import build_dataset
+from lens_pipeline.catalogue.dataset import PARTS, open_dataset
 from lens_pipeline.catalogue.joined import JoinedDataset
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.errors import InputError
