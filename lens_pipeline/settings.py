@@ -20,9 +20,9 @@ from lens_pipeline.errors import InputError
 
 # Variables of the deployment, the code server and the tests, which are no settings.
 OTHERS = (
-    *("LENS_TAG", "LENS_DATA", "LENS_ENV_FILE", "LENS_GIT_COMMIT", "LENS_NO_SKIP"),
+    *("LENS_TAG", "LENS_DATA", "LENS_ENV_FILE", "LENS_NO_SKIP"),
     *("LENS_CODE_HOST", "LENS_CODE_PORT", "LENS_DAGSTER_PORT"),
-    *("LENS_MLFLOW_PORT", "LENS_MLFLOW_HOSTS"),
+    *("LENS_MLFLOW_PORT", "LENS_MLFLOW_HOSTS", "LENS_MLFLOW_ORIGINS"),
 )
 SECRET = re.compile("sig|token|key|secret|password|credential", re.IGNORECASE)
 
