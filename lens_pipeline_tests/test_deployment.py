@@ -88,7 +88,7 @@ def test_the_example_of_an_env_file_names_every_variable_and_no_secret() -> None
 def test_the_services_are_not_refused_for_variables_of_their_deployment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each service gets all of `.env`; what is no setting must not be taken for a misspelled one."""
+    """Each gets all of `.env`; what is no setting must not be taken for a misspelled one."""
     settings = {f"LENS_{name.upper()}" for name in Settings.model_fields}
     for name in env_file(DEPLOY / ".env.example"):
         if name.startswith("LENS_") and name not in settings:
