@@ -498,11 +498,11 @@ def test_two_containers_that_publish_to_one_folder_do_not_disturb_each_other(
     place = Store(f"{tmp_path}/{version}")
     Path(place.root).mkdir()
     source = tmp_path / "train-000000.tar"
-    source.write_bytes(bytes(200_000_000))
+    source.write_bytes(bytes(20_000_000))
     with ThreadPoolExecutor(4) as pool:  # threads have one process number, too
         for done in [pool.submit(place.put_file, source, source.name) for _ in range(8)]:
             done.result()
-    assert (tmp_path / version / source.name).stat().st_size == 200_000_000
+    assert (tmp_path / version / source.name).stat().st_size == 20_000_000
     old, young = (tmp_path / version / f".val-000000.tar.{name}" for name in ("old", "young"))
     for path in (old, young):
         path.write_bytes(b"half a ta")
