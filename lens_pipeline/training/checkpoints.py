@@ -1,7 +1,6 @@
 """How checkpoints of a training are written: which, when, and so that none is half there."""
 
 import errno
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from torch.utils.serialization import config as serialization
 
 from lens_pipeline.errors import NoRoomError
 from lens_pipeline.models.pretrained import read_checkpoint
+from lens_pipeline.steps import file_aside
 
 MINUTE = 60.0  # seconds
 SHARE = 0.03  # of the time, for checkpoints after epochs
@@ -168,15 +168,8 @@ class RenamedCheckpoints(TorchCheckpointIO):
 def save_aside(checkpoint: dict[str, Any], path: Path) -> None:
     """Raises NoRoomError where the disk is full; what was there stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with telling_of_a_full_disk(path), aside.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with telling_of_a_full_disk(path), file_aside(path) as file:
+        torch.save(checkpoint, file)
 
 
 @contextmanager
