@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,9 @@ from lens_pipeline.shards.prepare import prepare_shards
 from lens_pipeline_tests.faulty_proxy import FaultyProxy
 from lens_pipeline_tests.object_stores import GCSServer, S3Server, sign_in
 from lens_pipeline_tests.postgres import postgresql
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 __all__ = ["postgresql"]
 
@@ -238,3 +242,11 @@ def faulty_proxy() -> Iterator[Callable[[S3Server | GCSServer], FaultyProxy]]:
     """Makes proxies in front of a server: `storage_options(proxy.url)` leads through one."""
     with ExitStack() as stack:
         yield lambda server: stack.enter_context(FaultyProxy(server.url))
+
+
+def client_of(home: Path) -> "MlflowClient":
+    """Of the home's own database, its registry, too: else that is whichever was asked last."""
+    from mlflow import MlflowClient
+
+    database = f"sqlite:///{home / 'mlflow.db'}"
+    return MlflowClient(database, database)

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from mlflow import MlflowClient
 from PIL import Image
 
 from lens_pipeline.cli import main
 from lens_pipeline.errors import InputError
 from lens_pipeline.runner import prepare_home
 from lens_pipeline.settings import Settings
+from lens_pipeline_tests.conftest import client_of
 
 NOBODY = 65534  # the number of a user who owns nothing
 
@@ -86,7 +86,7 @@ def test_a_bad_source_stops_the_run_with_one_line(
     assert "Traceback" not in error[0]
     assert not (home / "reports" / "summary.json").exists()
     if (home / "mlflow.db").exists():
-        assert not MlflowClient(f"sqlite:///{home / 'mlflow.db'}").search_model_versions()
+        assert not client_of(home).search_model_versions()
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from lens_pipeline.commit import code_commit
 from lens_pipeline.defs.stages import REGISTERED
 from lens_pipeline.runner import open_instance
 from lens_pipeline.settings import Settings
+from lens_pipeline_tests.conftest import client_of
 from lens_pipeline_tests.object_stores import free_ports
 from lens_pipeline_tests.postgres import PASSWORD, PROGRAMS
 from lens_pipeline_tests.served import Pages, until
@@ -415,7 +416,6 @@ def test_the_services_carry_the_main_job_and_a_backup_brings_all_of_it_back(
 def test_a_home_that_is_in_use_is_backed_up_restored_and_upgraded(
     own_home: Path, tmp_path: Path
 ) -> None:
-    from mlflow import MlflowClient
 
     backup, restored = tmp_path / "backup", tmp_path / "restored"
     (restored / "dagster").mkdir(parents=True)  # damaged
@@ -440,7 +440,7 @@ def test_a_home_that_is_in_use_is_backed_up_restored_and_upgraded(
     with open_instance(Settings.load(home=restored)) as instance:
         assert instance.get_run_by_id(run_id)
         assert instance.fetch_materializations(REGISTERED, limit=1).records
-    client = MlflowClient(f"sqlite:///{restored / 'mlflow.db'}")
+    client = client_of(restored)
     assert client.get_model_version_by_alias("lens_ensemble", "challenger").version
 
     def files(home: Path) -> set[Path]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from lens_pipeline_tests.conftest import LENS_PIPELINE
+from lens_pipeline_tests.conftest import LENS_PIPELINE, client_of
 from lens_pipeline_tests.served import Served
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("LENS_", "MLFLOW_"))}
@@ -99,7 +99,7 @@ def test_killed_at_five_moments_a_run_completes_with_the_same_result(
     # What was finished before the last kill was not done again.
     stages = ours["stages"]
     assert all(stages[name]["reused"] for name in stages if name != "registered_ensemble")  # type: ignore[index, union-attr]
-    client = MlflowClient(f"sqlite:///{mine / 'mlflow.db'}")
+    client = client_of(mine)
     assert len(client.search_model_versions("name = 'lens_ensemble'")) == 1
     # Of what was asked for nothing is half-made; the long training may be asked for again.
     left = [path.parent.name for path in mine.rglob(".partial-*") if path.is_dir()]

@@ -8,13 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from mlflow import MlflowClient
 
 from lens_pipeline.cli import main
 from lens_pipeline.errors import InputError
 from lens_pipeline.registry import Registry
 from lens_pipeline.settings import Settings
-from lens_pipeline_tests.conftest import LENS_PIPELINE, program_says
+from lens_pipeline_tests.conftest import LENS_PIPELINE, client_of, program_says
 
 
 def test_each_row_is_scored_in_its_order_from_any_directory(
@@ -73,7 +72,7 @@ def test_where_no_cutout_fits_the_model_the_reason_is_told(
 def test_the_champion_is_used_else_the_challenger_and_any_version_by_name(
     own_home: Path, simulated_catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    client = MlflowClient(f"sqlite:///{own_home / 'mlflow.db'}")
+    client = client_of(own_home)
     out = str(tmp_path / "scores.csv")
     arguments = ["--home", str(own_home), "--catalogue", str(simulated_catalogue), "--out", out]
     # 40 test cutouts pass no gate.

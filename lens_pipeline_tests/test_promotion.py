@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from mlflow import MlflowClient
 
 from lens_pipeline.cli import main
 from lens_pipeline.defs.gate import decide
@@ -22,13 +21,9 @@ from lens_pipeline.errors import InputError, NoAnswerError
 from lens_pipeline.evaluation.gates import GateDecision
 from lens_pipeline.registry import Registry
 from lens_pipeline.settings import Settings
+from lens_pipeline_tests.conftest import client_of
 
 MODEL = "lens_ensemble"
-
-
-def client_of(home: Path) -> MlflowClient:
-    database = f"sqlite:///{home / 'mlflow.db'}"
-    return MlflowClient(database, database)
 
 
 def aliases(home: Path) -> dict[str, str]:

@@ -116,7 +116,8 @@ def test_no_secret_is_left_by_a_run_that_fails(
     command = ["run", "--preset", "tiny", "--home", str(own_home), "--verbose"]
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://lens:{IN_A_URI}@127.0.0.1:9")
-    assert main(command) == 1
+    assert main(command) == 2
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
     keys = s3_server.environment(wrong=True)
     secret = keys["AWS_SECRET_ACCESS_KEY"]
     sign_in(monkeypatch, {"AWS_EC2_METADATA_DISABLED": "true"})

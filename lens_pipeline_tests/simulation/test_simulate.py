@@ -188,7 +188,9 @@ def test_the_command_writes_the_same_files_each_time(
     arguments = ["simulate", "--n", "20", "--image-size", "32", "--seed", "5", "--out"]
     for name in ("first", "second"):
         assert main([*arguments, str(tmp_path / name)]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == str(tmp_path / "first" / "catalogue.parquet")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "20 cutouts: 10 lenses, 10 decoys"
+    assert said[1] == str(tmp_path / "first" / "catalogue.parquet")
     files = sorted(path.name for path in (tmp_path / "first").iterdir())
     assert files == ["catalogue.parquet", "images-00000.npy", "kinds.jpg", "simulation.json"]
     for name in files:
