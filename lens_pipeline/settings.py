@@ -30,8 +30,11 @@ SECRET = re.compile("sig|token|key|secret|password|credential", re.IGNORECASE)
 def absolute(location: str) -> str:
     """A path made absolute; a URL (``scheme://``) as it is.
 
-    Raises InputError for a URL with a password: it would be written down with every result.
+    Raises InputError for a URL with a password, which would be written down with every result, and
+    for one that lacks a slash.
     """
+    if re.match("[a-z][a-z0-9+]+:/(?!/)", location):  # a path of that name is not meant
+        raise InputError(f"{location}: a URL has two slashes behind the colon")
     if "://" in location:
         if urlsplit(location).password:
             raise InputError(

@@ -103,3 +103,9 @@ def test_a_variable_that_is_no_setting_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("LENS_BANDS", "g,g")
     with pytest.raises(InputError, match="LENS_BANDS: names nothing between two commas, or one"):
         Settings.load()
+
+
+def test_a_url_that_lacks_a_slash_is_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LENS_CLOUD_URL", "s3:/bucket/lenses")
+    with pytest.raises(InputError, match="s3:/bucket/lenses: a URL has two slashes"):
+        Settings.load()

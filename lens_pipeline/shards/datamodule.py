@@ -300,6 +300,8 @@ class LensWebDatasetDataModule(CutoutModule):
             "cache_gb": cache_gb,
             "storage_options": dict(storage_options or {}),
         }
+        if shuffle_buffer < 1:
+            raise InputError(f"shuffle_buffer {shuffle_buffer}: at least 1 is needed")
         self.shuffle_buffer = shuffle_buffer
         self.opened: dict[str, Tars] = {}
 

@@ -327,6 +327,13 @@ class Store:
         while True:
             try:
                 return request()
+            except InputError:
+                raise
+            except (TypeError, ValueError) as problem:  # of the client, which was not made
+                raise InputError(
+                    f"{self.url}: cannot be used ({_words(problem)}); correct the address, or "
+                    "LENS_STORAGE_OPTIONS"
+                ) from None
             except FINAL:
                 raise
             except Exception as problem:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -561,3 +562,12 @@ def test_cloud_prune_says_at_once_where_it_cannot_be(
     options = s3_server.storage_options()
     sign_in(monkeypatch, s3_server.environment(read_only=True))
     assert "no writing" in refused(f"{s3_bucket}/lenses")
+
+
+@pytest.mark.parametrize("options", [{"endpoint_url": "localhost:9000"}, {"nosuch": 1}])
+def test_cloud_options_that_no_client_takes_are_named(
+    options: dict[str, Any], own_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sign_in(monkeypatch, {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"})
+    with pytest.raises(InputError, match=r"s3://bucket/lenses: .*LENS_STORAGE_OPTIONS"):
+        publish_shards(own_shards, "s3://bucket/lenses", storage_options=options)
