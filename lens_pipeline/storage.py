@@ -8,7 +8,6 @@ from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import fsspec
 
@@ -69,7 +68,7 @@ def locate(
 
 def without_query(location: str) -> str:
     """A path as it is; a URL without what follows `?`, where it is signed."""
-    return urlsplit(location)._replace(query="").geturl() if "://" in location else location
+    return location.partition("?")[0] if "://" in location else location
 
 
 def names_table(location: str) -> bool:

@@ -21,6 +21,7 @@ from lens_pipeline.storage import (
     locate,
     names_table,
     states_of,
+    without_query,
 )
 from lens_pipeline_tests.faulty_proxy import FaultyProxy
 from lens_pipeline_tests.object_stores import S3Server, sign_in
@@ -201,3 +202,15 @@ def test_a_bucket_that_does_not_answer_says_nothing_of_what_has_changed(
     names = [f"{s3_bucket}/{k}.npy" for k in range(40)]
     with pytest.raises(NoAnswerError):
         dict(states_of(names, s3_server.storage_options(proxy.url)))
+
+
+@pytest.mark.parametrize(
+    ("url", "without"),
+    [
+        ("hdfs:///user/x/c.csv", "hdfs:///user/x/c.csv"),
+        ("https://h/c.csv?signed=a/b", "https://h/c.csv"),
+        ("/a/what?.csv", "/a/what?.csv"),
+    ],
+)
+def test_only_the_query_of_a_url_is_left_out(url: str, without: str) -> None:
+    assert without_query(url) == without

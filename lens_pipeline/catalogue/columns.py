@@ -24,9 +24,15 @@ def column_name(name: Any) -> str:
 
 
 def with_column_names(table: pd.DataFrame, source: str) -> pd.DataFrame:
-    """The table, its columns called by `column_name`. Raises InputError where two are one."""
+    """The table, its columns called by `column_name`; beside one that is called so already, or
+    beside paths that are, others keep their letters. Raises InputError where two are one."""
     given = [str(name) for name in table]
-    names = [column_name(name) for name in given]
+    has_paths = bool(image_columns(given))
+    names = []
+    for name in given:
+        ours = column_name(name)
+        taken = ours in given or (has_paths and ours.startswith(_IMAGE))
+        names.append(name if name != ours and taken else ours)
     for place, name in enumerate(names):
         if name in names[:place]:
             both = f"{given[names.index(name)]!r} and {given[place]!r}"
@@ -47,8 +53,10 @@ def image_columns(names: Iterable[Any]) -> list[str]:
 
 def as_text(column: pd.Series) -> pd.Series:
     """As text, with empty and missing alike missing; whole numbers without a decimal point."""
-    if pd.api.types.is_float_dtype(column) and (column.dropna() % 1 == 0).all():
-        column = column.astype("Int64")
+    if pd.api.types.is_float_dtype(column):
+        known = column.dropna()
+        if (known % 1 == 0).all() and (known.abs() < 2**63).all():
+            column = column.astype("Int64")
     text = column.astype("object").map(_text)
     return text.astype("object").where(text.notna(), None)
 
@@ -80,9 +88,12 @@ def numbers(table: pd.DataFrame, column: str, source: str, what: str = "a number
     is neither, and infinite."""
     if column not in table:
         return pd.Series(np.nan, table.index)
-    text = stripped(table[column])
-    found = pd.to_numeric(text, errors="coerce").astype("float64")
-    refuse(source, table, text.notna() & ~np.isfinite(found), column, f"must be {what}, or empty")
+    stated = table[column]
+    if not pd.api.types.is_numeric_dtype(stated):
+        stated = stripped(stated)
+    found = pd.to_numeric(stated, errors="coerce").astype("float64")
+    bad = stated.notna() & ~np.isfinite(found)
+    refuse(source, table, bad, column, f"must be {what}, or empty")
     return found
 
 

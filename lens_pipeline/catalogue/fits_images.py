@@ -25,6 +25,7 @@ _ROLES = {
 }
 _SUFFIX = {suffix: role for role, suffixes in _ROLES.items() for suffix in suffixes}
 _NAME = re.compile(rf"^((?P<band>.+)_)?(?P<suffix>{'|'.join(_SUFFIX)})$")
+_KINDS = (fits.PrimaryHDU, fits.ImageHDU, fits.CompImageHDU, fits.BinTableHDU, fits.TableHDU)
 _UNNAMED = ("", "COMPRESSED_IMAGE")  # the second: what astropy calls it, compressed
 _FIRST = "PRIMARY"  # what astropy calls the first of a file, which need not have a name
 _PLAIN = ""  # the band of an extension that is named by its role alone
@@ -112,6 +113,9 @@ def read_fits(content: io.BytesIO) -> FitsImage:
     """Raises ValueError where there is no image, where the bands' images differ in shape, and where
     the extensions' names leave open what goes together."""
     with fits.open(content, memmap=False, uint=False) as hdus:
+        for hdu in hdus:
+            if not isinstance(hdu, _KINDS):  # for astropy, one of a kind to come
+                raise ValueError(f"the header of the extension {hdu.name} is damaged")
         extensions = [
             _Extension("" if hdu.name in _UNNAMED else hdu.name, np.asarray(hdu.data), hdu.header)
             for hdu in hdus
@@ -119,11 +123,11 @@ def read_fits(content: io.BytesIO) -> FitsImage:
         ]
     if not extensions:
         raise ValueError("the FITS file holds no image")
-    first, alone = extensions[0], len(extensions) == 1
-    if alone and first.data.ndim == 3 and first.role in ("image", None):
-        n_bands = len(first.data)
+    if len(extensions) == 1:
+        (image,) = extensions
+        n_bands = len(image.data) if image.data.ndim == 3 else 1
         unknown = (float("nan"),) * n_bands
-        return FitsImage(first.data, None, unknown, (first.zero_point,) * n_bands)
+        return FitsImage(image.data, None, unknown, (image.zero_point,) * n_bands)
     found = _found(extensions)
     images = {name: band.image for name, band in found.items() if band.image is not None}
     shapes = {image.data.shape for image in images.values()}
@@ -134,7 +138,7 @@ def read_fits(content: io.BytesIO) -> FitsImage:
     nameless = any(name.startswith("#") for name in found) or [*found] in ([_PLAIN], [_FIRST])
     return FitsImage(
         np.stack([_masked(image, found[name].maps.get("mask")) for name, image in images.items()]),
-        None if nameless or (alone and first.role is None) else tuple(found),
+        None if nameless else tuple(found),
         tuple(_sigma(band.maps) for band in found.values()),
         tuple(image.zero_point for image in images.values()),
     )

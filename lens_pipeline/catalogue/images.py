@@ -30,6 +30,7 @@ COMPOSITE = "composite"
 COMPOSITE_BANDS = ("red", "green", "blue")
 FLUX = "flux"  # as read: becomes SIGMA_UNITS
 FLOAT16_MAX = float(np.finfo(np.float16).max)
+MAX_ZEROS = 0.01  # of the pixels beside blocks of zeros, or these are none of a filler
 NPY_HEAD = 4096  # bytes: more than the head of a NumPy file
 STACK_ROW = re.compile(r"^(?P<file>.*\.npy)#(?P<row>\d+)$", re.IGNORECASE)
 
@@ -260,13 +261,15 @@ def background_sigma(band: NDArray[np.float32]) -> float:
 
 def _filled(pixels: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Which pixels (bands, height, width) of linear flux hold a filler, as beyond the edge of a
-    tile: blocks of zeros, at least 3 x 3, for the sky's noise has no such."""
+    tile: blocks of zeros, at least 3 x 3, where zeros are rare else, as they are not in counts."""
     zero = pixels == 0
     constant = (zero | ~np.isfinite(pixels)).all(axis=(1, 2), keepdims=True)
     zero &= ~constant  # of which others tell
     if zero.sum() < 9:
         return np.zeros_like(zero)
-    return ndimage.binary_opening(zero, np.ones((1, 3, 3)))
+    blocks = ndimage.binary_opening(zero, np.ones((1, 3, 3)))
+    others = (zero & ~blocks).sum(axis=(1, 2), keepdims=True)
+    return blocks & (others <= MAX_ZEROS * (~blocks).sum(axis=(1, 2), keepdims=True))
 
 
 def usable_cutout(
@@ -375,9 +378,7 @@ def read_cutout(
             sigma=tuple(v for part in parts for v in part.sigma or unknown),
             zero_point=tuple(v for part in parts for v in part.zero_point or unknown),
         )
-    # A column `path_g` names its band whatever the file says, as several do together.
-    named = cutout.bands is not None and len(cutout.bands) > 1
-    if names and not named and len(names) == len(cutout.pixels):
+    if names and cutout.bands is None and len(names) == len(cutout.pixels):
         cutout = replace(cutout, bands=tuple(names))
     if bands:
         cutout = cutout.with_bands(bands)

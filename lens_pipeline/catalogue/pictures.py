@@ -85,6 +85,7 @@ def _read_tiff(content: bytes) -> NDArray[Any]:
             tifffile.EXTRASAMPLE.UNASSALPHA,
         }:
             array = array[:-1]
-        if first.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+        negative = first.photometric == tifffile.PHOTOMETRIC.MINISWHITE
+        if negative and np.issubdtype(array.dtype, np.integer):
             array = np.iinfo(array.dtype).max - array
     return array.reshape(-1, *array.shape[-2:])

@@ -162,8 +162,11 @@ def _fingerprint(source: str, storage_options: Mapping[str, Any] | None) -> str:
     # What `_read_folder` looks at: other things may lie there, LENS_HOME among them.
     listings = [posixpath.join(inside, f"{split}.csv") for split in SPLITS]
     tables = [filesystem.cat_file(name) for name in listings if filesystem.exists(name)]
-    folders = [posixpath.join(inside, part) for part in (*SPLITS, *CLASS_FOLDERS)]
-    names = sorted(name for part in folders for name in filesystem.find(part))
+    names: list[str] = []
+    for folders in (SPLITS, CLASS_FOLDERS):
+        if not names and not tables:
+            places = [posixpath.join(inside, folder) for folder in folders]
+            names = sorted(name for place in places for name in filesystem.find(place))
     if not names and not tables:
         names = images_in(filesystem, inside)
     return hashlib.sha256(b"\0".join([*(n.encode() for n in names), *tables])).hexdigest()

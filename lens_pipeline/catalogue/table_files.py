@@ -46,7 +46,8 @@ def read_table(source: str, options: dict[str, Any]) -> pd.DataFrame:
         return _read_csv(content, source)
     if suffix == ".parquet":
         table = pd.read_parquet(content)
-        own = [name for name in table.index.names if name is not None]  # a column, to pandas
+        # A named index is a column that pandas shows apart, or once more.
+        own = [name for name in table.index.names if name is not None and name not in table]
         return with_column_names(table.reset_index(own), source)
     from astropy.table import Table
 
@@ -121,11 +122,16 @@ def read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str)
             tables.append(table.drop(columns="filepath"))
             continue  # the listing says what of the split's folders belongs to it
         rows += _of_classes(filesystem, inside, split)
-    rows += _of_classes(filesystem, inside, None)
     if not rows and not tables:
         for name in ("catalogue.parquet", "catalogue.csv"):
             if filesystem.exists(posixpath.join(inside, name)):
                 raise InputError(f"{source}: is no catalogue, but holds one: name {source}/{name}")
+        rows = _of_classes(filesystem, inside, None)
+        if rows and images_in(filesystem, inside):
+            raise InputError(
+                f"{source}: holds images, and folders lens or nonlens with others; move either"
+            )
+    if not rows and not tables:
         rows = [{"id": name, "path": name} for name in images_in(filesystem, inside)]
     if rows:
         tables.append(pd.DataFrame(rows))

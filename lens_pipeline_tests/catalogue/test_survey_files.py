@@ -70,7 +70,6 @@ def test_a_mask_that_covers_the_object_is_refused(tmp_path: Path) -> None:
         (["IMAGE", "VARIANCE"], None, 2),
         (["WEIGHT", "SCI"], None, 0.5),
         (["G", "G_INVVAR", "R", "R_INVVAR"], ("G", "R"), 0.5),  # Legacy Surveys
-        (["VIS_FLUX"], ("VIS",), None),
         (["COMPRESSED_IMAGE"], None, None),
     ],
 )
@@ -94,17 +93,27 @@ def test_maps_are_no_bands(
     )
 
 
-def test_what_an_extension_is_called_holds_when_it_is_alone(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.fits", [("VIS_FLUX", galaxy())])
-    with pytest.raises(CutoutError, match="there is no band NIR_H; there are VIS"):
-        read_cutout([path], SIDE, bands=["NIR_H"])
-    assert read_cutout([path], SIDE, bands=["vis"]).bands == ("vis",)
-    # The catalogue's column `path_I` does not ask the file.
-    assert read_cutout([path], SIDE, names=["I"], bands=["I"]).bands == ("I",)
-    for name in ("VIS_RMS", "DQ"):
-        alone = write(tmp_path / f"{name}.fits", [(name, galaxy())])
-        with pytest.raises(CutoutError, match=f"none of the extensions {name} is an image"):
-            read_image(alone)
+def test_an_image_that_is_alone_may_have_any_name(tmp_path: Path) -> None:
+    """As tools name it after its object, or its role."""
+    for name in ("OBJ17_SCI", "CUTOUT", "VAR"):
+        path = write(tmp_path / f"{name}.fits", [(name, galaxy())])
+        assert read_image(path).bands is None
+        assert read_cutout([path], SIDE, bands=["r"]).bands == ("r",)
+    with pytest.raises(CutoutError, match=r"the shape is \(1, 1, 60, 60\); \(bands, height"):
+        read_image(write(tmp_path / "b.fits", [("SCI", galaxy()[None, None])]))
+
+
+@pytest.mark.parametrize("lost", ["G_MASK", "R_SCI"])
+def test_an_extension_whose_header_is_damaged_is_not_left_out(tmp_path: Path, lost: str) -> None:
+    mask = np.zeros((SIDE, SIDE), np.int16)
+    path = write(tmp_path / "a.fits", [("G_SCI", galaxy()), ("G_MASK", mask), ("R_SCI", galaxy())])
+    content = bytearray(Path(path).read_bytes())
+    with fits.open(path) as hdus:
+        begin = hdus[lost].fileinfo()["hdrLoc"]
+    content[begin : begin + 80] = b"\xff" * 80
+    Path(path).write_bytes(content)
+    with pytest.raises(CutoutError, match=f"the header of the extension {lost} is damaged"):
+        read_image(path)
 
 
 def test_unnamed_compressed_extensions_are_bands(tmp_path: Path) -> None:
@@ -167,6 +176,13 @@ def test_beyond_the_edge_of_a_tile_nothing_is_measured(tmp_path: Path) -> None:
     np.save(tmp_path / "b.npy", image)
     with pytest.raises(CutoutError, match="33% of a band's pixels are not finite, or zeros"):
         read_cutout([str(tmp_path / "b.npy")], SIDE)
+    # Of counts zeros are many, and no filler.
+    counts = np.random.default_rng(0).poisson(0.3, (2, SIDE, SIDE))
+    noise = np.full((SIDE, SIDE), 0.55, np.float32)
+    path = write(tmp_path / "c.fits", [("SCI", counts[0].astype(np.int16)), ("RMS", noise)])
+    found = read_cutout([path], SIDE)
+    assert found.nan_fraction == 0
+    np.testing.assert_allclose(found.pixels[0], counts[0] / 0.55, rtol=1e-6)
     # In the units that a simulation gives, zeros are zeros.
     assert read_cutout([str(tmp_path / "b.npy")], SIDE, "background_sigma").nan_fraction == 0
 
@@ -212,6 +228,7 @@ COLOUR = np.random.default_rng(4).integers(0, 255, (40, 40, 3), endpoint=True).a
         (sky(), {"bigtiff": True, "photometric": "minisblack", "planarconfig": "separate"}, sky),
         (COLOUR.astype(np.uint16) * 257, {"bigtiff": True, "photometric": "rgb"}, COLOUR),
         (COLOUR[..., 0], {"photometric": "miniswhite"}, 255 - COLOUR[..., :1]),
+        (sky(1), {"photometric": "miniswhite"}, sky),  # flux is none of a picture
         (
             COLOUR[..., :2],
             {"photometric": "minisblack", "planarconfig": "contig", "extrasamples": ["unassalpha"]},

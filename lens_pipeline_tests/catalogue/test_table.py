@@ -93,6 +93,17 @@ def test_folders_of_classes_without_splits(tmp_path: Path) -> None:
     assert table["split"].isna().all()
 
 
+def test_listings_and_folders_of_classes_are_not_counted_twice(tmp_path: Path) -> None:
+    (tmp_path / "lens").mkdir()
+    (tmp_path / "lens" / "a.png").touch()
+    (tmp_path / "loose.png").touch()
+    with pytest.raises(InputError, match="holds images, and folders lens or nonlens with others"):
+        read_catalogue(tmp_path)
+    (tmp_path / "train.csv").write_text("id,filepath,label\none,lens/a.png,1\n")
+    table = read_catalogue(tmp_path).table
+    assert table[["id", "split"]].to_numpy().tolist() == [["one", "train"]]
+
+
 def test_a_folder_that_holds_a_catalogue_is_not_read_as_images(tmp_path: Path) -> None:
     """As the simulator leaves it: a stack, a picture and a table."""
     for name in ("images-00000.npy", "kinds.jpg", "catalogue.parquet"):
@@ -175,17 +186,23 @@ def test_columns_are_known_in_any_case_of_letters(tmp_path: Path) -> None:
     fits = Table({"ID": ["a", "b"], "PATH": ["a.npy", "b.npy"], "GROUP": ["one", "one "]})
     fits.write(tmp_path / "t.fits")
     assert read_catalogue(tmp_path / "t.fits").table["group"].tolist() == ["one", "one"]
-    (tmp_path / "t.csv").write_text("id,path,group,Group\na,a.npy,1,2\n")
-    with pytest.raises(InputError, match="columns 'group' and 'Group' are both group; drop or"):
+    (tmp_path / "t.csv").write_text("id,path,GROUP,Group\na,a.npy,1,2\n")
+    with pytest.raises(InputError, match="columns 'GROUP' and 'Group' are both group; drop or"):
         read_catalogue(tmp_path / "t.csv")
+    # Of a survey's own beside ours.
+    (tmp_path / "t.csv").write_text("ID,id,path_r,PATH_hst,RA\n7,a,a.npy,b.npy,1e20\n")
+    table = read_catalogue(tmp_path / "t.csv").table
+    assert [*table][:4] == ["ID", "id", "path_r", "PATH_hst"]
+    assert (table["id"].tolist(), table["ra"].tolist()) == (["a"], [1e20])
 
 
 def test_a_parquet_index_is_a_column(tmp_path: Path) -> None:
     for index in ("id", "group"):
         table = pd.DataFrame({"id": ["a", "b"], "path": ["a.npy", "b.npy"], "group": ["x", "x"]})
-        table.set_index(index).to_parquet(tmp_path / "t.parquet")
-        found = read_catalogue(tmp_path / "t.parquet").table
-        assert found[["id", "group"]].to_numpy().tolist() == [["a", "x"], ["b", "x"]]
+        for drop in (True, False):
+            table.set_index(index, drop=drop).to_parquet(tmp_path / "t.parquet")
+            found = read_catalogue(tmp_path / "t.parquet").table
+            assert found[["id", "group"]].to_numpy().tolist() == [["a", "x"], ["b", "x"]]
 
 
 def test_bytes_and_lists_of_parquet_are_text(tmp_path: Path) -> None:
