@@ -14,8 +14,9 @@ def code_commit() -> str | None:
         import git
     except ImportError:  # where the program itself is not installed
         return None
+    here = Path(__file__).resolve().parents[1]
     try:
-        checkout = git.Repo(Path(__file__).parent, search_parent_directories=True)
+        checkout = git.Repo(here)  # which is not in somebody else's checkout
         commit = checkout.head.commit.hexsha
         return f"{commit}-dirty" if checkout.is_dirty() else str(commit)
     except (git.GitError, ValueError):  # another user's checkout; one without a commit

@@ -73,9 +73,7 @@ def prepare_home(settings: Settings) -> None:
 
 def keep_settings(settings: Settings) -> None:
     """Write down in LENS_HOME what decides its graph, for who only looks at it later."""
-    write_aside(
-        settings.home / KEPT, json.dumps(settings.decisive, indent=1, sort_keys=True) + "\n"
-    )
+    write_aside(settings.home / KEPT, json.dumps(settings.kept, indent=1, sort_keys=True) + "\n")
 
 
 def settings_of_home(home: str | None) -> Settings:

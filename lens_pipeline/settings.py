@@ -355,9 +355,14 @@ class Settings(BaseSettings):
 
         Neither storage options nor the tracking server's URI: they may hold secrets.
         """
+        return {name: v for name, v in self.kept.items() if name not in ("deployment", "cache_gb")}
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What a home remembers of its last run: `decisive`, and what else its graph is made by."""
         places = {"home", "storage_options", "tracking_uri", "mlflow_page"}
         operation = {
-            *("deployment", "git_commit", "verify", "cache_gb", "keep_days"),
+            *("git_commit", "verify", "keep_days"),
             *("retrain_cron", "time_zone", "webhook_url"),
         }
         names = self.model_fields_set - places - operation

@@ -97,7 +97,7 @@ def test_a_killed_command_goes_on_and_ends_with_what_it_would_have(
     (killed / "part-000001.parquet").write_bytes(b"PAR1")  # damaged: is scored again
     out = killed.with_name("scores.parquet")
     assert main(command(home, survey, out)) == 0
-    assert f"goes on from row {ROWS} of {N}" in capsys.readouterr().err
+    assert f"goes on, {ROWS} of {N} rows are done" in capsys.readouterr().err
     assert out.read_bytes() == undisturbed.read_bytes()
     assert [path.name for path in out.parent.iterdir()] == ["scores.parquet"]
     scores, table = pd.read_parquet(out), pd.read_parquet(survey)
@@ -159,14 +159,48 @@ def test_scores_are_not_replaced_by_none(
     images.rename(tmp_path / "away")
     assert main(command(home, catalogue, out)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"of the first {2 * ROWS} cutouts {ROWS} cannot be used" in error
-    assert f"of all {3 * ROWS // 10} may be so (LENS_MAX_REJECT_FRACTION)" in error
-    assert f"{ROWS} times: the file is missing" in error
+    assert f"{ROWS} of {3 * ROWS} cutouts cannot be used, or more; " in error
+    assert f"LENS_MAX_REJECT_FRACTION allows {3 * ROWS // 10}: {ROWS} times: the file is" in error
     assert out.read_bytes() == before
     (tmp_path / "away").rename(images)
     assert main(command(home, catalogue, out)) == 0
-    assert f"goes on from row {ROWS} of {3 * ROWS}" in capsys.readouterr().err
+    assert f"goes on, {ROWS} of {3 * ROWS} rows are done" in capsys.readouterr().err
     assert out.read_bytes() == before
+
+
+def test_a_limit_that_is_raised_costs_nothing_that_was_done(
+    home: Path,
+    survey: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "scores.parquet"
+    monkeypatch.setenv("LENS_MAX_REJECT_FRACTION", "0.005")
+    assert main(command(home, survey, out)) == 2
+    assert "LENS_MAX_REJECT_FRACTION allows 10: 11 times: the file is m" in capsys.readouterr().err
+    monkeypatch.delenv("LENS_MAX_REJECT_FRACTION")
+    assert main(command(home, survey, out)) == 0
+    assert f"goes on, {ROWS} of {N} rows are done" in capsys.readouterr().err
+    assert out.read_bytes() == undisturbed.read_bytes()
+
+
+def test_a_limit_holds_for_what_was_done_before(
+    ensemble: LensEnsemble, survey: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = CatalogueCutouts(read_catalogue(survey)), tmp_path / "scores.parquet"
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        during.setattr("lens_pipeline.ensemble.parts._put_together", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            score_to_file(ensemble, source, out, model="mine")
+    with pytest.raises(InputError, match=rf"23 of {N} cutouts cannot be used, or more; LENS_MAX"):
+        score_to_file(ensemble, source, out, model="mine", max_reject_fraction=0.01)
+    assert score_to_file(ensemble, source, out, model="mine").n_scored == N - 23
 
 
 def test_images_without_names_of_bands_are_told(

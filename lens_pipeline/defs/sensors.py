@@ -12,7 +12,7 @@ from lens_pipeline.defs.source import source_state
 from lens_pipeline.defs.stages import REGISTERED
 from lens_pipeline.defs.surveys import every_survey
 from lens_pipeline.errors import InputError
-from lens_pipeline.registry import CHAMPION, MODEL, answering
+from lens_pipeline.registry import CHAMPION, MODEL, PASSED, answering
 from lens_pipeline.settings import Settings
 from lens_pipeline.tracking import keep_waits_short
 
@@ -81,11 +81,11 @@ def new_challenger(
     told = json.loads(context.cursor or "{}")
     if isinstance(told, int):  # as former versions have left it
         told = {"version": told}
+    records = context.instance.fetch_materializations(REGISTERED, limit=1).records
     try:
         champion = _champion(lens)
     except InputError as problem:
         return dg.SkipReason(str(problem))
-    records = context.instance.fetch_materializations(REGISTERED, limit=1).records
     made = records[0].asset_materialization if records else None
     facts = {name: str(value.value) for name, value in made.metadata.items()} if made else {}
     # An older one comes up again where its members are trained again, as after a change taken back.
@@ -93,8 +93,11 @@ def new_challenger(
     new = version > told.get("version", 0)
     said = []
     if new:
-        stays = f"it stays challenger: {facts['gate']}"
-        why = "it has become champion" if champion == version else stays
+        why = f"it stays challenger: {facts['gate']}"
+        if champion == version:
+            why = "it has become champion"
+        elif facts["gate"] == PASSED:
+            why = "it passed the gate, and is not champion now"
         said.append(f"{MODEL} version {version} is registered; {why}")
     if not (new and champion == version) and told.get("champion", champion) != champion:
         said.append(_of_champion(champion, told["champion"]))

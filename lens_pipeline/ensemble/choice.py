@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -43,12 +43,14 @@ Choice = Strategy | Literal["best"]
 class FittedFusion:
     """What turns the members' raw logits into a calibrated one.
 
-    members: the calibration of each; calibration: of what the fusion gives.
+    members: the calibration of each; calibration: of what the fusion gives; shares: how far each
+    member decides (see `moved_by`), all alike where that is not known.
     """
 
     members: tuple[Calibration, ...]
     fusion: Fusion
     calibration: Calibration
+    shares: tuple[float, ...] = ()
 
     def __call__(self, logits: Array, deviation: Array) -> Array:
         """Logits (n,) of raw logits and their deviations under dropout, both (n, members)."""
@@ -57,11 +59,10 @@ class FittedFusion:
 
     def fuse(self, logits: Array, draws: Array) -> Fused:
         """Scores of raw logits (n, members) and of the same with dropout (n, members, draws)."""
-        deviation = draws.std(axis=2)
-        calibrated, variance = _calibrated(self.members, logits, deviation)
+        n = len(self.members)
         drawn = np.stack([one(draws[:, i]) for i, one in enumerate(self.members)], axis=1)
-        shares = self.fusion.shares(calibrated, variance)
-        return with_uncertainty(self(logits, deviation), drawn, shares)
+        shares = np.array(self.shares or n * (1 / n,))
+        return with_uncertainty(self(logits, draws.std(axis=2)), drawn, shares)
 
     def moved_by(self, logits: Array, deviation: Array) -> Array:
         """How far each member decides, (members,), 1 in sum: what the fused logit changes by, as
@@ -72,7 +73,8 @@ class FittedFusion:
             held = logits.copy()
             held[:, member] = mean
             changes.append(np.sqrt(np.mean((self(held, deviation) - fused) ** 2)))
-        return np.array(changes) / max(sum(changes), np.finfo(np.float64).tiny)
+        total = sum(changes)
+        return np.array(changes) / total if total else np.full(len(changes), 1 / len(changes))
 
 
 def fit(
@@ -93,7 +95,9 @@ def fit(
     fusion = fit_fusion(strategy, calibrated, variance, label, _rank(label))
     # A fusion need not have its zero where lenses and non-lenses are alike: a slope is not enough.
     last: Method = "platt" if method == "temperature" else method
-    return FittedFusion(members, fusion, fit_calibration(fusion(calibrated, variance), label, last))
+    calibration = fit_calibration(fusion(calibrated, variance), label, last)
+    fitted = FittedFusion(members, fusion, calibration)
+    return replace(fitted, shares=tuple(fitted.moved_by(logits, deviation).tolist()))
 
 
 def choose(

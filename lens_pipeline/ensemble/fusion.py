@@ -26,8 +26,8 @@ class Fused:
     """Scores of n cutouts, each float64 (n,).
 
     std: epistemic, the standard deviation of the probability over members and dropout draws, each
-    member counting as the fusion lets it; entropy: aleatoric, the mean over them of the entropy of
-    a yes-or-no answer, in nats.
+    member counting as far as it decides; entropy: aleatoric, the mean over them of the entropy of a
+    yes-or-no answer, in nats.
     """
 
     probability: Array
@@ -44,9 +44,6 @@ class Mean:
 
     def __call__(self, logits: Array, variance: Array) -> Array:
         return logits.mean(axis=1)
-
-    def shares(self, logits: Array, variance: Array) -> Array:
-        return np.full(logits.shape, 1 / logits.shape[1])
 
 
 @dataclass(frozen=True)
@@ -67,17 +64,13 @@ class InverseVariance:
     strategy: Literal["uncertainty_weighted"] = "uncertainty_weighted"
 
     def __call__(self, logits: Array, variance: Array) -> Array:
-        scale, offset = (1.0, 0.0) if self.scale is None else (self.scale, self.offset)
-        on_scale = (logits - np.array(offset)) / np.array(scale)
-        return np.sum(on_scale * self.shares(logits, variance), axis=1)
-
-    def shares(self, logits: Array, variance: Array) -> Array:
-        if self.scale is None or self.noise is None:
-            noise, of_draws = logits.var(axis=1, keepdims=True), variance
+        if self.scale is None or self.offset is None or self.noise is None:
+            noise, on_scale, of_draws = logits.var(axis=1, keepdims=True), logits, variance
         else:
-            noise, of_draws = np.array(self.noise), variance / np.array(self.scale) ** 2
+            scale, noise = np.array(self.scale), np.array(self.noise)
+            on_scale, of_draws = (logits - np.array(self.offset)) / scale, variance / scale**2
         weight = 1 / np.maximum(of_draws + noise, np.finfo(np.float64).tiny)
-        return weight / weight.sum(axis=1, keepdims=True)
+        return np.average(on_scale, axis=1, weights=weight)
 
 
 @dataclass(frozen=True)
@@ -89,10 +82,6 @@ class Stacking:
 
     def __call__(self, logits: Array, variance: Array) -> Array:
         return logits @ np.array(self.weights)
-
-    def shares(self, logits: Array, variance: Array) -> Array:
-        weights = np.array(self.weights) if any(self.weights) else np.ones(logits.shape[1])
-        return np.broadcast_to(weights / weights.sum(), logits.shape)
 
 
 @dataclass(frozen=True)
@@ -112,9 +101,6 @@ class Bayesian:
         evidence = [curve(logits[:, i]) - self.prior for i, curve in enumerate(self.curves)]
         return self.prior + np.sum(evidence, axis=0)
 
-    def shares(self, logits: Array, variance: Array) -> Array:
-        return np.full(logits.shape, 1 / logits.shape[1])
-
 
 @dataclass(frozen=True)
 class Single:
@@ -125,9 +111,6 @@ class Single:
 
     def __call__(self, logits: Array, variance: Array) -> Array:
         return logits[:, self.member]
-
-    def shares(self, logits: Array, variance: Array) -> Array:
-        return np.broadcast_to(np.arange(logits.shape[1]) == self.member, logits.shape) * 1.0
 
 
 Fusion = Annotated[
@@ -141,22 +124,21 @@ def fuse(logits: Array, draws: Array, fusion: Fusion | None = None) -> Fused:
     logits: float64 (n, members); draws: float64 (n, members, draws), the same with dropout;
     fusion: the mean unless another is given.
     """
-    taken, variance = fusion or Mean(), draws.var(axis=2)
-    return with_uncertainty(taken(logits, variance), draws, taken.shares(logits, variance))
+    fused = (fusion or Mean())(logits, draws.var(axis=2))
+    return with_uncertainty(fused, draws, np.full(logits.shape[1], 1 / logits.shape[1]))
 
 
 def with_uncertainty(fused: Array, draws: Array, shares: Array) -> Fused:
     """Fused logits (n,) as scores, with what the draws (n, members, draws) say of their
-    uncertainty; shares (n, members): how far each member decides, 1 in sum."""
+    uncertainty; shares (members,): how far each member decides, 1 in sum."""
     drawn = expit(draws)
-    mean = np.sum(shares * drawn.mean(axis=2), axis=1)
+    mean = drawn.mean(axis=2) @ shares
     scatter = np.mean((drawn - mean[:, None, None]) ** 2, axis=2)
-    entropy = (entr(drawn) + entr(1 - drawn)).mean(axis=2)
     return Fused(
         probability=expit(fused),
         logit=fused,
-        std=np.sqrt(np.sum(shares * scatter, axis=1)),
-        entropy=np.sum(shares * entropy, axis=1),
+        std=np.sqrt(scatter @ shares),
+        entropy=(entr(drawn) + entr(1 - drawn)).mean(axis=2) @ shares,
     )
 
 

@@ -14,19 +14,21 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import filelock
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from scipy.special import expit
 
 from lens_pipeline.catalogue.dataset import counted_reasons
+from lens_pipeline.catalogue.images import CutoutError
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.commit import code_commit
 from lens_pipeline.ensemble.cutouts import CutoutSource
@@ -204,56 +206,85 @@ def _score_parts(
 ) -> Counter[str]:
     """Returns why how many could not be scored."""
     n = len(source.catalogue.table)
-    done = 0
-    reasons: Counter[str] = Counter()
-    for number, part in enumerate(parts):
-        if not _is_whole(part, min(ROWS, n - number * ROWS)):
-            break
-        reasons.update(_column(part, "reject_reason").dropna())
-        done += 1
+    finished = _finished(ensemble, source, parts)
+    left = [number for number in range(len(parts)) if number not in finished]
+    reasons = Counter(
+        reason for number in finished for reason in _column(parts[number], "reject_reason").dropna()
+    )
+    done = n - sum(min(ROWS, n - number * ROWS) for number in left)
     if done:
-        log.info("%s: goes on from row %d of %d", parts[0].parent, min(done * ROWS, n), n)
-    batches = score_batches(ensemble, source, begin=done * ROWS)
-    with scoring(n, min(done * ROWS, n)) as progress:
-        for number, part in enumerate(parts[done:], done):
-            tables = []
-            for batch in islice(batches, ROWS // BATCH):
-                tables.append(batch)
-                progress.update(len(batch))
-            table = pd.concat(tables)
-            reasons.update(table["reject_reason"].dropna())
-            if reasons.total() > may_fail:
-                _refuse_rejects(reasons, source, min(n, (number + 1) * ROWS), may_fail, parts)
-            schema = pa.schema([(str(name), types[str(name)]) for name in table])
-            with _written(part) as file:
-                pq.write_table(pa.Table.from_pandas(table, schema, preserve_index=False), file)
+        log.info("%s: goes on, %d of %d rows are done", parts[0].parent, done, n)
+    with scoring(n, done) as progress:
+        for some in np.split(left, np.flatnonzero(np.diff(left) > 1) + 1) if left else []:
+            begin, end = some[0] * ROWS, min(n, (some[-1] + 1) * ROWS)
+            batches = score_batches(ensemble, source, begin, end)
+            for number in some:
+                tables = []
+                for batch in islice(batches, ROWS // BATCH):
+                    tables.append(batch)
+                    progress.update(len(batch))
+                table = pd.concat(tables)
+                schema = pa.schema([(str(name), types[str(name)]) for name in table])
+                with _written(parts[number]) as file:
+                    pq.write_table(pa.Table.from_pandas(table, schema, preserve_index=False), file)
+                reasons.update(table["reject_reason"].dropna())
+                if reasons.total() > may_fail:
+                    _refuse_rejects(reasons, source, parts, may_fail)
+    if reasons.total() > may_fail:
+        _refuse_rejects(reasons, source, parts, may_fail)
     return reasons
 
 
+def _finished(ensemble: LensEnsemble, source: CutoutSource, parts: list[Path]) -> set[int]:
+    """The numbers of the parts that are whole, and of which nothing that could not be used then can
+    be now, as where a disk was away."""
+    n = len(source.catalogue.table)
+    whole = [k for k, part in enumerate(parts) if _is_whole(part, min(ROWS, n - k * ROWS))]
+    rejected = [k * ROWS + np.flatnonzero(_rejected(parts[k])) for k in whole]
+    rows = np.concatenate([*rejected, np.zeros(0, int)])
+    read = source.read(ensemble.format, rows) if len(rows) else ()
+    again = {
+        int(row) // ROWS
+        for row, cutout in zip(rows, read, strict=False)
+        if not isinstance(cutout, CutoutError)
+    }
+    return {*whole} - again
+
+
 def _refuse_rejects(
-    reasons: Counter[str], source: CutoutSource, n: int, may_fail: int, parts: list[Path]
-) -> None:
-    """Raises InputError; parts in which any cutout could not be used are removed."""
-    for part in takewhile(Path.exists, parts):
-        if _column(part, "reject_reason").notna().any():
-            part.unlink()
-    if not any(part.exists() for part in parts):
+    reasons: Counter[str], source: CutoutSource, parts: list[Path], may_fail: int
+) -> NoReturn:
+    """Raises InputError; what was scored is kept, and what could not be is tried again."""
+    n = len(source.catalogue.table)
+    if all(_rejected(part).all() for part in parts if part.exists()):
         shutil.rmtree(parts[0].parent)
     why = counted_reasons(reasons.elements())
+    if reasons.total() == n:
+        raise InputError(f"{source.catalogue.source}: none of its {n} cutouts can be used: {why}")
     raise InputError(
-        f"{source.catalogue.source}: of the first {n} cutouts {reasons.total()} cannot be used, of "
-        f"all {may_fail} may be so (LENS_MAX_REJECT_FRACTION): {why}"
+        f"{source.catalogue.source}: {reasons.total()} of {n} cutouts cannot be used, or more; "
+        f"LENS_MAX_REJECT_FRACTION allows {may_fail}: {why}"
     )
+
+
+def _rejected(part: Path) -> NDArray[np.bool_]:
+    """Which rows of a part could not be used."""
+    return _column(part, "reject_reason").notna().to_numpy()
 
 
 def _check_still_true(source: CutoutSource, parts: list[Path], begun: float) -> None:
     """Raises InputError where an image has changed since its part was made.
 
-    begun: when the command that wrote the last parts did; images are read ahead of their part.
+    begun: when the command that wrote the last parts did; images are read ahead of their part. What
+    could not be used then is tried again, and may have changed.
     """
-    written = [part.stat().st_mtime for part in takewhile(Path.exists, parts)]
-    times = np.repeat(np.minimum(written, begun), ROWS)[: len(source.catalogue.table)]
-    changed = source.changed_since(times) if written else None
+    times = np.full(len(source.catalogue.table), np.inf)
+    for number, part in enumerate(parts):
+        if part.exists():
+            times[number * ROWS : (number + 1) * ROWS] = min(part.stat().st_mtime, begun)
+        if _is_whole(part, len(times[number * ROWS : (number + 1) * ROWS])):
+            times[number * ROWS + np.flatnonzero(_rejected(part))] = np.inf
+    changed = source.changed_since(times) if np.isfinite(times).any() else None
     if changed is not None:
         raise InputError(
             f"{parts[0].parent}: has scores of {masked(changed)} as it was before it changed; "

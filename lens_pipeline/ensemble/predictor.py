@@ -95,14 +95,15 @@ def score_catalogue(
 
 
 def score_batches(
-    ensemble: LensEnsemble, source: CutoutSource, begin: int = 0
+    ensemble: LensEnsemble, source: CutoutSource, begin: int = 0, end: int | None = None
 ) -> Iterator[pd.DataFrame]:
-    """The score table of a source, BATCH rows at a time, from a row on that is a multiple of it:
-    whoever goes on from there gets, to the bit, what an undisturbed reader would.
+    """The score table of a source, BATCH rows at a time, from a row on that is a multiple of it,
+    to another or the last: whoever goes on from there gets, to the bit, what an undisturbed reader
+    would.
     """
     if begin % BATCH:
         raise ValueError(f"row {begin} does not begin a batch")
-    n = len(source.catalogue.table)
+    n = len(source.catalogue.table) if end is None else end
     cutouts = source.read(ensemble.format, np.arange(begin, n))
     for start in range(begin, n, BATCH):
         rows = pd.RangeIndex(start, min(start + BATCH, n))

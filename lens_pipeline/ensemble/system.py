@@ -128,7 +128,7 @@ def assemble(
     for name, (checkpoint, _) in members.items():
         shutil.copyfile(checkpoint, out / "members" / f"{name}.ckpt")
     n_lens = int(np.count_nonzero(label == 1))
-    shares = dict(zip(members, fitted.moved_by(logits, deviation).tolist(), strict=True))
+    shares = dict(zip(members, fitted.shares, strict=True))
     ranked = {
         name: lens_metrics(label, expit(own(one)), group=group)["auroc"]
         for name, own, one in zip(members, fitted.members, logits.T, strict=True)
@@ -230,6 +230,7 @@ def load_ensemble(folder: str | Path) -> LensEnsemble:
         tuple(_CALIBRATION.validate_python(one) for one in facts["members"].values()),
         _FUSION.validate_python(facts["fusion"]),
         _CALIBRATION.validate_python(facts["calibration"]),
+        tuple(of["share"] for of in facts.get("standing", {}).values()),
     )
     ensemble = LensEnsemble(members, fitted, form, facts, read_groups(folder))
     return ensemble.to(device)

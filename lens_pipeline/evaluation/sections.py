@@ -169,7 +169,7 @@ def _chosen(facts: Mapping[str, Any]) -> str:
     how = (
         "the one with the highest mean below; the best single member is taken only where it beats "
         "the best of the others in 95 % of the resamplings"
-        if facts["asked_for"] == "best"
+        if facts.get("asked_for") == "best"  # a former version did not say
         else "as was asked for"
     )
     return (

@@ -1,7 +1,7 @@
 """What each member of an ensemble contributes, from its `ensemble.json`."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -17,11 +17,11 @@ def members_table(facts: Mapping[str, Any]) -> pd.DataFrame:
     rows = [
         {
             "member": name,
-            "calibration slope": f"{calibration['slope']:.3g}",
-            "AUROC, validation split": metric_text(facts["standing"][name]["auroc"]),
-            "share in the score": f"{facts['standing'][name]['share']:.0%}",
+            "calibration slope": f"{facts['members'][name]['slope']:.3g}",
+            "AUROC, validation split": metric_text(of["auroc"]),
+            "share in the score": f"{of['share']:.0%}",
         }
-        for name, calibration in facts["members"].items()
+        for name, of in _standing(facts).items()
     ]
     return pd.DataFrame(rows)
 
@@ -32,9 +32,14 @@ def idle_members(facts: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"{name} {_why(of['auroc'])}hardly counts: its share in the score is {of['share']:.0%}"
-        for name, of in facts["standing"].items()
+        for name, of in _standing(facts).items()
         if of["share"] < LITTLE
     ]
+
+
+def _standing(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Nothing of what a former version has assembled."""
+    return cast("Mapping[str, Any]", facts.get("standing", {}))
 
 
 def _why(auroc: Mapping[str, float]) -> str:

@@ -1,5 +1,7 @@
 """Fusions against formulas written out here and against analytic optima."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,7 +13,15 @@ from sklearn.metrics import roc_auc_score
 
 from lens_pipeline import ensemble
 from lens_pipeline.ensemble.choice import FittedFusion, best_of, choose, compare, fit
-from lens_pipeline.ensemble.fusion import InverseVariance, Mean, Single, Stacking, fuse
+from lens_pipeline.ensemble.fusion import (
+    InverseVariance,
+    Mean,
+    Single,
+    Stacking,
+    Strategy,
+    fuse,
+    with_uncertainty,
+)
 from lens_pipeline.errors import InputError
 
 NOISE = np.array([0.8, 1.5, 3.0])
@@ -248,25 +258,32 @@ def test_draws_give_the_uncertainty_of_the_calibrated_members() -> None:
     # A member that decides nothing adds no doubt.
     calibrated = [expit(one(draws[:, i])) for i, one in enumerate(fitted.members)]
     np.testing.assert_allclose(fused.std, calibrated[0].std(axis=1))
-    mean = fit("mean", "platt", logits, deviation, label).fuse(logits, draws)
-    np.testing.assert_allclose(mean.std, np.concatenate(calibrated, axis=1).std(axis=1))
+    unknown = replace(fitted, shares=()).fuse(logits, draws)
+    np.testing.assert_allclose(unknown.std, np.concatenate(calibrated, axis=1).std(axis=1))
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_a_member_of_pure_noise_adds_hardly_any_doubt(strategy: Strategy) -> None:
+    """It decides nothing in any fusion; counted like the other, it made five times the doubt."""
+    logits, deviation, label = members(4000, 0)
+    logits, deviation = logits[:, :2].copy(), deviation[:, :2]
+    logits[:, 1] = np.random.default_rng(1).normal(size=4000)
+    draws = logits[..., None] + deviation[..., None] * np.array([-1.0, 1.0])
+    fitted = fit(strategy, "platt", logits, deviation, label)
+    good = expit(fitted.members[0](draws[:, 0])).std(axis=1)
+    assert 0.99 < fitted.fuse(logits, draws).std.mean() / good.mean() < 2.5
 
 
 def test_each_member_adds_doubt_as_far_as_it_decides() -> None:
     """Against NumPy's covariance of draws that are repeated as often as their member counts."""
     draws = np.random.default_rng(0).normal(size=(5, 2, 20))
     logits, drawn = draws.mean(axis=2), expit(draws)
-    fused = fuse(logits, draws, Stacking((3.0, 1.0)))
+    fused = with_uncertainty(logits[:, 0], draws, np.array([0.75, 0.25]))
     counts = np.repeat([3, 1], 20)
     for row, values in enumerate(drawn.reshape(5, -1)):
         assert fused.std[row] == pytest.approx(np.sqrt(np.cov(values, fweights=counts, ddof=0)))
         entropy = np.average([bernoulli(p).entropy() for p in values], weights=counts)
         assert fused.entropy[row] == pytest.approx(entropy)
-    variance = draws.var(axis=2)
-    for fusion in (Mean(), InverseVariance(), Stacking((0.0, 0.0)), Single(1)):
-        shares = fusion.shares(logits, variance)
-        np.testing.assert_allclose(shares.sum(axis=1), 1)
-        assert (shares >= 0).all()
 
 
 def test_a_members_share_is_what_its_own_scores_move() -> None:
