@@ -133,7 +133,7 @@ def score_to_file(
     return ScoredFile(out, n, n_scored, rejects, listed, gallery)
 
 
-def about_scores(path: Path) -> dict[str, Any]:
+def about_scores(file: str | Path) -> dict[str, Any]:
     """Of what the scores in a file of `score_to_file` are: `model` (its URI in the registry, and a
     hash), `dataset_version` that it was trained on, the `catalogue` or shards, `code_version`
     and `code_commit`.
@@ -141,6 +141,7 @@ def about_scores(path: Path) -> dict[str, Any]:
     It is kept in the metadata of a Parquet file, and beside a CSV file. Raises InputError where it
     is not there.
     """
+    path = Path(file)
     if path.suffix == ".csv":
         text = _beside(path).read_text() if _beside(path).is_file() else None
     else:
