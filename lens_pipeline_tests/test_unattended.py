@@ -146,7 +146,7 @@ def test_what_is_killed_comes_back_and_a_training_goes_on_where_it_was(tmp_path:
         return str(
             until(
                 lambda: [r for r in served.runs() if r["parentRunId"] == run],
-                120,
+                300,
                 f"run {run} is tried again",
             )[0]["runId"]
         )
