@@ -19,7 +19,7 @@ MODEL_FILE = Path(__file__).with_name("pyfunc_model.py")
 # What the carried modules import when they are loaded.
 LIBRARIES = (
     *("astropy", "fsspec", "lazy-loader", "mlflow", "numpy", "pandas", "pytorch-lightning"),
-    *("pydantic", "scipy", "torch", "torchmetrics", "torchvision", "tqdm"),
+    *("pydantic", "scipy", "torch", "torchmetrics", "torchvision"),
 )
 
 
