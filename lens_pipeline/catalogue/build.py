@@ -46,7 +46,6 @@ LIBRARIES = (
 SCALE_SPREAD = 0.01  # of pixel scales that are one, as each image's own astrometry tells it
 SAMPLE = 256  # cutouts that decide on the bands and units of all
 
-
 log = logging.getLogger(__name__)
 
 

@@ -40,8 +40,8 @@ PARTS, KEY_PARTS = 12, 3  # so 16 bits are compared at a time
 NEIGHBOURS = 16  # that one is compared with where more are alike
 PAIRS_PER_CUTOUT, PAIRS = 0.3, 10_000  # whose pixels are compared, at least PAIRS
 
-# Ways to lay a cutout: `turned` by this many right angles, those from MIRRORED on mirrored before.
-TURNS, MIRRORED, HALF = 8, 4, 2
+# Eight ways to lay a cutout: `turned` by right angles, those from MIRRORED on mirrored before.
+MIRRORED, HALF = 4, 2
 
 # Of the correlation. Of different skies, simulated and real, flux, PNG or JPEG, it reaches 0.27
 # (56 pixels) or 0.32 (32 pixels), and 0.36 in coarse JPEG where a lens and its decoy share their
@@ -129,7 +129,7 @@ def _correlations(
 
 
 def turned(images: NDArray[np.float32], turn: int) -> NDArray[np.float32]:
-    """Images (..., size, size) as one of TURNS lays them."""
+    """Images (..., size, size) laid in one of eight ways, by its number."""
     mirrored = images[..., ::-1] if turn >= MIRRORED else images
     # A copy: what is turned in place would be read while it is written.
     return np.rot90(mirrored, turn % MIRRORED, axes=(-2, -1)).copy()

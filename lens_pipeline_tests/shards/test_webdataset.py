@@ -438,3 +438,8 @@ def test_lightning_trains_on_a_stream(shards_folder: Path, remote: str, tmp_path
     trainer.fit(system, data)
     assert trainer.global_step == 2 * len(data.train_dataloader())
     assert 0 <= trainer.callback_metrics["val/auroc"] <= 1
+
+
+def test_a_buffer_of_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match="shuffle_buffer 0: at least 1 is needed"):
+        LensWebDatasetDataModule("train.tar", shuffle_buffer=0)
