@@ -28,7 +28,6 @@ from lens_pipeline.tracking import (
     DATASET_VERSION,
     STEP_KEY,
     Tracking,
-    flat_metrics,
 )
 
 if TYPE_CHECKING:
@@ -403,10 +402,10 @@ def version_tags(
     dataset_version: str,
     dagster_run: str,
     member_runs: Mapping[str, str],
-    metrics: Mapping[str, Any],
+    figures: Mapping[str, float],
 ) -> dict[str, str]:
     """What a registered version carries: its dataset, code, settings, its members' runs, its
-    metrics."""
+    figures on the test split, of real and of simulated cutouts as `lens.real/auroc`, too."""
     commit = code_commit()
     return {
         STEP_KEY: step_key,
@@ -416,5 +415,5 @@ def version_tags(
         **({"lens.git_commit": commit} if commit else {}),
         "lens.settings": json.dumps(settings.decisive, sort_keys=True),
         "lens.member_runs": json.dumps(dict(member_runs), sort_keys=True),
-        **{f"lens.{name}": f"{value:.6g}" for name, value in flat_metrics(metrics).items()},
+        **{f"lens.{name}": f"{value:.6g}" for name, value in figures.items()},
     }

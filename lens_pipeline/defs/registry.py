@@ -187,10 +187,11 @@ def _register(
     evaluation: "Evaluation",
     dagster_run: str,
 ) -> Any:
-    metrics = evaluation.metrics["ensemble"]
-    shown = flat_metrics(metrics, "test/")
+    from lens_pipeline.evaluation.result import ENSEMBLE as FUSED
+
+    figures = flat_metrics(evaluation.metrics[FUSED])
     for origin, of in evaluation.origins.items():
-        shown |= flat_metrics(of["ensemble"], f"test/{origin}/")
+        figures |= flat_metrics(of[FUSED], f"{origin}/")
     steps, dataset_version = facts["member_steps"], facts["dataset_version"]
     runs = {name: tracking.find_run(step) for name, step in steps.items()}
     member_runs = {name: run.info.run_id for name, run in runs.items() if run is not None}
@@ -200,10 +201,10 @@ def _register(
     tracking.finish_run(
         run_id,
         {"fusion": facts["fusion"]["strategy"], "members": ",".join(steps)},
-        metrics=shown,
+        metrics={f"test/{name}": value for name, value in figures.items()},
         artifacts=evaluation.shown,
     )
-    tags = version_tags(registry.settings, key, dataset_version, dagster_run, member_runs, metrics)
+    tags = version_tags(registry.settings, key, dataset_version, dagster_run, member_runs, figures)
     return registry.register(folder, run_id, tags)
 
 

@@ -14,7 +14,7 @@ from lens_pipeline.ensemble.calibration import at_mixture
 from lens_pipeline.ensemble.predictor import ScoredDataset, score_dataset
 from lens_pipeline.ensemble.system import load_ensemble
 from lens_pipeline.errors import InputError
-from lens_pipeline.evaluation.metrics import lens_metrics, ranking_metric
+from lens_pipeline.evaluation.metrics import ece_by_chance, lens_metrics, ranking_metric
 from lens_pipeline.evaluation.origins import SIMULATED, basis, by_origin, described
 from lens_pipeline.evaluation.plots import contact_sheet
 from lens_pipeline.evaluation.report import (
@@ -154,13 +154,15 @@ def evaluate_ensemble(
 def _metrics(
     table: pd.DataFrame, columns: Mapping[str, str], fitted_at: float
 ) -> dict[str, dict[str, Any]]:
-    """What `lens_metrics` gives, by the names of the columns; groups are drawn whole, and
-    probabilities are those at the mixture of the table, which moves no rank."""
+    """What `lens_metrics` gives, and `ece_by_chance`, by the names of the columns; groups are drawn
+    whole, and probabilities are those at the mixture of the table, which moves no rank."""
     label, group = table["label"], table["group"]
-    return {
-        name: lens_metrics(label, at_mixture(table[column], label, fitted_at), group=group)
-        for name, column in columns.items()
-    }
+    found = {}
+    for name, column in columns.items():
+        score = at_mixture(table[column], label, fitted_at)
+        found[name] = lens_metrics(label, score, group=group)
+        found[name]["ece_by_chance"] = ece_by_chance(score)
+    return found
 
 
 def _facts(

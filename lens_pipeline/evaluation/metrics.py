@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.evaluation.fractions import jeffreys
 
 Array = NDArray[np.float64]
 
@@ -26,6 +27,7 @@ INTERVAL = (2.5, 97.5)  # percentiles
 FEWEST_GROUPS = 20  # of fewer that are drawn whole, resampling says little
 RESOLVED = 0.95  # of the resamplings, at least
 ENOUGH = 10  # false positives: a rate of fewer is mostly chance
+ERRORS = ("ece", "ece_top", "brier")  # of probabilities; the others are of ranks
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ def lens_metrics(
     0. group (n,): whole groups are drawn, as in `paired_bootstrap`, for cutouts of one galaxy or
     region are not independent; else lenses and non-lenses are, apart, and also where a class is of
     fewer than FEWEST_GROUPS groups, whose resamplings would be alike: there bounds are too close.
+    They are, too, below a rate that fewer than ten false positives decide: no resampling has a
+    non-lens that scores higher than those of the sample. Where every lens is right in all of them,
+    or none is, the bound is that of `jeffreys` for as many as the rarer class has cutouts (groups).
 
     auroc: ties count half. average_precision: sum of precision x step in recall. tpr0, tpr10: the
     highest true positive rate with no, and with fewer than ten, false positives. tpr_at_fpr_x: the
@@ -78,13 +83,15 @@ def lens_metrics(
     label, score = _checked(label, score)
     levels = _levels(label, score)
     values = _values(levels)
-    groups = None if group is None else np.asarray(group)
-    if groups is None or not _enough_groups(label, groups):
+    singly = group is None or not _enough_groups(label, np.asarray(group))
+    groups = np.arange(len(label)) if singly else np.asarray(group)
+    if singly:
         drawings = _resampled(levels, bootstrap, seed)
     else:
         ranked, weights = _ranked(score), _drawn_groups(label, groups, bootstrap, seed)
         drawings = (_counted(label, ranked, weight) for weight in weights)
     draws = [_values(drawn) for drawn in drawings]
+    rarer = min(len(np.unique(groups[of_class])) for of_class in (label, ~label))
     metrics: dict[str, Any] = {}
     for name, value in values.items():
         low = high = None
@@ -96,6 +103,8 @@ def lens_metrics(
                 drawn = np.maximum(drawn - np.median(drawn) + value, 0)
             if len(drawn):
                 low, high = map(float, np.percentile(drawn, INTERVAL))
+            if name not in ERRORS and low == high and value in (0, 1):
+                low, high = map(float, jeffreys(value * rarer, rarer))
         metrics[name] = {"value": value, "low": low, "high": high}
     return metrics | {"n_lens": int(levels.lens.sum()), "n_nonlens": int(levels.nonlens.sum())}
 

@@ -26,7 +26,8 @@ FILES = (METRICS, KINDS, ORIGINS, SURVEYS, SELECTION, FORECAST)  # as `Evaluatio
 class Evaluation:
     """The files of an evaluation's folder: JSON as below, scores.parquet, report.html, pictures.
 
-    metrics: what `lens_metrics` gives on the test split, for each member and for `ensemble`.
+    metrics: what `lens_metrics` gives on the test split, for each member and for `ensemble`, and
+    `ece_by_chance`, a number.
     kinds: what `false_positives_by_kind` gives; empty where the catalogue has no column `kind`.
     origins: {`real` and `simulated`: their metrics}; empty where the test split holds but one.
     surveys: {survey: its metrics}, likewise.

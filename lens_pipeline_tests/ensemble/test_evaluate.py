@@ -17,7 +17,7 @@ from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.ensemble.evaluate import evaluate_ensemble
 from lens_pipeline.ensemble.system import assemble, groups_behind, load_ensemble
 from lens_pipeline.errors import InputError
-from lens_pipeline.evaluation.metrics import lens_metrics
+from lens_pipeline.evaluation.metrics import ece_by_chance, lens_metrics
 from lens_pipeline.evaluation.result import Evaluation, read_evaluation
 from lens_pipeline.models.system import LitLensSystem
 
@@ -142,7 +142,9 @@ def test_real_cutouts_come_first_and_carry_the_forecast(mixed: Evaluation) -> No
             label = part["label"].astype(int)
             assert label.mean() == pytest.approx(1 / 3)  # calibrated where a half are lenses
             odds = part[column] / (1 - part[column]) * 0.5
-            by_hand = lens_metrics(label, odds / (1 + odds), group=part["group"])
+            score = odds / (1 + odds)
+            by_hand = lens_metrics(label, score, group=part["group"])
+            by_hand["ece_by_chance"] = ece_by_chance(score)
             for metric, found in mixed.origins[origin][name].items():
                 assert found == pytest.approx(by_hand[metric]), metric
     assert mixed.forecast["rests_on"] == "real"

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.special import expit, logit
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
@@ -169,6 +170,20 @@ def test_few_regions_are_not_drawn_whole() -> None:
     assert lens_metrics(label, score, group=np.zeros(900)) == apart
     assert lens_metrics(label, score, group=np.arange(900) // 50) == apart
     assert lens_metrics(label, score, group=np.arange(900) // 45) != apart
+
+
+@pytest.mark.parametrize("n_nonlens, groups, n", [(300, 30, 30), (40, 190, 40), (300, 10, 150)])
+def test_what_no_resampling_doubts_is_not_certain(n_nonlens: int, groups: int, n: int) -> None:
+    """Every lens above every non-lens, or below. Ten groups are not drawn whole."""
+    label = np.repeat([1, 0], [150, n_nonlens])
+    group = np.arange(len(label)) % groups
+    right = lens_metrics(label, np.where(label, 0.8, 0.3), bootstrap=50, group=group)
+    wrong = lens_metrics(label, np.where(label, 0.3, 0.8), bootstrap=50, group=group)
+    for name in ("auroc", "tpr0", "tpr_at_fpr_1e-2" if n_nonlens > 100 else "tpr10"):
+        low = stats.beta(n + 0.5, 0.5).ppf(0.025)  # Brown, Cai & DasGupta 2001
+        assert right[name] == {"value": 1.0, "low": pytest.approx(low), "high": 1.0}
+        assert wrong[name] == {"value": 0.0, "low": 0.0, "high": pytest.approx(1 - low)}
+    assert right["brier"]["high"] == pytest.approx(right["brier"]["value"], rel=0.1)
 
 
 def test_the_seed_decides_the_intervals() -> None:
