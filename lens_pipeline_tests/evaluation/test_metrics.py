@@ -172,7 +172,9 @@ def test_few_regions_are_not_drawn_whole() -> None:
     assert lens_metrics(label, score, group=np.arange(900) // 45) != apart
 
 
-@pytest.mark.parametrize("n_nonlens, groups, n", [(300, 30, 30), (40, 190, 40), (300, 10, 150)])
+@pytest.mark.parametrize(
+    ("n_nonlens", "groups", "n"), [(300, 30, 30), (40, 190, 40), (300, 10, 150)]
+)
 def test_what_no_resampling_doubts_is_not_certain(n_nonlens: int, groups: int, n: int) -> None:
     """Every lens above every non-lens, or below. Ten groups are not drawn whole."""
     label = np.repeat([1, 0], [150, n_nonlens])
