@@ -7,6 +7,7 @@ and nothing is interpolated between them. No result depends on the order of the 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -38,15 +39,25 @@ class _Levels:
     lens: Array
     nonlens: Array
 
-    @property
+    @cached_property
     def found(self) -> Array:
         """Lenses at or above each score."""
         return np.cumsum(self.lens)
 
-    @property
+    @cached_property
     def mistaken(self) -> Array:
         """Non-lenses at or above each score."""
         return np.cumsum(self.nonlens)
+
+    @cached_property
+    def chosen(self) -> Array:
+        """Cutouts at or above each score."""
+        return self.found + self.mistaken
+
+    @cached_property
+    def excess(self) -> Array:
+        """Lenses at or above each score beyond those that the scores promise."""
+        return self.found - np.cumsum(self.score * (self.lens + self.nonlens))
 
 
 def lens_metrics(
@@ -84,7 +95,9 @@ def lens_metrics(
     levels = _levels(label, score)
     values = _values(levels)
     singly = group is None or not _enough_groups(label, np.asarray(group))
-    groups = np.arange(len(label)) if singly else np.asarray(group)
+    groups = np.arange(len(label))
+    if not singly:
+        _, groups = np.unique(np.asarray(group), return_inverse=True)
     if singly:
         drawings = _resampled(levels, bootstrap, seed)
     else:
@@ -311,7 +324,7 @@ def _auroc(levels: _Levels) -> float:
 
 
 def _average_precision(levels: _Levels) -> float:
-    chosen = np.maximum(levels.found + levels.mistaken, 1)  # a resampling may miss a level
+    chosen = np.maximum(levels.chosen, 1)  # a resampling may miss a level
     return levels.lens @ (levels.found / chosen) / levels.lens.sum()
 
 
@@ -327,17 +340,15 @@ def _allowed(mistaken: Array, false_positives: float) -> NDArray[np.bool_]:
 
 def _precision_at(levels: _Levels, k: int) -> float:
     count = levels.lens + levels.nonlens
-    taken = np.clip(k - (np.cumsum(count) - count), 0, count)
+    taken = np.clip(k - (levels.chosen - count), 0, count)
     return float(levels.lens @ (taken / np.maximum(count, 1)) / k)
 
 
 def _ece(levels: _Levels, highest: int, bins: int) -> float:
     """Over the cutouts with the highest scores, so many of them."""
-    count = levels.lens + levels.nonlens
-    so_far = np.concatenate([[0], np.cumsum(count)])
-    excess = np.concatenate([[0], np.cumsum(levels.lens - levels.score * count)])
+    chosen, excess = (np.concatenate([[0], of]) for of in (levels.chosen, levels.excess))
     edges = np.linspace(0, highest, bins + 1)
-    return float(np.abs(np.diff(np.interp(edges, so_far, excess))).sum() / highest)
+    return float(np.abs(np.diff(np.interp(edges, chosen, excess))).sum() / highest)
 
 
 def _brier(levels: _Levels) -> float:
