@@ -296,12 +296,14 @@ class TrainConfig(_Section):
         }
 
     def differences(self, now: "TrainConfig") -> list[str]:
-        """`section.field (value, now another)` of what decides the weights and is not the same."""
+        """`section.field (value, now another)` of what decides the weights and is not the same; the
+        weights to start from are not compared, see `start`."""
         return [
             f"{section}.{name} ({before!r}, now {value!r})"
             for section, fields in now.of_weights.items()
             for name, value in fields.items()
             if (before := self.of_weights[section][name]) != value
+            and (section, name) != ("model", "pretrained")
         ]
 
     @property
@@ -314,10 +316,14 @@ class TrainConfig(_Section):
         """The values by section, but for those that decide nothing that a training leaves; in place
         of a file of weights to start from its sha256: it may be another by now."""
         values = self._without(UNDECIDING)
-        start = Path(self.model.pretrained)
-        if start.is_file():
-            values["model"] = {**values["model"], "pretrained": file_sha256(start)}
+        values["model"] = {**values["model"], "pretrained": self.start}
         return values
+
+    @property
+    def start(self) -> str:
+        """The weights to start from: sha256 of a file, else `none`, `published` or the model."""
+        file = Path(self.model.pretrained)
+        return file_sha256(file) if file.is_file() else self.model.pretrained
 
     @property
     def yaml(self) -> str:

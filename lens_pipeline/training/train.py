@@ -1,11 +1,13 @@
 """Train one network, or several together: from a configuration to a folder with its checkpoint."""
 
 import gc
+import json
 import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,8 @@ from lens_pipeline.training.loggers import end, file_loggers
 from lens_pipeline.training.member import (
     BEST,
     CURVES,
-    DATA,
     FITTED,
+    INPUTS,
     LAST,
     SCORES,
     SETTINGS,
@@ -86,6 +88,7 @@ def train(
     check_devices(config)
     config, going_on = _begin(config, data, out)
     if (out / SCORES).exists():
+        log.info("  %s holds this training with its scores: nothing is trained again", out)
         (out / FITTED).unlink(missing_ok=True)  # of a process that was killed just there
         return TrainedMember(out)
     while not (out / FITTED).exists():
@@ -199,7 +202,7 @@ def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> tuple[TrainCon
     """(the configuration with the batch size that was found, the checkpoint to go on from, if there
     is one). Raises InputError where the folder holds another training."""
     out.mkdir(parents=True, exist_ok=True)
-    cutouts = cutouts_digest(data)
+    inputs = hashed_inputs(config, data)
     last = out / LAST
     if last.exists():
         before = TrainConfig.read(out / SETTINGS)
@@ -212,21 +215,38 @@ def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> tuple[TrainCon
                 f"{out}: holds a training with other settings: {', '.join(changed)}; go on with "
                 "the same, or name another folder"
             )
-        if (out / DATA).read_text() != cutouts:
+        others = other_inputs(out, inputs)
+        if others:
             raise InputError(
-                f"{out}: holds a training on other cutouts; go on with the same, or name another "
-                "folder"
+                f"{out}: holds a training with other {' and '.join(others)}; go on with the same, "
+                "or name another folder"
             )
         if not (out / SCORES).exists():
             log.info("  goes on from %s", last)
-    write_aside(out / DATA, cutouts)
-    write_aside(out / SETTINGS, config.yaml)
+    if not config.training.fast_dev_run:
+        write_aside(out / INPUTS, json.dumps(inputs, indent=1))
+        write_aside(out / SETTINGS, config.yaml)
     return config, last if last.exists() else None
 
 
-def cutouts_digest(data: CutoutModule) -> str:
-    """sha256 (hex) of the ids and labels that a training sees."""
-    return digest([[list(s.ids), s.labels.tolist()] for s in map(data.split, ("train", "val"))])
+def hashed_inputs(config: TrainConfig, data: CutoutModule) -> dict[str, str]:
+    """{what a training is made of, besides its settings: what tells it from another}."""
+    return {
+        "cutouts": digest([data.content, asdict(data.format)]),
+        "weights to start from": config.start,
+    }
+
+
+def other_inputs(folder: Path, now: Mapping[str, str]) -> list[str]:
+    """The names of those that a folder was not begun with. Raises InputError where an earlier
+    version of this program has begun it."""
+    path = folder / INPUTS
+    if not path.exists():
+        raise InputError(
+            f"{folder}: an earlier version of lens_pipeline has begun it; name another folder"
+        )
+    before = json.loads(path.read_text())
+    return [name for name, value in now.items() if before[name] != value]
 
 
 def deciding_metric(config: TrainConfig, data: CutoutModule) -> str:

@@ -1,5 +1,6 @@
 """Tuning: a study of trainings that differ in their settings, in one folder that goes on."""
 
+import json
 import logging
 import math
 import warnings
@@ -23,9 +24,9 @@ from lens_pipeline.models.system import LensClassifier, LitLensSystem
 from lens_pipeline.shards.datamodule import CutoutModule
 from lens_pipeline.steps import write_aside
 from lens_pipeline.training.config import TrainConfig, read_yaml
-from lens_pipeline.training.member import TrainedMember
+from lens_pipeline.training.member import INPUTS, TrainedMember
 from lens_pipeline.training.space import Pruner, Range, SearchSpace
-from lens_pipeline.training.train import cutouts_digest, deciding_metric, train
+from lens_pipeline.training.train import deciding_metric, hashed_inputs, other_inputs, train
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -37,7 +38,6 @@ DATABASE = "study.db"
 CONFIG = "config.yaml"  # what the trials change
 SPACE = "space.yaml"
 PRUNER = "pruner.txt"
-CUTOUTS = "cutouts.sha256"
 TRIALS = "trials"
 TABLE = "trials.csv"
 PICTURE = "trials.png"
@@ -182,26 +182,26 @@ class _Study:
 
     def _begin(self) -> None:
         """Write down what the study is. Raises InputError where the folder holds another."""
-        cutouts = cutouts_digest(self.data)
-        if (self.out / CUTOUTS).exists():
+        inputs = hashed_inputs(self.config, self.data)
+        if (self.out / CONFIG).exists():
             before = TrainConfig.read(self.out / CONFIG)
             changed = before.differences(self.config)
             for name, kept, now in (
                 ("the space", read_yaml(self.out / SPACE), self.space.as_values()),
                 ("the pruner", (self.out / PRUNER).read_text(), self.pruner),
-                ("the cutouts", (self.out / CUTOUTS).read_text(), cutouts),
             ):
                 if kept != now:
                     changed.append(name)
+            changed += [f"the {name}" for name in other_inputs(self.out, inputs)]
             if changed:
                 raise InputError(
                     f"{self.out}: holds a study that differs: {', '.join(changed)}; go on with the "
                     "same, or name another folder"
                 )
-        write_aside(self.out / CONFIG, self.config.yaml)
+        write_aside(self.out / INPUTS, json.dumps(inputs, indent=1))
         write_aside(self.out / SPACE, self.space.yaml)
         write_aside(self.out / PRUNER, self.pruner)
-        write_aside(self.out / CUTOUTS, cutouts)
+        write_aside(self.out / CONFIG, self.config.yaml)
 
     def _load(self, number: int = 0) -> "Study":
         """The study, with the sampler of a trial."""

@@ -1,6 +1,7 @@
 """Training from a configuration: what it leaves, and what it says when it cannot go on."""
 
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -81,6 +82,31 @@ def test_the_same_settings_file_gives_the_same_weights(uneven_shards: Path, tmp_
     assert one["state_dict"].keys() == two["state_dict"].keys()
     for name, value in one["state_dict"].items():
         assert torch.equal(value, two["state_dict"][name])
+
+
+def test_other_pixels_in_the_same_place_are_trained_on_by_the_same_command(
+    uneven_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the same pixels are not: it says that nothing was trained."""
+    from lens_pipeline.cli import main
+
+    folder = tmp_path / "cutouts"
+    shutil.copytree(uneven_shards.parent, folder, ignore=shutil.ignore_patterns("shards"))
+    flags = ["--arch", "lastro", "--epochs", "1", "--image-size", "32", "--home", str(tmp_path)]
+
+    def trainings() -> set[Path]:
+        caplog.clear()
+        assert main(["train", "--data-root", str(folder / "catalogue.csv"), *flags]) == 0
+        return set((tmp_path / "trainings").iterdir())
+
+    (first,) = trainings()
+    assert "nothing is trained again" not in caplog.text
+    assert trainings() == {first}
+    assert f"{first} holds this training with its scores: nothing is trained again" in caplog.text
+    for path in folder.glob("*.npy"):
+        np.save(path, np.load(path)[::-1])
+    assert len(trainings()) == 2
+    assert "nothing is trained again" not in caplog.text
 
 
 class _Spoil(Callback):
@@ -352,8 +378,9 @@ def test_wandb_without_an_account_is_one_line(
     assert refused.returncode == 2
     last = refused.stderr.strip().splitlines()[-1]
     assert re.match("error: training.loggers: wandb: .*WANDB_API_KEY, or WANDB_MODE=offline", last)
+    shutil.rmtree(out)
     subprocess.run([*command, "--fast-dev-run"], check=True)
-    assert not (out / "logs" / "wandb").exists()
+    assert not any(out.iterdir())  # no training was, which files could tell of
 
 
 def test_what_this_machine_cannot_do_is_said_before_training(
