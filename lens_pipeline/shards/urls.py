@@ -30,7 +30,8 @@ class Tars:
     """The tars of a split: either a `split` for reading at places, or a `decoder` for streaming.
 
     content: a hash of what lies in them, or, without a manifest, of their sizes and ETags or times,
-    of those that are not streamed; patterns: {split: URL with braces} of all splits, where a manifest beside them says so.
+    of those that are not streamed; patterns: {split: URL with braces} of all splits, where a
+    manifest beside them says so.
     """
 
     urls: Sequence[str]

@@ -15,14 +15,9 @@ import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import (
-    Callback,
-    LearningRateMonitor,
-    WeightAveraging,
-)
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import FPRS
@@ -35,6 +30,7 @@ from lens_pipeline.steps import digest, write_aside
 from lens_pipeline.training.callbacks import (
     Curves,
     FiniteLoss,
+    MovingAverage,
     Patience,
     PeakMemory,
     StepSeeds,
@@ -59,6 +55,7 @@ from lens_pipeline.training.member import (
     TOP,
     TrainedMember,
 )
+from lens_pipeline.training.undisturbed import process_left_as_it_was
 
 WEIGHTS = ("state_dict", "hyper_parameters", "epoch", "global_step", "pytorch-lightning_version")
 BATCH = 256
@@ -66,6 +63,7 @@ BATCH = 256
 log = logging.getLogger(__name__)
 
 
+@process_left_as_it_was()
 def train(
     config: TrainConfig,
     data: CutoutModule,
@@ -81,7 +79,8 @@ def train(
     which the same training was stopped, anywhere: it goes on from last.ckpt, and ends with the
     weights of an undisturbed one; of one that has ended nothing is done again. The same
     configuration and data give the same weights, bit for bit, on a CPU, and on a GPU with
-    `hardware.deterministic`. Lightning ends the process on Ctrl-C; here it stays a
+    `hardware.deterministic`. The process's random numbers, and which kernels torch takes in it,
+    are afterwards what they were. Lightning ends the process on Ctrl-C; here it stays a
     KeyboardInterrupt. Raises InputError for what this machine does not have, where the folder holds
     another training, where a loss is no number, or memory or disk are too small.
     """
@@ -211,9 +210,11 @@ def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> tuple[TrainCon
             config = config.with_changes({"training": found}, "training")
         changed = before.differences(config)
         if changed:
+            best = out / BEST
+            start = f", and start from the best of this one: --pretrained {best}"
             raise InputError(
                 f"{out}: holds a training with other settings: {', '.join(changed)}; go on with "
-                "the same, or name another folder"
+                f"the same, or name another folder{start if best.exists() else ''}"
             )
         others = other_inputs(out, inputs)
         if others:
@@ -286,6 +287,7 @@ def _fit(
     system_type: type[LensClassifier],
 ) -> None:
     how, hardware = config.training, config.hardware
+    repeats = hardware.deterministic or not _on_gpu(config)
     data.batch_size = how.batch_size
     set_seed(how.seed)
     system = build_system(config, data, system_type)
@@ -309,9 +311,8 @@ def _fit(
     finite = FiniteLoss(None if how.fast_dev_run else monitor)
     chosen: list[Callback] = [StepSeeds(how.seed), finite, *callbacks, Curves()]
     if how.ema:
-        average = get_ema_multi_avg_fn(how.ema)
         # It is asked for before the network is on its device.
-        chosen.append(WeightAveraging(_device(config), multi_avg_fn=average))
+        chosen.append(MovingAverage(how.ema, _device(config)))
     if how.patience:
         chosen.append(Patience(monitor, how.min_delta, how.patience, mode=mode))
     if not how.fast_dev_run:
@@ -342,7 +343,9 @@ def _fit(
             limit_train_batches=how.limit_train_batches,
             limit_val_batches=how.limit_val_batches,
             sync_batchnorm=hardware.devices > 1 and _on_gpu(config),
-            deterministic="warn" if hardware.deterministic or not _on_gpu(config) else False,
+            deterministic="warn" if repeats else False,
+            # cuDNN's fastest convolutions for these sizes, which it finds by trying.
+            benchmark=not repeats,
             # A step of a GPU takes milliseconds; a line in MLflow, some ten.
             log_every_n_steps=200 if _on_gpu(config) else 50,
             enable_model_summary=False,

@@ -155,6 +155,19 @@ def test_another_number_of_best_epochs_is_kept(
     assert others == [] if now < before else 1 <= len(others) <= 2
 
 
+def test_which_of_equally_good_epochs_was_the_better_one_is_not_forgotten(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    config = _config(epochs=4, monitor="val/auroc", save_top_k=2)
+    per_epoch = len(LensDataModule(uneven_shards, batch_size=16).train_dataloader())
+    assert in_a_process(config, uneven_shards, tmp_path, 2 * per_epoch + 4, "batch") < 0
+    trained = train(config, LensDataModule(uneven_shards), tmp_path)
+    assert trained.curves["val/auroc"].nunique() == 1
+    best, second, *_ = trained.curves.sort_values("val/loss")["epoch"]
+    assert torch.load(trained.checkpoint, weights_only=True)["epoch"] == best
+    assert [path.name for path in (tmp_path / "top").iterdir()] == [f"epoch_{second:03d}.ckpt"]
+
+
 def test_a_checkpoint_is_due_after_a_step_of_several_batches_in_several_processes(
     uneven_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +238,18 @@ def test_a_checkpoint_that_would_run_code_is_not_gone_on_from(
     assert in_a_process(_config(), shards_folder, tmp_path, 5) == -signal.SIGKILL
     torch.save({"state_dict": Path(tmp_path)}, tmp_path / "last.ckpt")
     with pytest.raises(InputError, match=r"last\.ckpt: refused, as it could run code"):
+        train(_config(), LensDataModule(shards_folder), tmp_path)
+
+
+def test_an_optimiser_of_an_earlier_version_is_told(shards_folder: Path, tmp_path: Path) -> None:
+    """Which let all parameters decay, in one group."""
+    assert in_a_process(_config(), shards_folder, tmp_path, 5) == -signal.SIGKILL
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    (optimiser,) = checkpoint["optimizer_states"]
+    first, second = optimiser["param_groups"]
+    optimiser["param_groups"] = [first | {"params": first["params"] + second["params"]}]
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    with pytest.raises(InputError, match="the optimiser of an earlier version of lens_pipeline"):
         train(_config(), LensDataModule(shards_folder), tmp_path)
 
 
@@ -314,5 +339,6 @@ def test_a_training_that_has_ended_is_not_begun_again(shards_folder: Path, tmp_p
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.ckpt")}
     train(config, data, tmp_path)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.ckpt")}
-    with pytest.raises(InputError, match="other settings"):
+    best = tmp_path / "best.ckpt"
+    with pytest.raises(InputError, match=rf"epochs \(1, now 2\); .* --pretrained {best}$"):
         train(_config(epochs=2), data, tmp_path)
