@@ -38,12 +38,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def train_command(options: argparse.Namespace) -> int:
     settings = Settings.load(home=options.home)
-    config = asked_config(options, settings)
-    out = options.checkpoint_dir or settings.home / "trainings" / name_of(config)
+    config = with_local_weights(asked_config(options, settings), settings)
+    out = options.checkpoint_dir or settings.home / "trainings" / name_of(config, settings)
     out = Path(absolute(str(out)))
     if out.is_file():
         raise InputError(f"--checkpoint-dir: {out} is a file; name a folder")
-    config = with_local_weights(config, settings)
     from lens_pipeline.training.devices import gpus_claimed
 
     with gpus_claimed(config.hardware):
@@ -123,7 +122,7 @@ def _mlflow(
         return
     goes_on = (out / LAST).exists()
     key = digest(config.of_weights | {"out": str(out)})
-    run_id = tracking.start_run(name_of(config), key, {}, goes_on=goes_on)
+    run_id = tracking.start_run(out.name, key, {}, goes_on=goes_on)
     ended = "FAILED"
     try:
         logger = MLFlowLogger(run_id=run_id, tracking_uri=uri, log_model=False)
@@ -185,10 +184,14 @@ def reporting() -> Iterator[None]:
         yield
 
 
-def name_of(config: TrainConfig, **more: Any) -> str:
+def name_of(config: TrainConfig, settings: Settings, **more: Any) -> str:
     """Of a training, or a study: what is trained, and a hash of all settings (and of what there is
-    more), so that the same goes on."""
+    more) and of the cutouts themselves, so that the same goes on, and other pixels at the same
+    place are trained on anew."""
+    from lens_pipeline.training.data import data_module
+
     model = config.model
+    more["cutouts"] = data_module(config, settings.home / "cache", settings.storage_options).content
     what = "_".join(model.architectures) if model.model_type == "ensemble" else model.arch
     safe = "".join(c if c.isalnum() or c in "_-" else "_" for c in what)
     return f"{safe}-{digest(config.deciding | more)[:8]}"

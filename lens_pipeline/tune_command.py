@@ -64,14 +64,15 @@ def tune_command(options: argparse.Namespace) -> int:
     for name in ("trials", "workers"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} {getattr(options, name)}: at least 1 is needed")
-    config = asked_config(options, settings)
+    config = with_local_weights(asked_config(options, settings), settings)
     values, source = DEFAULT_SPACE, "--space"
     if options.space:
         values, source = read_yaml(options.space), str(options.space)
     space = SearchSpace.parse(values, config, source)
-    name = name_of(config, space=space.as_values(), pruner=options.pruner)
-    out = Path(absolute(str(options.out or settings.home / "tuning" / name)))
-    config = with_local_weights(config, settings)
+    out = options.out or settings.home / "tuning" / name_of(
+        config, settings, space=space.as_values(), pruner=options.pruner
+    )
+    out = Path(absolute(str(out)))
     out.mkdir(parents=True, exist_ok=True)
     try:
         with reporting():

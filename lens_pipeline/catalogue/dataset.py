@@ -78,6 +78,11 @@ class Dataset:
     format: CutoutFormat
     facts: dict[str, Any]
 
+    @property
+    def content(self) -> str:
+        """sha256 over the splits' cutouts and tables."""
+        return str(self.facts["content"])
+
     def images(self, part: str) -> NDArray[np.float32]:
         """float32 (n, bands, height, width) of a split, memory-mapped.
 

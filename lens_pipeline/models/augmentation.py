@@ -2,6 +2,7 @@
 its device, before any stretch."""
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -33,18 +34,24 @@ def random_dihedral(images: Tensor) -> Tensor:
 
     No pixel is interpolated, so noise stays noise.
     """
-    place = torch.arange(images[0, 0].numel(), device=images.device).view(images.shape[-2:])
+    chosen = torch.randint(8, (len(images),), device=images.device)
+    # One pass over the pixels, where turning all and choosing takes three.
+    places = _orientations(images.shape[-1], images.device)[chosen]
+    pixels = images.flatten(2)
+    return pixels.gather(2, places[:, None].expand_as(pixels)).view_as(images)
+
+
+@lru_cache(maxsize=8)
+def _orientations(side: int, device: torch.device) -> Tensor:
+    """(8, side * side): where the pixels of a square image come from, for each of its turns."""
+    place = torch.arange(side * side, device=device).view(side, side)
     turned = [
         orientation
         for mirrored in (place, place.flip(-2))
         for flipped in (mirrored, mirrored.flip(-1))
         for orientation in (flipped, flipped.T)
     ]
-    flip, mirror, transpose = torch.randint(2, (3, len(images)), device=images.device)
-    # One pass over the pixels, where turning all and choosing takes three.
-    places = torch.stack(turned).flatten(1)[4 * mirror + 2 * flip + transpose]
-    pixels = images.flatten(2)
-    return pixels.gather(2, places[:, None].expand_as(pixels)).view_as(images)
+    return torch.stack(turned).flatten(1)
 
 
 def shifted(images: Tensor, offsets: Tensor, largest: int) -> Tensor:

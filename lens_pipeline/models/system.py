@@ -17,6 +17,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.models.architectures import build_backbone
 from lens_pipeline.models.augmentation import augment
 from lens_pipeline.models.metrics import StageMetrics
+from lens_pipeline.models.optimiser import adamw, parameter_groups
 from lens_pipeline.models.pretrained import read_checkpoint
 from lens_pipeline.models.schedules import SCHEDULES, schedule
 from lens_pipeline.models.uncertainty import dropout_draws
@@ -154,6 +155,12 @@ class LensClassifier(pl.LightningModule):
         checkpoint[METRIC_STATE] = self._metrics("train").saved(total)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for state in checkpoint.get("optimizer_states", ()):
+            if len(state["param_groups"]) != len(parameter_groups(self, 0.0)):
+                raise InputError(
+                    "the checkpoint holds the optimiser of an earlier version of lens_pipeline, or "
+                    "another one; begin a new training, which may start from its weights"
+                )
         if METRIC_STATE in checkpoint and self.global_rank == 0:
             self._metrics("train").restore(checkpoint[METRIC_STATE])
 
@@ -195,9 +202,9 @@ class LensClassifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         wanted = self.hparams
-        optimiser = torch.optim.AdamW(
-            self.parameters(), lr=wanted["lr"], weight_decay=wanted["weight_decay"]
-        )
+        # Lightning clips no gradients that a fused step is to unscale.
+        unscales = self.trainer.precision == "16-mixed" and bool(self.trainer.gradient_clip_val)
+        optimiser = adamw(self, wanted["lr"], wanted["weight_decay"], fused=not unscales)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise InputError(
@@ -228,8 +235,8 @@ class LitLensSystem(LensClassifier):
     Input: float32 (n, bands, height, width) in the units of the stored cutouts; output: logits
     (n,).
 
-    arch: a name of `lens_pipeline.models.names`; lr, weight_decay: AdamW's; dropout_rate: in the
-    head alone, so that Monte Carlo dropout needs the backbone once; pretrained: `none`,
+    arch: a name of `lens_pipeline.models.names`; lr, weight_decay: as for `adamw`; dropout_rate: in
+    the head alone, so that Monte Carlo dropout needs the backbone once; pretrained: `none`,
     `published`, or what `build_backbone` takes; compile_model: by `torch.compile`; channels_last:
     the layout that convolutions prefer; units: `background_sigma` or `composite`; pos_weight, loss,
     focal_gamma, label_smoothing: see `LensClassifier.loss`; schedule, warmup, decay, decay_epochs:

@@ -53,10 +53,13 @@ class Split(Protocol):
 
 
 class Cutouts(Protocol):
-    """`split`: `train`, `val`, `test` or `unlabelled`."""
+    """`split`: `train`, `val`, `test` or `unlabelled`; content: a hash of what lies there."""
 
     @property
     def format(self) -> CutoutFormat: ...
+
+    @property
+    def content(self) -> str: ...
 
     def split(self, name: str, /) -> Split: ...
 
@@ -71,6 +74,10 @@ class Cropped:
     @property
     def format(self) -> CutoutFormat:
         return replace(self.whole.format, image_size=self.size)
+
+    @property
+    def content(self) -> str:
+        return self.whole.content
 
     def split(self, name: str, /) -> "CroppedSplit":
         return CroppedSplit(self.whole.split(name), self.size)

@@ -29,6 +29,7 @@ from lens_pipeline.shards.reader import FetchedSplit
 from lens_pipeline.shards.sampling import EpochBatches, ShardLoader, Windows
 from lens_pipeline.shards.streaming import StreamLoader, TarStream
 from lens_pipeline.shards.urls import Tars, open_tars
+from lens_pipeline.steps import digest
 
 SPLITS = ("train", "val", "test")
 ALONE = {"num_workers": 0, "persistent_workers": False, "prefetch_factor": None}
@@ -103,6 +104,11 @@ class CutoutModule(pl.LightningDataModule):
     @property
     def format(self) -> CutoutFormat:
         """What all cutouts share."""
+        raise NotImplementedError
+
+    @property
+    def content(self) -> str:
+        """A hash of what the cutouts are: other pixels or labels, another hash."""
         raise NotImplementedError
 
     def split(self, name: str) -> Split:
@@ -245,6 +251,10 @@ class LensDataModule(CutoutModule):
     def format(self) -> CutoutFormat:
         return self.cutouts.format
 
+    @property
+    def content(self) -> str:
+        return self.cutouts.content
+
     def split(self, name: str) -> Split:
         return self.cutouts.split(name)
 
@@ -342,11 +352,21 @@ class LensWebDatasetDataModule(CutoutModule):
     def format(self) -> CutoutFormat:
         return self._tars(self._given).format
 
+    @property
+    def content(self) -> str:
+        """Of the tars that are trained and validated on, which are not streamed."""
+        return digest([self._held(name).content for name in SPLITS[:2]])
+
     def split(self, name: str) -> Split:
+        found = self._held(name).split
+        assert found is not None
+        return found
+
+    def _held(self, name: str) -> Tars:
         tars = self._tars(name)
         if tars.split is None:
             raise InputError(f"{name}_urls: streamed; name a cache_dir to have cutouts at a place")
-        return tars.split
+        return tars
 
     def loader(self, name: str, shuffle: bool) -> DataLoader[Any]:
         tars = self._tars(name)

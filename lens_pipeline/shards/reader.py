@@ -140,6 +140,11 @@ class Shards:
         return CutoutFormat.from_dict(self.manifest.format)
 
     @property
+    def content(self) -> str:
+        """The manifest's sha256."""
+        return self.manifest.dataset_version
+
+    @property
     def encoding(self) -> Encoding:
         return Encoding(units=self.format.units, **self.manifest.encoding)
 

@@ -21,6 +21,7 @@ from lens_pipeline.shards.manifest import Listed, Manifest
 from lens_pipeline.shards.reader import shards_at
 from lens_pipeline.shards.store import AT_A_TIME, Store, ahead_of, at_a_time, transfer
 from lens_pipeline.shards.streaming import read_tar
+from lens_pipeline.steps import digest
 from lens_pipeline.storage import state_of
 
 
@@ -28,11 +29,14 @@ from lens_pipeline.storage import state_of
 class Tars:
     """The tars of a split: either a `split` for reading at places, or a `decoder` for streaming.
 
-    patterns: {split: URL with braces} of all splits, where a manifest beside them says so.
+    content: a hash of what lies in them, or, without a manifest, of their sizes and ETags or times,
+    of those that are not streamed; patterns: {split: URL with braces} of all splits, where a
+    manifest beside them says so.
     """
 
     urls: Sequence[str]
     format: CutoutFormat
+    content: str | None = None
     split: Split | None = None
     decoder: Decoder | None = None
     patterns: Mapping[str, str] = field(default_factory=dict)
@@ -67,20 +71,24 @@ def open_tars(
         split = _split_named(shards.manifest, urls, store.url, name)
         mine = cropped(shards, image_size, store.url)
         patterns = shards.manifest.patterns(store.url)
-        return Tars(urls, mine.format, mine.split(split), patterns=patterns)
+        content = digest([shards.content, split])
+        return Tars(urls, mine.format, content, mine.split(split), patterns=patterns)
     if store.is_local or cache is not None:
         names = [posixpath.basename(url) for url in urls]
+        listed = dict(zip(names, ahead_of(names, store.about, AT_A_TIME), strict=True))
+        states = [about and (state_of(about) or about["size"]) for about in listed.values()]
         if cache is None or store.is_local:
             paths = [Path(store.at(tar)) for tar in names]
         else:
-            paths = _copied(store, names, CacheFolder.of(cache, cache_gb))
+            paths = _copied(store, listed, CacheFolder.of(cache, cache_gb))
         indexed = index_tars(paths, image_size, flux_unit).held()
-        return Tars(urls, indexed.decoder.form, indexed)
+        content = digest([names, states])
+        return Tars(urls, indexed.decoder.form, content, indexed)
     first = next(read_tar(store, posixpath.basename(urls[0])), None)
     if first is None:
         raise InputError(f"{urls[0]}: no cutouts")
     decoder = ImageDecoder.like(first, urls[0], image_size, flux_unit)
-    return Tars(urls, decoder.form, None, decoder)
+    return Tars(urls, decoder.form, decoder=decoder)
 
 
 def expanded(pattern: str, name: str) -> list[str]:
@@ -111,10 +119,15 @@ def _split_named(manifest: Manifest, urls: Sequence[str], folder: str, name: str
     return split
 
 
-def _copied(store: Store, names: Sequence[str], cache: CacheFolder) -> list[Path]:
-    """Local copies of tars that no manifest describes, renewed where size or ETag have changed."""
+def _copied(
+    store: Store, listed: Mapping[str, dict[str, Any] | None], cache: CacheFolder
+) -> list[Path]:
+    """Local copies of tars that no manifest describes, renewed where size or ETag have changed.
+
+    listed: what the store says of each.
+    """
     path_of, tars = {}, []
-    for name, about in zip(names, ahead_of(names, store.about, AT_A_TIME), strict=True):
+    for name, about in listed.items():
         if about is None:
             raise InputError(f"{store.url}/{name}: there is no such file")
         state = state_of(about) or uuid.uuid4().hex

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, Checkpoint, EarlyStopping
+from pytorch_lightning.callbacks import Callback, Checkpoint, EarlyStopping, WeightAveraging
 from torch import Tensor
 
 from lens_pipeline.errors import InputError
@@ -34,6 +34,43 @@ class StepSeeds(Callback):
         torch.default_generator.manual_seed(seed)
         if pl_module.device.type == "cuda":
             torch.cuda.manual_seed(seed)
+
+
+class MovingAverage(WeightAveraging):
+    """An exponential moving average of weights and buffers, which is validated and kept in their
+    place.
+
+    After step t = 0, 1, ... average <- d average + (1 - d) weights, d = min(decay, (1 + t) /
+    (10 + t)) as in TensorFlow's `ExponentialMovingAverage`: with `decay` from the first step on, an
+    average over 1 / (1 - decay) steps would hold the untrained weights for as long.
+    """
+
+    def __init__(self, decay: float, device: str) -> None:
+        super().__init__(device)
+        self.decay = decay
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._average_model is not None
+        kept = self._average_model.module
+        averages = [*kept.parameters(), *kept.buffers()]
+        pairs = [*zip(averages, [*pl_module.parameters(), *pl_module.buffers()], strict=True)]
+        self.averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        self.copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, n: int
+    ) -> None:
+        t = trainer.global_step - 1
+        if t < self._latest_update_step:
+            return  # between the batches of one step
+        # Lightning's own asks a tensor of the device how many steps there were, and waits for it.
+        decay = min(self.decay, (1 + t) / (10 + t))
+        averages, weights = zip(*self.averaged, strict=True)
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+        for count, now in self.copied:
+            count.copy_(now)
+        self._latest_update_step = trainer.global_step
 
 
 class FiniteLoss(Callback):

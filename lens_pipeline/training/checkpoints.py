@@ -1,6 +1,7 @@
 """How checkpoints of a training are written: which, when, and so that none is half there."""
 
 import errno
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -24,34 +25,80 @@ from lens_pipeline.steps import file_aside
 MINUTE = 60.0  # seconds
 SHARE = 0.03  # of the time, for checkpoints after epochs
 SELDOM = 10  # batches
+LOSS = "val/loss"
 AT_A_TIME = 2  # checkpoints in memory that are still to be written: the best one, and the last
 
 
 class BestCheckpoints(ModelCheckpoint):
-    """Those of the best epochs. What is no longer among them stays until `last.ckpt` knows of the
-    better one, which a training that goes on from there may not find again."""
+    """Those of the best epochs: of several that the monitor finds equal, those with the lowest
+    `val/loss`, then the latest. Metrics of ranks move in steps, and may be 1 or 0 for many epochs.
+
+    What is no longer among them stays until `last.ckpt` knows of the better one, which a training
+    that goes on from there may not find again.
+    """
 
     def __init__(self, **how: Any) -> None:
         super().__init__(**how)
         self.surpassed: list[str] = []
+        self.losses: dict[str, float] = {}  # of those that are kept
 
     @property
     def state_key(self) -> str:
         """As in checkpoints that Lightning's own has written."""
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__)
 
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"losses": self.losses}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Where fewer are kept than before, the best of them."""
         super().load_state_dict(state_dict)
-        values = self.best_k_models
-        if len(values) <= self.save_top_k:
-            return
-        ranked = sorted(values, key=lambda path: float(values[path]), reverse=self.mode == "max")
-        surpassed = ranked[self.save_top_k :]
+        self.losses = state_dict["losses"]
+        surpassed = self._ranked()[self.save_top_k :]
         self.surpassed += surpassed
-        self.best_k_models = {p: value for p, value in values.items() if p not in surpassed}
-        self.kth_best_model_path = ranked[self.save_top_k - 1]
-        self.kth_value = values[self.kth_best_model_path]
+        for path in surpassed:
+            del self.best_k_models[path]
+        self._name_first_and_last()
+
+    def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
+        if current is None or len(self.best_k_models) < self.save_top_k:
+            return super().check_monitor_top_k(trainer, current)
+        loss = float(trainer.callback_metrics[LOSS])
+        last = self.kth_best_model_path
+        # It is the latest: as good as the last of those that are kept, it is better.
+        better = self._goodness(current, loss) >= self._goodness(
+            self.best_k_models[last], self.losses[last]
+        )
+        return trainer.strategy.reduce_boolean_decision(better)
+
+    def _update_best_and_save(
+        self, current: Tensor, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]
+    ) -> None:
+        super()._update_best_and_save(current, trainer, monitor_candidates)
+        self.losses[next(reversed(self.best_k_models))] = float(monitor_candidates[LOSS])
+        self._name_first_and_last()
+
+    def _goodness(self, value: Tensor, loss: float) -> tuple[float, float]:
+        up = 1 if self.mode == "max" else -1
+        return up * float(value), -math.inf if math.isnan(loss) else -loss
+
+    def _ranked(self) -> list[str]:
+        """The paths that are kept, the best first; a dict has them in the order of their epochs."""
+        latest_first = reversed(self.best_k_models.items())
+        goodness = {path: self._goodness(v, self.losses[path]) for path, v in latest_first}
+        return sorted(goodness, key=lambda path: goodness[path], reverse=True)
+
+    def _name_first_and_last(self) -> None:
+        """As Lightning does, which does not look further where values are equal."""
+        ranked = self._ranked()
+        if not ranked:
+            return  # before the end of the first epoch
+        self.losses = {path: self.losses[path] for path in ranked}
+        self.best_model_path = ranked[0]
+        self.best_model_score = self.best_k_models[ranked[0]]
+        if len(ranked) == self.save_top_k:
+            self.kth_best_model_path = ranked[-1]
+            self.kth_value = self.best_k_models[ranked[-1]]
 
     def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         self.surpassed.append(filepath)

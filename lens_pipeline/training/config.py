@@ -108,7 +108,12 @@ class TrainingSection(_Section):
         default=False, description="Halve the batch size where memory is short, and begin again."
     )
     learning_rate: Float = _bounded(default=1e-3, gt=0, le=1, description="Peak of the schedule.")
-    weight_decay: Float = _bounded(default=1e-2, ge=0, le=1, description="AdamW's.")
+    weight_decay: Float = _bounded(
+        default=1e-2,
+        ge=0,
+        le=1,
+        description="AdamW's, of layers' weights; none of biases, norms, tokens and positions.",
+    )
     schedule: Literal["cosine", "step", "plateau", "constant"] = Field(
         default="cosine", description="Of the learning rate, after its warm-up."
     )
@@ -147,11 +152,16 @@ class TrainingSection(_Section):
         default=1, ge=1, le=4096, description="Batches of a step of the optimiser."
     )
     ema: Float = _bounded(
-        default=0.0, ge=0, lt=1, description="Decay of a moving average of the weights; 0: none."
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Decay of a moving average of the weights, which is validated and kept in "
+        "their place; after t steps no more than (1 + t) / (10 + t). 0: none.",
     )
     monitor: Monitor = Field(
         default="val/tpr_at_fpr_1e-2",
-        description="The best epoch is the one where this is highest (or the loss lowest).",
+        description="The best epoch is the one where this is highest (or the loss lowest); of "
+        "equal ones, that with the lowest val/loss.",
     )
     save_top_k: int = _bounded(
         default=3, ge=1, le=100, description="Checkpoints of so many best epochs are kept."
@@ -296,12 +306,14 @@ class TrainConfig(_Section):
         }
 
     def differences(self, now: "TrainConfig") -> list[str]:
-        """`section.field (value, now another)` of what decides the weights and is not the same."""
+        """`section.field (value, now another)` of what decides the weights and is not the same; the
+        weights to start from are not compared, see `start`."""
         return [
             f"{section}.{name} ({before!r}, now {value!r})"
             for section, fields in now.of_weights.items()
             for name, value in fields.items()
             if (before := self.of_weights[section][name]) != value
+            and (section, name) != ("model", "pretrained")
         ]
 
     @property
@@ -314,10 +326,14 @@ class TrainConfig(_Section):
         """The values by section, but for those that decide nothing that a training leaves; in place
         of a file of weights to start from its sha256: it may be another by now."""
         values = self._without(UNDECIDING)
-        start = Path(self.model.pretrained)
-        if start.is_file():
-            values["model"] = {**values["model"], "pretrained": file_sha256(start)}
+        values["model"] = {**values["model"], "pretrained": self.start}
         return values
+
+    @property
+    def start(self) -> str:
+        """The weights to start from: sha256 of a file, else `none`, `published` or the model."""
+        file = Path(self.model.pretrained)
+        return file_sha256(file) if file.is_file() else self.model.pretrained
 
     @property
     def yaml(self) -> str:

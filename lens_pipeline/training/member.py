@@ -14,7 +14,7 @@ SETTINGS = "settings.yaml"
 SCORES = "val_scores.parquet"  # written last
 FITTED = ".fitted"  # names the best checkpoint, from the end of the fit to that of all
 TOP = "top"  # other checkpoints of good epochs
-DATA = "cutouts.sha256"  # of ids and labels: a training goes on with the same
+INPUTS = "inputs.json"  # hashes of cutouts and first weights: a training goes on with the same
 
 
 @dataclass(frozen=True)

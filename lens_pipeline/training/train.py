@@ -1,11 +1,13 @@
 """Train one network, or several together: from a configuration to a folder with its checkpoint."""
 
 import gc
+import json
 import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,9 @@ import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import (
-    Callback,
-    LearningRateMonitor,
-    WeightAveraging,
-)
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import FPRS
@@ -33,6 +30,7 @@ from lens_pipeline.steps import digest, write_aside
 from lens_pipeline.training.callbacks import (
     Curves,
     FiniteLoss,
+    MovingAverage,
     Patience,
     PeakMemory,
     StepSeeds,
@@ -49,14 +47,15 @@ from lens_pipeline.training.loggers import end, file_loggers
 from lens_pipeline.training.member import (
     BEST,
     CURVES,
-    DATA,
     FITTED,
+    INPUTS,
     LAST,
     SCORES,
     SETTINGS,
     TOP,
     TrainedMember,
 )
+from lens_pipeline.training.undisturbed import process_left_as_it_was
 
 WEIGHTS = ("state_dict", "hyper_parameters", "epoch", "global_step", "pytorch-lightning_version")
 BATCH = 256
@@ -64,6 +63,7 @@ BATCH = 256
 log = logging.getLogger(__name__)
 
 
+@process_left_as_it_was()
 def train(
     config: TrainConfig,
     data: CutoutModule,
@@ -79,13 +79,15 @@ def train(
     which the same training was stopped, anywhere: it goes on from last.ckpt, and ends with the
     weights of an undisturbed one; of one that has ended nothing is done again. The same
     configuration and data give the same weights, bit for bit, on a CPU, and on a GPU with
-    `hardware.deterministic`. Lightning ends the process on Ctrl-C; here it stays a
+    `hardware.deterministic`. The process's random numbers, and which kernels torch takes in it,
+    are afterwards what they were. Lightning ends the process on Ctrl-C; here it stays a
     KeyboardInterrupt. Raises InputError for what this machine does not have, where the folder holds
     another training, where a loss is no number, or memory or disk are too small.
     """
     check_devices(config)
     config, going_on = _begin(config, data, out)
     if (out / SCORES).exists():
+        log.info("  %s holds this training with its scores: nothing is trained again", out)
         (out / FITTED).unlink(missing_ok=True)  # of a process that was killed just there
         return TrainedMember(out)
     while not (out / FITTED).exists():
@@ -199,7 +201,7 @@ def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> tuple[TrainCon
     """(the configuration with the batch size that was found, the checkpoint to go on from, if there
     is one). Raises InputError where the folder holds another training."""
     out.mkdir(parents=True, exist_ok=True)
-    cutouts = cutouts_digest(data)
+    inputs = hashed_inputs(config, data)
     last = out / LAST
     if last.exists():
         before = TrainConfig.read(out / SETTINGS)
@@ -208,25 +210,44 @@ def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> tuple[TrainCon
             config = config.with_changes({"training": found}, "training")
         changed = before.differences(config)
         if changed:
+            best = out / BEST
+            start = f", and start from the best of this one: --pretrained {best}"
             raise InputError(
                 f"{out}: holds a training with other settings: {', '.join(changed)}; go on with "
-                "the same, or name another folder"
+                f"the same, or name another folder{start if best.exists() else ''}"
             )
-        if (out / DATA).read_text() != cutouts:
+        others = other_inputs(out, inputs)
+        if others:
             raise InputError(
-                f"{out}: holds a training on other cutouts; go on with the same, or name another "
-                "folder"
+                f"{out}: holds a training with other {' and '.join(others)}; go on with the same, "
+                "or name another folder"
             )
         if not (out / SCORES).exists():
             log.info("  goes on from %s", last)
-    write_aside(out / DATA, cutouts)
-    write_aside(out / SETTINGS, config.yaml)
+    if not config.training.fast_dev_run:
+        write_aside(out / INPUTS, json.dumps(inputs, indent=1))
+        write_aside(out / SETTINGS, config.yaml)
     return config, last if last.exists() else None
 
 
-def cutouts_digest(data: CutoutModule) -> str:
-    """sha256 (hex) of the ids and labels that a training sees."""
-    return digest([[list(s.ids), s.labels.tolist()] for s in map(data.split, ("train", "val"))])
+def hashed_inputs(config: TrainConfig, data: CutoutModule) -> dict[str, str]:
+    """{what a training is made of, besides its settings: what tells it from another}."""
+    return {
+        "cutouts": digest([data.content, asdict(data.format)]),
+        "weights to start from": config.start,
+    }
+
+
+def other_inputs(folder: Path, now: Mapping[str, str]) -> list[str]:
+    """The names of those that a folder was not begun with. Raises InputError where an earlier
+    version of this program has begun it."""
+    path = folder / INPUTS
+    if not path.exists():
+        raise InputError(
+            f"{folder}: an earlier version of lens_pipeline has begun it; name another folder"
+        )
+    before = json.loads(path.read_text())
+    return [name for name, value in now.items() if before[name] != value]
 
 
 def deciding_metric(config: TrainConfig, data: CutoutModule) -> str:
@@ -266,6 +287,7 @@ def _fit(
     system_type: type[LensClassifier],
 ) -> None:
     how, hardware = config.training, config.hardware
+    repeats = hardware.deterministic or not _on_gpu(config)
     data.batch_size = how.batch_size
     set_seed(how.seed)
     system = build_system(config, data, system_type)
@@ -289,9 +311,8 @@ def _fit(
     finite = FiniteLoss(None if how.fast_dev_run else monitor)
     chosen: list[Callback] = [StepSeeds(how.seed), finite, *callbacks, Curves()]
     if how.ema:
-        average = get_ema_multi_avg_fn(how.ema)
         # It is asked for before the network is on its device.
-        chosen.append(WeightAveraging(_device(config), multi_avg_fn=average))
+        chosen.append(MovingAverage(how.ema, _device(config)))
     if how.patience:
         chosen.append(Patience(monitor, how.min_delta, how.patience, mode=mode))
     if not how.fast_dev_run:
@@ -322,7 +343,9 @@ def _fit(
             limit_train_batches=how.limit_train_batches,
             limit_val_batches=how.limit_val_batches,
             sync_batchnorm=hardware.devices > 1 and _on_gpu(config),
-            deterministic="warn" if hardware.deterministic or not _on_gpu(config) else False,
+            deterministic="warn" if repeats else False,
+            # cuDNN's fastest convolutions for these sizes, which it finds by trying.
+            benchmark=not repeats,
             # A step of a GPU takes milliseconds; a line in MLflow, some ten.
             log_every_n_steps=200 if _on_gpu(config) else 50,
             enable_model_summary=False,

@@ -1,5 +1,6 @@
 """Tuning: a study of trainings that differ in their settings, in one folder that goes on."""
 
+import json
 import logging
 import math
 import warnings
@@ -23,9 +24,9 @@ from lens_pipeline.models.system import LensClassifier, LitLensSystem
 from lens_pipeline.shards.datamodule import CutoutModule
 from lens_pipeline.steps import write_aside
 from lens_pipeline.training.config import TrainConfig, read_yaml
-from lens_pipeline.training.member import TrainedMember
+from lens_pipeline.training.member import INPUTS, TrainedMember
 from lens_pipeline.training.space import Pruner, Range, SearchSpace
-from lens_pipeline.training.train import cutouts_digest, deciding_metric, train
+from lens_pipeline.training.train import deciding_metric, hashed_inputs, other_inputs, train
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -37,13 +38,13 @@ DATABASE = "study.db"
 CONFIG = "config.yaml"  # what the trials change
 SPACE = "space.yaml"
 PRUNER = "pruner.txt"
-CUTOUTS = "cutouts.sha256"
 TRIALS = "trials"
 TABLE = "trials.csv"
 PICTURE = "trials.png"
 BEST_CONFIG = "best.yaml"
 NAME = "lens_pipeline"  # of the one study in a database
 REASON, PRUNED = "reason", "pruned"  # of a failure; in which epoch
+LOSS = "validation_loss"  # in the epoch of a trial's value
 HOPELESS = 3  # trials that fail before another ends well
 PATIENCE = 120  # seconds that SQLite waits for another worker's writing
 
@@ -63,8 +64,8 @@ class TunedStudy:
 
     @property
     def trials(self) -> pd.DataFrame:
-        """number, state (complete, pruned, failed, running), value, epochs, seconds, the settings
-        by name, reason."""
+        """number, state (complete, pruned, failed, running), value, validation_loss (in the
+        epoch of the value), epochs, seconds, the settings by name, reason."""
         return pd.read_csv(self.folder / TABLE)
 
     @property
@@ -74,10 +75,9 @@ class TunedStudy:
 
     @property
     def ranked(self) -> pd.DataFrame:
-        """The trials, the completed ones first, the best of them at the top."""
-        lowest = self.base.training.monitor == "val/loss"
-        ranked = self.trials.sort_values("value", ascending=lowest, kind="stable")
-        return ranked.sort_values("state", key=lambda s: s != "complete", kind="stable")
+        """The trials, the completed ones first, the best of them at the top; of equal values, that
+        with the lower loss."""
+        return ranked(self.trials, self.base.training.monitor == "val/loss")
 
     @property
     def best(self) -> "pd.Series[Any] | None":
@@ -101,6 +101,12 @@ class TunedStudy:
     def trained(self, number: int) -> TrainedMember:
         """The training of a trial."""
         return TrainedMember(self.folder / TRIALS / f"{number:04d}")
+
+
+def ranked(trials: pd.DataFrame, lowest: bool) -> pd.DataFrame:
+    """See `TunedStudy.ranked`. lowest: whether a lower value is the better one."""
+    found = trials.sort_values(["value", LOSS], ascending=[lowest, True], kind="stable")
+    return found.sort_values("state", key=lambda s: s != "complete", kind="stable")
 
 
 def tune(
@@ -182,26 +188,26 @@ class _Study:
 
     def _begin(self) -> None:
         """Write down what the study is. Raises InputError where the folder holds another."""
-        cutouts = cutouts_digest(self.data)
-        if (self.out / CUTOUTS).exists():
+        inputs = hashed_inputs(self.config, self.data)
+        if (self.out / CONFIG).exists():
             before = TrainConfig.read(self.out / CONFIG)
             changed = before.differences(self.config)
             for name, kept, now in (
                 ("the space", read_yaml(self.out / SPACE), self.space.as_values()),
                 ("the pruner", (self.out / PRUNER).read_text(), self.pruner),
-                ("the cutouts", (self.out / CUTOUTS).read_text(), cutouts),
             ):
                 if kept != now:
                     changed.append(name)
+            changed += [f"the {name}" for name in other_inputs(self.out, inputs)]
             if changed:
                 raise InputError(
                     f"{self.out}: holds a study that differs: {', '.join(changed)}; go on with the "
                     "same, or name another folder"
                 )
-        write_aside(self.out / CONFIG, self.config.yaml)
+        write_aside(self.out / INPUTS, json.dumps(inputs, indent=1))
         write_aside(self.out / SPACE, self.space.yaml)
         write_aside(self.out / PRUNER, self.pruner)
-        write_aside(self.out / CUTOUTS, cutouts)
+        write_aside(self.out / CONFIG, self.config.yaml)
 
     def _load(self, number: int = 0) -> "Study":
         """The study, with the sampler of a trial."""
@@ -272,10 +278,13 @@ class _Study:
             with record(trial.number, config) as loggers:
                 pruning = Pruning(trial, monitor)
                 trained = train(config, self.data, out, loggers, [pruning], system_type)
-            values = trained.curves[monitor]
-            value = float(values.min() if self.lowest else values.max())
+            curves = trained.curves.sort_values(
+                [monitor, "val/loss"], ascending=[self.lowest, True]
+            )
+            value, loss = (float(curves[name].iloc[0]) for name in (monitor, "val/loss"))
             if not math.isfinite(value):
                 raise InputError(f"{monitor} is {value} in every epoch")
+            trial.set_user_attr(LOSS, loss)
         except NoRoomError:
             raise
         except optuna.TrialPruned:
@@ -289,10 +298,13 @@ class _Study:
             return reason
         else:
             trial.study.tell(trial, value)
-            best = trial.study.best_trial
-            told = (trial.number, monitor, value, best.value, best.number)
+            best = ranked(self._table(), self.lowest).iloc[0]
+            told = (trial.number, monitor, value, best["value"], best["number"])
             log.info("trial %d: %s %.4g; the best is %.4g of trial %d", *told)
         return None
+
+    def _table(self) -> pd.DataFrame:
+        return pd.DataFrame(map(self._row, self._load().get_trials(deepcopy=False)))
 
     def _draw(self, trial: "Trial") -> dict[str, dict[str, Any]]:
         changes: dict[str, dict[str, Any]] = {}
@@ -312,7 +324,7 @@ class _Study:
         the best."""
         with self._lock():
             trials = self._load().get_trials(deepcopy=False)
-            table = pd.DataFrame(map(self._row, trials))
+            table = self._table()
             write_aside(self.out / TABLE, table.to_csv(index=False))
             figure = tuning_figure(table, self.space.scales, self.config.training.monitor)
             aside = self.out / f".{PICTURE}"
@@ -334,6 +346,7 @@ class _Study:
             "number": trial.number,
             "state": {"FAIL": "failed"}.get(trial.state.name, trial.state.name.lower()),
             "value": trial.value,
+            LOSS: trial.user_attrs.get(LOSS),
             "epochs": len(trial.intermediate_values),
             "seconds": trial.duration.total_seconds() if trial.duration else None,
             **{name: trial.params.get(name) for name in self.space.settings},

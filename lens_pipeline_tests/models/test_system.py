@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from pytorch_lightning import Trainer
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+from torchvision.models import VisionTransformer
 
 import lens_pipeline
 from lens_pipeline import LitEnsembleSystem
 from lens_pipeline.errors import InputError
+from lens_pipeline.models.metrics import StageMetrics
 from lens_pipeline.models.system import LitLensSystem, load_system, stretch
 
 
@@ -100,6 +103,7 @@ def _rates(total: int, **how: object) -> list[float]:
         num_training_batches=min(10, total),
         limit_val_batches=1.0,
         accumulate_grad_batches=1,
+        precision="32-true",
     )
     (optimiser,), schedules = system.configure_optimizers()
     rates = []
@@ -193,6 +197,80 @@ def test_smoothed_labels_leave_the_weights_of_the_classes(loss: str) -> None:
         np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
         if loss == "bce":
             assert best[0] == pytest.approx(np.log(9) * (1 if value else -1), abs=0.02)
+
+
+def _optimiser(system: LitLensSystem, **how: object) -> torch.optim.Optimizer:
+    """As a Trainer of these settings has it."""
+    system.trainer = SimpleNamespace(  # type: ignore[assignment]
+        estimated_stepping_batches=10,
+        num_training_batches=10,
+        accumulate_grad_batches=1,
+        **{"precision": "32-true", "gradient_clip_val": None} | how,
+    )
+    (optimiser,), _ = system.configure_optimizers()
+    assert isinstance(optimiser, torch.optim.Optimizer)
+    return optimiser
+
+
+def test_only_what_a_layer_multiplies_with_decays() -> None:
+    """No biases, norms, tokens and positions: without gradients AdamW leaves those as they are."""
+    system = LitLensSystem("light_transformer", image_size=32, lr=0.1, weight_decay=0.5, warmup=0.0)
+    system.backbone = VisionTransformer(32, 8, 1, 2, 16, 32)
+    system.register_module("names", torch.nn.Embedding(3, 4))
+    before = {name: value.detach().clone() for name, value in system.named_parameters()}
+    for parameter in system.parameters():
+        parameter.data += 1
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser = _optimiser(system)
+    optimiser.step()
+    decayed = {
+        name
+        for name, value in system.named_parameters()
+        if not torch.equal(value.detach(), before[name] + 1)
+    }
+    layer = "backbone.encoder.layers.encoder_layer_0"
+    assert decayed == {
+        *("backbone.conv_proj.weight", "backbone.heads.head.weight", "head.weight"),
+        *(f"{layer}.self_attention.{kind}" for kind in ("in_proj_weight", "out_proj.weight")),
+        *(f"{layer}.mlp.{place}.weight" for place in (0, 3)),
+    }
+    for name, value in system.named_parameters():
+        factor = 1 - 0.1 * 0.5 if name in decayed else 1
+        torch.testing.assert_close(value.detach(), factor * (before[name] + 1))
+
+
+@pytest.mark.parametrize(
+    ("precision", "clip", "fused"),
+    [("16-mixed", 1.0, False), ("16-mixed", None, True), ("bf16-mixed", 1.0, True)],
+)
+def test_a_step_is_fused_where_lightning_can_clip_its_gradients(
+    precision: str, clip: float | None, fused: bool
+) -> None:
+    system = LitLensSystem("lastro", image_size=32)
+    optimiser = _optimiser(system, precision=precision, gradient_clip_val=clip)
+    assert bool(optimiser.defaults["fused"]) == fused
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_what_is_counted_at_one_half_is_as_scikit_learn_has_it(found: bool) -> None:
+    """Over batches of several sizes, in which each cutout counts once."""
+    random = np.random.default_rng(0)
+    stage, seen, losses = StageMetrics(ranking=False), [], []
+    for n in (5, 1, 8):
+        logit, label = random.normal(size=n) - (0 if found else 9), random.integers(2, size=n)
+        loss = random.random()
+        stage.update(torch.tensor(loss), torch.from_numpy(logit), torch.from_numpy(label).float())
+        seen.append([logit, label])
+        losses += [loss] * n
+    logit, label = np.concatenate(seen, axis=1)
+    said = {name: float(value) for name, value in stage.compute().items()}
+    taken = logit > 0
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        label, taken, average="binary", zero_division=0
+    )
+    expected = {"precision": precision, "recall": recall, "f1": f1}
+    expected |= {"accuracy": accuracy_score(label, taken), "loss": np.mean(losses)}
+    assert said == pytest.approx(expected)
 
 
 def test_a_shift_needs_no_turns() -> None:

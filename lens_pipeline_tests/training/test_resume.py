@@ -1,5 +1,6 @@
 """A training that was killed goes on where it was, and ends as if nothing had happened."""
 
+import shutil
 import signal
 import subprocess
 import time
@@ -13,10 +14,17 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
+from lens_pipeline.catalogue.build import build_dataset
+from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.system import LitLensSystem
 from lens_pipeline.settings import Settings
-from lens_pipeline.shards.datamodule import LensDataModule
+from lens_pipeline.shards.datamodule import (
+    CutoutModule,
+    LensDataModule,
+    LensWebDatasetDataModule,
+)
+from lens_pipeline.shards.prepare import prepare_shards
 from lens_pipeline.tracking import Tracking
 from lens_pipeline.training import TrainedMember, checkpoints, train
 from lens_pipeline.training.callbacks import Patience
@@ -147,6 +155,19 @@ def test_another_number_of_best_epochs_is_kept(
     assert others == [] if now < before else 1 <= len(others) <= 2
 
 
+def test_which_of_equally_good_epochs_was_the_better_one_is_not_forgotten(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    config = _config(epochs=4, monitor="val/auroc", save_top_k=2)
+    per_epoch = len(LensDataModule(uneven_shards, batch_size=16).train_dataloader())
+    assert in_a_process(config, uneven_shards, tmp_path, 2 * per_epoch + 4, "batch") < 0
+    trained = train(config, LensDataModule(uneven_shards), tmp_path)
+    assert trained.curves["val/auroc"].nunique() == 1
+    best, second, *_ = trained.curves.sort_values("val/loss")["epoch"]
+    assert torch.load(trained.checkpoint, weights_only=True)["epoch"] == best
+    assert [path.name for path in (tmp_path / "top").iterdir()] == [f"epoch_{second:03d}.ckpt"]
+
+
 def test_a_checkpoint_is_due_after_a_step_of_several_batches_in_several_processes(
     uneven_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +241,18 @@ def test_a_checkpoint_that_would_run_code_is_not_gone_on_from(
         train(_config(), LensDataModule(shards_folder), tmp_path)
 
 
+def test_an_optimiser_of_an_earlier_version_is_told(shards_folder: Path, tmp_path: Path) -> None:
+    """Which let all parameters decay, in one group."""
+    assert in_a_process(_config(), shards_folder, tmp_path, 5) == -signal.SIGKILL
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    (optimiser,) = checkpoint["optimizer_states"]
+    first, second = optimiser["param_groups"]
+    optimiser["param_groups"] = [first | {"params": first["params"] + second["params"]}]
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    with pytest.raises(InputError, match="the optimiser of an earlier version of lens_pipeline"):
+        train(_config(), LensDataModule(shards_folder), tmp_path)
+
+
 def test_other_settings_do_not_go_on(shards_folder: Path, tmp_path: Path) -> None:
     assert in_a_process(_config(), shards_folder, tmp_path, 5) == -signal.SIGKILL
     changed = _config(learning_rate=0.01, epochs=4)
@@ -228,12 +261,75 @@ def test_other_settings_do_not_go_on(shards_folder: Path, tmp_path: Path) -> Non
     assert (tmp_path / "last.ckpt").is_file()
 
 
-def test_other_cutouts_do_not_go_on(own_shards: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert in_a_process(_config(), own_shards, out, 5) == -signal.SIGKILL
-    (out / "cutouts.sha256").write_text("others")
-    with pytest.raises(InputError, match=f"{out}: holds a training on other cutouts"):
-        train(_config(), LensDataModule(own_shards), out)
+def _drawn_cutouts(folder: Path, kind: str, seed: int) -> CutoutModule:
+    """Noise that follows from the seed, under ids and labels that do not, always in one place."""
+    place = folder / kind
+    shutil.rmtree(folder, ignore_errors=True)
+    for path in (folder / "images", place):
+        path.mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    rows = []
+    for split, n in (("train", 16), ("val", 8), ("test", 4)):
+        for k in range(n):
+            name = f"{split}{k}.npy"
+            np.save(folder / "images" / name, random.normal(size=(1, 32, 32)).astype(np.float32))
+            rows.append({"id": name, "path": f"images/{name}", "label": k % 2, "split": split})
+    catalogue = folder / "catalogue.csv"
+    pd.DataFrame(rows).to_csv(catalogue, index=False)
+    if kind == "catalogue":
+        return LensDataModule(catalogue, image_size=32, cache_dir=folder / "cache")
+    if kind == "dataset":
+        build_dataset(read_catalogue(catalogue), place, image_size=32)
+        return LensDataModule(place)
+    prepare_shards(str(catalogue), place, image_size=32)
+    if kind == "shards":
+        return LensDataModule(place)
+    for path in place.glob("*.[jp]*"):  # the manifest and what stands beside it
+        path.unlink()
+    tars = (f"{place}/{split}-000000.tar" for split in ("train", "val", "test"))
+    return LensWebDatasetDataModule(*tars)
+
+
+@pytest.mark.parametrize("kind", ["catalogue", "dataset", "shards", "tars"])
+def test_other_pixels_do_not_go_on(kind: str, tmp_path: Path) -> None:
+    """Of the same ids and labels, in the same place: somebody has mended the sky's subtraction."""
+    out, config = tmp_path / "out", _config(epochs=1, monitor="val/loss")
+    train(config, _drawn_cutouts(tmp_path / "data", kind, 0), out)
+    with pytest.raises(InputError, match=f"{out}: holds a training with other cutouts"):
+        train(config, _drawn_cutouts(tmp_path / "data", kind, 1), out)
+
+
+def test_cutouts_of_another_size_do_not_go_on(shards_folder: Path, tmp_path: Path) -> None:
+    config = _config(epochs=1)
+    train(config, LensDataModule(shards_folder), tmp_path)
+    with pytest.raises(InputError, match="holds a training with other cutouts"):
+        train(config, LensDataModule(shards_folder, image_size=24), tmp_path)
+
+
+def test_first_weights_are_the_same_by_what_they_are(shards_folder: Path, tmp_path: Path) -> None:
+    """Not by where they lie: a file may be moved, or be replaced by another."""
+    data, out = LensDataModule(shards_folder), tmp_path / "out"
+
+    def starting_from(weights: Path) -> TrainConfig:
+        return _config(epochs=1).with_changes({"model": {"pretrained": str(weights)}}, "test")
+
+    weights = tmp_path / "a.ckpt"
+    torch.save(LitLensSystem("lastro", image_size=32).backbone.network.state_dict(), weights)
+    train(starting_from(weights), data, out)
+    moved = weights.rename(tmp_path / "b.ckpt")
+    train(starting_from(moved), data, out)
+    torch.save(LitLensSystem("lastro", image_size=32).backbone.network.state_dict(), moved)
+    with pytest.raises(InputError, match="holds a training with other weights to start from"):
+        train(starting_from(moved), data, out)
+
+
+def test_what_an_earlier_version_has_begun_does_not_go_on(
+    shards_folder: Path, tmp_path: Path
+) -> None:
+    assert in_a_process(_config(), shards_folder, tmp_path, 5) == -signal.SIGKILL
+    (tmp_path / "inputs.json").unlink()
+    with pytest.raises(InputError, match=f"{tmp_path}: an earlier version of lens_pipeline has"):
+        train(_config(), LensDataModule(shards_folder), tmp_path)
 
 
 def test_a_training_that_has_ended_is_not_begun_again(shards_folder: Path, tmp_path: Path) -> None:
@@ -243,5 +339,6 @@ def test_a_training_that_has_ended_is_not_begun_again(shards_folder: Path, tmp_p
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.ckpt")}
     train(config, data, tmp_path)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.ckpt")}
-    with pytest.raises(InputError, match="other settings"):
+    best = tmp_path / "best.ckpt"
+    with pytest.raises(InputError, match=rf"epochs \(1, now 2\); .* --pretrained {best}$"):
         train(_config(epochs=2), data, tmp_path)

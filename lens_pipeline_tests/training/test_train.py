@@ -1,6 +1,9 @@
 """Training from a configuration: what it leaves, and what it says when it cannot go on."""
 
+import os
+import random
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,6 +18,7 @@ import yaml
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback
 from sklearn.metrics import roc_auc_score
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lens_pipeline import LensDataModule, LitEnsembleSystem, LitLensSystem
 from lens_pipeline.errors import InputError
@@ -35,6 +39,11 @@ def _train(
     return train(config, LensDataModule(shards), out, callbacks=callbacks, **how)
 
 
+def _best_epochs(curves: pd.DataFrame, monitor: str) -> list[int]:
+    by = [monitor, "val/loss", "epoch"]
+    return curves.sort_values(by, ascending=[False, True, False])["epoch"].tolist()
+
+
 def test_a_ring_is_learnt_and_its_files_are_left(uneven_shards: Path, tmp_path: Path) -> None:
     config = _config(epochs=8, save_top_k=2, monitor="val/auroc")
     trained = _train(config, uneven_shards, tmp_path)
@@ -49,7 +58,7 @@ def test_a_ring_is_learnt_and_its_files_are_left(uneven_shards: Path, tmp_path: 
     assert len(scores) == 40
     # The best checkpoint is of the epoch with the highest figure, and its scores are its own.
     checkpoint = torch.load(trained.checkpoint, weights_only=True)
-    assert checkpoint["epoch"] == curves["val/auroc"].idxmax()
+    assert checkpoint["epoch"] == _best_epochs(curves, "val/auroc")[0]
     assert "optimizer_states" not in checkpoint
     auroc = roc_auc_score(scores["label"], scores["logit"])
     assert curves["val/auroc"].max() == pytest.approx(auroc, abs=1e-6)
@@ -81,6 +90,31 @@ def test_the_same_settings_file_gives_the_same_weights(uneven_shards: Path, tmp_
     assert one["state_dict"].keys() == two["state_dict"].keys()
     for name, value in one["state_dict"].items():
         assert torch.equal(value, two["state_dict"][name])
+
+
+def test_other_pixels_in_the_same_place_are_trained_on_by_the_same_command(
+    uneven_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the same pixels are not: it says that nothing was trained."""
+    from lens_pipeline.cli import main
+
+    folder = tmp_path / "cutouts"
+    shutil.copytree(uneven_shards.parent, folder, ignore=shutil.ignore_patterns("shards"))
+    flags = ["--arch", "lastro", "--epochs", "1", "--image-size", "32", "--home", str(tmp_path)]
+
+    def trainings() -> set[Path]:
+        caplog.clear()
+        assert main(["train", "--data-root", str(folder / "catalogue.csv"), *flags]) == 0
+        return set((tmp_path / "trainings").iterdir())
+
+    (first,) = trainings()
+    assert "nothing is trained again" not in caplog.text
+    assert trainings() == {first}
+    assert f"{first} holds this training with its scores: nothing is trained again" in caplog.text
+    for path in folder.glob("*.npy"):
+        np.save(path, np.load(path)[::-1])
+    assert len(trainings()) == 2
+    assert "nothing is trained again" not in caplog.text
 
 
 class _Spoil(Callback):
@@ -206,7 +240,121 @@ def test_twenty_non_lenses_do_not_choose_by_one_false_positive_in_a_hundred(
     assert "20 non-lenses of the validation set cannot resolve" in caplog.text
     assert trained.curves["val/tpr_at_fpr_1e-2"].isna().all()
     epoch = torch.load(trained.checkpoint, weights_only=True)["epoch"]
-    assert epoch == trained.curves["val/auroc"].idxmax()
+    assert epoch == _best_epochs(trained.curves, "val/auroc")[0]
+
+
+@pytest.mark.parametrize("equal_losses", [True, False])
+def test_of_epochs_that_are_equally_good_the_one_with_the_lowest_loss_is_best(
+    equal_losses: bool, uneven_shards: Path, tmp_path: Path
+) -> None:
+    """Then the latest: it has learnt most. These rings are easy to tell from the first epoch on."""
+
+    class Forget(Callback):
+        def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+            for value in module.state_dict().values() if equal_losses else ():
+                value.zero_()
+
+    config = _config(epochs=4, monitor="val/auroc")
+    trained = _train(config, uneven_shards, tmp_path, Forget())
+    curves = trained.curves
+    assert curves["val/auroc"].nunique() == 1
+    assert curves["val/loss"].nunique() == (1 if equal_losses else 4)
+    first, *others, _ = _best_epochs(curves, "val/auroc")
+    assert first != 0
+    assert torch.load(trained.checkpoint, weights_only=True)["epoch"] == first
+    kept = sorted(path.name for path in (tmp_path / "top").iterdir())
+    assert kept == sorted(f"epoch_{epoch:03d}.ckpt" for epoch in others)
+
+
+class _Weights(Callback):
+    """Those before the first step and after each."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._look(module)
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == len(self.seen):
+            self._look(module)
+
+    def _look(self, module: LightningModule) -> None:
+        self.seen.append({name: v.double().clone() for name, v in module.state_dict().items()})
+
+
+def test_an_average_of_the_weights_soon_forgets_the_untrained_ones(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    """By the formula of TensorFlow's ExponentialMovingAverage with its `num_updates`."""
+    weights = _Weights()
+    config = _config(epochs=2, ema=0.999, accumulate_grad_batches=2)
+    trained = _train(config, uneven_shards, tmp_path, weights)
+    average, *steps = weights.seen
+    assert len(steps) == 2 * 3
+    for t, now in enumerate(steps):
+        decay = min(0.999, (1 + t) / (10 + t))
+        average = {name: decay * average[name] + (1 - decay) * now[name] for name in now}
+    kept = torch.load(trained.folder / "last.ckpt", weights_only=True)["state_dict"]
+    for name, value in kept.items():
+        expected = average[name] if value.is_floating_point() else steps[-1][name]
+        torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_an_average_of_the_weights_asks_for_no_number(uneven_shards: Path, tmp_path: Path) -> None:
+    """For which the host would wait until a GPU has done all it was given."""
+
+    class Asked(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+            self.n += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    class Watch(Callback):
+        def __init__(self) -> None:
+            self.asked = Asked()
+
+        def on_train_start(self, *_: Any) -> None:
+            self.asked.__enter__()
+
+        def on_train_epoch_end(self, *_: Any) -> None:
+            self.asked.__exit__(None, None, None)
+
+    found = []
+    for ema in (0.0, 0.9):
+        watch = Watch()
+        config = _config(epochs=1, ema=ema, limit_val_batches=1, monitor="val/loss")
+        _train(config, uneven_shards, tmp_path / str(ema), watch)
+        found.append(watch.asked.n)
+    assert found[0] == found[1] > 0
+
+
+def test_a_training_leaves_its_process_as_it_was(
+    uneven_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bootstrap round it draws something else each time."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+
+    def draws() -> tuple[float, float, float]:
+        return random.random(), float(np.random.random()), float(torch.rand(()))
+
+    def seed() -> None:
+        random.seed(1)
+        np.random.seed(2)
+        torch.manual_seed(3)
+
+    seed()
+    expected = draws()
+    before = dict(os.environ)
+    seed()
+    _train(_config(epochs=1), uneven_shards, tmp_path)
+    assert draws() == expected
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    assert not torch.backends.cudnn.benchmark
+    assert dict(os.environ) == before
 
 
 def test_a_validation_of_one_class_is_told_before_anything_is_trained(
@@ -352,8 +500,9 @@ def test_wandb_without_an_account_is_one_line(
     assert refused.returncode == 2
     last = refused.stderr.strip().splitlines()[-1]
     assert re.match("error: training.loggers: wandb: .*WANDB_API_KEY, or WANDB_MODE=offline", last)
+    shutil.rmtree(out)
     subprocess.run([*command, "--fast-dev-run"], check=True)
-    assert not (out / "logs" / "wandb").exists()
+    assert not any(out.iterdir())  # no training was, which files could tell of
 
 
 def test_what_this_machine_cannot_do_is_said_before_training(
@@ -392,8 +541,8 @@ def test_a_plateau_without_a_validation_and_steps_without_epochs(uneven_shards: 
     )
     steps = 3 * len(data.train_dataloader()) - 1  # in the third epoch
     Trainer(**quiet, max_epochs=-1, max_steps=steps).fit(system, data)
-    (group,) = system.optimizers().optimizer.param_groups  # type: ignore[union-attr]
-    assert group["lr"] == pytest.approx(1e-3 * 0.5**2)
+    for group in system.optimizers().optimizer.param_groups:  # type: ignore[union-attr]
+        assert group["lr"] == pytest.approx(1e-3 * 0.5**2)
 
 
 def test_mlflow_is_told_of_a_training(uneven_shards: Path, tmp_path: Path) -> None:

@@ -184,6 +184,23 @@ def test_a_full_disk_leaves_the_trial_for_later(uneven_shards: Path, tmp_path: P
     assert study.trials["state"].tolist() == ["complete", "complete"]
 
 
+@pytest.mark.parametrize(("monitor", "best"), [("val/recall", 2), ("val/loss", 0)])
+def test_of_trials_with_equal_values_the_one_with_the_lower_loss_is_best(
+    monitor: str, best: int, tmp_path: Path
+) -> None:
+    table = {
+        "number": range(4),
+        "state": ["complete", "complete", "complete", "pruned"],
+        "value": [0.5, 1.0, 1.0, 1.0],
+        "validation_loss": [0.2, 0.7, 0.6, 0.1],
+    }
+    (tmp_path / "config.yaml").write_text(_config(monitor=monitor).yaml)
+    pd.DataFrame(table).to_csv(tmp_path / "trials.csv", index=False)
+    found = TunedStudy(tmp_path).best
+    assert found is not None
+    assert found["number"] == best
+
+
 def test_a_folder_holds_one_study(uneven_shards: Path, shards_folder: Path, tmp_path: Path) -> None:
     config = _config(epochs=1, limit_train_batches=1)
     rates = {"learning_rate": [1e-3, 1e-2]}
