@@ -202,9 +202,10 @@ class LensClassifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         wanted = self.hparams
-        # Lightning clips no gradients that a fused step is to unscale.
-        unscales = self.trainer.precision == "16-mixed" and bool(self.trainer.gradient_clip_val)
-        optimiser = adamw(self, wanted["lr"], wanted["weight_decay"], fused=not unscales)
+        # In mixed precision Lightning clips no gradients of a fused step, which might unscale them.
+        mixed = str(self.trainer.precision).endswith("-mixed")
+        fused = not (mixed and self.trainer.gradient_clip_val)
+        optimiser = adamw(self, wanted["lr"], wanted["weight_decay"], fused)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise InputError(
