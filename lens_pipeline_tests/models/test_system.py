@@ -9,6 +9,7 @@ import pytest
 import torch
 from pytorch_lightning import Trainer
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+from torch.utils.data import DataLoader
 from torchvision.models import VisionTransformer
 
 import lens_pipeline
@@ -255,8 +256,8 @@ def test_a_step_is_fused_where_lightning_can_clip_its_gradients(
         enable_checkpointing=False,
         logger=False,
     )
-    batch = {"image": torch.randn(4, 3, 32, 32), "label": torch.tensor([0.0, 1, 0, 1])}
-    trainer.fit(system, [batch])
+    cutouts: Any = [{"image": torch.randn(3, 32, 32), "label": float(i % 2)} for i in range(4)]
+    trainer.fit(system, DataLoader(cutouts, batch_size=4))
     (optimiser,) = trainer.optimizers
     assert bool(optimiser.defaults["fused"]) == (precision == "32-true" or clip is None)
 
