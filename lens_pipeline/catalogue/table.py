@@ -32,7 +32,6 @@ from lens_pipeline.catalogue.table_files import (
     read_table,
 )
 from lens_pipeline.errors import InputError
-from lens_pipeline.steps import digest
 from lens_pipeline.storage import (
     asking,
     locate,
@@ -178,7 +177,11 @@ def source_glance(source: str, storage_options: Mapping[str, Any] | None = None)
         inside = [*splits, *classes, *tables]
         places += [str(place) for place in inside if place.exists()]
     states = dict(states_of(places, storage_options))
-    return None if states[source] is None else digest(states)
+    if states[source] is None:
+        return None
+    return hashlib.sha256(
+        "\0".join(f"{place} {states[place]}" for place in places).encode()
+    ).hexdigest()
 
 
 def _fingerprint(source: str, storage_options: Mapping[str, Any] | None) -> str:
