@@ -292,4 +292,5 @@ def test_what_is_too_much_to_compare_is_told(
     monkeypatch.setattr("lens_pipeline.catalogue.duplicates.PAIRS_PER_CUTOUT", 0)
     dataset = built(catalogue_of(sky, tmp_path), tmp_path)
     assert len(dataset.near_duplicates()) == 5
-    assert dataset.facts["n_alike_not_compared"] >= EACH * len(COPIES) - 5
+    # Where little is compared, fewer bits may differ.
+    assert dataset.facts["n_alike_not_compared"] > 0.9 * EACH * len(COPIES)
