@@ -81,7 +81,7 @@ def _prepare(options: argparse.Namespace) -> int:
         places.append((published.url, storage))
     for place, how in places:
         if options.validate:
-            from lens_pipeline.shards.manifest import verify_shards
+            from lens_pipeline.shards.verify import verify_shards
 
             problems = verify_shards(place, how)
             if problems:

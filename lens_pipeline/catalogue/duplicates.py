@@ -3,11 +3,12 @@
 A catalogue may hold a galaxy twice: cut out again some pixels aside, resampled, in other units,
 compressed, mirrored and turned by right angles as those do who enlarge a training set. A network
 that trained on one knows the other. Different galaxies look alike, too, but their noise does not,
-and both steps go by it: hashes of 64 bits propose pairs, and a correlation of the pixels decides.
+and both steps go by it: hashes of 128 bits propose pairs, and a correlation of the pixels decides.
 So a stack of other exposures is not found, which shares no noise; nor one with bright arcs painted
 on it, as a rule, which have a hash of their own; nor one turned by other angles.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import combinations
@@ -34,8 +35,13 @@ STEP = 1 / 43  # cycles/pixel, between the waves; at least one cycle a cutout
 LOWEST = 2  # STEPs: below, most galaxies are alike
 PEAK_WIDTH = 0.45  # of a side: of the blur in which the brightest point is looked for
 
-# Of the pairs that are proposed. Of hashes of independent images, 32 +- 4 bits differ.
-MAX_DISTANCE = 14  # bits
+# Of the pairs that are proposed. Of each word of the hashes of independent images, 32 +- 4 bits
+# differ.
+WORD = 64  # bits
+MAX_DISTANCE = 14  # bits of the first word; of both words together, see `furthest`
+# So many times more galaxies are alike in the first word than such hashes would be, by their light;
+# in the second it is their noise that counts (benchmarks.duplicates).
+LIGHT = 60
 PARTS, KEY_PARTS = 12, 3  # so 16 bits are compared at a time
 NEIGHBOURS = 16  # that one is compared with where more are alike
 PAIRS_PER_CUTOUT, PAIRS = 0.3, 10_000  # whose pixels are compared, at least PAIRS
@@ -92,7 +98,7 @@ def _progress(total: int, what: str, unit: str) -> Any:
 
 def _hashes(dataset: "Dataset", cutouts: pd.DataFrame) -> NDArray[np.uint64]:
     block = _block(dataset)
-    hashes = [np.zeros((0, 2), np.uint64)]
+    hashes = [np.zeros((0, 2, 2), np.uint64)]
     with _progress(len(cutouts), "hashing cutouts", "cutout") as progress:
         for part in FRACTIONS:
             with dataset.open_images(part) as file:
@@ -155,9 +161,10 @@ def _hann(distance: NDArray[np.floating]) -> NDArray[np.float32]:
 
 
 def perceptual_hash(images: NDArray[np.float32], units: str) -> NDArray[np.uint64]:
-    """uint64 (n, 2): hashes of float32 images (n, bands, size, size) and of these transposed.
+    """uint64 (n, 2, 2): hashes of float32 images (n, bands, size, size) and of these transposed, of
+    two words each, that of the longer waves first.
 
-    Of copies few bits differ.
+    Of copies few bits differ, in the first word fewer.
 
     The usual one, signs of a cosine transform, says where the galaxy is and changes with a shift by
     a few pixels. Here a bit says whether a wave of the image is stronger than the one at a right
@@ -186,57 +193,86 @@ def perceptual_hash(images: NDArray[np.float32], units: str) -> NDArray[np.uint6
         for wave in (strength, strength.swapaxes(1, 2))
     ]
     octets = np.packbits(np.stack(bits, axis=1), axis=2)
-    return np.frombuffer(octets.tobytes(), ">u8").astype(np.uint64).reshape(n, 2)
+    return np.frombuffer(octets.tobytes(), ">u8").astype(np.uint64).reshape(n, 2, 2)
 
 
 def _waves() -> tuple[NDArray[np.int_], NDArray[np.int_]]:
-    """The 64 lowest waves from LOWEST on, their (y, x) frequencies in STEPs, in a quarter plane."""
+    """The lowest waves from LOWEST on, a bit of two words each: their (y, x) frequencies in STEPs,
+    in a quarter plane."""
     i, j = (side.ravel() for side in np.mgrid[:16, 1:17])
     length = np.hypot(i, j)
     order = np.lexsort((j, length))
-    order = order[length[order] >= LOWEST][:64]
+    order = order[length[order] >= LOWEST][: 2 * WORD]
     return i[order], j[order]
 
 
 _WAVES = _waves()
 
 
-def candidates(hashes: NDArray[np.uint64], split: NDArray[np.int_]) -> NDArray[np.int_]:
-    """(m, 3): pairs of different splits whose `perceptual_hash`es (n, 2) are at most MAX_DISTANCE
-    bits apart, with the turn of the second (0, 1, or these mirrored; half a turn has the same).
+def furthest(n: int) -> int:
+    """How many bits of both words of two hashes of n cutouts may differ for them to be alike.
 
-    The nearest come first; of a pair, the one of the lower split. The bits are dealt into PARTS,
-    and hashes compared that agree in any KEY_PARTS of them: pairs that are 8 bits apart are all
-    found, at 10 bits 99 in 100, at 14 bits 72 (locality-sensitive hashing, Indyk & Motwani 1998).
-    Where more than NEIGHBOURS agree, each is compared with that many, in the order of the hashes:
-    of a crowd of look-alikes some pairs are found, not all.
+    So many that of the pairs that are compared half are so by chance, as these grow as n^2. Up to
+    some 5,000 cutouts the first word alone decides; of 10^7, 29 bits may differ: copies that are
+    shifted or resampled are found as among few, those in coarse JPEG or with much noise not.
+    """
+    first = [math.comb(WORD, bits) / 2**WORD for bits in range(WORD + 1)]  # that so many differ
+    within = np.cumsum(first)
+    room = max(PAIRS, PAIRS_PER_CUTOUT * n) / 2
+    most = MAX_DISTANCE + WORD
+    # Of n^2 / 2 pairs half are of two splits, and each is laid in four ways.
+    while most > MAX_DISTANCE and room < LIGHT * n**2 * sum(
+        first[bits] * within[min(most - bits, WORD)] for bits in range(MAX_DISTANCE + 1)
+    ):
+        most -= 1
+    return most
+
+
+def candidates(hashes: NDArray[np.uint64], split: NDArray[np.int_]) -> NDArray[np.int_]:
+    """(m, 3): pairs of different splits whose `perceptual_hash`es (n, 2, 2) are at most
+    MAX_DISTANCE bits apart in the first word and `furthest` in both, with the turn of the second
+    (0, 1, or these mirrored; half a turn has the same).
+
+    The nearest come first; of a pair, the one of the lower split. The bits of the first word are
+    dealt into PARTS, and hashes compared that agree in any KEY_PARTS of them: pairs that are 8 bits
+    apart are all found, at 10 bits 99 in 100, at 14 bits 72 (locality-sensitive hashing, Indyk &
+    Motwani 1998). Where more than NEIGHBOURS agree, each is compared with that many, in the order
+    of the hashes: of a crowd of look-alikes some pairs are found, not all.
     """
     second = np.flatnonzero(split > split.min(initial=0))  # of a pair, may be
     row = np.concatenate([np.arange(len(split)), second, second, second])
     turn = np.repeat([0, 1, MIRRORED, MIRRORED + 1], [len(split), *(3 * [len(second)])])
-    plain, transposed = hashes.T
+    plain, transposed = hashes[:, 0], hashes[:, 1]
     # Transposed is mirrored and a quarter of a turn.
     keys = np.concatenate([plain, *(way[second] for way in (~plain, ~transposed, transposed))])
     # Equal hashes are mixed, lest each stand beside those of its own split.
     order = np.random.default_rng(0).permutation(len(keys))
-    order = order[np.argsort(keys[order], kind="stable")]
-    hashes, row, turn = keys[order], row[order], turn[order]
+    order = order[np.argsort(keys[order, 0], kind="stable")]
+    (words, others), row, turn = keys[order].T, row[order], turn[order]
+    most = furthest(len(split))
     split = split[row]
+
+    def apart(pair: NDArray[np.int_]) -> tuple[NDArray[np.int_], NDArray[np.int_]]:
+        """In the first word, and in both."""
+        first, rest = (np.bitwise_count(of[pair[0]] ^ of[pair[1]]) for of in (words, others))
+        return first, first + rest
 
     def of_two_splits(pair: NDArray[np.int_]) -> NDArray[np.int_]:
         pair = np.where(split[pair[0]] > split[pair[1]], pair[::-1], pair)
         return pair[:, (split[pair[0]] < split[pair[1]]) & (turn[pair[0]] == 0)]
 
-    equal = [of_two_splits(pair) for pair in _agreeing(hashes)]
+    equal = [of_two_splits(pair) for pair in _agreeing(words)]
+    equal = [pair[:, apart(pair)[1] <= most] for pair in equal]
     near = [np.zeros((2, 0), np.int64)]
     for parts in combinations(range(PARTS), KEY_PARTS):
-        mask = np.uint64(sum(1 << bit for bit in range(64) if bit % PARTS in parts))
-        for pair in _agreeing(hashes & mask):
-            distance = np.bitwise_count(hashes[pair[0]] ^ hashes[pair[1]])
-            near.append(of_two_splits(pair[:, (distance > 0) & (distance <= MAX_DISTANCE)]))
+        mask = np.uint64(sum(1 << bit for bit in range(WORD) if bit % PARTS in parts))
+        for pair in _agreeing(words & mask):
+            first, both = apart(pair)
+            alike = (first > 0) & (first <= MAX_DISTANCE) & (both <= most)
+            near.append(of_two_splits(pair[:, alike]))
     different = np.unique(np.concatenate(near, axis=1), axis=1)
-    distance = np.bitwise_count(hashes[different[0]] ^ hashes[different[1]])
-    one, other = np.concatenate([*equal, different[:, np.argsort(distance, kind="stable")]], axis=1)
+    found = np.concatenate([*equal, different], axis=1)
+    one, other = found[:, np.argsort(apart(found)[1], kind="stable")]
     return np.stack([row[one], row[other], turn[other]], axis=1)
 
 

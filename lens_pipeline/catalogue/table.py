@@ -32,7 +32,14 @@ from lens_pipeline.catalogue.table_files import (
     read_table,
 )
 from lens_pipeline.errors import InputError
-from lens_pipeline.storage import asking, locate, names_table, without_query
+from lens_pipeline.storage import (
+    asking,
+    locate,
+    names_table,
+    protocol_of,
+    states_of,
+    without_query,
+)
 
 
 @dataclass(frozen=True)
@@ -153,6 +160,28 @@ def source_fingerprint(source: str, storage_options: Mapping[str, Any] | None = 
     except Exception as problem:  # noqa: BLE001  (each store has errors of its own)
         reason = " ".join(str(problem).split()) or type(problem).__name__
         raise InputError(f"{source}: cannot be read ({reason})") from None
+
+
+def source_glance(source: str, storage_options: Mapping[str, Any] | None = None) -> str | None:
+    """What tells, without reading it, that a catalogue may have changed: the size and time (or the
+    ETag) of the file; of a local folder those of the folders and split tables in it.
+
+    None where nothing tells it: there is no such file, or the folder lies in a store. Raises
+    NoAnswerError where a store fails.
+    """
+    places = [source]
+    if not protocol_of(source) and Path(source).is_dir():
+        splits = [Path(source, split) for split in SPLITS]
+        classes = [folder / kind for folder in (Path(source), *splits) for kind in CLASS_FOLDERS]
+        tables = [Path(source, f"{split}.csv") for split in SPLITS]
+        inside = [*splits, *classes, *tables]
+        places += [str(place) for place in inside if place.exists()]
+    states = dict(states_of(places, storage_options))
+    if states[source] is None:
+        return None
+    return hashlib.sha256(
+        "\0".join(f"{place} {states[place]}" for place in places).encode()
+    ).hexdigest()
 
 
 def _fingerprint(source: str, storage_options: Mapping[str, Any] | None) -> str:

@@ -38,7 +38,7 @@ from lens_pipeline.defs.stages import (
 )
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import Recipe
+from lens_pipeline.steps import Recipe, digest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,11 +120,16 @@ def catalogue_recipe(settings: Settings) -> Recipe:
                 "image_size": presets.image_size(settings),
             },
         )
+    return table_recipe(settings, source_fingerprint(settings.source, settings.storage_options))
+
+
+def table_recipe(settings: Settings, source: str) -> Recipe:
+    """source: a hash of the user's own catalogue."""
     return Recipe(
         stage="cutout_catalogue",
         modules=(TABLE,),
         libraries=("astropy", "pandas", "pyarrow"),
-        inputs={"source": source_fingerprint(settings.source, settings.storage_options)},
+        inputs={"source": source},
         settings={"source": settings.source},
     )
 
@@ -186,6 +191,7 @@ def cutout_catalogue(lens: LensHome) -> dg.MaterializeResult:
     )
     rows = catalogue_of(settings, Made(str(step.folder), step.content)).table
     labels, split = rows["label"], assign_splits(rows, settings.seed)
+    of_splits = digest([step.content, settings.survey, settings.seed])
     return result(
         step,
         {
@@ -202,7 +208,7 @@ def cutout_catalogue(lens: LensHome) -> dg.MaterializeResult:
             "dagster/row_count": len(rows),
             "dagster/column_schema": column_schema(rows, COLUMNS),
         },
-        checks=(no_position_is_in_two_splits(rows, split),),
+        checks=(no_position_is_in_two_splits(rows, split, of_splits, settings),),
     )
 
 

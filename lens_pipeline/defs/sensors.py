@@ -1,6 +1,8 @@
 """What is watched: the source, the registry, and runs that fail."""
 
 import json
+import time
+from collections.abc import Mapping
 from typing import Any, Final
 
 import dagster as dg
@@ -8,7 +10,7 @@ import dagster as dg
 from lens_pipeline.alerts import alert
 from lens_pipeline.defs.automation import data
 from lens_pipeline.defs.resources import LensHome
-from lens_pipeline.defs.source import source_state
+from lens_pipeline.defs.source import source_glance, source_state
 from lens_pipeline.defs.stages import REGISTERED
 from lens_pipeline.defs.surveys import every_survey
 from lens_pipeline.errors import InputError
@@ -18,6 +20,7 @@ from lens_pipeline.tracking import keep_waits_short
 
 WILL_RETRY = "dagster/will_retry"
 FAILURE: Final = dg.DagsterEventType.RUN_FAILURE
+LOOK = 3600  # seconds between looks at all cutouts of a catalogue that has not changed
 AT_ONCE = 20  # failures that a tick tells of
 
 
@@ -25,7 +28,9 @@ AT_ONCE = 20  # failures that a tick tells of
     job=data,
     minimum_interval_seconds=60,
     description="Launches `data` when the catalogue, its cutouts or the published shards at "
-    "LENS_SOURCE are new or have changed, and have then rested for a minute.",
+    "LENS_SOURCE are new or have changed, and have then rested for a minute. It looks at the "
+    "catalogue and the published shards each minute; at the cutouts, for one that has changed in "
+    "its place, each hour.",
 )
 def source_changed(
     context: dg.SensorEvaluationContext, lens: LensHome
@@ -35,15 +40,21 @@ def source_changed(
         return dg.SkipReason("LENS_SOURCE is the simulation, which changes only with its settings")
     cursor = json.loads(context.cursor or "{}")
     try:
+        glance = source_glance(settings)
+        if glance is not None and _rests(cursor, glance):
+            return dg.SkipReason(f"{settings.source} has not changed")
+        looked = {"glance": glance, "looked": time.time()}
         state = source_state(settings)
     except InputError as problem:
         if "handled" not in cursor:
             return dg.SkipReason(f"waits for a source: {problem}")
         return _unreadable(settings, problem, cursor)
     cursor.pop("problem", None)
+    cursor |= looked
     if state == cursor.get("handled"):
         return dg.SensorResult(
-            skip_reason=f"{settings.source} has not changed", cursor=json.dumps(cursor)
+            skip_reason=f"{settings.source} has not changed",
+            cursor=json.dumps({**cursor, "seen": state}),
         )
     if state != cursor.get("seen"):
         return dg.SensorResult(
@@ -54,7 +65,18 @@ def source_changed(
     return dg.SensorResult(
         # The key is of the change, not only of the state: what was here before may come back.
         run_requests=[dg.RunRequest(run_key=f"{changes}:{state}", tags=every_survey(settings))],
-        cursor=json.dumps({"seen": state, "handled": state, "changes": changes}),
+        cursor=json.dumps({**looked, "seen": state, "handled": state, "changes": changes}),
+    )
+
+
+def _rests(cursor: Mapping[str, Any], glance: str) -> bool:
+    """Whether nothing has changed by a glance, and the last whole look is not long ago: in a survey
+    of millions of cutouts one takes minutes."""
+    return (
+        glance == cursor.get("glance")
+        and cursor.get("seen") == cursor.get("handled")
+        and "problem" not in cursor
+        and 0 <= time.time() - cursor["looked"] < LOOK
     )
 
 

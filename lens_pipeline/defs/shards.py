@@ -64,7 +64,8 @@ def lens_shards(
     WebDataset tars of every split (float16), an index for random access, and a manifest, whose
     sha256 is the dataset version.
     """
-    from lens_pipeline.shards.manifest import read_manifest, verify_shards
+    from lens_pipeline.shards.manifest import read_manifest
+    from lens_pipeline.shards.verify import verify_shards
     from lens_pipeline.shards.writer import write_shards
 
     upstream = made(context, DATASET, survey)
@@ -84,7 +85,7 @@ def lens_shards(
         survey=survey,
     )
     manifest = read_manifest(step.folder)
-    problems = verify_shards(step.folder)
+    problems = verify_shards(step.folder, every_byte=lens.settings.verify)
     if problems:
         log.error("  %s; make the shards again with --verify (LENS_VERIFY=true)", problems[0])
     return result(
@@ -154,10 +155,12 @@ def cloud_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.Materi
     storage = settings.storage_options
     shards = _merged(context, settings) if settings.surveys else made(context, SHARDS).folder
     try:
-        published = publish_shards(shards, settings.cloud, storage_options=storage)
+        published = publish_shards(
+            shards, settings.cloud, storage_options=storage, every_byte=settings.verify
+        )
     except InputError as problem:
         raise InputError(f"LENS_CLOUD_URL: {problem}") from None
-    problems = published_problems(shards, published.url, storage)
+    problems = published_problems(shards, published.url, storage, published.states)
     seconds = time.perf_counter() - begun
     reused = not published.uploaded
     log.info("cloud_shards: %s in %.1f s", "reused" if reused else "made", seconds)

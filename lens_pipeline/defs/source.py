@@ -1,6 +1,6 @@
 """What lies at LENS_SOURCE now."""
 
-from lens_pipeline.defs.dataset import catalogue_recipe
+from lens_pipeline.defs.dataset import catalogue_recipe, table_recipe
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import digest
@@ -17,6 +17,20 @@ def source_is_published(settings: Settings) -> bool:
         return is_published(settings.source, settings.storage_options)
     except InputError as problem:
         raise InputError(f"LENS_SOURCE: {problem}") from None
+
+
+def source_glance(settings: Settings) -> str | None:
+    """A hash that is another where the catalogue at LENS_SOURCE has been written to; nothing is
+    read. None where only `source_state` tells it.
+
+    Raises NoAnswerError where its store fails.
+    """
+    from lens_pipeline.catalogue.table import source_glance as glance
+
+    if source_is_published(settings):  # of which the newest version is asked in any case
+        return None
+    found = glance(settings.source, settings.storage_options)
+    return None if found is None else table_recipe(settings, found).key
 
 
 def source_state(settings: Settings) -> str:

@@ -8,8 +8,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "cloud": ["PublishedShards", "publish_shards"],
         "datamodule": ["LensDataModule", "LensWebDatasetDataModule"],
         "prune": ["FoundVersion", "prune_versions"],
-        "manifest": ["Manifest", "read_manifest", "verify_shards"],
+        "manifest": ["Manifest", "read_manifest"],
         "reader": ["Shards", "open_shards"],
+        "verify": ["verify_shards"],
         "writer": ["write_shards"],
     },
 )

@@ -24,7 +24,8 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards.manifest import INDEX, Listed, Manifest, difference
 from lens_pipeline.shards.memory import ShardContent
-from lens_pipeline.shards.store import Store, ahead_of, at_a_time
+from lens_pipeline.shards.store import Store
+from lens_pipeline.shards.transfers import ahead_of, at_a_time
 
 GB = 10**9
 BLOCK = 2**18  # bytes that are written at once: ext4 took up to nine times as long for all at once
@@ -76,7 +77,11 @@ def mapped(path: Path, least: int, written: bool = False) -> memoryview:
 def _reason(problem: OSError) -> str:
     """In words, without the path; and the way out where it is not one of the cache's settings."""
     said = os.strerror(problem.errno) if problem.errno else str(problem)
-    return f"{said}; raise `ulimit -n`" if problem.errno == errno.EMFILE else said
+    if problem.errno == errno.EMFILE:
+        return f"{said}; raise `ulimit -n`"
+    if os.strerror(errno.ENOMEM) in said:
+        return f"{said}; raise `sysctl vm.max_map_count`, or `ulimit -v`"
+    return said
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,17 @@ import posixpath
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.shards.checked import CheckedFolder, checked_folder
 from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest, read_manifest
-from lens_pipeline.shards.store import Store, StoreError, md5_of_listed, transfer
+from lens_pipeline.shards.store import Store, StoreError
+from lens_pipeline.shards.transfers import transfer
 
 LATEST = "latest.json"
 # In a version's folder while it is published. An upload that only finds what is there already must
@@ -33,13 +35,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PublishedShards:
-    """url: of the version's folder; uploaded, skipped: names of files; bytes: that were sent."""
+    """url: of the version's folder; uploaded, skipped: names of files; bytes: that were sent.
+
+    states: {name: what tells the state in which an object was found whole from later ones}.
+    """
 
     url: str
     dataset_version: str
     uploaded: tuple[str, ...]
     skipped: tuple[str, ...]
     bytes: int
+    states: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -67,16 +73,22 @@ class Latest:
 
 
 def publish_shards(
-    shards: Path, url: str, *, storage_options: Mapping[str, Any] | None = None
+    shards: Path,
+    url: str,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    every_byte: bool = False,
 ) -> PublishedShards:
     """Copy the shards in a folder to `<url>/<version>/`, a folder or fsspec URL.
 
     Several files at a time; those that are there already, by their checksum, are skipped, so that
     an upload that was stopped goes on. Each is checked before and after, and the manifest put last:
-    who sees one sees a whole dataset. Then `latest.json` names the version, unless it names one
-    whose upload began later. Raises InputError where `shards` has no manifest or is damaged, or
-    where nothing may be written; StoreError where the store fails for long, or somebody has removed
-    meanwhile what was there: what was the newest before, still is.
+    who sees one sees a whole dataset. A file in a folder that has not changed since it was last
+    found whole is not read again for that, unless `every_byte` is asked for. Then `latest.json`
+    names the version, unless it names one whose upload began later. Raises InputError where
+    `shards` has no manifest or is damaged, or where nothing may be written; StoreError where the
+    store fails for long, or somebody has removed meanwhile what was there: what was the newest
+    before, still is.
     """
     created = datetime.now(UTC).isoformat()
     manifest = read_manifest(shards)
@@ -90,16 +102,14 @@ def publish_shards(
 
     def publish(listed: Listed) -> bool:
         say_so()
-        source = shards / listed.name
-        md5 = md5_of_listed(source, listed)
-        if place.holds(listed, md5):
+        if copies.is_whole(listed):
             return False
-        place.put_file(source, listed.name)
-        if not place.holds(listed, md5):
+        place.put_file(shards / listed.name, listed.name)
+        if not copies.is_whole(listed):
             raise StoreError(f"{place.url}/{listed.name}: is not what was put there")
         return True
 
-    with _at_work(place) as say_so:
+    with _at_work(place) as say_so, _compared(shards, place, every_byte) as copies:
         sent = transfer(manifest.files, publish, "publishing")
         uploaded = [listed.name for listed, new in zip(manifest.files, sent, strict=True) if new]
         skipped = [listed.name for listed, new in zip(manifest.files, sent, strict=True) if not new]
@@ -110,7 +120,45 @@ def publish_shards(
         _check_there(place, manifest)
         _point_to(top, version, created)
     n_bytes = sum(listed.bytes for listed in manifest.files if listed.name in uploaded)
-    return PublishedShards(place.url, version, tuple(uploaded), tuple(skipped), n_bytes)
+    return PublishedShards(
+        place.url, version, tuple(uploaded), tuple(skipped), n_bytes, copies.states
+    )
+
+
+class _Copies:
+    """The files of a folder, and what lies of them at a place; states: see `PublishedShards`."""
+
+    def __init__(
+        self,
+        here: CheckedFolder,
+        place: Store,
+        there: CheckedFolder | None,
+        states: Mapping[str, str],
+    ) -> None:
+        self.here, self.place, self.there, self.states = here, place, there, dict(states)
+
+    def is_whole(self, listed: Listed) -> bool:
+        """Whether a file is there as the manifest lists it. Raises InputError where it is not so
+        here: it must not be published."""
+        if self.there is not None:
+            self.here.require(listed)
+            return self.there.difference(listed) is None
+        checksums = self.here.checksums(listed)
+        state = self.place.state_of(listed, checksums, self.states.get(listed.name))
+        if state is not None:
+            self.states[listed.name] = state
+        return state is not None
+
+
+@contextmanager
+def _compared(
+    shards: Path, place: Store, every_byte: bool = False, states: Mapping[str, str] | None = None
+) -> Iterator[_Copies]:
+    with checked_folder(shards, every_byte) as here, ExitStack() as stack:
+        there = None
+        if place.is_local:
+            there = stack.enter_context(checked_folder(Path(place.root), every_byte))
+        yield _Copies(here, place, there, states or {})
 
 
 def _remove_asides(folder: Path) -> None:
@@ -169,17 +217,17 @@ def _point_to(store: Store, version: str, created: str) -> None:
 
 
 def published_problems(
-    shards: Path, url: str, storage_options: Mapping[str, Any] | None = None
+    shards: Path,
+    url: str,
+    storage_options: Mapping[str, Any] | None = None,
+    states: Mapping[str, str] | None = None,
 ) -> list[str]:
     """How what lies at the URL of a version differs from the whole shards in a folder; each problem
-    names its object."""
+    names its object. states: in which `publish_shards` has found them whole."""
     place = Store(url, storage_options)
     manifest = read_manifest(shards)
-
-    def is_there(listed: Listed) -> bool:
-        return place.holds(listed, md5_of_listed(shards / listed.name, listed))
-
-    there = transfer(manifest.files, is_there, "comparing")
+    with _compared(shards, place, states=states) as copies:
+        there = transfer(manifest.files, copies.is_whole, "comparing")
     problems = [
         f"{place.url}/{listed.name}: is missing, or not as the manifest says"
         for listed, whole in zip(manifest.files, there, strict=True)

@@ -6,15 +6,13 @@ It is written last, so that who sees one sees a whole dataset; its sha256 is the
 import hashlib
 import json
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
-import numpy as np
-from tqdm import tqdm
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.steps import file_sha256
@@ -153,62 +151,6 @@ def read_manifest(
     except PermissionError as problem:
         raise InputError(f"{path}: may not be read ({' '.join(str(problem).split())})") from None
     return Manifest.parse(content, path)
-
-
-def verify_shards(
-    location: str | Path, storage_options: Mapping[str, Any] | None = None
-) -> list[str]:
-    """What is wrong with the shards in a folder or at a URL; nothing when they are whole.
-
-    Each problem names its file. Every byte is read back and checked against the manifest.
-    """
-    try:
-        manifest = read_manifest(location, storage_options)
-    except InputError as problem:
-        return [str(problem)]
-    filesystem, root = locate(str(location), storage_options)
-    return list(_problems(filesystem, root, manifest))
-
-
-def _problems(
-    filesystem: fsspec.AbstractFileSystem, root: str, manifest: Manifest
-) -> Iterator[str]:
-    total = sum(listed.bytes for listed in manifest.files)
-    index_is_whole = False
-    with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=None) as progress:
-        for listed in (manifest.index, manifest.catalogue, *manifest.shards):
-            path = posixpath.join(root, listed.name)
-            wrong = difference(filesystem, path, listed)
-            if listed is manifest.index:
-                index_is_whole = wrong is None
-            elif wrong and isinstance(listed, Shard) and index_is_whole and filesystem.exists(path):
-                index_path = posixpath.join(root, INDEX)
-                wrong += f"; {_damage(filesystem, path, listed.name, index_path)}"
-            if wrong:
-                yield f"{path}: {wrong}"
-            progress.update(listed.bytes)
-
-
-def _damage(
-    filesystem: fsspec.AbstractFileSystem, path: str, shard: str, index_path: str, most: int = 5
-) -> str:
-    """Which samples of a damaged shard have other pixels than were written."""
-    import pandas as pd
-
-    with filesystem.open(index_path, "rb") as file:
-        index = pd.read_parquet(file, filters=[("shard", "==", shard)])
-    damaged = []
-    with filesystem.open(path, "rb") as file:
-        for sample in index.itertuples():
-            file.seek(sample.offset)
-            content = file.read(sample.bytes)
-            found = np.frombuffer(content + bytes(-len(content) % 8), "<u8").sum()
-            if found != sample.word_sum:
-                damaged.append(str(sample.id))
-    if not damaged:
-        return "the pixels of every sample are whole, a header or label is not"
-    more = f" and {len(damaged) - most} more" if len(damaged) > most else ""
-    return f"damaged samples: {', '.join(damaged[:most])}{more}"
 
 
 def difference(filesystem: fsspec.AbstractFileSystem, path: str, listed: Listed) -> str | None:

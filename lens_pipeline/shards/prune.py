@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.shards.checked import RECORD
 from lens_pipeline.shards.cloud import LATEST, Latest
 from lens_pipeline.shards.manifest import MANIFEST, Listed
-from lens_pipeline.shards.store import Store, transfer
+from lens_pipeline.shards.store import Store
+from lens_pipeline.shards.transfers import transfer
 
 YOUNG = timedelta(days=1)
 _VERSION = re.compile("[0-9a-f]{64}")
@@ -97,7 +99,7 @@ def _judged(
     referred: Mapping[str, str],
 ) -> list[FoundVersion]:
     now, latest = store.now(), store.newest()
-    published = {version: max(map(_changed, those.values())) for version, those in objects.items()}
+    published = {version: max(_written(those)) for version, those in objects.items()}
     ordered = sorted(objects, key=lambda version: (published[version], version), reverse=True)
     newest = [version for version in ordered if MANIFEST in objects[version]][:keep]
     found = []
@@ -122,7 +124,7 @@ def _removed(store: _Versions, one: FoundVersion) -> FoundVersion:
         objects = store.objects(one.version).get(one.version, {})
         if store.newest() == one.version:
             return replace(one, kept=True, reason=f"{LATEST} names it")
-        if any(_changed(about) > one.published for about in objects.values()):
+        if any(written > one.published for written in _written(objects)):
             return replace(one, kept=True, reason="is being published again")
         remove(store, one.version, objects)
     return one
@@ -138,6 +140,12 @@ def _remove_rest(store: _Versions, version: str, objects: Mapping[str, Any]) -> 
     if store.is_local:
         with suppress(OSError):  # somebody has just put something there
             Path(store.at(version)).rmdir()
+
+
+def _written(objects: Mapping[str, Mapping[str, Any]]) -> list[datetime]:
+    """When the objects of a version were written; who only reads it may write a record beside."""
+    published = [about for name, about in objects.items() if name != RECORD]
+    return [_changed(about) for about in published or objects.values()]
 
 
 def _changed(about: Mapping[str, Any]) -> datetime:

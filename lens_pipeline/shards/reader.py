@@ -19,19 +19,22 @@ from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.dataset import CutoutFormat, CutoutRows, Empty
 from lens_pipeline.errors import InputError
+from lens_pipeline.settings import Settings
 from lens_pipeline.shards.cache import (
     Ahead,
     CacheFolder,
     Fetched,
     ShardCache,
     ShardMemory,
-    local_difference,
     mapped,
 )
+from lens_pipeline.shards.checked import checked_folder
 from lens_pipeline.shards.encoding import Encoding
 from lens_pipeline.shards.manifest import INDEX, MANIFEST, Manifest
 from lens_pipeline.shards.memory import ShardContent, copy_from, stacked
 from lens_pipeline.shards.store import Store
+
+MAPS = 10_000  # of a split: Linux lets a process have 65,530 by default (vm.max_map_count)
 
 
 @dataclass(frozen=True)
@@ -88,20 +91,30 @@ class ShardSplit(CutoutRows, ABC):
 
 @dataclass(frozen=True)
 class LocalSplit(ShardSplit):
-    """In mapped files of a folder."""
+    """In files of a folder, mapped when a cutout of them is asked for; MAPS stay so."""
 
     folder: Path
 
     def _contents(self, names: list[str]) -> Mapping[str, ShardContent]:
-        return self._mapped
+        wanted = {name: self._mapped.get(name) or self._map(name) for name in names}
+        # Threads may share it: each holds what it reads, which is unmapped when no one does.
+        self._mapped.update(wanted)
+        for name in list(self._mapped)[: max(0, len(self._mapped) - MAPS)]:
+            self._mapped.pop(name, None)
+        return wanted
+
+    def _map(self, name: str) -> ShardContent:
+        return ShardContent(mapped(self.folder / name, self._least[name]))
 
     @cached_property
     def _mapped(self) -> dict[str, ShardContent]:
+        return {}
+
+    @cached_property
+    def _least(self) -> dict[str, int]:
+        """Bytes that each file has at least."""
         end = (self.index["offset"] + self.index["bytes"]).groupby(self.index["shard"]).max()
-        return {
-            str(name): ShardContent(mapped(self.folder / str(name), least))
-            for name, least in end.items()
-        }
+        return {str(name): int(least) for name, least in end.items()}
 
 
 @dataclass(frozen=True)
@@ -215,8 +228,9 @@ def open_shards(
 ) -> Shards:
     """Open the shards in a folder or at an fsspec URL.
 
-    In a folder every file is checked against the manifest. Remote ones are fetched when they are
-    needed, and checked then: into `cache`, a folder that holds up to `cache_gb` of shards
+    In a folder every file is checked against the manifest: what has not changed since it was last
+    read by its size and times alone, unless LENS_VERIFY is set. Remote ones are fetched when they
+    are needed, and checked then: into `cache`, a folder that holds up to `cache_gb` of shards
     (LENS_CACHE_GB by default), or else into memory. Raises InputError, naming the file, where there
     is no manifest or a file is not what the manifest says.
     """
@@ -236,10 +250,9 @@ def shards_at(store: Store, cache: Path | None, cache_gb: float | None) -> Shard
         return None
     if store.is_local:
         folder = Path(store.root)
-        for listed in manifest.files:
-            wrong = local_difference(folder / listed.name, listed)
-            if wrong:
-                raise InputError(f"{folder / listed.name}: {wrong}; write the shards again")
+        with checked_folder(folder, every_byte=Settings.load().verify) as checked:
+            for listed in manifest.files:
+                checked.require(listed)
         return Shards(folder, manifest)
     if cache is None:
         return Shards(ShardMemory(store.url, manifest, store.storage_options), manifest)

@@ -4,22 +4,18 @@ Whatever a store raises becomes a message that names the object and the cause. W
 as a server that restarts, is tried again for some time.
 """
 
-import base64
 import errno
 import hashlib
 import json
 import logging
 import os
 import posixpath
-import queue
 import random
 import threading
 import time
 import uuid
 import weakref
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -28,22 +24,21 @@ from typing import Any, TypeVar
 import filelock
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
-from tqdm import tqdm
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.shards.checksums import PART, Checksums
 from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest, difference
 from lens_pipeline.steps import write_aside
-from lens_pipeline.storage import FINAL, lacks_credentials, locate, protocol_of
+from lens_pipeline.storage import FINAL, lacks_credentials, locate, protocol_of, state_of
 
 T = TypeVar("T")
-R = TypeVar("R")
-AT_A_TIME = 8  # transfers
 PATIENCE = 60.0  # seconds for which a request is tried again
 FIRST_PAUSE = 0.25
+# Of a folder, which may lie on another machine: what may be over in a while.
+PASSING = (errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 BEHIND_THE_END = ("InvalidRange", "416")
 NOT_SHOWN = (403, 410)  # what web servers may answer for what is not there
 BAD_SIGNATURE = ("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken", "ExpiredToken")
-IN_MEMORY = 10**9  # bytes of objects that are fetched
 BLOCK = 2**26  # bytes that are asked for at once: what a lost connection costs
 
 log = logging.getLogger(__name__)
@@ -136,7 +131,9 @@ class Store:
                 os.fsync(file.fileno())  # the manifest that follows must not outlive it
             Path(aside).replace(self.at(name))
         else:
-            self._again(lambda: self.filesystem.put_file(str(source), self.at(name)), name)
+            # Of parts of a size that is known, the store's checksum is known, too.
+            parts = {"chunksize": PART} if self._protocol == "s3" else {}
+            self._again(lambda: self.filesystem.put_file(str(source), self.at(name), **parts), name)
 
     def put_bytes(self, name: str, content: bytes) -> None:
         if self.is_local:
@@ -225,23 +222,24 @@ class Store:
     def _forbidden(self, name: str, problem: PermissionError) -> InputError:
         return InputError(f"{self.url}/{name}: may not be read ({_words(problem)})")
 
-    def holds(self, listed: Listed, md5: str | None = None) -> bool:
-        """Whether an object is what the manifest lists; md5: of what is.
+    def state_of(
+        self, listed: Listed, checksums: Checksums, whole: str | None = None
+    ) -> str | None:
+        """What tells the state of an object from later ones; None where it is not what the manifest
+        lists. checksums: of what is; whole: the state in which it was that before.
 
         By the checksum that the store gives where it can be compared; else it is read back.
         """
-        try:
-            info = self._again(lambda: self._info(listed.name), listed.name)
-        except FileNotFoundError:
-            return False
-        if info["size"] != listed.bytes:
-            return False
-        if md5 is not None and _md5_of(info) == md5:
-            return True
+        info = self.about(listed.name)
+        if info is None or info["size"] != listed.bytes:
+            return None
+        state = state_of(info)
+        if checksums.are_of(info) or (state is not None and state == whole):
+            return state or ""
         wrong = self._again(
             lambda: difference(self.filesystem, self.at(listed.name), listed), listed.name
         )
-        return wrong is None
+        return None if wrong else state or ""
 
     def swap(self, name: str, change: Callable[[bytes | None], bytes | None]) -> bytes | None:
         """Replace a small object by what `change` makes of it; None leaves it as it is. Returns
@@ -322,7 +320,7 @@ class Store:
 
     def _again(self, request: Callable[[], T], name: str) -> T:
         """What a request gives, tried for PATIENCE seconds. Raises StoreError after that; at once
-        what trying again does not change."""
+        what trying again does not change, as InputError in a folder."""
         until, pause = time.monotonic() + PATIENCE, FIRST_PAUSE
         while True:
             try:
@@ -344,6 +342,10 @@ class Store:
                     ) from None
                 if getattr(problem, "errno", None) == errno.ENOSPC:
                     raise
+                if self.is_local and getattr(problem, "errno", None) not in PASSING:
+                    raise InputError(
+                        f"{self.url}/{name}: cannot be used ({_words(problem)}); correct the path"
+                    ) from None
                 if getattr(problem, "status", None) in NOT_SHOWN:
                     raise FileNotFoundError(name) from None
                 if time.monotonic() + pause > until:
@@ -351,72 +353,6 @@ class Store:
                 log.info("%s/%s: %s; once more", self.url, name, _words(problem))
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, 10)
-
-
-def at_a_time(n_bytes: int) -> int:
-    """How many transfers, of which each keeps so many bytes in memory."""
-    return max(1, min(AT_A_TIME, IN_MEMORY // max(1, n_bytes)))
-
-
-def transfer(
-    files: Sequence[Listed],
-    one: Callable[[Listed], T],
-    what: str,
-    at_a_time: int = AT_A_TIME,
-) -> list[T]:
-    """What `one` gives for each file, several at a time; where one fails, no more are begun.
-
-    what: they are doing, for the progress bar.
-    """
-    total = sum(listed.bytes for listed in files)
-    with (
-        tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None) as progress,
-        ThreadPoolExecutor(at_a_time) as pool,
-    ):
-
-        def told(listed: Listed) -> T:
-            done = one(listed)
-            progress.update(listed.bytes)
-            return done
-
-        try:
-            return list(pool.map(told, files))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def ahead_of(items: Iterable[T], get: Callable[[T], R], at_a_time: int) -> Generator[R, None, None]:
-    """What `get` gives of each item, in their order, begun before it is asked for: so many at a
-    time, by threads that no end of the process waits for. Errors come in their item's place."""
-    tasks: queue.SimpleQueue[tuple[T, Future[R]] | None] = queue.SimpleQueue()
-
-    def work() -> None:
-        while (task := tasks.get()) is not None:
-            item, future = task
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(get(item))
-            except BaseException as problem:  # noqa: BLE001 - whoever waits for it is told
-                future.set_exception(problem)
-
-    for _ in range(at_a_time):
-        threading.Thread(target=work, daemon=True).start()
-    begun: deque[Future[R]] = deque()
-    try:
-        for item in items:
-            begun.append(Future())
-            tasks.put((item, begun[-1]))
-            if len(begun) > at_a_time:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
-    finally:
-        for future in begun:
-            future.cancel()
-        for _ in range(at_a_time):
-            tasks.put(None)
 
 
 def _code(problem: Exception) -> str:
@@ -431,23 +367,6 @@ def _is_precondition(problem: Exception) -> bool:
     """Whether a conditional put was refused because the object has changed meanwhile."""
     conflicts = ("PreconditionFailed", "ConditionalRequestConflict", "412")
     return isinstance(problem, FileExistsError) or _code(problem) in conflicts
-
-
-def _md5_of(info: Mapping[str, Any]) -> str | None:
-    """The MD5 that a store gives of an object; an ETag may be something else, and then differs."""
-    if info.get("md5Hash"):
-        return base64.b64decode(info["md5Hash"]).hex()
-    return str(info.get("ETag", "")).strip('"') or None
-
-
-def md5_of_listed(path: Path, listed: Listed) -> str:
-    """The MD5 of a local file. Raises InputError where it is not what the manifest lists: it must
-    not be published."""
-    wrong = difference(LocalFileSystem(), str(path), listed)
-    if wrong:
-        raise InputError(f"{path}: {wrong}; write the shards again")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _words(problem: BaseException) -> str:

@@ -22,7 +22,8 @@ from lens_pipeline.shards.foreign import (
     samples_of,
 )
 from lens_pipeline.shards.sampling import SMALLEST, ResumableLoader, rank_of_ranks
-from lens_pipeline.shards.store import AT_A_TIME, Store, ahead_of
+from lens_pipeline.shards.store import Store
+from lens_pipeline.shards.transfers import AT_A_TIME, ahead_of
 
 BLOCK = 2**23  # bytes that are fetched at once
 

@@ -19,8 +19,9 @@ from lens_pipeline.shards.cutouts import Split, cropped
 from lens_pipeline.shards.foreign import Decoder, ImageDecoder, index_tars
 from lens_pipeline.shards.manifest import Listed, Manifest
 from lens_pipeline.shards.reader import shards_at
-from lens_pipeline.shards.store import AT_A_TIME, Store, ahead_of, at_a_time, transfer
+from lens_pipeline.shards.store import Store
 from lens_pipeline.shards.streaming import read_tar
+from lens_pipeline.shards.transfers import AT_A_TIME, ahead_of, at_a_time, transfer
 from lens_pipeline.steps import digest
 from lens_pipeline.storage import state_of
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import dagster as dg
 import fsspec
+import numpy as np
+import pandas as pd
 import pytest
 
 from lens_pipeline.definitions import make_definitions
@@ -50,9 +52,12 @@ def test_a_new_catalogue_is_processed_once_it_rests_and_the_same_one_never_again
     image = source.with_name("images-00000.npy")
     before = image.stat()
     os.utime(image, (0, 0))  # a cutout that has changed
+    assert [sensor.tick() for _ in range(3)] == [[], [], []]  # all are looked at each hour
+    sensor.an_hour_later()
     assert sensor.tick() == []
     (second,) = sensor.tick()
     os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))  # and is again what it was
+    sensor.an_hour_later()
     assert sensor.tick() == []
     (third,) = sensor.tick()
     assert len({first, second, third}) == 3
@@ -77,7 +82,52 @@ def test_a_change_in_a_bucket_is_seen(
     filesystem.put(str(simulated_catalogue), f"{root}/{simulated_catalogue.name}")  # the same one
     assert [len(sensor.tick()) for _ in range(2)] == [0, 0]
     filesystem.pipe_file(f"{root}/images-00000.npy", b"other cutouts")
+    assert [len(sensor.tick()) for _ in range(2)] == [0, 0]
+    sensor.an_hour_later()
     assert [len(sensor.tick()) for _ in range(3)] == [0, 1, 0]
+    fewer = pd.read_parquet(simulated_catalogue).iloc[1:].to_parquet()
+    filesystem.pipe_file(f"{root}/{simulated_catalogue.name}", fewer)
+    assert [len(sensor.tick()) for _ in range(3)] == [0, 1, 0]  # at once
+
+
+def test_a_new_image_in_a_folder_is_seen_at_once(
+    tmp_path: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add(name: str) -> None:
+        (tmp_path / "cutouts" / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "cutouts" / name, np.zeros((3, 8, 8), np.float32))
+
+    for split in ("train", "val", "test"):
+        for kind in ("lens", "nonlens"):
+            add(f"{split}/{kind}/first.npy")
+    monkeypatch.setenv("LENS_SOURCE", str(tmp_path / "cutouts"))
+    sensor = Sensor("source_changed", instance)
+    assert [len(sensor.tick()) for _ in range(3)] == [0, 1, 0]
+    add("val/lens/second.npy")
+    assert [len(sensor.tick()) for _ in range(3)] == [0, 1, 0]
+    (tmp_path / "cutouts/val/lens/second.npy").write_bytes(b"another")  # in its place
+    assert [len(sensor.tick()) for _ in range(2)] == [0, 0]
+    sensor.an_hour_later()
+    assert [len(sensor.tick()) for _ in range(3)] == [0, 1, 0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="this system does not count reads")
+def test_a_catalogue_that_rests_is_not_read_each_minute(
+    tmp_path: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "catalogue.csv"
+    rows = {"id": range(20_000), "path": "image.npy", "label": 0, "note": "x" * 50}
+    pd.DataFrame(rows).to_csv(source, index=False)
+    monkeypatch.setenv("LENS_SOURCE", str(source))
+    sensor = Sensor("source_changed", instance)
+    assert [len(sensor.tick()) for _ in range(3)] == [0, 1, 0]
+
+    def read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = read()
+    assert sensor.tick() == []
+    assert read() - before < source.stat().st_size / 2
 
 
 def test_a_new_version_of_published_shards_is_seen(

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from lens_pipeline.catalogue.dataset import Dataset, open_dataset
+from lens_pipeline.catalogue.splits import assign_splits
 from lens_pipeline.defs.dataset import cutout_catalogue, processed_dataset
 from lens_pipeline.defs.dataset_checks import check_not_refused
 from lens_pipeline.defs.resources import LensHome
@@ -261,3 +262,28 @@ def test_no_shards_are_made_of_what_a_blocking_check_has_refused(
     torn.to_parquet(own / "val.parquet")
     with pytest.raises(InputError, match="no_group_spans_two_splits has refused it"):
         check_not_refused(Made(str(own), "torn"), settings)
+
+
+def test_the_sky_is_searched_once_for_the_same_rows_and_splits(
+    noise: pd.DataFrame, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = noise.assign(ra=np.arange(N, dtype=float), dec=5.0)
+    noise.loc[3, "ra"] = noise.loc[1, "ra"] + 1 / 3600
+
+    def searched(pairs: int) -> dict[Path, int]:
+        check = checks_of(run(noise, instance, monkeypatch, stages=1))[name]
+        assert (check.passed, figures(check)["pairs"]) == (pairs == 0, pairs)
+        return {
+            p: p.stat().st_mtime_ns for p in Path("home").glob("statistics/*/positions.parquet")
+        }
+
+    name = "no_position_is_in_two_splits"
+    first = searched(pairs=1)
+    assert len(first) == 1
+    assert searched(pairs=1) == first
+    noise["split"] = None
+    monkeypatch.setenv("LENS_SEED", "1")
+    split = assign_splits(noise.assign(group=noise["id"]), 1)
+    assert len(searched(pairs=int(split[1] != split[3]))) == 2
+    noise = noise.drop(index=3)
+    assert len(searched(pairs=0)) == 3

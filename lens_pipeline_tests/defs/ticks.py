@@ -1,5 +1,7 @@
 """Sensors of these definitions, tick by tick."""
 
+import json
+
 import dagster as dg
 
 from lens_pipeline.definitions import make_definitions
@@ -18,6 +20,11 @@ class Sensor:
         self.cursor: str | None = None
         self.requested: list[dg.RunRequest] = []  # by all ticks
         self.skipped = ""  # why the last tick has requested none
+
+    def an_hour_later(self) -> None:
+        """Its last look at all cutouts is an hour ago."""
+        cursor = json.loads(self.cursor or "{}")
+        self.cursor = json.dumps({**cursor, "looked": cursor["looked"] - 3600})
 
     def tick(self) -> list[str]:
         """The keys of the runs that it requests."""

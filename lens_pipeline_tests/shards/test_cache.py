@@ -26,7 +26,8 @@ from lens_pipeline import LensDataModule, LensWebDatasetDataModule, storage
 from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards import open_shards, publish_shards, read_manifest, store, write_shards
-from lens_pipeline.shards.store import StoreError, ahead_of
+from lens_pipeline.shards.store import StoreError
+from lens_pipeline.shards.transfers import ahead_of
 from lens_pipeline.steps import file_sha256
 from lens_pipeline_tests.faulty_proxy import FaultyProxy
 from lens_pipeline_tests.object_stores import GCSServer, S3Server, sign_in

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pandas as pd
 import pytest
 
 from lens_pipeline import LensDataModule, LensWebDatasetDataModule, storage
@@ -29,8 +31,11 @@ from lens_pipeline.shards import (
     store,
     verify_shards,
 )
+from lens_pipeline.shards.checked import RECORD
 from lens_pipeline.shards.cloud import newest_version, published_problems
+from lens_pipeline.shards.manifest import Manifest, Shard, write_manifest
 from lens_pipeline.shards.store import Store, StoreError
+from lens_pipeline.steps import file_sha256
 from lens_pipeline_tests.faulty_proxy import FaultyProxy
 from lens_pipeline_tests.object_stores import GCSServer, S3Server, sign_in
 
@@ -51,7 +56,7 @@ def names(url: str, options: dict) -> set[str]:
     filesystem, root = fsspec.url_to_fs(url, **options)
     filesystem.invalidate_cache()
     found = {path.rpartition("/")[2] for path in filesystem.find(root)}
-    return {name for name in found if not name.endswith(".lock")}
+    return {name for name in found if not name.endswith(".lock") and name != RECORD}
 
 
 def test_cloud_holds_what_the_manifest_lists_and_is_read_back(
@@ -60,7 +65,7 @@ def test_cloud_holds_what_the_manifest_lists_and_is_read_back(
     url, options = place
     manifest = read_manifest(shards_folder)
     published = publish_shards(shards_folder, url, storage_options=options)
-    files = {path.name for path in shards_folder.iterdir()}
+    files = {*(listed.name for listed in manifest.files), "manifest.json"}
     assert set(published.uploaded) == files
     assert published.url == f"{url}/{manifest.dataset_version}"
     assert names(published.url, options) == files
@@ -510,7 +515,8 @@ def test_two_containers_that_publish_to_one_folder_do_not_disturb_each_other(
     os.utime(old, (time.time() - 90_000,) * 2)
     publish_shards(shards_folder, str(tmp_path))
     left = {path.name for path in (tmp_path / version).iterdir()}
-    assert left == {young.name, *(path.name for path in shards_folder.iterdir())}
+    files = {listed.name for listed in read_manifest(shards_folder).files}
+    assert left == {young.name, *files, "manifest.json", RECORD}
 
 
 def test_cloud_prune_that_is_stopped_leaves_nothing_that_looks_whole(
@@ -571,3 +577,43 @@ def test_cloud_options_that_no_client_takes_are_named(
     sign_in(monkeypatch, {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"})
     with pytest.raises(InputError, match=r"s3://bucket/lenses: .*LENS_STORAGE_OPTIONS"):
         publish_shards(own_shards, "s3://bucket/lenses", storage_options=options)
+
+
+@pytest.mark.parametrize(("kind", "mib"), [("s3", 101), ("gcs", 6)])
+def test_cloud_shards_that_are_sent_in_parts_are_not_read_back(
+    kind: str, mib: int, request: pytest.FixtureRequest, faulty_proxy: Proxies, tmp_path: Path
+) -> None:
+    server, bucket = (request.getfixturevalue(f"{kind}_{what}") for what in ("server", "bucket"))
+    shards, block = tmp_path / "shards", np.random.default_rng(0).bytes(2**20)
+    shards.mkdir()
+    with (shards / "train-000000.tar").open("wb") as file:
+        for number in range(mib):
+            file.write(number.to_bytes() + block[1:])
+    written(shards, "whole")
+    proxy = faulty_proxy(server)
+    options = server.storage_options(proxy.url)
+    for uploaded in (3, 0):
+        found = publish_shards(shards, f"{bucket}/lenses", storage_options=options)
+        assert len(found.uploaded) == uploaded + (uploaded > 0)
+        assert published_problems(shards, found.url, options) == []
+    read_back = re.compile(r"GET (?!/storage)[^?]*train-000000\.tar(\?|$)|.*\.tar.*alt=media")
+    assert not list(filter(read_back.match, proxy.seen))
+    with (shards / "train-000000.tar").open("r+b") as file:
+        file.write(b"another")
+    written(shards, "whole")
+    problems = published_problems(shards, found.url, server.storage_options())
+    assert [problem.rpartition("/")[2].partition(":")[0] for problem in problems] == [
+        "train-000000.tar",
+        "manifest.json",
+    ]
+
+
+def written(shards: Path, dataset: str) -> Manifest:
+    """A manifest of the tars in a folder, as of a dataset of that content."""
+    tars = [
+        Shard(path.name, file_sha256(path), path.stat().st_size, "train", 1, 1, 0)
+        for path in sorted(shards.glob("*.tar"))
+    ]
+    rows = pd.DataFrame({"id": [dataset]})
+    about = {"format": {}, "encoding": {}, "dataset": dataset, "simulated": False}
+    return write_manifest(shards, index=rows, catalogue=rows, shards=tuple(tars), **about)

@@ -1,6 +1,7 @@
 """Batches: all of a split, in an order that (seed, epoch) decides."""
 
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -167,3 +168,10 @@ def test_bagging_trains_each_seed_on_groups_of_its_own(
     assert drawn(0, bagging=1.0) == set(range(len(table)))
     with pytest.raises(InputError, match=r"bagging 0: must be above 0"):
         LensDataModule(shards_folder, bagging=0)
+
+
+def test_a_path_that_cannot_be_is_an_error_at_once() -> None:
+    begun = time.monotonic()
+    with pytest.raises(InputError, match="xxx.*File name too long.*correct the path"):
+        LensDataModule("x" * 300).train_dataloader()
+    assert time.monotonic() - begun < 20

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import resource
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,9 @@ import pytest
 
 from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.errors import InputError
-from lens_pipeline.shards import open_shards, publish_shards, verify_shards
+from lens_pipeline.shards import open_shards, publish_shards, reader, verify_shards
+from lens_pipeline.shards.checked import RECORD
+from lens_pipeline.shards.cloud import published_problems
 from lens_pipeline.shards.manifest import Listed, read_manifest
 from lens_pipeline_tests.conftest import as_in
 
@@ -162,7 +166,7 @@ def test_published_shards_are_the_same_and_sent_once(shards_folder: Path, tmp_pa
     first = publish_shards(shards_folder, str(tmp_path))
     assert Path(first.url) == tmp_path / first.dataset_version
     assert verify_shards(first.url) == []
-    assert set(first.uploaded) == {p.name for p in shards_folder.iterdir()}
+    assert set(first.uploaded) == {p.name for p in shards_folder.iterdir()} - {RECORD}
     assert first.uploaded[-1] == "manifest.json"
     (tmp_path / first.dataset_version / "val-000000.tar").write_bytes(b"altered")
     again = publish_shards(shards_folder, str(tmp_path))
@@ -191,3 +195,114 @@ def test_remote_shards_are_fetched_when_they_are_needed(
     else:
         with pytest.raises(InputError, match=f"{published.url}/test-000000.tar: is missing"):
             again.gather([2, 0])
+
+
+def _read_by(do: Callable[[], object]) -> int:
+    """Bytes that this process reads from files while it does something."""
+
+    def so_far() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = so_far()
+    do()
+    return so_far() - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="this system does not count reads")
+def test_shards_that_have_not_changed_are_read_once(
+    own_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a run that changes nothing, and by each process that trains, not at all."""
+    size = sum(listed.bytes for listed in read_manifest(own_shards).files)
+    cloud = str(tmp_path / "cloud")
+
+    def run(every_byte: bool = False) -> None:
+        assert verify_shards(own_shards, every_byte=every_byte) == []
+        published = publish_shards(own_shards, cloud, every_byte=every_byte)
+        assert published_problems(own_shards, published.url, states=published.states) == []
+        open_shards(published.url)
+
+    first = _read_by(run)
+    assert 3 * size < first < 3.5 * size  # checked, sent, and checked there
+    assert _read_by(run) < size / 4
+    monkeypatch.setenv("LENS_VERIFY", "true")
+    assert 4 * size < _read_by(lambda: run(every_byte=True)) < 4.5 * size
+    for path in (own_shards, Path(cloud)):
+        for record in path.rglob(RECORD):
+            record.write_text("{")
+    monkeypatch.delenv("LENS_VERIFY")
+    run()
+    assert _read_by(run) < size / 4
+
+
+def _with_the_old_time(path: Path) -> None:
+    time = path.stat().st_mtime_ns
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(time, time))
+
+
+def _in_its_place(path: Path) -> None:
+    """Another file of the same size and time, made before, as by a move or a backup."""
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes()[::-1])
+    time = path.stat().st_mtime_ns
+    os.utime(other, ns=(time, time))
+    other.replace(path)
+
+
+@pytest.mark.parametrize("change", [_with_the_old_time, _in_its_place, _truncate, Path.unlink])
+def test_a_change_of_what_was_read_before_is_noticed(
+    own_shards: Path, tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    name, cloud = "train-000001.tar", tmp_path / "cloud"
+    published = publish_shards(own_shards, str(cloud))
+    open_shards(published.url)
+    change(Path(published.url) / name)
+    with pytest.raises(InputError, match=name):
+        open_shards(published.url)
+    assert name in verify_shards(published.url, every_byte=False)[0]
+    assert name in published_problems(own_shards, published.url)[0]
+    assert publish_shards(own_shards, str(cloud)).uploaded == (name,)
+    open_shards(published.url)
+    change(own_shards / name)
+    assert name in verify_shards(own_shards, every_byte=False)[0]
+    with pytest.raises(InputError, match=f"{name}: .*write the shards again"):
+        publish_shards(own_shards, str(cloud))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not list maps")
+def test_no_more_shards_are_mapped_than_a_process_may(
+    own_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which ends at some 65,000; a survey's shards are more."""
+    monkeypatch.setattr(reader, "MAPS", 2)
+    split = open_shards(own_shards).split("train")
+    whole = split.gather(list(range(len(split))))
+
+    def mapped() -> set[str]:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return {line.split()[-1] for line in lines if f"{own_shards}/train-" in line}
+
+    assert len(list(own_shards.glob("train-*.tar"))) == 3
+    order = np.random.default_rng(0).permutation(len(split))
+    for places in np.array_split(order, 10):
+        np.testing.assert_array_equal(split.gather(places), whole[places])
+        assert len(mapped()) <= 2
+    split.gather([0])
+    assert str(own_shards / split.shards[1][0]) in mapped()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="this system does not tell")
+def test_too_many_maps_are_told(own_shards: Path) -> None:
+    """The system says it as it says that there is no more memory."""
+    split = open_shards(own_shards).split("train")
+    have = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (have, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"train-.*\.tar: cannot be .*vm\.max_map_count"):
+            split.gather([0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
