@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lens_pipeline.catalogue.dataset import PARTS, REJECT_COLUMNS, CutoutFormat
+from lens_pipeline.catalogue.dataset import PARTS, REJECT_COLUMNS, CutoutFormat, check_part
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.shards.manifest import Manifest
 from lens_pipeline.shards.reader import Shards, ShardSplit, open_shards
@@ -59,6 +59,7 @@ class ShardsAsDataset:
         return Images(self.shards.split(part))
 
     def table(self, part: str) -> pd.DataFrame:
+        check_part(part)
         return self.rows[self.rows["split"] == part].reset_index(drop=True)
 
     def rejects(self) -> pd.DataFrame:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 import numpy as np
-from tqdm import tqdm
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.progress import progress_bar
 from lens_pipeline.steps import file_sha256
 from lens_pipeline.storage import locate
 
@@ -175,7 +175,7 @@ def _problems(
 ) -> Iterator[str]:
     total = sum(listed.bytes for listed in manifest.files)
     index_is_whole = False
-    with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=None) as progress:
+    with progress_bar(total=total, desc="verifying", unit="B", unit_scale=True) as progress:
         for listed in (manifest.index, manifest.catalogue, *manifest.shards):
             path = posixpath.join(root, listed.name)
             wrong = difference(filesystem, path, listed)

@@ -28,9 +28,9 @@ from typing import Any, TypeVar
 import filelock
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
-from tqdm import tqdm
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.progress import progress_bar
 from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest, difference
 from lens_pipeline.steps import write_aside
 from lens_pipeline.storage import FINAL, lacks_credentials, locate, protocol_of
@@ -370,7 +370,7 @@ def transfer(
     """
     total = sum(listed.bytes for listed in files)
     with (
-        tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None) as progress,
+        progress_bar(total=total, desc=what, unit="B", unit_scale=True) as progress,
         ThreadPoolExecutor(at_a_time) as pool,
     ):
 

@@ -3,7 +3,6 @@
 import gc
 import logging
 import shutil
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from lens_pipeline.evaluation.metrics import FPRS
 from lens_pipeline.models.metrics import RANKED
 from lens_pipeline.models.pretrained import read_checkpoint
 from lens_pipeline.models.system import LensClassifier, LitLensSystem
+from lens_pipeline.progress import shows_progress
 from lens_pipeline.shards.cutouts import Split
 from lens_pipeline.shards.datamodule import CutoutModule
 from lens_pipeline.steps import digest, write_aside
@@ -327,7 +327,7 @@ def _fit(
             log_every_n_steps=200 if _on_gpu(config) else 50,
             enable_model_summary=False,
             num_sanity_val_steps=0,
-            enable_progress_bar=sys.stderr.isatty(),
+            enable_progress_bar=shows_progress(),
         )
         # Of memory that is written to anyway: with the deterministic kernels torch would do it.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
