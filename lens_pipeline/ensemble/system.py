@@ -96,9 +96,9 @@ class LensEnsemble:
 
 
 def assemble(
-    members: Mapping[str, tuple[Path, pd.DataFrame]],
+    members: Mapping[str, tuple[str | Path, pd.DataFrame]],
     form: CutoutFormat,
-    out: Path,
+    out: str | Path,
     facts: Mapping[str, Any],
     groups: Iterable[str],
     *,
@@ -124,7 +124,8 @@ def assemble(
         for column in ("logit", "logit_std")
     )
     fitted, comparison = choose(fusion, calibration, logits, deviation, label, group)
-    (out / "members").mkdir()
+    out = Path(out)
+    (out / "members").mkdir(parents=True)
     for name, (checkpoint, _) in members.items():
         shutil.copyfile(checkpoint, out / "members" / f"{name}.ckpt")
     n_lens = int(np.count_nonzero(label == 1))

@@ -73,7 +73,7 @@ class ShardsAsDataset:
 
 
 def shards_as_dataset(
-    location: str, *, cache: Path, storage_options: Mapping[str, Any] | None = None
+    location: str, *, cache: str | Path, storage_options: Mapping[str, Any] | None = None
 ) -> ShardsAsDataset:
     """The shards in a folder or at a URL; cache: see `open_shards`, whose errors it raises."""
     shards = open_shards(location, cache=cache, storage_options=storage_options)

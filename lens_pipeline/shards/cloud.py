@@ -67,7 +67,7 @@ class Latest:
 
 
 def publish_shards(
-    shards: Path, url: str, *, storage_options: Mapping[str, Any] | None = None
+    shards: str | Path, url: str, *, storage_options: Mapping[str, Any] | None = None
 ) -> PublishedShards:
     """Copy the shards in a folder to `<url>/<version>/`, a folder or fsspec URL.
 
@@ -90,7 +90,7 @@ def publish_shards(
 
     def publish(listed: Listed) -> bool:
         say_so()
-        source = shards / listed.name
+        source = Path(shards, listed.name)
         md5 = md5_of_listed(source, listed)
         if place.holds(listed, md5):
             return False

@@ -203,7 +203,7 @@ class Shards:
 def open_shards(
     location: str | Path,
     *,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     cache_gb: float | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Shards:
@@ -214,7 +214,8 @@ def open_shards(
     (LENS_CACHE_GB by default), or else into memory. Raises InputError, naming the file, where there
     is no manifest or a file is not what the manifest says.
     """
-    found = shards_at(Store(str(location), storage_options), cache, cache_gb)
+    kept_in = None if cache is None else Path(cache)
+    found = shards_at(Store(str(location), storage_options), kept_in, cache_gb)
     if found is None:
         raise InputError(
             f"{location}/{MANIFEST}: there is no such file; shards are whole once their manifest "

@@ -67,7 +67,7 @@ log = logging.getLogger(__name__)
 def train(
     config: TrainConfig,
     data: CutoutModule,
-    out: Path,
+    out: str | Path,
     loggers: Sequence[Logger] = (),
     callbacks: Sequence[Callback] = (),
     system_type: type[LensClassifier] = LitLensSystem,
@@ -83,6 +83,7 @@ def train(
     KeyboardInterrupt. Raises InputError for what this machine does not have, where the folder holds
     another training, where a loss is no number, or memory or disk are too small.
     """
+    out = Path(out)
     check_devices(config)
     config, going_on = _begin(config, data, out)
     if (out / SCORES).exists():

@@ -189,6 +189,33 @@ def test_bands_are_put_in_the_formats_order_or_refused_by_name() -> None:
         form.fitted(Cutout(pixels, "background_sigma", ("g", "r", "z")))
 
 
+def test_a_folder_that_holds_anything_is_not_written_into(tmp_path: Path) -> None:
+    """What is mapped of a file that is written again kills the process that has mapped it."""
+    catalogue = read_catalogue(_catalogue(tmp_path))
+    images = build_dataset(catalogue, str(tmp_path / "new/out"), image_size=20).images("train")
+    before = images.copy()
+    for out in (tmp_path, tmp_path / "new/out"):
+        with pytest.raises(InputError, match=f"{out}: exists and is not empty; name another"):
+            build_dataset(catalogue, out, image_size=10)
+    with pytest.raises(InputError, match=r"table\.csv: cannot be written to"):
+        build_dataset(catalogue, tmp_path / "table.csv", image_size=20)
+    np.testing.assert_array_equal(images, before)
+
+
+def test_what_fails_leaves_room_for_the_next_attempt(tmp_path: Path) -> None:
+    path = _catalogue(tmp_path)
+    table = pd.read_csv(path)
+    table.loc[100:, "path"] = "absent.fits"  # not among the first, by which the format is told
+    table.to_csv(path, index=False)
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="20 of 120"):
+        build_dataset(read_catalogue(path), out, image_size=20)
+    with pytest.raises(InputError, match="image_size 0: at least 1"):
+        build_dataset(read_catalogue(path), out, image_size=0)
+    assert list(out.iterdir()) == []
+    build_dataset(read_catalogue(path), out, image_size=20, max_reject_fraction=0.5)
+
+
 def test_a_dataset_that_was_cut_is_named(dataset: Dataset, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(dataset.folder, tmp_path / "dataset"))
     images = folder / "train.npy"
