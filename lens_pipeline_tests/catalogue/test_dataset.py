@@ -147,6 +147,18 @@ def test_band_names_must_fit_the_images(tmp_path: Path) -> None:
         _build(_catalogue(tmp_path, bands="g,r,i"), tmp_path / "b")
 
 
+@pytest.mark.parametrize(("spread", "told"), [(0.005, False), (0.02, True)])
+def test_pixel_scales_are_one_up_to_a_hundredth(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, spread: float, told: bool
+) -> None:
+    """As the astrometry of each image tells a scale; of several a warning says what comes of it."""
+    scale = np.linspace(0.2, 0.2 * (1 + spread), 120)
+    dataset = _build(_catalogue(tmp_path, pixel_scale=scale), tmp_path / "out")
+    assert dataset.format.pixel_scale == (None if told else pytest.approx(np.median(scale)))
+    said = f"pixel scales from 0.2 to {0.2 * (1 + spread):g} arcsec: galaxies of one size differ"
+    assert (said in caplog.text) == told
+
+
 def test_not_a_dataset(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"dataset\.json"):
         open_dataset(tmp_path)
