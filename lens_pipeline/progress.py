@@ -15,10 +15,11 @@ with warnings.catch_warnings():
 
 def shows_progress() -> bool:
     """Whether somebody may be looking on: at a terminal, or in a notebook."""
-    return sys.stderr.isatty() or _in_notebook()
+    return sys.stderr.isatty() or in_notebook()
 
 
-def _in_notebook() -> bool:
+def in_notebook() -> bool:
+    """Whether this process is the kernel of one."""
     kernel = sys.modules.get("ipykernel.zmqshell")  # whose process has it imported
     return kernel is not None and kernel.ZMQInteractiveShell.initialized()
 

@@ -213,8 +213,9 @@ def _common_format(
         column = catalogue.image_columns[reason.image]
         row = catalogue.table.index[place]
         raise InputError(
-            f"{catalogue.source}: none of the first {len(sample)} cutouts can be used; row "
-            f"{row + 1}, column {column}, {catalogue.table.loc[row, column]}: {reason}"
+            f"{catalogue.source}: none of the first {len(sample)} cutouts can be used with "
+            f"image_size {image_size}; row {row + 1}, column {column}, "
+            f"{catalogue.table.loc[row, column]}: {reason}"
         )
     (n_bands, units), _ = Counter((len(c.pixels), c.units) for c in good).most_common(1)[0]
     names = Counter(

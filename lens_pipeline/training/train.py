@@ -15,6 +15,8 @@ import torch
 from pytorch_lightning.callbacks import (
     Callback,
     LearningRateMonitor,
+    ProgressBar,
+    TQDMProgressBar,
     WeightAveraging,
 )
 from pytorch_lightning.loggers import Logger
@@ -26,7 +28,7 @@ from lens_pipeline.evaluation.metrics import FPRS
 from lens_pipeline.models.metrics import RANKED
 from lens_pipeline.models.pretrained import read_checkpoint
 from lens_pipeline.models.system import LensClassifier, LitLensSystem
-from lens_pipeline.progress import shows_progress
+from lens_pipeline.progress import in_notebook, shows_progress
 from lens_pipeline.shards.cutouts import Split
 from lens_pipeline.shards.datamodule import CutoutModule
 from lens_pipeline.steps import digest, write_aside
@@ -299,6 +301,8 @@ def _fit(
         chosen.append(LearningRateMonitor("step"))
     if _on_gpu(config):
         chosen.append(PeakMemory())
+    if in_notebook() and not any(isinstance(one, ProgressBar) for one in callbacks):
+        chosen.append(TQDMProgressBar())  # Lightning would take rich's, which needs ipywidgets
     into_files = [] if how.fast_dev_run else file_loggers(config, out)
     with warnings.catch_warnings():
         # Few workers are meant: batches are gathered from mapped memory.
