@@ -6,12 +6,31 @@ need when they are first used.
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # importing `typing` takes twice as long as all of this
+    from typing import Any
+
+_attached, __dir__, __all__ = lazy_loader.attach(
     __name__,
+    submodules=[
+        *("catalogue", "ensemble", "evaluation", "models", "shards", "simulation", "training"),
+    ],
     submod_attrs={
         "ensemble.lit_system": ["LitEnsembleSystem"],
+        "errors": ["InputError"],
         "models.system": ["LitLensSystem"],
         "shards.datamodule": ["LensDataModule", "LensWebDatasetDataModule"],
         "training.train": ["set_seed"],
     },
 )
+
+
+def __getattr__(name: str) -> "Any":
+    if name != "__version__":
+        return _attached(name)
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("lens-pipeline")
+    except PackageNotFoundError:  # in a registered model, which carries the code alone
+        raise AttributeError(f"No {__name__} attribute {name}") from None

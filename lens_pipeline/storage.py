@@ -41,6 +41,30 @@ def asking(location: str) -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def filling(out: str | Path) -> Iterator[Path]:
+    """A local folder for what the block writes: one that holds nothing, made where there is none.
+    Where the block fails it holds nothing again.
+
+    Raises InputError for one that holds anything: who has its files mapped would be killed by the
+    system, were they written again.
+    """
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        holds = any(folder.iterdir())
+    except OSError as problem:
+        raise InputError(f"{folder}: cannot be written to ({problem.strerror})") from None
+    if holds:
+        raise InputError(f"{folder}: exists and is not empty; name another folder, or remove it")
+    try:
+        yield folder
+    except BaseException:
+        for path in folder.iterdir():
+            path.unlink()
+        raise
+
+
 def lacks_credentials(problem: Exception) -> bool:
     """Whether it is one of the errors that providers' libraries raise without credentials."""
     return "Credentials" in type(problem).__name__  # each has its own, and no import needs them

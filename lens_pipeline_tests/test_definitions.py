@@ -1,5 +1,6 @@
 """The one Dagster entry point: the graph, and how little it takes to load it."""
 
+import importlib.metadata
 import subprocess
 import sys
 import warnings
@@ -41,6 +42,33 @@ def test_the_library_imports_in_an_instant() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 300
+
+
+def test_all_that_the_library_offers_is_found_from_its_top() -> None:
+    """In a process of its own, where nothing has imported a subpackage before."""
+    program = (
+        "import lens_pipeline\n"
+        "assert set(lens_pipeline.__all__) <= set(dir(lens_pipeline))\n"
+        "for part in [getattr(lens_pipeline, name) for name in lens_pipeline.__all__]:\n"
+        "    for name in getattr(part, '__all__', []):\n"
+        "        print(part.__name__, name, getattr(part, name).__doc__ is not None)\n"
+        "print(lens_pipeline.__version__, lens_pipeline.InputError.__mro__[1].__name__)\n"
+        "print(hasattr(lens_pipeline, 'registri'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    *found, versions, other = done.stdout.splitlines()
+    offered = [line.split() for line in found]
+    for subpackage, name in (
+        *(("ensemble", "Mean"), ("ensemble", "fit_calibration"), ("models", "stretch")),
+        *(("evaluation", "threshold_at_fpr"), ("evaluation", "roc_figure")),
+        *(("models", "augment"), ("simulation", "simulate"), ("training", "train")),
+        *(("catalogue", "read_catalogue"), ("shards", "write_shards")),
+    ):
+        assert [f"lens_pipeline.{subpackage}", name, "True"] in offered
+    assert versions.split() == [importlib.metadata.version("lens-pipeline"), "ValueError"]
+    assert other == "False"
 
 
 def test_the_asset_graph_is_as_it_was() -> None:

@@ -13,7 +13,11 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def test_the_code_for_notebooks_runs(
-    home: Path, simulated_catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path,
+    simulated_catalogue: Path,
+    shards_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     section = README.read_text().partition("## From a notebook")[2]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)
@@ -23,9 +27,16 @@ def test_the_code_for_notebooks_runs(
     pd.read_parquet(simulated_catalogue).to_csv("my_survey/catalogue.csv", index=False)
     (scores,) = home.glob("reports/*/scores.parquet")
     shutil.copyfile(scores, "scores.parquet")
+    shutil.copytree(shards_folder, "shards")
     found: dict[str, Any] = {}
     exec(code[1], found)
     assert found["simulated"].images.shape == (100, 3, 64, 64)
     assert found["simulated"].images.dtype == np.float32
     assert len(found["catalogue"].table) == len(pd.read_parquet(simulated_catalogue))
+    of_bright = found["bright"].table
+    assert 0 < len(of_bright) < 200
+    assert (of_bright["lens_magnitude"] < 20).all()
+    assert of_bright["path"].str.startswith("my_survey/images-").all()
+    assert found["lenses"].shape == ((found["train"].labels == 1).sum(), 3, 32, 32)
+    assert found["lenses"].dtype == np.float16
     assert set(found["metrics"]["auroc"]) == {"value", "low", "high"}

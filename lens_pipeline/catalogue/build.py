@@ -38,6 +38,7 @@ from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.splits import assign_splits, check_splits, class_counts
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.errors import InputError
+from lens_pipeline.storage import filling
 
 # What decides on the pixels, beside this package.
 LIBRARIES = (
@@ -76,7 +77,7 @@ class _Stack:
 
 def build_dataset(
     catalogue: Catalogue,
-    out: Path,
+    out: str | Path,
     *,
     image_size: int,
     bands: Sequence[str] | None = None,
@@ -87,7 +88,8 @@ def build_dataset(
     whole: bool = True,
     options: dict[str, Any] | None = None,
 ) -> Dataset:
-    """Read every cutout of a catalogue and write the processed dataset into `out`.
+    """Read every cutout of a catalogue and write the processed dataset into `out`, a folder that
+    holds nothing, or is made.
 
     image_size: side in pixels of the central square that is kept; bands: which to keep, by name, by
     default all; pad: keep smaller images, too, with each band's median around them, the share of
@@ -97,70 +99,73 @@ def build_dataset(
     `rejects.parquet`, cutouts of the same sky in two splits in `near_duplicates.parquet`. Where
     zero points are known, the tables say which AB magnitude one background sigma is,
     `background_magnitude_<band>`.
-    Raises InputError where there are more than `max_reject_fraction` of unusable cutouts, and where
-    a split of a whole one lacks a class.
+    Raises InputError where `out` holds anything, for an image_size below 1, where there are more
+    than `max_reject_fraction` of unusable cutouts, and where a split of a whole one lacks a class;
+    it leaves nothing in `out` then.
     """
-    table = catalogue.table
-    split = assign_splits(table, split_seed)
-    if whole:
-        check_splits(split, table["label"], catalogue.source)
-    stream = read_cutouts(catalogue, image_size, bands=bands, pad=pad, options=options)
-    first = _first(stream, int(max_reject_fraction * len(table)))
-    form = _common_format(catalogue, first, image_size, bands)
-    shape = (len(form.bands), image_size, image_size)
-    stacks = {part: _Stack(out / f"{part}.npy", shape) for part in PARTS}
-    kept: dict[str, list[int]] = {part: [] for part in PARTS}
-    nan_fraction = np.zeros(len(table), dtype=np.float32)
-    padded_fraction = np.zeros(len(table), dtype=np.float32)
-    background = np.full((len(table), len(form.bands)), np.nan, dtype=np.float32)
-    rejects: list[tuple[int, CutoutError]] = []
-    for place, cutout in chain(first, stream):
-        try:
-            if isinstance(cutout, CutoutError):
-                raise cutout
-            cutout = form.fitted(cutout)
-        except CutoutError as reason:
-            rejects.append((place, reason))
-            continue
-        part = split.iloc[place]
-        stacks[part].append(cutout.pixels)
-        kept[part].append(place)
-        nan_fraction[place] = cutout.nan_fraction
-        padded_fraction[place] = cutout.padded_fraction
-        if cutout.zero_point and cutout.units == SIGMA_UNITS:
-            background[place] = cutout.background_magnitude
-    for stack in stacks.values():
-        stack.close()
+    if image_size < 1:
+        raise InputError(f"image_size {image_size}: at least 1 is needed")
+    with filling(out) as folder:
+        table = catalogue.table
+        split = assign_splits(table, split_seed)
+        if whole:
+            check_splits(split, table["label"], catalogue.source)
+        stream = read_cutouts(catalogue, image_size, bands=bands, pad=pad, options=options)
+        first = _first(stream, int(max_reject_fraction * len(table)))
+        form = _common_format(catalogue, first, image_size, bands)
+        stacks = {part: _Stack(folder / f"{part}.npy", form.shape) for part in PARTS}
+        kept: dict[str, list[int]] = {part: [] for part in PARTS}
+        nan_fraction = np.zeros(len(table), dtype=np.float32)
+        padded_fraction = np.zeros(len(table), dtype=np.float32)
+        background = np.full((len(table), len(form.bands)), np.nan, dtype=np.float32)
+        rejects: list[tuple[int, CutoutError]] = []
+        for place, cutout in chain(first, stream):
+            try:
+                if isinstance(cutout, CutoutError):
+                    raise cutout
+                cutout = form.fitted(cutout)
+            except CutoutError as reason:
+                rejects.append((place, reason))
+                continue
+            part = split.iloc[place]
+            stacks[part].append(cutout.pixels)
+            kept[part].append(place)
+            nan_fraction[place] = cutout.nan_fraction
+            padded_fraction[place] = cutout.padded_fraction
+            if cutout.zero_point and cutout.units == SIGMA_UNITS:
+                background[place] = cutout.background_magnitude
+        for stack in stacks.values():
+            stack.close()
 
-    listed = _rejects(catalogue, rejects)
-    check_rejects(listed, len(table), max_reject_fraction, catalogue.source)
-    used = table.drop(listed["row"])
-    if whole:
-        check_splits(split[used.index], used["label"], catalogue.source)
-    listed.to_parquet(out / "rejects.parquet", index=False)
-    table = table.assign(row=table.index, split=split, nan_fraction=nan_fraction)
-    if pad:
-        table["padded_fraction"] = padded_fraction
-    for band, magnitudes in zip(form.bands, background.T, strict=True):
-        if np.isfinite(magnitudes).any():
-            table[f"background_magnitude_{band}"] = magnitudes
-    for part, places in kept.items():
-        table.iloc[places].to_parquet(out / f"{part}.parquet", index=False)
-    duplicates, not_compared = find_near_duplicates(Dataset(out, form, {}))
-    duplicates.to_parquet(out / "near_duplicates.parquet", index=False)
-    facts = {
-        "schema": 1,
-        "origin": origin,
-        **asdict(form),
-        "split_seed": split_seed,
-        "n_rows": len(table),
-        "n_rejects": len(listed),
-        "n_near_duplicates": len(duplicates),
-        "n_alike_not_compared": not_compared,
-        "splits": {part: class_counts(table["label"].iloc[kept[part]]) for part in PARTS},
-        "content": _content(out),
-    }
-    (out / "dataset.json").write_text(json.dumps(facts, indent=1, sort_keys=True))
+        listed = _rejects(catalogue, rejects)
+        check_rejects(listed, len(table), max_reject_fraction, catalogue.source)
+        used = table.drop(listed["row"])
+        if whole:
+            check_splits(split[used.index], used["label"], catalogue.source)
+        listed.to_parquet(folder / "rejects.parquet", index=False)
+        table = table.assign(row=table.index, split=split, nan_fraction=nan_fraction)
+        if pad:
+            table["padded_fraction"] = padded_fraction
+        for band, magnitudes in zip(form.bands, background.T, strict=True):
+            if np.isfinite(magnitudes).any():
+                table[f"background_magnitude_{band}"] = magnitudes
+        for part, places in kept.items():
+            table.iloc[places].to_parquet(folder / f"{part}.parquet", index=False)
+        duplicates, not_compared = find_near_duplicates(Dataset(folder, form, {}))
+        duplicates.to_parquet(folder / "near_duplicates.parquet", index=False)
+        facts = {
+            "schema": 1,
+            "origin": origin,
+            **asdict(form),
+            "split_seed": split_seed,
+            "n_rows": len(table),
+            "n_rejects": len(listed),
+            "n_near_duplicates": len(duplicates),
+            "n_alike_not_compared": not_compared,
+            "splits": {part: class_counts(table["label"].iloc[kept[part]]) for part in PARTS},
+            "content": _content(folder),
+        }
+        (folder / "dataset.json").write_text(json.dumps(facts, indent=1, sort_keys=True))
     return open_dataset(out)
 
 
@@ -208,8 +213,9 @@ def _common_format(
         column = catalogue.image_columns[reason.image]
         row = catalogue.table.index[place]
         raise InputError(
-            f"{catalogue.source}: none of the first {len(sample)} cutouts can be used; row "
-            f"{row + 1}, column {column}, {catalogue.table.loc[row, column]}: {reason}"
+            f"{catalogue.source}: none of the first {len(sample)} cutouts can be used with "
+            f"image_size {image_size}; row {row + 1}, column {column}, "
+            f"{catalogue.table.loc[row, column]}: {reason}"
         )
     (n_bands, units), _ = Counter((len(c.pixels), c.units) for c in good).most_common(1)[0]
     names = Counter(

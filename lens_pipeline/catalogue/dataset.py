@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 from numpy.lib import format as npy
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from lens_pipeline.catalogue.images import (
     COMPOSITE_BANDS,
@@ -25,6 +25,12 @@ from lens_pipeline.errors import InputError
 
 PARTS = (*FRACTIONS, "unlabelled")
 REJECT_COLUMNS = ["id", "row", "file", "column", "reason"]
+
+
+def check_part(name: str) -> None:
+    """Raises InputError where no split is called so."""
+    if name not in PARTS:
+        raise InputError(f"there is no split {name!r}; there are {', '.join(PARTS)}")
 
 
 def unnamed(n_bands: int) -> tuple[str, ...]:
@@ -49,6 +55,11 @@ class CutoutFormat:
         return cls(
             tuple(values["bands"]), values["image_size"], values["units"], values["pixel_scale"]
         )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(bands, height, width) of a cutout."""
+        return len(self.bands), self.image_size, self.image_size
 
     @property
     def named_bands(self) -> tuple[str, ...] | None:
@@ -86,9 +97,10 @@ class Dataset:
     def images(self, part: str) -> NDArray[np.float32]:
         """float32 (n, bands, height, width) of a split, memory-mapped.
 
-        What is written to it stays in memory, and the file as it is. Raises InputError where the
-        file is not whole.
+        What is written to it stays in memory, and the file as it is. Raises InputError where there
+        is no such split, or its file is not whole.
         """
+        check_part(part)
         path = self.folder / f"{part}.npy"
         try:
             return np.load(path, mmap_mode="c", allow_pickle=False)
@@ -98,10 +110,12 @@ class Dataset:
     def open_images(self, part: str) -> "ImageFile":
         """The same, to be read in blocks: unlike pages of a file that is mapped, they do not add
         up in memory."""
+        check_part(part)
         return ImageFile(self.folder / f"{part}.npy")
 
     def table(self, part: str) -> pd.DataFrame:
         """One row an image, in their order; `row` is the row of the catalogue, from 0."""
+        check_part(part)
         return pd.read_parquet(self.folder / f"{part}.parquet")
 
     def split(self, part: str) -> "DatasetSplit":
@@ -188,6 +202,27 @@ class ImageFile:
 Empty = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]  # as np.empty
 
 
+def places_of(indices: ArrayLike, n: int) -> NDArray[np.intp]:
+    """Which of n cutouts are meant: whole numbers (from 0; negative ones from the end), or a mask,
+    true or false for each of the n.
+
+    Raises InputError for anything else, a mask of another length among it.
+    """
+    found = np.asarray(indices)
+    if found.dtype == object:  # of pandas's columns that know missing values
+        found = pd.Series(found).infer_objects().to_numpy()
+    if found.dtype == bool:
+        if found.shape != (n,):
+            raise InputError(f"the mask has the shape {found.shape}; there are {n} cutouts")
+        return np.flatnonzero(found)
+    if found.ndim != 1 or (found.size and not np.issubdtype(found.dtype, np.integer)):
+        raise InputError(
+            f"cutouts are chosen by whole numbers (k,) or by true and false ({n},); this is "
+            f"{found.dtype} {found.shape}"
+        )
+    return found.astype(np.intp, copy=False)
+
+
 class CutoutRows:
     """The ids and labels of cutouts, from a table with a row each."""
 
@@ -219,15 +254,14 @@ class DatasetSplit(CutoutRows):
     index: pd.DataFrame
     images: NDArray[np.float32]
 
-    def gather(
-        self, indices: NDArray[np.integer] | list[int], empty: Empty = np.empty
-    ) -> NDArray[np.float32]:
+    def gather(self, indices: ArrayLike, empty: Empty = np.empty) -> NDArray[np.float32]:
         """The cutouts float32 (n, bands, height, width) at these places of the split.
 
-        empty: makes the array that they are put into.
+        indices: see `places_of`; empty: makes the array that they are put into.
         """
-        out = empty((len(indices), *self.images.shape[1:]), self.images.dtype)
-        return np.take(self.images, indices, axis=0, out=out)
+        places = places_of(indices, len(self))
+        out = empty((len(places), *self.images.shape[1:]), self.images.dtype)
+        return np.take(self.images, places, axis=0, out=out)
 
 
 def open_dataset(folder: str | Path) -> Dataset:

@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy import fft
-from tqdm import tqdm
 
 from lens_pipeline.catalogue.images import SIGMA_UNITS
 from lens_pipeline.catalogue.splits import FRACTIONS
+from lens_pipeline.progress import progress_bar
 
 if TYPE_CHECKING:
     from lens_pipeline.catalogue.dataset import Dataset
@@ -93,7 +93,7 @@ def find_near_duplicates(dataset: "Dataset") -> tuple[pd.DataFrame, int]:
 
 
 def _progress(total: int, what: str, unit: str) -> Any:
-    return tqdm(total=total, desc=what, unit=unit, disable=None, delay=2)
+    return progress_bar(total=total, desc=what, unit=unit, delay=2)
 
 
 def _hashes(dataset: "Dataset", cutouts: pd.DataFrame) -> NDArray[np.uint64]:

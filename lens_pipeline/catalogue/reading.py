@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from lens_pipeline.catalogue.fits_images import strict_fits
 from lens_pipeline.catalogue.images import Cutout, CutoutError, read_cutout
 from lens_pipeline.catalogue.table import Catalogue
+from lens_pipeline.progress import progress_bar
 
 CHUNK = 64  # rows that are read at a time
 REQUESTS = 16  # that are under way at a time to an object store, for each process
@@ -41,7 +41,7 @@ def read_cutouts(
 ) -> Iterator[Read]:
     """(row, cutout or the reason against it) for every row, in order; see `read_cutout`.
 
-    rows: which of them, from 0, by default all; progress: show it, on a terminal.
+    rows: which of them, from 0, by default all; progress: show it, see `progress_bar`.
 
     Where the first rows show that the others will take long, processes read them, one a core at
     most; a few chunks are in memory at a time. (So a script that reads a large catalogue needs the
@@ -61,8 +61,9 @@ def read_cutouts(
         pad=pad,
         options=options,
     )
-    shown = None if progress else True  # None: on a terminal
-    with tqdm(total=len(table), desc="reading cutouts", unit="cutout", disable=shown) as bar:
+    with progress_bar(
+        total=len(table), desc="reading cutouts", unit="cutout", shown=progress
+    ) as bar:
         begun = time.perf_counter()
         first = list(map(read, islice(chunks, 2)))
         done = sum(map(len, first))

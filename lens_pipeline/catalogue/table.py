@@ -28,6 +28,7 @@ from lens_pipeline.catalogue.splits import SPLITS, assign_splits
 from lens_pipeline.catalogue.table_files import (
     CLASS_FOLDERS,
     images_in,
+    named,
     read_folder,
     read_table,
 )
@@ -41,10 +42,12 @@ from lens_pipeline.storage import (
     without_query,
 )
 
+FRAME = "the DataFrame"  # what messages call one
+
 
 @dataclass(frozen=True)
 class Catalogue:
-    """A validated table, one row a cutout, in the user's order.
+    """A validated table, one row a cutout, in the user's order; `read_catalogue` makes one.
 
     table: its index the number of the row at its source, from 0; `id` (text, unique), the image
     columns (`path`, or `path_<band>` for each band; absolute paths or URLs), `label` (nullable
@@ -113,15 +116,35 @@ def _split_names(text: Any) -> list[str]:
     return [name.strip() for name in str(text).split(",")]
 
 
-def read_catalogue(path: str | Path, storage_options: Mapping[str, Any] | None = None) -> Catalogue:
-    """Read and validate a catalogue from a local path or an fsspec URL.
+def read_catalogue(
+    source: str | Path | pd.DataFrame,
+    storage_options: Mapping[str, Any] | None = None,
+    *,
+    folder: str | Path | None = None,
+) -> Catalogue:
+    """Read and validate a catalogue from a local path or an fsspec URL, or validate a DataFrame.
+
+    folder: a path or URL that the images of a DataFrame are relative to, the working directory
+    unless one is given; those of a file are relative to the file. A named index is a column.
 
     Raises InputError, naming file, row and column, for: a missing or unreadable source, an empty
     table, no `id` or image column, a duplicate or missing id, a missing path, a label other than 1,
     0 or empty, an unknown split, a group with two splits, a `simulated` that is neither true nor
     false; NoAnswerError where its store fails.
     """
-    source = str(path)
+    if isinstance(source, pd.DataFrame):
+        return Catalogue(_validated(named(source, FRAME), FRAME, str(folder or ".")), FRAME)
+    if not isinstance(source, str | Path):
+        raise InputError(
+            f"a catalogue is a path, a URL or a pandas DataFrame, not a {type(source).__name__}; "
+            "an astropy Table gives one: table.to_pandas()"
+        )
+    if folder is not None:
+        raise InputError(f"folder {folder}: is of a DataFrame; images are relative to {source}")
+    return _read(str(source), storage_options)
+
+
+def _read(source: str, storage_options: Mapping[str, Any] | None) -> Catalogue:
     options = dict(storage_options or {})
     try:
         filesystem, inside = locate(source, options)

@@ -45,10 +45,7 @@ def read_table(source: str, options: dict[str, Any]) -> pd.DataFrame:
     if suffix == ".csv":
         return _read_csv(content, source)
     if suffix == ".parquet":
-        table = pd.read_parquet(content)
-        # A named index is a column that pandas shows apart, or once more.
-        own = [name for name in table.index.names if name is not None and name not in table]
-        return with_column_names(table.reset_index(own), source)
+        return named(pd.read_parquet(content), source)
     from astropy.table import Table
 
     table = Table.read(content, format="fits" if suffix.startswith(".fit") else "votable")
@@ -59,6 +56,13 @@ def read_table(source: str, options: dict[str, Any]) -> pd.DataFrame:
     for name in frame.select_dtypes("object"):
         frame[name] = frame[name].map(lambda v: v.decode() if isinstance(v, bytes) else v)
     return with_column_names(frame, source)
+
+
+def named(table: pd.DataFrame, source: str) -> pd.DataFrame:
+    """A DataFrame, its columns by their names here; see `with_column_names`."""
+    # A named index is a column that pandas shows apart, or once more.
+    own = [name for name in table.index.names if name is not None and name not in table]
+    return with_column_names(table.reset_index(own), source)
 
 
 def _read_csv(content: io.BytesIO, source: str) -> pd.DataFrame:

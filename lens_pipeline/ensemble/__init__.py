@@ -5,8 +5,9 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "calibration": ["fit_calibration"],
         "choice": ["FittedFusion", "choose"],
-        "fusion": ["Fused", "fuse"],
+        "fusion": ["Bayesian", "Fused", "InverseVariance", "Mean", "Single", "Stacking", "fuse"],
         "parts": ["about_scores", "score_to_file"],
         "predictor": ["score_catalogue", "score_dataset"],
         "shard_cutouts": ["open_cutout_source"],

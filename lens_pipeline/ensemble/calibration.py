@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,9 +11,11 @@ from scipy.optimize import isotonic_regression, minimize
 from scipy.special import expit, logit
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.evaluation.metrics import is_lens
 
 Array = NDArray[np.float64]
 Method = Literal["platt", "temperature", "isotonic"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,7 @@ class Isotonic:
 Calibration = Annotated[Platt | Isotonic, Field(discriminator="form")]
 
 
-def fit_calibration(
-    logits: Array, label: NDArray[np.integer], method: Method = "platt"
-) -> Calibration:
+def fit_calibration(logits: ArrayLike, label: ArrayLike, method: Method = "platt") -> Calibration:
     """What turns logits (n,) into calibrated ones, from label (n,) of 1 and 0, both present.
 
     platt: a slope and an intercept (Platt 1999); temperature: a slope alone (Guo et al. 2017);
@@ -58,32 +58,41 @@ def fit_calibration(
     (Oron & Flournoy 2017), for steps would tie the highest scores, which are what a survey looks
     at, and beyond the outermost with Platt's slope. All take the smoothed targets of Platt (1999),
     so that no finite sample makes a probability of 0 or 1, and none turns a ranking round. Raises
-    InputError for a class that is absent and for logits that are not finite.
+    InputError for another method, for a class that is absent, for logits that are not finite, and
+    where logits and labels are not as many.
     """
-    check_validation(logits, label)
-    lens = label == 1
+    if method not in METHODS:
+        raise InputError(f"method {method!r}: must be one of {', '.join(METHODS)}")
+    z = np.asarray(logits, dtype=np.float64)
+    lens = check_validation(z, label)
+    if z.ndim != 1:
+        raise InputError(f"logit: has the shape {z.shape}; (n,) is meant")
     n_lens, n_nonlens = int(lens.sum()), int((~lens).sum())
     target = np.where(lens, (n_lens + 1) / (n_lens + 2), 1 / (n_nonlens + 2))
     fit: dict[Method, Callable[[], Calibration]] = {
-        "platt": lambda: _scaling(logits, target, free_intercept=True),
-        "temperature": lambda: _scaling(logits, target, free_intercept=False),
-        "isotonic": lambda: _isotonic(logits, target),
+        "platt": lambda: _scaling(z, target, free_intercept=True),
+        "temperature": lambda: _scaling(z, target, free_intercept=False),
+        "isotonic": lambda: _isotonic(z, target),
     }
     return fit[method]()
 
 
-def check_validation(logits: Array, label: NDArray[np.integer]) -> None:
-    """Raises InputError for logits (n,) or (n, members) and label (n,) that nothing can be fitted
-    to."""
+def check_validation(logits: Array, label: ArrayLike) -> NDArray[np.bool_]:
+    """Which of the cutouts are lenses, (n,). Raises InputError for logits (n,) or (n, members) and
+    label (n,) that nothing can be fitted to."""
+    lens = is_lens(label)
+    if lens.shape != logits.shape[:1]:
+        raise InputError(f"label has the shape {lens.shape}, logit {logits.shape}")
     bad = np.count_nonzero(~np.isfinite(logits))
     if bad:
         raise InputError(
             f"logit: {bad} of {np.size(logits)} validation logits are not finite; a member's "
             "training has failed, train it again with a lower learning rate"
         )
-    for value, name in ((1, "lens"), (0, "non-lens")):
-        if not np.any(label == value):
+    for of_class, name in ((lens, "lens"), (~lens, "non-lens")):
+        if not of_class.any():
             raise InputError(f"label: the validation set has no {name}; calibration needs both")
+    return lens
 
 
 def _scaling(logits: Array, target: Array, free_intercept: bool) -> Platt:

@@ -60,6 +60,5 @@ def facts(ensemble: LensEnsemble) -> dict[str, Any]:
 
 def input_example(form: CutoutFormat) -> NDArray[np.float32]:
     """One cutout of nothing but noise, float32 (1, bands, height, width)."""
-    shape = (1, len(form.bands), form.image_size, form.image_size)
-    noise = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    noise = np.random.default_rng(0).standard_normal((1, *form.shape), dtype=np.float32)
     return noise if form.units == SIGMA_UNITS else np.clip(0.1 + 0.05 * noise, 0, 1)

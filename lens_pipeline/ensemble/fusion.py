@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 from scipy.optimize import minimize
 from scipy.special import entr, expit, logit
 
 from lens_pipeline.ensemble.calibration import Isotonic, fit_calibration
+from lens_pipeline.errors import InputError
 
 Array = NDArray[np.float64]
 Strategy = Literal["mean", "uncertainty_weighted", "stacking", "bayesian", "single"]
@@ -113,19 +114,33 @@ class Single:
         return logits[:, self.member]
 
 
-Fusion = Annotated[
-    Mean | InverseVariance | Stacking | Bayesian | Single, Field(discriminator="strategy")
-]
+_ANY = Mean | InverseVariance | Stacking | Bayesian | Single
+Fusion = Annotated[_ANY, Field(discriminator="strategy")]
 
 
-def fuse(logits: Array, draws: Array, fusion: Fusion | None = None) -> Fused:
+def fuse(logits: ArrayLike, draws: ArrayLike, fusion: Fusion | None = None) -> Fused:
     """One score of the members' calibrated logits.
 
     logits: float64 (n, members); draws: float64 (n, members, draws), the same with dropout;
-    fusion: the mean unless another is given.
+    fusion: the mean unless another is given. Raises InputError where the shapes do not fit
+    together, for logits that are not finite, and for what is no fusion.
     """
-    fused = (fusion or Mean())(logits, draws.var(axis=2))
-    return with_uncertainty(fused, draws, np.full(logits.shape[1], 1 / logits.shape[1]))
+    fusion = Mean() if fusion is None else fusion
+    if not isinstance(fusion, _ANY):
+        raise InputError(f"fusion: {fusion!r} is none; give one, as Mean() or InverseVariance()")
+    own, drawn = np.asarray(logits, dtype=np.float64), np.asarray(draws, dtype=np.float64)
+    fit = own.ndim == 2 and drawn.ndim == 3 and drawn.shape[:2] == own.shape
+    if not fit or 0 in drawn.shape[1:]:
+        raise InputError(
+            f"logits have the shape {own.shape}, draws {drawn.shape}; (n, members) and "
+            "(n, members, draws) are meant"
+        )
+    for name, values in (("logits", own), ("draws", drawn)):
+        bad = np.count_nonzero(~np.isfinite(values))
+        if bad:
+            raise InputError(f"{name}: {bad} of {values.size} are not finite")
+    fused = fusion(own, drawn.var(axis=2))
+    return with_uncertainty(fused, drawn, np.full(own.shape[1], 1 / own.shape[1]))
 
 
 def with_uncertainty(fused: Array, draws: Array, shares: Array) -> Fused:

@@ -80,7 +80,8 @@ class LitEnsembleSystem(LensClassifier):
             rows.append(np.column_stack([*astuple(fused), expit(logit)]))
         names = [f"probability_{name}" for name in self.members]
         columns = [*(field.name for field in fields(Fused)), *names]
-        return pd.DataFrame(np.concatenate(rows), columns=columns)
+        nothing = np.empty((0, len(columns)))
+        return pd.DataFrame(np.concatenate([nothing, *rows]), columns=columns)
 
 
 def _untrained(member: Member, shared: Mapping[str, Any]) -> LitLensSystem:

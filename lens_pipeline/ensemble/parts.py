@@ -80,7 +80,7 @@ def check_out(out: Path) -> None:
 def score_to_file(
     ensemble: LensEnsemble,
     source: CutoutSource,
-    out: Path,
+    out: str | Path,
     *,
     model: str,
     top: int = 0,
@@ -96,6 +96,7 @@ def score_to_file(
     them; and where more cutouts than that, or all, cannot be used: a file that was there before is
     as it was, and what could not be read is tried again. NoRoomError: the disk is full.
     """
+    out = Path(out)
     check_out(out)
     source.check(ensemble.format)
     n = len(source.catalogue.table)

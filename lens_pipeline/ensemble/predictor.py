@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat
 from lens_pipeline.catalogue.images import CutoutError
@@ -16,6 +15,7 @@ from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.ensemble.cutouts import CatalogueCutouts, CutoutSource
 from lens_pipeline.ensemble.system import BATCH, LensEnsemble
 from lens_pipeline.errors import InputError
+from lens_pipeline.progress import progress_bar
 
 
 class ScoredDataset(Protocol):
@@ -135,5 +135,5 @@ def _score_table(
 
 
 def scoring(total: int, done: int = 0) -> Any:
-    """A progress bar, on a terminal."""
-    return tqdm(total=total, initial=done, desc="scoring", unit="cutout", disable=None)
+    """See `progress_bar`."""
+    return progress_bar(total=total, initial=done, desc="scoring", unit="cutout")

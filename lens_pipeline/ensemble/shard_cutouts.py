@@ -103,9 +103,9 @@ class ShardCutouts:
 
 
 def open_cutout_source(
-    location: str,
+    location: str | Path,
     *,
-    cache: Path,
+    cache: str | Path,
     pad: bool = False,
     storage_options: Mapping[str, Any] | None = None,
 ) -> CutoutSource:
@@ -114,6 +114,7 @@ def open_cutout_source(
     location: a path or an fsspec URL; cache: where remote shards are kept while they are read; pad:
     see `build_dataset`. Raises InputError where there is nothing of the kind.
     """
+    location = str(location)
     if not names_table(location) and is_published(location, storage_options):
         version = published_version(location, storage_options)
         return ShardCutouts(

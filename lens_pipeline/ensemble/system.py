@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from pydantic import TypeAdapter
 from scipy.special import expit
 
@@ -27,6 +27,7 @@ ENSEMBLE = "ensemble.json"
 GROUPS = "groups.json"
 SCHEMA = 2
 BATCH = 256
+Masked = np.ma.MaskedArray[Any, Any]
 _CALIBRATION: TypeAdapter[Calibration] = TypeAdapter(Calibration)
 _FUSION: TypeAdapter[Fusion] = TypeAdapter(Fusion)
 
@@ -56,24 +57,27 @@ class LensEnsemble:
         members = [f"probability_{name}" for name in self.members]
         return [*(field.name for field in fields(Fused)), "sky_probability", *members]
 
-    def predict(self, images: NDArray[np.floating]) -> pd.DataFrame:
+    def predict(self, images: ArrayLike) -> pd.DataFrame:
         """Scores of cutouts (n, bands, height, width), in the units of the stored ones.
 
         One row a cutout, with the columns of `columns`. Raises InputError where the shape is not
-        the one that the ensemble was trained on, and for a pixel that is not finite, which
-        `usable_cutout` would have filled in.
+        the one that the ensemble was trained on, and for a pixel that is masked, or not finite in
+        float32, which `usable_cutout` would have filled in.
         """
-        size = self.format.image_size
-        wanted = (len(self.format.bands), size, size)
-        if images.ndim != 4 or images.shape[1:] != wanted:
-            raise InputError(f"the array has shape {images.shape}; the model takes (n, *{wanted})")
-        whole = np.isfinite(images).all(axis=(1, 2, 3))
-        if not whole.all():
+        given: Masked = np.ma.asanyarray(images)
+        if given.ndim != 4 or given.shape[1:] != self.format.shape:
             raise InputError(
-                f"cutout {int(np.argmin(whole))} of the array (from 0) has pixels that are not "
-                "finite; fill them in first, as with the median of their band"
+                f"the array has shape {given.shape}; the model takes (n, *{self.format.shape})"
             )
-        parts = [self._predict(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+        begins = range(0, len(given), BATCH)
+        for begin in begins:
+            whole = np.isfinite(_filled(given[begin : begin + BATCH])).all(axis=(1, 2, 3))
+            if not whole.all():
+                raise InputError(
+                    f"cutout {begin + int(np.argmin(whole))} of the array (from 0) has pixels that "
+                    "are masked or not finite; fill them in first, as with the median of their band"
+                )
+        parts = [self._predict(_filled(given[begin : begin + BATCH])) for begin in begins]
         nothing = pd.DataFrame(columns=self.columns, dtype=np.float64)
         return pd.concat(parts, ignore_index=True) if parts else nothing
 
@@ -95,10 +99,17 @@ class LensEnsemble:
         return self
 
 
+def _filled(images: Masked) -> NDArray[np.float32]:
+    """As float32; pixels that are masked, or that it cannot hold, are not finite."""
+    with np.errstate(over="ignore"):
+        pixels: Masked = np.ma.asanyarray(images.astype(np.float32))
+    return np.asarray(pixels.filled(np.nan))
+
+
 def assemble(
-    members: Mapping[str, tuple[Path, pd.DataFrame]],
+    members: Mapping[str, tuple[str | Path, pd.DataFrame]],
     form: CutoutFormat,
-    out: Path,
+    out: str | Path,
     facts: Mapping[str, Any],
     groups: Iterable[str],
     *,
@@ -124,7 +135,8 @@ def assemble(
         for column in ("logit", "logit_std")
     )
     fitted, comparison = choose(fusion, calibration, logits, deviation, label, group)
-    (out / "members").mkdir()
+    out = Path(out)
+    (out / "members").mkdir(parents=True)
     for name, (checkpoint, _) in members.items():
         shutil.copyfile(checkpoint, out / "members" / f"{name}.ckpt")
     n_lens = int(np.count_nonzero(label == 1))

@@ -247,11 +247,18 @@ def _checked(label: ArrayLike, score: ArrayLike) -> tuple[NDArray[np.bool_], Arr
         raise InputError(f"label has the shape {labels.shape}, score {scores.shape}; (n,) is meant")
     if not len(labels):
         raise InputError("label: there is no cutout to evaluate")
-    if not np.isin(labels, (0, 1)).all():
-        raise InputError("label: must be 1 (lens) or 0 (not) for every cutout")
+    lens = is_lens(labels)
     if not ((scores >= 0) & (scores <= 1)).all():
         raise InputError("score: must be a probability from 0 to 1 for every cutout")
-    return labels == 1, scores
+    return lens, scores
+
+
+def is_lens(label: ArrayLike) -> NDArray[np.bool_]:
+    """Which labels (n,) are 1. Raises InputError where one is neither that nor 0."""
+    labels = np.asarray(label)
+    if not np.isin(labels, (0, 1)).all():
+        raise InputError("label: must be 1 (lens) or 0 (not) for every cutout")
+    return labels == 1
 
 
 def _levels(label: NDArray[np.bool_], score: Array) -> _Levels:

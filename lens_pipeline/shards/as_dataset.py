@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lens_pipeline.catalogue.dataset import PARTS, REJECT_COLUMNS, CutoutFormat
+from lens_pipeline.catalogue.dataset import PARTS, REJECT_COLUMNS, CutoutFormat, check_part
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.shards.manifest import Manifest
 from lens_pipeline.shards.reader import Shards, ShardSplit, open_shards
@@ -59,6 +59,7 @@ class ShardsAsDataset:
         return Images(self.shards.split(part))
 
     def table(self, part: str) -> pd.DataFrame:
+        check_part(part)
         return self.rows[self.rows["split"] == part].reset_index(drop=True)
 
     def rejects(self) -> pd.DataFrame:
@@ -72,7 +73,7 @@ class ShardsAsDataset:
 
 
 def shards_as_dataset(
-    location: str, *, cache: Path, storage_options: Mapping[str, Any] | None = None
+    location: str, *, cache: str | Path, storage_options: Mapping[str, Any] | None = None
 ) -> ShardsAsDataset:
     """The shards in a folder or at a URL; cache: see `open_shards`, whose errors it raises."""
     shards = open_shards(location, cache=cache, storage_options=storage_options)

@@ -18,9 +18,9 @@ import filelock
 import numpy as np
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
-from tqdm import tqdm
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.progress import progress_bar
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards.manifest import INDEX, Listed, Manifest, difference
 from lens_pipeline.shards.memory import ShardContent
@@ -376,8 +376,8 @@ class Ahead:
 
     def _run(self) -> None:
         sizes = {name: self.fetched.listed[name].bytes for name in self.order}
-        about: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}
-        with tqdm(total=sum(sizes.values()), desc="fetching", **about) as progress:
+        about: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False}
+        with progress_bar(total=sum(sizes.values()), desc="fetching", **about) as progress:
             for n_bytes in ahead_of(self._begun(sizes), self._bring, self.fetched.at_a_time):
                 progress.update(n_bytes)
 

@@ -73,7 +73,7 @@ class Latest:
 
 
 def publish_shards(
-    shards: Path,
+    shards: str | Path,
     url: str,
     *,
     storage_options: Mapping[str, Any] | None = None,
@@ -90,7 +90,7 @@ def publish_shards(
     store fails for long, or somebody has removed meanwhile what was there: what was the newest
     before, still is.
     """
-    created = datetime.now(UTC).isoformat()
+    created, shards = datetime.now(UTC).isoformat(), Path(shards)
     manifest = read_manifest(shards)
     version = manifest.dataset_version
     top = Store(url, storage_options)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from lens_pipeline.catalogue.build import LIBRARIES, build_dataset
 from lens_pipeline.catalogue.dataset import CutoutFormat, Dataset, Empty, open_dataset
@@ -42,12 +42,10 @@ class Split(Protocol):
         """What falls into one split together."""
         ...
 
-    def gather(
-        self, indices: NDArray[np.integer] | list[int], empty: Empty = np.empty
-    ) -> NDArray[np.floating]:
+    def gather(self, indices: ArrayLike, empty: Empty = np.empty) -> NDArray[np.floating]:
         """The cutouts (n, bands, height, width) at these places, in the units of the format.
 
-        empty: makes the array that they are put into.
+        indices: see `places_of`; empty: makes the array that they are put into.
         """
         ...
 
@@ -103,9 +101,7 @@ class CroppedSplit:
     def groups(self) -> NDArray[np.object_]:
         return self.whole.groups
 
-    def gather(
-        self, indices: NDArray[np.integer] | list[int], empty: Empty = np.empty
-    ) -> NDArray[np.floating]:
+    def gather(self, indices: ArrayLike, empty: Empty = np.empty) -> NDArray[np.floating]:
         pixels = central(self.whole.gather(indices), self.size)
         out = empty(pixels.shape, pixels.dtype)
         out[...] = pixels

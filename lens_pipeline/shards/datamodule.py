@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from lens_pipeline.catalogue.dataset import CutoutFormat
+from lens_pipeline.catalogue.dataset import CutoutFormat, check_part
 from lens_pipeline.catalogue.splits import drawn_groups
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
@@ -363,6 +363,7 @@ class LensWebDatasetDataModule(CutoutModule):
         return found
 
     def _held(self, name: str) -> Tars:
+        check_part(name)
         tars = self._tars(name)
         if tars.split is None:
             raise InputError(f"{name}_urls: streamed; name a cache_dir to have cutouts at a place")

@@ -11,13 +11,13 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
-from tqdm import tqdm
+from numpy.typing import ArrayLike, NDArray
 
 from lens_pipeline.catalogue.dataset import (
     CutoutFormat,
     CutoutRows,
     Empty,
+    places_of,
     unnamed,
 )
 from lens_pipeline.catalogue.images import (
@@ -31,6 +31,7 @@ from lens_pipeline.catalogue.images import (
     usable_cutout,
 )
 from lens_pipeline.errors import InputError
+from lens_pipeline.progress import progress_bar
 from lens_pipeline.shards.cache import mapped
 from lens_pipeline.shards.encoding import Encoding
 from lens_pipeline.shards.memory import stacked
@@ -206,16 +207,14 @@ class ForeignSplit(CutoutRows):
     def _places(self) -> list[tuple[Any, ...]]:
         return list(self.index.itertuples(index=False, name=None))
 
-    def gather(
-        self, indices: NDArray[np.integer] | list[int], empty: Empty = np.empty
-    ) -> NDArray[np.floating]:
+    def gather(self, indices: ArrayLike, empty: Empty = np.empty) -> NDArray[np.floating]:
         cutouts = []
-        for i in indices:
+        for i in places_of(indices, len(self)):
             name, label, shard, offset, size, suffix, stored = self._places[i]
             content = self._maps[shard][offset : offset + size]
             sample = RawSample(name, label, suffix, content, offset, stored)
             cutouts.append(self.decoder(sample, shard))
-        return stacked(cutouts, empty)
+        return stacked(cutouts, self.decoder.form.shape, empty)
 
 
 def index_tars(
@@ -228,7 +227,7 @@ def index_tars(
     """
     rows: list[tuple[Any, ...]] = []
     decoder: Decoder | None = None
-    for path in tqdm(paths, desc="indexing shards", unit="shard", disable=None):
+    for path in progress_bar(paths, desc="indexing shards", unit="shard"):
         for sample in samples_of(_files(path), str(path)):
             if decoder is None:
                 decoder = ImageDecoder.like(sample, str(path), image_size, flux_unit)

@@ -60,6 +60,8 @@ def copy_from(addresses: NDArray[np.int64], out: NDArray[Any]) -> None:
     )
 
 
-def stacked(cutouts: Sequence[NDArray[Any]], empty: Empty) -> NDArray[Any]:
-    """The cutouts in one array."""
-    return np.stack(cutouts, out=empty((len(cutouts), *cutouts[0].shape), cutouts[0].dtype))
+def stacked(cutouts: Sequence[NDArray[Any]], shape: tuple[int, ...], empty: Empty) -> NDArray[Any]:
+    """The cutouts, each of this shape, in one array; float32 where there are none."""
+    if not cutouts:
+        return empty((0, *shape), np.dtype(np.float32))
+    return np.stack(cutouts, out=empty((len(cutouts), *shape), cutouts[0].dtype))

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from lens_pipeline.catalogue.dataset import CutoutFormat, CutoutRows, Empty
+from lens_pipeline.catalogue.dataset import CutoutFormat, CutoutRows, Empty, check_part, places_of
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards.cache import (
@@ -63,15 +63,13 @@ class ShardSplit(CutoutRows, ABC):
     def _offset(self) -> NDArray[np.int64]:
         return self.index["offset"].to_numpy(dtype=np.int64)
 
-    def gather(
-        self, indices: NDArray[np.integer] | list[int], empty: Empty = np.empty
-    ) -> NDArray[np.floating]:
+    def gather(self, indices: ArrayLike, empty: Empty = np.empty) -> NDArray[np.floating]:
         """The cutouts (n, bands, height, width) at these places of the split.
 
-        As they are stored, float16 or float32; pictures are decoded to float32. empty: makes the
-        array that they are put into.
+        As they are stored, float16 or float32; pictures are decoded to float32. indices: see
+        `places_of`; empty: makes the array that they are put into.
         """
-        places = np.asarray(indices, dtype=np.intp)
+        places = places_of(indices, len(self))
         number, names = self.shards
         used = np.unique(number[places])
         contents = self._contents([names[one] for one in used])
@@ -79,9 +77,8 @@ class ShardSplit(CutoutRows, ABC):
             size = self.index["bytes"].to_numpy()
             views = [contents[names[number[i]]].view for i in places]
             ends = zip(views, self._offset[places], size[places], strict=True)
-            return stacked(
-                [self.encoding.decode(bytes(v[o : o + n]), self.shape) for v, o, n in ends], empty
-            )
+            cutouts = [self.encoding.decode(bytes(v[o : o + n]), self.shape) for v, o, n in ends]
+            return stacked(cutouts, self.shape, empty)
         begin = np.zeros(len(names), np.int64)
         begin[used] = [contents[names[one]].address for one in used]
         out = empty((len(places), *self.shape), self.encoding.dtype)
@@ -164,7 +161,7 @@ class Shards:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(bands, height, width) of a cutout."""
-        return len(self.format.bands), self.format.image_size, self.format.image_size
+        return self.format.shape
 
     @cached_property
     def _index(self) -> pd.DataFrame:
@@ -189,7 +186,9 @@ class Shards:
         return LocalSplit(rows, self.encoding, self.shape, self.at)
 
     def split(self, name: str) -> ShardSplit:
-        """`train`, `val`, `test` or `unlabelled`; its files stay mapped between uses."""
+        """`train`, `val`, `test` or `unlabelled`; its files stay mapped between uses. Raises
+        InputError for another name."""
+        check_part(name)
         if name not in self._splits:
             self._splits[name] = self._split(name)
         return self._splits[name]
@@ -222,7 +221,7 @@ class Shards:
 def open_shards(
     location: str | Path,
     *,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     cache_gb: float | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Shards:
@@ -234,7 +233,8 @@ def open_shards(
     (LENS_CACHE_GB by default), or else into memory. Raises InputError, naming the file, where there
     is no manifest or a file is not what the manifest says.
     """
-    found = shards_at(Store(str(location), storage_options), cache, cache_gb)
+    kept_in = None if cache is None else Path(cache)
+    found = shards_at(Store(str(location), storage_options), kept_in, cache_gb)
     if found is None:
         raise InputError(
             f"{location}/{MANIFEST}: there is no such file; shards are whole once their manifest "

@@ -7,8 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from tqdm import tqdm
-
+from lens_pipeline.progress import progress_bar
 from lens_pipeline.shards.manifest import Listed
 
 T = TypeVar("T")
@@ -34,7 +33,7 @@ def transfer(
     """
     total = sum(listed.bytes for listed in files)
     with (
-        tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None) as progress,
+        progress_bar(total=total, desc=what, unit="B", unit_scale=True) as progress,
         ThreadPoolExecutor(at_a_time) as pool,
     ):
 

@@ -8,9 +8,9 @@ from typing import Any
 import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
-from tqdm import tqdm
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.progress import progress_bar
 from lens_pipeline.shards.checked import checked_folder
 from lens_pipeline.shards.manifest import INDEX, Listed, Manifest, Shard, difference, read_manifest
 from lens_pipeline.storage import locate
@@ -50,7 +50,7 @@ def _problems(
 ) -> Iterator[str]:
     total = sum(listed.bytes for listed in manifest.files)
     index_is_whole = False
-    with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=None) as progress:
+    with progress_bar(total=total, desc="verifying", unit="B", unit_scale=True) as progress:
         for listed in (manifest.index, manifest.catalogue, *manifest.shards):
             path = posixpath.join(root, listed.name)
             wrong = difference_of(listed)

@@ -14,27 +14,29 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from lens_pipeline.catalogue.columns import image_columns
 from lens_pipeline.catalogue.dataset import PARTS, Dataset, open_dataset
 from lens_pipeline.errors import InputError
+from lens_pipeline.progress import progress_bar
 from lens_pipeline.shards.encoding import Encoding
 from lens_pipeline.shards.manifest import Manifest, Shard, shard_name, write_manifest
 from lens_pipeline.shards.tar import Bytes, Member, tar_end, tar_part, word_sums
+from lens_pipeline.storage import filling
 
 PART = 2**23  # bytes of pixels at a time: few calls, for each waits for the interpreter lock
 
 
 def write_shards(
-    dataset: str | Path,
-    out: Path,
+    dataset: Dataset | str | Path,
+    out: str | Path,
     *,
     shard_size: int = 1000,
     encoding: str = "float16",
     quality: int | None = None,
 ) -> Manifest:
-    """Write the processed dataset in a folder as shards into `out`, an empty folder.
+    """Write a processed dataset, or that in a folder, as shards into `out`, a folder that holds
+    nothing, or is made.
 
     `{split}-{number:06d}.tar` with `shard_size` cutouts each: per sample `.npy` (or `.png`, `.jpg`:
     see `Encoding`), `.cls` (1 lens, 0 not; absent for unlabelled), `.json` (its `id`, and how a
@@ -42,34 +44,36 @@ def write_shards(
     `index.parquet`; `catalogue.parquet`, the rows of the dataset's tables in the same order,
     without their paths; `manifest.json`, last. The cutouts of a split are in no order, so that
     every shard is a sample of it. Shards are written in parallel, a thread a core. The same dataset
-    gives the same bytes. Raises InputError for settings out of range.
+    gives the same bytes. Raises InputError for settings out of range, and where `out` holds
+    anything.
     """
     if shard_size < 1:
         raise InputError(f"shard_size {shard_size}: at least 1 is needed")
-    source = open_dataset(dataset)
+    source = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
     stored = Encoding(encoding, source.format.units, quality)
     total = sum(counts["n"] for counts in source.facts["splits"].values())
     shards, tables = [], []
-    with (
-        tqdm(total=total, desc="writing shards", unit="cutout", disable=None) as progress,
-        _a_thread_a_core() as pool,
-    ):
-        portions = _portions(source, shard_size)
-        for shard, table in pool.map(lambda portion: portion.write(out, stored), portions):
-            shards.append(shard)
-            tables.append(table)
-            progress.update(shard.samples)
-    rows = pd.concat([_mixed(source.table(part)) for part in PARTS], ignore_index=True)
-    return write_manifest(
-        out,
-        format=asdict(source.format),
-        encoding={"name": stored.name, "quality": stored.quality},
-        dataset=source.facts["content"],
-        simulated=source.facts["origin"] == "simulation",
-        shards=tuple(shards),
-        index=pd.concat(tables, ignore_index=True),
-        catalogue=rows.drop(columns=image_columns(rows)),
-    )
+    with filling(out) as folder:
+        with (
+            progress_bar(total=total, desc="writing shards", unit="cutout") as progress,
+            _a_thread_a_core() as pool,
+        ):
+            portions = _portions(source, shard_size)
+            for shard, table in pool.map(lambda portion: portion.write(folder, stored), portions):
+                shards.append(shard)
+                tables.append(table)
+                progress.update(shard.samples)
+        rows = pd.concat([_mixed(source.table(part)) for part in PARTS], ignore_index=True)
+        return write_manifest(
+            folder,
+            format=asdict(source.format),
+            encoding={"name": stored.name, "quality": stored.quality},
+            dataset=source.facts["content"],
+            simulated=source.facts["origin"] == "simulation",
+            shards=tuple(shards),
+            index=pd.concat(tables, ignore_index=True),
+            catalogue=rows.drop(columns=image_columns(rows)),
+        )
 
 
 @contextmanager

@@ -11,9 +11,9 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.progress import progress_bar
 from lens_pipeline.simulation import population
 from lens_pipeline.simulation.config import SimulationConfig, load_config
 from lens_pipeline.simulation.decoys import choose_kinds, draw_decoys
@@ -88,7 +88,11 @@ def simulate(
     """
     config = config or load_config(survey)
     galaxies = _galaxies(config, _renderer(config, device, image_size, compiled))
-    parts = list(_batches(galaxies, config, range(n), seed, batch_size))
+    parts = []
+    with progress_bar(total=n, desc="simulating", unit="cutout") as progress:
+        for part in _batches(galaxies, config, range(n), seed, batch_size):
+            parts.append(part)
+            progress.update(len(part.table))
     return Simulation(
         np.concatenate([part.images for part in parts]),
         pd.concat([part.table for part in parts], ignore_index=True),
@@ -116,7 +120,7 @@ def simulate_catalogue(
     tables = []
     renderer = _renderer(config, device, image_size, compiled)
     galaxies = _galaxies(config, renderer, out, storage_options)
-    with tqdm(total=n, desc="simulating", unit="cutout", disable=None) as progress:
+    with progress_bar(total=n, desc="simulating", unit="cutout") as progress:
         for stack, first in enumerate(range(0, n, STACK_ROWS)):
             rows = range(first, min(first + STACK_ROWS, n))
             images = []

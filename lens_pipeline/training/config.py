@@ -285,9 +285,9 @@ class TrainConfig(_Section):
         return self
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: str | Path) -> Self:
         """The configuration in a YAML file. Raises InputError, naming the file, as `parse` does."""
-        return cls.parse(read_yaml(path), str(path))
+        return cls.parse(read_yaml(Path(path)), str(path))
 
     def with_changes(self, changes: Mapping[str, Mapping[str, Any]], source: str) -> Self:
         """This one with other values, {section: {field: value}}. Raises InputError as `parse`."""

@@ -4,7 +4,6 @@ import gc
 import json
 import logging
 import shutil
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +14,12 @@ import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, LearningRateMonitor
+from pytorch_lightning.callbacks import (
+    Callback,
+    LearningRateMonitor,
+    ProgressBar,
+    TQDMProgressBar,
+)
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -24,6 +28,7 @@ from lens_pipeline.evaluation.metrics import FPRS
 from lens_pipeline.models.metrics import RANKED
 from lens_pipeline.models.pretrained import read_checkpoint
 from lens_pipeline.models.system import LensClassifier, LitLensSystem
+from lens_pipeline.progress import in_notebook, shows_progress
 from lens_pipeline.shards.cutouts import Split
 from lens_pipeline.shards.datamodule import CutoutModule
 from lens_pipeline.steps import digest, write_aside
@@ -67,7 +72,7 @@ log = logging.getLogger(__name__)
 def train(
     config: TrainConfig,
     data: CutoutModule,
-    out: Path,
+    out: str | Path,
     loggers: Sequence[Logger] = (),
     callbacks: Sequence[Callback] = (),
     system_type: type[LensClassifier] = LitLensSystem,
@@ -84,6 +89,7 @@ def train(
     KeyboardInterrupt. Raises InputError for what this machine does not have, where the folder holds
     another training, where a loss is no number, or memory or disk are too small.
     """
+    out = Path(out)
     check_devices(config)
     config, going_on = _begin(config, data, out)
     if (out / SCORES).exists():
@@ -319,6 +325,8 @@ def _fit(
         chosen.append(LearningRateMonitor("step"))
     if _on_gpu(config):
         chosen.append(PeakMemory())
+    if in_notebook() and not any(isinstance(one, ProgressBar) for one in callbacks):
+        chosen.append(TQDMProgressBar())  # Lightning would take rich's, which needs ipywidgets
     into_files = [] if how.fast_dev_run else file_loggers(config, out)
     with warnings.catch_warnings():
         # Few workers are meant: batches are gathered from mapped memory.
@@ -350,7 +358,7 @@ def _fit(
             log_every_n_steps=200 if _on_gpu(config) else 50,
             enable_model_summary=False,
             num_sanity_val_steps=0,
-            enable_progress_bar=sys.stderr.isatty(),
+            enable_progress_bar=shows_progress(),
         )
         # Of memory that is written to anyway: with the deterministic kernels torch would do it.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

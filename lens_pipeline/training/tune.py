@@ -113,7 +113,7 @@ def tune(
     config: TrainConfig,
     space: SearchSpace,
     data: CutoutModule,
-    out: Path,
+    out: str | Path,
     n_trials: int = 20,
     pruner: Pruner = "median",
     record: Recorder = lambda number, config: nullcontext([]),
@@ -142,6 +142,7 @@ def tune(
             raise InputError(f"{name}: goes with one training, not with a study of many")
     if n_trials < 1:
         raise InputError(f"n_trials {n_trials}: at least 1 is needed")
+    out = Path(out)
     study = _Study(out, config, space, data, pruner)
     failed: list[str | None] = []
     while (begun := study.next_trial(n_trials)) is not None:

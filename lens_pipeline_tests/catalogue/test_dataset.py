@@ -147,6 +147,18 @@ def test_band_names_must_fit_the_images(tmp_path: Path) -> None:
         _build(_catalogue(tmp_path, bands="g,r,i"), tmp_path / "b")
 
 
+@pytest.mark.parametrize(("spread", "told"), [(0.005, False), (0.02, True)])
+def test_pixel_scales_are_one_up_to_a_hundredth(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, spread: float, told: bool
+) -> None:
+    """As the astrometry of each image tells a scale; of several a warning says what comes of it."""
+    scale = np.linspace(0.2, 0.2 * (1 + spread), 120)
+    dataset = _build(_catalogue(tmp_path, pixel_scale=scale), tmp_path / "out")
+    assert dataset.format.pixel_scale == (None if told else pytest.approx(np.median(scale)))
+    said = f"pixel scales from 0.2 to {0.2 * (1 + spread):g} arcsec: galaxies of one size differ"
+    assert (said in caplog.text) == told
+
+
 def test_not_a_dataset(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"dataset\.json"):
         open_dataset(tmp_path)
@@ -187,6 +199,33 @@ def test_bands_are_put_in_the_formats_order_or_refused_by_name() -> None:
     np.testing.assert_array_equal(form.fitted(Cutout(pixels, "background_sigma")).pixels, pixels)
     with pytest.raises(CutoutError, match=r"there is no band i; there are g, r, z"):
         form.fitted(Cutout(pixels, "background_sigma", ("g", "r", "z")))
+
+
+def test_a_folder_that_holds_anything_is_not_written_into(tmp_path: Path) -> None:
+    """What is mapped of a file that is written again kills the process that has mapped it."""
+    catalogue = read_catalogue(_catalogue(tmp_path))
+    images = build_dataset(catalogue, str(tmp_path / "new/out"), image_size=20).images("train")
+    before = images.copy()
+    for out in (tmp_path, tmp_path / "new/out"):
+        with pytest.raises(InputError, match=f"{out}: exists and is not empty; name another"):
+            build_dataset(catalogue, out, image_size=10)
+    with pytest.raises(InputError, match=r"table\.csv: cannot be written to"):
+        build_dataset(catalogue, tmp_path / "table.csv", image_size=20)
+    np.testing.assert_array_equal(images, before)
+
+
+def test_what_fails_leaves_room_for_the_next_attempt(tmp_path: Path) -> None:
+    path = _catalogue(tmp_path)
+    table = pd.read_csv(path)
+    table.loc[100:, "path"] = "absent.fits"  # not among the first, by which the format is told
+    table.to_csv(path, index=False)
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="20 of 120"):
+        build_dataset(read_catalogue(path), out, image_size=20)
+    with pytest.raises(InputError, match="image_size 0: at least 1"):
+        build_dataset(read_catalogue(path), out, image_size=0)
+    assert list(out.iterdir()) == []
+    build_dataset(read_catalogue(path), out, image_size=20, max_reject_fraction=0.5)
 
 
 def test_a_dataset_that_was_cut_is_named(dataset: Dataset, tmp_path: Path) -> None:

@@ -57,6 +57,39 @@ def test_every_format_gives_the_same_catalogue(tmp_path: Path, suffix: str) -> N
     assert table["grade"].tolist() == [2.5, 0.3, 1.1, 3.0]
 
 
+@pytest.mark.parametrize("kind", ["plain", "filtered", "indexed", "astropy"])
+def test_a_table_in_memory_is_one_as_a_file_is(tmp_path: Path, kind: str) -> None:
+    ROWS.to_parquet(tmp_path / "table.parquet", index=False)
+    of_file = read_catalogue(tmp_path / "table.parquet").table
+    more = pd.concat([ROWS, ROWS.assign(id=["x", "y", "z", ""])], keys=["these", "others"])
+    table = {
+        "plain": lambda: ROWS.copy(),
+        "filtered": lambda: more[more["id"].isin(ROWS["id"])],
+        "indexed": lambda: ROWS.set_index("id"),
+        "astropy": lambda: Table.from_pandas(ROWS).to_pandas(),
+    }[kind]()
+    before = table.copy()
+    found = read_catalogue(table, folder=tmp_path)
+    pd.testing.assert_frame_equal(found.table[list(of_file)], of_file)
+    pd.testing.assert_frame_equal(table, before)
+    assert read_catalogue(table, folder="s3://b/c").table["path"][0] == "s3://b/c/a.npy"
+
+
+def test_a_table_in_memory_is_checked_as_a_file_is() -> None:
+    for spoilt, message in (
+        (ROWS.assign(label=[1, 0, 2, 1]), "the DataFrame: row 3, column label: '2' must be 1, 0"),
+        (ROWS.set_axis(["Id", "ID", "label", "path"], axis=1), "'Id' and 'ID' are both id"),
+        (ROWS.drop(columns="path"), "the DataFrame: column path .* is missing"),
+        (ROWS.head(0), "the DataFrame: the table has no rows"),
+        (Table.from_pandas(ROWS), r"not a Table; an astropy Table gives one: table\.to_pandas"),
+        ({"id": ["a"]}, "not a dict"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_catalogue(spoilt)
+    with pytest.raises(InputError, match="folder images: is of a DataFrame; images are relative"):
+        read_catalogue("table.csv", folder="images")
+
+
 def test_a_file_for_each_band(tmp_path: Path) -> None:
     table = pd.DataFrame({"id": ["x"], "path_g": ["g.fits"], "path_r": ["r.fits"]})
     table.to_csv(tmp_path / "t.csv", index=False)

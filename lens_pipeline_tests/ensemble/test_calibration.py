@@ -117,6 +117,34 @@ def test_what_cannot_be_calibrated_is_refused_by_name() -> None:
         fit_calibration(np.zeros(3), np.ones(3, dtype=int))
     with pytest.raises(InputError, match="2 of 3 validation logits are not finite"):
         fit_calibration(np.array([np.nan, np.inf, 0.0]), np.array([0, 1, 1]))
+    with pytest.raises(InputError, match=r"label has the shape \(3,\), logit \(2,\)"):
+        fit_calibration([-1.0, 1.0], [0, 1, 1])
+    with pytest.raises(InputError, match=r"logit: has the shape \(2, 2\); \(n,\) is meant"):
+        fit_calibration(np.eye(2), [0, 1])
+    for labels in (["lens", "not"], [1, 2], [1, -1]):
+        with pytest.raises(InputError, match=r"label: must be 1 \(lens\) or 0 \(not\)"):
+            fit_calibration([-1.0, 1.0], labels)
+    with pytest.raises(InputError, match="'beta': must be one of platt, temperature, isotonic"):
+        fit_calibration([-1.0, 1.0], [0, 1], "beta")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_lists_and_true_and_false_are_calibrated_as_arrays_are(method: str) -> None:
+    logit, label = overconfident(200)
+    of_arrays = fit_calibration(logit, label, method)
+    assert fit_calibration(logit.tolist(), label.tolist(), method) == of_arrays
+    assert fit_calibration(logit, label == 1, method) == of_arrays
+
+
+def test_targets_are_smoothed_as_platt_says() -> None:
+    """Lenses have the target (n + 1) / (n + 2), others 1 / (n + 2), n being as many as there are of
+    them; where each class has one logit, a line meets both."""
+    for n_lens, n_nonlens in ((2, 2), (3, 8)):
+        label = np.repeat([1, 0], [n_lens, n_nonlens])
+        found = fit_calibration(np.where(label, 1.5, -0.5), label, "platt")
+        of_lens, of_nonlens = expit(found(np.array([1.5, -0.5])))
+        assert of_lens == pytest.approx((n_lens + 1) / (n_lens + 2), abs=1e-4)
+        assert of_nonlens == pytest.approx(1 / (n_nonlens + 2), abs=1e-4)
 
 
 def test_probabilities_hold_at_another_mixture() -> None:

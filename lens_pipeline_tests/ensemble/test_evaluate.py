@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -267,6 +268,27 @@ def test_one_origin_has_no_metrics_of_its_own(ensemble: Path, tmp_path: Path) ->
         *("roc", "precision_recall", "reliability", "histogram", "purity"),
         *("completeness", "agreement", "missed", "mistaken"),
     }
+
+
+def test_pixels_that_are_masked_or_too_large_for_float32_are_named(ensemble: Path) -> None:
+    model = load_ensemble(ensemble)
+    images = np.random.default_rng(0).normal(size=(300, 3, SIZE, SIZE))
+    plain = model.predict(images)
+    pd.testing.assert_frame_equal(model.predict(np.ma.masked_array(images)), plain)
+    pd.testing.assert_frame_equal(model.predict(torch.from_numpy(images)), plain)
+    pd.testing.assert_frame_equal(model.predict(images[:2].tolist()), plain[:2])
+    masked = np.ma.masked_array(images, mask=False)
+    masked[280, 1, 4, 5] = np.ma.masked
+    numbers = np.ma.masked_array(np.zeros(images.shape, int), mask=masked.mask)
+    large = images.copy()
+    large[280, 0, 0, 0] = 1e39
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for spoilt in (masked, numbers, large):
+            with pytest.raises(InputError, match=r"cutout 280 .* are masked or not finite; fill"):
+                model.predict(spoilt)
+    with pytest.raises(InputError, match=r"shape \(3, 16, 16\); the model takes \(n, \*\(3, 1"):
+        model.predict(images[0])
 
 
 def test_an_ensemble_says_what_each_member_is_worth(tmp_path: Path) -> None:

@@ -59,6 +59,26 @@ def test_the_mean_is_that_of_the_logits() -> None:
     np.testing.assert_allclose(fused.entropy, by_scipy)
 
 
+def test_what_cannot_be_fused_is_refused_by_name() -> None:
+    logit, draws = np.zeros((5, 2)), np.zeros((5, 2, 20))
+    assert fuse(logit.tolist(), draws.tolist()).probability.tolist() == [0.5] * 5
+    assert len(fuse(logit[:0], draws[:0]).std) == 0
+    for one, drawn, message in (
+        (logit, draws[:3], r"logits have the shape \(5, 2\), draws \(3, 2, 20\); \(n, members\)"),
+        (logit.T, draws, "logits have the shape"),
+        (logit[:, 0], draws, "logits have the shape"),
+        (logit, draws[..., 0], "logits have the shape"),
+        (logit, draws[..., :0], "logits have the shape"),
+        (np.where(np.eye(5, 2), np.nan, 0), draws, "logits: 2 of 10 are not finite"),
+        (logit, draws + np.inf, "draws: 200 of 200 are not finite"),
+    ):
+        with pytest.raises(InputError, match=message):
+            fuse(one, drawn)
+    for fusion in ("mean", Mean):
+        with pytest.raises(InputError, match=r"fusion: .* is none; give one, as Mean\(\)"):
+            fuse(logit, draws, fusion)
+
+
 def test_members_that_agree_are_certain_and_members_that_differ_are_not() -> None:
     agree = np.full((1, 2, 20), 3.0)
     differ = np.stack([np.full(20, 3.0), np.full(20, -3.0)])[None]

@@ -230,6 +230,14 @@ class TestCalibrationOfTheTop:
         by_hand = np.mean([abs(label[b].mean() - score[b].mean()) for b in bins])
         assert values(label, score)["ece_top"] == pytest.approx(by_hand, abs=1e-12)
 
+    def test_a_tenth_that_is_no_whole_number_is_rounded_up(self) -> None:
+        label, score = sample(501)
+        highest = np.argsort(-score)[:51]
+        excess = np.concatenate([[0], np.cumsum(label[highest] - score[highest])])
+        edges = np.interp(np.linspace(0, 51, 6), np.arange(52), excess)
+        by_hand = np.abs(np.diff(edges)).sum() / 51
+        assert values(label, score)["ece_top"] == pytest.approx(by_hand, abs=1e-12)
+
     def test_it_sees_what_the_error_over_all_does_not(self) -> None:
         # Of 100 cutouts that are called certain, half are lenses; the other 9900 are as they say.
         label = np.r_[np.tile([1, 0], 50), np.zeros(9900)]

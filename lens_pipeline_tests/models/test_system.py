@@ -333,6 +333,12 @@ def test_channels_last_changes_the_layout_alone() -> None:
     torch.testing.assert_close(plain(images), other(images), rtol=1e-4, atol=1e-4)
 
 
+def test_no_batches_have_no_scores() -> None:
+    scores = LitEnsembleSystem(("lastro",), image_size=32).predict([])
+    assert list(scores) == ["probability", "logit", "std", "entropy", "probability_lastro"]
+    assert len(scores) == 0
+
+
 def test_members_of_other_seeds_begin_with_other_weights() -> None:
     def weights(*architectures: str) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)

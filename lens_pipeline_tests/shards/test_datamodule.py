@@ -73,6 +73,14 @@ def test_a_catalogue_is_read_once(
     assert [p.stat().st_mtime_ns for p in tmp_path.glob("home/cache/*/dataset.json")] == [time]
 
 
+def test_a_size_that_was_not_asked_for_is_named(
+    simulated_catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LENS_HOME", str(tmp_path / "home"))
+    with pytest.raises(InputError, match="image_size 64; row 1, .*: 32 x 32 pixels; at least 64"):
+        LensDataModule(simulated_catalogue).split("train")
+
+
 def test_a_folder_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LENS_HOME", str(tmp_path / "home"))
     random = np.random.default_rng(0)

@@ -12,12 +12,17 @@ import fsspec
 import numpy as np
 import pandas as pd
 import pytest
+from braceexpand import braceexpand
 
+from lens_pipeline import LensDataModule, LensWebDatasetDataModule
 from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards import open_shards, publish_shards, reader, verify_shards
+from lens_pipeline.shards.as_dataset import shards_as_dataset
 from lens_pipeline.shards.checked import RECORD
 from lens_pipeline.shards.cloud import published_problems
+from lens_pipeline.shards.cutouts import Split
+from lens_pipeline.shards.foreign import index_tars
 from lens_pipeline.shards.manifest import Listed, read_manifest
 from lens_pipeline_tests.conftest import as_in
 
@@ -28,6 +33,48 @@ def test_gather_in_any_order(dataset: Dataset, shards_folder: Path) -> None:
     images, table = as_in(split, dataset, "train")
     np.testing.assert_array_equal(split.gather(order), images.astype(np.float16)[order])
     assert split.labels.tolist() == table["label"].tolist()
+
+
+@pytest.mark.parametrize("kind", ["shards", "dataset", "cropped", "tars"])
+def test_a_mask_chooses_the_cutouts_for_which_it_is_true(
+    dataset: Dataset, shards_folder: Path, kind: str
+) -> None:
+    urls = str(shards_folder / "train-{000000..000001}.tar")
+    split: Split = {
+        "shards": lambda: open_shards(shards_folder).split("train"),
+        "dataset": lambda: dataset.split("train"),
+        "cropped": lambda: LensDataModule(shards_folder, image_size=20).split("train"),
+        "tars": lambda: index_tars([Path(url) for url in braceexpand(urls)]),
+    }[kind]()
+    is_lens = split.labels == 1
+    wanted = split.gather([int(place) for place in np.flatnonzero(is_lens)])
+    assert len({image.tobytes() for image in wanted}) == is_lens.sum() > 10
+    for mask in (is_lens, is_lens.tolist(), pd.array(is_lens, dtype="boolean")):
+        np.testing.assert_array_equal(split.gather(mask), wanted)
+    assert split.gather(np.zeros(len(split), bool)).shape == (0, *wanted.shape[1:])
+    for spoilt, message in (
+        (is_lens[:-1], rf"the mask has the shape \({len(split) - 1},\); there are {len(split)}"),
+        (is_lens.astype(float), "chosen by whole numbers"),
+        (pd.array([None, *is_lens[1:]], dtype="boolean"), "chosen by whole numbers"),
+        ([[0, 1]], "chosen by whole numbers"),
+    ):
+        with pytest.raises(InputError, match=message):
+            split.gather(spoilt)
+
+
+def test_a_split_that_there_is_not_is_told_from_an_empty_one(
+    dataset: Dataset, shards_folder: Path, tmp_path: Path
+) -> None:
+    shards = open_shards(shards_folder)
+    seen = shards_as_dataset(str(shards_folder), cache=tmp_path)
+    module = LensDataModule(shards_folder)
+    tars = LensWebDatasetDataModule(str(shards_folder / "train-{000000..000001}.tar"))
+    for ask in (
+        *(shards.split, seen.images, seen.table, module.split, tars.split),
+        *(dataset.split, dataset.images, dataset.table, dataset.open_images),
+    ):
+        with pytest.raises(InputError, match="no split 'valid'; there are train, val, test, unl"):
+            ask("valid")
 
 
 def test_unlabelled_is_minus_one(shards_folder: Path) -> None:

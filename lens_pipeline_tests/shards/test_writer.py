@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -30,6 +31,30 @@ def test_same_dataset_gives_same_bytes(dataset: Dataset, tmp_path: Path) -> None
     first = {p.name: p.read_bytes() for p in (tmp_path / "one").iterdir()}
     second = {p.name: p.read_bytes() for p in (tmp_path / "two").iterdir()}
     assert first == second
+
+
+def test_a_dataset_is_written_by_itself_or_by_its_folder_into_a_new_one(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    """Never over others: what is mapped of these would kill the process that has mapped it."""
+    by_itself = write_shards(dataset, str(tmp_path / "new" / "one"), encoding="float32")
+    by_name = write_shards(str(dataset.folder), tmp_path / "two", encoding="float32")
+    assert by_itself.dataset_version == by_name.dataset_version
+    split = open_shards(tmp_path / "new" / "one").split("train")
+    before = split.gather([0, 1])
+    with pytest.raises(InputError, match="one: exists and is not empty; name another folder"):
+        write_shards(dataset, tmp_path / "new" / "one", shard_size=7)
+    assert verify_shards(tmp_path / "new" / "one") == []
+    np.testing.assert_array_equal(split.gather([0, 1]), before)
+
+
+def test_shards_that_cannot_be_written_leave_nothing(dataset: Dataset, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(dataset.folder, tmp_path / "dataset"))
+    images = folder / "test.npy"
+    images.write_bytes(images.read_bytes()[:-5000])
+    with pytest.raises(InputError, match="test.npy"):
+        write_shards(folder, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_every_shard_is_a_sample_of_its_split(tmp_path: Path) -> None:

@@ -21,8 +21,10 @@ from sklearn.metrics import roc_auc_score
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lens_pipeline import LensDataModule, LitEnsembleSystem, LitLensSystem
+from lens_pipeline.ensemble import assemble, open_cutout_source, score_to_file
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.system import load_system
+from lens_pipeline.shards import open_shards, publish_shards
 from lens_pipeline.training import TrainedMember, train
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline_tests.conftest import LENS_PIPELINE
@@ -579,6 +581,21 @@ def test_an_ensemble_learns_together_and_predicts(uneven_shards: Path, tmp_path:
     assert list(table)[-2:] == ["probability_lastro", "probability_b"]
     assert table["probability"].between(0, 1).all()
     assert (table["std"] > 0).all()
+
+
+def test_the_library_takes_paths_as_text(uneven_shards: Path, tmp_path: Path) -> None:
+    here = f"{tmp_path}/new"
+    trained = train(_config(epochs=1), LensDataModule(uneven_shards), f"{here}/member")
+    assert TrainConfig.read(f"{here}/member/settings.yaml") == trained.config
+    published = publish_shards(str(uneven_shards), "memory://text/lenses")
+    shards = open_shards(published.url, cache=f"{here}/cache")
+    assert len(shards.split("val").gather([0])) == 1
+    members = {"lastro": (str(trained.checkpoint), trained.val_scores)}
+    facts = {"dataset_version": published.dataset_version}
+    model = assemble(members, shards.format, f"{here}/ensemble", facts, groups=[])
+    source = open_cutout_source(str(uneven_shards), cache=f"{here}/cache")
+    scored = score_to_file(model, source, f"{here}/scores.csv", model="mine")
+    assert scored.n_scored == len(pd.read_csv(f"{here}/scores.csv")) == 131
 
 
 def test_settings_are_plain_yaml(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""Progress is shown to whoever may be looking on, and to nobody else."""
+
+import os
+import subprocess
+import sys
+import termios
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lens_pipeline import LensDataModule
+from lens_pipeline.shards import verify_shards
+from lens_pipeline.simulation import simulate
+from lens_pipeline.training import TrainConfig, train
+
+
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a Jupyter kernel's process has imported, as far as it is asked; its standard error is no
+    terminal."""
+    shell = SimpleNamespace(initialized=lambda: True)
+    kernel = SimpleNamespace(ZMQInteractiveShell=shell)
+    monkeypatch.setitem(sys.modules, "ipykernel.zmqshell", kernel)
+
+
+@pytest.mark.usefixtures("notebook")
+def test_a_notebook_shows_progress(
+    shards_folder: Path,
+    uneven_shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert verify_shards(shards_folder) == []
+    assert "verifying: 100%" in capsys.readouterr().err
+    simulate("des", 4, image_size=32, batch_size=2)
+    said = capsys.readouterr().err
+    assert "simulating:  50%" in said
+    assert "simulating: 100%" in said
+    values = {"model": {"arch": "lastro"}, "training": {"epochs": 1, "batch_size": 16}}
+    train(TrainConfig.parse(values, "test"), LensDataModule(uneven_shards), tmp_path)
+    assert "Epoch 0: 100%" in capsys.readouterr().out
+
+
+def test_a_terminal_shows_progress_and_a_file_does_not(shards_folder: Path) -> None:
+    program = "import sys; from lens_pipeline.shards import verify_shards as f; f(sys.argv[1])"
+    command = [sys.executable, "-c", program, str(shards_folder)]
+    assert subprocess.run(command, stderr=subprocess.PIPE, check=True).stderr == b""
+    reader, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 100))
+    subprocess.run(command, stderr=terminal, check=True)
+    os.close(terminal)
+    assert b"verifying: 100%" in os.read(reader, 2**16)
+    os.close(reader)
