@@ -7,8 +7,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "choice": ["FittedFusion", "choose"],
         "fusion": ["Fused", "fuse"],
-        "parts": ["about_scores", "score_to_file"],
+        "parts": ["score_to_file"],
         "predictor": ["score_catalogue", "score_dataset"],
+        "score_files": ["about_scores"],
         "shard_cutouts": ["open_cutout_source"],
         "system": ["LensEnsemble", "assemble", "load_ensemble"],
     },
