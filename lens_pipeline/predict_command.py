@@ -17,6 +17,12 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top", type=int, default=0, metavar="N", help="list and draw the N highest-scored, too"
     )
+    parser.add_argument(
+        "--share",
+        metavar="I/N",
+        help="score the I-th of N shares of the rows, as 2/4, for several machines with one --out; "
+        "the command without it, once all have ended, writes the file",
+    )
     parser.set_defaults(do=_predict)
 
 
@@ -26,11 +32,16 @@ def _predict(options: argparse.Namespace) -> int:
     if options.top < 0:
         raise InputError(f"--top {options.top}: must be 0 or more")
     from lens_pipeline.catalogue.dataset import counted_reasons
-    from lens_pipeline.ensemble.parts import check_out, score_to_file
+    from lens_pipeline.ensemble.claim import Share
+    from lens_pipeline.ensemble.parts import score_to_file
+    from lens_pipeline.ensemble.score_files import check_out
     from lens_pipeline.ensemble.shard_cutouts import open_cutout_source
     from lens_pipeline.registry import Registry
     from lens_pipeline.tracking import keep_waits_short
 
+    share = Share.parse(options.share) if options.share else None
+    if share and options.top:
+        raise InputError("--top: goes with the command without --share, which writes the file")
     check_out(options.out)
     if options.out.resolve() == Path(source).resolve():
         raise InputError(f"--out {options.out}: is the catalogue; name another file")
@@ -52,7 +63,15 @@ def _predict(options: argparse.Namespace) -> int:
             model=uri,
             top=options.top,
             max_reject_fraction=settings.max_reject_fraction,
+            share=share,
         )
+    if share:
+        left = f"{scored.n_left} of {scored.n_rows} rows are left" if scored.n_left else "so is all"
+        print(f"{scored.path}: share {share} is done; {left}")
+        print("when every share is done, the same command without --share writes the file")
+        return 0
+    if not scored.written:
+        print(f"{scored.path}: nothing has changed since it was written")
     print(f"{scored.path}: {scored.n_scored} of {scored.n_rows} cutouts scored by {uri}")
     if scored.rejects:
         said = counted_reasons(scored.rejects.elements())

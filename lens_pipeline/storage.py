@@ -2,10 +2,8 @@
 
 import itertools
 import posixpath
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from lens_pipeline.errors import InputError, NoAnswerError
 
 CONNECT_LIMIT, READ_LIMIT = 10, 15  # seconds
 WORTH_LISTING = 20  # files of one folder
+FEW = 100  # files that a store can be asked for one by one before anything is read
 TABLES = (".csv", ".parquet", ".fits", ".fit", ".vot", ".votable", ".xml")  # of a catalogue
 _SYNONYMS = {"s3a": "s3", "gcs": "gs"}
 # What a store raises of a thing that is as it is; all else may be over in a while.
@@ -103,23 +102,9 @@ def names_table(location: str) -> bool:
 def state_of(info: Mapping[str, Any]) -> str | None:
     """What tells a file's state from later ones, by what a filesystem says of it; None where it
     says nothing of the kind."""
-    changed = info.get("ETag") or info.get("etag") or _when(info)
+    names = ("ETag", "etag", "mtime", "LastModified", "Last-Modified")
+    changed = next((info[name] for name in names if info.get(name) is not None), None)
     return None if changed is None else f"{info.get('size')} {changed}"
-
-
-def _when(info: Mapping[str, Any]) -> Any:
-    """When a file has changed, as its filesystem says it: a number, a text or a datetime."""
-    return info.get("mtime") or info.get("LastModified") or info.get("Last-Modified")
-
-
-def _seconds(when: Any) -> float:
-    """Since 1970; 0 of what is not known."""
-    if isinstance(when, str):
-        try:
-            when = parsedate_to_datetime(when)  # as web servers say it
-        except ValueError:
-            return 0
-    return float((when.timestamp() if isinstance(when, datetime) else when) or 0)
 
 
 def states_of(
@@ -131,19 +116,22 @@ def states_of(
         yield path, None if info is None else state_of(info)
 
 
-def changed_since(
-    times: Mapping[str, float], storage_options: Mapping[str, Any] | None = None
-) -> str | None:
-    """The first of these paths that has changed since its time (seconds since 1970), by the clock
-    of its store; None where none has. What a store would have to be asked for one by one is not
-    asked for. Raises NoAnswerError where a store fails."""
-    for path, info in _infos(times, storage_options, one_by_one=False):
-        if info is not None:
+def known_states(
+    paths: Collection[str], storage_options: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """{path: what tells its state from later ones} of the paths of which that is known; of a local
+    one that is missing, too. Of more than `FEW` files, what a store would have to be asked for one
+    by one is not asked for. Raises NoAnswerError where a store fails."""
+    one_by_one = sum(bool(protocol_of(path)) for path in paths) <= FEW
+    states = {}
+    for path, info in _infos(paths, storage_options, one_by_one):
+        state = None if info is None else state_of(info)
+        if info is not None and state is not None:
             # A file that was moved into place keeps its time, but for that of its inode.
-            of_inode = 0 if protocol_of(path) else info["created"]
-            if max(_seconds(_when(info)), of_inode) > times[path]:
-                return path
-    return None
+            states[path] = f"{state} {info.get('created', '')}"
+        elif not protocol_of(path):
+            states[path] = "missing"
+    return states
 
 
 def _infos(

@@ -1,5 +1,6 @@
 """Scoring more than memory should hold: in parts, killed and gone on, never mixed."""
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -8,7 +9,12 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -17,10 +23,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from lens_pipeline.catalogue.dataset import CutoutFormat
+from lens_pipeline.catalogue.images import CutoutError
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
 from lens_pipeline.ensemble.cutouts import CatalogueCutouts
-from lens_pipeline.ensemble.parts import ROWS, about_scores, score_to_file
+from lens_pipeline.ensemble.parts import ROWS, ScoredFile, score_to_file
+from lens_pipeline.ensemble.predictor import score_catalogue
+from lens_pipeline.ensemble.score_files import about_scores
 from lens_pipeline.ensemble.system import LensEnsemble, load_ensemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.cloud import publish_shards
@@ -110,20 +120,289 @@ def test_a_killed_command_goes_on_and_ends_with_what_it_would_have(
     assert scores["label"].dtype == "Int8"
 
 
-def test_an_image_that_has_changed_since_is_not_scored_as_it_was(
-    home: Path, survey: Path, killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+class Counting(LensEnsemble):
+    """The same scores; `scored` has the number of cutouts of each batch."""
+
+    @cached_property
+    def scored(self) -> list[int]:
+        return []
+
+    def predict(self, images: np.ndarray) -> pd.DataFrame:
+        self.scored.append(len(images))
+        return super().predict(images)
+
+
+@pytest.fixture
+def counting(ensemble: LensEnsemble) -> Counting:
+    return Counting(**vars(ensemble))
+
+
+@pytest.fixture
+def own_images(simulated_catalogue: Path, tmp_path: Path) -> pd.DataFrame:
+    """300 rows of three stacks that a test may change; `source` is what reads them."""
+    cubes = np.load(simulated_catalogue.parent / "images-00000.npy")
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        np.save(tmp_path / "images" / f"{number}.npy", cubes[50 * number : 50 * number + 50])
+    rows = np.arange(300)
+    table = pd.DataFrame({"id": [f"J{row:06d}" for row in rows], "flux_unit": "background_sigma"})
+    table["path"] = [f"{tmp_path}/images/{row // 100}.npy#{row % 50}" for row in rows]
+    return table.assign(bands="g,r,i", pixel_scale=0.263, label=1)
+
+
+def scored(
+    ensemble: LensEnsemble, table: pd.DataFrame, out: Path, **how: Any
+) -> tuple[ScoredFile, int]:
+    """(what `score_to_file` says, how many cutouts went through the ensemble)"""
+    before = sum(ensemble.scored) if isinstance(ensemble, Counting) else 0
+    catalogue = out.parent / "catalogue.parquet"
+    table.to_parquet(catalogue)
+    source = CatalogueCutouts(read_catalogue(catalogue), pad=how.pop("pad", False))
+    found = score_to_file(ensemble, source, out, model="mine", **how)
+    return found, sum(ensemble.scored) - before if isinstance(ensemble, Counting) else 0
+
+
+def test_the_same_command_again_leaves_the_file_as_it_is(
+    home: Path, survey: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    table = pd.read_parquet(survey)
-    stack = Path(table["path"][1].partition("#")[0])
-    another = tmp_path / "another.npy"
-    shutil.copy2(stack, another)
-    stack.rename(kept := tmp_path / "kept.npy")
-    try:
-        another.rename(stack)  # which keeps the time of its content
-        assert main(command(home, survey, killed.with_name("scores.parquet"))) == 2
-        assert f"has scores of {stack} as it was before it changed" in capsys.readouterr().err
-    finally:
-        kept.rename(stack)
+    pd.read_parquet(survey)[:20].to_parquet(tmp_path / "few.parquet")
+    for name in ("scores.parquet", "scores.csv"):
+        out = tmp_path / name
+        arguments = command(home, tmp_path / "few.parquet", out)
+        capsys.readouterr()
+        assert main(arguments) == 0
+        assert "nothing has changed" not in capsys.readouterr().out
+        before = out.stat()
+        # The first row is missing, and still is.
+        for more in ([], ["--top", "3"], ["--top", "2"]):
+            assert main([*arguments, *more]) == 0
+            assert f"{out}: nothing has changed since it was written" in capsys.readouterr().out
+            assert os.path.samestat(out.stat(), before)
+            assert out.stat().st_mtime_ns == before.st_mtime_ns
+            assert not out.with_name(f"{name}.parts").exists()
+            if more:
+                assert len(pd.read_csv(tmp_path / "scores.top.csv")) == int(more[1])
+        drawn = (tmp_path / "scores.top.jpg").stat()
+        assert main([*arguments, "--top", "2"]) == 0
+        assert os.path.samestat((tmp_path / "scores.top.jpg").stat(), drawn)
+        (tmp_path / "scores.top.jpg").unlink()
+        assert main([*arguments, "--top", "2"]) == 0
+        assert (tmp_path / "scores.top.jpg").exists()
+
+
+@pytest.mark.parametrize("name", ["scores.parquet", "scores.csv"])
+def test_a_catalogue_that_has_grown_costs_its_own_rows(
+    counting: Counting, own_images: pd.DataFrame, tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / name
+    read = pd.read_parquet if out.suffix == ".parquet" else pd.read_csv
+    assert scored(counting, own_images[:250], out)[1] == 250
+    # Rows are added at the end and the beginning, one goes, what is known of one is corrected, and
+    # one is of another image.
+    now = pd.concat([own_images[290:], own_images[:100], own_images[101:290]], ignore_index=True)
+    now.loc[20, "label"], now["mag"] = 0, 20.5
+    now.loc[30, "path"] = now.loc[200, "path"]
+    assert scored(counting, now, out)[1] == 50 + 1
+    found = read(out)
+    assert found["id"].tolist() == now["id"].tolist()
+    assert found["label"].tolist() == now["label"].tolist()
+    assert found["mag"].eq(20.5).all()
+    scored(counting, now, tmp_path / f"fresh{out.suffix}")
+    fresh = read(tmp_path / f"fresh{out.suffix}")
+    pd.testing.assert_frame_equal(found, fresh, rtol=0, atol=1e-5)
+    assert about_scores(out) == about_scores(tmp_path / f"fresh{out.suffix}")
+    # What is known of a row alone is new: the file is, and no score.
+    assert scored(counting, now.assign(mag=21.5), out)[1] == 0
+    assert read(out)["mag"].eq(21.5).all()
+    np.testing.assert_array_equal(read(out)["logit"], found["logit"])
+
+
+def test_of_images_that_have_changed_no_score_is_kept(
+    counting: Counting, own_images: pd.DataFrame, tmp_path: Path
+) -> None:
+    out, stack = tmp_path / "scores.parquet", tmp_path / "images" / "1.npy"
+    scored(counting, own_images, out)
+    before = pd.read_parquet(out)
+    other = np.load(stack)[::-1]
+    times = (stack.stat().st_atime_ns, stack.stat().st_mtime_ns)
+    np.save(tmp_path / "other.npy", other)
+    os.utime(tmp_path / "other.npy", ns=times)  # what is moved keeps the time of its content
+    (tmp_path / "other.npy").replace(stack)
+    assert scored(counting, own_images, out)[1] == 100
+    after = pd.read_parquet(out)
+    same = before["logit"] == after["logit"]
+    assert same[:100].all()
+    assert same[200:].all()
+    assert same[100:200].sum() < 10
+    np.testing.assert_allclose(after["logit"][100:150], before["logit"][149:99:-1], atol=1e-5)
+
+
+def test_another_model_or_way_of_reading_scores_all_again(
+    counting: Counting, own_images: pd.DataFrame, tmp_path: Path
+) -> None:
+    few = own_images[:20]
+    out = tmp_path / "scores.parquet"
+    for change in (
+        {},
+        {"pad": True},
+        {"table": few.assign(flux_unit=None)},
+        {"table": few.assign(bands="i,r,g")},
+    ):
+        how = {"table": few, **change}
+        assert scored(counting, how.pop("table"), out, **how)[1] == 20
+    counting.facts["calibration"]["slope"] = 2.0
+    assert scored(counting, few.assign(bands="i,r,g"), out)[1] == 20
+
+
+def test_a_csv_that_was_edited_is_not_taken_for_what_was_written(
+    counting: Counting, own_images: pd.DataFrame, tmp_path: Path
+) -> None:
+    out = tmp_path / "scores.csv"
+    scored(counting, own_images[:20], out)
+    written = out.read_bytes()
+    pd.read_csv(out).assign(probability=0.5).to_csv(out, index=False)
+    assert scored(counting, own_images[:20], out)[1] == 20
+    assert out.read_bytes() == written
+
+
+class Stuttering(CatalogueCutouts):
+    """A disk that fails for some rows; `asked` has the rows that were read."""
+
+    fails: tuple[int, ...] = ()
+
+    @cached_property
+    def asked(self) -> list[int]:
+        return []
+
+    def read(self, form: CutoutFormat, rows: np.ndarray) -> Iterator[np.ndarray | CutoutError]:
+        self.asked.extend(rows.tolist())
+        for row, cutout in zip(rows.tolist(), super().read(form, rows), strict=True):
+            fails = row in type(self).fails
+            yield CutoutError("the file cannot be read (Input/output error)") if fails else cutout
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_what_could_not_be_read_is_tried_again_alone(
+    counting: Counting,
+    own_images: pd.DataFrame,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stopped: bool,
+) -> None:
+    """Not its part; and what is too small is so as long as its file is the same."""
+    np.save(tmp_path / "images" / "small.npy", np.ones((3, 8, 8), np.float32))
+    own_images.loc[[7, 8], "path"] = f"{tmp_path}/images/small.npy"
+    own_images.to_parquet(tmp_path / "catalogue.parquet")
+    catalogue = read_catalogue(tmp_path / "catalogue.parquet")
+    out = tmp_path / "scores.parquet"
+    monkeypatch.setattr(Stuttering, "fails", (5, 150, 299))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        if stopped:
+            during.setattr("lens_pipeline.ensemble.parts.write_scores", interrupt)
+        with pytest.raises(KeyboardInterrupt) if stopped else nullcontext():
+            score_to_file(counting, Stuttering(catalogue), out, model="mine")
+    assert sum(counting.scored) == 295
+    monkeypatch.setattr(Stuttering, "fails", (299,))
+    source = Stuttering(catalogue)
+    assert score_to_file(counting, source, out, model="mine").n_scored == 297
+    assert sum(counting.scored) == 297
+    assert {*source.asked} == {5, 150, 299}
+    found = pd.read_parquet(out)
+    np.testing.assert_array_equal(np.flatnonzero(found["logit"].isna()), [7, 8, 299])
+    assert "8 x 8 pixels" in found["reject_reason"][7]
+    # Where the last still fails, the file is as it would be.
+    assert not score_to_file(counting, Stuttering(catalogue), out, model="mine").written
+    np.save(tmp_path / "images" / "small.npy", np.load(tmp_path / "images" / "0.npy")[0])
+    assert score_to_file(counting, Stuttering(catalogue), out, model="mine").n_scored == 299
+    assert sum(counting.scored) == 299
+
+
+def test_a_kill_between_retry_and_file_keeps_the_new_scores(
+    counting: Counting,
+    own_images: pd.DataFrame,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own_images.to_parquet(tmp_path / "catalogue.parquet")
+    source = Stuttering(read_catalogue(tmp_path / "catalogue.parquet"))
+    out = tmp_path / "scores.parquet"
+    monkeypatch.setattr(Stuttering, "fails", (5,))
+    score_to_file(counting, source, out, model="mine")
+    monkeypatch.setattr(Stuttering, "fails", ())
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        during.setattr("lens_pipeline.ensemble.parts.write_scores", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            score_to_file(counting, source, out, model="mine")
+    found = score_to_file(counting, source, out, model="mine")
+    assert (found.n_scored, found.written) == (300, True)
+    assert pd.read_parquet(out)["logit"].notna().all()
+    assert sum(counting.scored) == 300
+
+
+def test_shares_of_several_machines_make_one_file(
+    home: Path,
+    survey: Path,
+    undisturbed: Path,
+    killed: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The first of which was killed after its first part."""
+    (killed / "part-000000.parquet").rename(killed / "part-1of2-000000.parquet")
+    out = killed.with_name("scores.parquet")
+    arguments = command(home, survey, out)
+    with (killed / ".lock-2of2").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert main([*arguments, "--share", "2/2"]) == 2
+        assert "another process is scoring share 2/2; wait for it" in capsys.readouterr().err
+        assert main([*arguments, "--share", "1/2"]) == 0
+    said, told = capsys.readouterr()
+    assert f"goes on, {ROWS} of {N - ROWS} rows are done" in told
+    assert f"share 1/2 is done; {ROWS} of {N} rows are left" in said
+    assert "the same command without --share writes the file" in said
+    assert main([*arguments, "--share", "2/2"]) == 0
+    assert "share 2/2 is done; so is all" in capsys.readouterr().out
+    assert not out.exists()
+    with (killed / ".lock").open("w") as held:  # as each share does, beside others
+        fcntl.flock(held, fcntl.LOCK_SH)
+        assert main([*arguments, "--share", "1/2"]) == 0
+        assert main(arguments) == 2
+        assert "another process is scoring into it; wait for it" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert "goes on" not in capsys.readouterr().err  # all is done
+    assert out.read_bytes() == undisturbed.read_bytes()
+    assert [path.name for path in out.parent.iterdir()] == ["scores.parquet"]
+    assert main([*arguments, "--share", "3/2"]) == 2
+    assert "error: --share 3/2: must be i/n, as 2/4" in capsys.readouterr().err
+    assert main([*arguments, "--share", "1/2", "--top", "9"]) == 2
+    assert "error: --top: goes with the command without --share" in capsys.readouterr().err
+
+
+def test_a_path_or_catalogue_is_scored_with_its_own_index(
+    ensemble: LensEnsemble, own_images: pd.DataFrame, tmp_path: Path
+) -> None:
+    path = tmp_path / "catalogue.parquet"
+    own_images[:40].to_parquet(path)
+    of_path = score_catalogue(ensemble, path)
+    assert of_path["logit"].notna().all()
+    pd.testing.assert_frame_equal(of_path, score_catalogue(ensemble, str(path)))
+    whole = read_catalogue(path)
+    some = score_catalogue(ensemble, replace(whole, table=whole.table[::2]))
+    assert some.index.tolist() == list(range(0, 40, 2))
+    assert some["id"].tolist() == whole.table["id"][::2].tolist()
+    np.testing.assert_allclose(some["logit"], of_path["logit"][::2], atol=1e-5)
+    none = replace(whole, table=whole.table[:0])
+    with pytest.raises(InputError, match=r"catalogue.parquet: has no rows"):
+        score_catalogue(ensemble, none)
+    with pytest.raises(InputError, match=r"catalogue.parquet: has no rows"):
+        score_to_file(ensemble, CatalogueCutouts(none), tmp_path / "s.csv", model="a")
 
 
 def test_scores_say_of_what_they_are(home: Path, undisturbed: Path, survey: Path) -> None:
@@ -141,8 +420,8 @@ def test_scores_say_of_what_they_are(home: Path, undisturbed: Path, survey: Path
 def test_scores_are_not_replaced_by_none(
     home: Path, simulated_catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A disk that is not mounted, in the middle of a survey: what there was stays, and what was
-    scored is not scored again."""
+    """A disk that is not mounted, in the middle of a survey: what there was stays, and is all that
+    is wanted when the disk is back."""
     table = pd.read_parquet(simulated_catalogue)
     images = tmp_path / "images"
     shutil.copytree(simulated_catalogue.parent, images)
@@ -164,8 +443,9 @@ def test_scores_are_not_replaced_by_none(
     assert out.read_bytes() == before
     (tmp_path / "away").rename(images)
     assert main(command(home, catalogue, out)) == 0
-    assert f"goes on, {ROWS} of {3 * ROWS} rows are done" in capsys.readouterr().err
+    assert f"{out}: nothing has changed since it was written" in capsys.readouterr().out
     assert out.read_bytes() == before
+    assert not out.with_name("scores.parquet.parts").exists()
 
 
 def test_a_limit_that_is_raised_costs_nothing_that_was_done(
@@ -195,7 +475,7 @@ def test_a_limit_holds_for_what_was_done_before(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as during:
-        during.setattr("lens_pipeline.ensemble.parts._put_together", interrupt)
+        during.setattr("lens_pipeline.ensemble.parts.write_scores", interrupt)
         with pytest.raises(KeyboardInterrupt):
             score_to_file(ensemble, source, out, model="mine")
     with pytest.raises(InputError, match=rf"23 of {N} cutouts cannot be used, or more; LENS_MAX"):
@@ -242,19 +522,39 @@ def test_parts_of_another_model_are_refused(
 
 
 def test_parts_of_another_catalogue_are_refused(
-    home: Path, survey: Path, killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    home: Path, survey: Path, killed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    table = pd.read_parquet(survey)
-    table.loc[N - 1, "path"] = table.loc[5, "path"]
-    changed = survey.with_name("changed.parquet")
-    table.to_parquet(changed, index=False)
+    another = survey.with_name("another.parquet")
+    shutil.copyfile(survey, another)
     out = killed.with_name("scores.parquet")
-    assert main(command(home, changed, out)) == 2
+    assert main(command(home, another, out)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"{killed}: has parts of another catalogue" in error
+    assert f"{killed}: has parts of another catalogue ({survey}; now {another}); go on" in error
     (killed / "parts.json").unlink()
     assert main(command(home, survey, out)) == 2
     assert "no parts.json to say of what" in capsys.readouterr().err
+
+
+def test_parts_of_a_catalogue_that_has_grown_meanwhile_are_gone_on_from(
+    counting: Counting,
+    own_images: pd.DataFrame,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    out = tmp_path / "scores.parquet"
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        during.setattr("lens_pipeline.ensemble.parts.write_scores", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            scored(counting, own_images[:250], out)
+    with caplog.at_level("INFO"):
+        assert scored(counting, own_images[10:], out)[1] == 50
+    assert "10 scores are of cutouts that have changed or gone" in caplog.text
+    assert pd.read_parquet(out)["logit"].notna().all()
 
 
 def test_two_commands_do_not_write_one_file(

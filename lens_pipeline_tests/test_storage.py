@@ -2,7 +2,6 @@
 
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -14,10 +13,10 @@ import pytest
 
 from lens_pipeline.errors import NoAnswerError
 from lens_pipeline.storage import (
+    FEW,
     READ_LIMIT,
-    WORTH_LISTING,
     asking,
-    changed_since,
+    known_states,
     locate,
     names_table,
     states_of,
@@ -55,31 +54,39 @@ def ask(url: str, options: dict[str, Any]) -> Any:
     return filesystem
 
 
-def test_what_has_changed_since_is_told_by_the_clock_of_its_store(
+def test_the_state_of_a_file_is_known_where_its_store_tells_it(
     tmp_path: Path, s3_bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sign_in(monkeypatch, s3_server.environment())
     options = {"endpoint_url": s3_server.url}
     bucket = locate(s3_bucket, options)[0]
-    now = time.time()
-    for name in ("a", "b"):
-        (tmp_path / name).touch()
-        bucket.pipe_file(f"{s3_bucket}/{name}", b"pixels")
-    os.utime(tmp_path / "b", (now + 50, now + 50))
     local = [f"{tmp_path}/{name}" for name in "ab"]
-    assert changed_since(dict.fromkeys(local, now + 20)) == local[1]
-    assert changed_since(dict.fromkeys(local, now + 60)) is None
+    (tmp_path / "a").write_bytes(b"pixels")
+    os.utime(tmp_path / "a", (0, 0))
+    first = known_states(local)
+    assert first == known_states(local)
+    assert first[local[1]] == "missing"
     # A file that is moved into place has the time of its content, and not that of its name.
-    os.utime(tmp_path / "a", (now - 50, now - 50))
-    assert changed_since({local[0]: now - 20, local[1]: now + 60}) == local[0]
-    for name in range(WORTH_LISTING):
-        bucket.pipe_file(f"{s3_bucket}/{name:03d}", b"pixels")
-    remote = [f"{s3_bucket}/{name:03d}" for name in range(WORTH_LISTING)]
+    (tmp_path / "new").write_bytes(b"PIXELS")
+    os.utime(tmp_path / "new", (0, 0))
+    (tmp_path / "new").rename(tmp_path / "a")
+    assert known_states(local)[local[0]] != first[local[0]]
+    remote = [f"{s3_bucket}/{name:03d}" for name in range(FEW + 1)]
+    for name in remote:
+        bucket.pipe_file(name, b"pixels")
+    found = known_states(remote, options)
+    assert {*found} == {*remote}
+    bucket.pipe_file(remote[0], b"PIXELS")
     missing = f"{s3_bucket}/missing"
-    assert changed_since(dict.fromkeys([*remote, missing], now - 20), options) == remote[0]
-    assert changed_since(dict.fromkeys([*remote, missing], now + 20), options) is None
-    # For these few each would have to be asked for.
-    assert changed_since({f"{s3_bucket}/a": 0.0}, options) is None
+    again = known_states([*remote, missing], options)
+    assert [name for name in remote if again[name] != found[name]] == [remote[0]]
+    # Of a store a file that is missing may be one that it keeps for others.
+    assert missing not in again
+    # A few are asked for one by one; of many, in folders of their own, each would have to be.
+    alone = [f"{s3_bucket}/{name:03d}/image" for name in range(FEW + 1)]
+    bucket.pipe_file(alone[0], b"pixels")
+    assert {*known_states(alone[:1], options)} == {alone[0]}
+    assert known_states(alone, options) == {}
 
 
 def test_a_file_of_a_web_server_is_told_from_a_later_one(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ COMPOSITE_BANDS = ("red", "green", "blue")
 FLUX = "flux"  # as read: becomes SIGMA_UNITS
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 MAX_ZEROS = 0.01  # of the pixels beside blocks of zeros, or these are none of a filler
+STACKS = 8  # local ones that are open at a time, in each process
 NPY_HEAD = 4096  # bytes: more than the head of a NumPy file
 STACK_ROW = re.compile(r"^(?P<file>.*\.npy)#(?P<row>\d+)$", re.IGNORECASE)
 
@@ -204,14 +207,21 @@ def _read_npy(reference: str, path: str, options: dict[str, Any] | None) -> NDAr
     row = STACK_ROW.match(reference)
     if "://" in path and row:
         return _remote_row(path, int(row["row"]), options)
-    if "://" in path:
-        array = np.load(io.BytesIO(_content(path, options)), allow_pickle=False)
-    else:
-        array = np.load(path, mmap_mode="r" if row else None, allow_pickle=False)
     if row:
-        _check_row(int(row["row"]), array.shape)
-        array = array[int(row["row"])]
-    return array
+        state = Path(path).stat()
+        stack = _mapped(path, state.st_ino, state.st_mtime_ns, state.st_size)
+        _check_row(int(row["row"]), stack.shape)
+        return stack[int(row["row"])]
+    if "://" in path:
+        return np.load(io.BytesIO(_content(path, options)), allow_pickle=False)
+    return np.load(path, allow_pickle=False)
+
+
+@lru_cache(maxsize=STACKS)
+def _mapped(path: str, *_: int) -> NDArray[Any]:
+    """A stack, opened once for its many rows, as long as what its file system says of it is the
+    same: a file that shrinks under its mapping would end the process."""
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _check_row(row: int, shape: tuple[int, ...]) -> None:

@@ -37,12 +37,17 @@ def copy_code(out: Path) -> Path:
 
 def requirements(ensemble: LensEnsemble) -> list[str]:
     """Of pip, at the versions that are installed."""
-    networks = [str(system.hparams["arch"]) for system in ensemble.members.values()]
-    used = {check_architecture(network).library for network in networks}
-    libraries = (*LIBRARIES, *(["timm"] if used & {"timm", "efficientnet"} else []))
+    libraries = (*LIBRARIES, *network_libraries(ensemble))
     # Not which build for which accelerator, `+cu132`: an index has no such version.
     versions = {name: importlib.metadata.version(name).partition("+")[0] for name in libraries}
     return [f"{name}=={version}" for name, version in versions.items()]
+
+
+def network_libraries(ensemble: LensEnsemble) -> list[str]:
+    """Those that networks of the ensemble come from, and other ensembles may do without."""
+    networks = [str(system.hparams["arch"]) for system in ensemble.members.values()]
+    used = {check_architecture(network).library for network in networks}
+    return ["timm"] if used & {"timm", "efficientnet"} else []
 
 
 def facts(ensemble: LensEnsemble) -> dict[str, Any]:

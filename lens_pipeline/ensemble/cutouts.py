@@ -16,7 +16,7 @@ from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.errors import InputError, masked
 from lens_pipeline.steps import digest
-from lens_pipeline.storage import changed_since
+from lens_pipeline.storage import known_states
 
 # Of a pixel scale: half a pixel at the edge of a 100-pixel cutout, what centring leaves open, too.
 TOLERANCE = 0.01
@@ -36,14 +36,15 @@ class CutoutSource(Protocol):
         """What it is of, and a hash of its rows: whether two readings are of the same."""
         ...
 
-    def changed_since(self, times: NDArray[np.float64], /) -> str | None:
-        """An image of the first rows that has changed since their times (seconds since 1970); None
-        where none has: see `storage.changed_since`."""
+    def row_hashes(self) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+        """Of each row: a hash of its id and of what its pixels come of, its files as they are now
+        and how they are read; and whether its store tells that these have not changed."""
         ...
 
     def check(self, form: CutoutFormat, /) -> None:
-        """Raises InputError, naming both, where no cutout can be of the format that a model takes:
-        other bands, another pixel scale. Warns of a scale that differs by less than `TOLERANCE`."""
+        """Raises InputError where there are no rows, and, naming both, where no cutout can be of
+        the format that a model takes: other bands, another pixel scale. Warns of a scale that
+        differs by less than `TOLERANCE`."""
         ...
 
     def read(
@@ -71,21 +72,29 @@ class CatalogueCutouts:
         plain = table.copy(deep=False)
         for name in plain.select_dtypes("object"):
             plain[name] = plain[name].map(repr)  # a column may hold lists
-        rows = pd.util.hash_pandas_object(plain, index=False).to_numpy().tobytes()
-        content = digest([list(table), hashlib.sha256(rows).hexdigest()])[:32]
+        rows = hashlib.sha256(hashed(plain).tobytes()).hexdigest()
+        content = digest([list(table), rows])[:32]
         source = {"source": masked(self.catalogue.source), "content": content}
         return {"catalogue": source, "padding": self.pad}
 
-    def changed_since(self, times: NDArray[np.float64]) -> str | None:
-        some = Catalogue(self.catalogue.table.iloc[: len(times)], self.catalogue.source)
-        of_images = np.repeat(times, len(some.image_columns))
-        earliest: dict[str, float] = {}
-        for reference, time in zip(some.references, of_images.tolist(), strict=True):
-            file = file_of(reference)
-            earliest[file] = min(time, earliest.get(file, time))
-        return changed_since(earliest, self.options)
+    def row_hashes(self) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+        table, images = self.catalogue.table, self.catalogue.image_columns
+        states = known_states({file_of(name) for name in self.catalogue.references}, self.options)
+        read = pd.DataFrame({"id": table["id"].to_numpy(), "how": digest([images, self.pad])})
+        read["unit"] = table["flux_unit"].to_numpy() if "flux_unit" in table else None
+        bands = self.catalogue.bands_of(np.arange(len(table)))
+        read["bands"] = [None if names is None else ",".join(names) for names in bands]
+        told = np.ones(len(table), dtype=bool)
+        for number, name in enumerate(images):
+            paths = table[name].astype(str)
+            found = paths.map(file_of).map(states)
+            told &= found.notna().to_numpy(dtype=bool)
+            read[f"path {number}"], read[f"state {number}"] = paths.to_numpy(), found.to_numpy()
+        return hashed(read), told
 
     def check(self, form: CutoutFormat) -> None:
+        if self.catalogue.table.empty:
+            raise InputError(f"{self.catalogue.source}: has no rows; there is nothing to score")
         check_bands(form, self.catalogue.bands, self.catalogue.source)
         self._tell_of_unnamed_bands(form)
         check_pixel_scale(form, self.catalogue.table, self.catalogue.source)
@@ -123,6 +132,11 @@ class CatalogueCutouts:
                 yield form.fitted(cutout).pixels
             except CutoutError as reason:
                 yield reason
+
+
+def hashed(table: pd.DataFrame) -> NDArray[np.uint64]:
+    """A hash of each row."""
+    return np.asarray(pd.util.hash_pandas_object(table, index=False), dtype=np.uint64)
 
 
 def check_bands(form: CutoutFormat, names: Sequence[str] | None, source: str) -> None:

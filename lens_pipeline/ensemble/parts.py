@@ -1,80 +1,68 @@
-"""Scores of a survey in a file, part by part: a command that was killed goes on from the parts that
-it has finished, and memory holds one of them.
+"""Scores of a survey in a file, part by part, each row once: a command that was killed goes on from
+the parts that it has finished, and one whose catalogue has grown from the file of the last.
 
-Beside `scores.parquet` lies `scores.parquet.parts` meanwhile, with `part-000000.parquet`, ... of
-`ROWS` rows each, and `parts.json`, which says of what they are.
+Beside `scores.parquet` lies `scores.parquet.parts` meanwhile, with `part-000000.parquet`, ... of up
+to `ROWS` rows each, whichever they are, and `parts.json`, which says of what they are.
 """
 
-import errno
 import importlib.metadata
-import json
+import itertools
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
-import filelock
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from scipy.special import expit
 
 from lens_pipeline.catalogue.dataset import counted_reasons
 from lens_pipeline.catalogue.images import CutoutError
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.commit import code_commit
+from lens_pipeline.ensemble.best import show_best
+from lens_pipeline.ensemble.claim import Share, claimed
 from lens_pipeline.ensemble.cutouts import CutoutSource
 from lens_pipeline.ensemble.predictor import score_batches, scoring
+from lens_pipeline.ensemble.score_files import (
+    FINGERPRINT,
+    about_intact,
+    check_out,
+    stored_scores,
+    write_scores,
+    written,
+)
+from lens_pipeline.ensemble.scored_rows import ScoredRows, model_hash, scoring_program
 from lens_pipeline.ensemble.system import BATCH, LensEnsemble
-from lens_pipeline.errors import InputError, NoRoomError, masked
-from lens_pipeline.steps import digest, file_aside, source_hashes, write_aside
+from lens_pipeline.errors import InputError
 
 ROWS = 4 * BATCH  # of a part: what a kill costs
-TOGETHER = 64  # parts in a row group of the whole
-ABOUT = "parts.json"
-_KEY = b"lens_pipeline"  # of a Parquet file's metadata
-SUFFIXES = (".parquet", ".csv")
-CAPTION = 17  # characters of an id that fit over a cutout
-PLACE = ["id", "ra", "dec"]  # by which a cutout is found again
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ScoredFile:
-    """rejects: how many cutouts could not be used, by reason; top: the table of those with the
-    highest scores, gallery: their picture; both where they were asked for."""
+    """n_scored: of the n_rows, how many have a score; n_left: how many were left to other shares,
+    and are not done yet; rejects: how many cutouts could not be used, by reason.
+
+    written: whether the file was: not where it is all that it would be, nor of a share. top: the
+    table of those with the highest scores, gallery: their picture; both where they were asked for.
+    """
 
     path: Path
     n_rows: int
     n_scored: int
+    n_left: int
     rejects: Counter[str]
+    written: bool
     top: Path | None
     gallery: Path | None
-
-
-def check_out(out: Path) -> None:
-    """Raises InputError where scores cannot be written to this file."""
-    if out.parts[0].endswith(":"):  # of a URL, `s3://`, as a path writes it
-        raise InputError(f"--out {out}: must be a file on this machine; upload it afterwards")
-    if out.suffix not in SUFFIXES:
-        raise InputError(f"--out {out}: must end in {' or '.join(SUFFIXES)}")
-    if out.is_dir():
-        raise InputError(f"--out {out}: is a folder; name a file")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=out.parent):
-            pass
-    except OSError as problem:
-        raise InputError(f"--out {out}: cannot be written ({problem.strerror})") from None
 
 
 def score_to_file(
@@ -85,12 +73,18 @@ def score_to_file(
     model: str,
     top: int = 0,
     max_reject_fraction: float = 1.0,
+    share: Share | None = None,
 ) -> ScoredFile:
     """Write the score table of a source to a .parquet or .csv file; see `score_catalogue`.
 
     model: where the ensemble comes from, for people; top: how many of the highest-scored cutouts a
-    table and a picture beside the file show; max_reject_fraction: of cutouts that cannot be used.
-    Parts of a call that did not end are gone on from. Of what the scores are, `about_scores` tells.
+    table and a picture beside the file show; max_reject_fraction: of cutouts that cannot be used;
+    share: score these rows alone, and leave the file, and the top, to a call without one.
+
+    Rows that the file has already, and those of a call that did not end, are not scored again: the
+    same cutout, as it was, by the same model and program. Its column `fingerprint` is a hash of all
+    that; of what the scores are, `about_scores` tells.
+
     Raises InputError where the file cannot be written, where the source disagrees with the format
     of the ensemble, where the parts are of another model or source, or another process is writing
     them; and where more cutouts than that, or all, cannot be used: a file that was there before is
@@ -99,167 +93,147 @@ def score_to_file(
     out = Path(out)
     check_out(out)
     source.check(ensemble.format)
-    n = len(source.catalogue.table)
-    types = _types(source.catalogue, ensemble.columns)
-    content = {"uri": model, "content": digest(ensemble.facts)[:32]}
+    catalogue = source.catalogue
+    n = len(catalogue.table)
+    schema = _schema(catalogue, ensemble.columns)
     about = {
-        "schema": 1,
-        "model": content,
+        "schema": 2,
+        "model": {"uri": model, "content": model_hash(ensemble)},
         **source.identity,
         "n_rows": n,
-        "rows_of_a_part": ROWS,
-        "program": digest(source_hashes([__name__]))[:32],
+        "program": scoring_program(ensemble),
     }
-    may_fail = min(n - 1, int(max_reject_fraction * n))
-    with _claimed(out.with_name(f"{out.name}.parts"), about) as (folder, begun):
-        parts = [folder / f"part-{number:06d}.parquet" for number in range(-(-n // ROWS))]
-        _check_still_true(source, parts, begun)
-        rejects = _score_parts(ensemble, source, parts, types, may_fail)
-        logit = pd.concat([_column(part, "logit") for part in parts], ignore_index=True)
-        listed, gallery = _show_best(ensemble, source, logit, out, top) if top else (None, None)
-        whole = folder / f"whole{out.suffix}"
-        made = {
-            "dataset_version": ensemble.facts["dataset_version"],
-            "code_version": importlib.metadata.version("lens-pipeline"),
-            "code_commit": code_commit(),
-        }
-        _put_together(parts, whole, json.dumps(about | made))
-        if out.suffix == ".csv":
-            write_aside(_beside(out), json.dumps(about | made, indent=1))
-        whole.replace(out)
-        n_scored = int(logit.notna().sum())
-        for part in parts:  # before what says of what they are: a kill leaves no riddle
-            part.unlink()
-        shutil.rmtree(folder)
-    return ScoredFile(out, n, n_scored, rejects, listed, gallery)
+    folder = out.with_name(f"{out.name}.parts")
+    with claimed(folder, _of_parts(about), share):
+        rows = ScoredRows(ensemble, source)
+        before = about_intact(out) if out.exists() else None
+        in_file = np.zeros(n, dtype=bool)
+        if before is not None:
+            for stored in stored_scores(out, ensemble.columns):
+                in_file[rows.take(stored, of_a_stopped_command=False)] = True
+        in_parts, n_gone = _take_parts(rows, folder, ensemble.columns)
+        in_file[in_parts] = False
+        if n_gone and not share:
+            log.info("%s: %d scores are of cutouts that have changed or gone", folder, n_gone)
+        mine = share.rows(n, ROWS) if share else np.arange(n)
+        _forget_what_passes(ensemble, source, rows, np.intersect1d(rows.may_pass, mine))
+        in_file &= rows.known
+        may_fail = min(n - 1, int(max_reject_fraction * n))
+        rejects = _score(ensemble, source, rows, mine, _names(folder, share), may_fail)
+        if rejects.total() > may_fail:
+            if not share and not rows.n_scored:
+                shutil.rmtree(folder)
+            _refuse_rejects(rejects, source, may_fail)
+        if share:
+            _take_parts(rows, folder, ensemble.columns)
+            listed, gallery, stays = None, None, True
+        else:
+            listed, gallery = (
+                show_best(ensemble, source, rows.logit, out, top) if top else (None,) * 2
+            )
+            stays = before is not None and bool(in_file.all()) and about.items() <= before.items()
+            if not stays:
+                made = {
+                    "dataset_version": ensemble.facts["dataset_version"],
+                    "code_version": importlib.metadata.version("lens-pipeline"),
+                    "code_commit": code_commit(),
+                }
+                aside = folder / f"whole{out.suffix}"
+                write_scores(out, aside, rows.tables(), schema, about | made)
+            _remove(folder)
+    n_left = int((~rows.known).sum())
+    return ScoredFile(out, n, rows.n_scored, n_left, rows.reasons, not stays, listed, gallery)
 
 
-def about_scores(file: str | Path) -> dict[str, Any]:
-    """Of what the scores in a file of `score_to_file` are: `model` (its URI in the registry, and a
-    hash), `dataset_version` that it was trained on, the `catalogue` or shards, `code_version`
-    and `code_commit`.
-
-    It is kept in the metadata of a Parquet file, and beside a CSV file. Raises InputError where it
-    is not there.
-    """
-    path = Path(file)
-    if path.suffix == ".csv":
-        text = _beside(path).read_text() if _beside(path).is_file() else None
-    else:
-        text = (pq.read_schema(path).metadata or {}).get(_KEY)
-    if text is None:
-        raise InputError(f"{path}: does not say of what its scores are")
-    return dict(json.loads(text))
+def _of_parts(about: dict[str, Any]) -> dict[str, Any]:
+    """What the parts in a folder have in common, however their catalogue grows."""
+    common = {name: value for name, value in about.items() if name != "n_rows"}
+    return {**common, "catalogue": {"source": about["catalogue"]["source"]}}
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
+def _take_parts(
+    rows: ScoredRows, folder: Path, columns: list[str]
+) -> tuple[NDArray[np.integer], int]:
+    """(the rows that they have; how many of their scores are of no row)."""
+    taken, n_scores = [np.zeros(0, int)], 0
+    for part in sorted(folder.glob("part-*.parquet")):
+        for stored in stored_scores(part, columns):
+            taken.append(rows.take(stored, of_a_stopped_command=True))
+            n_scores += int(stored["reject_reason"].isna().sum())
+    found = np.unique(np.concatenate(taken))
+    return found, max(0, n_scores - int((~rows.rejected[found]).sum()))
 
 
-@contextmanager
-def _claimed(folder: Path, about: dict[str, Any]) -> Iterator[tuple[Path, float]]:
-    """(the folder of the parts, for this process alone, and when the last command there began).
-    Raises InputError where it is another's."""
-    folder.mkdir(exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise InputError(f"{folder}: another process is scoring into it; wait for it") from None
-    try:
-        path = folder / ABOUT
-        if not path.exists() and any(folder.glob("part-*")):
-            raise InputError(f"{folder}: has parts, and no {ABOUT} to say of what; remove it")
-        found = _read(path) if path.exists() else about
-        for name in sorted(about.keys() | found.keys()):
-            if found.get(name) != about.get(name):
-                raise InputError(
-                    f"{folder}: has parts of another {name.replace('_', ' ')} "
-                    f"({_shown(found.get(name))}; now {_shown(about.get(name))}); go on with that, "
-                    "name another --out, or remove the folder to begin again"
-                )
-        begun = path.stat().st_mtime if path.exists() else 0.0
-        write_aside(path, json.dumps(about, indent=1))
-        yield folder, begun
-    finally:
-        lock.release()
+def _forget_what_passes(
+    ensemble: LensEnsemble, source: CutoutSource, rows: ScoredRows, tried: NDArray[np.integer]
+) -> None:
+    """Try again to read what could not be read, and forget what was said of it where it can."""
+    if not len(tried):
+        return
+    passes = []
+    with scoring(len(tried), what="trying again") as progress:
+        for row, cutout in zip(tried, source.read(ensemble.format, tried), strict=True):
+            if not isinstance(cutout, CutoutError):
+                passes.append(row)
+            progress.update()
+    rows.forget(np.array(passes, dtype=int))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: cannot be read; remove {path.parent} to begin again")
-    return found
-
-
-def _shown(value: Any) -> str:
-    return ", ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
-
-
-def _score_parts(
+def _score(
     ensemble: LensEnsemble,
     source: CutoutSource,
-    parts: list[Path],
-    types: dict[str, pa.DataType],
+    rows: ScoredRows,
+    mine: NDArray[np.integer],
+    names: Iterable[Path],
     may_fail: int,
 ) -> Counter[str]:
-    """Returns why how many could not be scored."""
+    """Score what is left of some rows, each part into a file of the next name, until more than
+    `may_fail` of all cannot be used. Returns why how many cannot."""
+    left = _in_whole_batches(mine[~rows.known[mine]], len(rows.known))
+    done = len(mine) - len(left)
+    if done and len(left):
+        log.info("%s: goes on, %d of %d rows are done", source.catalogue.source, done, len(mine))
+    rejects = rows.reasons
+    ids = source.catalogue.table["id"].to_numpy()
+    batches = score_batches(ensemble, source, left)
+    with scoring(len(mine), done) as progress:
+        for begin, name in zip(range(0, len(left), ROWS), names, strict=False):
+            if rejects.total() > may_fail:
+                break
+            tables = []
+            for batch in itertools.islice(batches, ROWS // BATCH):
+                tables.append(batch)
+                progress.update(len(batch))
+            scores, some = pd.concat(tables), left[begin : begin + ROWS]
+            own = pd.DataFrame({"id": ids[some], FINGERPRINT: rows.fingerprint[some]}, index=some)
+            types = {"id": pa.string(), FINGERPRINT: pa.int64()} | _types(ensemble.columns)
+            with written(name) as file:
+                part = pd.concat([own, scores], axis=1).reset_index(drop=True)
+                pq.write_table(pa.Table.from_pandas(part, pa.schema(types)), file)
+            rows.put(some, scores)
+            rejects.update(scores["reject_reason"].dropna())
+    return rejects
+
+
+def _in_whole_batches(left: NDArray[np.integer], n: int) -> NDArray[np.integer]:
+    """These of n rows in such an order that batches of which none is done yet are as they would be
+    in an undisturbed command, and so, to the bit, their scores."""
+    sizes = np.bincount(np.arange(n) // BATCH)
+    batch = left // BATCH
+    whole = (np.bincount(batch, minlength=len(sizes)) == sizes)[batch]
+    return np.concatenate([left[whole], left[~whole]])
+
+
+def _names(folder: Path, share: Share | None) -> Iterator[Path]:
+    """Of parts that are not there yet."""
+    prefix = f"part-{share.name}-" if share else "part-"
+    names = (folder / f"{prefix}{number:06d}.parquet" for number in itertools.count())
+    return itertools.dropwhile(Path.exists, names)
+
+
+def _refuse_rejects(reasons: Counter[str], source: CutoutSource, may_fail: int) -> NoReturn:
+    """Raises InputError; what was scored is kept, and what could not be read is tried again."""
     n = len(source.catalogue.table)
-    finished = _finished(ensemble, source, parts)
-    left = [number for number in range(len(parts)) if number not in finished]
-    reasons = Counter(
-        reason for number in finished for reason in _column(parts[number], "reject_reason").dropna()
-    )
-    done = n - sum(min(ROWS, n - number * ROWS) for number in left)
-    if done:
-        log.info("%s: goes on, %d of %d rows are done", parts[0].parent, done, n)
-    with scoring(n, done) as progress:
-        for some in np.split(left, np.flatnonzero(np.diff(left) > 1) + 1) if left else []:
-            begin, end = some[0] * ROWS, min(n, (some[-1] + 1) * ROWS)
-            batches = score_batches(ensemble, source, begin, end)
-            for number in some:
-                tables = []
-                for batch in islice(batches, ROWS // BATCH):
-                    tables.append(batch)
-                    progress.update(len(batch))
-                table = pd.concat(tables)
-                schema = pa.schema([(str(name), types[str(name)]) for name in table])
-                with _written(parts[number]) as file:
-                    pq.write_table(pa.Table.from_pandas(table, schema, preserve_index=False), file)
-                reasons.update(table["reject_reason"].dropna())
-                if reasons.total() > may_fail:
-                    _refuse_rejects(reasons, source, parts, may_fail)
-    if reasons.total() > may_fail:
-        _refuse_rejects(reasons, source, parts, may_fail)
-    return reasons
-
-
-def _finished(ensemble: LensEnsemble, source: CutoutSource, parts: list[Path]) -> set[int]:
-    """The numbers of the parts that are whole, and of which nothing that could not be used then can
-    be now, as where a disk was away."""
-    n = len(source.catalogue.table)
-    whole = [k for k, part in enumerate(parts) if _is_whole(part, min(ROWS, n - k * ROWS))]
-    rejected = [k * ROWS + np.flatnonzero(_rejected(parts[k])) for k in whole]
-    rows = np.concatenate([*rejected, np.zeros(0, int)])
-    read = source.read(ensemble.format, rows) if len(rows) else ()
-    again = {
-        int(row) // ROWS
-        for row, cutout in zip(rows, read, strict=False)
-        if not isinstance(cutout, CutoutError)
-    }
-    return {*whole} - again
-
-
-def _refuse_rejects(
-    reasons: Counter[str], source: CutoutSource, parts: list[Path], may_fail: int
-) -> NoReturn:
-    """Raises InputError; what was scored is kept, and what could not be is tried again."""
-    n = len(source.catalogue.table)
-    if all(_rejected(part).all() for part in parts if part.exists()):
-        shutil.rmtree(parts[0].parent)
     why = counted_reasons(reasons.elements())
     if reasons.total() == n:
         raise InputError(f"{source.catalogue.source}: none of its {n} cutouts can be used: {why}")
@@ -269,124 +243,26 @@ def _refuse_rejects(
     )
 
 
-def _rejected(part: Path) -> NDArray[np.bool_]:
-    """Which rows of a part could not be used."""
-    return _column(part, "reject_reason").notna().to_numpy()
-
-
-def _check_still_true(source: CutoutSource, parts: list[Path], begun: float) -> None:
-    """Raises InputError where an image has changed since its part was made.
-
-    begun: when the command that wrote the last parts did; images are read ahead of their part. What
-    could not be used then is tried again, and may have changed.
-    """
-    times = np.full(len(source.catalogue.table), np.inf)
-    for number, part in enumerate(parts):
-        if part.exists():
-            times[number * ROWS : (number + 1) * ROWS] = min(part.stat().st_mtime, begun)
-        if _is_whole(part, len(times[number * ROWS : (number + 1) * ROWS])):
-            times[number * ROWS + np.flatnonzero(_rejected(part))] = np.inf
-    changed = source.changed_since(times) if np.isfinite(times).any() else None
-    if changed is not None:
-        raise InputError(
-            f"{parts[0].parent}: has scores of {masked(changed)} as it was before it changed; "
-            "remove the folder to begin again"
-        )
-
-
-def _is_whole(part: Path, n_rows: int) -> bool:
+def _schema(catalogue: Catalogue, columns: list[str]) -> pa.Schema:
+    """Of the whole table, by all of its rows: of some of them a column may be empty."""
+    own = catalogue.table.drop(columns=[*columns, "reject_reason", FINGERPRINT], errors="ignore")
     try:
-        return bool(pq.read_metadata(part).num_rows == n_rows)
-    except (OSError, pa.ArrowException):
-        return False
-
-
-def _types(catalogue: Catalogue, columns: list[str]) -> dict[str, pa.DataType]:
-    """Of every column, as all rows have it: in a part a column may be empty."""
-    try:
-        own = pa.Schema.from_pandas(catalogue.table, preserve_index=False)
+        types = pa.Schema.from_pandas(own, preserve_index=False)
     except pa.ArrowException as problem:
         raise InputError(
             f"{catalogue.source}: a column holds values of several kinds "
             f"({' '.join(str(problem).split())})"
         ) from None
-    scores = dict.fromkeys(columns, pa.float64())
-    return dict(zip(own.names, own.types, strict=True)) | scores | {"reject_reason": pa.string()}
+    known = dict(zip(types.names, types.types, strict=True))
+    first = {name: known.pop(name) for name in ("id", "label")}
+    return pa.schema(first | _types(columns) | {FINGERPRINT: pa.int64()} | known)
 
 
-def _column(part: Path, name: str) -> pd.Series:
-    return pq.ParquetFile(part).read(columns=[name]).to_pandas()[name]
+def _types(columns: list[str]) -> dict[str, pa.DataType]:
+    return dict.fromkeys(columns, pa.float64()) | {"reject_reason": pa.string()}
 
 
-def _put_together(parts: list[Path], out: Path, about: str) -> None:
-    with _written(out) as file:
-        if out.suffix == ".csv":
-            for part in parts:
-                table = pq.ParquetFile(part).read().to_pandas()
-                table.to_csv(file, header=part is parts[0], index=False, mode="wb")
-        else:
-            schema = pq.read_schema(parts[0])
-            schema = schema.with_metadata({**(schema.metadata or {}), _KEY: about.encode()})
-            with pq.ParquetWriter(file, schema) as writer:
-                for begin in range(0, len(parts), TOGETHER):
-                    some = parts[begin : begin + TOGETHER]
-                    tables = [pq.ParquetFile(part).read() for part in some]
-                    writer.write_table(pa.concat_tables(tables).cast(schema))
-
-
-@contextmanager
-def _written(path: Path) -> Iterator[BinaryIO]:
-    """See `file_aside`. Raises InputError where it cannot be written."""
-    try:
-        with file_aside(path) as file:
-            yield file
-    except OSError as problem:
-        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoRoomError(
-                f"{path}: the disk is full; make room, and the same command goes on"
-            ) from None
-        raise InputError(f"{path}: cannot be written ({problem.strerror})") from None
-
-
-def _show_best(
-    ensemble: LensEnsemble, source: CutoutSource, logit: pd.Series, out: Path, top: int
-) -> tuple[Path | None, Path | None]:
-    """(the table of the highest-scored cutouts, the best first; their picture)."""
-    best = logit.dropna().nlargest(top)
-    if best.empty:
-        return None, None
-    listed = out.with_name(f"{out.stem}.top.csv")
-    named = source.catalogue.table.iloc[best.index].reindex(columns=PLACE)
-    table = pd.DataFrame({"rank": range(1, len(best) + 1)}, index=best.index)
-    table = table.join(named.dropna(axis=1, how="all"))
-    table = table.assign(probability=expit(best), logit=best)
-    with _written(listed) as file:
-        table.to_csv(file, index=False, mode="wb")
-    return listed, _draw_gallery(ensemble, source, table, out)
-
-
-def _draw_gallery(
-    ensemble: LensEnsemble, source: CutoutSource, best: pd.DataFrame, out: Path
-) -> Path | None:
-    """The cutouts of a table of `_show_best` with their ranks, probabilities and ids."""
-    from lens_pipeline.evaluation.plots import contact_sheet, jpeg_bytes
-
-    images, captions = [], []
-    read = source.read(ensemble.format, best.index.to_numpy())
-    for cutout, row in zip(read, best.itertuples(), strict=True):
-        if isinstance(cutout, np.ndarray):  # else its file has gone since it was scored
-            images.append(cutout)
-            captions.append(f"#{row.rank}  {row.probability:.3f}\n{_short(str(row.id))}")
-    if not images:
-        return None
-    gallery = out.with_name(f"{out.stem}.top.jpg")
-    figure = contact_sheet(np.stack(images), captions, ensemble.format.units)
-    with _written(gallery) as file:
-        file.write(jpeg_bytes(figure))
-    return gallery
-
-
-def _short(name: str) -> str:
-    """An id that fits over a cutout: of a long one the ends, where ids differ."""
-    half = CAPTION // 2
-    return name if len(name) <= CAPTION else f"{name[:half]}…{name[-half:]}"
+def _remove(folder: Path) -> None:
+    for part in folder.glob("part-*"):  # before what says of what they are: a kill leaves no riddle
+        part.unlink()
+    shutil.rmtree(folder)

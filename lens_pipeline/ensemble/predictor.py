@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat
 from lens_pipeline.catalogue.images import CutoutError
-from lens_pipeline.catalogue.table import Catalogue
+from lens_pipeline.catalogue.table import Catalogue, read_catalogue
 from lens_pipeline.ensemble.cutouts import CatalogueCutouts, CutoutSource
 from lens_pipeline.ensemble.system import BATCH, LensEnsemble
 from lens_pipeline.errors import InputError
@@ -65,75 +65,83 @@ def score_dataset(
                 progress.update(len(batch))
             splits.append(pd.Series(part, index=rows, dtype=str))
     rejects = dataset.rejects().set_index("row")["reason"]
-    table = _score_table(catalogue, ensemble.columns, scores, rejects)
+    table = score_table(catalogue, ensemble.columns, scores, rejects)
     table["split"] = pd.concat(splits).reindex(table.index)
     return table
 
 
 def score_catalogue(
     ensemble: LensEnsemble,
-    catalogue: Catalogue,
+    catalogue: Catalogue | str | Path,
     options: dict[str, Any] | None = None,
     *,
     pad: bool = False,
 ) -> pd.DataFrame:
-    """Scores of a catalogue, read as the training set was; pad: see `build_dataset`.
+    """Scores of a catalogue, or of what `read_catalogue` takes, read as the training set was.
 
-    Columns: id, label, those of `ensemble.columns`, reject_reason, then the catalogue's own. A
-    cutout that cannot be used has null scores and a reject_reason. Raises InputError where the
-    catalogue disagrees with the format of the ensemble. Of more rows than memory holds the scores:
-    `score_to_file`.
+    options: fsspec's, for its URLs; pad: see `build_dataset`.
+
+    Columns: id, label, those of `ensemble.columns`, reject_reason, then the catalogue's own; the
+    index is that of its table. A cutout that cannot be used has null scores and a reject_reason.
+    Raises InputError where the catalogue has no rows or disagrees with the format of the ensemble.
+    Of more rows than memory holds the scores: `score_to_file`.
     """
+    if not isinstance(catalogue, Catalogue):
+        catalogue = read_catalogue(catalogue, options)
     source = CatalogueCutouts(catalogue, options or {}, pad)
     source.check(ensemble.format)
-    with scoring(len(catalogue.table)) as progress:
+    rows = np.arange(len(catalogue.table))
+    with scoring(len(rows)) as progress:
         batches = []
-        for batch in score_batches(ensemble, source):
+        for batch in score_batches(ensemble, source, rows):
             batches.append(batch)
             progress.update(len(batch))
-    return pd.concat(batches)
+    scores = pd.concat(batches)
+    own = replace(catalogue, table=catalogue.table.reset_index(drop=True))
+    table = score_table(own, ensemble.columns, [scores], scores["reject_reason"])
+    return table.set_axis(catalogue.table.index)
 
 
 def score_batches(
-    ensemble: LensEnsemble, source: CutoutSource, begin: int = 0, end: int | None = None
+    ensemble: LensEnsemble, source: CutoutSource, rows: NDArray[np.integer]
 ) -> Iterator[pd.DataFrame]:
-    """The score table of a source, BATCH rows at a time, from a row on that is a multiple of it,
-    to another or the last: whoever goes on from there gets, to the bit, what an undisturbed reader
-    would.
+    """Scores of some rows of a source (from 0), BATCH at a time and in this order: the columns of
+    the ensemble and `reject_reason`, indexed by row.
+
+    What else is in its batch may move the last digits of a score.
     """
-    if begin % BATCH:
-        raise ValueError(f"row {begin} does not begin a batch")
-    n = len(source.catalogue.table) if end is None else end
-    cutouts = source.read(ensemble.format, np.arange(begin, n))
-    for start in range(begin, n, BATCH):
-        rows = pd.RangeIndex(start, min(start + BATCH, n))
+    cutouts = source.read(ensemble.format, rows)
+    for start in range(0, len(rows), BATCH):
+        some = rows[start : start + BATCH].tolist()
         good: dict[int, NDArray[np.float32]] = {}
         rejects: dict[int, str] = {}
-        for row, cutout in zip(rows, cutouts, strict=False):
+        for row, cutout in zip(some, cutouts, strict=False):
             if isinstance(cutout, CutoutError):
                 rejects[row] = str(cutout)
             else:
                 good[row] = cutout
         scores = (
-            [ensemble.predict(np.stack(list(good.values()))).set_index(pd.Index(good))]
+            ensemble.predict(np.stack(list(good.values()))).set_index(pd.Index(good))
             if good
-            else []
+            else pd.DataFrame(columns=ensemble.columns, dtype=float)
         )
-        table = source.catalogue.table.iloc[start : rows.stop].set_axis(rows)
-        part = replace(source.catalogue, table=table)
-        yield _score_table(part, ensemble.columns, scores, pd.Series(rejects, dtype=str))
+        reasons = pd.Series(rejects, dtype=object).reindex(some)
+        yield scores.reindex(some).assign(reject_reason=reasons)
 
 
-def _score_table(
+def score_table(
     catalogue: Catalogue, columns: list[str], scores: list[pd.DataFrame], rejects: pd.Series
 ) -> pd.DataFrame:
+    """The table of `score_catalogue`; scores and rejects are indexed as the catalogue is."""
     own = catalogue.table
-    all_scores = pd.concat(scores) if scores else pd.DataFrame(columns=columns, dtype=float)
+    all_scores = (
+        pd.concat(scores)[columns] if scores else pd.DataFrame(columns=columns, dtype=float)
+    )
     table = pd.concat([own[["id", "label"]], all_scores.reindex(own.index)], axis=1)
     table["reject_reason"] = rejects.reindex(own.index)
     return pd.concat([table, own.drop(columns=[c for c in table if c in own])], axis=1)
 
 
-def scoring(total: int, done: int = 0) -> Any:
+def scoring(total: int, done: int = 0, what: str = "scoring") -> Any:
     """See `progress_bar`."""
-    return progress_bar(total=total, initial=done, desc="scoring", unit="cutout")
+    return progress_bar(total=total, initial=done, desc=what, unit="cutout")

@@ -42,6 +42,27 @@ def test_a_compressed_file_is_read_as_what_it_holds(tmp_path: Path) -> None:
         read_image(str(tmp_path / "a.fits.gz"))
 
 
+def test_a_stack_is_opened_once_for_its_rows_and_again_when_it_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    load = np.load
+    monkeypatch.setattr(np, "load", lambda *a, **b: (opened.append(a), load(*a, **b))[1])
+    stack = np.arange(20 * 3 * 4 * 4, dtype=np.float32).reshape(20, 3, 4, 4)
+    np.save(tmp_path / "stack.npy", stack)
+    for row in range(20):
+        found = read_image(f"{tmp_path}/stack.npy#{row}", "background_sigma")
+        np.testing.assert_array_equal(found.pixels, stack[row])
+    assert len(opened) == 1
+    np.save(tmp_path / "other.npy", -stack)
+    (tmp_path / "other.npy").replace(tmp_path / "stack.npy")
+    found = read_image(f"{tmp_path}/stack.npy#7", "background_sigma")
+    np.testing.assert_array_equal(found.pixels, -stack[7])
+    (tmp_path / "stack.npy").unlink()
+    with pytest.raises(CutoutError, match="the file is missing"):
+        read_image(f"{tmp_path}/stack.npy#7")
+
+
 def test_of_a_stack_in_a_store_its_row_alone_is_fetched(tmp_path: Path) -> None:
     stack = np.arange(20 * 3 * 40 * 40, dtype=np.float32).reshape(20, 3, 40, 40)
     whole = io.BytesIO()

@@ -1,0 +1,142 @@
+"""Files of scores, Parquet or CSV: how they are written, what they say of themselves, and which
+scores they have."""
+
+import errno
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lens_pipeline.ensemble.system import BATCH
+from lens_pipeline.errors import InputError, NoRoomError
+from lens_pipeline.steps import file_aside, file_sha256, write_aside
+
+ROW_GROUP = 256 * BATCH
+SUFFIXES = (".parquet", ".csv")
+FINGERPRINT = "fingerprint"  # of all that decides a row's score: see `fingerprints`
+_KEY = b"lens_pipeline"  # of a Parquet file's metadata
+_SHA256 = "sha256"  # of the CSV file, in what lies beside it
+
+
+def check_out(out: Path) -> None:
+    """Raises InputError where scores cannot be written to this file."""
+    if out.parts[0].endswith(":"):  # of a URL, `s3://`, as a path writes it
+        raise InputError(f"--out {out}: must be a file on this machine; upload it afterwards")
+    if out.suffix not in SUFFIXES:
+        raise InputError(f"--out {out}: must end in {' or '.join(SUFFIXES)}")
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a folder; name a file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out.parent):
+            pass
+    except OSError as problem:
+        raise InputError(f"--out {out}: cannot be written ({problem.strerror})") from None
+
+
+def about_scores(file: str | Path) -> dict[str, Any]:
+    """Of what the scores in a file of `score_to_file` are: `model` (its URI in the registry, and a
+    hash), `dataset_version` that it was trained on, the `catalogue` or shards, `code_version`
+    and `code_commit`.
+
+    It is kept in the metadata of a Parquet file, and beside a CSV file. Raises InputError where it
+    is not there.
+    """
+    about = _about(Path(file))
+    if about is None:
+        raise InputError(f"{file}: does not say of what its scores are")
+    return {name: value for name, value in about.items() if name != _SHA256}
+
+
+def about_intact(file: Path) -> dict[str, Any] | None:
+    """`about_scores`; None where it is not there, or the file is not as it was written."""
+    try:
+        about = _about(file)
+        if about is None or file.suffix == ".parquet":
+            return about
+        # Whoever has edited a table of texts has left what lies beside it.
+        return about if about.pop(_SHA256, None) == file_sha256(file) else None
+    except (OSError, ValueError, pa.ArrowException):
+        return None
+
+
+def _about(path: Path) -> dict[str, Any] | None:
+    if path.suffix == ".csv":
+        text = _beside(path).read_text() if _beside(path).is_file() else None
+    else:
+        text = (pq.read_schema(path).metadata or {}).get(_KEY)
+    return None if text is None else dict(json.loads(text))
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def stored_scores(path: Path, columns: list[str]) -> Iterator[pd.DataFrame]:
+    """`id`, FINGERPRINT, these columns and `reject_reason` of a file, some rows at a time; nothing
+    more where it is damaged, or has no such columns."""
+    wanted = ["id", FINGERPRINT, *columns, "reject_reason"]
+    try:
+        if path.suffix == ".csv":
+            yield from pd.read_csv(
+                path,
+                usecols=wanted,
+                dtype=dict.fromkeys(columns, float) | {"id": str, FINGERPRINT: np.int64},
+                keep_default_na=False,
+                na_values={name: [""] for name in (*columns, "reject_reason")},
+                float_precision="round_trip",
+                chunksize=ROW_GROUP,
+            )
+        else:
+            with pq.ParquetFile(path) as file:
+                if {*wanted} <= {*file.schema_arrow.names}:
+                    for batch in file.iter_batches(ROW_GROUP, columns=wanted):
+                        yield batch.to_pandas()
+    except (OSError, ValueError, pa.ArrowException):
+        return
+
+
+def write_scores(
+    out: Path, aside: Path, tables: Iterable[pd.DataFrame], schema: pa.Schema, about: dict[str, Any]
+) -> None:
+    """Write tables, one after another, as one file.
+
+    aside: where it lies until it is whole, on the disk of `out`; about: see `about_scores`.
+    """
+    if out.suffix == ".csv":
+        with written(aside) as file:
+            for number, table in enumerate(tables):
+                table.to_csv(file, header=number == 0, index=False, mode="wb")
+        about = {**about, _SHA256: file_sha256(aside)}
+        write_aside(_beside(out), json.dumps(about, indent=1))
+    else:
+        converted = (pa.Table.from_pandas(t, schema, preserve_index=False) for t in tables)
+        first = next(converted)
+        known = {**first.schema.metadata, _KEY: json.dumps(about).encode()}
+        schema = schema.with_metadata(known)
+        with written(aside) as file, pq.ParquetWriter(file, schema) as writer:
+            for table in chain([first], converted):
+                writer.write_table(table)
+    aside.replace(out)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[BinaryIO]:
+    """See `file_aside`. Raises InputError where it cannot be written."""
+    try:
+        with file_aside(path) as file:
+            yield file
+    except OSError as problem:
+        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoRoomError(
+                f"{path}: the disk is full; make room, and the same command goes on"
+            ) from None
+        raise InputError(f"{path}: cannot be written ({problem.strerror})") from None

@@ -1,0 +1,117 @@
+"""Which rows of a source have their scores already, from whichever file, and what these are."""
+
+import importlib.metadata
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from lens_pipeline.catalogue.build import LIBRARIES as PIXEL_LIBRARIES
+from lens_pipeline.ensemble.carried import network_libraries
+from lens_pipeline.ensemble.cutouts import CutoutSource, hashed
+from lens_pipeline.ensemble.predictor import score_table
+from lens_pipeline.ensemble.score_files import FINGERPRINT, ROW_GROUP
+from lens_pipeline.ensemble.system import LensEnsemble
+from lens_pipeline.steps import digest, source_hashes
+
+_MODULES = ("lens_pipeline.ensemble.predictor", "lens_pipeline.ensemble.shard_cutouts")
+# Of reasons against a cutout: a disk that fails, or a right that lacks, does not show in its file.
+_MAY_PASS = "the file cannot be read"
+
+
+def scoring_program(ensemble: LensEnsemble) -> str:
+    """A hash of the code and the versions of libraries that pixels and scores come of."""
+    libraries = {*PIXEL_LIBRARIES, "torch", "torchvision", *network_libraries(ensemble)}
+    versions = {name: importlib.metadata.version(name) for name in libraries}
+    return digest([source_hashes(_MODULES), versions])[:32]
+
+
+def model_hash(ensemble: LensEnsemble) -> str:
+    return digest(ensemble.facts)[:32]
+
+
+class ScoredRows:
+    """fingerprint: int64 (n,), of each row: a hash of all that decides its score (its id, its image
+    files as they are and how they are read, the model, the program). known: bool (n,), whether its
+    score is known, or the reason why it has none.
+
+    A row of another file is the same where its fingerprint is.
+    """
+
+    def __init__(self, ensemble: LensEnsemble, source: CutoutSource) -> None:
+        hashes, self._told = source.row_hashes()
+        by = digest([model_hash(ensemble), scoring_program(ensemble)])
+        self.fingerprint = hashed(pd.DataFrame({"row": hashes, "by": by})).view(np.int64)
+        self._source, self._columns = source, ensemble.columns
+        self._ids = pd.Index(source.catalogue.table["id"])
+        n = len(self._ids)
+        self.known = np.zeros(n, dtype=bool)
+        self._values = np.full((n, len(self._columns)), np.nan)
+        self._reasons = np.full(n, None, dtype=object)
+
+    def take(self, stored: pd.DataFrame, *, of_a_stopped_command: bool) -> NDArray[np.integer]:
+        """Take over what is of these rows, and return which of them.
+
+        stored: see `stored_scores`. Where a store does not tell whether an image is as it was, its
+        score is taken of a command that was stopped alone, and what could not be used is not taken.
+        """
+        at = self._ids.get_indexer(pd.Index(stored["id"]))
+        rejected = stored["reject_reason"].notna().to_numpy()
+        same = self.fingerprint[at] == stored[FINGERPRINT].to_numpy()
+        fits = (at >= 0) & same & (self._told[at] | (of_a_stopped_command & ~rejected))
+        fits &= ~(rejected & self.known[at])  # a row that could not be used, and then could
+        self.put(at[fits], stored[fits])
+        return at[fits]
+
+    def put(self, rows: NDArray[np.integer], scores: pd.DataFrame) -> None:
+        """scores: the columns of the ensemble and `reject_reason` of these rows, in their order."""
+        reasons = scores["reject_reason"].astype(object)
+        self._values[rows] = scores[self._columns].to_numpy(dtype=np.float64)
+        self._reasons[rows] = reasons.where(reasons.notna(), None).to_numpy()
+        self.known[rows] = True
+
+    @property
+    def rejected(self) -> NDArray[np.bool_]:
+        return np.array([reason is not None for reason in self._reasons], dtype=bool)
+
+    @property
+    def may_pass(self) -> NDArray[np.integer]:
+        """The rows that could not be used, and may be usable now though their files are as they
+        were."""
+        reasons = enumerate(self._reasons)
+        rows = [row for row, why in reasons if why is not None and why.startswith(_MAY_PASS)]
+        return np.array(rows, dtype=int)
+
+    def forget(self, rows: NDArray[np.integer]) -> None:
+        self.known[rows] = False
+        self._reasons[rows] = None
+
+    @property
+    def n_scored(self) -> int:
+        return int((self.known & ~self.rejected).sum())
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Why how many could not be used."""
+        return Counter(self._reasons[self.rejected].tolist())
+
+    @property
+    def logit(self) -> pd.Series:
+        """NaN where there is none."""
+        return pd.Series(self._values[:, self._columns.index("logit")])
+
+    def tables(self) -> Iterator[pd.DataFrame]:
+        """The score table (see `score_catalogue`), with the fingerprints, some rows at a time."""
+        catalogue = self._source.catalogue
+        own = catalogue.table.drop(columns=FINGERPRINT, errors="ignore")
+        for begin in range(0, len(own), ROW_GROUP):
+            rows = slice(begin, begin + ROW_GROUP)
+            part = type(catalogue)(own.iloc[rows].reset_index(drop=True), catalogue.source)
+            scores = pd.DataFrame(self._values[rows], columns=self._columns)
+            reasons = pd.Series(self._reasons[rows], dtype=object)
+            table = score_table(part, self._columns, [scores], reasons)
+            place = list(table).index("reject_reason") + 1
+            table.insert(place, FINGERPRINT, self.fingerprint[rows])
+            yield table
