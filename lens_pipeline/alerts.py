@@ -11,18 +11,19 @@ from lens_pipeline.errors import InputError, masked
 from lens_pipeline.settings import SECRET, Settings
 
 TRIES = 3
+MARK = "alert: "  # how its line begins among other messages
 log = logging.getLogger(__name__)
 
 
 def alert(settings: Settings, text: str, **facts: str | None) -> None:
-    """Log a text, and post it with its facts, as JSON with the key `text` (which Slack, Mattermost
-    and others show), to the webhook where there is one.
+    """Log a text, in one line, and post it with its facts, as JSON with the key `text` (which
+    Slack, Mattermost and others show), to the webhook where there is one.
 
     Raises InputError where the webhook cannot be told.
     """
     content = {"text": text, "deployment": settings.deployment, **facts}
     content = {name: value and without_secrets(value) for name, value in content.items()}
-    log.warning("%s", content["text"])
+    log.warning("%s%s", MARK, " ".join(str(content["text"]).split()))
     if settings.webhook_url is None:
         return
     request = urllib.request.Request(

@@ -14,10 +14,15 @@ from typing import Any, NoReturn
 from lens_pipeline.errors import InputError, masked
 from lens_pipeline.predict_command import add_predict
 from lens_pipeline.registry_commands import add_promote, add_rollback
-from lens_pipeline.settings import Settings
+from lens_pipeline.settings import DAGSTER_PORT, MLFLOW_PORT, Settings
 from lens_pipeline.shards_commands import add_prepare, add_prune
 from lens_pipeline.simulate_command import add_simulate
-from lens_pipeline.terminal import INTERRUPTED, configure_logging, interruptible
+from lens_pipeline.terminal import (
+    INTERRUPTED,
+    configure_logging,
+    interruptible,
+    prepare_environment,
+)
 from lens_pipeline.train_command import add_train
 from lens_pipeline.tune_command import add_tune
 
@@ -127,8 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     add_rollback(rollback)
 
     show = commands.add_parser("show", parents=[common], help="open the Dagster and MLflow UIs")
-    show.add_argument("--dagster-port", type=_port, default=3000)
-    show.add_argument("--mlflow-port", type=_port, default=5000)
+    show.add_argument("--dagster-port", type=_port, default=DAGSTER_PORT)
+    show.add_argument("--mlflow-port", type=_port, default=MLFLOW_PORT)
     show.set_defaults(do=_show)
     parser.commands = commands.choices
     return parser
@@ -145,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verbose = "--verbose" in arguments
     configure_logging(verbose)
+    prepare_environment()
     options = argparse.Namespace()
     try:
         options = _parser().parse_args(arguments)
@@ -257,7 +263,7 @@ def _show(options: argparse.Namespace) -> int:
     settings.export()
 
     with interruptible():
-        return serve(settings, options.dagster_port, options.mlflow_port)
+        return serve(settings, options.dagster_port, options.mlflow_port, options.verbose)
 
 
 if __name__ == "__main__":

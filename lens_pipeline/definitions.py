@@ -1,5 +1,7 @@
 """The one Dagster entry point."""
 
+from typing import Any
+
 import dagster as dg
 
 from lens_pipeline.defs.automation import (
@@ -61,12 +63,23 @@ def make_definitions(settings: Settings, retries: bool = True) -> dg.Definitions
         schedules=planned,
         sensors=[source_changed, new_challenger, failed_runs, follow_up],
         resources={"lens": LensHome()},
-        executor=dg.multiprocess_executor.configured(
-            {
-                "max_concurrent": AT_A_TIME[settings.deployment],
-                "start_method": {"forkserver": {"preload_modules": [*PRELOADED]}},
-            }
-        ),
+        executor=_executor(AT_A_TIME[settings.deployment]),
+    )
+
+
+def _executor(at_a_time: int) -> dg.ExecutorDefinition:
+    """Each step in a process of its own; a run may be launched with another number at a time."""
+    number = dg.Field(
+        dg.Int,
+        default_value=at_a_time,
+        description="Steps of the run at a time; 0: as many as there are cores.",
+    )
+
+    def configuration(chosen: dict[str, Any]) -> dict[str, Any]:
+        return {**chosen, "start_method": {"forkserver": {"preload_modules": [*PRELOADED]}}}
+
+    return dg.multiprocess_executor.configured(
+        configuration, name="multiprocess", config_schema={"max_concurrent": number}
     )
 
 

@@ -28,6 +28,7 @@ from lens_pipeline.tracking import (
     DATASET_VERSION,
     STEP_KEY,
     Tracking,
+    page_address,
 )
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ if TYPE_CHECKING:
     from lens_pipeline.ensemble.system import LensEnsemble
 
 MODEL = "lens_ensemble"
+ABOUT = (
+    "Ensembles that find strong gravitational lenses in cutouts of galaxies. `champion` is the one "
+    "that `lens-pipeline predict` uses, `challenger` the newest; the description of each version "
+    "is its model card."
+)
 CHAMPION = "champion"
 CHALLENGER = "challenger"
 REPLACED = "lens.replaced"  # the champion before this one
@@ -155,7 +161,10 @@ class Registry:
                 pip_requirements=carried.requirements(loaded),
                 metadata=carried.facts(loaded),
             )
-            return mlflow.register_model(model.model_uri, MODEL, tags=tags)
+            version = mlflow.register_model(model.model_uri, MODEL, tags=tags)
+        if not self.client.get_registered_model(MODEL).description:
+            self.client.update_registered_model(MODEL, description=ABOUT)
+        return version
 
     def describe(self, version: str, card: str) -> None:
         """Write the description of a version, where it has none yet."""
@@ -172,7 +181,7 @@ class Registry:
     def version_page(self, number: str) -> str | None:
         """The address of a version's page; None where MLflow serves none."""
         pages = self.settings.mlflow_pages
-        return pages and f"{pages}/#/models/{MODEL}/versions/{number}"
+        return pages and page_address(pages, f"models/{MODEL}/versions/{number}")
 
     def judge(self, version: str, reasons: Sequence[str]) -> None:
         """Write down on a version what keeps it from becoming champion; nothing does: it passed."""

@@ -16,6 +16,7 @@ from dagster._core.instance.ref import InstanceRef
 
 from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.checkpoints import POOL
+from lens_pipeline.defs.sensors import made_by
 from lens_pipeline.defs.surveys import every_survey
 from lens_pipeline.errors import InputError
 from lens_pipeline.launcher import DEPLOYMENT, forget_ended_runs
@@ -135,7 +136,7 @@ def end_launched_runs(instance: dg.DagsterInstance) -> None:
     """Ask the runs that a daemon has launched on this host to end, which they do by themselves."""
     for run in instance.get_runs(dg.RunsFilter(statuses=UNFINISHED)):
         if is_here(run.run_id, run.tags) and run.remote_job_origin is not None:
-            log.warning("ending run %s of %s", run.run_id[:8], run.job_name)
+            log.warning("ending run %s of %s", run.run_id[:8], made_by(run))
             instance.run_launcher.terminate(run.run_id)
 
 

@@ -8,18 +8,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from lens_pipeline.alerts import MARK
 from lens_pipeline.errors import InputError, masked
 from lens_pipeline.runner import end_launched_runs, open_instance, release_dead_runs
-from lens_pipeline.settings import Settings
-from lens_pipeline.tracking import Tracking
+from lens_pipeline.settings import HOST, Settings
+from lens_pipeline.tracking import Tracking, experiment_page
 
-HOST = "127.0.0.1"
 # No workers for MLflow's evaluation jobs, and no libraries' warnings on the terminal.
 QUIET = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PYTHONWARNINGS": "ignore"}
+# Of the installed commands, where modules are looked for first when one of them is run. Servers
+# are told, for there must be such a place: uvicorn, MLflow's server, would make it the working
+# directory (see `terminal.ENVIRONMENT`), and Dagster leaves out whatever is first.
+FIRST = str(Path(sys.executable).parent)
 PATIENCE = 3  # seconds that the daemon, then the other servers, have for an orderly end
 # Seconds for a schedule or sensor to look at the source: a store may hold many cutouts.
 LOOKING = {f"DAGSTER_{kind}_GRPC_TIMEOUT_SECONDS": "600" for kind in ("SENSOR", "SCHEDULE")}
@@ -30,12 +34,28 @@ log = logging.getLogger(__name__)
 class Server:
     """A process that serves until it is ended."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], lock: int) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        lock: int,
+        messages: "Messages | None",
+    ) -> None:
+        """messages: where it writes, and all that it starts; None: on the terminal."""
         self.name = command[0]
-        self._start = lambda: subprocess.Popen(
-            [sys.executable, "-m", *command], env=dict(environment), pass_fds=[lock]
-        )
+        self._command = [sys.executable, "-m", *command]
+        self._environment, self._lock, self._messages = dict(environment), lock, messages
         self._begun, self.process = time.monotonic(), self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self._messages.file.open("ab") if self._messages else nullcontext() as output:
+            return subprocess.Popen(
+                self._command,
+                env=self._environment,
+                pass_fds=[self._lock],
+                stdout=output,
+                stderr=output,
+            )
 
     def revive(self) -> None:
         """Start it again where it has ended. Raises RuntimeError where it did so at once."""
@@ -43,17 +63,39 @@ class Server:
             return
         lasted, self._begun = time.monotonic() - self._begun, time.monotonic()
         if lasted < LASTED:
-            raise RuntimeError(f"{self.name} ended as soon as it had begun; see its messages above")
+            where = self._messages.file if self._messages else "its messages above"
+            raise RuntimeError(f"{self.name} ended as soon as it had begun; see {where}")
         log.warning("%s has ended (%d) and is started again", self.name, self.process.returncode)
         self.process = self._start()
 
 
+class Messages:
+    """A file that servers and launched runs write into: tracebacks, Dagster's console log, and
+    among them alerts, which are for whoever has the pages served."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._read = file.stat().st_size if file.exists() else 0  # of former servers
+
+    def new_alerts(self) -> list[str]:
+        """Those of which whole lines have been written since the last time."""
+        with self.file.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(min(self._read, size))  # somebody may have emptied it
+            written, newline, _ = file.read().rpartition(b"\n")
+            self._read = min(self._read, size) + len(written + newline)
+        lines = written.decode(errors="replace").splitlines()
+        return [line for line in lines if line.startswith(MARK)]
+
+
 @dataclass(frozen=True)
 class Pages:
-    """addresses: {"Dagster": URL, "MLflow": URL}; servers: what is behind them."""
+    """addresses: {"Dagster": URL, "MLflow": URL}; servers: what is behind them; messages: what they
+    write, None where that is on the terminal."""
 
     addresses: dict[str, str]
     servers: tuple[Server, ...]
+    messages: Messages | None
 
     def revive(self) -> None:
         for server in self.servers:
@@ -61,18 +103,20 @@ class Pages:
 
 
 @contextmanager
-def pages(settings: Settings, dagster_port: int, mlflow_port: int) -> Iterator[Pages]:
+def pages(
+    settings: Settings, dagster_port: int, mlflow_port: int, verbose: bool = False
+) -> Iterator[Pages]:
     """Both pages, once they answer, and Dagster's daemon; all are ended on leaving, and so are the
     runs that the daemon has launched: they go on where they were when they are launched again.
 
     A run of the command line may be writing meanwhile. Where MLFLOW_TRACKING_URI names a server,
     its address is given and none is started. Raises InputError where a port is taken, RuntimeError
-    where a server ends as soon as it has begun.
+    where a server ends as soon as it has begun. verbose: servers write on the terminal.
     """
     addresses = {"Dagster": f"http://{HOST}:{dagster_port}"}
     ports = {"--dagster-port": dagster_port}
     if settings.mlflow_uri.startswith("http"):
-        addresses["MLflow"] = masked(settings.mlflow_uri)
+        addresses["MLflow"] = masked(settings.mlflow_uri).rstrip("/")
     else:
         addresses["MLflow"] = f"http://{HOST}:{mlflow_port}"
         ports["--mlflow-port"] = mlflow_port
@@ -81,12 +125,17 @@ def pages(settings: Settings, dagster_port: int, mlflow_port: int) -> Iterator[P
             raise InputError(f"{option} {port}: is in use; name another")
     commands = _commands(dagster_port, mlflow_port if len(ports) == 2 else None)
     # Its URI may hold a password, which everybody would read among a command's arguments.
-    environment = LOOKING | os.environ | QUIET | {"MLFLOW_BACKEND_STORE_URI": settings.mlflow_uri}
+    environment = LOOKING | os.environ | QUIET | {"UVICORN_APP_DIR": FIRST}
+    environment["PYTHONPATH"] = os.pathsep.join([FIRST, *_python_path()])
+    environment["MLFLOW_BACKEND_STORE_URI"] = settings.mlflow_uri
     environment["LENS_MLFLOW_PAGE"] = addresses["MLflow"]
     with open_instance(settings) as instance, _alone(settings) as lock:
-        assert Tracking(settings).experiment_id  # creates the database before two servers would
+        # Asking creates the database before two servers would.
+        addresses["MLflow"] = experiment_page(addresses["MLflow"], Tracking(settings).experiment_id)
         release_dead_runs(instance)
-        found = Pages(addresses, tuple(Server(command, environment, lock) for command in commands))
+        messages = None if verbose else Messages(settings.dagster_home / "servers.log")
+        servers = (Server(command, environment, lock, messages) for command in commands)
+        found = Pages(addresses, tuple(servers), messages)
         try:
             while not all(_answers(port) for port in ports.values()):
                 found.revive()
@@ -98,6 +147,11 @@ def pages(settings: Settings, dagster_port: int, mlflow_port: int) -> Iterator[P
                 end_launched_runs(instance)
             finally:
                 _end(found.servers)
+
+
+def _python_path() -> list[str]:
+    """What PYTHONPATH says."""
+    return [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
 
 
 @contextmanager
@@ -146,18 +200,22 @@ def _answers(port: int) -> bool:
         return probe.connect_ex((HOST, port)) == 0
 
 
-def serve(settings: Settings, dagster_port: int, mlflow_port: int) -> int:
-    """Serve `pages` until Ctrl-C; prints their addresses once they answer. A server that ends, or
-    is killed, is started again."""
+def serve(settings: Settings, dagster_port: int, mlflow_port: int, verbose: bool = False) -> int:
+    """Serve `pages` until Ctrl-C; prints their addresses once they answer, and alerts. A server
+    that ends, or is killed, is started again."""
     if not settings.dagster_home.exists():
         log.warning("LENS_HOME: %s is new: nothing has run there yet", settings.home)
     try:
-        with pages(settings, dagster_port, mlflow_port) as found:
+        with pages(settings, dagster_port, mlflow_port, verbose) as found:
             for name, address in found.addresses.items():
-                print(f"{name:8} {address}", flush=True)
+                print(f"{name:8} {address}")
+            if found.messages is not None:
+                print(f"Messages {found.messages.file}")
             print("Ctrl-C ends both.", flush=True)
             while True:
                 time.sleep(0.5)
+                for told in found.messages.new_alerts() if found.messages else ():
+                    log.warning("%s", told)
                 found.revive()
     except KeyboardInterrupt:
         return 0

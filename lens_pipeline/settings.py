@@ -24,6 +24,8 @@ OTHERS = (
     *("LENS_CODE_HOST", "LENS_CODE_PORT", "LENS_DAGSTER_PORT"),
     *("LENS_MLFLOW_PORT", "LENS_MLFLOW_HOSTS", "LENS_MLFLOW_ORIGINS"),
 )
+# Where `lens-pipeline show` serves what it is not told to serve elsewhere.
+HOST, DAGSTER_PORT, MLFLOW_PORT = "127.0.0.1", 3000, 5000
 SECRET = re.compile("sig|token|key|secret|password|credential", re.IGNORECASE)
 
 
@@ -154,7 +156,8 @@ class Settings(BaseSettings):
         default=None,
         pattern="^https?://[^@?]+$",  # results name it: neither password nor token
         description="Address of MLflow's pages, for links to them; by default that of "
-        "MLFLOW_TRACKING_URI, where it is a server's.",
+        "MLFLOW_TRACKING_URI, where it is a server's, or of `lens-pipeline show`, where it is not "
+        "set.",
     )
     deployment: Literal["local", "staging", "production"] = Field(
         default="local", description="Name of this deployment; tagged on every run."
@@ -286,13 +289,17 @@ class Settings(BaseSettings):
         return self.home / "mlflow.db"
 
     @property
+    def _own_mlflow_uri(self) -> str:
+        return f"sqlite:///{self.mlflow_database}"
+
+    @property
     def mlflow_uri(self) -> str:
         """The tracking URI: the environment's own, or a SQLite file in LENS_HOME.
 
         Without the user and password of a server: MLflow would show them in its errors, and takes
         them from the environment; see `mlflow_credentials`.
         """
-        uri = self.tracking_uri or f"sqlite:///{self.mlflow_database}"
+        uri = self.tracking_uri or self._own_mlflow_uri
         if not uri.startswith("http"):
             return uri
         parts = urlsplit(uri)
@@ -313,9 +320,11 @@ class Settings(BaseSettings):
     @property
     def mlflow_pages(self) -> str | None:
         """The address under which MLflow's pages are, without a slash at its end; None where none
-        is known."""
+        is known. A home's own records are shown by `show`, unless it is told otherwise here."""
         served = self.mlflow_uri if self.mlflow_uri.startswith("http") else None
-        address = self.mlflow_page or served
+        own = self.mlflow_uri == self._own_mlflow_uri  # MLflow itself puts it into the environment
+        shown = f"http://{HOST}:{MLFLOW_PORT}" if own else None
+        address = self.mlflow_page or served or shown
         return address and address.rstrip("/")
 
     @property

@@ -14,6 +14,11 @@ from lens_pipeline.errors import masked
 
 INTERRUPTED = 130
 GRACE = 8  # seconds that an interrupted run has for an orderly end
+# Of a command and all that it starts. The image sets the same, for what is started there.
+ENVIRONMENT = {
+    "PYTHONSAFEPATH": "1",  # else `yaml.py` in the working directory would be taken for the library
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # Dagster's is off in dagster.yaml
+}
 
 
 class _Terminal(logging.StreamHandler[TextIO]):
@@ -29,6 +34,12 @@ class _Terminal(logging.StreamHandler[TextIO]):
 
 
 _terminal = _Terminal()
+
+
+def prepare_environment() -> None:
+    """See ENVIRONMENT; whoever has set one of these otherwise is left alone."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def configure_logging(verbose: bool) -> None:

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 
 EXPERIMENT = "lens_pipeline"
+ABOUT = (
+    "A run for each training of a network, with its settings and curves, and for each registered "
+    "ensemble, with its figures on the test split and its report. `lens.dagster_run_id` names the "
+    "run of Dagster that made it."
+)
 STEP_KEY = "lens.step_key"
 HOME = "lens.home"
 DATASET_VERSION = "lens.dataset_version"
@@ -58,6 +63,17 @@ def flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{name}"] = value
     return found
+
+
+def page_address(pages: str, path: str) -> str:
+    """The address of one of MLflow's pages, in the mode in which it shows curves and models: it
+    opens in one for language models. pages: their address, without a slash at its end."""
+    return f"{pages}/#/{path}?workflowType=machine_learning"
+
+
+def experiment_page(pages: str, experiment_id: str) -> str:
+    """The address of the page that lists an experiment's runs; see `page_address`."""
+    return page_address(pages, f"experiments/{experiment_id}/runs")
 
 
 def keep_waits_short() -> None:
@@ -118,13 +134,16 @@ class Tracking:
                 return str(found.experiment_id)
             served = self.settings.mlflow_uri.startswith("http")
             location = None if served else self.settings.artifact_location
-            return str(self.client.create_experiment(EXPERIMENT, location))
+            tags = {"mlflow.note.content": ABOUT}  # its description
+            return str(self.client.create_experiment(EXPERIMENT, location, tags))
 
     def run_page(self, run_id: str, artifact: str | None = None) -> str | None:
         """The address of a run's page, or of an artifact's on it; None where MLflow serves none."""
         pages = self.settings.mlflow_pages
         shown = f"/artifacts/{quote(artifact)}" if artifact else ""
-        return pages and f"{pages}/#/experiments/{self.experiment_id}/runs/{run_id}{shown}"
+        if pages is None:
+            return None
+        return page_address(pages, f"experiments/{self.experiment_id}/runs/{run_id}{shown}")
 
     @property
     def _home(self) -> str:

@@ -96,12 +96,20 @@ class Pages:
 
 
 class Served(Pages):
-    """A context in which `home` is served; `environment` is added to this process's own.
+    """A context in which `home` is served; `environment` is added to this process's own, `folder`
+    is the working directory, by default this process's.
 
     dagster, mlflow: addresses; log: what the command has written.
     """
 
-    def __init__(self, home: Path, log: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        home: Path,
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self._folder = folder
         self.home, self._log, self._environment = home, log, dict(environment or {})
         ports = free_ports(2)
         self.dagster, self.mlflow = (f"http://127.0.0.1:{port}" for port in ports)
@@ -111,7 +119,11 @@ class Served(Pages):
     def __enter__(self) -> Self:
         with self._log.open("wb") as log:
             self.server = subprocess.Popen(
-                self._command, stdout=log, stderr=log, env=os.environ | self._environment
+                self._command,
+                stdout=log,
+                stderr=log,
+                cwd=self._folder,
+                env=os.environ | self._environment,
             )
         until(lambda: "Ctrl-C" in self.log or self.server.poll() is not None, 120, "pages")
         assert self.server.poll() is None, self.log

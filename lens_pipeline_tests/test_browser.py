@@ -139,3 +139,19 @@ def test_mlflow_shows_the_version_with_its_alias(served: Served, page: Page) -> 
     page.goto(f"{served.mlflow}/#/models/lens_ensemble/versions/1")
     expect(page.get_by_text("lens.dataset_version")).to_be_visible()
     expect(page.get_by_text("challenger").first).to_be_visible()
+
+
+def test_a_report_fits_on_paper_and_on_a_telephone(home: Path, page: Page) -> None:
+    (report,) = home.glob("reports/*/report.html")
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 698, "height": 1000})  # A4 between its margins
+    page.goto(report.as_uri())
+    cut = "() => [...document.querySelectorAll('*')].filter(e => e.scrollWidth > innerWidth).length"
+    assert page.evaluate(cut) == 0
+    assert page.context.browser is not None
+    with page.context.browser.new_context(
+        is_mobile=True, viewport={"width": 400, "height": 800}
+    ) as telephone:
+        held = telephone.new_page()
+        held.goto(report.as_uri())
+        assert held.evaluate("innerWidth") == 400

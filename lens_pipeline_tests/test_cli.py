@@ -17,7 +17,7 @@ from lens_pipeline.cli import main
 from lens_pipeline.errors import InputError
 from lens_pipeline.runner import prepare_home
 from lens_pipeline.settings import Settings
-from lens_pipeline_tests.conftest import client_of
+from lens_pipeline_tests.conftest import client_of, program_says
 
 NOBODY = 65534  # the number of a user who owns nothing
 
@@ -144,6 +144,15 @@ def test_who_opens_a_home_where_nothing_has_run_is_told(
         assert told in capsys.readouterr().err
         assert main([*show, "--home", str(own_home)]) == 2
         assert "is new" not in capsys.readouterr().err
+
+
+def test_nothing_that_a_command_starts_tells_mlflows_makers_of_it(tmp_path: Path) -> None:
+    program = (
+        "import sys, subprocess; from lens_pipeline.cli import main; main(['promote', '3']); "
+        "ask = 'from mlflow.environment_variables import MLFLOW_DISABLE_TELEMETRY as off; "
+        "print(off.get())'; subprocess.run([sys.executable, '-c', ask], check=True)"
+    )
+    assert program_says(program, cwd=tmp_path, env=os.environ).split() == ["True"]
 
 
 @pytest.mark.parametrize("folder", [".", "dagster"])

@@ -123,11 +123,12 @@ def test_published_shards_that_are_observed_are_described_as_all_else_is(
     ]
 
 
-def test_a_members_run_config_has_the_bounds_and_help_of_its_settings() -> None:
+def test_a_members_run_config_takes_its_settings_as_the_files_do() -> None:
+    """`1e-4` is text for YAML."""
     definitions = make_definitions(Settings.load(archs="resnet18"))
     job = definitions.resolve_job_def("full_pipeline")
-    good = {"ops": {"checkpoints__resnet18": {"config": {"training": {"epochs": 2}}}}}
-    assert dg.validate_run_config(job, good)
+    good = {"training": {"epochs": 2, "learning_rate": "1e-4"}, "model": {"dropout_rate": 0.1}}
+    assert dg.validate_run_config(job, {"ops": {"checkpoints__resnet18": {"config": good}}})
     for bad in ({"training": {"epoch": 2}}, {"training": {"epochs": "two"}}):
         config = {"ops": {"checkpoints__resnet18": {"config": bad}}}
         with pytest.raises(dg.DagsterInvalidConfigError):
@@ -184,10 +185,20 @@ def test_near_duplicates_are_warned_of_and_stop_nothing(
 
 
 def test_a_run_has_as_many_steps_at_a_time_as_its_deployment_can_hold() -> None:
-    def at_a_time(deployment: str) -> int:
-        executor = make_definitions(Settings.load(deployment=deployment)).executor
-        assert isinstance(executor, dg.ExecutorDefinition)
-        return int(executor.apply_config_mapping({"config": {}}).value["config"]["max_concurrent"])
+    def at_a_time(deployment: str, **chosen: int) -> int:
+        job = make_definitions(Settings.load(deployment=deployment)).resolve_job_def("training")
+        config = dg.validate_run_config(job, {"execution": {"config": chosen}})["execution"]
+        assert "lens_pipeline.definitions" in str(config["multiprocess"]["start_method"])
+        return int(config["multiprocess"]["max_concurrent"])
 
     assert at_a_time("local") < at_a_time("staging")
     assert at_a_time("production") == 0  # a core each
+    assert at_a_time("staging", max_concurrent=1) == 1
+    with pytest.raises(dg.DagsterInvalidConfigError, match="max_concurrnet"):
+        at_a_time("local", max_concurrnet=1)
+
+
+def test_whatever_is_launched_by_hand_or_by_itself_says_what_it_does() -> None:
+    definitions = make_definitions(Settings.load(archs="resnet18"))
+    listed = [*definitions.jobs, *definitions.schedules, *definitions.sensors]
+    assert [one.name for one in listed if not one.description] == []

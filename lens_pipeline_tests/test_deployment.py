@@ -27,6 +27,7 @@ from lens_pipeline.commit import code_commit
 from lens_pipeline.defs.stages import REGISTERED
 from lens_pipeline.runner import open_instance
 from lens_pipeline.settings import Settings
+from lens_pipeline.terminal import ENVIRONMENT
 from lens_pipeline_tests.conftest import client_of
 from lens_pipeline_tests.object_stores import free_ports
 from lens_pipeline_tests.postgres import PASSWORD, PROGRAMS
@@ -112,6 +113,11 @@ def test_what_is_built_knows_its_commit_and_no_env_file_hides_it(
     assert said.strip() == code_commit()
     monkeypatch.setenv(name, 40 * "a")
     assert code_commit() == 40 * "a"
+
+
+def test_what_is_started_in_the_image_has_the_environment_of_a_command() -> None:
+    image = (DEPLOY / "Dockerfile").read_text()
+    assert [name for name, value in ENVIRONMENT.items() if f"{name}={value}" not in image] == []
 
 
 def test_mlflow_answers_behind_a_proxy_that_is_named_and_behind_no_other(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The README's code for notebooks, as it stands there."""
+"""The README's code for notebooks, and its table of metrics, as they stand there."""
 
 import re
 import shutil
@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+
+from lens_pipeline.evaluation.report import MORE_COLUMNS
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -40,3 +42,11 @@ def test_the_code_for_notebooks_runs(
     assert found["lenses"].shape == ((found["train"].labels == 1).sum(), 3, 32, 32)
     assert found["lenses"].dtype == np.float16
     assert set(found["metrics"]["auroc"]) == {"value", "low", "high"}
+
+
+def test_the_report_lists_its_figures_in_the_order_of_the_readme() -> None:
+    section = README.read_text().partition("## Reading the report")[2].partition("\n## ")[0]
+    listed = re.findall(r"^\| (.+?) \|", section, re.M)
+    listed = [title.removesuffix(", 1e-3, 1e-4") for title in listed if title[0] not in "-–|"]
+    titles = [t for t in MORE_COLUMNS.values() if t not in ("TPR at FPR 1e-3", "TPR at FPR 1e-4")]
+    assert ", ".join(titles) == ", ".join(listed)

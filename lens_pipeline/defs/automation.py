@@ -157,6 +157,7 @@ def schedules(settings: Settings) -> list[dg.ScheduleDefinition]:
             job=cleaning,
             cron_schedule="0 2 * * *",
             execution_timezone=settings.time_zone,
+            description="Launches cleaning, which removes what LENS_KEEP_DAYS says.",
         )
     except dg.DagsterInvalidDefinitionError as problem:
         raise InputError(f"LENS_RETRAIN_CRON, LENS_TIME_ZONE: {problem}") from None

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
-from pydantic import BaseModel, create_model
+from pydantic import BaseModel, Field, create_model
 
 from lens_pipeline import presets
 from lens_pipeline.defs.resources import LensHome
@@ -41,7 +41,12 @@ CHANCE = 0.5  # AUROC of a coin
 
 
 def dagster_config(defaults: BaseModel, without: Iterable[str] = ()) -> type[dg.Config]:
-    """The Dagster config of a pydantic model: its fields, bounds and help, these defaults."""
+    """The Dagster config of a pydantic model: its fields with their help and these defaults.
+
+    Without their bounds: what Dagster makes of a config before a step begins is tried again like
+    all that fails by chance. The model itself refuses what is out of them, and takes for numbers
+    what YAML takes for text, as `1e-3`, which Dagster's own Float does not let through.
+    """
     fields: dict[str, Any] = {}
     for name, info in type(defaults).model_fields.items():
         value = getattr(defaults, name)
@@ -51,9 +56,8 @@ def dagster_config(defaults: BaseModel, without: Iterable[str] = ()) -> type[dg.
             section = dagster_config(value, presets.DECIDED.get(name, ()))
             fields[name] = (section, section())
         else:
-            field = info._copy() if hasattr(info, "_copy") else info
-            field.default = value
-            fields[name] = (info.annotation, field)
+            kind = Any if info.annotation is float else info.annotation
+            fields[name] = (kind, Field(default=value, description=info.description))
     return create_model(type(defaults).__name__, __base__=(dg.Config,), **fields)
 
 

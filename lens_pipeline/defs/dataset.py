@@ -58,6 +58,7 @@ COLUMNS = {
     "group": "What falls into one split together: host galaxy, sky region.",
     "split": "Stated by the catalogue; where it is empty, the group decides.",
     "kind": "What the cutout shows: a lens, or which non-lens.",
+    "defect": "The kind of image defect, empty where there is none.",
     "survey": "Whose image it is.",
     "ra": "Degrees.",
     "dec": "Degrees.",
@@ -65,12 +66,35 @@ COLUMNS = {
     "bands": "Those of the image, in its order.",
     "flux_unit": "`background_sigma` where pixels are in that unit already.",
     "simulated": "Whether the cutout is simulated.",
-    "einstein_radius": "Arcsec.",
-    "velocity_dispersion": "Of the lens, km/s.",
-    "z_lens": "Redshift of the lens.",
+    "host": "The id of the real galaxy that is the lens galaxy; empty where it is simulated.",
+    "z_lens": "Redshift of the lens galaxy.",
+    "velocity_dispersion": "Of the lens galaxy, km/s.",
+    "axis_ratio": "Minor over major axis of the lens galaxy's mass and light.",
+    "position_angle": "Of the lens galaxy's major axis, radians from +x (along columns) towards +y "
+    "(along rows).",
+    "x": "Of the lens galaxy, along columns, arcsec from the middle of the cutout.",
+    "y": "Of the lens galaxy, along rows, arcsec from the middle of the cutout.",
+    "lens_radius": "Half-light radius of the lens galaxy along sqrt(major x minor axis), arcsec.",
+    "lens_magnitude": "Of the lens galaxy, AB, in r.",
+    "lens_g_r": "Colour g - r of the lens galaxy, mag.",
+    "lens_r_i": "Colour r - i of the lens galaxy, mag.",
     "z_source": "Redshift of the source.",
+    "einstein_radius": "Arcsec.",
+    "shear": "External shear; no unit.",
+    "shear_angle": "Of the shear, radians from +x towards +y.",
+    "magnification": "Of the source's flux, in all its images together.",
     "arc_snr": "Signal-to-noise ratio of the arcs, in the best band.",
-    "source_magnitude": "AB, unlensed.",
+    "arc_contrast": "The arc's light over the lens galaxy's, where it stands out.",
+    "source_galaxy": "The name of the real galaxy that is the source; empty where that is smooth.",
+    "source_x": "Of the source before lensing, along columns, arcsec from the lens galaxy.",
+    "source_y": "Of the source before lensing, along rows, arcsec from the lens galaxy.",
+    "source_radius": "Half-light radius of the source, unlensed, along sqrt(major x minor axis), "
+    "arcsec.",
+    "source_axis_ratio": "Minor over major axis of a smooth source.",
+    "source_angle": "Of the source's major axis, radians from +x towards +y.",
+    "source_magnitude": "Of the source, unlensed, AB, in r.",
+    "source_g_r": "Colour g - r of the source, mag.",
+    "source_r_i": "Colour r - i of the source, mag.",
 }
 log = logging.getLogger(__name__)
 
@@ -212,7 +236,7 @@ def cutout_catalogue(lens: LensHome) -> dg.MaterializeResult:
     )
 
 
-def _counts_table(counts: Mapping[str, Mapping[str, int]], by: str) -> dg.TableMetadataValue:
+def _counts_table(counts: Mapping[str, Mapping[str, int]], by: str) -> dg.MetadataValue:
     """Cutouts of each class by split or survey, and the fraction of lenses among the labelled."""
     import pandas as pd
 
@@ -221,12 +245,12 @@ def _counts_table(counts: Mapping[str, Mapping[str, int]], by: str) -> dg.TableM
     return table(rows.assign(lens_fraction=rows["n_lens"] / labelled))
 
 
-def _kinds_table(rows: "pd.DataFrame") -> dg.TableMetadataValue:
+def _kinds_table(rows: "pd.DataFrame") -> dg.MetadataValue:
     """How many cutouts there are of each kind, of the most frequent ones."""
     return table(rows["kind"].value_counts().rename("n").head(FIRST).reset_index())
 
 
-def _surveys_table(rows: "pd.DataFrame") -> dg.TableMetadataValue:
+def _surveys_table(rows: "pd.DataFrame") -> dg.MetadataValue:
     """Cutouts of each class by survey: where their mixtures differ, a network may learn to tell the
     surveys in place of the lenses."""
     from lens_pipeline.catalogue.splits import class_counts
@@ -365,8 +389,8 @@ def processed_dataset(
             "reject fraction": len(rejects) / dataset.facts["n_rows"],
             "first rejects": table(rejects.head(FIRST)),
             STATISTICS: dg.MetadataValue.json(pixels),
-            **{
-                f"{name} of {band}": value
+            **{  # numbers, of which Dagster draws the history
+                f"{name} of {band}": float(f"{value:.4g}")
                 for band, of_band in pixels["statistics"].items()
                 for name, value in of_band.items()
             },

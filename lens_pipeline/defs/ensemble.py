@@ -187,7 +187,12 @@ def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
         """
         import pyarrow.parquet as pq
 
-        from lens_pipeline.evaluation.report import forecast_table, kinds_table, surveys_table
+        from lens_pipeline.evaluation.report import (
+            NOTHING_TO_EXPECT,
+            forecast_table,
+            kinds_table,
+            surveys_table,
+        )
         from lens_pipeline.evaluation.result import ENSEMBLE as FUSED
         from lens_pipeline.evaluation.result import SCORES, read_evaluation
 
@@ -231,6 +236,10 @@ def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
         )
         scores = pq.ParquetFile(step.folder / SCORES)
         columns = scores.schema_arrow.empty_table().to_pandas()
+        of_members = {
+            f"probability_{member.name}": f"That of {member.name} alone, by its own calibration."
+            for member in members
+        }
         metrics = evaluation.metrics[FUSED]
         surveys = {name: of[FUSED] for name, of in evaluation.surveys.items()}
         figures = {
@@ -247,13 +256,13 @@ def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
                     if (step.folder / f"{name}.png").is_file()
                 },
                 "members": _members_table(lens.tracking, ensemble.folder, evaluation.metrics),
-                "forecast": table(forecast_table(evaluation.forecast)),
+                "forecast": table(forecast_table(evaluation.forecast), NOTHING_TO_EXPECT),
                 **({"surveys": table(surveys_table(surveys))} if surveys else {}),
                 **({"kinds": table(kinds_table(evaluation.kinds))} if evaluation.kinds else {}),
                 **figures,
                 "report": dg.MetadataValue.path(str(step.folder / "report.html")),
                 "dagster/row_count": scores.metadata.num_rows,
-                "dagster/column_schema": column_schema(columns, COLUMNS),
+                "dagster/column_schema": column_schema(columns, COLUMNS | of_members),
             },
             checks=(
                 dg.AssetCheckResult(

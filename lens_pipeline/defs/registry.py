@@ -129,7 +129,6 @@ def registry_stage(published: bool) -> Stage:
                 "seconds": seconds,
                 "reused": reused,
                 "versions": _versions_table(registry),
-                "model version": link(registry.version_page(number), number),
                 "MLflow run": link(page(run_id), run_id),
                 "report": link(page(run_id, REPORT), dg.MetadataValue.path(report)),
                 "AUROC": evaluation.metrics[FUSED]["auroc"]["value"],

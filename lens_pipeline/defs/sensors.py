@@ -1,6 +1,7 @@
 """What is watched: the source, the registry, and runs that fail."""
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from typing import Any, Final
@@ -22,6 +23,8 @@ WILL_RETRY = "dagster/will_retry"
 FAILURE: Final = dg.DagsterEventType.RUN_FAILURE
 LOOK = 3600  # seconds between looks at all cutouts of a catalogue that has not changed
 AT_ONCE = 20  # failures that a tick tells of
+BY_CLICK = "__ASSET_JOB"  # Dagster's name for the job of what is materialised asset by asset
+NAMED = 3  # assets in a message
 
 
 @dg.sensor(
@@ -199,20 +202,34 @@ def _tell_of_failure(
 ) -> None:
     failed = instance.get_records_for_run(run.run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
     events = [record.event_log_entry.get_dagster_event() for record in failed.records]
-    reason = "; ".join(f"{event.step_key}: {_reason(event)}" for event in events)
+    reason = "; ".join(_reason(event) for event in events)
     again = "; it is tried again" if run.tags.get(WILL_RETRY) == "true" else ""
     alert(
         settings,
-        f"run {run.run_id[:8]} of {run.job_name} failed{again}: "
+        f"run {run.run_id[:8]} of {made_by(run)} failed{again}: "
         f"{reason or failure.get_dagster_event().message}",
         run=run.run_id,
         job=run.job_name,
     )
 
 
+def made_by(run: dg.DagsterRun) -> str:
+    """The job of a run, in a message; of what was materialised by a click, the assets."""
+    if not run.job_name.startswith(BY_CLICK) or not run.asset_selection:
+        return run.job_name
+    assets = sorted(key.to_user_string() for key in run.asset_selection)
+    more = len(assets) - NAMED
+    return ", ".join(assets[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
 def _reason(event: dg.DagsterEvent) -> str:
-    """What a step raised, in a line: the first cause, without Dagster's own wrapping."""
+    """What a step raised, in a line that begins with the step, or its asset: the first cause,
+    without Dagster's own wrapping. Bad input says itself what it is, of another error its class
+    does."""
+    where = (event.step_key or "").replace("__", "/")  # as in the key of the asset
     error = event.step_failure_data.error
     while error is not None and error.cause is not None:
         error = error.cause
-    return " ".join(error.message.split()) if error is not None else (event.message or "")
+    said = " ".join((error.message if error is not None else event.message or "").split())
+    said = re.sub(rf"^{re.escape(InputError.__module__)}\.\w+: ", "", said)
+    return f"{where}: {said.removeprefix(f'{where}: ')}"

@@ -277,17 +277,28 @@ def linked_table(
 
 
 def column_schema(rows: "pd.DataFrame", help_of: Mapping[str, str]) -> dg.TableSchema:
-    """The columns of a table as the UI lists them, those that are known with what they mean."""
+    """The columns of a table as the UI lists them, those that are known with what they mean.
+
+    Text is text: pandas has several types for it, by where the table was read from.
+    """
+    from pandas.api.types import is_object_dtype, is_string_dtype
+
     return dg.TableSchema(
         [
-            dg.TableColumn(str(name), type=str(kind), description=help_of.get(str(name)))
+            dg.TableColumn(
+                str(name),
+                type="text" if is_string_dtype(kind) or is_object_dtype(kind) else str(kind),
+                description=help_of.get(str(name)),
+            )
             for name, kind in rows.dtypes.items()
         ]
     )
 
 
-def table(rows: "pd.DataFrame") -> dg.TableMetadataValue:
-    """A data frame as metadata that the UI shows as a table."""
+def table(rows: "pd.DataFrame", otherwise: str = "none") -> dg.MetadataValue:
+    """A data frame as metadata that the UI shows as a table, or what it says where no row is."""
+    if rows.empty:
+        return dg.MetadataValue.text(otherwise)
     return dg.MetadataValue.table(
         [
             dg.TableRecord({str(name): _shown(value) for name, value in row.items()})

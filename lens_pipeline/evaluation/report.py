@@ -22,16 +22,25 @@ COLUMNS = {
     "tpr_at_fpr_1e-2": "TPR at FPR 1e-2",
     "ece": "calibration error",
 }
-MORE_COLUMNS = COLUMNS | {
+# In the order of the README: ranking, its end without false positives, calibration.
+MORE_COLUMNS = {
+    "auroc": COLUMNS["auroc"],
+    "average_precision": COLUMNS["average_precision"],
     "tpr0": "TPR0",
     "tpr10": "TPR10",
+    "tpr_at_fpr_1e-2": COLUMNS["tpr_at_fpr_1e-2"],
     "tpr_at_fpr_1e-3": "TPR at FPR 1e-3",
     "tpr_at_fpr_1e-4": "TPR at FPR 1e-4",
     "precision_at_k": "precision at k",
+    "ece": COLUMNS["ece"],
     "ece_top": "calibration error, highest tenth",
     "brier": "Brier score",
 }
 UNRESOLVED = "–"
+NOTHING_TO_EXPECT = (
+    "No threshold finds a lens at a false positive rate that the sample resolves: what a survey "
+    "may expect cannot be told."
+)
 # By what a cutout is found again, as it is printed.
 TRACED = {"id": "{}", "kind": "{}", "probability": "{:.4f}", "ra": "{:.5f}", "dec": "{:.5f}"}
 LONG = 20  # rows of a table that is folded up
@@ -253,6 +262,12 @@ figure { display: inline-block; margin: 0 1rem 1.5rem 0; vertical-align: top; ma
 figure.narrow { max-width: min(100%, 25rem); }
 figure img { max-width: 100%; } figcaption { color: #555; font-size: .9rem; }
 .passed { color: #00693e; } .failed { color: #a33b00; }
+@media print {
+  body { max-width: none; margin: 0; padding: 0; }
+  .wide { overflow: visible; } table { font-size: 8pt; }
+  th, td { white-space: normal; overflow-wrap: anywhere; padding-right: .5rem; }
+  figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; }
+}
 """
 
 
@@ -307,6 +322,7 @@ def write_report(
         parts += [_table(caption, table) for caption, table in section.tables.items()]
     path.write_text(
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        '<meta name=viewport content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
         f"<body>{''.join(parts)}</body></html>\n"
     )

@@ -203,10 +203,8 @@ def reliability_figure(label: ArrayLike, probability: ArrayLike) -> Figure:
     errors = [np.maximum(observed - low, 0), np.maximum(high - observed, 0)]
     axes.errorbar(predicted, observed, errors, fmt="o", color=LENS, capsize=2, markersize=4)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    axes.text(
-        0.98, 0.03, f"{len(labels)} cutouts, {len(parts)} equal bins",
-        transform=axes.transAxes, ha="right", fontsize=FONT, color="0.35",
-    )  # fmt: skip
+    about = f"{len(labels)} cutouts, {len(parts)} equal bins"
+    axes.set_title(about, loc="right", fontsize=FONT, color="0.35")  # a bar may be anywhere below
     return figure
 
 
@@ -231,7 +229,8 @@ def score_histogram_figure(label: ArrayLike, probability: ArrayLike) -> Figure:
         axes.set_yscale("symlog", linthresh=10)
         axes.yaxis.set_major_formatter("{x:g}")
     axes.set(xlim=(0, 1), ylim=(0, None))
-    axes.legend(frameon=False, fontsize=FONT, loc="upper center")
+    above: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2}
+    axes.legend(frameon=False, fontsize=FONT, **above)
     return figure
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from lens_pipeline.evaluation.origins import REAL, described
 from lens_pipeline.evaluation.report import (
+    NOTHING_TO_EXPECT,
     Picture,
     Section,
     completeness_table,
@@ -68,6 +69,9 @@ def score_sections(
     )
     if forecast["rests_on"] != REAL:
         survey += f" {WARNING}"
+    expected = forecast_table(forecast)
+    if expected.empty:
+        survey += f" {NOTHING_TO_EXPECT}"
     return [
         Section(
             "Ranking",
@@ -109,7 +113,7 @@ def score_sections(
         Section(
             "What a survey may expect",
             survey,
-            tables={"Expected numbers, by threshold": forecast_table(forecast)},
+            tables={"Expected numbers, by threshold": expected} if len(expected) else {},
             pictures=[
                 Picture(
                     "purity",

@@ -86,10 +86,37 @@ def test_a_failed_run_is_told_once_with_where_and_why(
         sensor.tick()
     (told,) = webhook.posted
     assert told["text"] == (
-        f"run {run[:8]} of failing failed: spoils: "
-        "lens_pipeline.errors.InputError: catalogue.csv: row 7: label 2 is neither 0 nor 1"
+        f"run {run[:8]} of failing failed: spoils: catalogue.csv: row 7: label 2 is neither 0 nor 1"
     )
     assert (told["run"], told["job"]) == (run, "failing")
+
+
+def test_of_what_was_made_by_a_click_the_assets_are_named(
+    instance: dg.DagsterInstance, webhook: Webhook
+) -> None:
+    names = ("lastro", "resnet18", "deeplens", "vit_b_16")
+
+    def made(name: str) -> dg.AssetsDefinition:
+        @dg.asset(key=["checkpoints", name])
+        def checkpoint() -> None:
+            if name == "lastro":
+                raise OSError("no room")
+
+        return checkpoint
+
+    sensor = Sensor("failed_runs", instance)
+    sensor.tick()
+    job = dg.Definitions([made(name) for name in names]).resolve_implicit_global_asset_job_def()
+    for chosen in (names[:1], names):
+        keys = [dg.AssetKey(["checkpoints", name]) for name in chosen]
+        job.execute_in_process(instance=instance, raise_on_error=False, asset_selection=keys)
+    sensor.tick()
+    said = [text.partition(" of ")[2] for text in webhook.texts]
+    reason = "failed: checkpoints/lastro: OSError: no room"
+    assert said == [
+        f"checkpoints/lastro {reason}",
+        f"checkpoints/deeplens, checkpoints/lastro, checkpoints/resnet18 and 1 more {reason}",
+    ]
 
 
 def test_a_failed_run_that_the_webhook_does_not_take_is_told_later(

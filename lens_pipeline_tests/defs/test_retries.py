@@ -12,10 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs import stages
 from lens_pipeline.defs.dataset import cutout_catalogue, processed_dataset
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.errors import InputError, NoAnswerError
+from lens_pipeline.runner import open_instance
+from lens_pipeline.settings import Settings
 from lens_pipeline_tests.faulty_proxy import FaultyProxy
 from lens_pipeline_tests.object_stores import GCSServer, S3Server
 
@@ -95,6 +98,32 @@ def test_a_store_that_is_unwell_for_a_while_costs_neither_the_run_nor_an_image(
     assert retries(ran) == [tried_again]
     shown = ran.asset_materializations_for_node("processed_dataset")[0].metadata
     assert shown["rejects"].value == 0
+
+
+def test_a_setting_out_of_its_bounds_is_named_and_not_tried_again(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that was mistyped in the launchpad."""
+    monkeypatch.setenv("LENS_HOME", str(own_home))
+    monkeypatch.setenv("LENS_PRESET", "tiny")
+    monkeypatch.setattr(stages, "AGAIN", stages.AGAIN._replace(delay=0.1))
+    settings = Settings.load()
+    member = dg.AssetKey(["checkpoints", "lastro"])
+    with open_instance(settings) as instance:
+        ran = (
+            make_definitions(settings)
+            .resolve_job_def("training")
+            .execute_in_process(
+                {"ops": {"checkpoints__lastro": {"config": {"training": {"epochs": 0}}}}},
+                instance=instance,
+                asset_selection=[member],
+                raise_on_error=False,
+            )
+        )
+    assert retries(ran) == []
+    (failed,) = [e for e in ran.all_events if e.is_step_failure]
+    said = "checkpoints/lastro: training.epochs: Input should be greater than or equal to 1"
+    assert said in failed.step_failure_data.error.message
 
 
 def test_where_somebody_waits_the_first_failure_comes_out_as_it_is(proxy: FaultyProxy) -> None:

@@ -1,6 +1,8 @@
 """What the main job checks and shows of networks, ensembles and versions."""
 
 import json
+import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from lens_pipeline.settings import Settings
 from lens_pipeline.tracking import Tracking
 
 PAGES = "http://mlflow.example:5000"
+MODE = "?workflowType=machine_learning"  # else MLflow shows an experiment as one of language models
 
 
 def checks_of(home: Path) -> dict[tuple[str, str], dg.AssetCheckEvaluation]:
@@ -61,6 +64,7 @@ def test_a_table_shows_nothing_where_there_is_nothing() -> None:
         {"label": "", "z": "", "corner": "[1, 2]"},
         {"label": "1", "z": "0.5", "corner": ""},
     ]
+    assert table(rows.head(0), "too few to tell").value == "too few to tell"
 
 
 def test_a_network_is_judged_by_what_chance_leaves_of_its_auroc(home: Path) -> None:
@@ -97,13 +101,27 @@ def test_calibration_is_judged_on_the_test_split(home: Path) -> None:
     assert check.severity == dg.AssetCheckSeverity.WARN
 
 
-def test_without_pages_of_mlflow_places_are_shown(home: Path) -> None:
-    shown = shown_of(home, "registered_ensemble")
-    assert shown["model version"].value == "1"
-    assert shown["report"].value == summary_of(home)["report"]
-    assert [row["version"] for row in markdown_rows(shown["versions"])] == ["1"]
-    run = shown_of(home, "checkpoints/lastro")["MLflow run"].value
+def test_what_is_run_links_to_where_the_homes_own_records_are_shown(home: Path) -> None:
+    """`show` serves them there, unless it is told otherwise."""
+    address = shown_of(home, "checkpoints/lastro")["MLflow run"].value
+    place, run = re.fullmatch(rf"(.*)/runs/(\w+){re.escape(MODE)}", str(address)).groups()  # type: ignore[union-attr]
+    assert place == "http://127.0.0.1:5000/#/experiments/1"
     assert MlflowClient(f"sqlite:///{home / 'mlflow.db'}").get_run(run).info.run_name == "lastro"
+
+
+def test_without_pages_of_mlflow_places_are_shown(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the records are in a database of others, which nobody knows to be served."""
+    records = f"sqlite:///{shutil.copy(own_home / 'mlflow.db', own_home.with_name('records.db'))}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", records)
+    assert main(["run", "--preset", "tiny", "--home", str(own_home)]) == 0
+    shown = shown_of(own_home, "registered_ensemble")
+    assert shown["version"].value == "1"
+    assert shown["report"].value == summary_of(own_home)["report"]
+    assert [row["version"] for row in markdown_rows(shown["versions"])] == ["1"]
+    run = shown_of(own_home, "checkpoints/lastro")["MLflow run"].value
+    assert MlflowClient(records).get_run(str(run)).info.run_name == "lastro"
 
 
 def test_with_pages_of_mlflow_there_are_links_to_them(
@@ -120,12 +138,11 @@ def test_with_pages_of_mlflow_there_are_links_to_them(
     page = f"{PAGES}/#/experiments/{run.info.experiment_id}/runs"
 
     shown = shown_of(own_home, "registered_ensemble")
-    assert shown["model version"].value == f"{PAGES}/#/models/lens_ensemble/versions/1"
-    assert shown["MLflow run"].value == f"{page}/{version.run_id}"
-    assert shown["report"].value == f"{page}/{version.run_id}/artifacts/report.html"
+    assert shown["MLflow run"].value == f"{page}/{version.run_id}{MODE}"
+    assert shown["report"].value == f"{page}/{version.run_id}/artifacts/report.html{MODE}"
     assert "report.html" in [artifact.path for artifact in client.list_artifacts(version.run_id)]
     (row,) = markdown_rows(shown["versions"])
-    assert row["version"] == f"[1]({PAGES}/#/models/lens_ensemble/versions/1)"
+    assert row["version"] == f"[1]({PAGES}/#/models/lens_ensemble/versions/1{MODE})"
     assert row["aliases"] == "challenger"
     assert float(row["AUROC"]) == pytest.approx(shown["AUROC"].value, abs=1e-5)
     assert row["gate"] == version.tags["lens.gate"]
@@ -135,11 +152,11 @@ def test_with_pages_of_mlflow_there_are_links_to_them(
     members = {found.info.run_name: found.info.run_id for found in reversed(newest)}
     rows = markdown_rows(shown_of(own_home, "ensemble_evaluation")["members"])
     assert [row["member"] for row in rows] == [
-        *(f"[{name}]({page}/{members[name]})" for name in ("light_transformer", "lastro")),
+        *(f"[{name}]({page}/{members[name]}{MODE})" for name in ("light_transformer", "lastro")),
         "ensemble",
     ]
     linked = shown_of(own_home, "checkpoints/lastro")["MLflow run"].value
-    assert linked == f"{page}/{members['lastro']}"
+    assert linked == f"{page}/{members['lastro']}{MODE}"
 
     # The bound is the setting's, and a place of pages decides nothing.
     check = checks_of(own_home)["ensemble_evaluation", "probabilities_are_calibrated"]
@@ -157,9 +174,10 @@ def test_a_servers_address_is_that_of_its_pages(tmp_path: Path) -> None:
     )
     assert settings.mlflow_pages == "https://mlflow.example/base"
     assert Registry(settings).version_page("3") == (
-        "https://mlflow.example/base/#/models/lens_ensemble/versions/3"
+        f"https://mlflow.example/base/#/models/lens_ensemble/versions/3{MODE}"
     )
-    assert Tracking(Settings.load(home=tmp_path)).run_page("run") is None
+    elsewhere = Settings.load(home=tmp_path, MLFLOW_TRACKING_URI="postgresql://db/mlflow")
+    assert Tracking(elsewhere).run_page("run") is None
 
 
 def test_the_columns_of_the_scores_are_explained(home: Path) -> None:
@@ -168,4 +186,23 @@ def test_the_columns_of_the_scores_are_explained(home: Path) -> None:
     columns = {c.name: c for c in shown["dagster/column_schema"].schema.columns}
     assert list(columns) == list(scores)
     assert "Epistemic" in (columns["std"].description or "")
+    assert "lastro alone" in (columns["probability_lastro"].description or "")
     assert shown["dagster/row_count"].value == len(scores)
+
+
+@pytest.mark.parametrize("asset", ["cutout_catalogue", "ensemble_evaluation"])
+def test_no_column_of_the_simulator_is_without_a_description(home: Path, asset: str) -> None:
+    schema = shown_of(home, asset)["dagster/column_schema"].schema
+    assert [column.name for column in schema.columns if not column.description] == []
+    kinds = {column.name: column.type for column in schema.columns}
+    assert {kinds[name] for name in ("id", "path", "kind", "source_galaxy", "bands")} == {"text"}
+    assert kinds["einstein_radius"] == "float64"
+
+
+def test_where_nothing_is_forecast_or_rejected_no_empty_table_is_shown(home: Path) -> None:
+    """After one epoch a non-lens may be the first of all, or not."""
+    forecast = shown_of(home, "ensemble_evaluation")["forecast"]
+    folder = Path(summary_of(home)["report"]).parent
+    if not json.loads((folder / "forecast.json").read_text())["rows"]:
+        assert "No threshold finds a lens" in str(forecast.value)
+    assert shown_of(home, "processed_dataset")["first rejects"].value == "none"

@@ -160,6 +160,19 @@ def test_every_cutout_is_counted_in_the_histogram() -> None:
     ]
 
 
+def test_no_words_lie_on_bars_or_points() -> None:
+    """Those may be anywhere."""
+    histogram, reliability = score_histogram_figure(LABEL, SCORE), reliability_figure(LABEL, SCORE)
+    for figure in (histogram, reliability):
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        legend = axes.get_legend()
+        words = [*axes.texts, axes.title, axes._right_title, *([legend] if legend else [])]
+        said = [word for word in words if not hasattr(word, "get_text") or word.get_text()]
+        assert said
+        assert all(word.get_window_extent().y0 >= axes.bbox.y1 for word in said)
+
+
 def test_learning_curves_show_each_epoch() -> None:
     curves = pd.DataFrame(
         {

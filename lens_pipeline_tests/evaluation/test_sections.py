@@ -83,6 +83,16 @@ def test_without_truths_and_kinds_the_report_says_so() -> None:
     assert sections[-1].tables == {}
 
 
+def test_where_no_threshold_finds_a_lens_a_sentence_says_so() -> None:
+    """In the place of a table without rows."""
+    few = sample().groupby("label").head(8)
+    worst = few.assign(probability=np.where(few["label"] == 0, 0.9, 0.1))
+    for table, told in ((worst, True), (sample(), False)):
+        (expected,) = [s for s in sections_of(table) if s.title == "What a survey may expect"]
+        assert bool(expected.tables) is not told
+        assert ("No threshold finds a lens" in expected.text) is told
+
+
 def test_figures_on_simulated_cutouts_come_with_a_warning() -> None:
     assert "promise too much" not in text_of(sections_of(sample()))
     assert "promise too much" in text_of(sections_of(sample().assign(simulated=True)))
