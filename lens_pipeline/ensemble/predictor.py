@@ -72,7 +72,7 @@ def score_dataset(
 
 def score_catalogue(
     ensemble: LensEnsemble,
-    catalogue: Catalogue | str | Path,
+    catalogue: Catalogue | pd.DataFrame | str | Path,
     options: dict[str, Any] | None = None,
     *,
     pad: bool = False,
