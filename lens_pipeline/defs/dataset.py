@@ -58,6 +58,7 @@ COLUMNS = {
     "group": "What falls into one split together: host galaxy, sky region.",
     "split": "Stated by the catalogue; where it is empty, the group decides.",
     "kind": "What the cutout shows: a lens, or which non-lens.",
+    "defect": "What is wrong with a simulated image: cosmic rays, a trail, bad columns, or nothing.",
     "survey": "Whose image it is.",
     "ra": "Degrees.",
     "dec": "Degrees.",

@@ -162,8 +162,8 @@ class SimulationConfig(_Part):
         moved = [kind for kind, weight in self.decoys.items() if weight and kind not in KEEP_HOST]
         if self.hosts is not None and moved:
             raise ValueError(
-                f"decoys: {moved[0]} rearranges the light of the host, which a real image (hosts) "
-                f"does not allow; there are {', '.join(KEEP_HOST)}"
+                f"decoys: {moved[0]} is made of the host's own light, which a real image (hosts) "
+                f"does not tell; there are {', '.join(KEEP_HOST)}"
             )
         return self
 

@@ -17,6 +17,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.simulation import population
 from lens_pipeline.simulation.config import SimulationConfig, load_config
 from lens_pipeline.simulation.decoys import choose_kinds, draw_decoys
+from lens_pipeline.simulation.defects import add_defects, choose_defects
 from lens_pipeline.simulation.hosts import HostGalaxies, RealHosts, SersicHosts
 from lens_pipeline.simulation.lenses import draw_lenses
 from lens_pipeline.simulation.pool import read_pool
@@ -46,11 +47,12 @@ class Simulation:
     table: one row a cutout.
 
     Of every cutout: `id`; `label` (1 lens, 0 not); `kind` (`lens`, or one of
-    `decoy_kinds.MIXTURE`); `group` (all that shows one source galaxy, in whatever survey, and so
-    all that shows one real host; with smooth sources, one host, or one group of real ones);
-    `survey`; `pixel_scale` (arcsec); `source_galaxy` (its name, empty where it is smooth); `host`
-    (the id of the real galaxy that is the host, empty where it is smooth), and its `ra`, `dec`
-    where the pool's catalogue has them.
+    `decoy_kinds.MIXTURE`); `defect` (of the image, one of `defects.DEFECTS`; mostly empty);
+    `group` (all that shows one source galaxy, in whatever survey, and so all that shows one real
+    host; with smooth sources, one host, or one group of real ones); `survey`; `pixel_scale`
+    (arcsec); `source_galaxy` (its name, empty where it is smooth); `host` (the id of the real
+    galaxy that is the host, empty where it is smooth), and its `ra`, `dec` where the pool's
+    catalogue has them.
     Of the host galaxy: `z_lens`, `velocity_dispersion` (km/s), `axis_ratio`, `position_angle`
     (radians from +x, along columns, towards +y, along rows), `x`, `y` (arcsec from the middle),
     `lens_radius` (half-light, arcsec), `lens_magnitude` (AB, r), `lens_g_r`, `lens_r_i` (mag);
@@ -231,11 +233,14 @@ def _pairs(galaxies: HostGalaxies, config: SimulationConfig, seed: int, rows: ra
     # Of both the same: neighbours of one alone would tell them apart.
     neighbours = galaxies.neighbours(seed, np.array(hosts))
     electrons = torch.stack([bare + lenses.arcs, decoys], dim=1) + neighbours[:, None]
+    numbers = lenses.table["host_galaxy"].to_numpy()
+    defects = choose_defects(seed, hosts, kinds, config.decoys)
+    add_defects(electrons, galaxies, seed, np.array(hosts), numbers, defects)
     deviates = _deviates(electrons, seed, hosts)
-    images = galaxies.expose(electrons, deviates, lenses.table["host_galaxy"].to_numpy())
+    images = galaxies.expose(electrons, deviates, numbers)
     return Simulation(
         images.flatten(0, 1)[: len(rows)].cpu().numpy(),
-        _table(galaxies, lenses.table, kinds, rows),
+        _table(galaxies, lenses.table, kinds, defects, rows),
     )
 
 
@@ -247,7 +252,11 @@ def _deviates(like: Tensor, seed: int, hosts: range) -> Tensor:
 
 
 def _table(
-    galaxies: HostGalaxies, lenses: pd.DataFrame, kinds: NDArray[np.str_], rows: range
+    galaxies: HostGalaxies,
+    lenses: pd.DataFrame,
+    kinds: NDArray[np.str_],
+    defects: NDArray[np.str_],
+    rows: range,
 ) -> pd.DataFrame:
     row = np.array(rows)
     host, is_lens = row // 2, row % 2 == 0
@@ -262,6 +271,7 @@ def _table(
             "id": [f"{survey.name}-{r:07d}-{k}" for r, k in zip(row, kind, strict=True)],
             "label": is_lens.astype(np.int8),
             "kind": kind,
+            "defect": defects[host - host[0], row % 2],
             # A galaxy that is lensed in two splits would be known from training.
             "group": galaxy if names else hosts["group"],
             "survey": survey.name,

@@ -97,7 +97,8 @@ def test_arcs_are_the_light_that_a_lens_adds(simulation: Simulation) -> None:
 
     survey = find_survey("des")
     table = simulation.table
-    pairs = np.flatnonzero(table["kind"] == "unlensed")
+    clean = table["defect"] == ""
+    pairs = np.flatnonzero((table["kind"] == "unlensed") & clean & clean.shift(1, fill_value=False))
     added = simulation.images[pairs - 1] - simulation.images[pairs]
     lenses = table.iloc[pairs - 1]
     g = lenses["source_magnitude"] + lenses["source_g_r"]
