@@ -58,7 +58,7 @@ COLUMNS = {
     "group": "What falls into one split together: host galaxy, sky region.",
     "split": "Stated by the catalogue; where it is empty, the group decides.",
     "kind": "What the cutout shows: a lens, or which non-lens.",
-    "defect": "What is wrong with a simulated image: cosmic rays, a trail, bad columns, or nothing.",
+    "defect": "Of a simulated image: cosmic rays, a trail, bad columns, or nothing.",
     "survey": "Whose image it is.",
     "ra": "Degrees.",
     "dec": "Degrees.",
@@ -71,6 +71,7 @@ COLUMNS = {
     "z_lens": "Redshift of the lens.",
     "z_source": "Redshift of the source.",
     "arc_snr": "Signal-to-noise ratio of the arcs, in the best band.",
+    "arc_contrast": "Of the arcs over the lens galaxy's light, where they are seen best.",
     "source_magnitude": "AB, unlensed.",
 }
 log = logging.getLogger(__name__)
@@ -101,8 +102,8 @@ def catalogue_recipe(settings: Settings) -> Recipe:
         configs = simulated(settings)
         config = configs[0]
         inputs = {}
-        if config.survey.psf is not None:
-            inputs["psf"] = source_fingerprint(config.survey.psf)
+        for number, psf in enumerate(config.survey.psfs):
+            inputs[f"psf {number}"] = source_fingerprint(psf)
         if config.hosts is not None:
             options = settings.storage_options
             images = pool_catalogue(config.hosts, options).references

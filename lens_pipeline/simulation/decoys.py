@@ -3,9 +3,9 @@
 A decoy is made of the light of the lens that it is paired with: the host galaxy's, in its colours,
 and the arcs', in colours of a source at that redshift, in another arrangement. So the sum of its
 light and its colours tell little; shape does. But the galaxy alone (`unlensed`, `artefact`) lacks
-the arcs' blue light, a group's members have light of their own, and where a disc, a ring or a second
-nucleus takes of the host's light, what is left in the middle is a smaller galaxy of the same surface
-brightness.
+the arcs' blue light, a group's members have light of their own, and where a disc, a ring or a
+second nucleus takes of the host's light, what is left in the middle is a smaller galaxy of the same
+surface brightness.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -60,9 +60,7 @@ def test_galaxies_and_stars_beside_a_host_take_nothing_of_it(
     assert (added.sum(dim=(2, 3)) > 0).all()
 
 
-def test_members_of_a_group_have_light_of_their_own(
-    galaxies: SersicHosts, lenses: Lenses
-) -> None:
+def test_members_of_a_group_have_light_of_their_own(galaxies: SersicHosts, lenses: Lenses) -> None:
     """Two to four, 0.5 to 3 mag fainter than the host, and the arcs' light on a blue one."""
     drawn, host = decoys(galaxies, lenses, "group")[:, R], lenses.galaxy[:, R]
     members = (drawn - host - lenses.arcs[:, R]).sum(dim=(1, 2)) / host.sum(dim=(1, 2))
