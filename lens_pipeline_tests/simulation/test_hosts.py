@@ -284,8 +284,9 @@ def test_what_a_catalogue_knows_is_not_drawn_and_hopeless_galaxies_are_left_out(
     given = pd.DataFrame(known).rename(columns={"redshift": "z_lens"}).drop(columns="label")
     for host, of_host in table.groupby("host"):
         for name, value in given.loc[int(str(host)[-1])].items():
-            if np.isnan(value):
-                assert of_host[name].nunique() > 2, (host, name)
+            if np.isnan(value):  # drawn, or measured
+                drawn = name in ("z_lens", "velocity_dispersion")
+                assert (of_host[name].nunique() > 2) == drawn, (host, name)
             else:
                 assert (of_host[name] == value).all(), (host, name)
     lens = table[table["label"] == 1]
@@ -293,6 +294,54 @@ def test_what_a_catalogue_knows_is_not_drawn_and_hopeless_galaxies_are_left_out(
         *(lens[n].to_numpy() for n in ("velocity_dispersion", "z_lens", "z_source"))
     )
     np.testing.assert_allclose(lens["einstein_radius"], expected)
+
+
+def test_what_a_catalogue_does_not_tell_is_measured_on_the_image(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Smooth galaxies as they are simulated, whose shapes are known: the mass lies as the light."""
+    plain = load_config("des").model_copy(update={"decoys": {"unlensed": 1.0}})
+    drawn = simulate("des", 80, seed=3, config=plain)
+    chosen = np.flatnonzero((drawn.table["label"] == 0) & (drawn.table["defect"] == ""))
+    truth = drawn.table.iloc[chosen].set_index("id")
+    for name, row in zip(truth.index, chosen, strict=True):
+        fits.PrimaryHDU(drawn.images[row]).writeto(tmp_path / f"{name}.fits")
+    table = pd.DataFrame({"id": truth.index, "path": [f"{name}.fits" for name in truth.index]})
+    table.loc[0, "redshift"], table.loc[1, "velocity_dispersion"] = 0.4, 250
+    table.loc[2, ["x", "axis_ratio"]] = 0.1, 0.77
+    table.to_csv(tmp_path / "catalogue.csv", index=False)
+    with caplog.at_level(logging.WARNING):
+        pool = read_pool(str(tmp_path / "catalogue.csv"), config_of("-", survey=plain.survey), 64)
+    unknown = f"of {len(table) - 2} of {len(table)} galaxies"
+    assert f"{unknown} of {tmp_path}/catalogue.csv neither redshift nor velocity" in caplog.text
+    found = pool.table.set_index("id")
+    assert found.loc[table["id"][2], ["x", "axis_ratio"]].tolist() == [0.1, 0.77]
+    found, truth = found.iloc[3:], truth.iloc[3:]
+    assert found[["x", "y", "axis_ratio"]].notna().mean().min() > 0.9
+    for axis in ("x", "y"):
+        assert (found[axis] - truth[axis]).abs().median() < 0.05  # arcsec, a fifth of a pixel
+    assert (found["axis_ratio"] - truth["axis_ratio"]).abs().median() < 0.1
+    turned = (found["position_angle"] - truth["position_angle"] + np.pi / 2) % np.pi - np.pi / 2
+    flat = truth["axis_ratio"] < 0.8
+    assert flat.sum() > 10
+    assert np.degrees(turned[flat].abs().median()) < 8  # at random, 45
+
+
+def test_one_galaxy_among_many_is_enough(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """However many do not show what is behind them, and they are named."""
+    file = write_pool(tmp_path / "lrg", 8)
+    for number in range(8):
+        if number != 5:
+            (tmp_path / "lrg" / f"{number}.fits").unlink()
+            write_image(tmp_path / "lrg" / f"{number}.fits", number, SIGMA * 1000, stated=True)
+    config = config_of(file, sources="sersic")
+    with caplog.at_level(logging.WARNING):
+        table = simulate("des", 8, image_size=SIZE, config=config).table
+    assert set(table["host"]) == {"lrg5"}
+    assert "no lens can be seen behind lrg" in caplog.text
+    (tmp_path / "lrg" / "5.fits").unlink()
+    with pytest.raises(InputError, match=r"host 0 behind (lrg\d, ){4}lrg\d and 2 more is"):
+        simulate("des", 2, image_size=SIZE, config=config)
 
 
 def test_a_galaxy_behind_which_nothing_is_seen_starves_no_host(tmp_path: Path) -> None:
@@ -313,7 +362,10 @@ def test_a_galaxy_behind_which_nothing_is_seen_starves_no_host(tmp_path: Path) -
     [
         ("hosts: none.csv", r"hosts: .*/none\.csv: there is no such file or folder"),
         ("hosts: [a]", r"simulation\.yaml: hosts: "),
-        ("hosts: lrg/catalogue.csv\ndecoys: {unlensed: 1, ring: 1}", "decoys: ring is made of the host's"),
+        (
+            "hosts: lrg/catalogue.csv\ndecoys: {unlensed: 1, ring: 1}",
+            "decoys: ring is made of",
+        ),
         (
             "hosts: lrg/catalogue.csv\nsurvey: {pixel_scale: 0.25}",
             "row 2, column pixel_scale: '0.26'",
