@@ -89,11 +89,11 @@ def _intruders(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
 def _spiral(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
     """The host is a bulge; the rest of its light, and that of the arcs, is in the disc.
 
-    Bulges have half of the light or more, as in S0 and Sa (Simien & de Vaucouleurs 1986): it is
-    those that stand between blue arms as a lens between its arcs.
+    Bulges have 0.3 to 0.8 of the light, as in S0 to Sab (Simien & de Vaucouleurs 1986): it is those
+    that stand between blue arms as a lens between its arcs.
     """
     v = u[:, 0]
-    bulge = 0.5 + 0.4 * v[:, 8]
+    bulge = 0.3 + 0.5 * v[:, 8]
     disc = _at_host(lenses) | {
         "scale_length": lenses["einstein_radius"] * (0.6 + 1.4 * v[:, 0]),
         "axis_ratio": np.cos(np.radians(80 * v[:, 1])),
@@ -172,7 +172,7 @@ def _group(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
 def _ring(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
     """A ring galaxy: wider than an Einstein ring of the same galaxy, and with old stars in it."""
     v = u[:, 0]
-    bulge = 0.6 + 0.35 * v[:, 4]
+    bulge = 0.5 + 0.35 * v[:, 4]
     radius = lenses["einstein_radius"] * (1.2 + 1.3 * v[:, 0])
     loop = _at_host(lenses) | {
         "radius": radius,
