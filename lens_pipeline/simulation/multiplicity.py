@@ -16,16 +16,19 @@ from numpy.typing import NDArray
 from lens_pipeline.simulation.config import Array
 
 DIRECTIONS = 256  # corners of the polygons that both curves are taken to be
+COLUMNS = (
+    *("einstein_radius", "axis_ratio", "position_angle"),
+    *("shear", "shear_angle", "source_x", "source_y"),
+)
 ROUND = 1e-4  # 1 - q of an ellipsoid that stands for the sphere, where q = 1 divides by 0
 
 
 def is_multiply_imaged(table: pd.DataFrame) -> NDArray[np.bool_]:
     """Whether the source's centre has more than one image, (n,).
 
-    table: `einstein_radius`, `axis_ratio`, `position_angle`, `shear`, `shear_angle`, `source_x`,
-    `source_y` as in `population.candidates`.
+    table: COLUMNS, as in `population.candidates`.
     """
-    column = {name: table[name].to_numpy(np.float64)[:, None] for name in table.columns}
+    column = {name: table[name].to_numpy(np.float64)[:, None] for name in COLUMNS}
     theta, q = column["einstein_radius"], column["axis_ratio"].clip(max=1 - ROUND)
     phi = np.linspace(0, 2 * np.pi, DIRECTIONS, endpoint=False)
     cos, sin = np.cos(phi), np.sin(phi)  # on the ellipsoid's own axes
