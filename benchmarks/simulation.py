@@ -61,7 +61,7 @@ def ours(
 def lenstronomy(survey: Survey, table: pd.DataFrame) -> Callable[[], None]:
     corner = -(SIZE - 1) / 2 * survey.pixel_scale
     pixels = PixelGrid(SIZE, SIZE, np.eye(2) * survey.pixel_scale, corner, corner)
-    kernel = moffat(survey.seeing / survey.pixel_scale, survey.moffat_beta, "cpu").numpy()
+    kernel = moffat(survey.best_seeing / survey.pixel_scale, survey.moffat_beta, "cpu").numpy()
     psf = PSF("PIXEL", kernel_point_source=kernel.astype(float))
     light = LightModel(["SERSIC_ELLIPSE"])
     model = ImageModel(

@@ -62,7 +62,7 @@ def _elsewhere(name: str) -> str:
     from lens_pipeline.training.config import TrainConfig
 
     if name in Settings.model_fields:
-        return f"; set LENS_{name.upper()} in the environment"
+        return f"; set {Settings.variable(name)} in the environment"
     for section, info in TrainConfig.model_fields.items():
         if name in info.annotation.model_fields:  # type: ignore[union-attr]
             return f"; say --set {section}.{name}=..."
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     flags = ("home", "source", "preset", "archs", "verify")
-    others = [f"LENS_{name.upper()}" for name in Settings.model_fields if name not in flags]
+    others = [Settings.variable(name) for name in Settings.model_fields if name not in flags]
     run = commands.add_parser(
         "run",
         parents=[common],

@@ -99,6 +99,11 @@ def _told_apart(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
 _File = Annotated[str | None, BeforeValidator(lambda file: file and absolute(file))]
 
 
+# Of cutouts, in pixels: the widest arcs still fit, and the cutouts into memory.
+MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 32, 512
+MAX_SEED = 2**32 - 1
+
+
 class Settings(BaseSettings):
     """What the environment says; the description of each field is its help."""
 
@@ -182,12 +187,12 @@ class Settings(BaseSettings):
     )
     image_size: int | None = Field(
         default=None,
-        ge=32,
-        le=512,
+        ge=MIN_IMAGE_SIZE,
+        le=MAX_IMAGE_SIZE,
         description="Cutout side in pixels, 32 to 512; by default the preset's.",
     )
     seed: int = Field(
-        default=0, ge=0, lt=2**32, description="Seed of the simulation, the split and training."
+        default=0, ge=0, le=MAX_SEED, description="Seed of the simulation, the split and training."
     )
     max_reject_fraction: float = Field(
         default=0.1, ge=0, le=1, description="More unusable cutouts than this stop the run."
@@ -252,6 +257,11 @@ class Settings(BaseSettings):
     verify: bool = Field(
         default=False, description="Check the sha256 of what is reused, not only file sizes."
     )
+
+    @classmethod
+    def variable(cls, name: str) -> str:
+        """The environment's name of a setting."""
+        return str(cls.model_fields[name].validation_alias or f"LENS_{name.upper()}")
 
     @classmethod
     def load(cls, **changes: Any) -> Self:

@@ -3,9 +3,11 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import socket
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +91,23 @@ def test_a_bad_source_stops_the_run_with_one_line(
         assert not client_of(home).search_model_versions()
 
 
+def test_the_help_names_variables_that_are_settings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    named = set(re.findall(r"(?:LENS|MLFLOW)_[A-Z_]+", capsys.readouterr().out))
+    assert {"LENS_SURVEY", "MLFLOW_TRACKING_URI"} <= named
+    for name in named:  # most refuse this value, but none as unknown
+        with monkeypatch.context() as one:
+            one.setenv(name, "x")
+            with suppress(InputError):
+                Settings.load()
+                continue
+            with pytest.raises(InputError, match="^(?!.*there is no such setting)"):
+                Settings.load()
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -106,6 +125,7 @@ def test_a_bad_source_stops_the_run_with_one_line(
         (["run", "--source", "https://me:secret@127.0.0.1/c.csv"], "https://me:***@127.0.0.1"),
         (["run", "--cutouts", "3"], "--cutouts"),
         (["run", "--survey", "lsst"], "--survey; set LENS_SURVEY in the environment"),
+        (["run", "--tracking-uri", "x"], "--tracking-uri; set MLFLOW_TRACKING_URI in the"),
         (["run", "--epochs=3"], "--epochs=3; say --set training.epochs=..."),
         (["rnu"], "did you mean run?"),
         (["train", "--data-root", "/nowhere"], "/nowhere: there is no such file or folder"),

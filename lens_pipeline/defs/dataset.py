@@ -58,7 +58,7 @@ COLUMNS = {
     "group": "What falls into one split together: host galaxy, sky region.",
     "split": "Stated by the catalogue; where it is empty, the group decides.",
     "kind": "What the cutout shows: a lens, or which non-lens.",
-    "defect": "The kind of image defect, empty where there is none.",
+    "defect": "Of a simulated image: cosmic rays, a trail, bad columns, or nothing.",
     "survey": "Whose image it is.",
     "ra": "Degrees.",
     "dec": "Degrees.",
@@ -84,7 +84,7 @@ COLUMNS = {
     "shear_angle": "Of the shear, radians from +x towards +y.",
     "magnification": "Of the source's flux, in all its images together.",
     "arc_snr": "Signal-to-noise ratio of the arcs, in the best band.",
-    "arc_contrast": "The arc's light over the lens galaxy's, where it stands out.",
+    "arc_contrast": "Of the arcs over the lens galaxy's light, where they are seen best.",
     "source_galaxy": "The name of the real galaxy that is the source; empty where that is smooth.",
     "source_x": "Of the source before lensing, along columns, arcsec from the lens galaxy.",
     "source_y": "Of the source before lensing, along rows, arcsec from the lens galaxy.",
@@ -124,8 +124,8 @@ def catalogue_recipe(settings: Settings) -> Recipe:
         configs = simulated(settings)
         config = configs[0]
         inputs = {}
-        if config.survey.psf is not None:
-            inputs["psf"] = source_fingerprint(config.survey.psf)
+        for number, psf in enumerate(config.survey.psfs):
+            inputs[f"psf {number}"] = source_fingerprint(psf)
         if config.hosts is not None:
             options = settings.storage_options
             images = pool_catalogue(config.hosts, options).references

@@ -28,6 +28,7 @@ Array = NDArray[np.float64]
 QUANTITIES: Mapping[str, str] = {
     "einstein_radius": "Einstein radius (arcsec)",
     "arc_snr": "arc signal-to-noise",
+    "arc_contrast": "arc / lens surface brightness",
     "source_magnitude": "source magnitude (AB)",
     "z_source": "source redshift",
     "z_lens": "lens redshift",

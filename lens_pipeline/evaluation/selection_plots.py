@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from lens_pipeline.evaluation.plots import COLOURS, FONT, column_figure, plain
 from lens_pipeline.evaluation.selection import QUANTITIES
 
-LOGARITHMIC = ("arc_snr", "flux_ratio")  # they span decades
+LOGARITHMIC = ("arc_snr", "arc_contrast", "flux_ratio")  # they span decades
 
 
 def completeness_figure(selection: Mapping[str, Any]) -> Figure:

@@ -2,7 +2,7 @@
 
 Plain pydantic, and written by hand in a YAML file where the defaults are not wanted::
 
-    survey: {seeing: 1.1, psf: psf.fits}          # what differs from the survey's preset
+    survey: {seeing: [1.3, 1.1, 1.0]}             # what differs from the preset; one a band, or one
     hosts: lrg/catalogue.csv                      # real images of lens galaxies
     sources: sersic                               # or hubble
     decoys: {unlensed: 2, edge_on: 1}             # relative weights
@@ -116,6 +116,9 @@ class Population(_Part):
     min_redshift_gap: float = Field(default=0.4, ge=0, description="between lens and source")
     min_magnification: float = Field(default=3.0, ge=0)
     min_arc_snr: float = Field(default=20.0, ge=0, description="in the best band")
+    min_arc_contrast: float = Field(
+        default=0.1, ge=0, description="over the galaxy's light, see `Renderer.contrast`"
+    )
 
     @model_validator(mode="after")
     def _of_galaxies(self) -> Self:
@@ -162,8 +165,8 @@ class SimulationConfig(_Part):
         moved = [kind for kind, weight in self.decoys.items() if weight and kind not in KEEP_HOST]
         if self.hosts is not None and moved:
             raise ValueError(
-                f"decoys: {moved[0]} rearranges the light of the host, which a real image (hosts) "
-                f"does not allow; there are {', '.join(KEEP_HOST)}"
+                f"decoys: {moved[0]} is made of the host's own light, which a real image (hosts) "
+                f"does not tell; there are {', '.join(KEEP_HOST)}"
             )
         return self
 
@@ -187,7 +190,11 @@ def load_config(survey: str, file: str | Path | None = None) -> SimulationConfig
     stated = values.get("survey", {})
     stated = of_bands(preset, stated.get("bands")) | stated
     if "psf" in stated:
-        stated = stated | {"psf": _beside(file, stated["psf"])}
+        psf = stated["psf"]
+        several = isinstance(psf, list)
+        stated = stated | {
+            "psf": [_beside(file, p) for p in psf] if several else _beside(file, psf)
+        }
     if "hosts" in values:
         values = values | {"hosts": _beside(file, values["hosts"])}
     try:

@@ -12,12 +12,13 @@ MIXTURE: Mapping[str, float] = MappingProxyType(
         "spiral": 0.20,  # arms around it as a bulge
         "merger": 0.08,  # two nuclei and a tail
         "edge_on": 0.08,  # a thin disc through it
-        "group": 0.08,  # its light on three to five members, and a blue one
+        "group": 0.08,  # two to four fainter red galaxies around it, and a blue one
         "ring": 0.06,  # a closed ring of stars around it, inclined
-        "star": 0.05,  # points alone
-        "artefact": 0.05,  # cosmic rays, a satellite's trail, bad columns
+        "star": 0.05,  # one or two stars beside it
+        "artefact": 0.05,  # the host alone under an image defect, which others have seldom
     }
 )
 
-# Those that only add to the host's image, as an image that is taken already allows.
-KEEP_HOST = ("unlensed", "intruders", "edge_on", "artefact")
+# Those that only add to the host's image, and need not know its light: what an image that is taken
+# already allows.
+KEEP_HOST = ("unlensed", "intruders", "edge_on", "star", "artefact")

@@ -1,8 +1,11 @@
 """What looks like a lens and is none.
 
-Every decoy is made of the very light of the lens that it is paired with: the host galaxy's, in its
-colours, and the arcs', in colours of a source at that redshift, in another arrangement. So no sum
-or colour of pixels tells lenses from decoys, only shape does.
+A decoy is made of the light of the lens that it is paired with: the host galaxy's, in its colours,
+and the arcs', in colours of a source at that redshift, in another arrangement. So the sum of its
+light and its colours tell little; shape does. But the galaxy alone (`unlensed`, `artefact`) lacks
+the arcs' blue light, a group's members have light of their own, and where a disc, a ring or a
+second nucleus takes of the host's light, what is left in the middle is a smaller galaxy of the same
+surface brightness.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,12 +15,12 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from scipy.special import ndtri
 from torch import Tensor
 
 from lens_pipeline.simulation.hosts import HostGalaxies
 from lens_pipeline.simulation.neighbours import add_components
 from lens_pipeline.simulation.population import Array, source_axis_ratio, source_colours
-from lens_pipeline.simulation.render import Renderer, add_in_order
 from lens_pipeline.simulation.streams import Purpose, stream
 
 MAX_MEMBERS = 5
@@ -60,11 +63,6 @@ def draw_decoys(
     position = pd.Series(np.arange(len(hosts)), index=hosts)
     for profile, part in _by_profile(components):
         add_components(electrons, position[part.index].to_numpy(), renderer, profile, part)
-    damaged = np.flatnonzero(kinds == "artefact")
-    if len(damaged):
-        background = galaxies.background(lenses["host_galaxy"].to_numpy()[damaged])
-        artefacts = _artefacts(renderer, u[damaged])
-        electrons[damaged] += renderer.electrons_of_sigma(artefacts, background)
     return electrons
 
 
@@ -89,7 +87,11 @@ def _intruders(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
 
 
 def _spiral(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
-    """The host keeps a bulge; the rest of its light, and that of the arcs, is in the disc."""
+    """The host is a bulge; the rest of its light, and that of the arcs, is in the disc.
+
+    Bulges have 0.3 to 0.8 of the light, as in S0 to Sab (Simien & de Vaucouleurs 1986): it is those
+    that stand between blue arms as a lens between its arcs.
+    """
     v = u[:, 0]
     bulge = 0.3 + 0.5 * v[:, 8]
     disc = _at_host(lenses) | {
@@ -103,7 +105,7 @@ def _spiral(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
     }
     old = _component("spiral", disc | _host_light(lenses, 1 - bulge), lenses)
     young = _component("spiral", disc | _arc_light(v, lenses, 1.0), lenses)
-    return bulge, [old, young]
+    return np.zeros(len(lenses)), [_smaller_host(lenses, bulge), old, young]
 
 
 def _merger(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
@@ -124,7 +126,8 @@ def _merger(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
         "width": lenses["einstein_radius"] * (0.12 + 0.15 * v[:, 6]),
         "angle": 2 * np.pi * v[:, 7],
     }
-    return share, [
+    return np.zeros(len(lenses)), [
+        _smaller_host(lenses, share),
         _component("elliptical", nucleus, lenses),
         _component("tail", drawn_out, lenses),
     ]
@@ -143,21 +146,27 @@ def _edge_on(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
 
 
 def _group(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
-    count = 2 + (3 * u[:, 0, 0]).astype(int)  # beside the host
-    present, row = _members(count)
-    weight = np.where(present, 0.3 + 0.7 * u[:, 1:, 1], 0)
-    weight /= 1 + weight.sum(axis=1, keepdims=True)  # the host's own is 1
-    share, v, host = weight[present], u[:, 1:][present], lenses.iloc[row]
+    """A compact group: the host as it is, two to four fainter galaxies, and a blue one.
+
+    Members are 0.5 to 3 mag fainter than the brightest (within 3 mag of it: Hickson 1982), with
+    the red sequence's scatter of colours.
+    """
+    present, row = _members(2 + (3 * u[:, 0, 0]).astype(int))
+    v, host = u[:, 1:][present], lenses.iloc[row]
+    share = 10 ** (-0.4 * (0.5 + 2.5 * v[:, 1]))
     distance = host["einstein_radius"] * MAX_DISTANCE * np.sqrt(0.1 + 0.9 * v[:, 2])
-    members = _host_light(host, share) | {
+    light = _host_light(host, share)
+    members = light | {
         "x": host["x"] + distance * np.cos(2 * np.pi * v[:, 3]),
         "y": host["y"] + distance * np.sin(2 * np.pi * v[:, 3]),
         "lens_radius": host["lens_radius"] * np.sqrt(share),
         "axis_ratio": 0.5 + 0.5 * v[:, 4],
         "position_angle": np.pi * v[:, 5],
+        "component_g_r": light["component_g_r"] + 0.05 * ndtri(v[:, 6]),
+        "component_r_i": light["component_r_i"] + 0.05 * ndtri(v[:, 7]),
     }
     blue = _blue_galaxies(u, lenses, np.ones(len(lenses), int))
-    return 1 - weight.sum(axis=1), [_component("elliptical", members, host), blue]
+    return np.ones(len(lenses)), [_component("elliptical", members, host), blue]
 
 
 def _ring(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
@@ -173,21 +182,21 @@ def _ring(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
     }
     old = _component("ring", loop | _host_light(lenses, 1 - bulge), lenses)
     young = _component("ring", loop | _arc_light(v, lenses, 1.0), lenses)
-    return bulge, [old, young]
+    return np.zeros(len(lenses)), [_smaller_host(lenses, bulge), old, young]
 
 
 def _star(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
-    """A star with the galaxy's light, and one beside it with that of the arcs."""
-    v = u[:, 0]
-    distance = lenses["einstein_radius"] * (0.3 + 1.5 * v[:, 0])
-    direction = 2 * np.pi * v[:, 1]
-    beside = _arc_light(v, lenses, 1.0) | {
-        "x": lenses["x"] + distance * np.cos(direction),
-        "y": lenses["y"] + distance * np.sin(direction),
+    """The host as it is, and one or two stars beside it with the light of the arcs."""
+    present, row = _members(1 + (2 * u[:, 0, 0]).astype(int))
+    weight = np.where(present, 0.3 + 0.7 * u[:, 1:, 0], 0)
+    share = (weight / weight.sum(axis=1, keepdims=True))[present]
+    v, host = u[:, 1:][present], lenses.iloc[row]
+    distance = host["einstein_radius"] * (0.5 + 1.5 * v[:, 1])
+    stars = _arc_light(v, host, share) | {
+        "x": host["x"] + distance * np.cos(2 * np.pi * v[:, 2]),
+        "y": host["y"] + distance * np.sin(2 * np.pi * v[:, 2]),
     }
-    bright = _host_light(lenses, np.ones(len(lenses))) | _at_host(lenses)
-    parts = [_component("point", bright, lenses), _component("point", beside, lenses)]
-    return np.zeros(len(lenses)), parts
+    return np.ones(len(lenses)), [_component("point", stars, host)]
 
 
 _BUILDERS: Mapping[str, Callable[[Array, pd.DataFrame], tuple[Array, Components]]] = {
@@ -199,36 +208,8 @@ _BUILDERS: Mapping[str, Callable[[Array, pd.DataFrame], tuple[Array, Components]
     "group": _group,
     "ring": _ring,
     "star": _star,
-    "artefact": _unlensed,  # what damages it is no light of the sky
+    "artefact": _unlensed,  # what damages it is no light of the sky: see `defects`
 }
-
-
-def _artefacts(renderer: Renderer, u: Array) -> Tensor:
-    """Cosmic rays, a trail or bad columns, in background sigma (n, bands, size, size).
-
-    One kind a cutout, and in one band, as coadds of a few exposures show them.
-    """
-    v, d, side = u[:, 0], u[:, 1:], renderer.size
-    ray, trail, column = (np.floor(3 * v[:, :1]) == number for number in range(3))
-    number = np.arange(MAX_MEMBERS)
-    there = (
-        (ray & (number < 3)) | (trail & (number < 1)) | (column & (number < 1 + (v[:, 1:2] < 0.5)))
-    )
-    row, _ = np.nonzero(there)
-    ray, trail, column = (np.broadcast_to(of, there.shape)[there] for of in (ray, trail, column))
-    d = d[there]
-    strokes = renderer.stroke(
-        x=side * (d[:, 0] - 0.5),
-        y=np.where(column, 0, side * (d[:, 1] - 0.5)),
-        angle=np.where(column, np.pi / 2, np.pi * d[:, 2]),
-        length=np.where(ray, 2 + 10 * d[:, 3], 4.0 * side),
-        width=np.where(trail, 1.5 + d[:, 4], 0.6),
-        height=np.select([ray, trail], [10 + 50 * d[:, 5], 3 + 12 * d[:, 5]], 5 + 20 * d[:, 5]),
-    )
-    band = (len(renderer.bands) * v[row, 2]).astype(int)
-    images = strokes.new_zeros(len(u) * len(renderer.bands), side, side)
-    add_in_order(images, row * len(renderer.bands) + band, strokes)
-    return images.unflatten(0, (len(u), len(renderer.bands)))
 
 
 def _members(count: NDArray[np.intp]) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:
@@ -258,6 +239,18 @@ def _blue_galaxies(u: Array, lenses: pd.DataFrame, count: NDArray[np.intp]) -> C
 
 def _at_host(lenses: pd.DataFrame) -> dict[str, Array]:
     return {"x": lenses["x"].to_numpy(), "y": lenses["y"].to_numpy()}
+
+
+def _smaller_host(lenses: pd.DataFrame, share: Array) -> Component:
+    """The host with a share of its light, and the same surface brightness: what is left in the
+    middle of a galaxy is no fainter for the light that is elsewhere in it."""
+    smaller = _host_light(lenses, share) | {
+        **_at_host(lenses),
+        "lens_radius": lenses["lens_radius"] * np.sqrt(share),
+        "axis_ratio": lenses["axis_ratio"],
+        "position_angle": lenses["position_angle"],
+    }
+    return _component("elliptical", smaller, lenses)
 
 
 def _host_light(lenses: pd.DataFrame, share: Array) -> dict[str, Array]:

@@ -16,7 +16,9 @@ from lens_pipeline.simulation.render import Renderer
 from lens_pipeline.simulation.sources import galaxy_behind
 from lens_pipeline.simulation.streams import number_of
 
-PATIENCE = 500  # blocks of candidates; after that many in vain a host takes another real galaxy
+# Blocks of candidates: after that many in vain a host takes another real galaxy, or is given up.
+PATIENCE, LAST_BLOCK = 500, 2000
+MOST_GALAXIES = 100  # that a host takes in turn, of a pool that has more
 
 Numbers = NDArray[np.int64]
 
@@ -24,11 +26,13 @@ Numbers = NDArray[np.int64]
 class HostGalaxies(Protocol):
     """The galaxies that hosts are, each with its number; `renderer` draws what they lens.
 
-    unknown: the columns of `population.candidates` that are not known of them.
+    unknown: the columns of `population.candidates` that are not known of them. blocks: how many of
+    its candidates a host waits for.
     """
 
     renderer: Renderer
     unknown: tuple[str, ...]
+    blocks: int
 
     def number(self, host: int, block: int) -> int:
         """Of the galaxy that a host is in a block of its candidates; the same for every seed."""
@@ -78,6 +82,7 @@ class SersicHosts:
     """Each host is a galaxy of its own, as the population draws it; its number is the host's."""
 
     unknown: tuple[str, ...] = ()
+    blocks = LAST_BLOCK
 
     def __init__(self, renderer: Renderer) -> None:
         self.renderer = renderer
@@ -119,13 +124,16 @@ class RealHosts:
     """Real images, with their own noise; a galaxy's number is its row in the pool.
 
     Each host takes a galaxy of the pool by the host's number alone, spread evenly. Where none of
-    many sources can be seen behind it, as may happen in a shallow image, the host takes the next.
+    many sources can be seen behind it, as may happen in a shallow image, the host takes the next,
+    and so on through the pool. Another host tries such a galaxy again: which cutout it gets must
+    not depend on those before it.
     """
 
     unknown: tuple[str, ...] = ("lens_radius", "lens_magnitude", "lens_g_r", "lens_r_i")
 
     def __init__(self, renderer: Renderer, pool: Pool) -> None:
         self.renderer, self._pool = renderer, pool
+        self.blocks = max(LAST_BLOCK, PATIENCE * min(len(pool.table), MOST_GALAXIES))
         self._known = {name: pool.table[name].to_numpy(np.float64) for name in KNOWN}
         groups = pool.table["group"]
         # In an order of no meaning: galaxies that a catalogue lists side by side may be alike.

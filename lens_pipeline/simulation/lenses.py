@@ -1,6 +1,9 @@
 """The detectable lens of each host galaxy, found by rejection."""
 
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -19,7 +22,9 @@ from lens_pipeline.simulation.population import (
 from lens_pipeline.simulation.streams import Purpose, stream
 
 MANY = 50_000  # candidates that are drawn at a time
-MAX_BLOCKS = 2000
+NAMED = 5  # galaxies in vain, in a message
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,8 @@ class Lenses:
     """Accepted systems, one a host, in the hosts' order.
 
     table: the columns of `population.candidates`, NaN in those that the host galaxies leave
-    unknown, with `magnification`, `arc_snr`, and `source_galaxy` and `host_galaxy`, the numbers of
-    both galaxies.
+    unknown, with `magnification`, `arc_snr`, `arc_contrast`, and `source_galaxy` and
+    `host_galaxy`, the numbers of both galaxies.
     galaxy, arcs: (hosts, bands, size, size), electrons: expected, after the PSF; of a galaxy that
     is an image, what it shows.
     """
@@ -43,15 +48,16 @@ def draw_lenses(
 ) -> Lenses:
     """For each host the first of its candidates that passes every cut.
 
-    A candidate passes on the rendered arcs' signal-to-noise (best band) and on their magnification,
-    the flux of the arcs within the cutout over the flux of the source, which must be seen to be
-    drawn out: magnification x source_radius > seeing (LensPop). Where few hosts are left,
-    several candidates of each are rendered at a time; the first that passes is the same.
+    A candidate passes on the rendered arcs' signal-to-noise and contrast (best bands) and on their
+    magnification, the flux of the arcs within the cutout over the flux of the source, which must be
+    seen to be drawn out: magnification x source_radius > seeing (LensPop). Where few hosts are
+    left, several candidates of each are rendered at a time; the first that passes is the same.
     """
     device = galaxies.renderer.device
     cuts, together = config.population, galaxies.renderer.together
     found: list[Lenses] = []
     pending, block = np.array(hosts), 0
+    in_vain: dict[int, None] = {}  # galaxies, in the order in which they were left
     while pending.size:
         # As many again as before, while memory allows: the rarest hosts take hundreds of blocks.
         blocks = range(block, block + min(block + 1, max(1, MANY // (CANDIDATES * pending.size))))
@@ -68,12 +74,19 @@ def draw_lenses(
             accepted = drawn.table.index[first]
             table = table[~now & ~table.index.isin(accepted)]
             pending = np.setdiff1d(pending, accepted)
+        for host in pending:
+            turns = [galaxies.number(int(host), number) for number in (*blocks, blocks.stop)]
+            in_vain |= {a: None for a, b in pairwise(turns) if a != b}
         block = blocks.stop
-        if block >= MAX_BLOCKS and pending.size:
+        if block >= galaxies.blocks and pending.size:
+            tried = (galaxies.number(int(pending[0]), number) for number in range(block))
+            behind = _names(galaxies, dict.fromkeys(tried))
             raise InputError(
-                f"population: none of {block * CANDIDATES} systems of host {pending[0]} is a "
-                "detectable lens; loosen its cuts or its distributions"
+                f"population: none of {block * CANDIDATES} systems of host {pending[0]}{behind} is "
+                "a detectable lens; loosen its cuts or its distributions"
             )
+    if in_vain:
+        log.warning("hosts: no lens can be seen%s; others are taken", _names(galaxies, in_vain))
     table = pd.concat([part.table for part in found])
     order = torch.from_numpy(np.argsort(table.index.to_numpy())).to(device)
     return Lenses(
@@ -81,6 +94,13 @@ def draw_lenses(
         torch.cat([part.galaxy for part in found])[order],
         torch.cat([part.arcs for part in found])[order],
     )
+
+
+def _names(galaxies: HostGalaxies, numbers: Iterable[int]) -> str:
+    """Behind which real galaxies; empty for those of the population."""
+    found = [name for name in galaxies.described(np.array([*numbers]))["host"] if name]
+    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    return f" behind {', '.join(found[:NAMED])}{more}" if found else ""
 
 
 def _candidates(
@@ -116,14 +136,15 @@ def _render(galaxies: HostGalaxies, table: pd.DataFrame, cuts: Population) -> Le
     arcs = renderer.electrons(renderer.blur(arcs), magnitudes(table, "source", renderer.bands))
     best = renderer.matched_filter(arcs, background).cpu().numpy()
     may = (magnification > cuts.min_magnification) & (best > cuts.min_arc_snr)
-    may &= magnification * table["source_radius"].to_numpy() > renderer.survey.seeing
+    may &= magnification * table["source_radius"].to_numpy() > renderer.survey.best_seeing
     table, arcs = table[may], arcs[torch.from_numpy(may).to(arcs.device)]
     if table.empty:
         return Lenses(table, arcs, arcs)
 
     galaxy = galaxies.light(table)
     snr = renderer.signal_to_noise(arcs, galaxy, background[may]).cpu().numpy()
-    table = table.assign(magnification=magnification[may], arc_snr=snr)
-    passed = snr > cuts.min_arc_snr
+    contrast = renderer.contrast(arcs, galaxy, background[may]).cpu().numpy()
+    table = table.assign(magnification=magnification[may], arc_snr=snr, arc_contrast=contrast)
+    passed = (snr > cuts.min_arc_snr) & (contrast >= cuts.min_arc_contrast)
     keep = torch.from_numpy(passed).to(arcs.device)
     return Lenses(table[passed], galaxy[keep], arcs[keep])

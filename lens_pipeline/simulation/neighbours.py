@@ -17,7 +17,7 @@ from lens_pipeline.simulation.population import (
     source_redshift,
     star_snr,
 )
-from lens_pipeline.simulation.render import Renderer, add_in_order
+from lens_pipeline.simulation.render import PSF_RADIUS, Renderer, add_in_order
 from lens_pipeline.simulation.streams import Purpose, stream
 
 # Per square arcsec, of the magnitudes that `source_i_magnitude` draws, 20 to 27 (one cutout in ten
@@ -27,6 +27,8 @@ DENSITY = 46 * (10 ** (0.31 * (27 - 25)) - 10 ** (0.31 * (20 - 25))) / 3600
 MIN_SNR = 3.0  # of a star as bright; what is fainter drowns in the sky's noise
 MIN_RADIUS = 0.6  # pixels: smaller ones look the same, but sub-pixels would miss their light
 DEVIATES = 9
+STAMP = 64  # pixels: the side of the smallest stamp
+HELD = 5  # half-light radii of a disc along its major axis: beyond is 1 in 500 of its light
 
 
 def draw_neighbours(renderer: Renderer, seed: int, hosts: NDArray[np.int64]) -> Tensor:
@@ -43,8 +45,44 @@ def draw_neighbours(renderer: Renderer, seed: int, hosts: NDArray[np.int64]) -> 
     light = magnitudes(table, "component", renderer.bands)
     seen = star_snr(renderer.survey, light, renderer.survey.background_variance) > MIN_SNR
     electrons = renderer.darkness(len(hosts))
-    add_components(electrons, owner[seen], renderer, "disc", table[seen])
+    table, owner = table[seen], owner[seen]
+    sides = _stamps(table, renderer)
+    for side in np.unique(sides):
+        add = add_components if side == renderer.size else _add_stamps
+        add(electrons, owner[sides == side], renderer.of_size(side), "disc", table[sides == side])
     return electrons
+
+
+def _stamps(table: pd.DataFrame, renderer: Renderer) -> NDArray[np.int64]:
+    """The side in pixels of the stamp that holds the light of each, (rows,): the cutout's own, or a
+    smaller one, for the number of neighbours grows with the area of what each would be drawn on."""
+    major = table["radius"] / np.sqrt(table["axis_ratio"]) / renderer.survey.pixel_scale
+    wanted = 2 * (PSF_RADIUS + HELD * major.to_numpy())
+    stamp = (STAMP * 2 ** np.ceil(np.log2(np.maximum(wanted / STAMP, 1)))).astype(np.int64)
+    return np.minimum(stamp, renderer.size)
+
+
+def _add_stamps(
+    electrons: Tensor,
+    owner: NDArray[np.int64],
+    stamp: Renderer,
+    profile: str,
+    table: pd.DataFrame,
+) -> None:
+    """As `add_components`, each drawn on a stamp of its own, smaller than the cutout."""
+    size, side, pixel = electrons.shape[-1], stamp.size, stamp.survey.pixel_scale
+    place = table[["x", "y"]].to_numpy() / pixel + (size - 1) / 2  # in pixels of the cutout
+    low = np.round(place - (side - 1) / 2).astype(int)
+    table = table.assign(**dict(zip("xy", (place - low - (side - 1) / 2).T * pixel, strict=True)))
+    for start in range(0, len(table), stamp.together):
+        rows = slice(start, start + stamp.together)
+        light = stamp.darkness(len(table[rows]))
+        add_components(light, np.arange(len(light)), stamp, profile, table[rows])
+        for one, number, (left, top) in zip(light, owner[rows], low[rows], strict=True):
+            inside = [slice(max(begin, 0), max(begin + side, 0)) for begin in (top, left)]
+            shown = electrons[number][:, inside[0], inside[1]]
+            above, before = max(-top, 0), max(-left, 0)
+            shown += one[:, above : above + shown.shape[1], before : before + shown.shape[2]]
 
 
 def _galaxies(u: Array, renderer: Renderer) -> pd.DataFrame:

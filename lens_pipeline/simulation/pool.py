@@ -5,13 +5,14 @@ left out. Its cutouts are those of the survey: its bands, by name where files na
 pixel scale, in linear flux. What the catalogue says of a galaxy in these columns replaces what the
 population draws, where a row is not empty: `z_lens` (or `redshift`), `velocity_dispersion` (km/s),
 `axis_ratio` and `position_angle` (radians from +x, along columns, towards +y, along rows, of the
-major axis), and `x`, `y` (arcsec from the middle of the cutout).
+major axis), and `x`, `y` (arcsec from the middle of the cutout). The last four are measured on the
+image where they are not given, so that mass and light lie alike.
 """
 
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.table import Catalogue, read_catalogue
 from lens_pipeline.errors import InputError
 from lens_pipeline.simulation.config import SimulationConfig
+from lens_pipeline.simulation.moments import Shape, moments_of_psf, shape_of
 from lens_pipeline.simulation.population import may_lens
+from lens_pipeline.simulation.render import point_spread
 from lens_pipeline.simulation.surveys import Survey
 
-KNOWN = ("z_lens", "velocity_dispersion", "axis_ratio", "position_angle", "x", "y")
+MEASURED = ("x", "y", "axis_ratio", "position_angle")
+KNOWN = ("z_lens", "velocity_dispersion", *MEASURED)
 PLACE = ("ra", "dec")
 PIXEL_SCALE_TOLERANCE = 0.01
 MAX_REDSHIFT = 10.0
@@ -85,6 +89,9 @@ def read_pool(
     rejects: list[str] = []
     rows: list[int] = []
     magnitudes: list[Sequence[float]] = []
+    shapes: list[Shape] = []
+    psf = moments_of_psf(point_spread(survey, "cpu").mean(dim=0).double().numpy())
+    at = known[["x", "y"]].fillna(0.0).to_numpy() / survey.pixel_scale
     with tempfile.TemporaryFile(dir=scratch) as file:
         wanted = np.flatnonzero(~lens & able)
         for row, cutout in _read(catalogue, wanted, image_size, survey.bands, options):
@@ -93,13 +100,20 @@ def read_pool(
             else:
                 file.write(np.ascontiguousarray(cutout.pixels, np.float32).tobytes())
                 rows.append(row)
+                # In units of each band's noise, their mean is the more certain.
+                image = cutout.pixels.astype(np.float64).sum(axis=0) / np.sqrt(len(survey.bands))
+                shapes.append(shape_of(image, psf, *at[row]))
                 magnitudes.append(cutout.background_magnitude)
         _tell(source, len(known), len(rows), int(lens.sum()), int((~lens & ~able).sum()), rejects)
         file.flush()
         shape = (len(rows), len(survey.bands), image_size, image_size)
         pixels = np.memmap(file, np.float32, "r", shape=shape)
+    known = known.iloc[rows].reset_index(drop=True)
+    _warn_of_unknown_mass(source, known)
+    known = _with_shapes(known, shapes, survey.pixel_scale)
     columns = ["id", "group", *(name for name in PLACE if name in catalogue.table)]
-    table = pd.concat([catalogue.table[columns], known], axis=1).iloc[rows].reset_index(drop=True)
+    of_catalogue = catalogue.table[columns].iloc[rows].reset_index(drop=True)
+    table = pd.concat([of_catalogue, known], axis=1)
     return Pool(table, pixels, _background(survey, np.array(magnitudes, np.float64)))
 
 
@@ -136,6 +150,28 @@ def _tell(source: str, n: int, used: int, lenses: int, unable: int, rejects: lis
         raise InputError(f"hosts: {source}: none of its {n} galaxies can be a host: {left_out}")
     more = f"; left out: {left_out}" if left_out else ""
     log.info("hosts: %d of %d galaxies of %s%s", used, n, source, more)
+
+
+def _warn_of_unknown_mass(source: str, known: pd.DataFrame) -> None:
+    unknown = int(known[["z_lens", "velocity_dispersion"]].isna().all(axis=1).sum())
+    if unknown:
+        log.warning(
+            "hosts: of %d of %d galaxies of %s neither redshift nor velocity dispersion is known: "
+            "both are drawn, whatever the galaxy's brightness; give z_lens, or velocity_dispersion",
+            unknown,
+            len(known),
+            source,
+        )
+
+
+def _with_shapes(known: pd.DataFrame, shapes: Sequence[Shape], pixel_scale: float) -> pd.DataFrame:
+    """What is known, with what is measured where it is not."""
+    measured = pd.DataFrame([asdict(shape) for shape in shapes])
+    measured[["x", "y"]] *= pixel_scale
+    missing = int((known[list(MEASURED)].isna() & measured.isna()).any(axis=1).sum())
+    if missing:
+        log.info("hosts: of %d of %d galaxies no shape can be measured", missing, len(known))
+    return known.fillna(measured)
 
 
 def _background(survey: Survey, magnitude: NDArray[np.float64]) -> NDArray[np.float64]:

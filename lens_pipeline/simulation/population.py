@@ -26,11 +26,12 @@ from lens_pipeline.simulation.config import (
     Population,
     SimulationConfig,
 )
+from lens_pipeline.simulation.multiplicity import is_multiply_imaged
 from lens_pipeline.simulation.surveys import Survey
 
 Array = NDArray[np.float64]
 
-VERSION = 4  # of the population: raise it with any change to what is drawn
+VERSION = 5  # of the population: raise it with any change to what is drawn
 
 COSMOLOGY = FlatLambdaCDM(H0=70, Om0=0.3)
 ARCSEC = np.pi / 180 / 3600
@@ -234,9 +235,9 @@ def candidates(
 ) -> pd.DataFrame:
     """The systems among u (rows, COLUMNS) that may be detectable lenses; the index is u's rows.
 
-    Cuts on redshift, velocity dispersion, Einstein radius and 2 theta_E^2 > (2 r_s)^2 + seeing^2
-    are final; those on magnification, signal-to-noise and magnification x r_s > seeing only drop
-    what cannot pass, and wait for the rendered arcs.
+    Cuts on redshift, velocity dispersion, Einstein radius, 2 theta_E^2 > (2 r_s)^2 + seeing^2 and
+    on a source whose centre is multiply imaged are final; those on magnification, signal-to-noise
+    and magnification x r_s > seeing only drop what cannot pass, and wait for the rendered arcs.
     Sources are placed uniformly over the box |beta_x|, |beta_y| <= theta_E, whose corners lie at
     beta^2 = 2 theta_E^2; a pair of redshifts is kept with the chance (D_ls/D_s)^2, for the area of
     that box, and with it how many sources there are, grows as theta_E^2 (its other factor is in
@@ -306,14 +307,15 @@ def candidates(
         },
         index=index,
     )
-    return table[_may_be_detectable(table, survey, chosen, background)]
+    table = table[_may_be_detectable(table, survey, chosen, background)]
+    return table[is_multiply_imaged(table)]
 
 
 def _may_be_detectable(
     table: pd.DataFrame, survey: Survey, cuts: Population, background: Array
 ) -> NDArray[np.bool_]:
     theta, radius = table["einstein_radius"].to_numpy(), table["source_radius"].to_numpy()
-    resolved = 2 * theta**2 > (2 * radius) ** 2 + survey.seeing**2
+    resolved = 2 * theta**2 > (2 * radius) ** 2 + survey.best_seeing**2
     sampled = radius > MIN_SOURCE_RADIUS * survey.pixel_scale
     # An exponential disc behind an isothermal sphere is magnified 2 theta_E/beta off the centre and
     # 2 theta_E/h (h: its scale length) on it. Twice that leaves room for ellipticity and shear, and
@@ -322,7 +324,7 @@ def _may_be_detectable(
     magnification = 2 * (1 + 2 * theta / np.hypot(beta, radius / 1.678))
     snr = magnification * star_snr(survey, magnitudes(table, "source", survey.bands), background)
     detectable = (magnification > cuts.min_magnification) & (snr > cuts.min_arc_snr)
-    sheared = magnification * radius > survey.seeing
+    sheared = magnification * radius > survey.best_seeing
     return resolved & sampled & detectable & sheared
 
 
@@ -333,8 +335,8 @@ def star_snr(survey: Survey, magnitudes: Array, background: Array) -> Array:
     pixel, electrons^2, (n, bands) or (bands,).
     """
     # Of a radius of 1.585 standard deviations, where (1 - exp(-r^2/2)) / (sqrt(pi) r) is highest.
-    share = 0.2546 / (survey.seeing / survey.pixel_scale / 2.3548)
-    return share * (survey.electrons(magnitudes) / np.sqrt(background)).max(axis=1)
+    share = 0.2546 / (np.array(survey.seeings) / survey.pixel_scale / 2.3548)
+    return (share * survey.electrons(magnitudes) / np.sqrt(background)).max(axis=1)
 
 
 def _farthest_source(chosen: Population) -> Array:
@@ -363,5 +365,5 @@ def may_lens(config: SimulationConfig, sigma: Array, z: Array) -> NDArray[np.boo
         (z_source - near > chosen.min_redshift_gap)
         & (widest >= chosen.min_einstein_radius)
         & (narrowest <= chosen.max_einstein_radius)
-        & (2 * widest**2 > (2 * smallest) ** 2 + survey.seeing**2)
+        & (2 * widest**2 > (2 * smallest) ** 2 + survey.best_seeing**2)
     )

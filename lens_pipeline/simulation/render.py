@@ -39,7 +39,9 @@ CORE_SUPERSAMPLING = 8
 # wherever the centre falls; the rms radius of a square, 0.41, would lose three times as much.
 CUSP_SOFTENING = 0.2
 PSF_RADIUS = 24  # pixels: the wings of a bright star end in noise
+MAX_OFF_CENTRE = 0.5  # pixels, of a user's point spread function
 POINT_WIDTH = 0.3  # pixels: standard deviation of a star before the PSF
+CONTRAST_PIXELS, CONTRAST_SNR = 5, 2.0  # fewer pixels, or fainter ones, are not seen as an arc
 # Of light that is added to an image: less than that many of its background's sigmas is what the
 # Fourier transform of the PSF leaves everywhere, and is left out.
 NEGLIGIBLE = 1e-5
@@ -85,16 +87,21 @@ def moffat(fwhm: float, beta: float, device: str) -> Tensor:
 
 
 def point_spread(survey: Survey, device: str) -> Tensor:
-    """The survey's point spread function: its own image, or the Moffat profile of its seeing."""
-    if survey.psf is None:
-        return moffat(survey.seeing / survey.pixel_scale, survey.moffat_beta, device)
-    return read_psf(survey.psf).to(device)
+    """The survey's point spread functions (1 or bands, side, side): its own images, or the Moffat
+    profiles of its seeing; one where all bands have the same."""
+    if survey.psfs:
+        return torch.stack([read_psf(path) for path in survey.psfs]).to(device)
+    widths = [fwhm / survey.pixel_scale for fwhm in survey.seeings]
+    if len(set(widths)) == 1:
+        del widths[1:]
+    return torch.stack([moffat(width, survey.moffat_beta, device) for width in widths])
 
 
 def read_psf(path: str) -> Tensor:
     """The image in a FITS file, of unit sum, cut or padded to 2 PSF_RADIUS + 1 pixels a side.
 
-    Raises InputError, naming the file, where there is none of odd sides and finite pixels.
+    Raises InputError, naming the file, where there is none of odd sides and finite pixels, or where
+    its centroid is more than MAX_OFF_CENTRE from the middle: all that is drawn would be moved.
     """
     from astropy.io import fits
 
@@ -106,6 +113,13 @@ def read_psf(path: str) -> Tensor:
         raise InputError(f"survey.psf: {path} has the shape {image.shape}; a square of odd side is")
     if not np.isfinite(image).all() or image.sum() <= 0:
         raise InputError(f"survey.psf: {path} has pixels that are not finite, or no light")
+    y, x = np.mgrid[: len(image), : len(image)] - (len(image) - 1) / 2
+    off_x, off_y = (float((image * axis).sum() / image.sum()) for axis in (x, y))
+    if np.hypot(off_x, off_y) > MAX_OFF_CENTRE:
+        raise InputError(
+            f"survey.psf: {path} has its centroid {off_x:+.1f}, {off_y:+.1f} pixels (x, y) from "
+            "the middle of the image; centre it"
+        )
     side = 2 * PSF_RADIUS + 1
     spare = max(0, (side - len(image)) // 2)
     image = np.pad(image, spare)
@@ -150,13 +164,21 @@ class Renderer:
         self._x, self._y = grid(size, survey.pixel_scale, SUPERSAMPLING, device)
         self._core_size = CORE_PIXELS + size % 2
         self._core = grid(self._core_size, survey.pixel_scale, CORE_SUPERSAMPLING, device)
-        self._psf = point_spread(survey, device)
         side = size + 2 * PSF_RADIUS
         self._side = side + side % 2
-        self._psf_spectrum = torch.fft.rfft2(self._psf, s=(self._side, self._side))
+        self._psf_spectrum = torch.fft.rfft2(
+            point_spread(survey, device), s=(self._side, self._side)
+        )
+        self._others: dict[int, Renderer] = {}
         if compiled:
             for name in ("elliptical", "arcs", "expose"):
                 setattr(self, name, torch.compile(getattr(self, name), dynamic=True))
+
+    def of_size(self, size: int) -> "Renderer":
+        """The same camera, with cutouts of another size; not compiled."""
+        if size not in self._others:
+            self._others[size] = Renderer(self.survey, self.sources, size, self.device)
+        return self._others[size]
 
     def parameters(self, table: pd.DataFrame) -> dict[str, Tensor]:
         """A table's numbers as tensors (B,)."""
@@ -168,9 +190,10 @@ class Renderer:
         return torch.zeros(n, len(self.bands), self.size, self.size, device=self.device)
 
     def electrons(self, images: Tensor, magnitudes: NDArray[np.float64]) -> Tensor:
-        """Expected electrons (B, bands, size, size) of images of unit flux; (B, bands) AB mag."""
+        """Expected electrons (B, bands, size, size) of blurred images of unit flux, as `blur` gives
+        them; (B, bands) AB mag."""
         flux = torch.from_numpy(self.survey.electrons(magnitudes)).to(self.device, torch.float32)
-        return images[:, None] * flux[:, :, None, None]
+        return images * flux[:, :, None, None]
 
     def elliptical(self, p: dict[str, Tensor]) -> Tensor:
         """The lens galaxy: n = 4, sharing centre, axis ratio and angle with its mass."""
@@ -251,12 +274,13 @@ class Renderer:
         return torch.nn.functional.avg_pool2d(brightness, sampling) * (cell * sampling) ** 2
 
     def blur(self, images: Tensor) -> Tensor:
-        """Convolve (B, size, size) with the PSF; outside the cutout the sky mirrors its edge."""
-        pad = torch.nn.functional.pad(images[:, None], [PSF_RADIUS] * 4, mode="reflect")[:, 0]
+        """Convolve (B, size, size) with the PSF of each band, or the one of all: (B, 1 or bands,
+        size, size). Outside the cutout the sky mirrors its edge."""
+        pad = torch.nn.functional.pad(images[:, None], [PSF_RADIUS] * 4, mode="reflect")
         shape = (self._side, self._side)
         blurred = torch.fft.irfft2(torch.fft.rfft2(pad, s=shape) * self._psf_spectrum, s=shape)
         inside = slice(2 * PSF_RADIUS, 2 * PSF_RADIUS + self.size)
-        return blurred[:, inside, inside].clamp_min(0)
+        return blurred[..., inside, inside].clamp_min(0)
 
     def expose(self, electrons: Tensor, deviates: Tensor) -> Tensor:
         """Noise and unit: sky-subtracted cutouts in sigmas of each band's background.
@@ -311,6 +335,21 @@ class Renderer:
         order = (signal**2 / variance).argsort(dim=-1, descending=True)
         signal, variance = signal.gather(-1, order), variance.gather(-1, order)
         return (signal.cumsum(-1) / variance.cumsum(-1).sqrt()).amax(dim=(1, 2))
+
+    def contrast(
+        self, arcs: Tensor, galaxy: Tensor, background: NDArray[np.float64] | None = None
+    ) -> Tensor:
+        """Of the arcs over the galaxy's light in the best band, (B,); as in `signal_to_noise`.
+
+        The fifth largest ratio of both (of the arcs to a background's sigma, where the galaxy is
+        fainter) among a band's pixels in which the arcs have a signal-to-noise above 2 against the
+        noise of sky, read-out and both; 0 where there are fewer. Of faint arcs on a bright galaxy
+        it is low, however high their signal-to-noise, and then no eye sees them.
+        """
+        variance = self._background(background)
+        seen = arcs > CONTRAST_SNR * (variance + arcs + galaxy).sqrt()
+        ratio = torch.where(seen, arcs / torch.maximum(galaxy, variance.sqrt()), 0).flatten(2)
+        return ratio.topk(CONTRAST_PIXELS, dim=-1).values[..., -1].amax(dim=1)
 
     def electrons_of_sigma(
         self, images: Tensor, background: NDArray[np.float64] | None = None

@@ -12,19 +12,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lens_pipeline.catalogue.dataset import CutoutFormat
+from lens_pipeline.catalogue.images import SIGMA_UNITS
+from lens_pipeline.catalogue.joined import joined_format
 from lens_pipeline.errors import InputError
 from lens_pipeline.progress import progress_bar
+from lens_pipeline.settings import MAX_IMAGE_SIZE, MAX_SEED, MIN_IMAGE_SIZE
 from lens_pipeline.simulation import population
 from lens_pipeline.simulation.config import SimulationConfig, load_config
 from lens_pipeline.simulation.decoys import choose_kinds, draw_decoys
+from lens_pipeline.simulation.defects import add_defects, choose_defects
 from lens_pipeline.simulation.hosts import HostGalaxies, RealHosts, SersicHosts
 from lens_pipeline.simulation.lenses import draw_lenses
 from lens_pipeline.simulation.pool import read_pool
 from lens_pipeline.simulation.render import Renderer
 from lens_pipeline.simulation.sources import make_sources
 from lens_pipeline.simulation.streams import Purpose, number_of, stream
+from lens_pipeline.simulation.surveys import Survey
 
-MIN_IMAGE_SIZE = 32  # pixels: the widest arcs still fit
 STACK_ROWS = 1000  # cutouts in one file of a catalogue
 
 GALAXY_TRUTHS = [
@@ -32,7 +37,15 @@ GALAXY_TRUTHS = [
     *("x", "y", "lens_radius", "lens_magnitude", "lens_g_r", "lens_r_i"),
 ]
 LENSING_TRUTHS = [
-    *("z_source", "einstein_radius", "shear", "shear_angle", "magnification", "arc_snr"),
+    *(
+        "z_source",
+        "einstein_radius",
+        "shear",
+        "shear_angle",
+        "magnification",
+        "arc_snr",
+        "arc_contrast",
+    ),
     *("source_x", "source_y", "source_radius", "source_axis_ratio", "source_angle"),
     *("source_magnitude", "source_g_r", "source_r_i"),
 ]
@@ -46,20 +59,24 @@ class Simulation:
     table: one row a cutout.
 
     Of every cutout: `id`; `label` (1 lens, 0 not); `kind` (`lens`, or one of
-    `decoy_kinds.MIXTURE`); `group` (all that shows one source galaxy, in whatever survey, and so
-    all that shows one real host; with smooth sources, one host, or one group of real ones);
-    `survey`; `pixel_scale` (arcsec); `source_galaxy` (its name, empty where it is smooth); `host`
-    (the id of the real galaxy that is the host, empty where it is smooth), and its `ra`, `dec`
-    where the pool's catalogue has them.
+    `decoy_kinds.MIXTURE`); `defect` (of the image, one of `defects.DEFECTS`; mostly empty);
+    `group` (all that shows one source galaxy, in whatever survey, and so all that shows one real
+    host; with smooth sources, one host, or one group of real ones); `survey`; `pixel_scale`
+    (arcsec); `source_galaxy` (its name, empty where it is smooth); `host` (the id of the real
+    galaxy that is the host, empty where it is smooth), and its `ra`, `dec` where the pool's
+    catalogue has them.
     Of the host galaxy: `z_lens`, `velocity_dispersion` (km/s), `axis_ratio`, `position_angle`
     (radians from +x, along columns, towards +y, along rows), `x`, `y` (arcsec from the middle),
     `lens_radius` (half-light, arcsec), `lens_magnitude` (AB, r), `lens_g_r`, `lens_r_i` (mag);
     these four are NaN of a real one.
     Of a lens, NaN elsewhere: `z_source`, `einstein_radius` (arcsec), `shear`, `shear_angle`
-    (radians), `magnification` (of the flux), `arc_snr` (best band), `source_x`, `source_y` (arcsec
-    from the lens), `source_radius` (arcsec), `source_axis_ratio` (of a smooth source),
-    `source_angle` (radians), `source_magnitude` (unlensed, AB, r), `source_g_r`, `source_r_i`.
-    Of the unrelated galaxies around (see `neighbours`) nothing; nor does `arc_snr` know of them.
+    (radians), `magnification` (of the flux), `arc_snr` (best band), `arc_contrast` (the arcs' light
+    over the galaxy's: the fifth largest ratio among pixels where they have a signal-to-noise above
+    2, in the best band; see `Renderer.contrast`), `source_x`, `source_y` (arcsec from the lens),
+    `source_radius` (arcsec), `source_axis_ratio` (of a smooth source), `source_angle` (radians),
+    `source_magnitude` (unlensed, AB, r), `source_g_r`, `source_r_i`.
+    Of the unrelated galaxies around (see `neighbours`) nothing; nor do `arc_snr` and
+    `arc_contrast` know of them.
     """
 
     images: NDArray[np.float32]
@@ -82,10 +99,11 @@ def simulate(
     The first m cutouts are the same for every n >= m (and one pool of hosts); for another
     batch_size (cutouts drawn together) or device, or compiled (see `Renderer`), to 1e-4 of the
     background sigma, or 5e-7 of a cutout's brightest pixel where that is more: float32 holds no
-    more of it. config: `load_config(survey)` by default. Raises InputError for an unknown
-    survey, settings out of range, a pool of hosts that cannot be used (see `read_pool`), or where
-    nothing can be compiled.
+    more of it. image_size: pixels a side, 32 to 512, as of the settings. config:
+    `load_config(survey)` by default. Raises InputError for an unknown survey, arguments out of
+    range, a pool of hosts that cannot be used (see `read_pool`), or where nothing can be compiled.
     """
+    _check(n, seed, image_size)
     config = config or load_config(survey)
     galaxies = _galaxies(config, _renderer(config, device, image_size, compiled))
     parts = []
@@ -117,6 +135,7 @@ def simulate_catalogue(
     the same, byte for byte, for the same arguments. storage_options: of fsspec, for the pool of
     hosts. Raises InputError as `simulate` does.
     """
+    _check(n, seed, image_size)
     tables = []
     renderer = _renderer(config, device, image_size, compiled)
     galaxies = _galaxies(config, renderer, out, storage_options)
@@ -149,21 +168,30 @@ def simulate_catalogue(
 
 
 def simulate_surveys(
-    out: Path, configs: Sequence[SimulationConfig], n: int, seed: int = 0, **how: Any
+    out: Path,
+    configs: Sequence[SimulationConfig],
+    n: int,
+    seed: int = 0,
+    *,
+    image_size: int = 64,
+    **how: Any,
 ) -> Path:
     """Write n simulated cutouts into the empty folder `out`, as many of each survey; return the
     `catalogue.parquet` of all.
 
     The cutouts of each survey lie in a folder of its name; those of a single one in `out` itself.
     Several have each a seed of their own, from `seed` and the name: no two share hosts or noise.
-    how: what else `simulate_catalogue` takes. Raises InputError as it does, and where two surveys
-    have one name.
+    how: what else `simulate_catalogue` takes. Raises InputError as it does, and, before anything is
+    simulated, where two surveys have one name or differ in their bands, or n is less than they are.
     """
+    how["image_size"] = image_size
     if len(configs) == 1:
         return simulate_catalogue(out, configs[0], n, seed, **how)
     names = [config.survey.name for config in configs]
     if len(set(names)) < len(names):
         raise InputError(f"survey: {', '.join(names)}: each needs a name of its own")
+    _check(n, seed, image_size, surveys=len(names))
+    joined_format({one.survey.name: _format(one.survey, image_size) for one in configs})
     tables = []
     for number, (name, config) in enumerate(zip(names, configs, strict=True)):
         share = n // len(names) + (number < n % len(names))
@@ -177,11 +205,26 @@ def simulate_surveys(
     return catalogue
 
 
+def _check(n: int, seed: int, image_size: int, surveys: int = 1) -> None:
+    """Raises InputError, naming the argument, where one is no whole number or out of range."""
+    for name, value, least, most in (
+        ("n", n, surveys, None),
+        ("seed", seed, 0, MAX_SEED),
+        ("image_size", image_size, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE),
+    ):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool):
+            raise InputError(f"{name}: {value!r} must be a whole number")
+        if value < least:
+            raise InputError(f"{name}: {value} is too small; at least {least} is needed")
+        if most is not None and value > most:
+            raise InputError(f"{name}: {value} is too large; at most {most} is possible")
+
+
+def _format(survey: Survey, image_size: int) -> CutoutFormat:
+    return CutoutFormat(survey.bands, image_size, SIGMA_UNITS, survey.pixel_scale)
+
+
 def _renderer(config: SimulationConfig, device: str, image_size: int, compiled: bool) -> Renderer:
-    if image_size < MIN_IMAGE_SIZE:
-        raise InputError(
-            f"image_size: {image_size} is too small; at least {MIN_IMAGE_SIZE} is needed"
-        )
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as problem:
@@ -213,13 +256,8 @@ def _batches(
     galaxies: HostGalaxies, config: SimulationConfig, rows: range, seed: int, batch_size: int = 256
 ) -> Iterator[Simulation]:
     """The cutouts of those rows, `batch_size` at a time; row 2h is host h's lens, 2h + 1 not."""
-    for name, value, least in [
-        ("n", len(rows), 1),
-        ("batch_size", batch_size, 2),
-        ("seed", seed, 0),
-    ]:
-        if value < least:
-            raise InputError(f"{name}: {value} is too small; at least {least} is needed")
+    if batch_size < 2:
+        raise InputError(f"batch_size: {batch_size} is too small; at least 2 is needed")
     step = batch_size - batch_size % 2
     for first in range(rows.start, rows.stop, step):
         yield _pairs(galaxies, config, seed, range(first, min(first + step, rows.stop)))
@@ -235,11 +273,14 @@ def _pairs(galaxies: HostGalaxies, config: SimulationConfig, seed: int, rows: ra
     # Of both the same: neighbours of one alone would tell them apart.
     neighbours = galaxies.neighbours(seed, np.array(hosts))
     electrons = torch.stack([bare + lenses.arcs, decoys], dim=1) + neighbours[:, None]
+    numbers = lenses.table["host_galaxy"].to_numpy()
+    defects = choose_defects(seed, hosts, kinds, config.decoys)
+    add_defects(electrons, galaxies, seed, np.array(hosts), numbers, defects)
     deviates = _deviates(electrons, seed, hosts)
-    images = galaxies.expose(electrons, deviates, lenses.table["host_galaxy"].to_numpy())
+    images = galaxies.expose(electrons, deviates, numbers)
     return Simulation(
         images.flatten(0, 1)[: len(rows)].cpu().numpy(),
-        _table(galaxies, lenses.table, kinds, rows),
+        _table(galaxies, lenses.table, kinds, defects, rows),
     )
 
 
@@ -251,7 +292,11 @@ def _deviates(like: Tensor, seed: int, hosts: range) -> Tensor:
 
 
 def _table(
-    galaxies: HostGalaxies, lenses: pd.DataFrame, kinds: NDArray[np.str_], rows: range
+    galaxies: HostGalaxies,
+    lenses: pd.DataFrame,
+    kinds: NDArray[np.str_],
+    defects: NDArray[np.str_],
+    rows: range,
 ) -> pd.DataFrame:
     row = np.array(rows)
     host, is_lens = row // 2, row % 2 == 0
@@ -266,6 +311,7 @@ def _table(
             "id": [f"{survey.name}-{r:07d}-{k}" for r, k in zip(row, kind, strict=True)],
             "label": is_lens.astype(np.int8),
             "kind": kind,
+            "defect": defects[host - host[0], row % 2],
             # A galaxy that is lensed in two splits would be known from training.
             "group": galaxy if names else hosts["group"],
             "survey": survey.name,

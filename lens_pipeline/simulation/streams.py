@@ -14,6 +14,7 @@ class Purpose(IntEnum):
     NOISE = 2
     KIND = 3
     NEIGHBOURS = 4
+    DEFECTS = 5
 
 
 def stream(seed: int, host: int, purpose: Purpose, block: int = 0) -> np.random.Generator:

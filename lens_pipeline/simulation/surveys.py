@@ -22,12 +22,15 @@ class Survey(BaseModel):
     name: str = Field(description="as in SURVEYS, or the user's own")
     bands: tuple[str, ...] = Field(description=f"of {', '.join(KNOWN_BANDS)}, in an image's order")
     pixel_scale: Positive = Field(description="arcsec/pixel")
-    seeing: Positive = Field(description="FWHM of the point spread function, arcsec")
+    seeing: Positive | tuple[Positive, ...] = Field(
+        description="FWHM of the point spread function, arcsec; one, or one a band"
+    )
     moffat_beta: float = Field(
         default=3.0, gt=1, description="slope of its Moffat profile, (1 + (r/a)^2)^-beta"
     )
-    psf: str | None = Field(
-        default=None, description="a FITS file with the point spread function, instead of Moffat's"
+    psf: str | tuple[str, ...] | None = Field(
+        default=None,
+        description="a FITS file of the point spread function, instead of Moffat's; or one a band",
     )
     sky_brightness: tuple[float, ...] = Field(description="mag/arcsec^2, one a band")
     zero_point: tuple[float, ...] = Field(description="AB magnitude of one ADU/s, one a band")
@@ -41,13 +44,32 @@ class Survey(BaseModel):
         for band in self.bands:
             if band not in KNOWN_BANDS:
                 raise ValueError(f"bands: {band!r} is none of {', '.join(KNOWN_BANDS)}")
-        for name in PER_BAND:
-            if len(getattr(self, name)) != len(self.bands):
+        for name in (*PER_BAND, "seeing", "psf"):
+            values = getattr(self, name)
+            if isinstance(values, tuple) and len(values) != len(self.bands):
                 raise ValueError(
-                    f"{name}: has {len(getattr(self, name))} values for the bands "
+                    f"{name}: has {len(values)} values for the bands "
                     f"{', '.join(self.bands)}; give one for each"
                 )
         return self
+
+    @property
+    def seeings(self) -> tuple[float, ...]:
+        """FWHM in arcsec, one a band."""
+        one = self.seeing
+        return one if isinstance(one, tuple) else (one,) * len(self.bands)
+
+    @property
+    def best_seeing(self) -> float:
+        """FWHM in arcsec, of the band in which a lens is resolved first."""
+        return min(self.seeings)
+
+    @property
+    def psfs(self) -> tuple[str, ...]:
+        """Files with point spread functions: none, one of all bands, or one a band."""
+        if self.psf is None:
+            return ()
+        return self.psf if isinstance(self.psf, tuple) else (self.psf,)
 
     def electrons(self, magnitude: NDArray[np.float64]) -> NDArray[np.float64]:
         """Electrons (..., bands) that the coadd collects from AB magnitudes (..., bands)."""

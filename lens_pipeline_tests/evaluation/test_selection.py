@@ -33,6 +33,7 @@ def sample(n_lens: int = 400, n_nonlens: int = 600, seed: int = 0) -> pd.DataFra
             "kind": np.where(is_lens, "lens", np.where(np.arange(n) % 3 == 0, "ring", "star")),
             "einstein_radius": radius,
             "arc_snr": np.where(is_lens, random.uniform(20, 200, n), np.nan),
+            "arc_contrast": np.where(is_lens, np.linspace(0.1, 5, n), np.nan),
             "source_magnitude": np.where(is_lens, random.uniform(20, 26, n), np.nan),
             "z_source": np.where(is_lens, random.uniform(1, 3, n), np.nan),
             "z_lens": random.uniform(0.1, 0.9, n),
@@ -95,7 +96,7 @@ class TestSelectionFunction:
         assert only["n"] == 400
 
     def test_what_is_not_known_is_left_out_and_counted(self) -> None:
-        table = sample().drop(columns=["z_source", "magnification"])
+        table = sample().drop(columns=["z_source", "magnification", "arc_contrast"])
         table["z_lens"] = np.nan
         table.loc[:99, "arc_snr"] = np.nan
         table.loc[100, "arc_snr"] = np.inf

@@ -79,6 +79,8 @@ def test_a_users_file_chooses_decoys_sources_and_seeing(tmp_path: Path) -> None:
         ("decoys: {ring: 0}", "at least one weight"),
         ("survey: {seeing: -1}", "survey.seeing"),
         ("survey: {bands: [g, z]}", "survey: bands: 'z' is none of g, r, i, VIS"),
+        ("survey: {seeing: [1, 1.1]}", "seeing: has 2 values for the bands g, r, i; give one"),
+        ("survey: {psf: [a.fits]}", "psf: has 1 values for the bands g, r, i; give one"),
         ("survey: {zero_point: [25]}", "zero_point: has 1 values for the bands g, r, i"),
         ("survey: {bands: [VIS]}", "sky_brightness: has 3 values for the bands VIS; give one"),
         ("survey: {bands: [g]}\npopulation: {shear: {distribution: flat}}", "population.shear"),
@@ -101,6 +103,15 @@ def test_some_bands_of_a_survey_keep_what_it_says_of_them(tmp_path: Path) -> Non
     assert survey.sky_brightness == (preset.sky_brightness[2], preset.sky_brightness[0])
     config = load_config("des", write(tmp_path, "survey: {bands: [r]}"))
     assert simulate("des", 4, config=config, image_size=32).images.shape[1] == 1
+
+
+def test_seeing_and_psf_may_be_given_for_each_band(tmp_path: Path) -> None:
+    file = write(tmp_path, "survey: {seeing: [1.3, 1.1, 0.9], psf: [g.fits, /r.fits, i.fits]}\n")
+    survey = load_config("des", file).survey
+    assert survey.seeings == (1.3, 1.1, 0.9)
+    assert survey.psfs == (f"{tmp_path}/g.fits", "/r.fits", f"{tmp_path}/i.fits")
+    config = load_config("des", write(tmp_path, "survey: {seeing: [1.3, 1.1, 0.9]}\n"))
+    assert simulate("des", 4, config=config, image_size=32).images.shape == (4, 3, 32, 32)
 
 
 def test_a_population_without_detectable_lenses_is_an_error(tmp_path: Path) -> None:

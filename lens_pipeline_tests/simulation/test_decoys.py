@@ -32,7 +32,7 @@ def decoys(galaxies: SersicHosts, lenses: Lenses, kind: str) -> torch.Tensor:
     return draw_decoys(galaxies, 7, lenses.table, lenses.galaxy, kinds)
 
 
-@pytest.mark.parametrize("kind", sorted(set(MIXTURE) - {"unlensed", "artefact"}))
+@pytest.mark.parametrize("kind", sorted(set(MIXTURE) - {"unlensed", "artefact", "group"}))
 def test_a_decoy_has_the_light_of_its_lens_and_not_its_shape(
     kind: str, galaxies: SersicHosts, lenses: Lenses
 ) -> None:
@@ -46,19 +46,46 @@ def test_a_decoy_has_the_light_of_its_lens_and_not_its_shape(
     assert (moved / arcs).median() > 0.1
 
 
-def test_unlensed_is_the_galaxy_alone_and_an_artefact_is_in_one_band(
-    galaxies: SersicHosts, lenses: Lenses
+@pytest.mark.parametrize("kind", ["unlensed", "artefact"])
+def test_some_are_the_galaxy_alone(kind: str, galaxies: SersicHosts, lenses: Lenses) -> None:
+    torch.testing.assert_close(decoys(galaxies, lenses, kind), lenses.galaxy)
+
+
+@pytest.mark.parametrize("kind", ["intruders", "edge_on", "group", "star"])
+def test_galaxies_and_stars_beside_a_host_take_nothing_of_it(
+    kind: str, galaxies: SersicHosts, lenses: Lenses
 ) -> None:
-    torch.testing.assert_close(decoys(galaxies, lenses, "unlensed"), lenses.galaxy)
-    added = decoys(galaxies, lenses, "artefact") - lenses.galaxy
-    background = torch.from_numpy(CONFIG.survey.background_variance).float().sqrt()
-    height = added.amax(dim=(2, 3)) / background
-    assert ((height > 2).sum(dim=1) == 1).all()
+    added = decoys(galaxies, lenses, kind) - lenses.galaxy
+    assert (added >= -1e-6 * lenses.galaxy.amax(dim=(2, 3), keepdim=True)).all()
+    assert (added.sum(dim=(2, 3)) > 0).all()
+
+
+def test_members_of_a_group_have_light_of_their_own(galaxies: SersicHosts, lenses: Lenses) -> None:
+    """Two to four, 0.5 to 3 mag fainter than the host, and the arcs' light on a blue one."""
+    drawn, host = decoys(galaxies, lenses, "group")[:, R], lenses.galaxy[:, R]
+    members = (drawn - host - lenses.arcs[:, R]).sum(dim=(1, 2)) / host.sum(dim=(1, 2))
+    brightest, faintest = 10 ** (-0.4 * 0.5), 10 ** (-0.4 * 3)
+    # Some light falls beside the cutout, of the blue one, too.
+    assert ((members > 1.2 * faintest) & (members < 4 * brightest)).float().mean() > 0.85
+    assert members.median().item() == pytest.approx(3 * 0.27, abs=0.3)
+
+
+@pytest.mark.parametrize("kind", ["spiral", "ring", "merger"])
+def test_what_surrounds_a_galaxy_takes_little_of_its_middle(
+    kind: str, galaxies: SersicHosts, lenses: Lenses
+) -> None:
+    """Else "less concentrated" would be enough to know a decoy."""
+    middle = (slice(None), R, slice(30, 34), slice(30, 34))
+    kept = decoys(galaxies, lenses, kind)[middle].sum(dim=(1, 2)) / (
+        lenses.galaxy[middle].sum(dim=(1, 2))
+    )
+    assert kept.median() > 0.75
+    assert kept.min() > 0.5
 
 
 def test_kinds_differ_from_each_other(galaxies: SersicHosts, lenses: Lenses) -> None:
     images = {kind: decoys(galaxies, lenses, kind)[:, R].numpy() for kind in MIXTURE}
     for one in MIXTURE:
         for other in MIXTURE:
-            if one < other:
+            if one < other and {one, other} != {"artefact", "unlensed"}:  # but for a defect
                 assert not np.allclose(images[one], images[other], rtol=0.05), (one, other)

@@ -1,14 +1,19 @@
 """The population against lenstronomy, astropy and the published distributions."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from astropy.cosmology import FlatLambdaCDM
 from lenstronomy.Cosmo.lens_cosmo import LensCosmo
+from lenstronomy.LensModel.lens_model import LensModel
+from lenstronomy.LensModel.Solver.lens_equation_solver import LensEquationSolver
+from lenstronomy.Util.param_util import phi_q2_ellipticity, shear_polar2cartesian
 from scipy.integrate import quad
 from scipy.stats import kstest
 
 from lens_pipeline.simulation import SimulationConfig, load_config, population
 from lens_pipeline.simulation.config import Population
+from lens_pipeline.simulation.multiplicity import is_multiply_imaged
 
 COSMOLOGY = FlatLambdaCDM(H0=70, Om0=0.3)
 U = np.random.default_rng(0).uniform(size=4000)
@@ -157,3 +162,39 @@ def test_source_sizes_follow_the_relation_with_its_scatter() -> None:
     expected = -(absolute + 18) / 4 - 1.2 * np.log10(2.5 / 1.6)
     assert np.median(radius) == pytest.approx(expected, abs=0.03)
     assert radius.std() == pytest.approx(0.35, rel=0.05)
+
+
+@pytest.mark.parametrize("shear", [0.0, 0.1])
+def test_where_a_source_is_multiply_imaged_is_where_lenstronomy_finds_images(shear: float) -> None:
+    random = np.random.default_rng(4)
+    n = 60
+    table = pd.DataFrame(
+        {
+            "einstein_radius": random.uniform(0.5, 3, n),
+            "axis_ratio": random.uniform(0.25, 1, n),
+            "position_angle": random.uniform(0, np.pi, n),
+            "shear": shear,
+            "shear_angle": random.uniform(0, np.pi, n),
+        }
+    )
+    for axis in ("source_x", "source_y"):
+        table[axis] = table["einstein_radius"] * random.uniform(-1, 1, n)
+    solver = LensEquationSolver(LensModel(["SIE", "SHEAR"]))
+    count = []
+    for row in table.itertuples():
+        e1, e2 = phi_q2_ellipticity(row.position_angle, row.axis_ratio)
+        gamma1, gamma2 = shear_polar2cartesian(row.shear_angle, row.shear)
+        mass = {"theta_E": row.einstein_radius, "e1": e1, "e2": e2, "center_x": 0, "center_y": 0}
+        around = {"gamma1": gamma1, "gamma2": gamma2, "ra_0": 0, "dec_0": 0}
+        images = solver.image_position_from_source(
+            row.source_x,
+            row.source_y,
+            [mass, around],
+            min_distance=0.05 * row.einstein_radius,
+            search_window=6 * row.einstein_radius,
+        )
+        count.append(len(images[0]))
+    several = np.array(count) > 1
+    assert 10 < several.sum() < 58
+    # An image that is about to vanish on the lens is too faint for their solver, one in some.
+    assert (is_multiply_imaged(table) != several).sum() <= 1

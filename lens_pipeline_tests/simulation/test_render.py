@@ -143,7 +143,7 @@ def test_a_whole_image_is_that_of_finer_sampling() -> None:
 
 def images_of_both(p: dict[str, float], supersampling: int) -> tuple[np.ndarray, np.ndarray]:
     renderer = Renderer(DES, SersicDiscs(), SIZE, "cpu")
-    ours = renderer.blur(renderer.arcs(renderer.parameters(pd.DataFrame([p])))).numpy()[0]
+    ours = renderer.blur(renderer.arcs(renderer.parameters(pd.DataFrame([p])))).numpy()[0, 0]
 
     corner = -(SIZE - 1) / 2 * DES.pixel_scale
     pixels = PixelGrid(SIZE, SIZE, np.eye(2) * DES.pixel_scale, corner, corner)
@@ -196,7 +196,7 @@ def test_a_psf_of_the_users_own(tmp_path: Path) -> None:
 
     def blurred(name: str) -> np.ndarray:
         survey = DES.model_copy(update={"psf": str(tmp_path / f"{name}.fits")})
-        return Renderer(survey, SersicDiscs(), 32, "cpu").blur(image).numpy()[0]
+        return Renderer(survey, SersicDiscs(), 32, "cpu").blur(image).numpy()[0, 0]
 
     np.testing.assert_allclose(blurred("narrow"), image[0].numpy(), atol=1e-6)
     assert blurred("wide")[16, 16] == pytest.approx(1 / 49**2, rel=1e-3)  # cut to 49 pixels a side
@@ -204,6 +204,30 @@ def test_a_psf_of_the_users_own(tmp_path: Path) -> None:
         blurred("even")
     with pytest.raises(InputError, match=r"none\.fits cannot be read"):
         blurred("none")
+    moved = np.roll(narrow, (1, -2), axis=(0, 1))
+    fits.PrimaryHDU(moved).writeto(tmp_path / "moved.fits")
+    with pytest.raises(InputError, match=r"moved\.fits has its centroid -2\.0, \+1\.0 pixels"):
+        blurred("moved")
+
+
+def test_each_band_may_have_a_psf_of_its_own(tmp_path: Path) -> None:
+    point = torch.zeros(1, 64, 64)
+    point[0, 32, 32] = 1
+    magnitudes = np.full((1, 3), 20.0)
+
+    def seen(**changes: object) -> np.ndarray:
+        renderer = Renderer(DES.model_copy(update=changes), SersicDiscs(), 64, "cpu")
+        electrons = renderer.electrons(renderer.blur(point), magnitudes).numpy()[0]
+        return electrons / electrons.sum(axis=(1, 2), keepdims=True)
+
+    of_each = seen(seeing=(1.4, 1.0, 0.8))
+    for band, seeing in enumerate((1.4, 1.0, 0.8)):
+        np.testing.assert_allclose(of_each[band], seen(seeing=seeing)[band], atol=1e-6)
+    paths = []
+    for side in (1, 3, 5):
+        fits.PrimaryHDU(np.ones((side, side), np.float32)).writeto(tmp_path / f"{side}.fits")
+        paths.append(str(tmp_path / f"{side}.fits"))
+    np.testing.assert_allclose(seen(psf=tuple(paths))[:, 32, 32], [1, 1 / 9, 1 / 25], atol=1e-5)
 
 
 def test_the_lens_galaxy_loses_no_light_at_its_cusp() -> None:
@@ -275,3 +299,22 @@ def test_signal_to_noise_is_the_highest_of_all_thresholds() -> None:
                 chosen = ratio >= threshold
                 best = max(best, signal[chosen].sum() / np.sqrt(noise[chosen].sum()))
         assert ours[image].item() == pytest.approx(best, rel=1e-4)
+
+
+def test_contrast_is_the_fifth_largest_ratio_where_arcs_are_seen() -> None:
+    random = np.random.default_rng(0)
+    arcs = random.exponential(400, (4, 3, 8, 8)) * (random.random((4, 3, 1, 1)) < 0.7)
+    arcs[3] *= 1e-3  # seen nowhere
+    galaxy = random.exponential(500, (4, 3, 8, 8))
+    renderer = Renderer(DES, SersicDiscs(), 32, "cpu")
+    ours = renderer.contrast(torch.from_numpy(arcs).float(), torch.from_numpy(galaxy).float())
+    for image in range(4):
+        best = 0.0
+        for band, background in enumerate(DES.background_variance):
+            a, g = arcs[image, band].ravel(), galaxy[image, band].ravel()
+            seen = a / np.sqrt(background + a + g) > 2
+            ratios = np.sort((a / np.maximum(g, np.sqrt(background)))[seen])
+            best = max(best, ratios[-5] if len(ratios) >= 5 else 0)
+        assert ours[image].item() == pytest.approx(best, rel=1e-4)
+    assert ours[3] == 0
+    assert (ours[:3] > 0).any()

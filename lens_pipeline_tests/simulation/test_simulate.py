@@ -19,6 +19,7 @@ from lens_pipeline.cli import main
 from lens_pipeline.errors import InputError
 from lens_pipeline.simulation import Simulation, load_config, simulate
 from lens_pipeline.simulation.decoy_kinds import MIXTURE
+from lens_pipeline.simulation.multiplicity import is_multiply_imaged
 from lens_pipeline.simulation.simulate import simulate_surveys
 from lens_pipeline_tests.conftest import LENS_PIPELINE
 
@@ -38,6 +39,8 @@ def test_every_lens_is_detectable(simulation: Simulation) -> None:
     assert (lenses["z_lens"] < 2).all()
     assert (lenses["magnification"] > 3).all()
     assert (lenses["arc_snr"] > 20).all()
+    assert (lenses["arc_contrast"] >= 0.1).all()
+    assert is_multiply_imaged(lenses).all()
     assert (2 * theta**2 > (2 * lenses["source_radius"]) ** 2 + 0.9**2).all()
     assert (lenses["magnification"] * lenses["source_radius"] > 0.9).all()
 
@@ -97,7 +100,8 @@ def test_arcs_are_the_light_that_a_lens_adds(simulation: Simulation) -> None:
 
     survey = find_survey("des")
     table = simulation.table
-    pairs = np.flatnonzero(table["kind"] == "unlensed")
+    clean = table["defect"] == ""
+    pairs = np.flatnonzero((table["kind"] == "unlensed") & clean & clean.shift(1, fill_value=False))
     added = simulation.images[pairs - 1] - simulation.images[pairs]
     lenses = table.iloc[pairs - 1]
     g = lenses["source_magnitude"] + lenses["source_g_r"]
@@ -173,6 +177,11 @@ def test_a_cutout_depends_on_its_seed_and_number_alone(simulation: Simulation) -
     [
         ({"survey": "sdss", "n": 10}, "survey: unknown 'sdss'; try"),
         ({"survey": "des", "n": 0}, "n: 0"),
+        ({"survey": "des", "n": -3}, "n: -3 is too small; at least 1"),
+        ({"survey": "des", "n": 2.0}, "n: 2.0 must be a whole number"),
+        ({"survey": "des", "n": 10, "seed": 2**70}, "seed: 1180591620717411303424 is too large"),
+        ({"survey": "des", "n": 10, "image_size": 64.5}, "image_size: 64.5 must be a whole"),
+        ({"survey": "des", "n": 10, "image_size": 513}, "image_size: 513 is too large; at most"),
         ({"survey": "des", "n": 10, "seed": -1}, "seed: -1"),
         ({"survey": "des", "n": 10, "image_size": 16}, "image_size: 16"),
     ],
@@ -200,6 +209,30 @@ def test_the_command_writes_the_same_files_each_time(
     assert (table["bands"] == "g,r,i").all()
     assert main([*arguments, str(tmp_path / "first")]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--survey", "des,euclid_vis"],
+            "euclid_vis: bands: the cutouts have VIS, those of des g, r, i, and a network takes",
+        ),
+        (["--survey", "des,hsc", "--n", "1"], "n: 1 is too small; at least 2 is needed"),
+        (["--image-size", "1024"], "image_size: 1024 is too large; at most 512 is possible"),
+    ],
+)
+def test_what_cannot_come_to_an_end_is_refused_before_anything_is_simulated(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """So many cutouts as here would take days."""
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["simulate", "--n", "10000000", *arguments, *out]) == 2
+    assert f"error: {message}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
