@@ -118,7 +118,7 @@ def simulate(
 
 
 def simulate_catalogue(
-    out: Path,
+    out: str | Path,
     config: SimulationConfig,
     n: int,
     seed: int = 0,
@@ -128,7 +128,7 @@ def simulate_catalogue(
     compiled: bool = False,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write n simulated cutouts into the empty folder `out`; return its `catalogue.parquet`.
+    """Write n simulated cutouts into the folder `out`, empty or new; return its `catalogue.parquet`.
 
     The catalogue has `Simulation`'s columns, `path` (`images-00000.npy#17` is row 17 of that
     stack), `flux_unit`, `bands` and `simulated`; `simulation.json` says what made it. The files are
@@ -136,7 +136,8 @@ def simulate_catalogue(
     hosts. Raises InputError as `simulate` does.
     """
     _check(n, seed, image_size)
-    tables = []
+    out, tables = Path(out), []
+    out.mkdir(parents=True, exist_ok=True)
     renderer = _renderer(config, device, image_size, compiled)
     galaxies = _galaxies(config, renderer, out, storage_options)
     with progress_bar(total=n, desc="simulating", unit="cutout") as progress:
@@ -168,7 +169,7 @@ def simulate_catalogue(
 
 
 def simulate_surveys(
-    out: Path,
+    out: str | Path,
     configs: Sequence[SimulationConfig],
     n: int,
     seed: int = 0,
@@ -176,8 +177,8 @@ def simulate_surveys(
     image_size: int = 64,
     **how: Any,
 ) -> Path:
-    """Write n simulated cutouts into the empty folder `out`, as many of each survey; return the
-    `catalogue.parquet` of all.
+    """Write n simulated cutouts into the folder `out`, empty or new, as many of each survey; return
+    the `catalogue.parquet` of all.
 
     The cutouts of each survey lie in a folder of its name; those of a single one in `out` itself.
     Several have each a seed of their own, from `seed` and the name: no two share hosts or noise.
@@ -192,10 +193,9 @@ def simulate_surveys(
         raise InputError(f"survey: {', '.join(names)}: each needs a name of its own")
     _check(n, seed, image_size, surveys=len(names))
     joined_format({one.survey.name: _format(one.survey, image_size) for one in configs})
-    tables = []
+    out, tables = Path(out), []
     for number, (name, config) in enumerate(zip(names, configs, strict=True)):
         share = n // len(names) + (number < n % len(names))
-        (out / name).mkdir()
         own_seed = number_of(f"{seed} {name}", 2**32)
         simulate_catalogue(out / name, config, share, own_seed, **how)
         table = pd.read_parquet(out / name / "catalogue.parquet")
