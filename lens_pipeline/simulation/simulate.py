@@ -128,7 +128,7 @@ def simulate_catalogue(
     compiled: bool = False,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write n simulated cutouts into the folder `out`, empty or new; return its `catalogue.parquet`.
+    """Write n simulated cutouts into `out`, an empty or new folder; return its `catalogue.parquet`.
 
     The catalogue has `Simulation`'s columns, `path` (`images-00000.npy#17` is row 17 of that
     stack), `flux_unit`, `bands` and `simulated`; `simulation.json` says what made it. The files are
@@ -177,7 +177,7 @@ def simulate_surveys(
     image_size: int = 64,
     **how: Any,
 ) -> Path:
-    """Write n simulated cutouts into the folder `out`, empty or new, as many of each survey; return
+    """Write n simulated cutouts into `out`, an empty or new folder, as many of each survey; return
     the `catalogue.parquet` of all.
 
     The cutouts of each survey lie in a folder of its name; those of a single one in `out` itself.
