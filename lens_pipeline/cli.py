@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         parents=[common],
         help="the main job: source to registry",
-        epilog=f"Variables of the environment say the rest (README, Settings): {', '.join(others)}",
+        epilog=f"Variables of the environment say the rest (docs/settings.md): {', '.join(others)}",
     )
     run.add_argument("--source", help="`simulation`, or a catalogue (LENS_SOURCE)")
     run.add_argument("--preset", help="tiny, quick or full (LENS_PRESET)")

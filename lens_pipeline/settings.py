@@ -1,6 +1,6 @@
 """Everything that is read from the environment, typed, in one place.
 
-``LENS_*`` variables and ``MLFLOW_TRACKING_URI``; see the table in the README. Paths are made
+``LENS_*`` variables and ``MLFLOW_TRACKING_URI``; see the table in docs/settings.md. Paths are made
 absolute when the settings are read, relative to the working directory.
 """
 

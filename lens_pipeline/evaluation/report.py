@@ -22,7 +22,7 @@ COLUMNS = {
     "tpr_at_fpr_1e-2": "TPR at FPR 1e-2",
     "ece": "calibration error",
 }
-# In the order of the README: ranking, its end without false positives, calibration.
+# In the order of docs/report.md: ranking, its end without false positives, calibration.
 MORE_COLUMNS = {
     "auroc": COLUMNS["auroc"],
     "average_precision": COLUMNS["average_precision"],

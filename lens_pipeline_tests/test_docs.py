@@ -1,4 +1,4 @@
-"""The README's code for notebooks, and its table of metrics, as they stand there."""
+"""The README and docs/: their code for notebooks, their table of metrics, and their links."""
 
 import re
 import shutil
@@ -11,7 +11,9 @@ import pytest
 
 from lens_pipeline.evaluation.report import MORE_COLUMNS
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 
 
 def test_the_code_for_notebooks_runs(
@@ -44,9 +46,29 @@ def test_the_code_for_notebooks_runs(
     assert set(found["metrics"]["auroc"]) == {"value", "low", "high"}
 
 
-def test_the_report_lists_its_figures_in_the_order_of_the_readme() -> None:
-    section = README.read_text().partition("## Reading the report")[2].partition("\n## ")[0]
-    listed = re.findall(r"^\| (.+?) \|", section, re.M)
+def _anchors(page: Path) -> set[str]:
+    """What links into a page may name: its headings, as GitHub spells them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not link.startswith("https://"):
+            place, _, anchor = link.partition("#")
+            target = page.parent / place if place else page
+            assert target.exists(), link
+            assert not anchor or anchor in _anchors(target), link
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = re.findall(r"\]\((docs/\w+\.md)\)", README.read_text())
+    assert {ROOT / link for link in linked} == set(PAGES[1:])
+
+
+def test_the_report_lists_its_figures_in_the_order_of_its_page() -> None:
+    listed = re.findall(r"^\| (.+?) \|", (ROOT / "docs" / "report.md").read_text(), re.M)
     listed = [title.removesuffix(", 1e-3, 1e-4") for title in listed if title[0] not in "-–|"]
     titles = [t for t in MORE_COLUMNS.values() if t not in ("TPR at FPR 1e-3", "TPR at FPR 1e-4")]
     assert ", ".join(titles) == ", ".join(listed)
