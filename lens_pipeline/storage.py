@@ -3,7 +3,7 @@
 import itertools
 import posixpath
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import fsspec
 from lens_pipeline.errors import InputError, NoAnswerError
 
 CONNECT_LIMIT, READ_LIMIT = 10, 15  # seconds
+CLAIM = ".filling"  # in a folder while somebody writes into it
 WORTH_LISTING = 20  # files of one folder
 FEW = 100  # files that a store can be asked for one by one before anything is read
 TABLES = (".csv", ".parquet", ".fits", ".fit", ".vot", ".votable", ".xml")  # of a catalogue
@@ -45,23 +46,32 @@ def filling(out: str | Path) -> Iterator[Path]:
     """A local folder for what the block writes: one that holds nothing, made where there is none.
     Where the block fails it holds nothing again.
 
-    Raises InputError for one that holds anything: who has its files mapped would be killed by the
-    system, were they written again.
+    Raises InputError for one that holds anything, or that another writer fills: who has its files
+    mapped would be killed by the system, were they written again.
     """
     folder = Path(out)
+    claim = folder / CLAIM
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        holds = any(folder.iterdir())
+        claim.touch(exist_ok=False)
+        holds = any(path != claim for path in folder.iterdir())
+    except FileExistsError:
+        holds = True
     except OSError as problem:
         raise InputError(f"{folder}: cannot be written to ({problem.strerror})") from None
+    else:
+        if holds:
+            claim.unlink()
     if holds:
         raise InputError(f"{folder}: exists and is not empty; name another folder, or remove it")
     try:
         yield folder
     except BaseException:
         for path in folder.iterdir():
-            path.unlink()
+            with suppress(OSError):  # what went wrong before is to be told
+                path.unlink()
         raise
+    claim.unlink()
 
 
 def lacks_credentials(problem: Exception) -> bool:

@@ -155,11 +155,13 @@ class LensClassifier(pl.LightningModule):
         checkpoint[METRIC_STATE] = self._metrics("train").saved(total)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        for state in checkpoint.get("optimizer_states", ()):
+        fitting = self._trainer is not None and self._trainer.state.fn == "fit"
+        ours = type(self).configure_optimizers is LensClassifier.configure_optimizers
+        for state in checkpoint.get("optimizer_states", ()) if fitting and ours else ():
             if len(state["param_groups"]) != len(parameter_groups(self, 0.0)):
                 raise InputError(
-                    "the checkpoint holds the optimiser of an earlier version of lens_pipeline, or "
-                    "another one; begin a new training, which may start from its weights"
+                    "the checkpoint holds the optimiser of an earlier version of lens_pipeline; "
+                    "begin a new training, which may start from its weights"
                 )
         if METRIC_STATE in checkpoint and self.global_rank == 0:
             self._metrics("train").restore(checkpoint[METRIC_STATE])

@@ -22,7 +22,7 @@ from lens_pipeline.shards.reader import shards_at
 from lens_pipeline.shards.store import Store
 from lens_pipeline.shards.streaming import read_tar
 from lens_pipeline.shards.transfers import AT_A_TIME, ahead_of, at_a_time, transfer
-from lens_pipeline.steps import digest
+from lens_pipeline.steps import digest, file_sha256
 from lens_pipeline.storage import state_of
 
 
@@ -76,14 +76,18 @@ def open_tars(
         return Tars(urls, mine.format, content, mine.split(split), patterns=patterns)
     if store.is_local or cache is not None:
         names = [posixpath.basename(url) for url in urls]
-        listed = dict(zip(names, ahead_of(names, store.about, AT_A_TIME), strict=True))
-        states = [about and (state_of(about) or about["size"]) for about in listed.values()]
+        states: list[Any]
         if cache is None or store.is_local:
             paths = [Path(store.at(tar)) for tar in names]
+            indexed = index_tars(paths, image_size, flux_unit).held()
+            # The bytes, which are read anyway: who copies tars to each job's disk has the same.
+            states = [file_sha256(path) for path in paths]
         else:
+            listed = dict(zip(names, ahead_of(names, store.about, AT_A_TIME), strict=True))
             paths = _copied(store, listed, CacheFolder.of(cache, cache_gb))
-        indexed = index_tars(paths, image_size, flux_unit).held()
-        content = digest([names, states])
+            indexed = index_tars(paths, image_size, flux_unit).held()
+            states = [about and (state_of(about) or about["size"]) for about in listed.values()]
+        content = digest([names, states, flux_unit])
         return Tars(urls, indexed.decoder.form, content, indexed)
     first = next(read_tar(store, posixpath.basename(urls[0])), None)
     if first is None:

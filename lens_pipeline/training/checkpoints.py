@@ -51,7 +51,20 @@ class BestCheckpoints(ModelCheckpoint):
         return super().state_dict() | {"losses": self.losses}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Where fewer are kept than before, the best of them."""
+        """Where fewer are kept than before, the best of them. The folder may be elsewhere by now:
+        Lightning would forget what lies in it."""
+
+        def here(path: str) -> str:
+            return str(Path(str(self.dirpath), Path(path).name)) if path else path
+
+        paths = {
+            name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path")
+        }
+        kept = {
+            name: {here(path): value for path, value in state_dict[name].items()}
+            for name in ("best_k_models", "losses")
+        }
+        state_dict = {**state_dict, **paths, **kept, "dirpath": self.dirpath}
         super().load_state_dict(state_dict)
         self.losses = state_dict["losses"]
         surpassed = self._ranked()[self.save_top_k :]

@@ -240,6 +240,7 @@ def hashed_inputs(config: TrainConfig, data: CutoutModule) -> dict[str, str]:
     """{what a training is made of, besides its settings: what tells it from another}."""
     return {
         "cutouts": digest([data.content, asdict(data.format)]),
+        "order or share of the cutouts": digest([data.seed, data.bagging]),
         "weights to start from": config.start,
     }
 
@@ -325,7 +326,8 @@ def _fit(
         chosen.append(LearningRateMonitor("step"))
     if _on_gpu(config):
         chosen.append(PeakMemory())
-    if in_notebook() and not any(isinstance(one, ProgressBar) for one in callbacks):
+    has_bar = any(isinstance(one, ProgressBar) for one in callbacks)
+    if in_notebook() and not has_bar:
         chosen.append(TQDMProgressBar())  # Lightning would take rich's, which needs ipywidgets
     into_files = [] if how.fast_dev_run else file_loggers(config, out)
     with warnings.catch_warnings():
@@ -358,7 +360,7 @@ def _fit(
             log_every_n_steps=200 if _on_gpu(config) else 50,
             enable_model_summary=False,
             num_sanity_val_steps=0,
-            enable_progress_bar=shows_progress(),
+            enable_progress_bar=has_bar or shows_progress(),
         )
         # Of memory that is written to anyway: with the deterministic kernels torch would do it.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -22,14 +22,18 @@ def process_left_as_it_was() -> Iterator[None]:
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     of_python, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    seed, on_gpus = torch.initial_seed(), torch.cuda.is_initialized()
+    of_gpus = torch.cuda.get_rng_state_all() if on_gpus else []
     try:
         yield
     finally:
         random.setstate(of_python)
         np.random.set_state(of_numpy)
         torch.set_rng_state(of_torch)
-        torch.cuda.set_rng_state_all(of_gpus)
+        if on_gpus:
+            torch.cuda.set_rng_state_all(of_gpus)
+        elif torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(seed)  # with which they would have begun
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
         torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(deterministic, warn_only=warns)
