@@ -18,7 +18,7 @@ class CountedMetrics(Metric):
 
     update: loss (0-d, the mean over the batch), logit (n,) and label (n,), 1 for a lens. compute:
     {name: 0-d tensor}, 0 where nothing was found or there is nothing to find. One tensor for all:
-    torchmetrics' own five take six times the host's time, in each step.
+    torchmetrics' own five take a multiple of the host's time, in each step.
     """
 
     full_state_update = False
