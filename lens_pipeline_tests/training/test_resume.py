@@ -253,6 +253,25 @@ def test_an_optimiser_of_an_earlier_version_is_told(shards_folder: Path, tmp_pat
         train(_config(), LensDataModule(shards_folder), tmp_path)
 
 
+def test_optimisers_of_ones_own_are_gone_on_with(shards_folder: Path, tmp_path: Path) -> None:
+    class Own(LitLensSystem):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def trainer(steps: int) -> Trainer:
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        return Trainer(max_steps=steps, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+
+    data = LensDataModule(shards_folder, batch_size=16)
+    first = trainer(2)
+    first.fit(Own("lastro", image_size=32), data)
+    first.save_checkpoint(tmp_path / "own.ckpt", weights_only=False)
+    again = trainer(4)
+    again.fit(Own("lastro", image_size=32), data, ckpt_path=tmp_path / "own.ckpt")
+    assert again.global_step == 4
+    again.validate(LitLensSystem("lastro", image_size=32), data, ckpt_path=tmp_path / "own.ckpt")
+
+
 def test_other_settings_do_not_go_on(shards_folder: Path, tmp_path: Path) -> None:
     assert in_a_process(_config(), shards_folder, tmp_path, 5) == -signal.SIGKILL
     changed = _config(learning_rate=0.01, epochs=4)
@@ -297,6 +316,34 @@ def test_other_pixels_do_not_go_on(kind: str, tmp_path: Path) -> None:
     train(config, _drawn_cutouts(tmp_path / "data", kind, 0), out)
     with pytest.raises(InputError, match=f"{out}: holds a training with other cutouts"):
         train(config, _drawn_cutouts(tmp_path / "data", kind, 1), out)
+
+
+def test_a_folder_that_was_moved_keeps_its_best_epochs(shards_folder: Path, tmp_path: Path) -> None:
+    config, data = _config(epochs=4, save_top_k=4), LensDataModule(shards_folder, batch_size=16)
+    in_the_third = 2 * len(data.train_dataloader()) + 1
+    folder = tmp_path / "here"
+    assert in_a_process(config, shards_folder, folder, in_the_third) == -signal.SIGKILL
+    trained = train(config, LensDataModule(shards_folder), folder.rename(tmp_path / "there"))
+    epochs = [path.name for path in (trained.folder / "top").iterdir()]
+    assert len(epochs) == 3  # and the best of the four
+    assert (tmp_path / "there" / "best.ckpt").is_file()
+
+
+def test_copies_of_tars_are_the_same_and_their_unit_counts(tmp_path: Path) -> None:
+    def of(place: str, **more: Any) -> str:
+        tars = [f"{tmp_path}/{place}/{split}-000000.tar" for split in ("train", "val", "test")]
+        return LensWebDatasetDataModule(*tars, **more).content
+
+    _drawn_cutouts(tmp_path, "tars", 0)
+    shutil.copytree(tmp_path / "tars", tmp_path / "copied", copy_function=shutil.copyfile)
+    assert of("copied") == of("tars")
+    assert of("tars", flux_unit="background_sigma") != of("tars", flux_unit="linear")
+
+
+def test_another_share_of_the_cutouts_does_not_go_on(shards_folder: Path, tmp_path: Path) -> None:
+    assert in_a_process(_config(), shards_folder, tmp_path, 5) == -signal.SIGKILL
+    with pytest.raises(InputError, match="holds a training with other order or share of the"):
+        train(_config(), LensDataModule(shards_folder, bagging=0.5), tmp_path)
 
 
 def test_cutouts_of_another_size_do_not_go_on(shards_folder: Path, tmp_path: Path) -> None:
