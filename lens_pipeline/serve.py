@@ -79,7 +79,11 @@ class Messages:
 
     def new_alerts(self) -> list[str]:
         """Those of which whole lines have been written since the last time."""
-        with self.file.open("rb") as file:
+        try:
+            opened = self.file.open("rb")
+        except FileNotFoundError:  # somebody has removed it: the servers' is without a name
+            return []
+        with opened as file:
             size = os.fstat(file.fileno()).st_size
             file.seek(min(self._read, size))  # somebody may have emptied it
             written, newline, _ = file.read().rpartition(b"\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from pytorch_lightning.callbacks import TQDMProgressBar
 
 from lens_pipeline import LensDataModule
 from lens_pipeline.shards import verify_shards
@@ -39,6 +40,15 @@ def test_a_notebook_shows_progress(
     assert "simulating: 100%" in said
     values = {"model": {"arch": "lastro"}, "training": {"epochs": 1, "batch_size": 16}}
     train(TrainConfig.parse(values, "test"), LensDataModule(uneven_shards), tmp_path)
+    assert "Epoch 0: 100%" in capsys.readouterr().out
+
+
+def test_a_bar_that_was_asked_for_is_shown_to_a_file_too(
+    shards_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"model": {"arch": "lastro"}, "training": {"epochs": 1}}
+    config = TrainConfig.parse(values, "test")
+    train(config, LensDataModule(shards_folder), tmp_path, callbacks=[TQDMProgressBar()])
     assert "Epoch 0: 100%" in capsys.readouterr().out
 
 

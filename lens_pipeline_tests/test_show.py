@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from lens_pipeline_tests.served import Served, until
@@ -48,4 +49,7 @@ def test_no_file_of_the_working_directory_is_run_and_the_terminal_is_left_to_ale
         ]
         assert "alert: run 4ce1f47a failed: no room" in lines
         assert [line for line in lines[4:] if not line.startswith("alert: ")] == []
+        messages.unlink()
+        time.sleep(2)  # several looks at it
+        assert served.server.poll() is None, served.log
     assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from lens_pipeline.errors import NoAnswerError
+from lens_pipeline.errors import InputError, NoAnswerError
 from lens_pipeline.storage import (
     FEW,
     READ_LIMIT,
     asking,
+    filling,
     known_states,
     locate,
     names_table,
@@ -87,6 +88,28 @@ def test_the_state_of_a_file_is_known_where_its_store_tells_it(
     bucket.pipe_file(alone[0], b"pixels")
     assert {*known_states(alone[:1], options)} == {alone[0]}
     assert known_states(alone, options) == {}
+
+
+def test_a_folder_is_filled_by_one_writer(tmp_path: Path) -> None:
+    """What fails leaves what another has begun, and nothing of its own, and is told."""
+    folder = tmp_path / "new"
+    with filling(folder):
+        (folder / "mine").touch()
+        with pytest.raises(InputError, match=f"{folder}: exists and is not empty"), filling(folder):
+            pass
+    assert [path.name for path in folder.iterdir()] == ["mine"]
+
+    other = tmp_path / "other"
+
+    def fails() -> None:
+        with filling(other):
+            (other / "file").touch()
+            (other / "folder").mkdir()
+            raise KeyError("the problem")
+
+    with pytest.raises(KeyError, match="the problem"):
+        fails()
+    assert [path.name for path in other.iterdir()] == ["folder"]
 
 
 def test_a_file_of_a_web_server_is_told_from_a_later_one(tmp_path: Path) -> None:
