@@ -148,9 +148,9 @@ class TestTables:
     def test_completeness_has_a_row_a_bin(self) -> None:
         selection = selection_function(sample())
         table = completeness_table(selection)
-        assert len(table) == 48
+        assert len(table) == 56
         assert table.loc[0, "quantity"] == "Einstein radius (arcsec)"
-        assert table["lenses"].sum() == 6 * 400
+        assert table["lenses"].sum() == 7 * 400
 
 
 class TestFigures:
