@@ -1,5 +1,6 @@
 """Scoring more than memory should hold: in parts, killed and gone on, never mixed."""
 
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -9,16 +10,17 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import filelock
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -254,15 +256,143 @@ def test_another_model_or_way_of_reading_scores_all_again(
     assert scored(counting, few.assign(bands="i,r,g"), out)[1] == 20
 
 
-def test_a_csv_that_was_edited_is_not_taken_for_what_was_written(
-    counting: Counting, own_images: pd.DataFrame, tmp_path: Path
+def edit(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    """As who works on a table does: pyarrow keeps what its metadata say."""
+    if path.suffix == ".csv":
+        change(pa.Table.from_pandas(pd.read_csv(path))).to_pandas().to_csv(path, index=False)
+    else:
+        pq.write_table(change(pq.read_table(path)), path)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (partial(pa.Table.set_column, i=2, field_="probability", column=[[0.5] * 20]), "s.csv"),
+        (partial(pa.Table.set_column, i=2, field_="probability", column=[[0.5] * 20]), "s.parquet"),
+        (partial(pa.Table.set_column, i=1, field_="label", column=[[0] * 20]), "s.parquet"),
+        (partial(pa.Table.sort_by, sorting=[("logit", "descending")]), "s.parquet"),
+        (partial(pa.Table.rename_columns, names={"mag": "magnitude"}), "s.parquet"),
+    ],
+)
+def test_a_file_that_was_edited_is_not_taken_for_what_was_written(
+    counting: Counting,
+    own_images: pd.DataFrame,
+    tmp_path: Path,
+    change: Callable[[pa.Table], pa.Table],
+    name: str,
+) -> None:
+    few, out = own_images[:20].assign(mag=20.5), tmp_path / name
+    scored(counting, few, out)
+    written = out.read_bytes()
+    edit(out, change)
+    assert out.read_bytes() != written
+    assert scored(counting, few, out)[1] == 20
+    assert out.read_bytes() == written
+
+
+def test_a_csv_whose_command_is_killed_before_it_is_in_place_keeps_its_scores(
+    counting: Counting,
+    own_images: pd.DataFrame,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "scores.csv"
     scored(counting, own_images[:20], out)
-    written = out.read_bytes()
-    pd.read_csv(out).assign(probability=0.5).to_csv(out, index=False)
-    assert scored(counting, own_images[:20], out)[1] == 20
-    assert out.read_bytes() == written
+    before, about = out.read_bytes(), about_scores(out)
+    replace_file = Path.replace
+
+    def interrupt(path: Path, to: Path) -> Path:
+        if Path(to) == out:
+            raise KeyboardInterrupt
+        return replace_file(path, to)
+
+    for rows in (30, 40):
+        with monkeypatch.context() as during:
+            during.setattr(Path, "replace", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                scored(counting, own_images[:rows], out)
+        assert out.read_bytes() == before
+        assert about_scores(out) == about
+    shutil.rmtree(tmp_path / "scores.csv.parts")
+    assert scored(counting, own_images[:50], out)[1] == 30
+    assert about_scores(out)["n_rows"] == 50
+    assert scored(counting, own_images[:50], out)[0].written is False
+
+
+def test_files_that_were_away_for_a_while_are_tried_again(
+    counting: Counting, own_images: pd.DataFrame, tmp_path: Path
+) -> None:
+    """Away in the middle of the command, and back as they were."""
+    disk, away = tmp_path / "disk", tmp_path / "away"
+    disk.mkdir()
+    (tmp_path / "images" / "1.npy").rename(disk / "1.npy")
+    own_images.loc[100:199, "path"] = [f"{disk}/1.npy#{row % 50}" for row in range(100)]
+    own_images.to_parquet(tmp_path / "catalogue.parquet")
+
+    class GoAway(CatalogueCutouts):
+        def read(self, form: CutoutFormat, rows: np.ndarray) -> Iterator[np.ndarray | CutoutError]:
+            disk.rename(away)
+            yield from super().read(form, rows)
+
+    catalogue, out = read_catalogue(tmp_path / "catalogue.parquet"), tmp_path / "scores.parquet"
+    assert score_to_file(counting, GoAway(catalogue), out, model="mine").n_scored == 200
+    away.rename(disk)
+    found = score_to_file(counting, CatalogueCutouts(catalogue), out, model="mine")
+    assert (found.n_scored, found.written) == (300, True)
+    assert sum(counting.scored) == 300
+
+
+def test_a_row_that_fails_for_another_reason_says_so(
+    counting: Counting,
+    own_images: pd.DataFrame,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    np.save(tmp_path / "images" / "small.npy", np.ones((3, 8, 8), np.float32))
+    own_images.loc[7, "path"] = f"{tmp_path}/images/small.npy"
+    own_images[:20].to_parquet(tmp_path / "catalogue.parquet")
+    source = Stuttering(read_catalogue(tmp_path / "catalogue.parquet"))
+    out = tmp_path / "scores.parquet"
+    monkeypatch.setattr(Stuttering, "fails", (7,))
+    score_to_file(counting, source, out, model="mine")
+    assert "cannot be read" in pd.read_parquet(out)["reject_reason"][7]
+    monkeypatch.setattr(Stuttering, "fails", ())
+    assert score_to_file(counting, source, out, model="mine").written
+    assert "8 x 8 pixels" in pd.read_parquet(out)["reject_reason"][7]
+    assert not score_to_file(counting, source, out, model="mine").written
+    assert sum(counting.scored) == 19
+
+
+@pytest.mark.parametrize("fails", [(), tuple(range(20))])
+def test_a_lock_that_outlives_its_file_is_no_failure(
+    counting: Counting,
+    own_images: pd.DataFrame,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: tuple[int, ...],
+) -> None:
+    """NFS keeps a file that is removed while it is open, under another name, until it is closed."""
+    own_images[:20].to_parquet(tmp_path / "catalogue.parquet")
+    source = Stuttering(read_catalogue(tmp_path / "catalogue.parquet"))
+    out = tmp_path / "scores.parquet"
+    monkeypatch.setattr(Stuttering, "fails", fails)
+    unlink = os.unlink
+
+    def as_nfs_does(path: str | Path, *, dir_fd: int | None = None) -> None:
+        if Path(path).name == ".lock":
+            os.rename(path, Path(path).with_name(".nfs0001"), src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        elif Path(path).name == ".nfs0001":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        else:
+            unlink(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", as_nfs_does)
+    refused = pytest.raises(InputError, match="none of its 20 cutouts can be used")
+    with refused if fails else nullcontext():
+        score_to_file(counting, source, out, model="mine")
+    assert out.exists() == (not fails)
+    left = [path.name for path in (tmp_path / "scores.parquet.parts").iterdir()]
+    assert left == [".nfs0001"]
 
 
 class Stuttering(CatalogueCutouts):
@@ -673,6 +803,14 @@ def test_an_out_may_have_any_name_but_the_catalogues(
     assert main(command(home, catalogue, Path("s3://bucket/scores.parquet"))) == 2
     assert "must be a file on this machine" in capsys.readouterr().err
     assert not Path("s3:").exists()
+
+
+@pytest.mark.parametrize("out", ["", "."])
+def test_an_out_that_names_nothing_is_told(
+    out: str, home: Path, survey: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", "--home", str(home), "--catalogue", str(survey), "--out", out]) == 2
+    assert "error: --out .: must end in .parquet or .csv" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("out", ["file/scores.parquet", "folder.parquet", "scores.txt"])

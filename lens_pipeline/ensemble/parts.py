@@ -8,9 +8,9 @@ to `ROWS` rows each, whichever they are, and `parts.json`, which says of what th
 import importlib.metadata
 import itertools
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,7 +26,7 @@ from lens_pipeline.catalogue.images import CutoutError
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.commit import code_commit
 from lens_pipeline.ensemble.best import show_best
-from lens_pipeline.ensemble.claim import Share, claimed
+from lens_pipeline.ensemble.claim import LOCK, Share, claimed
 from lens_pipeline.ensemble.cutouts import CutoutSource
 from lens_pipeline.ensemble.predictor import score_batches, scoring
 from lens_pipeline.ensemble.score_files import (
@@ -122,7 +122,7 @@ def score_to_file(
         rejects = _score(ensemble, source, rows, mine, _names(folder, share), may_fail)
         if rejects.total() > may_fail:
             if not share and not rows.n_scored:
-                shutil.rmtree(folder)
+                _remove(folder)
             _refuse_rejects(rejects, source, may_fail)
         if share:
             _take_parts(rows, folder, ensemble.columns)
@@ -167,16 +167,17 @@ def _take_parts(
 def _forget_what_passes(
     ensemble: LensEnsemble, source: CutoutSource, rows: ScoredRows, tried: NDArray[np.integer]
 ) -> None:
-    """Try again to read what could not be read, and forget what was said of it where it can."""
+    """Try again to read what could not be read, and forget what was said of it where it can, or
+    fails for another reason."""
     if not len(tried):
         return
-    passes = []
+    others = []
     with scoring(len(tried), what="trying again") as progress:
         for row, cutout in zip(tried, source.read(ensemble.format, tried), strict=True):
-            if not isinstance(cutout, CutoutError):
-                passes.append(row)
+            if not isinstance(cutout, CutoutError) or str(cutout) != rows.reason(row):
+                others.append(row)
             progress.update()
-    rows.forget(np.array(passes, dtype=int))
+    rows.forget(np.array(others, dtype=int))
 
 
 def _score(
@@ -263,6 +264,13 @@ def _types(columns: list[str]) -> dict[str, pa.DataType]:
 
 
 def _remove(folder: Path) -> None:
-    for part in folder.glob("part-*"):  # before what says of what they are: a kill leaves no riddle
-        part.unlink()
-    shutil.rmtree(folder)
+    """Remove what is in a folder; `claimed` removes the folder itself."""
+
+    def order(path: Path) -> int:
+        # What says of what the parts are goes after them, for a kill to leave no riddle; and last
+        # the lock, for who takes it next to be alone.
+        return 2 if path.name == LOCK else 0 if path.name.startswith("part-") else 1
+
+    for path in sorted(folder.iterdir(), key=order):
+        with suppress(OSError):  # NFS keeps what is open under another name until it is closed
+            path.unlink()
