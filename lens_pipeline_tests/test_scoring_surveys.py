@@ -9,13 +9,15 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import filelock
 import numpy as np
@@ -29,13 +31,15 @@ from lens_pipeline.catalogue.dataset import CutoutFormat
 from lens_pipeline.catalogue.images import CutoutError
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
+from lens_pipeline.ensemble.claim import Share
 from lens_pipeline.ensemble.cutouts import CatalogueCutouts
 from lens_pipeline.ensemble.parts import ROWS, ScoredFile, score_to_file
 from lens_pipeline.ensemble.predictor import score_catalogue
-from lens_pipeline.ensemble.score_files import about_scores
-from lens_pipeline.ensemble.system import LensEnsemble, load_ensemble
+from lens_pipeline.ensemble.score_files import about_scores, written
+from lens_pipeline.ensemble.system import BATCH, LensEnsemble, load_ensemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.cloud import publish_shards
+from lens_pipeline.storage import FEW
 from lens_pipeline_tests.conftest import LENS_PIPELINE
 from lens_pipeline_tests.object_stores import S3Server
 
@@ -651,6 +655,25 @@ def test_parts_of_another_model_are_refused(
     assert {path.name: path.stat().st_mtime_ns for path in killed.glob("part*")} == before
 
 
+def test_a_share_of_another_model_is_told_where_there_are_no_parts(
+    counting: Counting, own_images: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "scores.parquet"
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        during.setattr(Counting, "predict", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            scored(counting, own_images[:20], out, share=Share(1, 2))
+    counting.facts["calibration"]["slope"] = 2.0
+    message = r"parts: was begun by a share, and has no parts yet, of another model \(.*; go on"
+    with pytest.raises(InputError, match=message):
+        scored(counting, own_images[:20], out, share=Share(1, 2))
+    assert scored(counting, own_images[:20], out)[1] == 20
+
+
 def test_parts_of_another_catalogue_are_refused(
     home: Path, survey: Path, killed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -683,8 +706,80 @@ def test_parts_of_a_catalogue_that_has_grown_meanwhile_are_gone_on_from(
             scored(counting, own_images[:250], out)
     with caplog.at_level("INFO"):
         assert scored(counting, own_images[10:], out)[1] == 50
-    assert "10 scores are of cutouts that have changed or gone" in caplog.text
+    assert "10 scores are of cutouts that have changed or gone, or of other copies" in caplog.text
     assert pd.read_parquet(out)["logit"].notna().all()
+
+
+def test_the_last_batch_is_as_it_would_be_where_others_are_not_whole(
+    counting: Counting,
+    own_images: pd.DataFrame,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is tried again is scored beside others than at first; what is left is not."""
+    table = pd.concat([own_images] * 6, ignore_index=True)
+    table["id"] = [f"J{row:06d}" for row in range(len(table))]
+    assert len(table) % BATCH
+    table.to_parquet(tmp_path / "catalogue.parquet")
+    source, out = Stuttering(read_catalogue(tmp_path / "catalogue.parquet")), tmp_path / "s.parquet"
+    monkeypatch.setattr(Stuttering, "fails", (5, 6, 7))
+
+    def full(_: Path) -> NoReturn:
+        raise InputError("the disk is full")
+
+    def stop_after_one(path: Path) -> Any:
+        during.setattr("lens_pipeline.ensemble.parts.written", full)
+        return written(path)
+
+    with monkeypatch.context() as during:
+        during.setattr("lens_pipeline.ensemble.parts.written", stop_after_one)
+        with pytest.raises(InputError, match="full"):
+            score_to_file(counting, source, out, model="mine")
+    counting.scored.clear()
+    monkeypatch.setattr(Stuttering, "fails", ())
+    assert score_to_file(counting, source, out, model="mine").n_scored == len(table)
+    left = len(table) - ROWS
+    assert counting.scored == [*[BATCH] * (left // BATCH), left % BATCH, 3]
+
+
+def test_an_own_column_that_is_replaced_is_told(
+    counting: Counting,
+    own_images: pd.DataFrame,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    out, few = tmp_path / "scores.parquet", own_images[:4]
+    scored(counting, few.assign(fingerprint="mine", std=1.0), out)
+    assert "columns of their own named std, fingerprint, and those of the catalogue" in caplog.text
+    caplog.clear()
+    scored(counting, few, out)
+    of_scores = few.merge(pd.read_parquet(out).drop(columns=few.columns[1:], errors="ignore"))
+    scored(counting, of_scores, tmp_path / "again.parquet")
+    assert "carried along" not in caplog.text
+
+
+def test_what_no_store_tells_of_is_scored_again_and_said(
+    counting: Counting,
+    own_images: pd.DataFrame,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Files of a web server, too many to ask for each."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "images"))
+    for row in range(FEW + 1):
+        cube = np.load(tmp_path / "images" / "0.npy")[row % 50]
+        np.save(tmp_path / "images" / f"alone-{row}.npy", cube)
+    out = tmp_path / "scores.parquet"
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, caplog.at_level("INFO"):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        table = own_images[: FEW + 2].reset_index(drop=True)
+        url = f"http://127.0.0.1:{server.server_port}"
+        table.loc[:FEW, "path"] = [f"{url}/alone-{row}.npy" for row in range(FEW + 1)]
+        assert scored(counting, table, out)[1] == FEW + 2
+        assert "it is not known" not in caplog.text
+        assert scored(counting, table, out)[1] == FEW + 1
+        server.shutdown()
+    assert f"of {FEW + 1} of {FEW + 2} rows it is not known whether their images" in caplog.text
 
 
 def test_two_commands_do_not_write_one_file(

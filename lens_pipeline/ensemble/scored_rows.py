@@ -94,6 +94,11 @@ class ScoredRows:
         self._reasons[rows] = None
 
     @property
+    def n_untold(self) -> int:
+        """Of how many no store tells whether their images are as they were."""
+        return int((~self._told).sum())
+
+    @property
     def n_scored(self) -> int:
         return int((self.known & ~self.rejected).sum())
 
