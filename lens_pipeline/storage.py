@@ -2,8 +2,10 @@
 
 import itertools
 import posixpath
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,11 @@ from lens_pipeline.errors import InputError, NoAnswerError
 
 CONNECT_LIMIT, READ_LIMIT = 10, 15  # seconds
 CLAIM = ".filling"  # in a folder while somebody writes into it
+BUCKETS = ("s3", "gs")
 WORTH_LISTING = 20  # files of one folder
-FEW = 100  # files that a store can be asked for one by one before anything is read
+AT_A_TIME = 16  # files that a store is asked for
+ASKED_TOGETHER = 1000  # files whose answers are held in memory
+FEW = 100  # files that a server that is no bucket can be asked for before anything is read
 TABLES = (".csv", ".parquet", ".fits", ".fit", ".vot", ".votable", ".xml")  # of a catalogue
 _SYNONYMS = {"s3a": "s3", "gcs": "gs"}
 # What a store raises of a thing that is as it is; all else may be over in a while.
@@ -23,6 +28,7 @@ FINAL = (
     *(InputError, TypeError, ValueError),
 )
 _ASK_AGAIN = (408, 429)  # of the statuses that blame who asks
+_Question = Callable[[], Mapping[str, Any] | None]
 
 
 @contextmanager
@@ -130,11 +136,12 @@ def known_states(
     paths: Collection[str], storage_options: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
     """{path: what tells its state from later ones} of the paths of which that is known; of a local
-    one that is missing, too. Of more than `FEW` files, what a store would have to be asked for one
-    by one is not asked for. Raises NoAnswerError where a store fails."""
-    one_by_one = sum(bool(protocol_of(path)) for path in paths) <= FEW
+    one that is missing, too. A server that is no bucket is asked for no more than `FEW` files.
+    Raises NoAnswerError where a store fails."""
+    of_servers = {path for path in paths if protocol_of(path) not in ("", *BUCKETS)}
+    asked = set(paths) - of_servers if len(of_servers) > FEW else paths
     states = {}
-    for path, info in _infos(paths, storage_options, one_by_one):
+    for path, info in _infos(asked, storage_options):
         state = None if info is None else state_of(info)
         if info is not None and state is not None:
             # A file that was moved into place keeps its time, but for that of its inode.
@@ -145,47 +152,76 @@ def known_states(
 
 
 def _infos(
-    paths: Iterable[str], storage_options: Mapping[str, Any] | None, one_by_one: bool = True
+    paths: Iterable[str], storage_options: Mapping[str, Any] | None
 ) -> Iterator[tuple[str, Mapping[str, Any] | None]]:
     """(path, what its filesystem says of it), sorted; None of what cannot be had.
 
-    one_by_one: whether a store is asked for each of a few, too.
-
-    A bucket is asked once for a thousand objects where it would else be asked for each. Raises
-    NoAnswerError where a store fails.
+    A bucket is asked once for a thousand objects of a folder; stores are asked for several files
+    at a time. Raises NoAnswerError where one fails.
     """
-    for folder, group in itertools.groupby(sorted(paths), posixpath.dirname):
+    for stored, together in itertools.groupby(sorted(paths), lambda path: bool(protocol_of(path))):
+        if stored:
+            yield from _stored_infos(together, storage_options)
+        else:
+            yield from ((path, _local_info(path)) for path in together)
+
+
+def _local_info(path: str) -> dict[str, Any] | None:
+    try:
+        stat = Path(path).stat()  # fsspec takes five times as long
+    except (OSError, ValueError):
+        return None
+    return {"size": stat.st_size, "mtime": stat.st_mtime, "created": stat.st_ctime}
+
+
+def _stored_infos(
+    paths: Iterable[str], storage_options: Mapping[str, Any] | None
+) -> Iterator[tuple[str, Mapping[str, Any] | None]]:
+    questions = (
+        (path, _question(path, listed, storage_options))
+        for path, listed in _with_listings(paths, storage_options)
+    )
+
+    def answer(question: tuple[str, _Question]) -> tuple[str, Mapping[str, Any] | None]:
+        path, ask = question
+        try:
+            with asking(path):
+                return path, ask()
+        except NoAnswerError:
+            raise
+        except Exception:  # noqa: BLE001  (each store has errors of its own)
+            return path, None
+
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        while some := list(itertools.islice(questions, ASKED_TOGETHER)):
+            yield from pool.map(answer, some)
+
+
+def _with_listings(
+    paths: Iterable[str], storage_options: Mapping[str, Any] | None
+) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """(each of the sorted paths, `_listed` of its folder)"""
+    for folder, group in itertools.groupby(paths, posixpath.dirname):
         together = list(group)
         listed = _listed(folder, storage_options) if len(together) >= WORTH_LISTING else None
-        if listed is None and protocol_of(folder) and not one_by_one:
-            continue
-        for path in together:
-            try:
-                if not protocol_of(path):
-                    yield path, _local_info(path)  # fsspec takes five times as long
-                    continue
-                filesystem, inside = locate(path, storage_options)
-                if listed is None:
-                    with asking(path):
-                        info = filesystem.info(inside)
-                else:
-                    info = listed[inside]
-                yield path, info
-            except NoAnswerError:
-                raise
-            except Exception:  # noqa: BLE001  (each store has errors of its own)
-                yield path, None
+        yield from ((path, listed) for path in together)
 
 
-def _local_info(path: str) -> dict[str, Any]:
-    stat = Path(path).stat()
-    return {"size": stat.st_size, "mtime": stat.st_mtime, "created": stat.st_ctime}
+def _question(
+    path: str, listed: dict[str, Any] | None, storage_options: Mapping[str, Any] | None
+) -> _Question:
+    """What gives what is known of a file. Here, for in each thread fsspec connects anew."""
+    try:
+        filesystem, inside = locate(path, storage_options)
+    except Exception:  # noqa: BLE001  (each store has errors of its own)
+        return lambda: None
+    return partial(filesystem.info if listed is None else listed.get, inside)
 
 
 def _listed(folder: str, storage_options: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """What a bucket says of all in a folder, by name; None of what is no bucket, or may not be
     listed."""
-    if protocol_of(folder) not in ("s3", "gs"):
+    if protocol_of(folder) not in BUCKETS:
         return None
     filesystem, inside = locate(folder, storage_options)
     try:

@@ -1,5 +1,6 @@
 """Scoring more than memory should hold: in parts, killed and gone on, never mixed."""
 
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -8,17 +9,20 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import filelock
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -27,13 +31,15 @@ from lens_pipeline.catalogue.dataset import CutoutFormat
 from lens_pipeline.catalogue.images import CutoutError
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
+from lens_pipeline.ensemble.claim import Share
 from lens_pipeline.ensemble.cutouts import CatalogueCutouts
 from lens_pipeline.ensemble.parts import ROWS, ScoredFile, score_to_file
 from lens_pipeline.ensemble.predictor import score_catalogue
-from lens_pipeline.ensemble.score_files import about_scores
-from lens_pipeline.ensemble.system import LensEnsemble, load_ensemble
+from lens_pipeline.ensemble.score_files import about_scores, written
+from lens_pipeline.ensemble.system import BATCH, LensEnsemble, load_ensemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.cloud import publish_shards
+from lens_pipeline.storage import FEW
 from lens_pipeline_tests.conftest import LENS_PIPELINE
 from lens_pipeline_tests.object_stores import S3Server
 
@@ -254,15 +260,143 @@ def test_another_model_or_way_of_reading_scores_all_again(
     assert scored(counting, few.assign(bands="i,r,g"), out)[1] == 20
 
 
-def test_a_csv_that_was_edited_is_not_taken_for_what_was_written(
-    counting: Counting, own_images: pd.DataFrame, tmp_path: Path
+def edit(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    """As who works on a table does: pyarrow keeps what its metadata say."""
+    if path.suffix == ".csv":
+        change(pa.Table.from_pandas(pd.read_csv(path))).to_pandas().to_csv(path, index=False)
+    else:
+        pq.write_table(change(pq.read_table(path)), path)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (partial(pa.Table.set_column, i=2, field_="probability", column=[[0.5] * 20]), "s.csv"),
+        (partial(pa.Table.set_column, i=2, field_="probability", column=[[0.5] * 20]), "s.parquet"),
+        (partial(pa.Table.set_column, i=1, field_="label", column=[[0] * 20]), "s.parquet"),
+        (partial(pa.Table.sort_by, sorting=[("logit", "descending")]), "s.parquet"),
+        (partial(pa.Table.rename_columns, names={"mag": "magnitude"}), "s.parquet"),
+    ],
+)
+def test_a_file_that_was_edited_is_not_taken_for_what_was_written(
+    counting: Counting,
+    own_images: pd.DataFrame,
+    tmp_path: Path,
+    change: Callable[[pa.Table], pa.Table],
+    name: str,
+) -> None:
+    few, out = own_images[:20].assign(mag=20.5), tmp_path / name
+    scored(counting, few, out)
+    written = out.read_bytes()
+    edit(out, change)
+    assert out.read_bytes() != written
+    assert scored(counting, few, out)[1] == 20
+    assert out.read_bytes() == written
+
+
+def test_a_csv_whose_command_is_killed_before_it_is_in_place_keeps_its_scores(
+    counting: Counting,
+    own_images: pd.DataFrame,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "scores.csv"
     scored(counting, own_images[:20], out)
-    written = out.read_bytes()
-    pd.read_csv(out).assign(probability=0.5).to_csv(out, index=False)
-    assert scored(counting, own_images[:20], out)[1] == 20
-    assert out.read_bytes() == written
+    before, about = out.read_bytes(), about_scores(out)
+    replace_file = Path.replace
+
+    def interrupt(path: Path, to: Path) -> Path:
+        if Path(to) == out:
+            raise KeyboardInterrupt
+        return replace_file(path, to)
+
+    for rows in (30, 40):
+        with monkeypatch.context() as during:
+            during.setattr(Path, "replace", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                scored(counting, own_images[:rows], out)
+        assert out.read_bytes() == before
+        assert about_scores(out) == about
+    shutil.rmtree(tmp_path / "scores.csv.parts")
+    assert scored(counting, own_images[:50], out)[1] == 30
+    assert about_scores(out)["n_rows"] == 50
+    assert scored(counting, own_images[:50], out)[0].written is False
+
+
+def test_files_that_were_away_for_a_while_are_tried_again(
+    counting: Counting, own_images: pd.DataFrame, tmp_path: Path
+) -> None:
+    """Away in the middle of the command, and back as they were."""
+    disk, away = tmp_path / "disk", tmp_path / "away"
+    disk.mkdir()
+    (tmp_path / "images" / "1.npy").rename(disk / "1.npy")
+    own_images.loc[100:199, "path"] = [f"{disk}/1.npy#{row % 50}" for row in range(100)]
+    own_images.to_parquet(tmp_path / "catalogue.parquet")
+
+    class GoAway(CatalogueCutouts):
+        def read(self, form: CutoutFormat, rows: np.ndarray) -> Iterator[np.ndarray | CutoutError]:
+            disk.rename(away)
+            yield from super().read(form, rows)
+
+    catalogue, out = read_catalogue(tmp_path / "catalogue.parquet"), tmp_path / "scores.parquet"
+    assert score_to_file(counting, GoAway(catalogue), out, model="mine").n_scored == 200
+    away.rename(disk)
+    found = score_to_file(counting, CatalogueCutouts(catalogue), out, model="mine")
+    assert (found.n_scored, found.written) == (300, True)
+    assert sum(counting.scored) == 300
+
+
+def test_a_row_that_fails_for_another_reason_says_so(
+    counting: Counting,
+    own_images: pd.DataFrame,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    np.save(tmp_path / "images" / "small.npy", np.ones((3, 8, 8), np.float32))
+    own_images.loc[7, "path"] = f"{tmp_path}/images/small.npy"
+    own_images[:20].to_parquet(tmp_path / "catalogue.parquet")
+    source = Stuttering(read_catalogue(tmp_path / "catalogue.parquet"))
+    out = tmp_path / "scores.parquet"
+    monkeypatch.setattr(Stuttering, "fails", (7,))
+    score_to_file(counting, source, out, model="mine")
+    assert "cannot be read" in pd.read_parquet(out)["reject_reason"][7]
+    monkeypatch.setattr(Stuttering, "fails", ())
+    assert score_to_file(counting, source, out, model="mine").written
+    assert "8 x 8 pixels" in pd.read_parquet(out)["reject_reason"][7]
+    assert not score_to_file(counting, source, out, model="mine").written
+    assert sum(counting.scored) == 19
+
+
+@pytest.mark.parametrize("fails", [(), tuple(range(20))])
+def test_a_lock_that_outlives_its_file_is_no_failure(
+    counting: Counting,
+    own_images: pd.DataFrame,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: tuple[int, ...],
+) -> None:
+    """NFS keeps a file that is removed while it is open, under another name, until it is closed."""
+    own_images[:20].to_parquet(tmp_path / "catalogue.parquet")
+    source = Stuttering(read_catalogue(tmp_path / "catalogue.parquet"))
+    out = tmp_path / "scores.parquet"
+    monkeypatch.setattr(Stuttering, "fails", fails)
+    unlink = os.unlink
+
+    def as_nfs_does(path: str | Path, *, dir_fd: int | None = None) -> None:
+        if Path(path).name == ".lock":
+            os.rename(path, Path(path).with_name(".nfs0001"), src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        elif Path(path).name == ".nfs0001":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        else:
+            unlink(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", as_nfs_does)
+    refused = pytest.raises(InputError, match="none of its 20 cutouts can be used")
+    with refused if fails else nullcontext():
+        score_to_file(counting, source, out, model="mine")
+    assert out.exists() == (not fails)
+    left = [path.name for path in (tmp_path / "scores.parquet.parts").iterdir()]
+    assert left == [".nfs0001"]
 
 
 class Stuttering(CatalogueCutouts):
@@ -521,6 +655,25 @@ def test_parts_of_another_model_are_refused(
     assert {path.name: path.stat().st_mtime_ns for path in killed.glob("part*")} == before
 
 
+def test_a_share_of_another_model_is_told_where_there_are_no_parts(
+    counting: Counting, own_images: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "scores.parquet"
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        during.setattr(Counting, "predict", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            scored(counting, own_images[:20], out, share=Share(1, 2))
+    counting.facts["calibration"]["slope"] = 2.0
+    message = r"parts: was begun by a share, and has no parts yet, of another model \(.*; go on"
+    with pytest.raises(InputError, match=message):
+        scored(counting, own_images[:20], out, share=Share(1, 2))
+    assert scored(counting, own_images[:20], out)[1] == 20
+
+
 def test_parts_of_another_catalogue_are_refused(
     home: Path, survey: Path, killed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -553,8 +706,80 @@ def test_parts_of_a_catalogue_that_has_grown_meanwhile_are_gone_on_from(
             scored(counting, own_images[:250], out)
     with caplog.at_level("INFO"):
         assert scored(counting, own_images[10:], out)[1] == 50
-    assert "10 scores are of cutouts that have changed or gone" in caplog.text
+    assert "10 scores are of cutouts that have changed or gone, or of other copies" in caplog.text
     assert pd.read_parquet(out)["logit"].notna().all()
+
+
+def test_the_last_batch_is_as_it_would_be_where_others_are_not_whole(
+    counting: Counting,
+    own_images: pd.DataFrame,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is tried again is scored beside others than at first; what is left is not."""
+    table = pd.concat([own_images] * 6, ignore_index=True)
+    table["id"] = [f"J{row:06d}" for row in range(len(table))]
+    assert len(table) % BATCH
+    table.to_parquet(tmp_path / "catalogue.parquet")
+    source, out = Stuttering(read_catalogue(tmp_path / "catalogue.parquet")), tmp_path / "s.parquet"
+    monkeypatch.setattr(Stuttering, "fails", (5, 6, 7))
+
+    def full(_: Path) -> NoReturn:
+        raise InputError("the disk is full")
+
+    def stop_after_one(path: Path) -> Any:
+        during.setattr("lens_pipeline.ensemble.parts.written", full)
+        return written(path)
+
+    with monkeypatch.context() as during:
+        during.setattr("lens_pipeline.ensemble.parts.written", stop_after_one)
+        with pytest.raises(InputError, match="full"):
+            score_to_file(counting, source, out, model="mine")
+    counting.scored.clear()
+    monkeypatch.setattr(Stuttering, "fails", ())
+    assert score_to_file(counting, source, out, model="mine").n_scored == len(table)
+    left = len(table) - ROWS
+    assert counting.scored == [*[BATCH] * (left // BATCH), left % BATCH, 3]
+
+
+def test_an_own_column_that_is_replaced_is_told(
+    counting: Counting,
+    own_images: pd.DataFrame,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    out, few = tmp_path / "scores.parquet", own_images[:4]
+    scored(counting, few.assign(fingerprint="mine", std=1.0), out)
+    assert "columns of their own named std, fingerprint, and those of the catalogue" in caplog.text
+    caplog.clear()
+    scored(counting, few, out)
+    of_scores = few.merge(pd.read_parquet(out).drop(columns=few.columns[1:], errors="ignore"))
+    scored(counting, of_scores, tmp_path / "again.parquet")
+    assert "carried along" not in caplog.text
+
+
+def test_what_no_store_tells_of_is_scored_again_and_said(
+    counting: Counting,
+    own_images: pd.DataFrame,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Files of a web server, too many to ask for each."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "images"))
+    for row in range(FEW + 1):
+        cube = np.load(tmp_path / "images" / "0.npy")[row % 50]
+        np.save(tmp_path / "images" / f"alone-{row}.npy", cube)
+    out = tmp_path / "scores.parquet"
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, caplog.at_level("INFO"):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        table = own_images[: FEW + 2].reset_index(drop=True)
+        url = f"http://127.0.0.1:{server.server_port}"
+        table.loc[:FEW, "path"] = [f"{url}/alone-{row}.npy" for row in range(FEW + 1)]
+        assert scored(counting, table, out)[1] == FEW + 2
+        assert "it is not known" not in caplog.text
+        assert scored(counting, table, out)[1] == FEW + 1
+        server.shutdown()
+    assert f"of {FEW + 1} of {FEW + 2} rows it is not known whether their images" in caplog.text
 
 
 def test_two_commands_do_not_write_one_file(
@@ -673,6 +898,14 @@ def test_an_out_may_have_any_name_but_the_catalogues(
     assert main(command(home, catalogue, Path("s3://bucket/scores.parquet"))) == 2
     assert "must be a file on this machine" in capsys.readouterr().err
     assert not Path("s3:").exists()
+
+
+@pytest.mark.parametrize("out", ["", "."])
+def test_an_out_that_names_nothing_is_told(
+    out: str, home: Path, survey: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", "--home", str(home), "--catalogue", str(survey), "--out", out]) == 2
+    assert "error: --out .: must end in .parquet or .csv" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("out", ["file/scores.parquet", "folder.parquet", "scores.txt"])

@@ -83,11 +83,16 @@ def test_the_state_of_a_file_is_known_where_its_store_tells_it(
     assert [name for name in remote if again[name] != found[name]] == [remote[0]]
     # Of a store a file that is missing may be one that it keeps for others.
     assert missing not in again
-    # A few are asked for one by one; of many, in folders of their own, each would have to be.
+    # Where each is in a folder of its own, too.
     alone = [f"{s3_bucket}/{name:03d}/image" for name in range(FEW + 1)]
-    bucket.pipe_file(alone[0], b"pixels")
-    assert {*known_states(alone[:1], options)} == {alone[0]}
-    assert known_states(alone, options) == {}
+    for name in alone:
+        bucket.pipe_file(name, b"pixels")
+    found = known_states(alone, options)
+    assert {*found} == {*alone}
+    bucket.pipe_file(alone[7], b"PIXELS")
+    again = known_states([*alone, f"{s3_bucket}/missing/image"], options)
+    assert again.keys() == found.keys()
+    assert [name for name in alone if again[name] != found[name]] == [alone[7]]
 
 
 def test_a_folder_is_filled_by_one_writer(tmp_path: Path) -> None:
@@ -122,6 +127,11 @@ def test_a_file_of_a_web_server_is_told_from_a_later_one(tmp_path: Path) -> None
             (tmp_path / "a.npy").write_bytes(b"pixels")
             os.utime(tmp_path / "a.npy", (when, when))
             found += states_of([url])
+        few = [f"{url}?{number}" for number in range(FEW)]
+        local = f"{tmp_path}/a.npy"
+        assert {*known_states([*few, local])} == {*few, local}
+        # More would have to be asked for one by one before anything is read.
+        assert {*known_states([*few, url, local])} == {local}
         server.shutdown()
     assert found[0] != found[1]
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.steps import write_aside
 
 ABOUT = "parts.json"
+LOCK = ".lock"
 _HELD = (errno.EAGAIN, errno.EACCES)  # by another
 
 
@@ -53,21 +54,25 @@ class Share:
 @contextmanager
 def claimed(folder: Path, about: dict[str, Any], share: Share | None) -> Iterator[None]:
     """Keep others away from a folder of parts of what `about` says: all, or, with a share, those
-    that want the same share, or no share.
+    that want the same share, or no share. One that is empty afterwards is removed.
 
     Raises InputError where they are there already, and where the parts are of something else.
     """
     folder.mkdir(exist_ok=True)
-    with ExitStack() as held:
-        if share is None:
-            held.enter_context(_locked(folder / ".lock", fcntl.LOCK_EX, "scoring into it"))
-        else:
-            what = f"scoring into it, and without --share {share}"
-            held.enter_context(_locked(folder / ".lock", fcntl.LOCK_SH, what))
-            own = folder / f".lock-{share.name}"
-            held.enter_context(_locked(own, fcntl.LOCK_EX, f"scoring share {share}"))
-        _check_same(folder, about, share)
-        yield
+    try:
+        with ExitStack() as held:
+            if share is None:
+                held.enter_context(_locked(folder / LOCK, fcntl.LOCK_EX, "scoring into it"))
+            else:
+                what = f"scoring into it, and without --share {share}"
+                held.enter_context(_locked(folder / LOCK, fcntl.LOCK_SH, what))
+                own = folder / f"{LOCK}-{share.name}"
+                held.enter_context(_locked(own, fcntl.LOCK_EX, f"scoring share {share}"))
+            _check_same(folder, about, share)
+            yield
+    finally:
+        with suppress(OSError):  # it holds something: parts, or the lock of who came meanwhile
+            folder.rmdir()
 
 
 @contextmanager
@@ -100,10 +105,11 @@ def _check_same(folder: Path, about: dict[str, Any], share: Share | None) -> Non
         write_aside(path, json.dumps(about, indent=1))
         return
     found = _read(path)
+    holds = "has parts of" if has_parts else "was begun by a share, and has no parts yet, of"
     for name in sorted(about.keys() | found.keys()):
         if found.get(name) != about.get(name):
             raise InputError(
-                f"{folder}: has parts of another {name.replace('_', ' ')} "
+                f"{folder}: {holds} another {name.replace('_', ' ')} "
                 f"({_shown(found.get(name))}; now {_shown(about.get(name))}); go on with that, "
                 "name another --out, or remove the folder to begin again"
             )

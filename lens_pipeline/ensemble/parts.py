@@ -8,9 +8,10 @@ to `ROWS` rows each, whichever they are, and `parts.json`, which says of what th
 import importlib.metadata
 import itertools
 import logging
-import shutil
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,7 +27,7 @@ from lens_pipeline.catalogue.images import CutoutError
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.commit import code_commit
 from lens_pipeline.ensemble.best import show_best
-from lens_pipeline.ensemble.claim import Share, claimed
+from lens_pipeline.ensemble.claim import LOCK, Share, claimed
 from lens_pipeline.ensemble.cutouts import CutoutSource
 from lens_pipeline.ensemble.predictor import score_batches, scoring
 from lens_pipeline.ensemble.score_files import (
@@ -40,6 +41,7 @@ from lens_pipeline.ensemble.score_files import (
 from lens_pipeline.ensemble.scored_rows import ScoredRows, model_hash, scoring_program
 from lens_pipeline.ensemble.system import BATCH, LensEnsemble
 from lens_pipeline.errors import InputError
+from lens_pipeline.storage import FEW
 
 ROWS = 4 * BATCH  # of a part: what a kill costs
 
@@ -94,6 +96,7 @@ def score_to_file(
     check_out(out)
     source.check(ensemble.format)
     catalogue = source.catalogue
+    _tell_of_replaced(catalogue, ensemble.columns)
     n = len(catalogue.table)
     schema = _schema(catalogue, ensemble.columns)
     about = {
@@ -109,12 +112,16 @@ def score_to_file(
         before = about_intact(out) if out.exists() else None
         in_file = np.zeros(n, dtype=bool)
         if before is not None:
+            _tell_of_untold(rows, catalogue.source)
             for stored in stored_scores(out, ensemble.columns):
                 in_file[rows.take(stored, of_a_stopped_command=False)] = True
         in_parts, n_gone = _take_parts(rows, folder, ensemble.columns)
         in_file[in_parts] = False
         if n_gone and not share:
-            log.info("%s: %d scores are of cutouts that have changed or gone", folder, n_gone)
+            log.info(
+                "%s: %d scores are of cutouts that have changed or gone, or of other copies of "
+                "their image files", folder, n_gone,
+            )  # fmt: skip
         mine = share.rows(n, ROWS) if share else np.arange(n)
         _forget_what_passes(ensemble, source, rows, np.intersect1d(rows.may_pass, mine))
         in_file &= rows.known
@@ -122,7 +129,7 @@ def score_to_file(
         rejects = _score(ensemble, source, rows, mine, _names(folder, share), may_fail)
         if rejects.total() > may_fail:
             if not share and not rows.n_scored:
-                shutil.rmtree(folder)
+                _remove(folder)
             _refuse_rejects(rejects, source, may_fail)
         if share:
             _take_parts(rows, folder, ensemble.columns)
@@ -143,6 +150,26 @@ def score_to_file(
             _remove(folder)
     n_left = int((~rows.known).sum())
     return ScoredFile(out, n, rows.n_scored, n_left, rows.reasons, not stays, listed, gallery)
+
+
+def _tell_of_replaced(catalogue: Catalogue, columns: list[str]) -> None:
+    """Warns of a catalogue's columns that scores have, too, unless it is a score file itself."""
+    ours = [*columns, "reject_reason", FINGERPRINT]
+    replaced = [name for name in ours if name in catalogue.table]
+    if replaced and not {"probability", "reject_reason", FINGERPRINT} <= {*replaced}:
+        log.warning(
+            "%s: the scores have columns of their own named %s, and those of the catalogue are not "
+            "carried along; rename them to keep them", catalogue.source, ", ".join(replaced),
+        )  # fmt: skip
+
+
+def _tell_of_untold(rows: ScoredRows, source: str) -> None:
+    if rows.n_untold:
+        log.info(
+            "%s: of %d of %d rows it is not known whether their images have changed, and they are "
+            "scored again: their store does not tell, or is a server that would have to be asked "
+            "for more than %d files", source, rows.n_untold, len(rows.known), FEW,
+        )  # fmt: skip
 
 
 def _of_parts(about: dict[str, Any]) -> dict[str, Any]:
@@ -167,16 +194,17 @@ def _take_parts(
 def _forget_what_passes(
     ensemble: LensEnsemble, source: CutoutSource, rows: ScoredRows, tried: NDArray[np.integer]
 ) -> None:
-    """Try again to read what could not be read, and forget what was said of it where it can."""
+    """Try again to read what could not be read, and forget what was said of it where it can, or
+    fails for another reason."""
     if not len(tried):
         return
-    passes = []
+    others = []
     with scoring(len(tried), what="trying again") as progress:
         for row, cutout in zip(tried, source.read(ensemble.format, tried), strict=True):
-            if not isinstance(cutout, CutoutError):
-                passes.append(row)
+            if not isinstance(cutout, CutoutError) or str(cutout) != rows.reason(row):
+                others.append(row)
             progress.update()
-    rows.forget(np.array(passes, dtype=int))
+    rows.forget(np.array(others, dtype=int))
 
 
 def _score(
@@ -189,22 +217,26 @@ def _score(
 ) -> Counter[str]:
     """Score what is left of some rows, each part into a file of the next name, until more than
     `may_fail` of all cannot be used. Returns why how many cannot."""
-    left = _in_whole_batches(mine[~rows.known[mine]], len(rows.known))
-    done = len(mine) - len(left)
-    if done and len(left):
+    whole, others = _whole_batches(mine[~rows.known[mine]], len(rows.known))
+    done = len(mine) - len(whole) - len(others)
+    if 0 < done < len(mine):
         log.info("%s: goes on, %d of %d rows are done", source.catalogue.source, done, len(mine))
     rejects = rows.reasons
     ids = source.catalogue.table["id"].to_numpy()
-    batches = score_batches(ensemble, source, left)
+    pieces = [piece for piece in (whole, others) if len(piece)]
+    batches = itertools.chain.from_iterable(score_batches(ensemble, source, p) for p in pieces)
+    parts = (
+        piece[begin : begin + ROWS] for piece in pieces for begin in range(0, len(piece), ROWS)
+    )
     with scoring(len(mine), done) as progress:
-        for begin, name in zip(range(0, len(left), ROWS), names, strict=False):
+        for some, name in zip(parts, names, strict=False):
             if rejects.total() > may_fail:
                 break
             tables = []
-            for batch in itertools.islice(batches, ROWS // BATCH):
+            for batch in itertools.islice(batches, math.ceil(len(some) / BATCH)):
                 tables.append(batch)
                 progress.update(len(batch))
-            scores, some = pd.concat(tables), left[begin : begin + ROWS]
+            scores = pd.concat(tables)
             own = pd.DataFrame({"id": ids[some], FINGERPRINT: rows.fingerprint[some]}, index=some)
             types = {"id": pa.string(), FINGERPRINT: pa.int64()} | _types(ensemble.columns)
             with written(name) as file:
@@ -215,13 +247,15 @@ def _score(
     return rejects
 
 
-def _in_whole_batches(left: NDArray[np.integer], n: int) -> NDArray[np.integer]:
-    """These of n rows in such an order that batches of which none is done yet are as they would be
-    in an undisturbed command, and so, to the bit, their scores."""
+def _whole_batches(
+    left: NDArray[np.integer], n: int
+) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+    """(these of n rows whose batch is left as a whole, and is as it would be in an undisturbed
+    command, and so, to the bit, their scores; the others)"""
     sizes = np.bincount(np.arange(n) // BATCH)
     batch = left // BATCH
     whole = (np.bincount(batch, minlength=len(sizes)) == sizes)[batch]
-    return np.concatenate([left[whole], left[~whole]])
+    return left[whole], left[~whole]
 
 
 def _names(folder: Path, share: Share | None) -> Iterator[Path]:
@@ -263,6 +297,13 @@ def _types(columns: list[str]) -> dict[str, pa.DataType]:
 
 
 def _remove(folder: Path) -> None:
-    for part in folder.glob("part-*"):  # before what says of what they are: a kill leaves no riddle
-        part.unlink()
-    shutil.rmtree(folder)
+    """Remove what is in a folder; `claimed` removes the folder itself."""
+
+    def order(path: Path) -> int:
+        # What says of what the parts are goes after them, for a kill to leave no riddle; and last
+        # the lock, for who takes it next to be alone.
+        return 2 if path.name == LOCK else 0 if path.name.startswith("part-") else 1
+
+    for path in sorted(folder.iterdir(), key=order):
+        with suppress(OSError):  # NFS keeps what is open under another name until it is closed
+            path.unlink()

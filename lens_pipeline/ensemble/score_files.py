@@ -2,6 +2,7 @@
 scores they have."""
 
 import errno
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,12 +24,14 @@ ROW_GROUP = 256 * BATCH
 SUFFIXES = (".parquet", ".csv")
 FINGERPRINT = "fingerprint"  # of all that decides a row's score: see `fingerprints`
 _KEY = b"lens_pipeline"  # of a Parquet file's metadata
+_WRITTEN = b"lens_pipeline.written"  # of it, too: a hash of what was written, and of how many bytes
 _SHA256 = "sha256"  # of the CSV file, in what lies beside it
+_FORMER = "former"  # what described the CSV file that is about to be replaced
 
 
 def check_out(out: Path) -> None:
     """Raises InputError where scores cannot be written to this file."""
-    if out.parts[0].endswith(":"):  # of a URL, `s3://`, as a path writes it
+    if out.parts and out.parts[0].endswith(":"):  # of a URL, `s3://`, as a path writes it
         raise InputError(f"--out {out}: must be a file on this machine; upload it afterwards")
     if out.suffix not in SUFFIXES:
         raise InputError(f"--out {out}: must end in {' or '.join(SUFFIXES)}")
@@ -60,9 +63,9 @@ def about_intact(file: Path) -> dict[str, Any] | None:
     """`about_scores`; None where it is not there, or the file is not as it was written."""
     try:
         about = _about(file)
+        # Whoever has edited a table has left what lies beside it, and often the metadata in it.
         if about is None or file.suffix == ".parquet":
-            return about
-        # Whoever has edited a table of texts has left what lies beside it.
+            return about if _parquet_intact(file) else None
         return about if about.pop(_SHA256, None) == file_sha256(file) else None
     except (OSError, ValueError, pa.ArrowException):
         return None
@@ -73,7 +76,31 @@ def _about(path: Path) -> dict[str, Any] | None:
         text = _beside(path).read_text() if _beside(path).is_file() else None
     else:
         text = (pq.read_schema(path).metadata or {}).get(_KEY)
-    return None if text is None else dict(json.loads(text))
+    if text is None:
+        return None
+    about = dict(json.loads(text))
+    former = about.pop(_FORMER, None)
+    return former if former and former[_SHA256] == file_sha256(path) else about
+
+
+def _parquet_intact(path: Path) -> bool:
+    metadata = pq.read_metadata(path)
+    kept = (metadata.metadata or {}).get(_WRITTEN)
+    if kept is None:
+        return False
+    digest, n_bytes = json.loads(kept)
+    return bool(digest == _data_sha256(path, n_bytes, metadata.schema.to_arrow_schema().names))
+
+
+def _data_sha256(path: Path, n_bytes: int, names: list[str]) -> str:
+    """sha256 (hex) of the first so many bytes of a Parquet file, which hold the values of all of
+    its columns, and of the names of these."""
+    found = hashlib.sha256(json.dumps(names).encode())
+    with path.open("rb") as file:
+        while some := file.read(min(n_bytes, 2**20)):
+            found.update(some)
+            n_bytes -= len(some)
+    return found.hexdigest()
 
 
 def _beside(path: Path) -> Path:
@@ -116,7 +143,12 @@ def write_scores(
             for number, table in enumerate(tables):
                 table.to_csv(file, header=number == 0, index=False, mode="wb")
         about = {**about, _SHA256: file_sha256(aside)}
-        write_aside(_beside(out), json.dumps(about, indent=1))
+        former = about_intact(out)
+        kept = {} if former is None else {_FORMER: {**former, _SHA256: file_sha256(out)}}
+        write_aside(_beside(out), json.dumps(about | kept, indent=1))
+        aside.replace(out)
+        if kept:
+            write_aside(_beside(out), json.dumps(about, indent=1))
     else:
         converted = (pa.Table.from_pandas(t, schema, preserve_index=False) for t in tables)
         first = next(converted)
@@ -125,7 +157,11 @@ def write_scores(
         with written(aside) as file, pq.ParquetWriter(file, schema) as writer:
             for table in chain([first], converted):
                 writer.write_table(table)
-    aside.replace(out)
+            file.flush()
+            n_bytes = file.tell()
+            digest = _data_sha256(Path(file.name), n_bytes, schema.names)
+            writer.add_key_value_metadata({_WRITTEN: json.dumps([digest, n_bytes]).encode()})
+        aside.replace(out)
 
 
 @contextmanager

@@ -17,8 +17,9 @@ from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.steps import digest, source_hashes
 
 _MODULES = ("lens_pipeline.ensemble.predictor", "lens_pipeline.ensemble.shard_cutouts")
-# Of reasons against a cutout: a disk that fails, or a right that lacks, does not show in its file.
-_MAY_PASS = "the file cannot be read"
+# Of reasons against a cutout: a disk that fails or goes away for a while, or a right that lacks,
+# does not show in its file.
+_MAY_PASS = ("the file cannot be read", "the file is missing")
 
 
 def scoring_program(ensemble: LensEnsemble) -> str:
@@ -84,9 +85,18 @@ class ScoredRows:
         rows = [row for row, why in reasons if why is not None and why.startswith(_MAY_PASS)]
         return np.array(rows, dtype=int)
 
+    def reason(self, row: int) -> str | None:
+        """Why it could not be used; None where it could, or is not known."""
+        return None if self._reasons[row] is None else str(self._reasons[row])
+
     def forget(self, rows: NDArray[np.integer]) -> None:
         self.known[rows] = False
         self._reasons[rows] = None
+
+    @property
+    def n_untold(self) -> int:
+        """Of how many no store tells whether their images are as they were."""
+        return int((~self._told).sum())
 
     @property
     def n_scored(self) -> int:
