@@ -101,7 +101,8 @@ def read_psf(path: str) -> Tensor:
     """The image in a FITS file, of unit sum, cut or padded to 2 PSF_RADIUS + 1 pixels a side.
 
     Raises InputError, naming the file, where there is none of odd sides and finite pixels, or where
-    its centroid is more than MAX_OFF_CENTRE from the middle: all that is drawn would be moved.
+    its centroid, weighted by flux squared, is more than MAX_OFF_CENTRE from the middle: all that is
+    drawn would be moved.
     """
     from astropy.io import fits
 
@@ -110,11 +111,15 @@ def read_psf(path: str) -> Tensor:
     except (OSError, TypeError, IndexError) as problem:
         raise InputError(f"survey.psf: {path} cannot be read ({problem})") from None
     if image.ndim != 2 or image.shape[0] != image.shape[1] or image.shape[0] % 2 == 0:
-        raise InputError(f"survey.psf: {path} has the shape {image.shape}; a square of odd side is")
+        raise InputError(
+            f"survey.psf: {path} has the shape {image.shape}; a square of odd side is needed"
+        )
     if not np.isfinite(image).all() or image.sum() <= 0:
         raise InputError(f"survey.psf: {path} has pixels that are not finite, or no light")
     y, x = np.mgrid[: len(image), : len(image)] - (len(image) - 1) / 2
-    off_x, off_y = (float((image * axis).sum() / image.sum()) for axis in (x, y))
+    # By the square of the flux, the peak counts, and neither noise nor wings far away.
+    weight = image.astype(np.float64) ** 2
+    off_x, off_y = (float((weight * axis).sum() / weight.sum()) for axis in (x, y))
     if np.hypot(off_x, off_y) > MAX_OFF_CENTRE:
         raise InputError(
             f"survey.psf: {path} has its centroid {off_x:+.1f}, {off_y:+.1f} pixels (x, y) from "
