@@ -33,11 +33,12 @@ from lens_pipeline.simulation.sources import Sources
 from lens_pipeline.simulation.surveys import Survey
 
 SUPERSAMPLING = 2
-CORE_PIXELS = 8  # side of the middle block, sampled finer for the cusp of n = 4; even cutouts
+CORE_PIXELS = 8  # side of the block, sampled finer, about the cusp of n = 4; in even cutouts
 CORE_SUPERSAMPLING = 8
 # Of a sub-pixel's side: keeps the light of the cusp within 1 % for half-light radii over 0.5 arcsec
 # wherever the centre falls; the rms radius of a square, 0.41, would lose three times as much.
 CUSP_SOFTENING = 0.2
+MIN_CUSP_RADIUS = 1.0  # pixels: of n = 4; smaller ones look the same, but would lose their light
 PSF_RADIUS = 24  # pixels: the wings of a bright star end in noise
 MAX_OFF_CENTRE = 0.5  # pixels, of a user's point spread function
 POINT_WIDTH = 0.3  # pixels: standard deviation of a star before the PSF
@@ -201,26 +202,31 @@ class Renderer:
         return images * flux[:, :, None, None]
 
     def elliptical(self, p: dict[str, Tensor]) -> Tensor:
-        """The lens galaxy: n = 4, sharing centre, axis ratio and angle with its mass."""
+        """The lens galaxy, or another early type: n = 4. Its centre, axis ratio and angle are those
+        of its mass."""
         p = _broadcast(p)
+        pixel = self.survey.pixel_scale
 
         def light(x: Tensor, y: Tensor, sampling: int) -> Tensor:
-            cell = self.survey.pixel_scale / sampling
             brightness = sersic(
                 x - p["x"],
                 y - p["y"],
                 4,
-                p["lens_radius"],
+                p["lens_radius"].clamp_min(MIN_CUSP_RADIUS * pixel),
                 p["axis_ratio"],
                 p["position_angle"],
-                softening=CUSP_SOFTENING * cell,
+                softening=CUSP_SOFTENING * pixel / sampling,
             )
             return self._pixels(brightness, sampling)
 
         image = light(self._x, self._y, SUPERSAMPLING)
+        # The core is where the galaxy is; of one outside the cutout, at the edge.
         low = (self.size - self._core_size) // 2
-        core = slice(low, low + self._core_size)
-        image[:, core, core] = light(*self._core, CORE_SUPERSAMPLING)
+        left, top = ((p[axis] / pixel).round().clamp(-low, low) for axis in "xy")
+        core = light(self._core[0] + left * pixel, self._core[1] + top * pixel, CORE_SUPERSAMPLING)
+        step = torch.arange(low, low + self._core_size, device=self.device)
+        row, column = top.long() + step[:, None], left.long() + step
+        image[torch.arange(len(image), device=self.device)[:, None, None], row, column] = core
         return image
 
     def arcs(self, p: dict[str, Tensor]) -> Tensor:

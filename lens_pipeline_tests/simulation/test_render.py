@@ -277,6 +277,28 @@ def test_the_lens_galaxy_loses_no_light_at_its_cusp() -> None:
     assert ours.max() == pytest.approx(theirs.max(), rel=0.05)
 
 
+@pytest.mark.parametrize("pixels", [0.3, 1.0, 2.0])
+def test_a_small_galaxy_has_its_light_wherever_it_is(pixels: float) -> None:
+    random = np.random.default_rng(0)
+    size, n = 128, 60
+    side = size * DES.pixel_scale
+    table = pd.DataFrame(
+        {
+            "x": random.uniform(-0.35, 0.35, n) * side,
+            "y": random.uniform(-0.35, 0.35, n) * side,
+            "lens_radius": pixels * DES.pixel_scale,
+            "axis_ratio": random.uniform(0.5, 1, n),
+            "position_angle": random.uniform(0, np.pi, n),
+        }
+    )
+    renderer = Renderer(DES, SersicDiscs(), size, "cpu")
+    drawn = renderer.component("elliptical", renderer.parameters(table))
+    np.testing.assert_allclose(drawn.sum(dim=(1, 2)).numpy(), 1, atol=0.03)
+    beside = table.assign(x=table["x"] + side)
+    light = renderer.component("elliptical", renderer.parameters(beside)).numpy()
+    assert light[:, :, -1].sum() > light[:, :, 0].sum() > 0
+
+
 def test_the_psf_keeps_the_flux_and_has_the_seeing_as_its_width() -> None:
     kernel = moffat(3.4, 3.0, "cpu").numpy()
     assert kernel.sum() == pytest.approx(1, abs=1e-5)
