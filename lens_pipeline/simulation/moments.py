@@ -76,11 +76,12 @@ def moments_of_psf(psf: Array) -> Array:
     return np.eye(2) * max(area / (2 * np.pi * np.log(2)), NARROWEST)
 
 
-def shape_of(image: Array, psf: Array, x: float = 0.0, y: float = 0.0) -> Shape:
+def shape_of(image: Array, psf: Array, x: float = 0.0, y: float = 0.0, seen: float = 1.0) -> Shape:
     """The shape of the galaxy at x, y (pixels from the middle) before the point spread function.
 
     image: (side, side), in sigmas of its noise; psf: as `moments_of_psf` gives them, which are
-    taken from the galaxy's.
+    taken from the galaxy's. seen: how much of a galaxy's ellipticity, (1 - q^2)/(1 + q^2) for an
+    axis ratio q, is left then: neither cusp nor wings are Gaussian, and look round.
     """
     width = np.trace(psf) / 2
     found = second_moments(image, x, y, max(1.5 * float(np.sqrt(width)), SMALLEST_START))
@@ -90,7 +91,9 @@ def shape_of(image: Array, psf: Array, x: float = 0.0, y: float = 0.0) -> Shape:
     values, vectors = np.linalg.eigh(moments - psf)
     if values[1] < RESOLVED * width:
         return Shape(float(centre[0]), float(centre[1]))
-    ratio = np.sqrt(max(values[0], 0) / values[1])
+    minor, major = max(values[0], 0), values[1]
+    ellipticity = min((major - minor) / (major + minor) / seen, 1.0)
+    ratio = np.sqrt((1 - ellipticity) / (1 + ellipticity))
     return Shape(
         float(centre[0]),
         float(centre[1]),
