@@ -24,7 +24,7 @@ from lens_pipeline.simulation.population import Array, source_axis_ratio, source
 from lens_pipeline.simulation.streams import Purpose, stream
 
 MAX_MEMBERS = 5
-MAX_DISTANCE = 3.0  # of intruders from the host, in its Einstein radii
+MAX_DISTANCE = 3.0  # of intruders and members from the host, in its Einstein radii
 DEVIATES = 16  # for the decoy as a whole, and for each of its members
 
 Component = tuple[str, pd.DataFrame]  # the profile, as `Renderer.component` takes it, and its rows
@@ -148,13 +148,14 @@ def _edge_on(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
 def _group(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
     """A compact group: the host as it is, two to four fainter galaxies, and a blue one.
 
-    Members are 0.5 to 3 mag fainter than the brightest (within 3 mag of it: Hickson 1982), with
-    the red sequence's scatter of colours.
+    Members are 0.5 to 3 mag fainter than the brightest (within 3 mag of it: Hickson 1982), as often
+    as number counts rise, with the red sequence's scatter of colours. Many are faint, and near the
+    host, lest a share of the light in the middle be enough to know a group.
     """
     present, row = _members(2 + (3 * u[:, 0, 0]).astype(int))
     v, host = u[:, 1:][present], lenses.iloc[row]
-    share = 10 ** (-0.4 * (0.5 + 2.5 * v[:, 1]))
-    distance = host["einstein_radius"] * MAX_DISTANCE * np.sqrt(0.1 + 0.9 * v[:, 2])
+    share = 10 ** (-0.4 * (0.5 + 2.5 * np.sqrt(v[:, 1])))
+    distance = host["einstein_radius"] * (0.5 + (MAX_DISTANCE - 0.5) * v[:, 2])
     light = _host_light(host, share)
     members = light | {
         "x": host["x"] + distance * np.cos(2 * np.pi * v[:, 3]),

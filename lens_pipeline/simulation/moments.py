@@ -11,6 +11,8 @@ CONVERGED = 1e-3  # of the weight's own size
 MIN_SNR = 10.0  # within the weight
 MIN_AXIS_RATIO = 0.2  # as of the population: seen edge-on, no mass is as flat as its disc
 RESOLVED = 0.1  # of the point spread function's second moment: what is smaller is a star
+NARROWEST = 0.3  # pixels^2: the second moment of a point spread function within one pixel
+SMALLEST_START = 1.0  # pixels: a narrower Gaussian falls between the pixels
 BRIGHT = 1e4  # sigmas, at the peak of a point spread function, which has no noise
 
 
@@ -60,26 +62,38 @@ def second_moments(image: Array, x: float, y: float, start: float) -> tuple[Arra
 
 
 def moments_of_psf(psf: Array) -> Array:
-    """Second moments (2, 2), pixels^2, of a point spread function, an image of odd side."""
-    found = second_moments(psf * (BRIGHT / psf.max()), 0.0, 0.0, 1.5)
-    return np.zeros((2, 2)) if found is None else found[1]
+    """Second moments (2, 2), pixels^2, of a point spread function, an image of odd side.
+
+    Of one as narrow as a pixel, whose adaptive moments end nowhere, those of the round Gaussian
+    whose area within half its maximum, 2 pi ln 2 sigma^2, is the same.
+    """
+    # With a margin: one nearly as wide as its image is not too wide to be measured.
+    image = np.pad(psf * (BRIGHT / psf.max()), len(psf) // 2)
+    found = second_moments(image, 0.0, 0.0, 1.5)
+    if found is not None:
+        return found[1]
+    area = float((psf > psf.max() / 2).sum())
+    return np.eye(2) * max(area / (2 * np.pi * np.log(2)), NARROWEST)
 
 
-def shape_of(image: Array, psf: Array, x: float = 0.0, y: float = 0.0) -> Shape:
+def shape_of(image: Array, psf: Array, x: float = 0.0, y: float = 0.0, seen: float = 1.0) -> Shape:
     """The shape of the galaxy at x, y (pixels from the middle) before the point spread function.
 
     image: (side, side), in sigmas of its noise; psf: as `moments_of_psf` gives them, which are
-    taken from the galaxy's.
+    taken from the galaxy's. seen: how much of a galaxy's ellipticity, (1 - q^2)/(1 + q^2) for an
+    axis ratio q, is left then: neither cusp nor wings are Gaussian, and look round.
     """
     width = np.trace(psf) / 2
-    found = second_moments(image, x, y, 1.5 * float(np.sqrt(width)))
+    found = second_moments(image, x, y, max(1.5 * float(np.sqrt(width)), SMALLEST_START))
     if found is None:
         return Shape()
     centre, moments = found
     values, vectors = np.linalg.eigh(moments - psf)
     if values[1] < RESOLVED * width:
         return Shape(float(centre[0]), float(centre[1]))
-    ratio = np.sqrt(max(values[0], 0) / values[1])
+    minor, major = max(values[0], 0), values[1]
+    ellipticity = min((major - minor) / (major + minor) / seen, 1.0)
+    ratio = np.sqrt((1 - ellipticity) / (1 + ellipticity))
     return Shape(
         float(centre[0]),
         float(centre[1]),

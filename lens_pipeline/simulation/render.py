@@ -33,11 +33,12 @@ from lens_pipeline.simulation.sources import Sources
 from lens_pipeline.simulation.surveys import Survey
 
 SUPERSAMPLING = 2
-CORE_PIXELS = 8  # side of the middle block, sampled finer for the cusp of n = 4; even cutouts
+CORE_PIXELS = 8  # side of the block, sampled finer, about the cusp of n = 4; in even cutouts
 CORE_SUPERSAMPLING = 8
 # Of a sub-pixel's side: keeps the light of the cusp within 1 % for half-light radii over 0.5 arcsec
 # wherever the centre falls; the rms radius of a square, 0.41, would lose three times as much.
 CUSP_SOFTENING = 0.2
+MIN_CUSP_RADIUS = 1.0  # pixels: of n = 4; smaller ones look the same, but would lose their light
 PSF_RADIUS = 24  # pixels: the wings of a bright star end in noise
 MAX_OFF_CENTRE = 0.5  # pixels, of a user's point spread function
 POINT_WIDTH = 0.3  # pixels: standard deviation of a star before the PSF
@@ -101,7 +102,8 @@ def read_psf(path: str) -> Tensor:
     """The image in a FITS file, of unit sum, cut or padded to 2 PSF_RADIUS + 1 pixels a side.
 
     Raises InputError, naming the file, where there is none of odd sides and finite pixels, or where
-    its centroid is more than MAX_OFF_CENTRE from the middle: all that is drawn would be moved.
+    its centroid, weighted by flux squared, is more than MAX_OFF_CENTRE from the middle: all that is
+    drawn would be moved.
     """
     from astropy.io import fits
 
@@ -110,11 +112,15 @@ def read_psf(path: str) -> Tensor:
     except (OSError, TypeError, IndexError) as problem:
         raise InputError(f"survey.psf: {path} cannot be read ({problem})") from None
     if image.ndim != 2 or image.shape[0] != image.shape[1] or image.shape[0] % 2 == 0:
-        raise InputError(f"survey.psf: {path} has the shape {image.shape}; a square of odd side is")
+        raise InputError(
+            f"survey.psf: {path} has the shape {image.shape}; a square of odd side is needed"
+        )
     if not np.isfinite(image).all() or image.sum() <= 0:
         raise InputError(f"survey.psf: {path} has pixels that are not finite, or no light")
     y, x = np.mgrid[: len(image), : len(image)] - (len(image) - 1) / 2
-    off_x, off_y = (float((image * axis).sum() / image.sum()) for axis in (x, y))
+    # By the square of the flux, the peak counts, and neither noise nor wings far away.
+    weight = image.astype(np.float64) ** 2
+    off_x, off_y = (float((weight * axis).sum() / weight.sum()) for axis in (x, y))
     if np.hypot(off_x, off_y) > MAX_OFF_CENTRE:
         raise InputError(
             f"survey.psf: {path} has its centroid {off_x:+.1f}, {off_y:+.1f} pixels (x, y) from "
@@ -196,26 +202,31 @@ class Renderer:
         return images * flux[:, :, None, None]
 
     def elliptical(self, p: dict[str, Tensor]) -> Tensor:
-        """The lens galaxy: n = 4, sharing centre, axis ratio and angle with its mass."""
+        """The lens galaxy, or another early type: n = 4. Its centre, axis ratio and angle are those
+        of its mass."""
         p = _broadcast(p)
+        pixel = self.survey.pixel_scale
 
         def light(x: Tensor, y: Tensor, sampling: int) -> Tensor:
-            cell = self.survey.pixel_scale / sampling
             brightness = sersic(
                 x - p["x"],
                 y - p["y"],
                 4,
-                p["lens_radius"],
+                p["lens_radius"].clamp_min(MIN_CUSP_RADIUS * pixel),
                 p["axis_ratio"],
                 p["position_angle"],
-                softening=CUSP_SOFTENING * cell,
+                softening=CUSP_SOFTENING * pixel / sampling,
             )
             return self._pixels(brightness, sampling)
 
         image = light(self._x, self._y, SUPERSAMPLING)
+        # The core is where the galaxy is; of one outside the cutout, at the edge.
         low = (self.size - self._core_size) // 2
-        core = slice(low, low + self._core_size)
-        image[:, core, core] = light(*self._core, CORE_SUPERSAMPLING)
+        left, top = ((p[axis] / pixel).round().clamp(-low, low) for axis in "xy")
+        core = light(self._core[0] + left * pixel, self._core[1] + top * pixel, CORE_SUPERSAMPLING)
+        step = torch.arange(low, low + self._core_size, device=self.device)
+        row, column = top.long() + step[:, None], left.long() + step
+        image[torch.arange(len(image), device=self.device)[:, None, None], row, column] = core
         return image
 
     def arcs(self, p: dict[str, Tensor]) -> Tensor:

@@ -321,6 +321,7 @@ def test_what_a_catalogue_does_not_tell_is_measured_on_the_image(
     for axis in ("x", "y"):
         assert (found[axis] - truth[axis]).abs().median() < 0.05  # arcsec, a fifth of a pixel
     assert (found["axis_ratio"] - truth["axis_ratio"]).abs().median() < 0.1
+    assert abs((found["axis_ratio"] - truth["axis_ratio"]).median()) < 0.03
     turned = (found["position_angle"] - truth["position_angle"] + np.pi / 2) % np.pi - np.pi / 2
     flat = truth["axis_ratio"] < 0.8
     assert flat.sum() > 10

@@ -21,7 +21,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.simulation.config import load_config
 from lens_pipeline.simulation.population import COLUMNS, candidates
 from lens_pipeline.simulation.profiles import ring, sersic, spiral, tail
-from lens_pipeline.simulation.render import Renderer, deflect, grid, moffat
+from lens_pipeline.simulation.render import Renderer, deflect, grid, moffat, read_psf
 from lens_pipeline.simulation.sources import SersicDiscs
 from lens_pipeline.simulation.surveys import find_survey
 
@@ -200,7 +200,7 @@ def test_a_psf_of_the_users_own(tmp_path: Path) -> None:
 
     np.testing.assert_allclose(blurred("narrow"), image[0].numpy(), atol=1e-6)
     assert blurred("wide")[16, 16] == pytest.approx(1 / 49**2, rel=1e-3)  # cut to 49 pixels a side
-    with pytest.raises(InputError, match=r"even\.fits has the shape \(60, 60\)"):
+    with pytest.raises(InputError, match=r"even\.fits has the shape \(60, 60\); .* needed"):
         blurred("even")
     with pytest.raises(InputError, match=r"none\.fits cannot be read"):
         blurred("none")
@@ -208,6 +208,32 @@ def test_a_psf_of_the_users_own(tmp_path: Path) -> None:
     fits.PrimaryHDU(moved).writeto(tmp_path / "moved.fits")
     with pytest.raises(InputError, match=r"moved\.fits has its centroid -2\.0, \+1\.0 pixels"):
         blurred("moved")
+
+
+def test_a_noisy_psf_is_as_centred_as_its_peak(tmp_path: Path) -> None:
+    """A mean of stars whose wings are noise, far beyond what is drawn with."""
+    y, x = np.mgrid[:101, :101] - 50.0
+    random = np.random.default_rng(0)
+    for number in range(8):
+        noise = random.standard_normal(x.shape) / 200
+        for name, off in (("fine", 0.0), ("moved", 0.8)):
+            image = (1 + ((x - off) ** 2 + y**2) / 3.9**2) ** -3.0 + noise
+            fits.PrimaryHDU(image.astype(np.float32)).writeto(tmp_path / f"{name}{number}.fits")
+        assert read_psf(str(tmp_path / f"fine{number}.fits")).sum() == pytest.approx(1, abs=1e-5)
+        with pytest.raises(InputError, match=r"has its centroid \+0\.[789], [+-]0\.[01] pixels"):
+            read_psf(str(tmp_path / f"moved{number}.fits"))
+
+
+def test_psfs_of_real_surveys_are_centred(shared_data: Path, tmp_path: Path) -> None:
+    count = 0
+    for path in (shared_data / "euclid_q1").glob("*.fits"):
+        with fits.open(path) as file:
+            for hdu in file:
+                if hdu.name.endswith("_PSF"):
+                    count += 1
+                    fits.PrimaryHDU(hdu.data).writeto(tmp_path / f"{count}.fits")
+                    read_psf(str(tmp_path / f"{count}.fits"))
+    assert count == 24
 
 
 def test_each_band_may_have_a_psf_of_its_own(tmp_path: Path) -> None:
@@ -249,6 +275,28 @@ def test_the_lens_galaxy_loses_no_light_at_its_cusp() -> None:
     middle = slice(SIZE // 2 - n // 2, SIZE // 2 + n // 2)
     assert ours[middle, middle].sum() == pytest.approx(theirs.sum(), rel=0.01)
     assert ours.max() == pytest.approx(theirs.max(), rel=0.05)
+
+
+@pytest.mark.parametrize("pixels", [0.3, 1.0, 2.0])
+def test_a_small_galaxy_has_its_light_wherever_it_is(pixels: float) -> None:
+    random = np.random.default_rng(0)
+    size, n = 128, 60
+    side = size * DES.pixel_scale
+    table = pd.DataFrame(
+        {
+            "x": random.uniform(-0.35, 0.35, n) * side,
+            "y": random.uniform(-0.35, 0.35, n) * side,
+            "lens_radius": pixels * DES.pixel_scale,
+            "axis_ratio": random.uniform(0.5, 1, n),
+            "position_angle": random.uniform(0, np.pi, n),
+        }
+    )
+    renderer = Renderer(DES, SersicDiscs(), size, "cpu")
+    drawn = renderer.component("elliptical", renderer.parameters(table))
+    np.testing.assert_allclose(drawn.sum(dim=(1, 2)).numpy(), 1, atol=0.03)
+    beside = table.assign(x=table["x"] + side)
+    light = renderer.component("elliptical", renderer.parameters(beside)).numpy()
+    assert light[:, :, -1].sum() > light[:, :, 0].sum() > 0
 
 
 def test_the_psf_keeps_the_flux_and_has_the_seeing_as_its_width() -> None:
