@@ -27,12 +27,14 @@ class HostGalaxies(Protocol):
     """The galaxies that hosts are, each with its number; `renderer` draws what they lens.
 
     unknown: the columns of `population.candidates` that are not known of them. blocks: how many of
-    its candidates a host waits for.
+    its candidates a host waits for. in_vain: the numbers of those that a host has left because no
+    lens was seen behind them, which have been told.
     """
 
     renderer: Renderer
     unknown: tuple[str, ...]
     blocks: int
+    in_vain: set[int]
 
     def number(self, host: int, block: int) -> int:
         """Of the galaxy that a host is in a block of its candidates; the same for every seed."""
@@ -86,6 +88,7 @@ class SersicHosts:
 
     def __init__(self, renderer: Renderer) -> None:
         self.renderer = renderer
+        self.in_vain: set[int] = set()
 
     def number(self, host: int, block: int) -> int:
         return host
@@ -133,6 +136,7 @@ class RealHosts:
 
     def __init__(self, renderer: Renderer, pool: Pool) -> None:
         self.renderer, self._pool = renderer, pool
+        self.in_vain: set[int] = set()
         self.blocks = max(LAST_BLOCK, PATIENCE * min(len(pool.table), MOST_GALAXIES))
         self._known = {name: pool.table[name].to_numpy(np.float64) for name in KNOWN}
         groups = pool.table["group"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.simulation.config import Population, SimulationConfig
-from lens_pipeline.simulation.hosts import HostGalaxies
+from lens_pipeline.simulation.hosts import HostGalaxies, Numbers
 from lens_pipeline.simulation.population import (
     CANDIDATES,
     COLUMNS,
@@ -57,7 +57,6 @@ def draw_lenses(
     cuts, together = config.population, galaxies.renderer.together
     found: list[Lenses] = []
     pending, block = np.array(hosts), 0
-    in_vain: dict[int, None] = {}  # galaxies, in the order in which they were left
     while pending.size:
         # As many again as before, while memory allows: the rarest hosts take hundreds of blocks.
         blocks = range(block, block + min(block + 1, max(1, MANY // (CANDIDATES * pending.size))))
@@ -74,9 +73,7 @@ def draw_lenses(
             accepted = drawn.table.index[first]
             table = table[~now & ~table.index.isin(accepted)]
             pending = np.setdiff1d(pending, accepted)
-        for host in pending:
-            turns = [galaxies.number(int(host), number) for number in (*blocks, blocks.stop)]
-            in_vain |= {a: None for a, b in pairwise(turns) if a != b}
+        _tell(galaxies, pending, blocks)
         block = blocks.stop
         if block >= galaxies.blocks and pending.size:
             tried = (galaxies.number(int(pending[0]), number) for number in range(block))
@@ -85,8 +82,6 @@ def draw_lenses(
                 f"population: none of {block * CANDIDATES} systems of host {pending[0]}{behind} is "
                 "a detectable lens; loosen its cuts or its distributions"
             )
-    if in_vain:
-        log.warning("hosts: no lens can be seen%s; others are taken", _names(galaxies, in_vain))
     table = pd.concat([part.table for part in found])
     order = torch.from_numpy(np.argsort(table.index.to_numpy())).to(device)
     return Lenses(
@@ -94,6 +89,18 @@ def draw_lenses(
         torch.cat([part.galaxy for part in found])[order],
         torch.cat([part.arcs for part in found])[order],
     )
+
+
+def _tell(galaxies: HostGalaxies, hosts: Numbers, blocks: range) -> None:
+    """Warn of each galaxy that a host leaves in vain at the end of those blocks, once."""
+    left: dict[int, None] = {}
+    for host in hosts:
+        turns = [galaxies.number(int(host), number) for number in (*blocks, blocks.stop)]
+        left |= {a: None for a, b in pairwise(turns) if a != b and a not in galaxies.in_vain}
+    if left:
+        galaxies.in_vain.update(left)
+        names = ", ".join(galaxies.described(np.array([*left]))["host"])
+        log.warning("hosts: no lens can be seen behind %s; others are taken", names)
 
 
 def _names(galaxies: HostGalaxies, numbers: Iterable[int]) -> str:

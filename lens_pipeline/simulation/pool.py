@@ -105,7 +105,8 @@ def read_pool(
                 rows.append(row)
                 # In units of each band's noise, their mean is the more certain.
                 image = cutout.pixels.astype(np.float64).sum(axis=0) / np.sqrt(len(survey.bands))
-                shapes.append(shape_of(image, psf, *at[row], seen))
+                x, y = at[row]
+                shapes.append(shape_of(image, psf, x, y, seen))
                 magnitudes.append(cutout.background_magnitude)
         _tell(source, len(known), len(rows), int(lens.sum()), int((~lens & ~able).sum()), rejects)
         file.flush()

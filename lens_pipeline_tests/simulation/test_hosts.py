@@ -1,6 +1,7 @@
 """Real images as hosts: what they show stays as it is, and what is added is right."""
 
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -337,9 +338,11 @@ def test_one_galaxy_among_many_is_enough(tmp_path: Path, caplog: pytest.LogCaptu
             write_image(tmp_path / "lrg" / f"{number}.fits", number, SIGMA * 1000, stated=True)
     config = config_of(file, sources="sersic")
     with caplog.at_level(logging.WARNING):
-        table = simulate("des", 8, image_size=SIZE, config=config).table
+        table = simulate("des", 8, image_size=SIZE, config=config, batch_size=2).table
     assert set(table["host"]) == {"lrg5"}
     assert "no lens can be seen behind lrg" in caplog.text
+    named = re.findall(r"lrg\d(?=[,;])", caplog.text)
+    assert len(named) == len(set(named)) > 3  # of each once, whatever the number of batches
     (tmp_path / "lrg" / "5.fits").unlink()
     with pytest.raises(InputError, match=r"host 0 behind (lrg\d, ){4}lrg\d and 2 more is"):
         simulate("des", 2, image_size=SIZE, config=config)
