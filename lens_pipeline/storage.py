@@ -61,7 +61,9 @@ def filling(out: str | Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         claim.touch(exist_ok=False)
         holds = any(path != claim for path in folder.iterdir())
-    except FileExistsError:
+    except FileExistsError as problem:
+        if not folder.is_dir():
+            raise InputError(f"{folder}: cannot be written to ({problem.strerror})") from None
         holds = True
     except OSError as problem:
         raise InputError(f"{folder}: cannot be written to ({problem.strerror})") from None

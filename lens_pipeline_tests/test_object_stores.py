@@ -182,7 +182,7 @@ with {kind}(Path(sys.argv[1])) as server:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        cwd=Path(__file__).parents[1],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
     )
     try:
         assert owner.stdout is not None

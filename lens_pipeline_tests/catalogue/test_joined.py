@@ -73,5 +73,5 @@ def test_a_survey_may_lack_what_others_hold(two_surveys: Path, tmp_path: Path) -
     assert len(hsc.images("test")) == only_tests.sum()
     with pytest.raises(InputError, match=r"\(hsc\): split train has no lenses"):
         build_dataset(
-            read_catalogue(two_surveys).of_surveys(["hsc"], 0), tmp_path / "hsc", image_size=32
+            read_catalogue(two_surveys).of_surveys(["hsc"], 0), tmp_path / "again", image_size=32
         )
