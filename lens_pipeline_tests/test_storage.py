@@ -72,27 +72,17 @@ def test_the_state_of_a_file_is_known_where_its_store_tells_it(
     os.utime(tmp_path / "new", (0, 0))
     (tmp_path / "new").rename(tmp_path / "a")
     assert known_states(local)[local[0]] != first[local[0]]
-    remote = [f"{s3_bucket}/{name:03d}" for name in range(FEW + 1)]
-    for name in remote:
-        bucket.pipe_file(name, b"pixels")
-    found = known_states(remote, options)
-    assert {*found} == {*remote}
-    bucket.pipe_file(remote[0], b"PIXELS")
-    missing = f"{s3_bucket}/missing"
-    again = known_states([*remote, missing], options)
-    assert [name for name in remote if again[name] != found[name]] == [remote[0]]
-    # Of a store a file that is missing may be one that it keeps for others.
-    assert missing not in again
-    # Where each is in a folder of its own, too.
-    alone = [f"{s3_bucket}/{name:03d}/image" for name in range(FEW + 1)]
-    for name in alone:
-        bucket.pipe_file(name, b"pixels")
-    found = known_states(alone, options)
-    assert {*found} == {*alone}
-    bucket.pipe_file(alone[7], b"PIXELS")
-    again = known_states([*alone, f"{s3_bucket}/missing/image"], options)
-    assert again.keys() == found.keys()
-    assert [name for name in alone if again[name] != found[name]] == [alone[7]]
+    for place in ("{}", "{}/image"):  # in one folder, and each in a folder of its own
+        remote = [f"{s3_bucket}/{place.format(f'{number:03d}')}" for number in range(FEW + 1)]
+        for name in remote:
+            bucket.pipe_file(name, b"pixels")
+        found = known_states(remote, options)
+        assert {*found} == {*remote}
+        bucket.pipe_file(remote[7], b"PIXELS")
+        # Of a store a file that is missing may be one that it keeps for others.
+        again = known_states([*remote, f"{s3_bucket}/{place.format('missing')}"], options)
+        assert again.keys() == found.keys()
+        assert [name for name in remote if again[name] != found[name]] == [remote[7]]
 
 
 def test_a_folder_is_filled_by_one_writer(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from lens_pipeline.steps import file_aside, file_sha256, write_aside
 
 ROW_GROUP = 256 * BATCH
 SUFFIXES = (".parquet", ".csv")
-FINGERPRINT = "fingerprint"  # of all that decides a row's score: see `fingerprints`
+FINGERPRINT = "fingerprint"  # of all that decides a row's score: see `ScoredRows`
 _KEY = b"lens_pipeline"  # of a Parquet file's metadata
 _WRITTEN = b"lens_pipeline.written"  # of it, too: a hash of what was written, and of how many bytes
 _SHA256 = "sha256"  # of the CSV file, in what lies beside it

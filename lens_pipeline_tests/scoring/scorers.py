@@ -1,0 +1,67 @@
+"""How surveys are scored in tests, and by what."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lens_pipeline.catalogue.dataset import CutoutFormat
+from lens_pipeline.catalogue.images import CutoutError
+from lens_pipeline.catalogue.table import read_catalogue
+from lens_pipeline.ensemble.cutouts import CatalogueCutouts
+from lens_pipeline.ensemble.parts import ROWS, ScoredFile, score_to_file
+from lens_pipeline.ensemble.system import LensEnsemble
+
+N = 2 * ROWS + 100
+
+
+def interrupt(*_: object) -> None:
+    """In the place of what a command is to be killed in."""
+    raise KeyboardInterrupt
+
+
+def command(home: Path, survey: Path, out: Path) -> list[str]:
+    return ["predict", "--home", str(home), "--catalogue", str(survey), "--out", str(out)]
+
+
+class Counting(LensEnsemble):
+    """The same scores; `scored` has the number of cutouts of each batch."""
+
+    @cached_property
+    def scored(self) -> list[int]:
+        return []
+
+    def predict(self, images: np.ndarray) -> pd.DataFrame:
+        self.scored.append(len(images))
+        return super().predict(images)
+
+
+class Stuttering(CatalogueCutouts):
+    """A disk that fails for some rows; `asked` has the rows that were read."""
+
+    fails: tuple[int, ...] = ()
+
+    @cached_property
+    def asked(self) -> list[int]:
+        return []
+
+    def read(self, form: CutoutFormat, rows: np.ndarray) -> Iterator[np.ndarray | CutoutError]:
+        self.asked.extend(rows.tolist())
+        for row, cutout in zip(rows.tolist(), super().read(form, rows), strict=True):
+            fails = row in type(self).fails
+            yield CutoutError("the file cannot be read (Input/output error)") if fails else cutout
+
+
+def scored(
+    ensemble: LensEnsemble, table: pd.DataFrame, out: Path, **how: Any
+) -> tuple[ScoredFile, int]:
+    """(what `score_to_file` says, how many cutouts went through the ensemble)"""
+    before = sum(ensemble.scored) if isinstance(ensemble, Counting) else 0
+    catalogue = out.parent / "catalogue.parquet"
+    table.to_parquet(catalogue)
+    source = CatalogueCutouts(read_catalogue(catalogue), pad=how.pop("pad", False))
+    found = score_to_file(ensemble, source, out, model="mine", **how)
+    return found, sum(ensemble.scored) - before if isinstance(ensemble, Counting) else 0

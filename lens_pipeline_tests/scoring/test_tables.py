@@ -1,0 +1,261 @@
+"""The table of scores, what it says of itself, and what is refused or told before it is made."""
+
+import importlib.metadata
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from lens_pipeline.catalogue.table import read_catalogue
+from lens_pipeline.cli import main
+from lens_pipeline.ensemble.cutouts import CatalogueCutouts
+from lens_pipeline.ensemble.parts import score_to_file
+from lens_pipeline.ensemble.predictor import score_catalogue
+from lens_pipeline.ensemble.score_files import about_scores
+from lens_pipeline.ensemble.system import LensEnsemble
+from lens_pipeline.errors import InputError
+from lens_pipeline.shards.cloud import publish_shards
+from lens_pipeline_tests.object_stores import S3Server
+from lens_pipeline_tests.scoring.scorers import Counting, command, scored
+
+
+def test_a_path_or_catalogue_is_scored_with_its_own_index(
+    ensemble: LensEnsemble, own_images: pd.DataFrame, tmp_path: Path
+) -> None:
+    path = tmp_path / "catalogue.parquet"
+    own_images[:40].to_parquet(path)
+    of_path = score_catalogue(ensemble, path)
+    assert of_path["logit"].notna().all()
+    pd.testing.assert_frame_equal(of_path, score_catalogue(ensemble, str(path)))
+    whole = read_catalogue(path)
+    some = score_catalogue(ensemble, replace(whole, table=whole.table[::2]))
+    assert some.index.tolist() == list(range(0, 40, 2))
+    assert some["id"].tolist() == whole.table["id"][::2].tolist()
+    np.testing.assert_allclose(some["logit"], of_path["logit"][::2], atol=1e-5)
+    none = replace(whole, table=whole.table[:0])
+    with pytest.raises(InputError, match=r"catalogue.parquet: has no rows"):
+        score_catalogue(ensemble, none)
+    with pytest.raises(InputError, match=r"catalogue.parquet: has no rows"):
+        score_to_file(ensemble, CatalogueCutouts(none), tmp_path / "s.csv", model="a")
+
+
+def test_scores_say_of_what_they_are(home: Path, undisturbed: Path, survey: Path) -> None:
+    about = about_scores(undisturbed)
+    ensemble = next((home / "ensemble").glob("[!.]*/ensemble.json"))
+    facts = json.loads(ensemble.read_text())
+    assert about["model"]["uri"] == "models:/lens_ensemble/1"
+    assert about["dataset_version"] == facts["dataset_version"]
+    assert about["catalogue"]["source"] == str(survey)
+    assert about["code_version"] == importlib.metadata.version("lens-pipeline")
+    with pytest.raises(InputError, match="does not say of what its scores are"):
+        about_scores(survey)
+
+
+def test_images_without_names_of_bands_are_told(
+    home: Path, simulated_catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.read_parquet(simulated_catalogue)[:4]
+    table["path"] = [str(simulated_catalogue.parent / path) for path in table["path"]]
+    for name, rows in (("named", table), ("unnamed", table.drop(columns="bands"))):
+        rows.to_parquet(tmp_path / f"{name}.parquet")
+        assert main(command(home, tmp_path / f"{name}.parquet", tmp_path / "s.csv")) == 0
+        told = "they are taken to be g, r, i, in this order" in capsys.readouterr().err
+        assert told == (name == "unnamed")
+
+
+def test_row_groups_are_larger_than_parts(undisturbed: Path) -> None:
+    assert pq.read_metadata(undisturbed).num_row_groups == 1
+
+
+def test_rows_without_a_pixel_scale_are_told(
+    home: Path, simulated_catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.read_parquet(simulated_catalogue)[:8].drop(columns="pixel_scale")
+    table["path"] = [str(simulated_catalogue.parent / path) for path in table["path"]]
+    table.to_parquet(tmp_path / "few.parquet", index=False)
+    assert main(command(home, tmp_path / "few.parquet", tmp_path / "scores.csv")) == 0
+    assert "8 of 8 rows state no pixel_scale; the model takes 0.263" in capsys.readouterr().err
+
+
+def test_an_own_column_that_is_replaced_is_told(
+    counting: Counting,
+    own_images: pd.DataFrame,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    out, few = tmp_path / "scores.parquet", own_images[:4]
+    scored(counting, few.assign(fingerprint="mine", std=1.0), out)
+    assert "columns of their own named std, fingerprint, and those of the catalogue" in caplog.text
+    caplog.clear()
+    scored(counting, few, out)
+    of_scores = few.merge(pd.read_parquet(out).drop(columns=few.columns[1:], errors="ignore"))
+    scored(counting, of_scores, tmp_path / "again.parquet")
+    assert "carried along" not in caplog.text
+
+
+def test_a_csv_is_the_same_table(
+    home: Path, survey: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "scores.csv"
+    assert main(command(home, survey, out)) == 0
+    csv, parquet = pd.read_csv(out), pd.read_parquet(undisturbed)
+    assert list(csv) == list(parquet)
+    assert csv["id"].tolist() == parquet["id"].tolist()
+    np.testing.assert_allclose(csv["logit"], parquet["logit"], rtol=1e-15)
+    assert about_scores(out) == about_scores(undisturbed)
+
+
+def test_the_top_is_listed_and_drawn(
+    home: Path, survey: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.read_parquet(survey)[:40].assign(RA=np.linspace(0, 359, 40), dec=-1.5)
+    table.to_parquet(tmp_path / "few.parquet")
+    out = tmp_path / "scores.parquet"
+    assert main([*command(home, tmp_path / "few.parquet", out), "--top", "10"]) == 0
+    picture, listed = tmp_path / "scores.top.jpg", tmp_path / "scores.top.csv"
+    said = f"{listed}: the highest-scored, the best first; {picture}: their picture"
+    assert capsys.readouterr().out.splitlines()[-1] == said
+    with Image.open(picture) as image:
+        assert image.width > 500
+    best = pd.read_parquet(out).nlargest(10, "logit")
+    top = pd.read_csv(listed)
+    assert list(top) == ["rank", "id", "ra", "dec", "probability", "logit"]
+    assert top["rank"].tolist() == list(range(1, 11))
+    for column in ("id", "ra", "dec"):
+        assert top[column].tolist() == best[column].tolist()
+    np.testing.assert_allclose(top["logit"], best["logit"], rtol=1e-12)
+    np.testing.assert_allclose(top["probability"], best["probability"], rtol=1e-12)
+
+
+def test_without_positions_the_top_is_listed_by_ids_alone(
+    ensemble: LensEnsemble, survey: Path, tmp_path: Path
+) -> None:
+    table = pd.read_parquet(survey)[1:4].drop(columns=["ra", "dec"], errors="ignore")
+    table.to_parquet(tmp_path / "few.parquet")
+    source = CatalogueCutouts(read_catalogue(str(tmp_path / "few.parquet")))
+    scored = score_to_file(ensemble, source, tmp_path / "scores.csv", model="a", top=2)
+    assert scored.top == tmp_path / "scores.top.csv"
+    assert list(pd.read_csv(scored.top)) == ["rank", "id", "probability", "logit"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pixel_scale": 0.3}, r"row 4, column pixel_scale: 0.3 arcsec; .* 0.263 arcsec"),
+        ({"id": "J000000"}, r"row 4, column id: 'J000000' is there twice"),
+        ({"id": None}, r"row 4, column id: is empty"),
+    ],
+)
+def test_what_a_table_may_not_say(
+    home: Path,
+    survey: Path,
+    tmp_path: Path,
+    change: dict[str, object],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    table = pd.read_parquet(survey)[:10]
+    for column, value in change.items():
+        table.loc[3, column] = value
+    path = tmp_path / "table.parquet"
+    table.to_parquet(path)
+    assert main(command(home, path, tmp_path / "scores.parquet")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {path}: ")
+    assert re.search(message, error), error
+    assert not (tmp_path / "scores.parquet").exists()
+
+
+def test_a_pixel_scale_that_is_nearly_the_models_is_warned_of(
+    home: Path, survey: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.read_parquet(survey)[:10]
+    path, out = tmp_path / "table.parquet", tmp_path / "scores.parquet"
+    for factor, warnings in ((1.004, 1), (1 + 1e-7, 0)):
+        table.assign(pixel_scale=table["pixel_scale"] * factor).to_parquet(path)
+        assert main(command(home, path, out)) == 0
+        assert capsys.readouterr().err.count("column pixel_scale: up to") == warnings
+
+
+def test_a_catalogue_that_lacks_a_band_is_refused_before_anything_is_read(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "two.csv"
+    path.write_text("id,path_g,path_r\na,a_g.fits,a_r.fits\n")
+    assert main(command(home, path, tmp_path / "scores.parquet")) == 2
+    assert "has the bands g, r; the model takes g, r, i" in capsys.readouterr().err
+
+
+def test_an_out_may_have_any_name_but_the_catalogues(
+    home: Path, survey: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.read_parquet(survey)[1:10]
+    table.to_parquet(tmp_path / "part-000000.parquet")
+    catalogue = tmp_path / "few.parquet"
+    table.to_parquet(catalogue)
+    assert main(command(home, catalogue, tmp_path / "part-000000.parquet")) == 0
+    assert pd.read_parquet(tmp_path / "part-000000.parquet")["probability"].notna().all()
+    assert main(command(home, catalogue, catalogue)) == 2
+    assert f"--out {catalogue}: is the catalogue" in capsys.readouterr().err
+    pd.testing.assert_frame_equal(pd.read_parquet(catalogue), table)
+    assert main(command(home, catalogue, Path("s3://bucket/scores.parquet"))) == 2
+    assert "must be a file on this machine" in capsys.readouterr().err
+    assert not Path("s3:").exists()
+
+
+@pytest.mark.parametrize("out", ["", "."])
+def test_an_out_that_names_nothing_is_told(
+    out: str, home: Path, survey: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", "--home", str(home), "--catalogue", str(survey), "--out", out]) == 2
+    assert "error: --out .: must end in .parquet or .csv" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["file/scores.parquet", "folder.parquet", "scores.txt"])
+def test_an_out_that_cannot_be_written_is_told_at_once(
+    out: str, home: Path, survey: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.parquet").mkdir()
+    assert main(command(home, survey, tmp_path / out)) == 2
+    assert f"error: --out {tmp_path / out}: " in capsys.readouterr().err
+
+
+def test_a_plain_folder_of_cutouts_is_scored(
+    home: Path, simulated_catalogue: Path, tmp_path: Path
+) -> None:
+    cube = np.load(simulated_catalogue.parent / "images-00000.npy")
+    (tmp_path / "field").mkdir()
+    for name, number in (("b", 0), ("a", 1)):
+        np.save(tmp_path / "field" / f"{name}.npy", cube[number])
+    out = tmp_path / "scores.parquet"
+    assert main(command(home, tmp_path / "field", out)) == 0
+    scores = pd.read_parquet(out)
+    assert scores["id"].tolist() == ["a.npy", "b.npy"]
+    assert scores["probability"].notna().all()
+
+
+def test_shards_in_a_bucket_are_scored_as_those_in_a_folder(
+    home: Path,
+    s3_server: S3Server,
+    s3_bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shards = next((home / "shards").glob("[!.]*/manifest.json")).parent
+    options = s3_server.storage_options()
+    publish_shards(shards, s3_bucket, storage_options=options)
+    monkeypatch.setenv("LENS_STORAGE_OPTIONS", json.dumps(options))
+    found = []
+    for place in (str(shards), s3_bucket):
+        out = tmp_path / "scores.parquet"
+        assert main(["predict", "--home", str(home), "--catalogue", place, "--out", str(out)]) == 0
+        found.append(pd.read_parquet(out))
+    pd.testing.assert_frame_equal(*found)
+    assert found[0]["probability"].notna().all()
