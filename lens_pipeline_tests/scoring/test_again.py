@@ -163,14 +163,14 @@ def test_a_csv_whose_command_is_killed_before_it_is_in_place_keeps_its_scores(
     before, about = out.read_bytes(), about_scores(out)
     replace_file = Path.replace
 
-    def interrupt(path: Path, to: Path) -> Path:
+    def stop_before(path: Path, to: Path) -> Path:
         if Path(to) == out:
             raise KeyboardInterrupt
         return replace_file(path, to)
 
     for rows in (30, 40):
         with monkeypatch.context() as during:
-            during.setattr(Path, "replace", interrupt)
+            during.setattr(Path, "replace", stop_before)
             with pytest.raises(KeyboardInterrupt):
                 scored(counting, own_images[:rows], out)
         assert out.read_bytes() == before
