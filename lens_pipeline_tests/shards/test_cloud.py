@@ -305,7 +305,7 @@ def test_cloud_upload_that_was_killed_goes_on(
     assert "manifest.json" not in there
     assert newest_version(url, options) is None
     published = publish_shards(shards_folder, url, storage_options=options)
-    assert set(published.skipped) == there
+    assert there <= set(published.skipped)  # and what was still under way
     assert verify_shards(published.url, options) == []
     assert ".publishing" not in names(published.url, options)
 

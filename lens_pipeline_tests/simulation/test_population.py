@@ -164,7 +164,7 @@ def test_source_sizes_follow_the_relation_with_its_scatter() -> None:
     assert radius.std() == pytest.approx(0.35, rel=0.05)
 
 
-@pytest.mark.parametrize("shear", [0.0, 0.1])
+@pytest.mark.parametrize("shear", [0.0, 0.1, 0.4])
 def test_where_a_source_is_multiply_imaged_is_where_lenstronomy_finds_images(shear: float) -> None:
     random = np.random.default_rng(4)
     n = 60
