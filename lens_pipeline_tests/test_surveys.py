@@ -8,6 +8,7 @@ import dagster as dg
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow import MlflowClient
 from sklearn.metrics import roc_auc_score
 
 from lens_pipeline.cli import main
@@ -27,8 +28,10 @@ BY_SURVEY = {"processed_dataset", "lens_shards"}
 
 @pytest.fixture
 def source(two_surveys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The catalogue of both that is LENS_SOURCE; one image of HSC cannot be used."""
+    """The catalogue of both that is LENS_SOURCE, as if HSC's were real; one of these images cannot
+    be used."""
     table = pd.read_parquet(two_surveys)
+    table["simulated"] = table["survey"] == "des"
     spoilt = table.index[(table["survey"] == "hsc") & (table["label"] == 0)][0]
     np.save(tmp_path / "small.npy", np.zeros((3, 8, 8), np.float32))
     table.loc[spoilt, "path"] = str(tmp_path / "small.npy")
@@ -105,6 +108,16 @@ def test_data_are_made_by_survey_and_models_of_all(source: Path, tmp_path: Path)
         expected = roc_auc_score(rows["label"].astype(int), rows["probability"])
         assert metrics["auroc"]["value"] == pytest.approx(expected)
         assert metrics["n_lens"] == (rows["label"] == 1).sum()
+    # Figures of real cutouts stand beside those of all, in MLflow too.
+    (registered,) = made("registered_ensemble")
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    version = client.get_model_version("lens_ensemble", str(registered.metadata["version"].value))
+    for origin, survey in (("real", "hsc"), ("simulated", "des")):
+        expected = summary["surveys"][survey]["auroc"]["value"]
+        assert summary["origins"][origin]["auroc"]["value"] == pytest.approx(expected)
+        assert float(version.tags[f"lens.{origin}/auroc"]) == pytest.approx(expected, rel=1e-5)
+        logged = client.get_run(version.run_id).data.metrics
+        assert logged[f"test/{origin}/auroc"] == pytest.approx(expected)
     report = Path(summary["report"]).read_text()
     assert "By survey" in report
     (evaluation,) = made("ensemble_evaluation")
