@@ -3,6 +3,7 @@
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -59,6 +60,13 @@ def as_in(
     places = pd.Index(table["id"]).get_indexer(pd.Index(split.ids))
     assert sorted(places) == list(range(len(table)))
     return dataset.images(part)[places], table.iloc[places].reset_index(drop=True)
+
+
+def pytest_configure() -> None:
+    # A script's background jobs ignore Ctrl-C; Dagster then has SIGTERM ignored like it, and so
+    # does all that the tests start and mean to end.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -169,10 +169,9 @@ def test_no_server_outlives_the_process_that_started_it(
     kind: str, sent: signal.Signals, tmp_path: Path
 ) -> None:
     code = f"""
-import signal, sys, time
+import sys, time
 from pathlib import Path
 from lens_pipeline_tests.object_stores import {kind}
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 with {kind}(Path(sys.argv[1])) as server:
     print(server._process.pid, *server._leftovers(), flush=True)
     time.sleep(60)
