@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from lens_pipeline_tests.served import Served, until
 
 ALERT = """
@@ -21,6 +23,7 @@ TAKEN = (
 )
 
 
+@pytest.mark.slow
 def test_no_file_of_the_working_directory_is_run_and_the_terminal_is_left_to_alerts(
     home: Path, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing.forkserver import _forkserver
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,9 @@ def forked(target: Callable[..., None], *arguments: Any) -> int:
     """The exit code of a process that runs a function."""
     # Forked from a server that has imported torch and never used it: its threads are unborn.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    if __name__ not in _forkserver._preload_modules:  # Dagster's may run, without torch
+        _forkserver._stop()
+        context.set_forkserver_preload([__name__])
     process = context.Process(target=target, args=arguments)
     process.start()
     process.join()

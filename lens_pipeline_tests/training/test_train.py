@@ -21,6 +21,7 @@ from sklearn.metrics import roc_auc_score
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lens_pipeline import LensDataModule, LitEnsembleSystem, LitLensSystem
+from lens_pipeline.cli import main
 from lens_pipeline.ensemble import assemble, open_cutout_source, score_to_file
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.system import load_system
@@ -80,8 +81,6 @@ def test_a_ring_is_learnt_and_its_files_are_left(uneven_shards: Path, tmp_path: 
 
 def test_the_same_settings_file_gives_the_same_weights(uneven_shards: Path, tmp_path: Path) -> None:
     """`lens-pipeline train --config` on what a run has saved repeats it to the last bit."""
-    from lens_pipeline.cli import main
-
     first, second = tmp_path / "first", tmp_path / "second"
     place = ["--data-root", str(uneven_shards)]
     flags = ["--arch", "lastro", "--epochs", "2", "--batch-size", "16", "--shift", "1"]
@@ -98,8 +97,6 @@ def test_other_pixels_in_the_same_place_are_trained_on_by_the_same_command(
     uneven_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And the same pixels are not: it says that nothing was trained."""
-    from lens_pipeline.cli import main
-
     folder = tmp_path / "cutouts"
     shutil.copytree(uneven_shards.parent, folder, ignore=shutil.ignore_patterns("shards"))
     flags = ["--arch", "lastro", "--epochs", "1", "--image-size", "32", "--home", str(tmp_path)]
@@ -503,15 +500,13 @@ def test_wandb_without_an_account_is_one_line(
     last = refused.stderr.strip().splitlines()[-1]
     assert re.match("error: training.loggers: wandb: .*WANDB_API_KEY, or WANDB_MODE=offline", last)
     shutil.rmtree(out)
-    subprocess.run([*command, "--fast-dev-run"], check=True)
+    assert main([*command[1:], "--fast-dev-run"]) == 0
     assert not any(out.iterdir())  # no training was, which files could tell of
 
 
 def test_what_this_machine_cannot_do_is_said_before_training(
     uneven_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lens_pipeline.cli import main
-
     (tmp_path / "file").write_text("")
     place = ["--data-root", str(uneven_shards), "--home", str(tmp_path / "home")]
     for flags, said in (
@@ -548,7 +543,6 @@ def test_a_plateau_without_a_validation_and_steps_without_epochs(uneven_shards: 
 
 
 def test_mlflow_is_told_of_a_training(uneven_shards: Path, tmp_path: Path) -> None:
-    from lens_pipeline.cli import main
     from lens_pipeline.settings import Settings
     from lens_pipeline.tracking import Tracking
 
