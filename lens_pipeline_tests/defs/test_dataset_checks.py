@@ -157,6 +157,24 @@ def test_a_pixel_that_is_not_finite_stops_what_follows(
     assert "all_pixels_are_finite has refused it" in str(failure.step_failure_data.error)
 
 
+def test_cutouts_that_were_too_many_to_compare_are_warned_of(
+    noise: pd.DataFrame, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many of one shallow survey may look; here one says so that something else has left."""
+    assert run(noise, instance, monkeypatch).success
+    (facts,) = Path("home").glob("dataset/*/dataset.json")
+    known, told = facts.read_text(), '"n_alike_not_compared": '
+    assert f"{told}0" in known
+    facts.chmod(0o644)
+    facts.write_text(known.replace(f"{told}0", f"{told}7"))
+    ran = run(noise, instance, monkeypatch)
+    assert ran.success
+    check = checks_of(ran)["no_near_duplicates_across_splits"]
+    assert not check.passed
+    assert check.severity == dg.AssetCheckSeverity.WARN
+    assert figures(check)["alike, but not compared"] == 7
+
+
 def test_a_version_is_compared_with_the_last_one_that_has_other_content(
     noise: pd.DataFrame, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
