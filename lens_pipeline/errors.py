@@ -1,6 +1,8 @@
-"""The one exception for input that a user can mend; no message shows a secret in a URL."""
+"""The one exception for input that a user can mend, and what messages are made of; no message shows
+a secret in a URL."""
 
 import re
+from collections.abc import Sequence
 
 _PASSWORD = re.compile(r"(://[^\s/:@]*:)\S*@")
 _QUERY = re.compile(r"(://[^\s?]*\?)\S*[^\s:;,.)\]'\"]")
@@ -9,6 +11,17 @@ _QUERY = re.compile(r"(://[^\s?]*\?)\S*[^\s:;,.)\]'\"]")
 def masked(text: str) -> str:
     """A text with the passwords and queries (`?X-Amz-Signature=...`) of its URLs as ``***``."""
     return _QUERY.sub(r"\1***", _PASSWORD.sub(r"\1***@", text))
+
+
+def in_one_line(problem: BaseException, most: int = 300) -> str:
+    """What an exception says, so many characters of it; its type where it says nothing."""
+    return " ".join(str(problem).split())[:most] or type(problem).__name__
+
+
+def first_of(names: Sequence[object], most: int = 5) -> str:
+    """`a, b and 7 more`: so many names by themselves."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
 
 
 class InputError(ValueError):

@@ -11,7 +11,7 @@ from typing import Any
 
 import fsspec
 
-from lens_pipeline.errors import InputError, NoAnswerError
+from lens_pipeline.errors import InputError, NoAnswerError, in_one_line
 
 CONNECT_LIMIT, READ_LIMIT = 10, 15  # seconds
 CLAIM = ".filling"  # in a folder while somebody writes into it
@@ -41,9 +41,9 @@ def asking(location: str) -> Iterator[None]:
         final = isinstance(problem, FINAL) or lacks_credentials(problem)
         if final or not protocol_of(location) or _blames_the_request(problem):
             raise
-        reason = " ".join(str(problem).split())[:300] or type(problem).__name__
         raise NoAnswerError(
-            f"{location}: its store fails ({reason}); try again later, or correct the address"
+            f"{location}: its store fails ({in_one_line(problem)}); try again later, or correct "
+            "the address"
         ) from None
 
 
@@ -103,8 +103,7 @@ def locate(
     try:
         return fsspec.url_to_fs(location, **options)
     except (ValueError, ImportError) as problem:
-        reason = " ".join(str(problem).split())
-        raise InputError(f"{location}: cannot be used ({reason})") from None
+        raise InputError(f"{location}: cannot be used ({in_one_line(problem)})") from None
 
 
 def without_query(location: str) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from astropy.stats import mad_std
 from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.dataset import PARTS, Dataset
@@ -14,7 +15,6 @@ Array = NDArray[np.floating]
 SAMPLE = 2**22  # pixels of a band that its statistics are of: a thousand cutouts of 64 x 64
 BLOCK = 2**24  # bytes that are read at a time
 BRIGHT = 0.99  # the quantile that tells of the galaxies, where the median tells of the sky
-MAD_TO_SIGMA = 1.4826  # of a normal distribution
 
 # The most that a band may change from one version to the next, each with its scale.
 MOST: Mapping[str, float] = {
@@ -62,7 +62,7 @@ def band_statistics(pixels: Array) -> dict[str, float]:
     median = np.median(finite)
     return {
         "median": float(median),
-        "sigma": float(MAD_TO_SIGMA * np.median(np.abs(finite - median))),
+        "sigma": float(mad_std(finite)),
         "bright": float(np.quantile(finite, BRIGHT) - median),
     }
 

@@ -40,8 +40,8 @@ _ZERO_POINTS = ("MAGZERO", "MAGZPT", "MAGZP", "ZEROPNT", "PHOTZP", "ZP")
 @dataclass(frozen=True)
 class FitsImage:
     """pixels: as stored, masked ones NaN; bands: their names, None where they have none (a cube, or
-    one image); sigma: of the background by the file's own noise maps, NaN where it has none;
-    zero_point: AB, likewise."""
+    one image); sigma: of the background of each band by the file's own noise maps, NaN where it has
+    none, () of a cube; zero_point: AB, likewise, of a cube one for all bands."""
 
     pixels: NDArray[Any]
     bands: tuple[str, ...] | None
@@ -125,9 +125,7 @@ def read_fits(content: io.BytesIO) -> FitsImage:
         raise ValueError("the FITS file holds no image")
     if len(extensions) == 1:
         (image,) = extensions
-        n_bands = len(image.data) if image.data.ndim == 3 else 1
-        unknown = (float("nan"),) * n_bands
-        return FitsImage(image.data, None, unknown, (image.zero_point,) * n_bands)
+        return FitsImage(image.data, None, (), (image.zero_point,))
     found = _found(extensions)
     images = {name: band.image for name, band in found.items() if band.image is not None}
     shapes = {image.data.shape for image in images.values()}

@@ -24,18 +24,19 @@ from scipy import ndimage
 
 from lens_pipeline.catalogue.fits_images import read_fits
 from lens_pipeline.catalogue.pictures import read_picture
-from lens_pipeline.errors import NoAnswerError
-from lens_pipeline.storage import asking, locate, states_of
+from lens_pipeline.errors import NoAnswerError, in_one_line
+from lens_pipeline.storage import asking, locate, states_of, without_query
 
 SIGMA_UNITS = "background_sigma"
 COMPOSITE = "composite"
 COMPOSITE_BANDS = ("red", "green", "blue")
 FLUX = "flux"  # as read: becomes SIGMA_UNITS
 FLOAT16_MAX = float(np.finfo(np.float16).max)
+MAX_NAN_FRACTION = 0.1  # of a band, in the middle
 MAX_ZEROS = 0.01  # of the pixels beside blocks of zeros, or these are none of a filler
 STACKS = 8  # local ones that are open at a time, in each process
 NPY_HEAD = 4096  # bytes: more than the head of a NumPy file
-STACK_ROW = re.compile(r"^(?P<file>.*\.npy)#(?P<row>\d+)$", re.IGNORECASE)
+STACK_ROW = re.compile(r"^(?P<file>.*\.npy(\?[^#]*)?)#(?P<row>\d+)$", re.IGNORECASE)
 
 
 class CutoutError(Exception):
@@ -131,20 +132,22 @@ def read_image(
     is linear flux. Raises CutoutError with the reason; within `strict_fits`, for a truncated FITS
     file, too; and NoAnswerError where it lies in a store that fails: that says nothing of the file.
     """
-    path = file_of(reference)
+    path, row = file_of(reference), STACK_ROW.match(reference)
+    name = without_query(path).lower()
     try:
-        if path.lower().endswith(".npy"):
-            return Cutout(_as_cube(_read_npy(reference, path, options)), _linear(flux_unit))
+        if row:
+            read = _remote_row if "://" in path else _local_row
+            return Cutout(_as_cube(read(path, int(row["row"]), options)), _linear(flux_unit))
         content = _content(path, options)
-        if path.lower().endswith(".gz"):
-            content, path = gzip.decompress(content), path[: -len(".gz")]
+        if name.endswith(".gz"):
+            content, name = gzip.decompress(content), name.removesuffix(".gz")
     except FileNotFoundError:
         raise CutoutError("the file is missing") from None
     except (CutoutError, NoAnswerError):
         raise
     except Exception as problem:  # noqa: BLE001  (each store has errors of its own)
         raise _unreadable(problem) from None
-    return decode_image(content, path.rpartition(".")[2].lower(), flux_unit)
+    return decode_image(content, name.rpartition(".")[2], flux_unit)
 
 
 def decode_image(content: bytes, suffix: str, flux_unit: str | None = None) -> Cutout:
@@ -156,7 +159,8 @@ def decode_image(content: bytes, suffix: str, flux_unit: str | None = None) -> C
         if suffix in ("fits", "fit", "fz"):
             found = read_fits(io.BytesIO(content))
             cube = _as_cube(found.pixels)
-            return Cutout(cube, linear, found.bands, sigma=found.sigma, zero_point=found.zero_point)
+            of_bands = found.zero_point * (len(cube) // len(found.zero_point))
+            return Cutout(cube, linear, found.bands, sigma=found.sigma, zero_point=of_bands)
         if suffix == "npz":
             return _read_npz(content, linear)
         if suffix in ("png", "jpg", "jpeg", "tif", "tiff"):
@@ -187,8 +191,7 @@ def _linear(flux_unit: str | None) -> str:
 
 
 def _unreadable(problem: Exception) -> CutoutError:
-    reason = " ".join(str(problem).split())[:200] or type(problem).__name__
-    return CutoutError(f"the file cannot be read ({reason})")
+    return CutoutError(f"the file cannot be read ({in_one_line(problem, 200)})")
 
 
 def _read_npz(content: bytes, units: str) -> Cutout:
@@ -203,18 +206,11 @@ def _read_npz(content: bytes, units: str) -> Cutout:
         return Cutout(_as_cube(np.stack([arrays[name] for name in names])), units, tuple(names))
 
 
-def _read_npy(reference: str, path: str, options: dict[str, Any] | None) -> NDArray[Any]:
-    row = STACK_ROW.match(reference)
-    if "://" in path and row:
-        return _remote_row(path, int(row["row"]), options)
-    if row:
-        state = Path(path).stat()
-        stack = _mapped(path, state.st_ino, state.st_mtime_ns, state.st_size)
-        _check_row(int(row["row"]), stack.shape)
-        return stack[int(row["row"])]
-    if "://" in path:
-        return np.load(io.BytesIO(_content(path, options)), allow_pickle=False)
-    return np.load(path, allow_pickle=False)
+def _local_row(path: str, row: int, _: object) -> NDArray[Any]:
+    state = Path(path).stat()
+    stack = _mapped(path, state.st_ino, state.st_mtime_ns, state.st_size)
+    _check_row(row, stack.shape)
+    return stack[row]
 
 
 @lru_cache(maxsize=STACKS)
@@ -282,9 +278,7 @@ def _filled(pixels: NDArray[np.float32]) -> NDArray[np.bool_]:
     return blocks & (others <= MAX_ZEROS * (~blocks).sum(axis=(1, 2), keepdims=True))
 
 
-def usable_cutout(
-    cutout: Cutout, size: int, *, pad: bool = False, max_nan_fraction: float = 0.1
-) -> Cutout:
+def usable_cutout(cutout: Cutout, size: int, *, pad: bool = False) -> Cutout:
     """The central `size` x `size` pixels, in the stored units, with every pixel finite.
 
     A band's sigma is the file's own where it tells it, else `background_sigma` of the whole image.
@@ -305,10 +299,10 @@ def usable_cutout(
     nan_fraction = float(1 - central(finite, size).mean(axis=(1, 2)).min())
     if nan_fraction == 1:
         raise CutoutError("a band has no finite pixel")
-    if nan_fraction > max_nan_fraction:
+    if nan_fraction > MAX_NAN_FRACTION:
         raise CutoutError(
             f"{nan_fraction:.0%} of a band's pixels are not finite, or zeros side by side; "
-            f"{max_nan_fraction:.0%} may be"
+            f"{MAX_NAN_FRACTION:.0%} may be"
         )
     if units == FLUX:
         stated = sigma or (float("nan"),) * len(pixels)

@@ -33,8 +33,6 @@ def _read_pillow(content: bytes) -> NDArray[Any]:
     with opened as image:
         mode = {"P": "RGB", "RGBA": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "LA": "L", "1": "L"}
         array = np.asarray(image.convert(mode.get(image.mode, image.mode)))
-    if array.dtype == np.int32:  # how Pillow holds 16 bits of grey
-        array = array.astype(np.uint16)
     return np.moveaxis(array, -1, 0) if array.ndim == 3 else array[None]
 
 

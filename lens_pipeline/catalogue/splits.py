@@ -13,12 +13,12 @@ FRACTIONS: Mapping[str, float] = {"train": 0.65, "val": 0.15, "test": 0.20}
 SPLITS = tuple(FRACTIONS)
 
 
-def split_of_group(group: str, seed: int, fractions: Mapping[str, float] = FRACTIONS) -> str:
+def split_of_group(group: str, seed: int) -> str:
     """The split of a group: it never changes as a catalogue grows."""
     left = _uniform(f"{seed}:{group}")
-    *others, last = fractions
+    *others, last = FRACTIONS
     for split in others:
-        left -= fractions[split]
+        left -= FRACTIONS[split]
         if left < 0:
             return split
     return last

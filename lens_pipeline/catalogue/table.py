@@ -32,7 +32,7 @@ from lens_pipeline.catalogue.table_files import (
     read_folder,
     read_table,
 )
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, in_one_line
 from lens_pipeline.storage import (
     asking,
     locate,
@@ -50,7 +50,7 @@ class Catalogue:
     """A validated table, one row a cutout, in the user's order; `read_catalogue` makes one.
 
     table: its index the number of the row at its source, from 0; `id` (text, unique), the image
-    columns (`path`, or `path_<band>` for each band; absolute paths or URLs), `label` (nullable
+    columns (`path`, or `path_<band>` for each band; paths or URLs), `label` (nullable
     Int8: 1 lens, 0 not, missing unknown), `group` (text), `split` (text or missing), `survey` where
     it is given (text or missing), `simulated` likewise (nullable boolean: missing is not), and the
     user's further columns as they were.
@@ -163,8 +163,9 @@ def _read(source: str, storage_options: Mapping[str, Any] | None) -> Catalogue:
     except FileNotFoundError:
         raise InputError(f"{source}: there is no such file or folder") from None
     except Exception as problem:  # noqa: BLE001  (each store and format has errors of its own)
-        reason = " ".join(str(problem).split()) or type(problem).__name__
-        raise InputError(f"{source}: cannot be read as a catalogue ({reason})") from None
+        raise InputError(
+            f"{source}: cannot be read as a catalogue ({in_one_line(problem)})"
+        ) from None
     return Catalogue(_validated(table, source, folder or "."), source)
 
 
@@ -181,8 +182,7 @@ def source_fingerprint(source: str, storage_options: Mapping[str, Any] | None = 
     except InputError:
         raise
     except Exception as problem:  # noqa: BLE001  (each store has errors of its own)
-        reason = " ".join(str(problem).split()) or type(problem).__name__
-        raise InputError(f"{source}: cannot be read ({reason})") from None
+        raise InputError(f"{source}: cannot be read ({in_one_line(problem)})") from None
 
 
 def source_glance(source: str, storage_options: Mapping[str, Any] | None = None) -> str | None:
@@ -266,6 +266,4 @@ def _validated(table: pd.DataFrame, source: str, folder: str) -> pd.DataFrame:
 
 
 def _join(folder: str, path: str) -> str:
-    if "://" in path or path.startswith("/"):
-        return path
-    return posixpath.join(folder, path)
+    return path if "://" in path else posixpath.join(folder, path)

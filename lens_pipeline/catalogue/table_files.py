@@ -85,11 +85,7 @@ def _read_csv(content: io.BytesIO, source: str) -> pd.DataFrame:
     text = {
         name: str
         for name in header
-        if is_text(name)
-        or first[name]
-        .astype("string")
-        .str.fullmatch(r"0\d+")
-        .any()  # a number would lose its zeros
+        if is_text(name) or first[name].str.fullmatch(r"0\d+").any()  # which would lose its zeros
     }
     table = pd.read_csv(content, dtype=text, **how)
     content.seek(0)

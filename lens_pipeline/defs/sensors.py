@@ -14,7 +14,7 @@ from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.source import source_glance, source_state
 from lens_pipeline.defs.stages import REGISTERED
 from lens_pipeline.defs.surveys import every_survey
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, first_of
 from lens_pipeline.registry import CHAMPION, MODEL, PASSED, answering
 from lens_pipeline.settings import Settings
 from lens_pipeline.tracking import keep_waits_short
@@ -24,7 +24,6 @@ FAILURE: Final = dg.DagsterEventType.RUN_FAILURE
 LOOK = 3600  # seconds between looks at all cutouts of a catalogue that has not changed
 AT_ONCE = 20  # failures that a tick tells of
 BY_CLICK = "__ASSET_JOB"  # Dagster's name for the job of what is materialised asset by asset
-NAMED = 3  # assets in a message
 
 
 @dg.sensor(
@@ -217,9 +216,7 @@ def made_by(run: dg.DagsterRun) -> str:
     """The job of a run, in a message; of what was materialised by a click, the assets."""
     if not run.job_name.startswith(BY_CLICK) or not run.asset_selection:
         return run.job_name
-    assets = sorted(key.to_user_string() for key in run.asset_selection)
-    more = len(assets) - NAMED
-    return ", ".join(assets[:NAMED]) + (f" and {more} more" if more > 0 else "")
+    return first_of(sorted(key.to_user_string() for key in run.asset_selection), 3)
 
 
 def _reason(event: dg.DagsterEvent) -> str:

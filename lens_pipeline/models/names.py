@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, first_of
 
 
 @dataclass(frozen=True)
@@ -120,5 +120,4 @@ def nearest(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name.lower(), names, n=2)
     if near:
         return f"did you mean {' or '.join(near)}?"
-    more = f" and {len(names) - 9} more" if len(names) > 9 else ""
-    return f"there are {', '.join(names[:9])}{more}"
+    return f"there are {first_of(names, 9)}"

@@ -14,7 +14,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, first_of
 from lens_pipeline.models.names import Architecture
 
 WAYS_OUT = "set pretrained to a file of weights, or to a registered model of ours to fine-tune"
@@ -182,8 +182,7 @@ def load_weights(
         misfits += [f"{name} is not there" for name in missing if not _is_counter(name)]
         misfits += [f"{name} is not the network's" for name in unexpected]
     if misfits:
-        more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
-        raise InputError(f"{mismatch}: {', '.join(misfits[:3])}{more}")
+        raise InputError(f"{mismatch}: {first_of(misfits, 3)}")
 
 
 def _is_counter(name: str) -> bool:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, first_of
 from lens_pipeline.shards.checked import CheckedFolder, checked_folder
 from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest, read_manifest
 from lens_pipeline.shards.store import Store, StoreError
@@ -28,7 +28,6 @@ LATEST = "latest.json"
 AT_WORK = ".publishing"
 STILL = 3600  # seconds after which that is said again
 STOPPED = 86_400  # seconds after which nobody writes a file any more
-NAMED = 5  # objects in a message
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ class PublishedShards:
 
 @dataclass(frozen=True)
 class Latest:
-    """The newest version: when its upload began (ISO 8601, UTC), and how many there were before."""
+    """The newest version: when its upload began (ISO 8601, UTC), and its number, from 1."""
 
     version: str
     created: str
@@ -200,9 +199,9 @@ def _check_there(place: Store, manifest: Manifest) -> None:
     if gone:
         with suppress(InputError):  # objects may be put there, and not removed
             place.remove(MANIFEST)
-        named = ", ".join(gone[:NAMED]) + (f" and {len(gone) - NAMED} more" * (len(gone) > NAMED))
         raise StoreError(
-            f"{place.url}: {named}: removed by somebody while it was published; publish it again"
+            f"{place.url}: {first_of(gone)}: removed by somebody while it was published; publish "
+            "it again"
         )
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from lens_pipeline.catalogue.dataset import CutoutFormat, check_part
-from lens_pipeline.catalogue.splits import drawn_groups
+from lens_pipeline.catalogue.splits import SPLITS, drawn_groups
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards.cutouts import (
@@ -31,7 +31,6 @@ from lens_pipeline.shards.streaming import StreamLoader, TarStream
 from lens_pipeline.shards.urls import Tars, open_tars
 from lens_pipeline.steps import digest
 
-SPLITS = ("train", "val", "test")
 ALONE = {"num_workers": 0, "persistent_workers": False, "prefetch_factor": None}
 MIXED = 8  # shards, while they arrive
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -95,15 +95,6 @@ class RawSample:
         return decode_image(content, self.suffix, flux_unit)
 
 
-class Decoder(Protocol):
-    """From the files of a sample to a cutout of a format; errors name the shard and the sample."""
-
-    @property
-    def form(self) -> CutoutFormat: ...
-
-    def __call__(self, sample: RawSample, shard: str) -> NDArray[np.floating]: ...
-
-
 @dataclass(frozen=True)
 class ImageDecoder:
     """Reads a sample's image as one of a catalogue; flux_unit: of NumPy files, as there."""
@@ -188,7 +179,7 @@ class ForeignSplit(CutoutRows):
     """
 
     index: pd.DataFrame
-    decoder: Decoder
+    decoder: ImageDecoder
 
     @cached_property
     def _maps(self) -> dict[str, memoryview]:
@@ -197,7 +188,7 @@ class ForeignSplit(CutoutRows):
 
     def held(self) -> Self:
         """Itself, its tars mapped from now on: others may make room in a cache."""
-        assert self._maps
+        _ = self._maps
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -226,7 +217,7 @@ def index_tars(
     InputError as `samples_of` does, and where a tar is missing, cut short or holds nothing.
     """
     rows: list[tuple[Any, ...]] = []
-    decoder: Decoder | None = None
+    decoder: ImageDecoder | None = None
     for path in progress_bar(paths, desc="indexing shards", unit="shard"):
         for sample in samples_of(_files(path), str(path)):
             if decoder is None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, in_one_line
 from lens_pipeline.steps import file_sha256
 from lens_pipeline.storage import locate
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 INDEX = "index.parquet"
 CATALOGUE = "catalogue.parquet"
-BLOCK = 2**20
 
 
 @dataclass(frozen=True)
@@ -144,12 +143,12 @@ def read_manifest(
     try:
         filesystem, inside = locate(path, storage_options)
         content = filesystem.cat_file(inside)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{path}: there is no such file; shards are whole once their manifest is there"
         ) from None
     except PermissionError as problem:
-        raise InputError(f"{path}: may not be read ({' '.join(str(problem).split())})") from None
+        raise InputError(f"{path}: may not be read ({in_one_line(problem)})") from None
     return Manifest.parse(content, path)
 
 
@@ -161,10 +160,8 @@ def difference(filesystem: fsspec.AbstractFileSystem, path: str, listed: Listed)
         return "is missing"
     if size != listed.bytes:
         return f"has {size} bytes; the manifest says {listed.bytes}"
-    found = hashlib.sha256()
     with filesystem.open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            found.update(block)
-    if found.hexdigest() != listed.sha256:
-        return f"has sha256 {found.hexdigest()[:12]}...; the manifest says {listed.sha256[:12]}..."
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != listed.sha256:
+        return f"has sha256 {found[:12]}...; the manifest says {listed.sha256[:12]}..."
     return None

@@ -25,7 +25,7 @@ import filelock
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, in_one_line
 from lens_pipeline.shards.checksums import PART, Checksums
 from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest, difference
 from lens_pipeline.steps import write_aside
@@ -113,9 +113,9 @@ class Store:
             raise InputError(f"{self.url}: there is no bucket {bucket}") from None
         except PermissionError as problem:
             refused = "credentials are refused" if _code(problem) in BAD_SIGNATURE else "no writing"
-            raise InputError(f"{self.url}: {refused} ({_words(problem)})") from None
+            raise InputError(f"{self.url}: {refused} ({in_one_line(problem)})") from None
         except OSError as problem:
-            raise InputError(f"{self.url}: cannot be written ({_words(problem)})") from None
+            raise InputError(f"{self.url}: cannot be written ({in_one_line(problem)})") from None
         try:
             self._again(lambda: self.filesystem.rm_file(self.at(probe)), probe)
         except PermissionError:
@@ -220,7 +220,7 @@ class Store:
         return content
 
     def _forbidden(self, name: str, problem: PermissionError) -> InputError:
-        return InputError(f"{self.url}/{name}: may not be read ({_words(problem)})")
+        return InputError(f"{self.url}/{name}: may not be read ({in_one_line(problem)})")
 
     def state_of(
         self, listed: Listed, checksums: Checksums, whole: str | None = None
@@ -329,7 +329,7 @@ class Store:
                 raise
             except (TypeError, ValueError) as problem:  # of the client, which was not made
                 raise InputError(
-                    f"{self.url}: cannot be used ({_words(problem)}); correct the address, or "
+                    f"{self.url}: cannot be used ({in_one_line(problem)}); correct the address, or "
                     "LENS_STORAGE_OPTIONS"
                 ) from None
             except FINAL:
@@ -337,20 +337,21 @@ class Store:
             except Exception as problem:
                 if lacks_credentials(problem):
                     raise InputError(
-                        f"{self.url}: there are no credentials for it ({_words(problem)}); give "
-                        "them through the environment, as the provider's tools take them"
+                        f"{self.url}: there are no credentials for it ({in_one_line(problem)}); "
+                        "give them through the environment, as the provider's tools take them"
                     ) from None
                 if getattr(problem, "errno", None) == errno.ENOSPC:
                     raise
                 if self.is_local and getattr(problem, "errno", None) not in PASSING:
                     raise InputError(
-                        f"{self.url}/{name}: cannot be used ({_words(problem)}); correct the path"
+                        f"{self.url}/{name}: cannot be used ({in_one_line(problem)}); correct the "
+                        "path"
                     ) from None
                 if getattr(problem, "status", None) in NOT_SHOWN:
                     raise FileNotFoundError(name) from None
                 if time.monotonic() + pause > until:
-                    raise StoreError(f"{self.url}/{name}: {_words(problem)}") from None
-                log.info("%s/%s: %s; once more", self.url, name, _words(problem))
+                    raise StoreError(f"{self.url}/{name}: {in_one_line(problem)}") from None
+                log.info("%s/%s: %s; once more", self.url, name, in_one_line(problem))
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, 10)
 
@@ -367,7 +368,3 @@ def _is_precondition(problem: Exception) -> bool:
     """Whether a conditional put was refused because the object has changed meanwhile."""
     conflicts = ("PreconditionFailed", "ConditionalRequestConflict", "412")
     return isinstance(problem, FileExistsError) or _code(problem) in conflicts
-
-
-def _words(problem: BaseException) -> str:
-    return " ".join(str(problem).split())[:300] or type(problem).__name__

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.foreign import (
     END,
-    Decoder,
+    ImageDecoder,
     RawSample,
     WholeTarInfo,
     check_end,
@@ -92,7 +92,7 @@ class TarStream(IterableDataset[dict[str, Tensor]]):
     """
 
     urls: Sequence[str]
-    decoder: Decoder
+    decoder: ImageDecoder
     batch_size: int
     shuffle: bool
     seed: int = 0

@@ -12,9 +12,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK = 512
 KEY_DIGITS = 8
-RECORD = 20  # blocks: tar files end on a multiple of them
 
 Bytes = NDArray[np.uint8]
 
@@ -49,22 +47,22 @@ def tar_part(
     scratch: memory for the bytes, used where it is large enough.
     """
     sizes = np.stack([member.sizes(n) for member in members], axis=1)
-    blocks = 1 + -(-sizes // BLOCK)  # a header, and the content rounded up
+    blocks = 1 + -(-sizes // tarfile.BLOCKSIZE)  # a header, and the content rounded up
     ends = np.cumsum(blocks).reshape(blocks.shape)
     starts = ends - blocks
-    length = int(ends[-1, -1]) * BLOCK
+    length = int(ends[-1, -1]) * tarfile.BLOCKSIZE
     if scratch is None or len(scratch) < length:
         scratch = np.empty(length, np.uint8)
     flat = scratch[:length]
     flat[:] = 0
-    part = flat.reshape(-1, BLOCK)
+    part = flat.reshape(-1, tarfile.BLOCKSIZE)
     numbers = np.arange(first, first + n)
     keys = _digits(numbers, max(KEY_DIGITS, len(str(numbers[-1]))), 10)
     alike = bool((blocks == blocks[0]).all())
     offsets = {}
     for column, member in enumerate(members):
         part[starts[:, column]] = _headers(member.extension, keys, sizes[:, column])
-        begin = (starts[:, column] + 1) * BLOCK
+        begin = (starts[:, column] + 1) * tarfile.BLOCKSIZE
         offsets[member.extension] = begin + len(member.prefix)
         prefix = np.frombuffer(member.prefix, np.uint8)
         if alike:
@@ -98,12 +96,12 @@ def word_sums(
 
 def tar_end(size: int) -> bytes:
     """What ends a tar of parts with `size` bytes: two empty blocks, and up to a whole record."""
-    blocks = size // BLOCK + 2
-    return bytes((-(-blocks // RECORD) * RECORD) * BLOCK - size)
+    end = 2 * tarfile.BLOCKSIZE
+    return bytes(end + -(size + end) % tarfile.RECORDSIZE)
 
 
 def _headers(extension: str, keys: Bytes, sizes: NDArray[np.int64]) -> Bytes:
-    """(samples, BLOCK): POSIX ustar headers; see the fields in `man 5 tar`."""
+    """(samples, tarfile.BLOCKSIZE): POSIX ustar headers; see the fields in `man 5 tar`."""
     width = keys.shape[1]
     headers = np.tile(_template(extension, width), (len(keys), 1))
     headers[:, :width] = keys

@@ -42,11 +42,7 @@ def transfer(
             progress.update(listed.bytes)
             return done
 
-        try:
-            return list(pool.map(told, files))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        return list(pool.map(told, files))  # which cancels the others where one fails
 
 
 def ahead_of(items: Iterable[T], get: Callable[[T], R], at_a_time: int) -> Generator[R, None, None]:

@@ -16,7 +16,7 @@ from lens_pipeline.settings import absolute
 from lens_pipeline.shards.cache import CacheFolder
 from lens_pipeline.shards.cloud import newest_version
 from lens_pipeline.shards.cutouts import Split, cropped
-from lens_pipeline.shards.foreign import Decoder, ImageDecoder, index_tars
+from lens_pipeline.shards.foreign import ImageDecoder, index_tars
 from lens_pipeline.shards.manifest import Listed, Manifest
 from lens_pipeline.shards.reader import shards_at
 from lens_pipeline.shards.store import Store
@@ -39,7 +39,7 @@ class Tars:
     format: CutoutFormat
     content: str | None = None
     split: Split | None = None
-    decoder: Decoder | None = None
+    decoder: ImageDecoder | None = None
     patterns: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -9,7 +9,7 @@ import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, first_of
 from lens_pipeline.progress import progress_bar
 from lens_pipeline.shards.checked import checked_folder
 from lens_pipeline.shards.manifest import INDEX, Listed, Manifest, Shard, difference, read_manifest
@@ -64,9 +64,7 @@ def _problems(
             progress.update(listed.bytes)
 
 
-def _damage(
-    filesystem: fsspec.AbstractFileSystem, path: str, shard: str, index_path: str, most: int = 5
-) -> str:
+def _damage(filesystem: fsspec.AbstractFileSystem, path: str, shard: str, index_path: str) -> str:
     """Which samples of a damaged shard have other pixels than were written."""
     import pandas as pd
 
@@ -82,5 +80,4 @@ def _damage(
                 damaged.append(str(sample.id))
     if not damaged:
         return "the pixels of every sample are whole, a header or label is not"
-    more = f" and {len(damaged) - most} more" if len(damaged) > most else ""
-    return f"damaged samples: {', '.join(damaged[:most])}{more}"
+    return f"damaged samples: {first_of(damaged)}"

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -40,30 +40,30 @@ def write_shards(
 
     `{split}-{number:06d}.tar` with `shard_size` cutouts each: per sample `.npy` (or `.png`, `.jpg`:
     see `Encoding`), `.cls` (1 lens, 0 not; absent for unlabelled), `.json` (its `id`, and how a
-    `png16` is stored);
-    `index.parquet`; `catalogue.parquet`, the rows of the dataset's tables in the same order,
-    without their paths; `manifest.json`, last. The cutouts of a split are in no order, so that
-    every shard is a sample of it. Shards are written in parallel, a thread a core. The same dataset
-    gives the same bytes. Raises InputError for settings out of range, and where `out` holds
-    anything.
+    `png16` is stored); `index.parquet`; `catalogue.parquet`, the rows of the dataset's tables in
+    the same order, without their paths; `manifest.json`, last. The cutouts of a split are in no
+    order, so that every shard is a sample of it. Shards are written in parallel, a thread a core.
+    The same dataset gives the same bytes. Raises InputError for settings out of range, and where
+    `out` holds anything.
     """
     if shard_size < 1:
         raise InputError(f"shard_size {shard_size}: at least 1 is needed")
     source = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
     stored = Encoding(encoding, source.format.units, quality)
     total = sum(counts["n"] for counts in source.facts["splits"].values())
+    mixed = {part: _mixed(source.table(part)) for part in PARTS}
     shards, tables = [], []
     with filling(out) as folder:
         with (
             progress_bar(total=total, desc="writing shards", unit="cutout") as progress,
             _a_thread_a_core() as pool,
         ):
-            portions = _portions(source, shard_size)
+            portions = _portions(source, mixed, shard_size)
             for shard, table in pool.map(lambda portion: portion.write(folder, stored), portions):
                 shards.append(shard)
                 tables.append(table)
                 progress.update(shard.samples)
-        rows = pd.concat([_mixed(source.table(part)) for part in PARTS], ignore_index=True)
+        rows = pd.concat(mixed.values(), ignore_index=True)
         return write_manifest(
             folder,
             format=asdict(source.format),
@@ -204,9 +204,11 @@ def _mixed(table: pd.DataFrame) -> pd.DataFrame:
     return table.iloc[np.argsort(pd.util.hash_array(ids, categorize=False), kind="stable")]
 
 
-def _portions(dataset: Dataset, shard_size: int) -> Iterator[_Portion]:
-    for split in PARTS:
-        shape, table = dataset.images(split).shape[1:], _mixed(dataset.table(split))
+def _portions(
+    dataset: Dataset, tables: Mapping[str, pd.DataFrame], shard_size: int
+) -> Iterator[_Portion]:
+    for split, table in tables.items():
+        shape = dataset.images(split).shape[1:]
         for number, first in enumerate(range(0, len(table), shard_size)):
             rows = table.iloc[first : first + shard_size]
             yield _Portion(shard_name(split, number), split, first, dataset, shape, rows)

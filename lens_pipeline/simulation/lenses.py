@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, first_of
 from lens_pipeline.simulation.config import Population, SimulationConfig
 from lens_pipeline.simulation.hosts import HostGalaxies, Numbers
 from lens_pipeline.simulation.population import (
@@ -22,7 +22,6 @@ from lens_pipeline.simulation.population import (
 from lens_pipeline.simulation.streams import Purpose, stream
 
 MANY = 50_000  # candidates that are drawn at a time
-NAMED = 5  # galaxies in vain, in a message
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +105,7 @@ def _tell(galaxies: HostGalaxies, hosts: Numbers, blocks: range) -> None:
 def _names(galaxies: HostGalaxies, numbers: Iterable[int]) -> str:
     """Behind which real galaxies; empty for those of the population."""
     found = [name for name in galaxies.described(np.array([*numbers]))["host"] if name]
-    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-    return f" behind {', '.join(found[:NAMED])}{more}" if found else ""
+    return f" behind {first_of(found)}" if found else ""
 
 
 def _candidates(

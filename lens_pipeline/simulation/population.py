@@ -19,6 +19,7 @@ import pandas as pd
 from astropy.constants import c
 from astropy.cosmology import FlatLambdaCDM
 from numpy.typing import NDArray
+from scipy.integrate import cumulative_trapezoid
 from scipy.special import gammaincinv, ndtri
 
 from lens_pipeline.simulation.config import (
@@ -86,7 +87,7 @@ def lens_redshift(u: Array) -> Array:
 def _velocity_dispersion_table() -> tuple[Array, Array]:
     sigma = np.linspace(100, 400, 3001)
     density = (sigma / 161) ** 2.32 * np.exp(-((sigma / 161) ** 2.67)) / sigma * sigma**4
-    cumulative = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    cumulative = cumulative_trapezoid(density, initial=0)
     return cumulative / cumulative[-1], sigma
 
 

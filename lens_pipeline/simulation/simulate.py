@@ -75,8 +75,8 @@ class Simulation:
     2, in the best band; see `Renderer.contrast`), `source_x`, `source_y` (arcsec from the lens),
     `source_radius` (arcsec), `source_axis_ratio` (of a smooth source), `source_angle` (radians),
     `source_magnitude` (unlensed, AB, r), `source_g_r`, `source_r_i`.
-    Of the unrelated galaxies around (see `neighbours`) nothing; nor do `arc_snr` and
-    `arc_contrast` know of them.
+    Unrelated galaxies (see `neighbours`) are not described, and `arc_snr` and `arc_contrast` leave
+    them out.
     """
 
     images: NDArray[np.float32]
@@ -156,11 +156,11 @@ def simulate_catalogue(
     table["bands"] = ",".join(config.survey.bands)
     table["simulated"] = True  # it may be put together with one of real cutouts
     about = {
-        **config.model_dump(mode="json"),
+        **json.loads(config.model_dump_json()),  # null where a bound is infinite
         "population_version": population.VERSION,
-        "n": n,
-        "seed": seed,
-        "image_size": image_size,
+        "n": int(n),
+        "seed": int(seed),
+        "image_size": int(image_size),
     }
     (out / "simulation.json").write_text(json.dumps(about, indent=2) + "\n")
     catalogue = out / "catalogue.parquet"

@@ -8,9 +8,7 @@ import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint, EarlyStopping, WeightAveraging
 from torch import Tensor
 
-from lens_pipeline.errors import InputError
-
-NAMED = 5  # cutouts in a message
+from lens_pipeline.errors import InputError, first_of
 
 log = logging.getLogger(__name__)
 
@@ -147,8 +145,7 @@ def _cutouts(trainer: pl.Trainer, index: Tensor | None) -> str:
     if index is None:
         return "its cutouts"
     ids = trainer.datamodule.split("train").ids[index.cpu().numpy()]  # type: ignore[attr-defined]
-    more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
-    return f"the cutouts {', '.join(map(str, ids[:NAMED]))}{more}"
+    return f"the cutouts {first_of(ids)}"
 
 
 class PeakMemory(Callback):

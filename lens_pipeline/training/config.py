@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, in_one_line
 from lens_pipeline.steps import file_sha256
 
 Precision = Literal["auto", "32-true", "16-mixed", "bf16-mixed"]
@@ -356,8 +356,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as problem:
         raise InputError(f"{path}: cannot be read ({problem.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        said = " ".join(str(problem).split())
-        raise InputError(f"{path}: is no YAML ({said})") from None
+        raise InputError(f"{path}: is no YAML ({in_one_line(problem)})") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: must hold sections (model, training, hardware, data)")
     return values

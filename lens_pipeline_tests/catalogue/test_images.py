@@ -86,6 +86,24 @@ def test_of_a_stack_in_a_store_its_row_alone_is_fetched(tmp_path: Path) -> None:
         read_image("memory://columns.npy#5")
 
 
+def test_a_signed_url_is_of_the_file_that_it_names(tmp_path: Path) -> None:
+    """As a cutout service has it, too: `cutout.fits?ra=150.1&size=64`."""
+    fits.PrimaryHDU(NOISE).writeto(tmp_path / "a.fits.gz")
+    np.save(tmp_path / "a.npy", NOISE)
+    np.save(tmp_path / "stack.npy", NOISE[None])
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))  # leaves out queries
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name in (
+            "a.fits.gz?ra=150.1&dec=2.2",
+            "a.npy?Signature=x.y",
+            "stack.npy?Signature=z#0",
+        ):
+            found = read_image(f"http://127.0.0.1:{server.server_port}/{name}")
+            np.testing.assert_array_equal(found.pixels, NOISE)
+        server.shutdown()
+
+
 def test_stated_background_sigma_is_left_alone(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", NOISE)
     cutout = read_cutout([str(tmp_path / "a.npy")], 40, "background_sigma")

@@ -8,7 +8,15 @@ import tifffile
 from astropy.io import fits
 from PIL import Image
 
-from lens_pipeline.catalogue.images import Cutout, CutoutError, read_cutout, read_image
+from lens_pipeline.catalogue.images import (
+    Cutout,
+    CutoutError,
+    background_sigma,
+    central,
+    read_cutout,
+    read_image,
+    usable_cutout,
+)
 from lens_pipeline_tests.catalogue.by_hand import Cube, picture, pixels_by_hand, sky
 
 SIDE = 60
@@ -205,8 +213,16 @@ def test_bands_at_the_end_are_bands(tmp_path: Path, suffix: str) -> None:
     if suffix == "npy":
         np.save(path, last)
     else:
-        fits.PrimaryHDU(last).writeto(path)
-    np.testing.assert_array_equal(read_image(str(path)).pixels, cube)
+        hdu = fits.PrimaryHDU(last)
+        hdu.header["MAGZERO"] = 27.0
+        hdu.writeto(path)
+    found = read_image(str(path))
+    np.testing.assert_array_equal(found.pixels, cube)
+    assert found.zero_point == ((27.0,) * len(cube) if suffix == "fits" else ())
+    usable = usable_cutout(found, 32)
+    sigma = [background_sigma(band) for band in cube]
+    np.testing.assert_allclose(usable.sigma, sigma)
+    np.testing.assert_allclose(usable.pixels[1], central(cube[1], 32) / sigma[1], rtol=1e-6)
 
 
 def test_colours_are_chosen_by_name(tmp_path: Path) -> None:

@@ -115,6 +115,10 @@ def test_no_manifest_no_dataset(own_shards: Path) -> None:
     assert "manifest.json" in verify_shards(own_shards)[0]
     with pytest.raises(InputError, match="manifest.json"):
         open_shards(own_shards)
+    tar = own_shards / "train-000000.tar"
+    assert "there is no such file" in verify_shards(tar)[0]
+    with pytest.raises(InputError, match="there is no such file"):
+        open_shards(tar)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 2}'])

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.simulation import Simulation, load_config, simulate
 from lens_pipeline.simulation.decoy_kinds import MIXTURE
 from lens_pipeline.simulation.multiplicity import is_multiply_imaged
-from lens_pipeline.simulation.simulate import simulate_surveys
+from lens_pipeline.simulation.simulate import simulate_catalogue, simulate_surveys
 from lens_pipeline_tests.conftest import LENS_PIPELINE
 
 
@@ -209,6 +210,23 @@ def test_the_command_writes_the_same_files_each_time(
     assert (table["bands"] == "g,r,i").all()
     assert main([*arguments, str(tmp_path / "first")]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_what_made_a_catalogue_is_told_of_numbers_of_numpy_and_without_bounds(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "bright.yaml"
+    file.write_text("population: {velocity_dispersion: {distribution: normal, mean: 260, std: 9}}")
+    numbers = {"n": np.int64(2), "seed": np.int64(7), "image_size": np.int64(32)}
+    simulate_catalogue(tmp_path / "out", load_config("des", file), **numbers)  # type: ignore[arg-type]
+
+    def refused(name: str) -> NoReturn:
+        raise AssertionError(f"{name} is not JSON")
+
+    text = (tmp_path / "out" / "simulation.json").read_text()
+    told = json.loads(text, parse_constant=refused)
+    assert {name: told[name] for name in numbers} == {"n": 2, "seed": 7, "image_size": 32}
+    assert told["population"]["velocity_dispersion"]["low"] is None
 
 
 @pytest.mark.parametrize(
