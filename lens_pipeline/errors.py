@@ -1,6 +1,7 @@
 """The one exception for input that a user can mend, and what messages are made of; no message shows
 a secret in a URL."""
 
+import errno
 import re
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ def masked(text: str) -> str:
     return _QUERY.sub(r"\1***", _PASSWORD.sub(r"\1***@", text))
 
 
-def in_one_line(problem: BaseException, most: int = 300) -> str:
+def words_of(problem: BaseException, most: int = 300) -> str:
     """What an exception says, so many characters of it; its type where it says nothing."""
     return " ".join(str(problem).split())[:most] or type(problem).__name__
 
@@ -37,6 +38,9 @@ class InputError(ValueError):
 class NoAnswerError(InputError):
     """A store that fails: the address may be wrong, or the store unwell for a while. Whoever waits
     is told; whoever does not, tries again."""
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # `errno` where a disk is, or one's part of it
 
 
 class NoRoomError(InputError):

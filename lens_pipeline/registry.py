@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 from lens_pipeline.commit import code_commit
-from lens_pipeline.errors import InputError, NoAnswerError, in_one_line, masked
+from lens_pipeline.errors import InputError, NoAnswerError, masked, words_of
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import PACKAGE, digest, folder_aside
 from lens_pipeline.tracking import (
@@ -102,7 +102,7 @@ class Registry:
         except Exception as problem:  # noqa: BLE001  (each kind of registry has errors of its own)
             raise InputError(
                 f"MLFLOW_TRACKING_URI: the registry at {self.settings.mlflow_uri} cannot be asked "
-                f"which dataset versions its models refer to ({in_one_line(problem)})"
+                f"which dataset versions its models refer to ({words_of(problem)})"
             ) from None
         return {dataset: ", ".join(names) for dataset, names in referring.items()}
 

@@ -140,7 +140,7 @@ def end_launched_runs(instance: dg.DagsterInstance) -> None:
             instance.run_launcher.terminate(run.run_id)
 
 
-def run_config(settings: Settings, changes: Mapping[str, Any]) -> dict[str, Any]:
+def run_config(changes: Mapping[str, Any]) -> dict[str, Any]:
     """Dagster's run config from {member: {section: {field: value}}}."""
     ops = {f"checkpoints__{member}": {"config": dict(c)} for member, c in changes.items()}
     return {"ops": ops, "loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
@@ -153,7 +153,7 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
     a signal that Dagster has caught comes out as KeyboardInterrupt.
     """
     definitions = make_definitions(settings, retries=False)
-    config = run_config(settings, changes)
+    config = run_config(changes)
     if verbose:
         del config["loggers"]
     with open_instance(settings) as instance:

@@ -270,11 +270,7 @@ class Settings(BaseSettings):
         Raises InputError, naming the variable, where a value is not valid, and for a variable that
         is no setting.
         """
-        _refuse_unknown(
-            f"LENS_{name.upper()}"
-            for name, info in cls.model_fields.items()
-            if info.validation_alias is None
-        )
+        _refuse_unknown(map(cls.variable, cls.model_fields))
         try:
             return cls(**{name: value for name, value in changes.items() if value is not None})
         except ValidationError as problem:

@@ -10,7 +10,7 @@ from lens_pipeline.settings import Settings, absolute
 from lens_pipeline.steps import folder_aside
 from lens_pipeline.terminal import interruptible
 
-SECRET_WORDS = ("key", "secret", "token", "password")
+SECRET_WORDS = ("key", "secret", "token", "password", "credential")
 
 
 def add_prepare(parser: argparse.ArgumentParser) -> None:
@@ -122,6 +122,8 @@ def _storage_options(text: str) -> dict[str, Any]:
                         "arguments; give it through the environment, as the provider's tools do"
                     )
             waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
     return options
 
 

@@ -200,7 +200,7 @@ def _content(files: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _locked(path: Path) -> Any:
+def _locked(path: Path) -> Iterator[None]:
     """One holder at a time, across processes; the system frees it when the holder dies.
 
     Who it was stands in a file beside it, which tells by its date when the step was last used.

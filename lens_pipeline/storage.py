@@ -11,7 +11,7 @@ from typing import Any
 
 import fsspec
 
-from lens_pipeline.errors import InputError, NoAnswerError, in_one_line
+from lens_pipeline.errors import InputError, NoAnswerError, words_of
 
 CONNECT_LIMIT, READ_LIMIT = 10, 15  # seconds
 CLAIM = ".filling"  # in a folder while somebody writes into it
@@ -42,7 +42,7 @@ def asking(location: str) -> Iterator[None]:
         if final or not protocol_of(location) or _blames_the_request(problem):
             raise
         raise NoAnswerError(
-            f"{location}: its store fails ({in_one_line(problem)}); try again later, or correct "
+            f"{location}: its store fails ({words_of(problem)}); try again later, or correct "
             "the address"
         ) from None
 
@@ -103,7 +103,7 @@ def locate(
     try:
         return fsspec.url_to_fs(location, **options)
     except (ValueError, ImportError) as problem:
-        raise InputError(f"{location}: cannot be used ({in_one_line(problem)})") from None
+        raise InputError(f"{location}: cannot be used ({words_of(problem)})") from None
 
 
 def without_query(location: str) -> str:

@@ -200,15 +200,17 @@ def _worker(
 ) -> None:
     import torch
 
+    from lens_pipeline.training.devices import VISIBLE, visible_gpus
+
     configure_logging(verbose)
     logging.getLogger("lens_pipeline").handlers[:] = [QueueHandler(messages)]
     # The epochs of several trials at once are too much to follow.
     logging.getLogger("lens_pipeline.training").setLevel(logging.WARNING)
     logging.getLogger("lens_pipeline.training.tune").setLevel(logging.INFO)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // n))
-    if n_gpus := torch.cuda.device_count():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_gpus)))
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index % n_gpus]
+    if torch.cuda.device_count():
+        gpus = visible_gpus()
+        os.environ[VISIBLE] = gpus[index % len(gpus)]
     try:
         _share(*share)
     except InputError as problem:

@@ -83,6 +83,10 @@ def test_a_processed_dataset_is_taken_as_it_is(dataset: Dataset, tmp_path: Path)
             ["--data-root", "DATA", "--storage-options", json.dumps({"a": {"aws_secret": "s3"}})],
             "aws_secret looks secret",
         ),
+        (
+            ["--data-root", "DATA", "--storage-options", json.dumps({"a": [{"credential": "x"}]})],
+            "credential looks secret",
+        ),
     ],
 )
 def test_what_is_wrong_is_named_and_nothing_is_left(

@@ -100,6 +100,10 @@ def test_a_variable_that_is_no_setting_is_named(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(InputError, match="LENS_PREVALANCE: .* did you mean LENS_PREVALENCE"):
         Settings.load()
     monkeypatch.delenv("LENS_PREVALANCE")
+    monkeypatch.setenv("LENS_TRACKING_URI", "http://localhost:5000")
+    with pytest.raises(InputError, match="LENS_TRACKING_URI: .* did you mean MLFLOW_TRACKING_URI"):
+        Settings.load()
+    monkeypatch.delenv("LENS_TRACKING_URI")
     monkeypatch.setenv("LENS_BANDS", "g,g")
     with pytest.raises(InputError, match="LENS_BANDS: names nothing between two commas, or one"):
         Settings.load()

@@ -24,7 +24,7 @@ from scipy import ndimage
 
 from lens_pipeline.catalogue.fits_images import read_fits
 from lens_pipeline.catalogue.pictures import read_picture
-from lens_pipeline.errors import NoAnswerError, in_one_line
+from lens_pipeline.errors import NoAnswerError, words_of
 from lens_pipeline.storage import asking, locate, states_of, without_query
 
 SIGMA_UNITS = "background_sigma"
@@ -191,7 +191,7 @@ def _linear(flux_unit: str | None) -> str:
 
 
 def _unreadable(problem: Exception) -> CutoutError:
-    return CutoutError(f"the file cannot be read ({in_one_line(problem, 200)})")
+    return CutoutError(f"the file cannot be read ({words_of(problem, 200)})")
 
 
 def _read_npz(content: bytes, units: str) -> Cutout:

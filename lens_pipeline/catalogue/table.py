@@ -32,7 +32,7 @@ from lens_pipeline.catalogue.table_files import (
     read_folder,
     read_table,
 )
-from lens_pipeline.errors import InputError, in_one_line
+from lens_pipeline.errors import InputError, words_of
 from lens_pipeline.storage import (
     asking,
     locate,
@@ -163,9 +163,7 @@ def _read(source: str, storage_options: Mapping[str, Any] | None) -> Catalogue:
     except FileNotFoundError:
         raise InputError(f"{source}: there is no such file or folder") from None
     except Exception as problem:  # noqa: BLE001  (each store and format has errors of its own)
-        raise InputError(
-            f"{source}: cannot be read as a catalogue ({in_one_line(problem)})"
-        ) from None
+        raise InputError(f"{source}: cannot be read as a catalogue ({words_of(problem)})") from None
     return Catalogue(_validated(table, source, folder or "."), source)
 
 
@@ -182,7 +180,7 @@ def source_fingerprint(source: str, storage_options: Mapping[str, Any] | None = 
     except InputError:
         raise
     except Exception as problem:  # noqa: BLE001  (each store has errors of its own)
-        raise InputError(f"{source}: cannot be read ({in_one_line(problem)})") from None
+        raise InputError(f"{source}: cannot be read ({words_of(problem)})") from None
 
 
 def source_glance(source: str, storage_options: Mapping[str, Any] | None = None) -> str | None:

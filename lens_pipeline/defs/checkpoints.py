@@ -24,7 +24,7 @@ from lens_pipeline.defs.stages import (
     stage,
     table,
 )
-from lens_pipeline.models.names import Member, check_architecture
+from lens_pipeline.models.names import Member, network_libraries
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Recipe, Step, write_aside
 from lens_pipeline.tracking import DAGSTER_RUN, DATASET_VERSION, Tracking
@@ -159,15 +159,14 @@ def _validation_auroc(trained: "TrainedMember") -> tuple[float, float]:
     return auroc, float(np.nanpercentile(drawn_again, INTERVAL[0]))
 
 
-def network_libraries(members: Iterable[Member]) -> tuple[str, ...]:
+def member_libraries(members: Iterable[Member]) -> tuple[str, ...]:
     """The distributions that build these members' networks."""
-    used = {check_architecture(member.architecture).library for member in members}
-    return ("torch", "torchvision", *(["timm"] if used & {"timm", "efficientnet"} else []))
+    return ("torch", "torchvision", *network_libraries(member.architecture for member in members))
 
 
 def training_libraries(members: Iterable[Member]) -> tuple[str, ...]:
     """The distributions that decide what these members learn."""
-    return (*network_libraries(members), "pytorch-lightning", "torchmetrics", "numpy")
+    return (*member_libraries(members), "pytorch-lightning", "torchmetrics", "numpy")
 
 
 def _trained(step: Step) -> "TrainedMember":

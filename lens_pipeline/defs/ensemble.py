@@ -10,7 +10,7 @@ from typing import Any
 import dagster as dg
 
 from lens_pipeline.commit import code_commit
-from lens_pipeline.defs.checkpoints import network_libraries
+from lens_pipeline.defs.checkpoints import member_libraries
 from lens_pipeline.defs.dataset import COLUMNS as CATALOGUE_COLUMNS
 from lens_pipeline.defs.gate import decide
 from lens_pipeline.defs.resources import LensHome
@@ -106,7 +106,7 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
         recipe = Recipe(
             stage="lens_ensemble",
             modules=(SYSTEM, AS_DATASET),
-            libraries=(*network_libraries(members), "numpy", "scipy"),
+            libraries=(*member_libraries(members), "numpy", "scipy"),
             inputs={name: part.content for name, part in upstream.items()},
             settings={"dataset_version": shards.content, **chosen},
         )
@@ -203,7 +203,7 @@ def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
             stage="ensemble_evaluation",
             modules=modules,
             libraries=(
-                *network_libraries(members),
+                *member_libraries(members),
                 *("numpy", "scipy", "pandas", "pyarrow", "matplotlib"),
             ),
             inputs={"ensemble": ensemble.content, **source.inputs},

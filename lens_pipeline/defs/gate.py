@@ -83,7 +83,7 @@ def decide(
     test = test[test["probability"].notna()]
     if read_evaluation(evaluation).on_real_ones(settings.gate):
         test = by_origin(test, dataset.facts["origin"] == "simulation")[REAL]
-    probability = _scored_by(champion, theirs, source, lens).reindex(test["id"])
+    probability = _scored_by(theirs, source, lens).reindex(test["id"])
     if probability.isna().any():
         return refused(f"the champion, version {number}, gives no score for some of the test split")
     log.info("  comparing with the champion, version %s", number)
@@ -117,9 +117,7 @@ def _alike(one: float | None, other: float | None) -> bool:
     return one is None or other is None or math.isclose(one, other, rel_tol=1e-3)
 
 
-def _scored_by(
-    champion: "ModelVersion", ensemble: "LensEnsemble", source: Source, lens: LensHome
-) -> "pd.Series":
+def _scored_by(ensemble: "LensEnsemble", source: Source, lens: LensHome) -> "pd.Series":
     """The champion's probabilities of the test split, by id: a step, for both who ask."""
     import pandas as pd
 

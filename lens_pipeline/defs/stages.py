@@ -322,13 +322,12 @@ def result(
     metadata: Mapping[str, Any],
     checks: tuple[dg.AssetCheckResult, ...] = (),
     location: str | None = None,
-    content: str | None = None,
 ) -> dg.MaterializeResult:
-    """What a step's asset returns; `location` and `content` where they are not the folder's."""
+    """What a step's asset returns; `location` where it is not the folder."""
     return dg.MaterializeResult(
         metadata={
             LOCATION: location or str(step.folder),
-            "content": content or step.content,
+            "content": step.content,
             "seconds": round(step.seconds, 3),
             "reused": step.reused,
             **metadata,

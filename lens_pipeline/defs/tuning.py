@@ -9,6 +9,7 @@ from pydantic import Field
 from lens_pipeline import presets
 from lens_pipeline.defs.checkpoints import POOL
 from lens_pipeline.defs.resources import LensHome
+from lens_pipeline.defs.source import source_is_published
 from lens_pipeline.defs.stages import in_a_process, picture, table
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.names import parse_members
@@ -45,11 +46,9 @@ class Tuning(dg.Config):
 def newest_shards_url(settings: Settings) -> str:
     """Where the newest version lies: of the source where it is published shards, else of what this
     deployment publishes. Raises InputError where there is none."""
-    from lens_pipeline.shards.cloud import is_published, published_version
+    from lens_pipeline.shards.cloud import published_version
 
-    place = settings.cloud
-    if settings.source != "simulation" and is_published(settings.source, settings.storage_options):
-        place = settings.source
+    place = settings.source if source_is_published(settings) else settings.cloud
     return published_version(place, settings.storage_options)
 
 

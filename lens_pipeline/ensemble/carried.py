@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lens_pipeline.catalogue.dataset import CutoutFormat
 from lens_pipeline.catalogue.images import SIGMA_UNITS
 from lens_pipeline.ensemble.system import LensEnsemble
-from lens_pipeline.models.names import check_architecture
+from lens_pipeline.models.names import network_libraries
 from lens_pipeline.steps import PACKAGE, source_hashes
 
 MODEL_FILE = Path(__file__).with_name("pyfunc_model.py")
@@ -37,17 +37,15 @@ def copy_code(out: Path) -> Path:
 
 def requirements(ensemble: LensEnsemble) -> list[str]:
     """Of pip, at the versions that are installed."""
-    libraries = (*LIBRARIES, *network_libraries(ensemble))
+    libraries = (*LIBRARIES, *further_libraries(ensemble))
     # Not which build for which accelerator, `+cu132`: an index has no such version.
     versions = {name: importlib.metadata.version(name).partition("+")[0] for name in libraries}
     return [f"{name}=={version}" for name, version in versions.items()]
 
 
-def network_libraries(ensemble: LensEnsemble) -> list[str]:
+def further_libraries(ensemble: LensEnsemble) -> list[str]:
     """Those that networks of the ensemble come from, and other ensembles may do without."""
-    networks = [str(system.hparams["arch"]) for system in ensemble.members.values()]
-    used = {check_architecture(network).library for network in networks}
-    return ["timm"] if used & {"timm", "efficientnet"} else []
+    return network_libraries(str(system.hparams["arch"]) for system in ensemble.members.values())
 
 
 def facts(ensemble: LensEnsemble) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def score_table(
     )
     table = pd.concat([own[["id", "label"]], all_scores.reindex(own.index)], axis=1)
     table["reject_reason"] = rejects.reindex(own.index)
-    return pd.concat([table, own.drop(columns=[c for c in table if c in own])], axis=1)
+    return pd.concat([table, own.drop(columns=table.columns, errors="ignore")], axis=1)
 
 
 def scoring(total: int, done: int = 0, what: str = "scoring") -> Any:

@@ -1,7 +1,6 @@
 """Files of scores, Parquet or CSV: how they are written, what they say of themselves, and which
 scores they have."""
 
-import errno
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lens_pipeline.ensemble.system import BATCH
-from lens_pipeline.errors import InputError, NoRoomError
+from lens_pipeline.errors import FULL, InputError, NoRoomError
 from lens_pipeline.steps import file_aside, file_sha256, write_aside
 
 ROW_GROUP = 256 * BATCH
@@ -171,7 +170,7 @@ def written(path: Path) -> Iterator[BinaryIO]:
         with file_aside(path) as file:
             yield file
     except OSError as problem:
-        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+        if problem.errno in FULL:
             raise NoRoomError(
                 f"{path}: the disk is full; make room, and the same command goes on"
             ) from None

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.build import LIBRARIES as PIXEL_LIBRARIES
-from lens_pipeline.ensemble.carried import network_libraries
+from lens_pipeline.ensemble.carried import further_libraries
 from lens_pipeline.ensemble.cutouts import CutoutSource, hashed
 from lens_pipeline.ensemble.predictor import score_table
 from lens_pipeline.ensemble.score_files import FINGERPRINT, ROW_GROUP
@@ -24,7 +24,7 @@ _MAY_PASS = ("the file cannot be read", "the file is missing")
 
 def scoring_program(ensemble: LensEnsemble) -> str:
     """A hash of the code and the versions of libraries that pixels and scores come of."""
-    libraries = {*PIXEL_LIBRARIES, "torch", "torchvision", *network_libraries(ensemble)}
+    libraries = {*PIXEL_LIBRARIES, "torch", "torchvision", *further_libraries(ensemble)}
     versions = {name: importlib.metadata.version(name) for name in libraries}
     return digest([source_hashes(_MODULES), versions])[:32]
 

@@ -28,6 +28,7 @@ INTERVAL = (2.5, 97.5)  # percentiles
 FEWEST_GROUPS = 20  # of fewer that are drawn whole, resampling says little
 RESOLVED = 0.95  # of the resamplings, at least
 ENOUGH = 10  # false positives: a rate of fewer is mostly chance
+CHANCES = 200  # draws of labels, for what chance makes of a calibration error
 ERRORS = ("ece", "ece_top", "brier")  # of probabilities; the others are of ranks
 
 
@@ -94,13 +95,11 @@ def lens_metrics(
     label, score = _checked(label, score)
     levels = _levels(label, score)
     values = _values(levels)
-    singly = group is None or not _enough_groups(label, np.asarray(group))
-    groups = np.arange(len(label))
-    if not singly:
-        _, groups = np.unique(np.asarray(group), return_inverse=True)
-    if singly:
+    if group is None or not _enough_groups(label, np.asarray(group)):
+        groups = np.arange(len(label))
         drawings = _resampled(levels, bootstrap, seed)
     else:
+        _, groups = np.unique(np.asarray(group), return_inverse=True)
         ranked, weights = _ranked(score), _drawn_groups(label, groups, bootstrap, seed)
         drawings = (_counted(label, ranked, weight) for weight in weights)
     draws = [_values(drawn) for drawn in drawings]
@@ -176,11 +175,11 @@ def ranked_bootstrap(
     return metric, {name: values[resolved] for name, values in drawn.items()}
 
 
-def ece_by_chance(score: ArrayLike, times: int = 200, seed: int = 0) -> float:
+def ece_by_chance(score: ArrayLike) -> float:
     """The `ece` that cutouts with these probabilities (n,) have where they are exactly right."""
     scores = np.asarray(score, dtype=np.float64)
-    random, ranked = np.random.default_rng(seed), _ranked(scores)
-    drawn = (random.random(len(scores)) < scores for _ in range(times))
+    random, ranked = np.random.default_rng(0), _ranked(scores)
+    drawn = (random.random(len(scores)) < scores for _ in range(CHANCES))
     levels = (_counted(label, ranked, np.ones(len(scores))) for label in drawn)
     return float(np.mean([_ece(level, len(scores), BINS) for level in levels]))
 

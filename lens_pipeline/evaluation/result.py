@@ -32,7 +32,7 @@ class Evaluation:
     origins: {`real` and `simulated`: their metrics}; empty where the test split holds but one.
     surveys: {survey: its metrics}, likewise.
     selection: of `selection_function`; forecast: of `forecast`, with what it rests on,
-    `rests_on`. These three are of the ensemble on the test split.
+    `rests_on`. `kinds`, `selection` and `forecast` are of the ensemble on the test split.
     """
 
     folder: Path

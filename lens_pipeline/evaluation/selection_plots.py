@@ -23,7 +23,7 @@ def completeness_figure(selection: Mapping[str, Any]) -> Figure:
     quantities = selection["quantities"]
     rows = max(1, -(-len(quantities) // 2))
     figure = column_figure(0.35 + 1.55 * rows)
-    panels = figure.subplots(rows, 2, sharey=True, squeeze=False).flat
+    panels = figure.subplots(rows, 2, sharey=True, squeeze=False).ravel()
     for axes, (name, quantity) in zip(panels, quantities.items(), strict=False):
         bins = quantity["bins"]
         middle = np.array([b["median"] for b in bins])
@@ -44,7 +44,7 @@ def completeness_figure(selection: Mapping[str, Any]) -> Figure:
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(ylim=(-0.04, 1.04))
-    for axes in list(panels)[len(quantities) :]:
+    for axes in panels[len(quantities) :]:
         axes.set_visible(False)
     figure.supylabel("completeness", fontsize=FONT)
     return figure

@@ -53,7 +53,6 @@ class RankingMetrics(Metric):
     the cutouts cannot resolve one.
     """
 
-    higher_is_better = True
     full_state_update = False
     probability: list[Tensor]
     target: list[Tensor]

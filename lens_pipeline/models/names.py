@@ -114,6 +114,12 @@ def check_architecture(architecture: str) -> Architecture:
     )
 
 
+def network_libraries(architectures: Iterable[str]) -> list[str]:
+    """The distributions beside torchvision that build networks of these architectures."""
+    used = {check_architecture(architecture).library for architecture in architectures}
+    return ["timm"] if used & {"timm", "efficientnet"} else []
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """A hint: the names nearest to one that does not exist, or some where none is near."""
     names = list(names)

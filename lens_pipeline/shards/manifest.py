@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 
-from lens_pipeline.errors import InputError, in_one_line
+from lens_pipeline.errors import InputError, words_of
 from lens_pipeline.steps import file_sha256
 from lens_pipeline.storage import locate
 
@@ -148,7 +148,7 @@ def read_manifest(
             f"{path}: there is no such file; shards are whole once their manifest is there"
         ) from None
     except PermissionError as problem:
-        raise InputError(f"{path}: may not be read ({in_one_line(problem)})") from None
+        raise InputError(f"{path}: may not be read ({words_of(problem)})") from None
     return Manifest.parse(content, path)
 
 

@@ -25,7 +25,7 @@ import filelock
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from lens_pipeline.errors import InputError, in_one_line
+from lens_pipeline.errors import FULL, InputError, words_of
 from lens_pipeline.shards.checksums import PART, Checksums
 from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest, difference
 from lens_pipeline.steps import write_aside
@@ -113,9 +113,9 @@ class Store:
             raise InputError(f"{self.url}: there is no bucket {bucket}") from None
         except PermissionError as problem:
             refused = "credentials are refused" if _code(problem) in BAD_SIGNATURE else "no writing"
-            raise InputError(f"{self.url}: {refused} ({in_one_line(problem)})") from None
+            raise InputError(f"{self.url}: {refused} ({words_of(problem)})") from None
         except OSError as problem:
-            raise InputError(f"{self.url}: cannot be written ({in_one_line(problem)})") from None
+            raise InputError(f"{self.url}: cannot be written ({words_of(problem)})") from None
         try:
             self._again(lambda: self.filesystem.rm_file(self.at(probe)), probe)
         except PermissionError:
@@ -220,7 +220,7 @@ class Store:
         return content
 
     def _forbidden(self, name: str, problem: PermissionError) -> InputError:
-        return InputError(f"{self.url}/{name}: may not be read ({in_one_line(problem)})")
+        return InputError(f"{self.url}/{name}: may not be read ({words_of(problem)})")
 
     def state_of(
         self, listed: Listed, checksums: Checksums, whole: str | None = None
@@ -329,7 +329,7 @@ class Store:
                 raise
             except (TypeError, ValueError) as problem:  # of the client, which was not made
                 raise InputError(
-                    f"{self.url}: cannot be used ({in_one_line(problem)}); correct the address, or "
+                    f"{self.url}: cannot be used ({words_of(problem)}); correct the address, or "
                     "LENS_STORAGE_OPTIONS"
                 ) from None
             except FINAL:
@@ -337,21 +337,20 @@ class Store:
             except Exception as problem:
                 if lacks_credentials(problem):
                     raise InputError(
-                        f"{self.url}: there are no credentials for it ({in_one_line(problem)}); "
+                        f"{self.url}: there are no credentials for it ({words_of(problem)}); "
                         "give them through the environment, as the provider's tools take them"
                     ) from None
-                if getattr(problem, "errno", None) == errno.ENOSPC:
+                if getattr(problem, "errno", None) in FULL:
                     raise
                 if self.is_local and getattr(problem, "errno", None) not in PASSING:
                     raise InputError(
-                        f"{self.url}/{name}: cannot be used ({in_one_line(problem)}); correct the "
-                        "path"
+                        f"{self.url}/{name}: cannot be used ({words_of(problem)}); correct the path"
                     ) from None
                 if getattr(problem, "status", None) in NOT_SHOWN:
                     raise FileNotFoundError(name) from None
                 if time.monotonic() + pause > until:
-                    raise StoreError(f"{self.url}/{name}: {in_one_line(problem)}") from None
-                log.info("%s/%s: %s; once more", self.url, name, in_one_line(problem))
+                    raise StoreError(f"{self.url}/{name}: {words_of(problem)}") from None
+                log.info("%s/%s: %s; once more", self.url, name, words_of(problem))
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, 10)
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from scipy.special import ndtr, ndtri
 
-from lens_pipeline.errors import InputError, in_one_line
+from lens_pipeline.errors import InputError, words_of
 from lens_pipeline.simulation.decoy_kinds import KEEP_HOST, MIXTURE
 from lens_pipeline.simulation.surveys import Survey, find_survey, of_bands
 
@@ -184,7 +184,7 @@ def load_config(survey: str, file: str | Path | None = None) -> SimulationConfig
     except OSError as problem:
         raise InputError(f"{file}: cannot be read ({problem.strerror})") from None
     except yaml.YAMLError as problem:
-        raise InputError(f"{file}: is not YAML ({in_one_line(problem)})") from None
+        raise InputError(f"{file}: is not YAML ({words_of(problem)})") from None
     if not isinstance(values, dict) or not isinstance(values.get("survey", {}), dict):
         raise InputError(f"{file}: must hold keys and values, and so must survey")
     stated = values.get("survey", {})

@@ -1,6 +1,5 @@
 """How checkpoints of a training are written: which, when, and so that none is half there."""
 
-import errno
 import math
 import time
 from collections import deque
@@ -18,7 +17,7 @@ from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from torch import Tensor
 from torch.utils.serialization import config as serialization
 
-from lens_pipeline.errors import NoRoomError
+from lens_pipeline.errors import FULL, NoRoomError
 from lens_pipeline.models.pretrained import read_checkpoint
 from lens_pipeline.steps import file_aside
 
@@ -238,7 +237,7 @@ def telling_of_a_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if problem.errno not in FULL:
             raise
         raise NoRoomError(
             f"{path}: there is no room on its disk; the last checkpoint that was written is kept; "

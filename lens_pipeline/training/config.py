@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from lens_pipeline.errors import InputError, in_one_line
+from lens_pipeline.errors import InputError, words_of
 from lens_pipeline.steps import file_sha256
 
 Precision = Literal["auto", "32-true", "16-mixed", "bf16-mixed"]
@@ -49,16 +49,6 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-def _number(text: Any) -> Any:
-    """YAML takes `3e-4` for text: its numbers have a point."""
-    if isinstance(text, str):
-        try:
-            return float(text)
-        except ValueError:
-            return text
-    return text
-
-
 def _start(value: Any) -> Any:
     return {"true": "published", "false": "none"}.get(str(value).lower(), value)
 
@@ -69,9 +59,6 @@ def _bounded(default: Any, description: str, **bounds: Any) -> Any:
     said = [words[name].format(bound) for name, bound in bounds.items()]
     within = " to ".join(said) if len(said) == 2 else f"at least {said[0]}"
     return Field(default=default, description=f"{description.rstrip('.')}, {within}.", **bounds)
-
-
-Float = Annotated[float, BeforeValidator(_number)]
 
 
 class ModelSection(_Section):
@@ -93,7 +80,7 @@ class ModelSection(_Section):
         description="Weights to start from: `none`, `published` (or true), a file, or a registered "
         "model of ours, as `models:/lens_ensemble@champion`.",
     )
-    dropout_rate: Float = _bounded(default=0.3, ge=0, lt=1, description="Dropout in the head.")
+    dropout_rate: float = _bounded(default=0.3, ge=0, lt=1, description="Dropout in the head.")
     compile_model: bool = Field(default=False, description="Compile the network; worth it on GPUs.")
 
 
@@ -107,8 +94,8 @@ class TrainingSection(_Section):
     find_batch_size: bool = Field(
         default=False, description="Halve the batch size where memory is short, and begin again."
     )
-    learning_rate: Float = _bounded(default=1e-3, gt=0, le=1, description="Peak of the schedule.")
-    weight_decay: Float = _bounded(
+    learning_rate: float = _bounded(default=1e-3, gt=0, le=1, description="Peak of the schedule.")
+    weight_decay: float = _bounded(
         default=1e-2,
         ge=0,
         le=1,
@@ -117,10 +104,10 @@ class TrainingSection(_Section):
     schedule: Literal["cosine", "step", "plateau", "constant"] = Field(
         default="cosine", description="Of the learning rate, after its warm-up."
     )
-    warmup: Float = _bounded(
+    warmup: float = _bounded(
         default=0.1, ge=0, lt=1, description="Fraction of all steps in which the rate rises."
     )
-    decay: Float = _bounded(
+    decay: float = _bounded(
         default=0.1, gt=0, lt=1, description="Factor of a `step`, or at a `plateau`."
     )
     decay_epochs: int = _bounded(
@@ -129,29 +116,29 @@ class TrainingSection(_Section):
     loss: Literal["bce", "focal"] = Field(
         default="bce", description="Binary cross-entropy, or the focal loss."
     )
-    focal_gamma: Float = _bounded(
+    focal_gamma: float = _bounded(
         default=2.0, ge=0, le=10, description="How much the focal loss leaves easy cutouts out."
     )
     balance: bool = Field(
         default=True, description="Weigh lenses by non-lenses / lenses in the training set."
     )
-    label_smoothing: Float = _bounded(
+    label_smoothing: float = _bounded(
         default=0.0, ge=0, lt=0.5, description="Moves labels by half of it."
     )
     augment: bool = Field(default=True, description="Turn and flip cutouts at random.")
-    shift: Float = _bounded(
+    shift: float = _bounded(
         default=0.0, ge=0, le=16, description="Cutouts are moved by up to so many pixels."
     )
-    noise: Float = _bounded(
+    noise: float = _bounded(
         default=0.0, ge=0, le=2, description="And get up to so much more noise, in sigma."
     )
-    gradient_clip: Float = _bounded(
+    gradient_clip: float = _bounded(
         default=0.0, ge=0, description="Largest norm of the gradient; 0 does not clip."
     )
     accumulate_grad_batches: int = _bounded(
         default=1, ge=1, le=4096, description="Batches of a step of the optimiser."
     )
-    ema: Float = _bounded(
+    ema: float = _bounded(
         default=0.0,
         ge=0,
         lt=1,
@@ -169,7 +156,7 @@ class TrainingSection(_Section):
     patience: int = _bounded(
         default=0, ge=0, description="Stop after so many epochs without gain; 0: never."
     )
-    min_delta: Float = _bounded(default=1e-4, ge=0, description="What counts as a gain.")
+    min_delta: float = _bounded(default=1e-4, ge=0, description="What counts as a gain.")
     save_every_n_steps: int = _bounded(
         default=0, ge=0, description="Steps between writings of last.ckpt; 0: every minute."
     )
@@ -231,7 +218,7 @@ class DataSection(_Section):
         default=0, ge=0, le=256, description="Loader processes; 0 reads in the training process."
     )
     cache_dir: str | None = Field(default=None, description="Where remote shards are kept.")
-    bagging: Float = _bounded(
+    bagging: float = _bounded(
         default=1.0,
         gt=0,
         le=1,
@@ -356,7 +343,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as problem:
         raise InputError(f"{path}: cannot be read ({problem.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        raise InputError(f"{path}: is no YAML ({in_one_line(problem)})") from None
+        raise InputError(f"{path}: is no YAML ({words_of(problem)})") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: must hold sections (model, training, hardware, data)")
     return values

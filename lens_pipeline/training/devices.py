@@ -32,10 +32,15 @@ def gpus_claimed(hardware: HardwareSection, trainings: int = 1) -> Iterator[None
     if not hardware.exclusive or hardware.accelerator == "cpu" or n < hardware.devices:
         yield
         return
-    names = os.environ.get(VISIBLE) or ",".join(map(str, range(there)))
-    with claimed(names.split(","), n) as mine:
+    with claimed(visible_gpus(), n) as mine:
         os.environ[VISIBLE] = ",".join(mine)
         yield
+
+
+def visible_gpus() -> list[str]:
+    """Their names, as CUDA_VISIBLE_DEVICES has them."""
+    numbers = map(str, range(torch.cuda.device_count()))
+    return (os.environ.get(VISIBLE) or ",".join(numbers)).split(",")
 
 
 @contextmanager

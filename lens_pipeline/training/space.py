@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.training.config import Float, TrainConfig
+from lens_pipeline.training.config import TrainConfig
 
 Pruner = Literal["median", "hyperband", "none"]
 # What makes trials of one study differ, and lets the same validation compare them.
@@ -36,8 +36,8 @@ class Range(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    low: Annotated[Float, Field(allow_inf_nan=False)]
-    high: Annotated[Float, Field(allow_inf_nan=False)]
+    low: Annotated[float, Field(allow_inf_nan=False)]
+    high: Annotated[float, Field(allow_inf_nan=False)]
     log: bool = False
 
 

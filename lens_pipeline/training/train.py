@@ -31,7 +31,7 @@ from lens_pipeline.models.system import LensClassifier, LitLensSystem
 from lens_pipeline.progress import in_notebook, shows_progress
 from lens_pipeline.shards.cutouts import Split
 from lens_pipeline.shards.datamodule import CutoutModule
-from lens_pipeline.steps import digest, write_aside
+from lens_pipeline.steps import digest, file_aside, write_aside
 from lens_pipeline.training.callbacks import (
     Curves,
     FiniteLoss,
@@ -311,9 +311,9 @@ def _fit(
         save_weights_only=not how.ema,
         enable_version_counter=False,
     )
-    # Behind the others, whose state it keeps.
     files = RenamedCheckpoints()
     every = how.save_every_n_steps
+    # Behind the others, whose state it keeps.
     last = [] if how.fast_dev_run else [LastCheckpoint(out / LAST, every, best, files)]
     finite = FiniteLoss(None if how.fast_dev_run else monitor)
     chosen: list[Callback] = [StepSeeds(how.seed), finite, *callbacks, Curves()]
@@ -406,9 +406,8 @@ def _finish(
     best.unlink(missing_ok=True)
     if (out / TOP).exists() and not any((out / TOP).iterdir()):
         (out / TOP).rmdir()
-    aside = out / f".{SCORES}"
-    scores.to_parquet(aside, index=False)
-    aside.replace(out / SCORES)
+    with file_aside(out / SCORES) as file:
+        scores.to_parquet(file, index=False)
     (out / FITTED).unlink()
 
 

@@ -22,7 +22,7 @@ from lens_pipeline.errors import InputError, NoRoomError
 from lens_pipeline.evaluation.plots import png_bytes, tuning_figure
 from lens_pipeline.models.system import LensClassifier, LitLensSystem
 from lens_pipeline.shards.datamodule import CutoutModule
-from lens_pipeline.steps import write_aside
+from lens_pipeline.steps import file_aside, write_aside
 from lens_pipeline.training.config import TrainConfig, read_yaml
 from lens_pipeline.training.member import INPUTS, TrainedMember
 from lens_pipeline.training.space import Pruner, Range, SearchSpace
@@ -328,9 +328,8 @@ class _Study:
             table = self._table()
             write_aside(self.out / TABLE, table.to_csv(index=False))
             figure = tuning_figure(table, self.space.scales, self.config.training.monitor)
-            aside = self.out / f".{PICTURE}"
-            aside.write_bytes(png_bytes(figure))
-            aside.replace(self.out / PICTURE)
+            with file_aside(self.out / PICTURE) as file:
+                file.write(png_bytes(figure))
             study = TunedStudy(self.out)
             best = None if study.best is None else int(study.best["number"])
             if best is not None:

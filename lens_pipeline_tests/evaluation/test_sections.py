@@ -181,6 +181,13 @@ class TestFigures:
             assert figure.get_figwidth() <= 3.5
             assert min(self.fonts(figure)) >= 8
 
+    def test_each_quantity_has_a_panel_and_no_panel_is_empty(self) -> None:
+        selection = selection_function(sample())
+        assert len(selection["quantities"]) % 2 == 1
+        shown = [axes for axes in completeness_figure(selection).axes if axes.get_visible()]
+        assert len(shown) == len(selection["quantities"])
+        assert all(axes.has_data() for axes in shown)
+
     def test_curves_differ_by_more_than_colour(self) -> None:
         for figure in (roc_figure(self.curves()), precision_recall_figure(self.curves(), 1e-3)):
             lines = figure.axes[0].lines[:7]
