@@ -17,6 +17,10 @@ from lens_pipeline import LensDataModule
 from lens_pipeline.training import train
 from lens_pipeline.training.config import TrainConfig
 
+# Installed: the server looks neither into the working directory, where PYTHONSAFEPATH is set, nor
+# where this process does.
+PRELOADED = "lens_pipeline.training.train"
+
 
 class KillAt(Callback):
     """kill -9 when a batch of all has been trained on, before a checkpoint is written; or in the
@@ -72,9 +76,9 @@ def forked(target: Callable[..., None], *arguments: Any) -> int:
     """The exit code of a process that runs a function."""
     # Forked from a server that has imported torch and never used it: its threads are unborn.
     context = multiprocessing.get_context("forkserver")
-    if __name__ not in _forkserver._preload_modules:  # Dagster's may run, without torch
+    if PRELOADED not in _forkserver._preload_modules:  # Dagster's may run, without torch
         _forkserver._stop()
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload([PRELOADED])
     process = context.Process(target=target, args=arguments)
     process.start()
     process.join()
