@@ -32,6 +32,7 @@ def _predict(options: argparse.Namespace) -> int:
     if options.top < 0:
         raise InputError(f"--top {options.top}: must be 0 or more")
     from lens_pipeline.catalogue.dataset import counted_reasons
+    from lens_pipeline.ensemble.best import files_of_best
     from lens_pipeline.ensemble.claim import Share
     from lens_pipeline.ensemble.parts import score_to_file
     from lens_pipeline.ensemble.score_files import check_out
@@ -79,4 +80,6 @@ def _predict(options: argparse.Namespace) -> int:
     if scored.top:
         drawn = f"; {scored.gallery}: their picture" if scored.gallery else ""
         print(f"{scored.top}: the highest-scored, the best first{drawn}")
+    elif scored.written and (former := files_of_best(scored.path)[0]).is_file():
+        print(f"{former}: is of former scores; --top makes it anew")
     return 0

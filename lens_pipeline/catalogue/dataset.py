@@ -276,4 +276,4 @@ def open_dataset(folder: str | Path) -> Dataset:
 def counted_reasons(reasons: Iterable[str]) -> str:
     """Why cutouts could not be used, the three most frequent reasons: `2 times: too small; ...`."""
     most: list[tuple[str, int]] = Counter(reasons).most_common(3)
-    return "; ".join(f"{n} times: {why}" for why, n in most)
+    return "; ".join(f"{'once' if n == 1 else f'{n} times'}: {why}" for why, n in most)

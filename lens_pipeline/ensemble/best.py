@@ -14,6 +14,12 @@ CAPTION = 17  # characters of an id that fit over a cutout
 PLACE = ["id", "ra", "dec"]  # by which a cutout is found again
 
 
+def files_of_best(out: Path) -> tuple[Path, Path]:
+    """(the table of the highest-scored cutouts, their picture) beside a file of scores."""
+    listed, gallery = (out.with_name(f"{out.stem}.top.{suffix}") for suffix in ("csv", "jpg"))
+    return listed, gallery
+
+
 def show_best(
     ensemble: LensEnsemble, source: CutoutSource, logit: pd.Series, out: Path, top: int
 ) -> tuple[Path | None, Path | None]:
@@ -25,7 +31,7 @@ def show_best(
     best = logit.dropna().nlargest(top)
     if best.empty:
         return None, None
-    listed, gallery = (out.with_name(f"{out.stem}.top.{suffix}") for suffix in ("csv", "jpg"))
+    listed, gallery = files_of_best(out)
     named = source.catalogue.table.iloc[best.index].set_axis(best.index).reindex(columns=PLACE)
     table = pd.DataFrame({"rank": range(1, len(best) + 1)}, index=best.index)
     table = table.join(named.dropna(axis=1, how="all"))

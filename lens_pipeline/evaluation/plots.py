@@ -188,11 +188,13 @@ def contact_sheet(
 def first_cutouts_sheet(images: NDArray[np.floating], table: pd.DataFrame, units: str) -> Figure:
     """The first cutouts of a split: two rows of lenses over two rows of non-lenses.
 
-    images: (n, bands, height, width); table: their `label` and, where it is there, `kind`.
+    images: (n, bands, height, width); table: their `label` and, where that is known, `kind`.
     """
     table = table.reset_index(drop=True)
     rows = pd.concat([table[table["label"] == label].head(16) for label in (1, 0)])
-    names = rows["kind"] if "kind" in rows else rows["label"].map({1: "lens", 0: "non-lens"})
+    names = rows["label"].astype(int).map({1: "lens", 0: "non-lens"}).astype(object)
+    if "kind" in rows:
+        names = rows["kind"].astype(object).fillna(names).astype(str)
     return contact_sheet(np.asarray(images[rows.index]), names.tolist(), units)
 
 

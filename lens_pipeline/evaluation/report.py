@@ -43,6 +43,10 @@ NOTHING_TO_EXPECT = (
 )
 # By what a cutout is found again, as it is printed.
 TRACED = {"id": "{}", "kind": "{}", "probability": "{:.4f}", "ra": "{:.5f}", "dec": "{:.5f}"}
+BESIDE_A_CHAMPION = (
+    "Where there is a champion, the comparison with it decides, too: see the run's last lines, "
+    "<code>summary.json</code>, or the check <code>passes_the_gate</code>."
+)
 LONG = 20  # rows of a table that is folded up
 
 
@@ -315,7 +319,7 @@ def write_report(
     for basis, of_models in metrics.items():
         parts.append(f"<h2>Metrics: {html.escape(basis)}</h2>")
         parts += [_metrics(of_models), f"<p>{html.escape(_counts(of_models))}</p>"]
-    parts += ["<h2>Gate of a first model</h2>", _gate(gate)]
+    parts += ["<h2>Gate of a first model</h2>", _gate(gate), f"<p>{BESIDE_A_CHAMPION}</p>"]
     for section in sections:
         parts.append(f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>")
         parts += [_picture(picture) for picture in section.pictures]

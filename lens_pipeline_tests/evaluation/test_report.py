@@ -9,7 +9,11 @@ import pytest
 
 from lens_pipeline.evaluation.gates import GateDecision
 from lens_pipeline.evaluation.metrics import lens_metrics
-from lens_pipeline.evaluation.plots import contact_sheet, learning_curves_figure
+from lens_pipeline.evaluation.plots import (
+    contact_sheet,
+    first_cutouts_sheet,
+    learning_curves_figure,
+)
 from lens_pipeline.evaluation.report import (
     Picture,
     Section,
@@ -187,6 +191,17 @@ def test_learning_curves_show_each_epoch() -> None:
     left, right = learning_curves_figure(curves).axes
     assert [list(line.get_data()[1]) for line in left.lines] == [[0.7, 0.5, 0.4], [0.7, 0.6, 0.6]]
     assert len(right.lines) == 3
+
+
+def test_a_cutout_of_no_kind_is_shown_by_its_label() -> None:
+    table = pd.DataFrame(
+        {"label": pd.array([0, 1, 0, None], "Int8"), "kind": ["ring", None, 3.0, "x"]}
+    )
+    images = np.random.default_rng(0).random((4, 3, 8, 8), np.float32)
+    shown = first_cutouts_sheet(images, table, "composite").axes[0].texts
+    assert [text.get_text() for text in shown] == ["lens", "ring", "3.0"]
+    shown = first_cutouts_sheet(images, table[["label"]], "composite").axes[0].texts
+    assert [text.get_text() for text in shown] == ["lens", "non-lens", "non-lens"]
 
 
 def test_a_contact_sheet_shows_all_cutouts_alike() -> None:

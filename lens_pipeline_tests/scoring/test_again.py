@@ -52,6 +52,10 @@ def test_the_same_command_again_leaves_the_file_as_it_is(
         (tmp_path / "scores.top.jpg").unlink()
         assert main([*arguments, "--top", "2"]) == 0
         assert (tmp_path / "scores.top.jpg").exists()
+        assert "former" not in capsys.readouterr().out
+        pd.read_parquet(tmp_path / "few.parquet")[:-1].to_parquet(tmp_path / "few.parquet")
+        assert main(arguments) == 0
+        assert f"{tmp_path}/scores.top.csv: is of former scores" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["scores.parquet", "scores.csv"])
