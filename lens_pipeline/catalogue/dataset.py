@@ -13,14 +13,8 @@ import pandas as pd
 from numpy.lib import format as npy
 from numpy.typing import ArrayLike, NDArray
 
-from lens_pipeline.catalogue.images import (
-    COMPOSITE_BANDS,
-    Cutout,
-    CutoutError,
-)
-from lens_pipeline.catalogue.splits import (
-    FRACTIONS,
-)
+from lens_pipeline.catalogue.images import COMPOSITE_BANDS, Cutout, CutoutError
+from lens_pipeline.catalogue.splits import FRACTIONS
 from lens_pipeline.errors import InputError
 
 PARTS = (*FRACTIONS, "unlabelled")

@@ -209,7 +209,7 @@ def _fingerprint(source: str, storage_options: Mapping[str, Any] | None) -> str:
     filesystem, inside = locate(source, storage_options)
     if not filesystem.isdir(inside):
         return hashlib.sha256(filesystem.cat_file(inside)).hexdigest()
-    # What `_read_folder` looks at: other things may lie there, LENS_HOME among them.
+    # What `read_folder` looks at: other things may lie there, LENS_HOME among them.
     listings = [posixpath.join(inside, f"{split}.csv") for split in SPLITS]
     tables = [filesystem.cat_file(name) for name in listings if filesystem.exists(name)]
     names: list[str] = []

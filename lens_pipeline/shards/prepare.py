@@ -33,8 +33,8 @@ def prepare_shards(
 
     data_root: a catalogue, a folder of cutouts, or a processed dataset, which is taken as it is;
     else see `build_dataset` and `write_shards`. image_size: 64 by default; surveys: whose rows are
-    taken, by default all. Raises InputError as
-    they do, and where a processed dataset has another image_size than the one asked for.
+    taken, by default all. Raises InputError as they do, and where a processed dataset has another
+    image_size than the one asked for.
     """
 
     def write(dataset: str) -> Manifest:

@@ -241,27 +241,23 @@ class Store:
         )
         return None if wrong else state or ""
 
-    def swap(self, name: str, change: Callable[[bytes | None], bytes | None]) -> bytes | None:
-        """Replace a small object by what `change` makes of it; None leaves it as it is. Returns
-        what lies there.
+    def swap(self, name: str, change: Callable[[bytes | None], bytes | None]) -> None:
+        """Replace a small object by what `change` makes of it; None leaves it as it is.
 
         Where another process was quicker, `change` is asked again: a folder, S3 and GCS can tell;
         of other stores the last one wins.
         """
         if self.is_local:
             with filelock.FileLock(self.at(f".{name}.lock")):
-                found = self.read(name)
-                wanted = change(found)
+                wanted = change(self.read(name))
                 if wanted is not None:
                     self.put_bytes(name, wanted)
-            return wanted if wanted is not None else found
+            return
         while True:
             found, token = self._with_token(name)
             wanted = change(found)
-            if wanted is None:
-                return found
-            if self._put_if(name, wanted, token):
-                return wanted
+            if wanted is None or self._put_if(name, wanted, token):
+                return
 
     def _with_token(self, name: str) -> tuple[bytes | None, str | None]:
         """An object, and what tells this state of it from others."""

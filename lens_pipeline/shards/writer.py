@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.columns import image_columns
 from lens_pipeline.catalogue.dataset import PARTS, Dataset, open_dataset
+from lens_pipeline.catalogue.splits import class_counts
 from lens_pipeline.errors import InputError
 from lens_pipeline.progress import progress_bar
 from lens_pipeline.shards.encoding import Encoding
@@ -147,9 +148,8 @@ class _Portion:
             "split": self.split,
             "shard": self.name,
         }
-        n_lens, n_nonlens = int((label == 1).sum()), int((label == 0).sum())
-        sha256 = digest.hexdigest()
-        shard = Shard(self.name, sha256, size, self.split, len(label), n_lens, n_nonlens)
+        counts = class_counts(label)
+        shard = Shard(self.name, digest.hexdigest(), size, self.split, *counts.values())
         return shard, pd.DataFrame(index)
 
 

@@ -21,8 +21,8 @@ from lens_pipeline.simulation.render import PSF_RADIUS, Renderer, add_in_order
 from lens_pipeline.simulation.streams import Purpose, stream
 
 # Per square arcsec, of the magnitudes that `source_i_magnitude` draws, 20 to 27 (one cutout in ten
-# of DES has a brighter one): 46 x 10^(0.31 (i -
-# 25)) per square arcmin are brighter than i (LSST Science Book, section 3.7).
+# of DES has a brighter one): 46 x 10^(0.31 (i - 25)) per square arcmin are brighter than i (LSST
+# Science Book, section 3.7).
 DENSITY = 46 * (10 ** (0.31 * (27 - 25)) - 10 ** (0.31 * (20 - 25))) / 3600
 MIN_SNR = 3.0  # of a star as bright; what is fainter drowns in the sky's noise
 MIN_RADIUS = 0.6  # pixels: smaller ones look the same, but sub-pixels would miss their light

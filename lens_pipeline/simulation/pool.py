@@ -12,7 +12,7 @@ image where they are not given, so that mass and light lie alike.
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +129,10 @@ def _read(
     options: Mapping[str, Any] | None,
 ) -> Iterator[tuple[int, Cutout | CutoutError]]:
     """(row, cutout or the reason against it) of those rows. Raises InputError for a composite."""
-    chosen = replace(catalogue, table=catalogue.table.iloc[wanted])
-    read = read_cutouts(chosen, image_size, bands=bands, options=dict(options or {}))
-    for place, cutout in read:
-        row = int(wanted[place])
+    read = read_cutouts(
+        catalogue, image_size, bands=bands, options=dict(options or {}), rows=wanted
+    )
+    for row, cutout in read:
         if isinstance(cutout, Cutout) and cutout.units == COMPOSITE:
             raise InputError(
                 f"hosts: {catalogue.source}: {_where(catalogue, row)}: is a composite; arcs can be "

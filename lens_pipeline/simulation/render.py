@@ -323,7 +323,7 @@ class Renderer:
         noise = electrons / (electrons + ROUNDED * variance).sqrt()
         return images + (electrons + deviates * noise) / sigma
 
-    def matched_filter(self, arcs: Tensor, background: NDArray[np.float64] | None = None) -> Tensor:
+    def matched_filter(self, arcs: Tensor, background: NDArray[np.float64]) -> Tensor:
         """Signal-to-noise of arcs alone on the sky in the best band (B,), their shape known.
 
         By Schwarz's inequality no `signal_to_noise` is higher. background: as there.
@@ -362,9 +362,7 @@ class Renderer:
         ratio = torch.where(seen, arcs / torch.maximum(galaxy, variance.sqrt()), 0).flatten(2)
         return ratio.topk(CONTRAST_PIXELS, dim=-1).values[..., -1].amax(dim=1)
 
-    def electrons_of_sigma(
-        self, images: Tensor, background: NDArray[np.float64] | None = None
-    ) -> Tensor:
+    def electrons_of_sigma(self, images: Tensor, background: NDArray[np.float64]) -> Tensor:
         """Electrons (B, bands, size, size) of images in units of each band's background sigma.
 
         background: as in `signal_to_noise`.
