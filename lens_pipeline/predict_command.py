@@ -43,9 +43,9 @@ def _predict(options: argparse.Namespace) -> int:
     share = Share.parse(options.share) if options.share else None
     if share and options.top:
         raise InputError("--top: goes with the command without --share, which writes the file")
-    check_out(options.out)
     if options.out.resolve() == Path(source).resolve():
         raise InputError(f"--out {options.out}: is the catalogue; name another file")
+    check_out(options.out)
     keep_waits_short()
     registry = Registry(settings)
     registry.require()

@@ -70,9 +70,16 @@ def _prepare(options: argparse.Namespace) -> int:
                 max_reject_fraction=settings.max_reject_fraction,
                 options=storage,
             )
+    import pandas as pd
+
+    from lens_pipeline.catalogue.dataset import REJECTS, rejects_in_words
     from lens_pipeline.shards.manifest import read_manifest
 
     manifest = read_manifest(out)
+    if not options.upload_only and (out / REJECTS).is_file():
+        rejects = pd.read_parquet(out / REJECTS)
+        n_rows = len(rejects) + sum(shard.samples for shard in manifest.shards)
+        print(rejects_in_words(rejects, n_rows, out / REJECTS))
     places: list[tuple[str, dict[str, Any]]] = [(str(out), {})]
     if options.cloud_url:
         from lens_pipeline.shards.cloud import publish_shards

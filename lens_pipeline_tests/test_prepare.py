@@ -59,6 +59,27 @@ def test_the_guides_command_line(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_what_cannot_be_used_is_told_and_listed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoilt = [folder / "train" / "lens" / f"{number}.png" for number in range(2)]
+    for path, content in zip(spoilt, (b"", b"no picture"), strict=True):
+        path.write_bytes(content)
+    out = tmp_path / "shards"
+    arguments = ["prepare", "--data-root", str(folder), "--output-dir", str(out), "--validate"]
+    assert main([*arguments, "--cloud-url", str(tmp_path / "cloud")]) == 0
+    told = f"2 of 40 cutouts cannot be used, see {out / 'rejects.parquet'} (2 times: the file "
+    assert told in capsys.readouterr().out
+    listed = pd.read_parquet(out / "rejects.parquet")
+    assert sorted(listed["file"]) == sorted(str(path) for path in spoilt)
+    assert verify_shards(out) == []
+    # A network that is trained on the folder learns from as many.
+    home = ["--home", str(tmp_path / "home"), "--checkpoint-dir", str(tmp_path / "trained")]
+    train = ["train", "--data-root", str(folder), "--arch", "lastro", "--fast-dev-run", *home]
+    assert main(train) == 0
+    assert "2 of 40 cutouts cannot be used, see " in capsys.readouterr().err
+
+
 def test_a_processed_dataset_is_taken_as_it_is(dataset: Dataset, tmp_path: Path) -> None:
     out = tmp_path / "shards"
     arguments = ["--data-root", str(dataset.folder), "--output-dir", str(out)]

@@ -20,6 +20,7 @@ from lens_pipeline.catalogue.columns import image_columns
 from lens_pipeline.catalogue.dataset import (
     PARTS,
     REJECT_COLUMNS,
+    REJECTS,
     CutoutFormat,
     Dataset,
     open_dataset,
@@ -142,7 +143,7 @@ def build_dataset(
         used = table.drop(listed["row"])
         if whole:
             check_splits(split[used.index], used["label"], catalogue.source)
-        listed.to_parquet(folder / "rejects.parquet", index=False)
+        listed.to_parquet(folder / REJECTS, index=False)
         table = table.assign(row=table.index, split=split, nan_fraction=nan_fraction)
         if pad:
             table["padded_fraction"] = padded_fraction

@@ -40,6 +40,11 @@ def with_column_names(table: pd.DataFrame, source: str) -> pd.DataFrame:
     return table.set_axis(names, axis=1)
 
 
+def is_ours(name: Any) -> bool:
+    """Whether a column of this name means something here."""
+    return column_name(name) in _NAMES or column_name(name).startswith(_IMAGE)
+
+
 def is_text(name: Any) -> bool:
     """Whether a column holds text whatever it looks like: `0012` is not 12."""
     return column_name(name) in TEXT_COLUMNS or column_name(name).startswith(_IMAGE)

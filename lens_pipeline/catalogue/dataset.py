@@ -18,6 +18,7 @@ from lens_pipeline.catalogue.splits import FRACTIONS
 from lens_pipeline.errors import InputError
 
 PARTS = (*FRACTIONS, "unlabelled")
+REJECTS = "rejects.parquet"
 REJECT_COLUMNS = ["id", "row", "file", "column", "reason"]
 
 
@@ -124,7 +125,7 @@ class Dataset:
 
     def rejects(self) -> pd.DataFrame:
         """Cutouts that could not be used: id, row (from 0), file, column, reason."""
-        return pd.read_parquet(self.folder / "rejects.parquet")
+        return pd.read_parquet(self.folder / REJECTS)
 
     def near_duplicates(self) -> pd.DataFrame:
         """Pairs of cutouts of the same sky in two splits, the most alike first.
@@ -269,5 +270,14 @@ def open_dataset(folder: str | Path) -> Dataset:
 
 def counted_reasons(reasons: Iterable[str]) -> str:
     """Why cutouts could not be used, the three most frequent reasons: `2 times: too small; ...`."""
-    most: list[tuple[str, int]] = Counter(reasons).most_common(3)
-    return "; ".join(f"{'once' if n == 1 else f'{n} times'}: {why}" for why, n in most)
+    counts = Counter(reasons)
+    most: list[tuple[str, int]] = counts.most_common(3)
+    others = counts.total() - sum(n for _, n in most)
+    said = [f"{'once' if n == 1 else f'{n} times'}: {why}" for why, n in most]
+    return "; ".join([*said, f"{others} for other reasons"] if others else said)
+
+
+def rejects_in_words(rejects: pd.DataFrame, n_rows: int, file: Path) -> str:
+    """What is told of `Dataset.rejects` of so many rows, which lie in a file."""
+    why = counted_reasons(rejects["reason"])
+    return f"{len(rejects)} of {n_rows} cutouts cannot be used, see {file} ({why})"

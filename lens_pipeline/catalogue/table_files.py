@@ -1,5 +1,6 @@
 """Files and folders -> tables as they are written; what they must hold is `table`'s matter."""
 
+import csv
 import io
 import posixpath
 from typing import Any
@@ -12,6 +13,7 @@ from lens_pipeline.catalogue.columns import (
     as_text,
     column_name,
     image_columns,
+    is_ours,
     is_text,
     refuse,
     with_column_names,
@@ -70,7 +72,7 @@ def _read_csv(content: io.BytesIO, source: str) -> pd.DataFrame:
         header = pd.read_csv(content, nrows=0, skipinitialspace=True).columns
     except pd.errors.EmptyDataError:
         raise InputError(f"{source}: the file is empty; a header with `id` is needed") from None
-    content.seek(0)
+    _check_fields(content, source)
     # Only an empty field is a missing one, and NaN, as other libraries write that: an id may be
     # "NA". A comma that ends every row makes no column an index, and whole columns are looked at
     # before they are taken for numbers.
@@ -98,6 +100,27 @@ def _read_csv(content: io.BytesIO, source: str) -> pd.DataFrame:
         for name in lossy:
             table[name] = pd.to_numeric(exact[name], dtype_backend="numpy_nullable")
     return with_column_names(table, source)
+
+
+def _check_fields(content: io.BytesIO, source: str) -> None:
+    """Leaves the content at its beginning. Raises InputError where two columns have one name of
+    ours, of which pandas would rename one, and where rows have more fields than the header, other
+    than empty ones, which it would leave out."""
+    content.seek(0)
+    text = io.TextIOWrapper(content, "utf-8-sig", newline="")
+    rows = (row for row in csv.reader(text, skipinitialspace=True) if any(row))
+    header = next(rows)
+    with_column_names(pd.DataFrame(columns=[name for name in header if is_ours(name)]), source)
+    for number, fields in enumerate(rows, 1):
+        if len(fields) <= len(header):  # pandas refuses those that are longer than the first
+            break
+        if any(field.strip() for field in fields[len(header) :]):
+            raise InputError(
+                f"{source}: row {number} has {len(fields)} fields, the header {len(header)}; name "
+                "all columns, and quote fields that hold commas"
+            )
+    text.detach()
+    content.seek(0)
 
 
 def read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str) -> pd.DataFrame:

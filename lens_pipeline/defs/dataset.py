@@ -324,7 +324,7 @@ def processed_dataset(
         build_dataset,
         check_rejects,
     )
-    from lens_pipeline.catalogue.dataset import counted_reasons, open_dataset
+    from lens_pipeline.catalogue.dataset import REJECTS, open_dataset, rejects_in_words
     from lens_pipeline.catalogue.images import files_fingerprint
 
     settings = lens.settings
@@ -371,13 +371,7 @@ def processed_dataset(
     n_rows = dataset.facts["n_rows"]
     check_rejects(rejects, n_rows, settings.max_reject_fraction, catalogue.source)
     if len(rejects):
-        log.warning(
-            "  %d of %d cutouts cannot be used, see %s (%s)",
-            len(rejects),
-            n_rows,
-            dataset.folder / "rejects.parquet",
-            counted_reasons(rejects["reason"]),
-        )
+        log.warning("  %s", rejects_in_words(rejects, n_rows, dataset.folder / REJECTS))
     return result(
         step,
         {

@@ -36,12 +36,24 @@ def check_out(out: Path) -> None:
         raise InputError(f"--out {out}: must end in {' or '.join(SUFFIXES)}")
     if out.is_dir():
         raise InputError(f"--out {out}: is a folder; name a file")
+    if out.is_file() and out.stat().st_size and not _holds_scores(out):
+        raise InputError(f"--out {out}: is there, and holds no scores; name another, or remove it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=out.parent):
             pass
     except OSError as problem:
         raise InputError(f"--out {out}: cannot be written ({problem.strerror})") from None
+
+
+def _holds_scores(path: Path) -> bool:
+    """Whether a file has the columns of scores, whoever may have edited it."""
+    try:
+        csv = path.suffix == ".csv"
+        names = pd.read_csv(path, nrows=0).columns if csv else pq.read_schema(path).names
+    except (OSError, ValueError, pa.ArrowException):
+        return False
+    return {"id", "probability", "logit"} <= {*names}
 
 
 def about_scores(file: str | Path) -> dict[str, Any]:

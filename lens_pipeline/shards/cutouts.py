@@ -1,5 +1,6 @@
 """Labelled cutouts by split, wherever they lie: shards, a processed dataset, a catalogue."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,14 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import ArrayLike, NDArray
 
 from lens_pipeline.catalogue.build import LIBRARIES, build_dataset
-from lens_pipeline.catalogue.dataset import CutoutFormat, Dataset, Empty, open_dataset
+from lens_pipeline.catalogue.dataset import (
+    REJECTS,
+    CutoutFormat,
+    Dataset,
+    Empty,
+    open_dataset,
+    rejects_in_words,
+)
 from lens_pipeline.catalogue.images import central, files_fingerprint
 from lens_pipeline.catalogue.table import read_catalogue, source_fingerprint
 from lens_pipeline.errors import InputError
@@ -22,6 +30,8 @@ from lens_pipeline.shards.reader import FetchedSplit, ShardSplit, shards_at
 from lens_pipeline.shards.store import Store
 from lens_pipeline.steps import Recipe, run_step
 from lens_pipeline.storage import locate
+
+log = logging.getLogger(__name__)
 
 
 class Split(Protocol):
@@ -206,4 +216,8 @@ def _processed(
         cache,
         lambda out: build_dataset(catalogue, out, options=options, **recipe.settings),
     )
-    return open_dataset(step.folder)
+    dataset = open_dataset(step.folder)
+    if not step.reused and len(rejects := dataset.rejects()):
+        file = dataset.folder / REJECTS
+        log.warning("%s", rejects_in_words(rejects, dataset.facts["n_rows"], file))
+    return dataset

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from lens_pipeline.catalogue.build import build_dataset
-from lens_pipeline.catalogue.dataset import open_dataset
+from lens_pipeline.catalogue.dataset import REJECTS, open_dataset
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.manifest import Manifest
+from lens_pipeline.steps import file_aside
 
 IMAGE_SIZE = 64
 
@@ -33,8 +34,9 @@ def prepare_shards(
 
     data_root: a catalogue, a folder of cutouts, or a processed dataset, which is taken as it is;
     else see `build_dataset` and `write_shards`. image_size: 64 by default; surveys: whose rows are
-    taken, by default all. Raises InputError as they do, and where a processed dataset has another
-    image_size than the one asked for.
+    taken, by default all. Cutouts that cannot be used are listed beside the shards, in
+    `rejects.parquet`, where there are any. Raises InputError as they do, and where a processed
+    dataset has another image_size than the one asked for.
     """
 
     def write(dataset: str) -> Manifest:
@@ -51,7 +53,7 @@ def prepare_shards(
     storage = dict(options or {})
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".dataset-") as folder:
         catalogue = read_catalogue(data_root, storage)
-        build_dataset(
+        dataset = build_dataset(
             catalogue.of_surveys(surveys, split_seed) if surveys else catalogue,
             Path(folder),
             image_size=image_size or IMAGE_SIZE,
@@ -62,4 +64,8 @@ def prepare_shards(
             origin=data_root,
             options=storage,
         )
-        return write(folder)
+        manifest = write(folder)
+        if dataset.facts["n_rejects"]:
+            with file_aside(out / REJECTS) as file:
+                dataset.rejects().to_parquet(file, index=False)
+        return manifest

@@ -355,6 +355,28 @@ def test_a_comma_at_the_end_of_every_row_shifts_nothing(tmp_path: Path) -> None:
     assert table["label"].tolist() == [1, 0]
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("id,path,label,ra\na,a.png,1,17.5,150.1\nb,b.png,0,17.5,150.2\n", "row 1 has 5 fields"),
+        ("id,path,label\na,a.png,1,\n\nb,b.png,0,0.9\n", "row 2 has 4 fields, the header 3"),
+        ("\ufeffid,path,label, label\na,a.png,1,0\n", "'label' and 'label' are both label"),
+        ("id,path,label,ra,RA\na,a.png,1,150.1,2.2\n", None),
+        ("id,path,label,mag,mag\na,a.png,1,20.1,20.3\n", None),
+        ('id,path,label,ra\na,a.png,1,"150.1"\n', None),
+    ],
+)
+def test_no_field_is_shifted_and_no_column_renamed_unseen(
+    tmp_path: Path, content: str, message: str | None
+) -> None:
+    (tmp_path / "t.csv").write_text(content)
+    if message is None:
+        read_catalogue(tmp_path / "t.csv")
+    else:
+        with pytest.raises(InputError, match=message):
+            read_catalogue(tmp_path / "t.csv")
+
+
 def test_a_listing_says_what_of_a_splits_folders_belongs_to_it(tmp_path: Path) -> None:
     """The guide's layout has both."""
     for split in ("train", "val"):

@@ -192,11 +192,25 @@ def test_a_catalogue_that_lacks_a_band_is_refused_before_anything_is_read(
     assert "has the bands g, r; the model takes g, r, i" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_a_table_of_ones_own_is_not_replaced(
+    kind: str, home: Path, survey: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, out = pd.read_parquet(survey)[1:10], tmp_path / f"mine.{kind}"
+    table.to_parquet(tmp_path / "few.parquet")
+    for own in (table.assign(probability=0.5).to_csv(index=False).encode(), b"notes", b"PAR1"):
+        out.write_bytes(own)
+        assert main(command(home, tmp_path / "few.parquet", out)) == 2
+        assert f"--out {out}: is there, and holds no scores" in capsys.readouterr().err
+        assert out.read_bytes() == own
+    out.write_bytes(b"")  # as `mktemp` leaves it
+    assert main(command(home, tmp_path / "few.parquet", out)) == 0
+
+
 def test_an_out_may_have_any_name_but_the_catalogues(
     home: Path, survey: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = pd.read_parquet(survey)[1:10]
-    table.to_parquet(tmp_path / "part-000000.parquet")
     catalogue = tmp_path / "few.parquet"
     table.to_parquet(catalogue)
     assert main(command(home, catalogue, tmp_path / "part-000000.parquet")) == 0
