@@ -16,6 +16,7 @@ import torch
 from lens_pipeline import LensDataModule, LitEnsembleSystem
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.system import load_system
+from lens_pipeline.shards.prefetch import gathered_ahead
 from lens_pipeline.training import TrainedMember, train
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.train import resolved_precision
@@ -198,3 +199,30 @@ def test_an_ensemble_scores_alike_on_gpu_and_cpu(uneven_shards: Path, tmp_path: 
     ]
     for name in ("logit", "std", "entropy", "probability_lastro"):
         np.testing.assert_allclose(tables[0][name], tables[1][name], rtol=0.02, atol=0.02)
+
+
+def test_batches_come_whole_beside_work_that_takes_longer() -> None:
+    """Whatever the GPU is still to do with those before them, and whoever keeps one."""
+    stream, n, shape = torch.cuda.Stream(), 60, (64, 3, 128, 128)
+    heavy = torch.randn(4096, 4096, device="cuda")
+
+    def gather(places: list[int]) -> dict[str, torch.Tensor]:
+        return {"image": torch.full(shape, float(places[0])).pin_memory()}
+
+    for taken in (n, 7):  # to the end, and given up
+        kept, seen = [], []
+        batches = gathered_ahead(gather, [[number] for number in range(n)], stream)
+        for number, batch in enumerate(batches):
+            for _ in range(5):
+                heavy = (heavy @ heavy).clamp(-1, 1)  # some milliseconds behind
+            seen += [batch["image"].amin(), batch["image"].amax()]
+            if number % 10 == 3:
+                kept.append(batch["image"])
+            del batch
+            if number + 1 == taken:
+                break
+        del batches
+        other = [torch.full(shape, -1.0, device="cuda") for _ in range(6)]
+        assert torch.stack(seen).tolist() == [float(i) for i in range(taken) for _ in "12"]
+        assert [image.unique().tolist() for image in kept] == [[i] for i in range(3, taken, 10)]
+        assert all(bool((one == -1).all()) for one in other)
