@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lens_pipeline.alerts import MARK
-from lens_pipeline.errors import InputError, masked
+from lens_pipeline.errors import InputError
 from lens_pipeline.runner import end_launched_runs, open_instance, release_dead_runs
 from lens_pipeline.settings import HOST, Settings
 from lens_pipeline.tracking import Tracking, experiment_page
@@ -120,7 +120,7 @@ def pages(
     addresses = {"Dagster": f"http://{HOST}:{dagster_port}"}
     ports = {"--dagster-port": dagster_port}
     if settings.mlflow_uri.startswith("http"):
-        addresses["MLflow"] = masked(settings.mlflow_uri).rstrip("/")
+        addresses["MLflow"] = str(settings.mlflow_pages)
     else:
         addresses["MLflow"] = f"http://{HOST}:{mlflow_port}"
         ports["--mlflow-port"] = mlflow_port
@@ -132,7 +132,7 @@ def pages(
     environment = LOOKING | os.environ | QUIET | {"UVICORN_APP_DIR": FIRST}
     environment["PYTHONPATH"] = os.pathsep.join([FIRST, *_python_path()])
     environment["MLFLOW_BACKEND_STORE_URI"] = settings.mlflow_uri
-    environment["LENS_MLFLOW_PAGE"] = addresses["MLflow"]
+    environment["LENS_MLFLOW_PAGE"] = settings.mlflow_page or addresses["MLflow"]
     with open_instance(settings) as instance, _alone(settings) as lock:
         # Asking creates the database before two servers would.
         addresses["MLflow"] = experiment_page(addresses["MLflow"], Tracking(settings).experiment_id)
@@ -215,7 +215,7 @@ def serve(settings: Settings, dagster_port: int, mlflow_port: int, verbose: bool
                 print(f"{name:8} {address}")
             if found.messages is not None:
                 print(f"Messages {found.messages.file}")
-            print("Ctrl-C ends both.", flush=True)
+            print("Ctrl-C ends what runs here.", flush=True)
             while True:
                 time.sleep(0.5)
                 for told in found.messages.new_alerts() if found.messages else ():

@@ -48,7 +48,7 @@ def test_no_file_of_the_working_directory_is_run_and_the_terminal_is_left_to_ale
             f"Dagster  {served.dagster}",
             f"MLflow   {served.mlflow}/#/experiments/1/runs?workflowType=machine_learning",
             f"Messages {messages}",
-            "Ctrl-C ends both.",
+            "Ctrl-C ends what runs here.",
         ]
         assert "alert: run 4ce1f47a failed: no room" in lines
         assert [line for line in lines[4:] if not line.startswith("alert: ")] == []
@@ -56,3 +56,17 @@ def test_no_file_of_the_working_directory_is_run_and_the_terminal_is_left_to_ale
         time.sleep(2)  # several looks at it
         assert served.server.poll() is None, served.log
     assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
+
+
+@pytest.mark.slow
+def test_links_lead_where_people_are_told_to_find_mlflow(tmp_path: Path) -> None:
+    """Beside a server that is another's none is started."""
+    told = {"LENS_MLFLOW_PAGE": "https://mlflow.example/lenses"}
+    with Served(tmp_path / "theirs", tmp_path / "their log", told) as theirs:
+        tracked = told | {"MLFLOW_TRACKING_URI": theirs.mlflow}
+        with Served(tmp_path / "own", tmp_path / "log", tracked) as own:
+            assert own.processes("mlflow", "server") == []
+            for served, shown in ((theirs, theirs.mlflow), (own, "https://mlflow.example/lenses")):
+                assert f"MLflow   {shown}/#/experiments/1/runs" in served.log
+                (daemon,) = served.processes("dagster._daemon")
+                assert told.items() <= daemon.environ().items()
