@@ -247,7 +247,8 @@ def _print_summary(settings: Settings) -> None:
         if summary[what]:
             print(textwrap.fill(line(summary[what]), 88, subsequent_indent="  "))
     print()
-    print(f"Registered  {model['name']}, version {model['version']}; aliases: {aliases}")
+    before = " (before this run)" if summary["stages"]["registered_ensemble"]["reused"] else ""
+    print(f"Registered  {model['name']}, version {model['version']}{before}; aliases: {aliases}")
     for reason in summary["gate"]["reasons"]:
         print(f"            gate: {reason}")
     print(f"Report      {summary['report']}")

@@ -160,7 +160,7 @@ def test_a_second_run_does_nothing_again(
         assert after[name] == before[name]
     assert len(client_of(own_home).search_model_versions("name = 'lens_ensemble'")) == 1
     printed = capsys.readouterr().out
-    assert "lens_ensemble, version 1" in printed
+    assert "lens_ensemble, version 1 (before this run); aliases" in printed
     assert f"lens-pipeline show --home {own_home}" in printed
     for name in (*MEMBERS, "ensemble", "AUROC", "calibration error", "report.html"):
         assert name in printed

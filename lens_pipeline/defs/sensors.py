@@ -15,7 +15,7 @@ from lens_pipeline.defs.source import source_glance, source_state
 from lens_pipeline.defs.stages import REGISTERED
 from lens_pipeline.defs.surveys import every_survey
 from lens_pipeline.errors import InputError, first_of
-from lens_pipeline.registry import CHAMPION, MODEL, PASSED, answering
+from lens_pipeline.registry import CHALLENGER, CHAMPION, MODEL, PASSED, answering
 from lens_pipeline.settings import Settings
 from lens_pipeline.tracking import keep_waits_short
 
@@ -106,18 +106,21 @@ def new_challenger(
     if isinstance(told, int):  # as former versions have left it
         told = {"version": told}
     records = context.instance.fetch_materializations(REGISTERED, limit=1).records
-    try:
-        champion = _champion(lens)
-    except InputError as problem:
-        return dg.SkipReason(str(problem))
     made = records[0].asset_materialization if records else None
     facts = {name: str(value.value) for name, value in made.metadata.items()} if made else {}
     # An older one comes up again where its members are trained again, as after a change taken back.
     version = max(int(facts.get("version", 0)), told.get("version", 0))
     new = version > told.get("version", 0)
+    try:
+        champion = _aliased(lens, CHAMPION)
+        challenger = _aliased(lens, CHALLENGER) if new else None
+    except InputError as problem:
+        return dg.SkipReason(str(problem))
     said = []
     if new:
-        why = f"it stays challenger: {facts['gate']}"
+        # Where nothing was told before, it may be an older one that came up again.
+        who = "it stays challenger" if challenger == version else "it is not champion"
+        why = f"{who}: {facts['gate']}"
         if champion == version:
             why = "it has become champion"
         elif facts["gate"] == PASSED:
@@ -135,14 +138,14 @@ def new_challenger(
     )
 
 
-def _champion(lens: LensHome) -> int | None:
-    """The number of the version that is champion now. Raises InputError where the registry cannot
-    be asked."""
+def _aliased(lens: LensHome, alias: str) -> int | None:
+    """The number of the version that is champion, or challenger, now. Raises InputError where the
+    registry cannot be asked."""
     keep_waits_short()
     lens.registry.require()
-    with answering("the registry cannot be asked who is champion"):
-        champion = lens.registry.aliased(CHAMPION)
-    return None if champion is None else int(champion.version)
+    with answering(f"the registry cannot be asked who is {alias}"):
+        found = lens.registry.aliased(alias)
+    return None if found is None else int(found.version)
 
 
 def _of_champion(champion: int | None, former: int | None) -> str:

@@ -153,6 +153,8 @@ class Versions:
         with suppress(MlflowException):
             client.create_registered_model(MODEL)
         number = str(client.create_model_version(MODEL, "file:///none").version)
+        if "challenger" in aliases:
+            self.registry.set_alias("challenger", number)
         if "champion" in aliases:
             self.registry.promote(number)
         self.made(number, aliases, gate)
@@ -192,6 +194,19 @@ def test_each_new_version_is_told_once(
     assert webhook.texts == [
         "lens_ensemble version 1 is registered; it has become champion",
         "lens_ensemble version 2 is registered; it stays challenger: 8 lenses, fewer than 50",
+    ]
+
+
+def test_an_older_version_that_came_up_again_is_not_called_challenger(
+    instance: dg.DagsterInstance, versions: Versions, webhook: Webhook
+) -> None:
+    """By a sensor that has told nothing yet."""
+    for _ in range(2):
+        versions.register("challenger", "few lenses")
+    versions.made("1", "", "few lenses")
+    Sensor("new_challenger", instance).tick()
+    assert webhook.texts == [
+        "lens_ensemble version 1 is registered; it is not champion: few lenses"
     ]
 
 
