@@ -69,9 +69,16 @@ def named(table: pd.DataFrame, source: str) -> pd.DataFrame:
 
 def _read_csv(content: io.BytesIO, source: str) -> pd.DataFrame:
     try:
-        header = pd.read_csv(content, nrows=0, skipinitialspace=True).columns
+        return with_column_names(_csv_as_written(content, source), source)
     except pd.errors.EmptyDataError:
         raise InputError(f"{source}: the file is empty; a header with `id` is needed") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{source}: is not text in UTF-8; save it as that") from None
+
+
+def _csv_as_written(content: io.BytesIO, source: str) -> pd.DataFrame:
+    header = pd.read_csv(content, nrows=0, skipinitialspace=True).columns
+    _check_header(header, source)
     _check_fields(content, source)
     # Only an empty field is a missing one, and NaN, as other libraries write that: an id may be
     # "NA". A comma that ends every row makes no column an index, and whole columns are looked at
@@ -99,7 +106,20 @@ def _read_csv(content: io.BytesIO, source: str) -> pd.DataFrame:
         exact = pd.read_csv(content, dtype=str, usecols=lossy, **how)
         for name in lossy:
             table[name] = pd.to_numeric(exact[name], dtype_backend="numpy_nullable")
-    return with_column_names(table, source)
+    return table
+
+
+def _check_header(header: pd.Index, source: str) -> None:
+    """Raises InputError for what other programs call CSV."""
+    if header[0].startswith("#"):
+        raise InputError(
+            f"{source}: begins with {header[0]!r}; a CSV begins with the names of its columns, "
+            "without #"
+        )
+    if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
+        raise InputError(
+            f"{source}: its header is one field, {header[0]!r}; separate fields by commas"
+        )
 
 
 def _check_fields(content: io.BytesIO, source: str) -> None:

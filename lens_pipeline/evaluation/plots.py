@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
 
 # Okabe & Ito 2008: told apart by the colour-blind, too.
@@ -53,6 +53,15 @@ def plain(axes: Axes, x: str, y: str) -> Axes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)
     return axes
+
+
+def logarithmic(axes: Axes, low: float, high: float) -> None:
+    """An x axis from one value to the other, with so many labels that none overlap."""
+    axes.set_xscale("log")
+    short = high < 30 * low
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if short else (1,)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def learning_curves_figure(curves: pd.DataFrame) -> Figure:
@@ -105,15 +114,16 @@ def tuning_figure(trials: pd.DataFrame, settings: Mapping[str, str], monitor: st
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
     for axes, (name, scale) in zip(panels, {"number": "linear", **settings}.items(), strict=False):
         choices = sorted(trials[name].dropna().unique()) if scale == "choice" else []
+        x = trials[name].map(choices.index, na_action="ignore") if choices else trials[name]
         for state, marker in (("complete", "o"), ("pruned", "x")):
-            some = trials[trials["state"] == state]
-            x = some[name].map(choices.index) if choices else some[name]
-            axes.scatter(x, some["value"], 18, COLOURS[0], marker, label=state, alpha=0.8)
+            some = trials["state"] == state
+            value = trials.loc[some, "value"]
+            axes.scatter(x[some], value, 18, COLOURS[0], marker, label=state, alpha=0.8)
         if choices:
             axes.set_xticks(range(len(choices)), [str(choice) for choice in choices])
             axes.set_xlim(-0.5, len(choices) - 0.5)
-        else:
-            axes.set_xscale(scale)
+        elif scale == "log":
+            logarithmic(axes, x.min(), x.max())
         axes.set_xlabel("trial" if name == "number" else name.rpartition(".")[2].replace("_", " "))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)

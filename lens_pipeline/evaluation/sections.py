@@ -272,11 +272,12 @@ def reject_sections(reasons: pd.Series) -> list[Section]:
     reasons: of every cutout, none where it was used.
     """
     counts = reasons.value_counts().rename_axis("reason").reset_index(name="cutouts")
+    counts = counts[["cutouts", "reason"]]  # which may be long
     if counts.empty:
         return []
     text = (
         f"{counts['cutouts'].sum():,} of {len(reasons):,} cutouts of all splits could not be used, "
-        f"and have no scores, for {len(counts):,} reasons"
+        f"and have no scores, for {len(counts):,} reason{'s' if len(counts) > 1 else ''}"
     )
     if len(counts) > REASONS:
         text += f", of which these are the {REASONS} most frequent"

@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
-from lens_pipeline.evaluation.plots import COLOURS, FONT, column_figure, plain
+from lens_pipeline.evaluation.plots import COLOURS, FONT, column_figure, logarithmic, plain
 from lens_pipeline.evaluation.selection import QUANTITIES
 
 LOGARITHMIC = ("arc_snr", "arc_contrast", "flux_ratio")  # they span decades
@@ -38,11 +37,7 @@ def completeness_figure(selection: Mapping[str, Any]) -> Figure:
         )  # fmt: skip
         plain(axes, QUANTITIES[name], "")
         if name in LOGARITHMIC and bins[0]["low"] > 0:
-            decades = np.log10(bins[-1]["high"] / bins[0]["low"])
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.5 else (1,)))
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            logarithmic(axes, bins[0]["low"], bins[-1]["high"])
         axes.set(ylim=(-0.04, 1.04))
     for axes in panels[len(quantities) :]:
         axes.set_visible(False)

@@ -325,7 +325,7 @@ def test_bad_tables_name_row_and_column(tmp_path: Path, text: str, message: str)
         ("table.xlsx", b"PK", "a catalogue is a folder or one of"),
         ("table.parquet", b"not parquet", "cannot be read as a catalogue"),
         ("table.fits", b"SIMPLE  =", "cannot be read as a catalogue"),
-        ("table.csv", b"\xff\xfe\x00broken", "cannot be read as a catalogue"),
+        ("table.csv", b"\xff\xfe\x00broken", "is not text in UTF-8"),
     ],
 )
 def test_unreadable_sources(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
@@ -375,6 +375,26 @@ def test_no_field_is_shifted_and_no_column_renamed_unseen(
     else:
         with pytest.raises(InputError, match=message):
             read_catalogue(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"id;path;label\na;a.png;1\n", "its header is one field, 'id;path;label'; separate"),
+        (b"id\tpath\na\ta.png\n", "its header is one field"),
+        (b"# made by a survey\nid,path\na,a.png\n", "begins with '# made by a survey'"),
+        (b"# id,path\na,a.png\n", "begins with '# id'"),
+        ("id,path,note\na,a.png,étoile\n".encode("latin-1"), "is not text in UTF-8"),
+        ("id,path,étoile\na,a.png,1\n".encode("latin-1"), "is not text in UTF-8"),
+        (b"id,path,note\n" + 60_000 * b"a,a.png,x\n" + b"b,b.png,\xe9\n", "is not text in UTF-8"),
+    ],
+)
+def test_what_others_call_csv_is_told_in_a_line(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(InputError, match=rf"t\.csv: {message}"):
+        read_catalogue(tmp_path / "t.csv")
 
 
 def test_a_listing_says_what_of_a_splits_folders_belongs_to_it(tmp_path: Path) -> None:

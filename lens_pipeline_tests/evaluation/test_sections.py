@@ -332,6 +332,7 @@ def test_rejected_cutouts_are_counted_by_reason() -> None:
     assert section.text.startswith("78 of 80 cutouts")
     assert "for 12 reasons, of which these are the 10 most frequent" in section.text
     table = section.tables["By reason"]
+    assert list(table) == ["cutouts", "reason"]  # what is long goes last
     assert table["reason"].tolist() == [f"reason {number:02d}" for number in range(10)]
     assert table["cutouts"].tolist() == list(range(12, 2, -1))
     assert reject_sections(pd.Series([None, None], dtype=object)) == []
