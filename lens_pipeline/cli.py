@@ -192,7 +192,7 @@ def _run(options: argparse.Namespace) -> int:
 
         keep_waits_short()
         with answering("MLFLOW_TRACKING_URI"):
-            assert Tracking(settings).client  # before hours of work are done for it
+            _ = Tracking(settings).client  # before hours of work are done for it
         run_pipeline(settings, changes, options.verbose)
     _print_summary(settings)
     return 0

@@ -142,7 +142,7 @@ class Registry:
             inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *example.shape[1:]))]),
             outputs=Schema([ColSpec("double", name) for name in loaded.columns]),
         )
-        assert self.client  # sets MLflow's URIs
+        _ = self.client  # sets MLflow's URIs
         with (
             TemporaryDirectory() as folder,
             mlflow.start_run(run_id=run_id),
@@ -247,7 +247,7 @@ class Registry:
             )
         self.require()
         with answering(f"--model: {uri or MODEL} cannot be loaded"):
-            assert self.client  # sets MLflow's URIs
+            _ = self.client  # sets MLflow's URIs
             uri = self._numbered(uri or self._default_uri())
             # MLflow would leave what it fetches where it lies; the ensemble is in memory then.
             if not uri.startswith(f"models:/{MODEL}/"):
@@ -269,7 +269,7 @@ class Registry:
         from lens_pipeline.models.pretrained import read_checkpoint
 
         with answering(f"model.pretrained: {uri} cannot be had"):
-            assert self.client  # sets MLflow's URIs
+            _ = self.client  # sets MLflow's URIs
             uri = self._numbered(uri)
             # The number alone would be that of another server's version, too.
             name, _, number = uri.removeprefix("models:/").partition("/")

@@ -114,7 +114,7 @@ def _mlflow(
     from lens_pipeline.training.member import LAST
 
     tracking = Tracking(settings)
-    assert tracking.client  # makes the registry's database where there is none
+    _ = tracking.client  # makes the registry's database where there is none
     uri = settings.mlflow_uri
     given = os.environ.get("MLFLOW_RUN_ID")  # of who started this process, and records the rest
     if given or not is_first():

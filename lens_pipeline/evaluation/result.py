@@ -52,9 +52,7 @@ class Evaluation:
     def on_real_ones(self, thresholds: Mapping[str, Any]) -> bool:
         """Whether gates judge by the real cutouts alone: where they hold what a gate needs beside
         simulated ones, from which real non-lenses may be told by the noise."""
-        real = self.origins.get(REAL, {}).get(ENSEMBLE, {"n_lens": 0, "n_nonlens": 0})
-        enough = (real[f"n_{name}"] >= thresholds[f"min_{name}"] for name in CLASSES)
-        return all(enough)
+        return REAL in self.origins and _hold_enough(self.origins[REAL], thresholds)
 
     def gate(self, thresholds: Mapping[str, Any]) -> GateDecision:
         """Whether this ensemble may become the first champion."""
@@ -67,7 +65,7 @@ class Evaluation:
         alone = {
             name: first_model_gate(of[ENSEMBLE], **thresholds)
             for name, of in self.surveys.items()
-            if all(of[ENSEMBLE][f"n_{n}"] >= max(1, thresholds[f"min_{n}"]) for n in CLASSES)
+            if _hold_enough(of, thresholds)
         }
         reasons = [f"{name}: {reason}" for name, own in alone.items() for reason in own.reasons]
         return replace(
@@ -75,6 +73,13 @@ class Evaluation:
             passed=decision.passed and not reasons,
             reasons=(*decision.reasons, *reasons),
         )
+
+
+def _hold_enough(metrics: Mapping[str, Mapping[str, Any]], thresholds: Mapping[str, Any]) -> bool:
+    """Whether cutouts, by the metrics of models on them, are as many as a gate needs, and of both
+    classes."""
+    counts = metrics[ENSEMBLE]
+    return all(counts[f"n_{name}"] >= max(1, thresholds[f"min_{name}"]) for name in CLASSES)
 
 
 def read_evaluation(folder: Path) -> Evaluation:

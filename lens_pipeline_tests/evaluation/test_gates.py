@@ -207,6 +207,8 @@ def test_who_tells_cameras_apart_is_no_lens_finder() -> None:
     together = {"ensemble": lens_metrics(label, score)}
     pooled = Evaluation(**rest, metrics=together, surveys={})
     assert pooled.gate(thresholds).passed
+    # Where nothing is needed, there need be no real cutouts to judge by.
+    assert pooled.gate(thresholds | {"min_lens": 0, "min_nonlens": 0}).passed
     apart = Evaluation(
         **rest, metrics=together, surveys={name: {"ensemble": of} for name, of in parts.items()}
     )
