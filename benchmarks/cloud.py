@@ -25,10 +25,9 @@ from benchmarks._cutouts import make_dataset
 from benchmarks._harness import SCRATCH, Row, Target, options, report
 from benchmarks._link import Link
 from lens_pipeline.catalogue.dataset import open_dataset
-from lens_pipeline.shards import write_shards
+from lens_pipeline.shards import read_manifest, write_shards
 from lens_pipeline.shards.cloud import publish_shards
 from lens_pipeline.shards.datamodule import LensDataModule, LensWebDatasetDataModule
-from lens_pipeline.shards.manifest import read_manifest
 from lens_pipeline_tests.object_stores import S3Server, sign_in
 
 BATCH = 128

@@ -22,10 +22,9 @@ from tqdm import tqdm
 from benchmarks._cutouts import make_dataset
 from benchmarks._harness import Row, Target, options, report
 from lens_pipeline.errors import InputError
-from lens_pipeline.shards import verify_shards, write_shards
+from lens_pipeline.shards import read_manifest, verify_shards, write_shards
 from lens_pipeline.shards.cloud import publish_shards
 from lens_pipeline.shards.datamodule import CutoutModule, LensDataModule, LensWebDatasetDataModule
-from lens_pipeline.shards.manifest import read_manifest
 from lens_pipeline.shards.store import StoreError
 from lens_pipeline_tests.faulty_proxy import FaultyProxy
 from lens_pipeline_tests.object_stores import GCSServer, S3Server, sign_in

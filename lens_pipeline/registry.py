@@ -87,16 +87,15 @@ class Registry:
         Raises InputError where the registry cannot be asked.
         """
         self.require()
+        import mlflow
+
         referring: dict[str, list[str]] = {}
-        page: str | None = ""
         try:
-            while page is not None:
-                found = self.client.search_model_versions(page_token=page or None)
-                for version in found:
-                    if DATASET_VERSION in version.tags:
-                        name = f"{version.name} version {version.version}"
-                        referring.setdefault(version.tags[DATASET_VERSION], []).append(name)
-                page = found.token or None
+            _ = self.client  # sets MLflow's URIs
+            for version in mlflow.search_model_versions():
+                if DATASET_VERSION in version.tags:
+                    name = f"{version.name} version {version.version}"
+                    referring.setdefault(version.tags[DATASET_VERSION], []).append(name)
         except InputError:
             raise
         except Exception as problem:  # noqa: BLE001  (each kind of registry has errors of its own)

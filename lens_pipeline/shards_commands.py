@@ -73,7 +73,7 @@ def _prepare(options: argparse.Namespace) -> int:
     import pandas as pd
 
     from lens_pipeline.catalogue.dataset import REJECTS, rejects_in_words
-    from lens_pipeline.shards.manifest import read_manifest
+    from lens_pipeline.shards.store import read_manifest
 
     manifest = read_manifest(out)
     if not options.upload_only and (out / REJECTS).is_file():

@@ -21,7 +21,7 @@ from lens_pipeline import (
 )
 from lens_pipeline.cli import main
 from lens_pipeline.errors import InputError
-from lens_pipeline.shards.manifest import read_manifest
+from lens_pipeline.shards import read_manifest
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline_tests.object_stores import S3Server
 

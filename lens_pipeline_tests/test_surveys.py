@@ -18,9 +18,8 @@ from lens_pipeline.defs.surveys import every_survey
 from lens_pipeline.errors import InputError
 from lens_pipeline.runner import open_instance
 from lens_pipeline.settings import Settings
-from lens_pipeline.shards import open_shards
+from lens_pipeline.shards import open_shards, read_manifest
 from lens_pipeline.shards.cutouts import newest_shards
-from lens_pipeline.shards.manifest import read_manifest
 
 SURVEYS = ["des", "hsc"]
 BY_SURVEY = {"processed_dataset", "lens_shards"}

@@ -86,7 +86,7 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
         from lens_pipeline.catalogue.dataset import CutoutFormat
         from lens_pipeline.evaluation.standing import idle_members, members_table
         from lens_pipeline.shards.as_dataset import read_rows
-        from lens_pipeline.shards.manifest import read_manifest
+        from lens_pipeline.shards.store import read_manifest
         from lens_pipeline.training.member import TrainedMember
 
         settings = lens.settings

@@ -64,7 +64,7 @@ def lens_shards(
     WebDataset tars of every split (float16), an index for random access, and a manifest, whose
     sha256 is the dataset version.
     """
-    from lens_pipeline.shards.manifest import read_manifest
+    from lens_pipeline.shards.store import read_manifest
     from lens_pipeline.shards.verify import verify_shards
     from lens_pipeline.shards.writer import write_shards
 
@@ -147,7 +147,7 @@ def cloud_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.Materi
     At LENS_CLOUD_URL: a folder, `s3://`, `gs://`. Those of several surveys are one version there.
     """
     from lens_pipeline.shards.cloud import publish_shards, published_problems
-    from lens_pipeline.shards.manifest import read_manifest
+    from lens_pipeline.shards.store import read_manifest
 
     settings = lens.settings
     begun = time.perf_counter()
@@ -213,7 +213,7 @@ def observed_shards() -> dg.AssetsDefinition:
 
     def cloud_shards(lens: LensHome) -> dg.ObserveResult:
         from lens_pipeline.shards.cloud import published_version
-        from lens_pipeline.shards.manifest import read_manifest
+        from lens_pipeline.shards.store import read_manifest
 
         settings = lens.settings
         url = published_version(settings.source, settings.storage_options)

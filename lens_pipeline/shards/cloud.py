@@ -18,8 +18,8 @@ from typing import Any, Self
 
 from lens_pipeline.errors import InputError, first_of
 from lens_pipeline.shards.checked import CheckedFolder, checked_folder
-from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest, read_manifest
-from lens_pipeline.shards.store import Store, StoreError
+from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest
+from lens_pipeline.shards.store import Store, StoreError, read_manifest
 from lens_pipeline.shards.transfers import transfer
 
 LATEST = "latest.json"

@@ -23,10 +23,10 @@ from lens_pipeline.shards.cutouts import (
     newest_shards,
     open_cutouts,
 )
-from lens_pipeline.shards.manifest import read_manifest
 from lens_pipeline.shards.prefetch import Batch
 from lens_pipeline.shards.reader import FetchedSplit
 from lens_pipeline.shards.sampling import EpochBatches, ShardLoader, Windows
+from lens_pipeline.shards.store import read_manifest
 from lens_pipeline.shards.streaming import StreamLoader, TarStream
 from lens_pipeline.shards.urls import Tars, open_tars
 from lens_pipeline.steps import digest

@@ -6,7 +6,6 @@ It is written last, so that who sees one sees a whole dataset; its sha256 is the
 import hashlib
 import json
 import posixpath
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 
-from lens_pipeline.errors import InputError, words_of
+from lens_pipeline.errors import InputError
 from lens_pipeline.steps import file_sha256
-from lens_pipeline.storage import locate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -133,23 +131,6 @@ def write_manifest(
     )
     (folder / MANIFEST).write_text(manifest.text)
     return manifest
-
-
-def read_manifest(
-    location: str | Path, storage_options: Mapping[str, Any] | None = None
-) -> Manifest:
-    """The manifest in a folder or at an fsspec URL. Raises InputError where there is none."""
-    path = posixpath.join(str(location), MANIFEST)
-    try:
-        filesystem, inside = locate(path, storage_options)
-        content = filesystem.cat_file(inside)
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"{path}: there is no such file; shards are whole once their manifest is there"
-        ) from None
-    except PermissionError as problem:
-        raise InputError(f"{path}: may not be read ({words_of(problem)})") from None
-    return Manifest.parse(content, path)
 
 
 def difference(filesystem: fsspec.AbstractFileSystem, path: str, listed: Listed) -> str | None:

@@ -17,10 +17,10 @@ from lens_pipeline.shards.manifest import (
     INDEX,
     Manifest,
     Shard,
-    read_manifest,
     shard_name,
     write_manifest,
 )
+from lens_pipeline.shards.store import read_manifest
 
 
 def merge_shards(folders: Mapping[str, Path], out: Path) -> Manifest:

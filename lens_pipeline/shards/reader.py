@@ -30,9 +30,9 @@ from lens_pipeline.shards.cache import (
 )
 from lens_pipeline.shards.checked import checked_folder
 from lens_pipeline.shards.encoding import Encoding
-from lens_pipeline.shards.manifest import INDEX, MANIFEST, Manifest
+from lens_pipeline.shards.manifest import INDEX, Manifest
 from lens_pipeline.shards.memory import ShardContent, copy_from, stacked
-from lens_pipeline.shards.store import Store
+from lens_pipeline.shards.store import Store, no_manifest
 
 MAPS = 10_000  # of a split: Linux lets a process have 65,530 by default (vm.max_map_count)
 
@@ -236,10 +236,7 @@ def open_shards(
     kept_in = None if cache is None else Path(cache)
     found = shards_at(Store(str(location), storage_options), kept_in, cache_gb)
     if found is None:
-        raise InputError(
-            f"{location}/{MANIFEST}: there is no such file; shards are whole once their manifest "
-            "is there"
-        )
+        raise no_manifest(location)
     return found
 
 

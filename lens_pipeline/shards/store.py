@@ -70,6 +70,23 @@ class StoreError(Exception):
     """A store that failed, in spite of all patience; the message names the object and the cause."""
 
 
+def read_manifest(
+    location: str | Path, storage_options: Mapping[str, Any] | None = None
+) -> Manifest:
+    """The manifest in a folder or at an fsspec URL. Raises InputError where there is none."""
+    manifest = Store(str(location), storage_options).manifest()
+    if manifest is None:
+        raise no_manifest(location)
+    return manifest
+
+
+def no_manifest(location: str | Path) -> InputError:
+    return InputError(
+        f"{location}/{MANIFEST}: there is no such file; shards are whole once their manifest is "
+        "there"
+    )
+
+
 class Store:
     """A folder or a prefix in a bucket. Raises InputError for a URL that fsspec does not know."""
 

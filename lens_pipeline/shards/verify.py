@@ -12,7 +12,8 @@ from fsspec.implementations.local import LocalFileSystem
 from lens_pipeline.errors import InputError, first_of
 from lens_pipeline.progress import progress_bar
 from lens_pipeline.shards.checked import checked_folder
-from lens_pipeline.shards.manifest import INDEX, Listed, Manifest, Shard, difference, read_manifest
+from lens_pipeline.shards.manifest import INDEX, Listed, Manifest, Shard, difference
+from lens_pipeline.shards.store import read_manifest
 from lens_pipeline.storage import locate
 
 

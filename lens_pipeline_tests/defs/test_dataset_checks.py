@@ -19,7 +19,7 @@ from lens_pipeline.defs.shards import cloud_shards, lens_shards
 from lens_pipeline.defs.stages import DATASET, SHARDS, Made
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
-from lens_pipeline.shards.manifest import read_manifest
+from lens_pipeline.shards import read_manifest
 
 STAGES = [one.asset() for one in (cutout_catalogue, processed_dataset, lens_shards, cloud_shards)]
 N = 90

@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from lens_pipeline.cli import main
 from lens_pipeline.evaluation.metrics import lens_metrics
 from lens_pipeline.settings import Settings
-from lens_pipeline.shards.manifest import read_manifest
+from lens_pipeline.shards import read_manifest
 from lens_pipeline.tracking import Tracking
 from lens_pipeline.training import TrainedMember
 from lens_pipeline.training.config import TrainConfig
