@@ -6,6 +6,7 @@ import logging
 import os
 import time
 import urllib.request
+from typing import Any
 
 from lens_pipeline.errors import InputError, masked
 from lens_pipeline.settings import SECRET, Settings
@@ -13,6 +14,13 @@ from lens_pipeline.settings import SECRET, Settings
 TRIES = 3
 MARK = "alert: "  # how its line begins among other messages
 log = logging.getLogger(__name__)
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """It would be followed by a GET, without the text."""
+
+    def redirect_request(self, *about: Any) -> None:
+        return None
 
 
 def alert(settings: Settings, text: str, **facts: str | None) -> None:
@@ -31,10 +39,11 @@ def alert(settings: Settings, text: str, **facts: str | None) -> None:
         json.dumps(content).encode(),
         {"Content-Type": "application/json"},
     )
+    opener = urllib.request.build_opener(_NoRedirects)
     for after in range(TRIES):
         time.sleep(after)
         try:
-            with urllib.request.urlopen(request, timeout=10):
+            with opener.open(request, timeout=10):
                 return
         except (OSError, http.client.HTTPException) as problem:
             reason = str(problem)

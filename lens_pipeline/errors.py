@@ -40,6 +40,11 @@ class NoAnswerError(InputError):
     is told; whoever does not, tries again."""
 
 
+def told_of(what: str, problem: InputError) -> InputError:
+    """The same kind of error, its message after what it is about."""
+    return type(problem)(f"{what}: {problem}")
+
+
 FULL = (errno.ENOSPC, errno.EDQUOT)  # `errno` where a disk is, or one's part of it
 
 

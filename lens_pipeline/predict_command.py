@@ -15,7 +15,11 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="scores, .parquet or .csv")
     parser.add_argument("--model", help="models:/lens_ensemble@alias or /version")
     parser.add_argument(
-        "--top", type=int, default=0, metavar="N", help="list and draw the N highest-scored, too"
+        "--top",
+        type=int,
+        default=0,
+        metavar="N",
+        help="list and draw the N highest-scored, too; drawn are a thousand at most",
     )
     parser.add_argument(
         "--share",
@@ -32,7 +36,7 @@ def _predict(options: argparse.Namespace) -> int:
     if options.top < 0:
         raise InputError(f"--top {options.top}: must be 0 or more")
     from lens_pipeline.catalogue.dataset import counted_reasons
-    from lens_pipeline.ensemble.best import files_of_best
+    from lens_pipeline.ensemble.best import DRAWN, files_of_best
     from lens_pipeline.ensemble.claim import Share
     from lens_pipeline.ensemble.parts import score_to_file
     from lens_pipeline.ensemble.score_files import check_out
@@ -78,7 +82,8 @@ def _predict(options: argparse.Namespace) -> int:
         said = counted_reasons(scored.rejects.elements())
         print(f"the column reject_reason says why others are not: {said}")
     if scored.top:
-        drawn = f"; {scored.gallery}: their picture" if scored.gallery else ""
+        whose = "their picture" if options.top <= DRAWN else f"the picture of the first {DRAWN}"
+        drawn = f"; {scored.gallery}: {whose}" if scored.gallery else ""
         print(f"{scored.top}: the highest-scored, the best first{drawn}")
     elif scored.written and (former := files_of_best(scored.path)[0]).is_file():
         print(f"{former}: is of former scores; --top makes it anew")

@@ -190,14 +190,14 @@ class Registry:
     def promote(self, version: str) -> None:
         """Make a version champion, and write down whose place it takes. The caller holds the lock.
 
-        One that was rolled back is so no more. The alias is moved last, at once: whatever fails
-        before leaves the champion that was.
+        One that was rolled back, or nearly, is so no more. The alias is moved last, at once:
+        whatever fails before leaves the champion that was.
         """
+        if ROLLED_BACK in self.version(version).tags:
+            self.client.delete_model_version_tag(MODEL, version, ROLLED_BACK)
         champion = self.aliased(CHAMPION)
         if champion is not None and str(champion.version) == version:
             return
-        if ROLLED_BACK in self.version(version).tags:
-            self.client.delete_model_version_tag(MODEL, version, ROLLED_BACK)
         if champion is not None:
             self.client.set_model_version_tag(MODEL, version, REPLACED, str(champion.version))
         self.set_alias(CHAMPION, version)

@@ -5,6 +5,8 @@ import argparse
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 
+BY_HAND = "promoted by hand"
+
 
 def add_promote(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("version", help="a version of lens_ensemble")
@@ -31,8 +33,9 @@ def _promote(options: argparse.Namespace) -> int:
             )
         verdict = registry.version(options.version).tags.get(GATE, PASSED)
         registry.promote(options.version)
-        against = () if verdict == PASSED else (f"before: {verdict}",)
-        registry.judge(options.version, ("promoted by hand", *against))
+        if not verdict.startswith(BY_HAND):
+            against = () if verdict == PASSED else (f"before: {verdict}",)
+            registry.judge(options.version, (BY_HAND, *against))
     print(f"{MODEL} version {options.version} is champion")
     return 0
 

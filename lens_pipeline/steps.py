@@ -256,6 +256,7 @@ def _make(folder: Path, recipe: Recipe, build: Callable[[Path], object], goes_on
     if not goes_on:
         shutil.rmtree(aside, ignore_errors=True)  # of a process that died
     aside.mkdir(parents=True, exist_ok=goes_on)
+    (aside / COMPLETE).unlink(missing_ok=True)  # of one that died before it could be renamed
     build(aside)
     content = _seal(aside, recipe, time.perf_counter() - begun)
     shutil.rmtree(folder, ignore_errors=True)  # damaged: `_reuse` has refused it

@@ -1,6 +1,8 @@
 """Files wherever they lie: a local path, or a URL that fsspec knows (`s3://`, `gs://`, ...)."""
 
+import errno
 import itertools
+import os
 import posixpath
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +29,8 @@ FINAL = (
     *(FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError),
     *(InputError, TypeError, ValueError),
 )
+# `errno` of a folder, which may lie on another machine: what may be over in a while.
+PASSING = (errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 _ASK_AGAIN = (408, 429)  # of the statuses that blame who asks
 _Question = Callable[[], Mapping[str, Any] | None]
 
@@ -34,10 +38,14 @@ _Question = Callable[[], Mapping[str, Any] | None]
 @contextmanager
 def asking(location: str) -> Iterator[None]:
     """Around what asks a store, and nothing else: what may be over in a while comes out as
-    NoAnswerError. A local path raises what it raises."""
+    NoAnswerError. All else a local path raises as it is."""
     try:
         yield
     except Exception as problem:
+        if not protocol_of(location) and getattr(problem, "errno", None) in PASSING:
+            raise NoAnswerError(
+                f"{location}: cannot be read now ({words_of(problem)}); try again later"
+            ) from None
         final = isinstance(problem, FINAL) or lacks_credentials(problem)
         if final or not protocol_of(location) or _blames_the_request(problem):
             raise
@@ -170,6 +178,8 @@ def _infos(
 def _local_info(path: str) -> dict[str, Any] | None:
     try:
         stat = Path(path).stat()  # fsspec takes five times as long
+        if not os.access(path, os.R_OK):  # when it may be, its time of change stays
+            return None
     except (OSError, ValueError):
         return None
     return {"size": stat.st_size, "mtime": stat.st_mtime, "created": stat.st_ctime}

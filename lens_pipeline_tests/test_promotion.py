@@ -152,6 +152,7 @@ def test_promotion_and_rollback_are_written_down(
     for _ in range(2):  # the second changes nothing
         assert main(["promote", str(second.version), *where]) == 0
     assert client.get_model_version(MODEL, "2").tags["lens.replaced"] == "1"
+    assert client.get_model_version(MODEL, "2").tags["lens.gate"].count("by hand") == 1
     assert main(["rollback", *where]) == 0
     assert aliases(own_home)["champion"] == "1"
     assert "lens.rolled_back" in client.get_model_version(MODEL, "2").tags
@@ -173,21 +174,33 @@ def test_promotion_and_rollback_are_written_down(
 def test_a_registry_that_fails_in_the_middle_leaves_the_champion(
     own_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    client = client_of(own_home)
+    client, where = client_of(own_home), ("--home", str(own_home))
     first = client.get_model_version(MODEL, "1")
-    client.create_model_version(MODEL, first.source, first.run_id)
-    assert main(["promote", "1", "--home", str(own_home)]) == 0
+    for _ in "23":
+        client.create_model_version(MODEL, first.source, first.run_id)
+    for number in "12":
+        assert main(["promote", number, *where]) == 0
+    events = ("INSERT", "UPDATE", "DELETE")
     with closing(sqlite3.connect(own_home / "mlflow.db")) as database, database:
-        for event in ("INSERT", "UPDATE", "DELETE"):
+        for event in events:
             database.execute(
                 f"CREATE TRIGGER fails_{event} BEFORE {event} ON registered_model_aliases "
                 "BEGIN SELECT RAISE(ABORT, 'the disk has failed'); END"
             )
-    assert main(["promote", "2", "--home", str(own_home)]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: promote 2 (")
-    assert "the disk has failed" in error
-    assert aliases(own_home)["champion"] == "1"
+    for command in ("promote 3", "rollback"):
+        assert main([*command.split(), *where]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: {command} (")
+        assert "the disk has failed" in error
+        assert aliases(own_home)["champion"] == "2"
+    with closing(sqlite3.connect(own_home / "mlflow.db")) as database, database:
+        for event in events:
+            database.execute(f"DROP TRIGGER fails_{event}")
+    # Who stays champion was not rolled back, and can be come back to.
+    for number in "23":
+        assert main(["promote", number, *where]) == 0
+    assert main(["rollback", *where]) == 0
+    assert aliases(own_home)["champion"] == "2"
 
 
 def test_what_was_rolled_back_during_the_comparison_stays_down(own_home: Path) -> None:

@@ -121,6 +121,15 @@ def _hang(root: Path, begun: "multiprocessing.synchronize.Event") -> None:
     run_step(RECIPE, root, build)
 
 
+def test_one_that_was_sealed_and_not_renamed_goes_on_to_a_whole_folder(tmp_path: Path) -> None:
+    made = run_step(RECIPE, tmp_path, _write, goes_on=True)
+    shutil.copytree(made.folder, made.folder.with_name(f".partial-{made.folder.name}"))
+    shutil.rmtree(made.folder)
+    again = run_step(RECIPE, tmp_path, lambda out: None, goes_on=True)
+    assert (again.reused, again.content) == (False, made.content)
+    assert run_step(RECIPE, tmp_path, lambda out: pytest.fail("built again")).reused
+
+
 def test_a_killed_builder_frees_its_lock(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     begun = context.Event()

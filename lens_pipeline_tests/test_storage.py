@@ -1,5 +1,6 @@
 """Places: what LENS_STORAGE_OPTIONS says reaches the store; what names a table."""
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -163,6 +164,41 @@ def test_what_may_be_over_in_a_while_is_the_stores_failure(problem: Exception) -
         raise problem
     with pytest.raises(type(problem)), asking("/data/c.csv"):
         raise problem
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_what_may_be_over_in_a_while_of_a_folder_is_no_fault_of_a_file(number: int) -> None:
+    named = pytest.raises(NoAnswerError, match=r"^/data/c\.fits: cannot be read now")
+    with named, asking("/data/c.fits"):
+        raise OSError(number, os.strerror(number))
+
+
+def test_a_file_that_may_be_read_at_last_is_another(tmp_path: Path) -> None:
+    """Its time of change stays; to the administrator, who may read all, nothing changes."""
+    file = tmp_path / "a.fits"
+    file.write_bytes(b"pixels")
+    nobody = 65534
+    shared = [folder for folder in tmp_path.parents if folder.stat().st_uid == os.getuid()]
+    modes = {folder: folder.stat().st_mode for folder in (tmp_path, *shared)}
+    me = os.getresuid()
+    try:
+        for folder, mode in modes.items():
+            folder.chmod(mode | 0o755)
+        file.chmod(0)
+        if me[0] == 0:
+            os.setresuid(nobody, nobody, 0)
+        forbidden = dict(states_of([str(file)]))
+        os.setresuid(*me)
+        file.chmod(0o644)
+        if me[0] == 0:
+            os.setresuid(nobody, nobody, 0)
+        allowed = dict(states_of([str(file)]))
+    finally:
+        os.setresuid(*me)
+        for folder, mode in modes.items():
+            folder.chmod(mode)
+    assert forbidden == {str(file): None}
+    assert allowed == dict(states_of([str(file)])) != forbidden
 
 
 @pytest.mark.parametrize(

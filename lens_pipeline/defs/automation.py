@@ -20,7 +20,7 @@ from lens_pipeline.defs.stages import (
     SHARDS,
 )
 from lens_pipeline.defs.surveys import every_survey
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, NoAnswerError
 from lens_pipeline.presets import chosen_members, member_config
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import digest, source_hashes
@@ -141,6 +141,9 @@ def schedules(settings: Settings) -> list[dg.ScheduleDefinition]:
             settings = lens.settings
             try:
                 tags = {INPUTS: retraining_inputs(settings)}
+            except NoAnswerError:
+                # The run asks again, some time later, and people are told where it fails, too.
+                return dg.RunRequest(tags=every_survey(settings))
             except InputError as problem:
                 alert(settings, f"the source cannot be read, nothing is retrained: {problem}")
                 return dg.SkipReason(str(problem))

@@ -25,7 +25,7 @@ from lens_pipeline.defs.stages import (
     table,
 )
 from lens_pipeline.defs.surveys import of_every_survey
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, told_of
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Recipe, Step, run_step
 
@@ -159,7 +159,7 @@ def cloud_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.Materi
             shards, settings.cloud, storage_options=storage, every_byte=settings.verify
         )
     except InputError as problem:
-        raise InputError(f"LENS_CLOUD_URL: {problem}") from None
+        raise told_of("LENS_CLOUD_URL", problem) from None
     problems = published_problems(shards, published.url, storage, published.states)
     seconds = time.perf_counter() - begun
     reused = not published.uploaded

@@ -1,7 +1,7 @@
 """What lies at LENS_SOURCE now."""
 
 from lens_pipeline.defs.dataset import catalogue_recipe, table_recipe
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, told_of
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import digest
 from lens_pipeline.storage import names_table
@@ -16,7 +16,7 @@ def source_is_published(settings: Settings) -> bool:
     try:
         return is_published(settings.source, settings.storage_options)
     except InputError as problem:
-        raise InputError(f"LENS_SOURCE: {problem}") from None
+        raise told_of("LENS_SOURCE", problem) from None
 
 
 def source_glance(settings: Settings) -> str | None:

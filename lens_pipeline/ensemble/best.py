@@ -10,6 +10,7 @@ from lens_pipeline.ensemble.cutouts import CutoutSource
 from lens_pipeline.ensemble.score_files import written
 from lens_pipeline.ensemble.system import LensEnsemble
 
+DRAWN = 1000  # of the highest-scored: a JPEG is no higher than 65,500 pixels
 CAPTION = 17  # characters of an id that fit over a cutout
 PLACE = ["id", "ra", "dec"]  # by which a cutout is found again
 
@@ -48,10 +49,12 @@ def show_best(
 def _draw_gallery(
     ensemble: LensEnsemble, source: CutoutSource, best: pd.DataFrame, out: Path
 ) -> Path | None:
-    """The cutouts of a table of `show_best` with their ranks, probabilities and ids."""
+    """The first cutouts of a table of `show_best`, up to DRAWN, with their ranks, probabilities
+    and ids."""
     from lens_pipeline.evaluation.plots import contact_sheet, jpeg_bytes
 
     images, captions = [], []
+    best = best.head(DRAWN)
     read = source.read(ensemble.format, best.index.to_numpy())
     for cutout, row in zip(read, best.itertuples(), strict=True):
         if isinstance(cutout, np.ndarray):  # else its file has gone since it was scored

@@ -135,9 +135,6 @@ def score_to_file(
             _take_parts(rows, folder, ensemble.columns)
             listed, gallery, stays = None, None, True
         else:
-            listed, gallery = (
-                show_best(ensemble, source, rows.logit, out, top) if top else (None,) * 2
-            )
             stays = before is not None and bool(in_file.all()) and about.items() <= before.items()
             if not stays:
                 made = {
@@ -147,6 +144,9 @@ def score_to_file(
                 }
                 aside = folder / f"whole{out.suffix}"
                 write_scores(out, aside, rows.tables(), schema, about | made)
+            listed, gallery = (
+                show_best(ensemble, source, rows.logit, out, top) if top else (None,) * 2
+            )
             _remove(folder)
     n_left = int((~rows.known).sum())
     return ScoredFile(out, n, rows.n_scored, n_left, rows.reasons, not stays, listed, gallery)

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.prefetch import gathered_ahead
-from lens_pipeline.shards.store import StoreError
 
 SMALLEST = 2  # cutouts a rank: batch normalisation cannot use a batch of one
 
@@ -156,7 +155,7 @@ class ResumableLoader(DataLoader[Any]):
             for batch in self.batches_from(self.given):
                 self.given += 1
                 yield batch
-        except (InputError, StoreError) as problem:
+        except InputError as problem:
             # Of a worker, it comes with that process's traceback.
             said = str(problem).strip().splitlines()[-1]
             raise type(problem)(said.rpartition(f"{type(problem).__name__}: ")[2]) from None

@@ -4,7 +4,6 @@ Whatever a store raises becomes a message that names the object and the cause. W
 as a server that restarts, is tried again for some time.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -25,17 +24,15 @@ import filelock
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from lens_pipeline.errors import FULL, InputError, words_of
+from lens_pipeline.errors import FULL, InputError, NoAnswerError, words_of
 from lens_pipeline.shards.checksums import PART, Checksums
 from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest, difference
 from lens_pipeline.steps import write_aside
-from lens_pipeline.storage import FINAL, lacks_credentials, locate, protocol_of, state_of
+from lens_pipeline.storage import FINAL, PASSING, lacks_credentials, locate, protocol_of, state_of
 
 T = TypeVar("T")
 PATIENCE = 60.0  # seconds for which a request is tried again
 FIRST_PAUSE = 0.25
-# Of a folder, which may lie on another machine: what may be over in a while.
-PASSING = (errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 BEHIND_THE_END = ("InvalidRange", "416")
 NOT_SHOWN = (403, 410)  # what web servers may answer for what is not there
 BAD_SIGNATURE = ("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken", "ExpiredToken")
@@ -66,7 +63,7 @@ def _keep_inherited() -> None:
 os.register_at_fork(after_in_child=_keep_inherited)
 
 
-class StoreError(Exception):
+class StoreError(NoAnswerError):
     """A store that failed, in spite of all patience; the message names the object and the cause."""
 
 

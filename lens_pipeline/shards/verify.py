@@ -9,7 +9,7 @@ import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
-from lens_pipeline.errors import InputError, first_of
+from lens_pipeline.errors import InputError, NoAnswerError, first_of
 from lens_pipeline.progress import progress_bar
 from lens_pipeline.shards.checked import checked_folder
 from lens_pipeline.shards.manifest import INDEX, Listed, Manifest, Shard, difference
@@ -30,6 +30,8 @@ def verify_shards(
     """
     try:
         manifest = read_manifest(location, storage_options)
+    except NoAnswerError:
+        raise  # it says nothing of the shards
     except InputError as problem:
         return [str(problem)]
     filesystem, root = locate(str(location), storage_options)

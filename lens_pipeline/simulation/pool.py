@@ -24,7 +24,7 @@ from lens_pipeline.catalogue.columns import numbers, refuse
 from lens_pipeline.catalogue.images import COMPOSITE, Cutout, CutoutError
 from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.table import Catalogue, read_catalogue
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, told_of
 from lens_pipeline.simulation.config import Array, SimulationConfig
 from lens_pipeline.simulation.moments import BRIGHT, Shape, moments_of_psf, shape_of
 from lens_pipeline.simulation.population import may_lens
@@ -64,7 +64,7 @@ def pool_catalogue(source: str, options: Mapping[str, Any] | None = None) -> Cat
     try:
         return read_catalogue(source, options)
     except InputError as problem:
-        raise InputError(f"hosts: {problem}") from None
+        raise told_of("hosts", problem) from None
 
 
 def read_pool(

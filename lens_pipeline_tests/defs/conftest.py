@@ -44,6 +44,12 @@ def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Webhook]:
             if answer == 200:
                 found.posted.append(json.loads(content))
             self.send_response(answer)
+            if answer == 302:
+                self.send_header("Location", "/login")
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.send_response(200)
             self.end_headers()
 
         def log_message(self, *arguments: object) -> None:

@@ -57,6 +57,14 @@ def test_a_webhook_that_cannot_be_told_is_an_error_that_does_not_show_it(
         assert "s3cret" not in str(problem.value)
 
 
+def test_a_webhook_that_has_moved_is_one_that_cannot_be_told(webhook: Webhook) -> None:
+    """A redirection is followed by a GET, without the text."""
+    webhook.answers = TRIES * [302]
+    with pytest.raises(InputError, match=r"LENS_WEBHOOK_URL: cannot be told \(HTTP Error 302"):
+        alert(Settings.load(), "anything")
+    assert webhook.posted == []
+
+
 @pytest.fixture
 def failed(instance: dg.DagsterInstance) -> Callable[[], str]:
     """Makes a run that fails: its id."""

@@ -17,6 +17,7 @@ import pytest
 from lens_pipeline.definitions import make_definitions
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
+from lens_pipeline.shards import store
 from lens_pipeline.shards.cloud import publish_shards
 from lens_pipeline_tests.defs.conftest import Webhook
 from lens_pipeline_tests.defs.ticks import RESOURCES, Sensor
@@ -176,8 +177,11 @@ def test_the_simulation_is_not_watched(instance: dg.DagsterInstance) -> None:
     assert Sensor("source_changed", instance).tick() == []
 
 
-def scheduled(instance: dg.DagsterInstance) -> list[dg.RunRequest]:
-    definitions = make_definitions(Settings.load())
+def scheduled(
+    instance: dg.DagsterInstance, loaded: dg.Definitions | None = None
+) -> list[dg.RunRequest]:
+    """loaded: the definitions, by default those of now."""
+    definitions = loaded or make_definitions(Settings.load())
     schedule = definitions.resolve_schedule_def("weekly_retraining")
     with dg.build_schedule_context(instance=instance, resources=RESOURCES) as context:
         return list(schedule.evaluate_tick(context).run_requests or [])
@@ -225,6 +229,31 @@ def test_nothing_is_retrained_twice_from_the_same_source_settings_and_code(
         assert scheduled(instance) == [], name
     os.utime(source.with_name("images-00000.npy"), (0, 0))
     assert len(scheduled(instance)) == 1
+
+
+def test_a_store_that_does_not_answer_is_told_and_costs_no_retraining(
+    source: Path,
+    simulated_catalogue: Path,
+    instance: dg.DagsterInstance,
+    webhook: Webhook,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of published shards, too, which are asked for patiently."""
+    sensor = Sensor("source_changed", instance)
+    shutil.copy(simulated_catalogue, source)
+    assert [len(sensor.tick()) for _ in range(2)] == [0, 1]
+    loaded = make_definitions(Settings.load())
+    monkeypatch.setattr(store, "PATIENCE", 0.1)
+    for name in ("lenses", "lenses/catalogue.csv"):
+        monkeypatch.setenv("LENS_SOURCE", f"http://127.0.0.1:9/{name}")
+        (request,) = scheduled(instance, loaded)  # whose first step asks again
+        assert "lens/inputs" not in request.tags
+        launched(instance, request)
+        assert [sensor.tick() for _ in range(2)] == [[], []]
+        assert len(webhook.posted) == 1
+    assert "the source can no longer be read: " in webhook.texts[0]
+    monkeypatch.setenv("LENS_SOURCE", str(source))
+    assert "lens/inputs" in scheduled(instance)[0].tags
 
 
 def test_settings_that_are_taken_back_are_trained_with_again(

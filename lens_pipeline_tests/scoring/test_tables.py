@@ -14,6 +14,7 @@ from PIL import Image
 
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
+from lens_pipeline.ensemble import best
 from lens_pipeline.ensemble.cutouts import CatalogueCutouts
 from lens_pipeline.ensemble.parts import score_to_file
 from lens_pipeline.ensemble.predictor import score_catalogue
@@ -131,6 +132,31 @@ def test_the_top_is_listed_and_drawn(
         assert top[column].tolist() == best[column].tolist()
     np.testing.assert_allclose(top["logit"], best["logit"], rtol=1e-12)
     np.testing.assert_allclose(top["probability"], best["probability"], rtol=1e-12)
+
+
+def test_of_a_long_list_the_first_are_drawn_and_the_scores_do_not_wait_for_it(
+    home: Path,
+    survey: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A JPEG is no higher than 65,500 pixels."""
+    pd.read_parquet(survey)[:40].to_parquet(tmp_path / "few.parquet")
+    out, listed = tmp_path / "scores.parquet", tmp_path / "scores.top.csv"
+    arguments = [*command(home, tmp_path / "few.parquet", out), "--top", "30"]
+    listed.mkdir()
+    assert main(arguments) == 2
+    assert f"error: {listed}: cannot be written" in capsys.readouterr().err
+    assert len(pd.read_parquet(out)) == 40
+    listed.rmdir()
+    monkeypatch.setattr(best, "DRAWN", 8)  # a row
+    assert main(arguments) == 0
+    picture = tmp_path / "scores.top.jpg"
+    assert f"; {picture}: the picture of the first 8" in capsys.readouterr().out
+    assert len(pd.read_csv(listed)) == 30
+    with Image.open(picture) as image:
+        assert image.height < image.width / 2
 
 
 def test_without_positions_the_top_is_listed_by_ids_alone(
