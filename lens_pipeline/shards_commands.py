@@ -96,6 +96,7 @@ def _prepare(options: argparse.Namespace) -> int:
         print(f"{place}  {'checked' if options.validate else 'written'}")
         for pattern in manifest.patterns(place).values():
             print(f"  {pattern}")
+    print(f"bands {', '.join(manifest.format['bands'])}")
     print(f"dataset version {manifest.dataset_version}")
     return 0
 

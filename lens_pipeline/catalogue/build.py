@@ -144,12 +144,18 @@ def build_dataset(
         if whole:
             check_splits(split[used.index], used["label"], catalogue.source)
         listed.to_parquet(folder / REJECTS, index=False)
-        table = table.assign(row=table.index, split=split, nan_fraction=nan_fraction)
+        measured: dict[str, Any] = {"row": table.index, "nan_fraction": nan_fraction}
         if pad:
-            table["padded_fraction"] = padded_fraction
+            measured["padded_fraction"] = padded_fraction
         for band, magnitudes in zip(form.bands, background.T, strict=True):
             if np.isfinite(magnitudes).any():
-                table[f"background_magnitude_{band}"] = magnitudes
+                measured[f"background_magnitude_{band}"] = magnitudes
+        if replaced := [name for name in measured if name in table]:
+            log.warning(
+                "%s: a dataset has columns of its own named %s, and those of the catalogue are not "
+                "carried along; rename them to keep them", catalogue.source, ", ".join(replaced),
+            )  # fmt: skip
+        table = table.assign(split=split, **measured)
         for part, places in kept.items():
             table.iloc[places].to_parquet(folder / f"{part}.parquet", index=False)
         duplicates, not_compared = find_near_duplicates(Dataset(folder, form, {}))

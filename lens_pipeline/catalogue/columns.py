@@ -1,6 +1,7 @@
 """Columns of a catalogue: what they are called, and values that must be of one kind."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,12 @@ import pandas as pd
 from lens_pipeline.errors import InputError
 
 TEXT_COLUMNS = ("id", "path", "label", "group", "split", "survey", "flux_unit", "bands")
-_NAMES = (*TEXT_COLUMNS, "pixel_scale", "simulated", "ra", "dec")
+# What may be known of a galaxy, for the selection function and for arcs on real galaxies.
+_KNOWN = (
+    *("kind", "einstein_radius", "arc_snr", "arc_contrast", "source_magnitude", "z_source"),
+    *("z_lens", "redshift", "velocity_dispersion", "axis_ratio", "position_angle"),
+)
+_NAMES = (*TEXT_COLUMNS, "pixel_scale", "simulated", "ra", "dec", *_KNOWN)
 _IMAGE = "path_"  # and a band
 
 
@@ -38,6 +44,16 @@ def with_column_names(table: pd.DataFrame, source: str) -> pd.DataFrame:
             both = f"{given[names.index(name)]!r} and {given[place]!r}"
             raise InputError(f"{source}: columns {both} are both {name}; drop or rename one")
     return table.set_axis(names, axis=1)
+
+
+def with_text(table: pd.DataFrame) -> pd.DataFrame:
+    """The table, its bytes as the text that FITS tables hold in them; what is no text stays."""
+    for name in table.select_dtypes("object"):
+        if any(isinstance(value, bytes) for value in table[name]):
+            with suppress(UnicodeDecodeError):
+                text = table[name].map(lambda v: v.decode() if isinstance(v, bytes) else v)
+                table = table.assign(**{str(name): text})
+    return table
 
 
 def is_ours(name: Any) -> bool:

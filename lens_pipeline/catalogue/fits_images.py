@@ -17,14 +17,18 @@ from numpy.typing import NDArray
 # `SCI`, `ERR`: those of a band without a name.
 _ROLES = {
     "image": ("BGSUB", "FLUX", "SCI", "IMAGE"),  # BGSUB, or else the first in the file
-    "rms": ("RMS", "NOISE", "ERR"),
+    "rms": ("RMS", "NOISE", "NOISEMAP", "ERR", "ERROR", "SIGMA", "STD", "UNCERT"),
     "variance": ("VARIANCE", "VAR"),
     "weight": ("WHT", "WGT", "WEIGHT", "IVAR", "INVVAR"),  # inverse variance
     "mask": ("MASK", "MSK", "FLAG", "FLAGS", "FLG", "DQ"),  # 0 is good
     "other": ("PSF", "CTX", "VAR_POISSON", "VAR_RNOISE", "VAR_FLAT"),
 }
 _SUFFIX = {suffix: role for role, suffixes in _ROLES.items() for suffix in suffixes}
-_NAME = re.compile(rf"^((?P<band>.+)_)?(?P<suffix>{'|'.join(_SUFFIX)})$")
+_ANY = f"(?P<suffix>{'|'.join(_SUFFIX)})"
+_NAMES = (  # `VIS_RMS`, or else `RMS_VIS`
+    re.compile(rf"^((?P<band>.+)[-_. ])?{_ANY}$"),
+    re.compile(rf"^{_ANY}[-_. ](?P<band>.+)$"),
+)
 _KINDS = (fits.PrimaryHDU, fits.ImageHDU, fits.CompImageHDU, fits.BinTableHDU, fits.TableHDU)
 _UNNAMED = ("", "COMPRESSED_IMAGE")  # the second: what astropy calls it, compressed
 _FIRST = "PRIMARY"  # what astropy calls the first of a file, which need not have a name
@@ -57,7 +61,7 @@ class _Extension:
 
     @property
     def _match(self) -> re.Match[str] | None:
-        return _NAME.match(self.name)
+        return next(filter(None, (name.match(self.name) for name in _NAMES)), None)
 
     @property
     def role(self) -> str | None:

@@ -3,7 +3,7 @@
 import csv
 import io
 import posixpath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import numpy as np
@@ -17,11 +17,15 @@ from lens_pipeline.catalogue.columns import (
     is_text,
     refuse,
     with_column_names,
+    with_text,
     zero_or_one,
 )
 from lens_pipeline.catalogue.splits import SPLITS
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, first_of
 from lens_pipeline.storage import TABLES, asking, locate, names_table, without_query
+
+if TYPE_CHECKING:
+    from astropy.table import Table
 
 IMAGE_SUFFIXES = (
     *(".fits", ".fit", ".fz", ".fits.gz", ".fit.gz", ".npy", ".npz"),
@@ -47,24 +51,70 @@ def read_table(source: str, options: dict[str, Any]) -> pd.DataFrame:
     if suffix == ".csv":
         return _read_csv(content, source)
     if suffix == ".parquet":
-        return named(pd.read_parquet(content), source)
+        return named(_with_masks(pd.read_parquet(content)), source)
     from astropy.table import Table
 
-    table = Table.read(content, format="fits" if suffix.startswith(".fit") else "votable")
+    if suffix.startswith(".fit"):
+        _check_only_table(content, source)
+        table = Table.read(content, format="fits")
+    else:
+        # A column's ID is for references within the file.
+        table = Table.read(content, format="votable", use_names_over_ids=True)
     wide = [name for name in table.colnames if table[name].ndim > 1]
     if wide:
         raise InputError(f"{source}: column {wide[0]} holds arrays; drop it or split it")
-    frame = table.to_pandas()
-    for name in frame.select_dtypes("object"):
-        frame[name] = frame[name].map(lambda v: v.decode() if isinstance(v, bytes) else v)
-    return with_column_names(frame, source)
+    _to_degrees(table, source)
+    return with_text(with_column_names(table.to_pandas(), source))
+
+
+def _check_only_table(content: io.BytesIO, source: str) -> None:
+    """Raises InputError for a FITS file of several tables: astropy would take the first."""
+    from astropy.io import fits
+
+    with fits.open(io.BytesIO(content.getvalue())) as hdus:
+        kinds = (fits.BinTableHDU, fits.TableHDU)
+        names = [
+            hdu.name or f"extension {number}"
+            for number, hdu in enumerate(hdus)
+            if isinstance(hdu, kinds) and not isinstance(hdu, fits.CompImageHDU)
+        ]
+    if len(names) > 1:
+        raise InputError(
+            f"{source}: holds {len(names)} tables, {first_of(names)}; write the one that lists the "
+            "cutouts into a file of its own"
+        )
+
+
+def _to_degrees(table: "Table", source: str) -> None:
+    """Positions that are stated in another unit. Raises InputError for one that is no angle."""
+    from astropy.units import UnitsError
+
+    for name in table.colnames:
+        if column_name(name) in ("ra", "dec") and table[name].unit is not None:
+            try:
+                table[name].convert_unit_to("deg")
+            except (UnitsError, TypeError):
+                raise InputError(
+                    f"{source}: column {name}: its unit is {table[name].unit}; degrees are needed"
+                ) from None
+
+
+def _with_masks(table: pd.DataFrame) -> pd.DataFrame:
+    """astropy writes what is masked into a Parquet file, and which that is into `<name>.mask`."""
+    for mask in [str(name) for name in table if str(name).endswith(".mask")]:
+        name = mask.removesuffix(".mask")
+        if name in table and pd.api.types.is_bool_dtype(table[mask]):
+            # Whole numbers as such: ids are longer than floats hold.
+            values = table[name].convert_dtypes(convert_string=False, convert_floating=False)
+            table = table.assign(**{name: values.mask(table[mask])}).drop(columns=mask)
+    return table
 
 
 def named(table: pd.DataFrame, source: str) -> pd.DataFrame:
     """A DataFrame, its columns by their names here; see `with_column_names`."""
     # A named index is a column that pandas shows apart, or once more.
     own = [name for name in table.index.names if name is not None and name not in table]
-    return with_column_names(table.reset_index(own), source)
+    return with_text(with_column_names(table.reset_index(own), source))
 
 
 def _read_csv(content: io.BytesIO, source: str) -> pd.DataFrame:
@@ -179,6 +229,8 @@ def read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str)
     if rows:
         tables.append(pd.DataFrame(rows))
     if not tables:
+        if any(name.endswith(".parquet") for name in filesystem.ls(inside, False)):
+            raise InputError(f"{source}: is a folder of Parquet files; write them as one file")
         raise InputError(
             f"{source}: no cutouts; a folder holds images, or lens|nonlens/ with them, or "
             "train|val|test/lens|nonlens/, or train.csv ..."

@@ -56,6 +56,16 @@ def test_images_follow_their_table(tmp_path: Path) -> None:
         np.testing.assert_array_equal(dataset.images(part), stack[dataset.table(part)["row"]])
 
 
+def test_columns_that_give_way_to_what_is_measured_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = _build(_catalogue(tmp_path, row=7, nan_fraction=0.5, note="a"), tmp_path / "out")
+    assert set(dataset.table("train")["nan_fraction"]) == {0.0}
+    assert set(dataset.table("train")["note"]) == {"a"}
+    (told,) = caplog.messages
+    assert "table.csv: a dataset has columns of its own named row, nan_fraction, and" in told
+
+
 def test_a_group_keeps_its_split_as_the_catalogue_grows(tmp_path: Path) -> None:
     small = read_catalogue(_catalogue(tmp_path, 60)).table
     large = read_catalogue(_catalogue(tmp_path, 400)).table

@@ -319,6 +319,24 @@ def test_extensions_are_taken_for_what_their_names_say(tmp_path: Path) -> None:
         read_cutout([str(tmp_path / "a.fits")], 40, bands=["z"])
 
 
+@pytest.mark.parametrize(
+    ("image", "noise"),
+    [
+        ("SCI_{}", "ERR_{}"),
+        ("{}-FLUX", "{}-RMS"),
+        ("{}.SCI", "{}.NOISEMAP"),
+        ("{}", "RMS_{}"),
+        ("{}", "{}_STD"),
+    ],
+)
+def test_a_noise_map_is_no_band_however_it_is_named(tmp_path: Path, image: str, noise: str) -> None:
+    extensions = []
+    for number, band in enumerate(("G", "R")):
+        extensions += [(image.format(band), NOISE[number]), (noise.format(band), RMS)]
+    found = read_image(write_extensions(tmp_path / "a.fits", extensions))
+    assert (found.bands, found.sigma) == (("G", "R"), (2.5, 2.5))
+
+
 SKY = NOISE[0]
 RMS = np.full((40, 40), 2.5, np.float32)
 MASK = np.zeros((40, 40), np.int16)

@@ -5,11 +5,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from astropy.table import Table
+from astropy.io import fits
+from astropy.table import Column, MaskedColumn, Table
 
 from lens_pipeline.catalogue import read_catalogue
-from lens_pipeline.catalogue.table import source_fingerprint
+from lens_pipeline.catalogue.columns import column_name
+from lens_pipeline.catalogue.table import Catalogue, source_fingerprint
 from lens_pipeline.errors import InputError
+from lens_pipeline.evaluation.selection import QUANTITIES
+from lens_pipeline.simulation.pool import KNOWN
 
 ROWS = pd.DataFrame(
     {
@@ -216,8 +220,8 @@ def test_columns_are_known_in_any_case_of_letters(tmp_path: Path) -> None:
     assert table["ra"].tolist()[0] == 10.5
     assert table[["ra", "dec"]].isna().to_numpy().tolist() == [[False, False], [True, True]]
     assert table["Grade"].tolist() == ["A", "B"]
-    fits = Table({"ID": ["a", "b"], "PATH": ["a.npy", "b.npy"], "GROUP": ["one", "one "]})
-    fits.write(tmp_path / "t.fits")
+    capitals = Table({"ID": ["a", "b"], "PATH": ["a.npy", "b.npy"], "GROUP": ["one", "one "]})
+    capitals.write(tmp_path / "t.fits")
     assert read_catalogue(tmp_path / "t.fits").table["group"].tolist() == ["one", "one"]
     (tmp_path / "t.csv").write_text("id,path,GROUP,Group\na,a.npy,1,2\n")
     with pytest.raises(InputError, match="columns 'GROUP' and 'Group' are both group; drop or"):
@@ -227,6 +231,78 @@ def test_columns_are_known_in_any_case_of_letters(tmp_path: Path) -> None:
     table = read_catalogue(tmp_path / "t.csv").table
     assert [*table][:4] == ["ID", "id", "path_r", "PATH_hst"]
     assert (table["id"].tolist(), table["ra"].tolist()) == (["a"], [1e20])
+
+
+def test_columns_that_mean_something_elsewhere_are_known_in_any_case_of_letters() -> None:
+    """In the selection function, and of galaxies that arcs are painted on; but `X` and `Y`, which
+    in a survey's table are places on a detector."""
+    meant = {"kind", "redshift", *QUANTITIES, *KNOWN} - {"flux_ratio", "x", "y"}
+    assert {column_name(name.upper()) for name in meant} == meant
+    assert column_name("X") == "X"
+
+
+def test_what_astropy_masks_in_parquet_is_missing(tmp_path: Path) -> None:
+    """It writes the values all the same, and beside them what is masked; and bytes as they are."""
+    table = Table(
+        {
+            "id": Column([36407048611234567, 36407048611234568, 36407048611234569]),
+            "path": np.array([b"a.npy", b"b.npy", b"c.npy"]),
+            "label": MaskedColumn([1, 1, 0], mask=[False, True, False]),
+            "survey_id": MaskedColumn([2**60 + 1, 2**60 + 3, 7], mask=[False, False, True]),
+            "field": MaskedColumn([b"XMM", b"COSMOS", b"?"], mask=[False, False, True]),
+            "spectrum.mask": [True, False, False],
+        }
+    )
+    table.write(tmp_path / "t.parquet", format="parquet")
+    found = read_catalogue(tmp_path / "t.parquet").table
+    assert found["label"].tolist() == [1, pd.NA, 0]
+    assert found["id"].tolist()[0] == "36407048611234567"
+    assert found["survey_id"].tolist() == [2**60 + 1, 2**60 + 3, pd.NA]
+    assert found["field"].tolist()[:2] == ["XMM", "COSMOS"]
+    assert found["field"].isna().tolist() == [False, False, True]
+    assert [name for name in found if name.endswith(".mask")] == ["spectrum.mask"]
+
+
+@pytest.mark.parametrize("format", ["fits", "votable"])
+def test_positions_come_in_the_unit_that_a_table_states(tmp_path: Path, format: str) -> None:
+    def written(unit: str | None, ra: float, dec: float) -> Catalogue:
+        table = Table({"ID": ["a", "b"], "PATH": ["a.npy", "b.npy"]})
+        masked = [False, True]
+        table["RA"] = MaskedColumn([ra, 0.0], mask=masked, unit=unit)
+        table["DEC"] = MaskedColumn([dec, 0.0], mask=masked, unit=unit)
+        path = tmp_path / f"t.{'fits' if format == 'fits' else 'vot'}"
+        table.write(path, format=format, overwrite=True)
+        return read_catalogue(path)
+
+    for unit, ra, dec in (("rad", np.pi / 2, -0.1), ("deg", 90.0, -5.7296), (None, 90, -5.7296)):
+        table = written(unit, ra, dec).table
+        np.testing.assert_allclose(table[["ra", "dec"]].to_numpy()[0], [90, -5.7296], rtol=1e-5)
+        assert table["ra"].isna().tolist() == [False, True]
+    with pytest.raises(InputError, match="column RA: its unit is pix; degrees are needed"):
+        written("pix", 1.0, 1.0)
+
+
+def test_columns_of_a_votable_are_called_by_their_names(tmp_path: Path) -> None:
+    Table({"ID": ["a"], "PATH": ["a.npy"]}).write(tmp_path / "t.vot", format="votable")
+    text = (tmp_path / "t.vot").read_text()
+    changed = text.replace('<FIELD ID="', '<FIELD ID="col_')
+    assert changed != text
+    (tmp_path / "t.vot").write_text(changed)
+    assert read_catalogue(tmp_path / "t.vot").table["id"].tolist() == ["a"]
+
+
+def test_a_file_of_several_tables_is_refused(tmp_path: Path) -> None:
+    rows = {"id": ["a"], "path": ["a.npy"]}
+    tables = [fits.BinTableHDU(Table(rows), name=name) for name in ("TRAIN", "TEST")]
+    fits.HDUList([fits.PrimaryHDU(), *tables]).writeto(tmp_path / "t.fits")
+    with pytest.raises(InputError, match="holds 2 tables, TRAIN, TEST; write the one"):
+        read_catalogue(tmp_path / "t.fits")
+
+
+def test_a_folder_of_parquet_files_is_told(tmp_path: Path) -> None:
+    pd.DataFrame({"id": ["a"], "path": ["a.npy"]}).to_parquet(tmp_path / "part0.parquet")
+    with pytest.raises(InputError, match="is a folder of Parquet files; write them as one file"):
+        read_catalogue(tmp_path)
 
 
 def test_a_parquet_index_is_a_column(tmp_path: Path) -> None:
