@@ -37,7 +37,7 @@ _PLAIN = ""  # the band of an extension that is named by its role alone
 # detected sources, and for others that are as good as any.
 _PLANE = "MP_"
 _BAD_PLANES = ("BAD", "SAT", "CR", "NO_DATA", "UNMASKEDNAN")
-_MIDDLE = 8  # of a cutout: this part of its side
+MIDDLE = 8  # of a cutout: this part of its side
 _ZERO_POINTS = ("MAGZERO", "MAGZPT", "MAGZP", "ZEROPNT", "PHOTZP", "ZP")
 
 
@@ -197,7 +197,7 @@ def _masked(image: _Extension, mask: _Extension | None) -> NDArray[Any]:
         raise ValueError(f"a mask has the shape {mask.data.shape}, its image another")
     bad = mask.bad
     y, x = (
-        slice(side // 2 - side // _MIDDLE // 2, -(-side // 2) + side // _MIDDLE // 2)
+        slice(side // 2 - side // MIDDLE // 2, -(-side // 2) + side // MIDDLE // 2)
         for side in bad.shape
     )
     if bad[y, x].mean() > 0.5:

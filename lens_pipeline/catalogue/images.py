@@ -22,7 +22,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from lens_pipeline.catalogue.fits_images import read_fits
+from lens_pipeline.catalogue.fits_images import MIDDLE, read_fits
 from lens_pipeline.catalogue.pictures import read_picture
 from lens_pipeline.errors import NoAnswerError, words_of
 from lens_pipeline.storage import asking, locate, states_of, without_query
@@ -284,8 +284,8 @@ def usable_cutout(cutout: Cutout, size: int, *, pad: bool = False) -> Cutout:
     A band's sigma is the file's own where it tells it, else `background_sigma` of the whole image.
     A pixel that is not finite becomes the median of its band, and so does one of a block of zeros
     in linear flux, and what lacks of a smaller image if `pad` asks for it. Raises CutoutError where
-    an image is smaller without, is constant, has too many such pixels in the middle, has no
-    background noise to measure, or exceeds what a float16 holds.
+    an image is smaller without, is constant, has too many such pixels, or they are its middle, has
+    no background noise to measure, or exceeds what a float16 holds.
     """
     if not cutout.pixels.size:
         raise CutoutError("the image holds no pixel")
@@ -303,6 +303,10 @@ def usable_cutout(cutout: Cutout, size: int, *, pad: bool = False) -> Cutout:
         raise CutoutError(
             f"{nan_fraction:.0%} of a band's pixels are not finite, or zeros side by side; "
             f"{MAX_NAN_FRACTION:.0%} may be"
+        )
+    if (central(finite, max(1, size // MIDDLE)).mean(axis=(1, 2)) < 0.5).any():
+        raise CutoutError(
+            "the middle, where the object is, is not finite, or zeros side by side (saturated?)"
         )
     if units == FLUX:
         stated = sigma or (float("nan"),) * len(pixels)

@@ -4,6 +4,7 @@ import io
 import struct
 import threading
 import zlib
+from contextlib import nullcontext
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -341,6 +342,24 @@ SKY = NOISE[0]
 RMS = np.full((40, 40), 2.5, np.float32)
 MASK = np.zeros((40, 40), np.int16)
 MASK[3, 5] = 4
+
+
+@pytest.mark.parametrize("hole", [np.nan, 0.0])
+def test_a_galaxy_without_its_middle_is_refused_as_one_whose_mask_covers_it(
+    tmp_path: Path, hole: float
+) -> None:
+    """Saturated cores are written so; two pixels of a cosmic ray are filled in."""
+    for side, refused in ((2, False), (6, True)):
+        image = SKY + 100
+        middle = slice(20 - side // 2, 20 + side // 2)
+        image[middle, middle] = hole
+        np.save(tmp_path / "a.npy", image)
+        with (
+            pytest.raises(CutoutError, match="the middle, where the object is, is not finite")
+            if refused
+            else nullcontext()
+        ):
+            read_cutout([str(tmp_path / "a.npy")], 40)
 
 
 def write_extensions(path: Path, extensions: list[tuple[str, np.ndarray]]) -> str:
