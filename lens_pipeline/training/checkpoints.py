@@ -218,10 +218,10 @@ class RenamedCheckpoints(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
         self._wait_for_all_but(AT_A_TIME - 1)
-        try:  # on the GPU, where there is one
-            now = apply_to_collection(checkpoint, Tensor, lambda t: t.detach().clone())
-        except torch.OutOfMemoryError:
-            now = apply_to_collection(checkpoint, Tensor, lambda t: t.detach().to("cpu", copy=True))
+        where = None if _fits_beside_training(checkpoint) else "cpu"
+        now = apply_to_collection(
+            checkpoint, Tensor, lambda t: t.detach().to(where or t.device, copy=True)
+        )
         if torch.cuda.is_initialized():
             self._beside_training.wait_stream(torch.cuda.current_stream())
         self._ask(self._write, now, Path(path))
@@ -240,6 +240,18 @@ class RenamedCheckpoints(TorchCheckpointIO):
         with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
             save_aside(checkpoint, path)
         self.took = time.monotonic() - begun
+
+
+def _fits_beside_training(checkpoint: dict[str, Any]) -> bool:
+    """Whether copies of what a checkpoint holds of the GPU have room on it, beside the most that a
+    step has needed so far."""
+    if not torch.cuda.is_initialized():
+        return True
+    tensors: list[Tensor] = []
+    apply_to_collection(checkpoint, Tensor, tensors.append)
+    copies = AT_A_TIME * sum(tensor.nbytes for tensor in tensors if tensor.is_cuda)
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    return copies <= free - torch.cuda.max_memory_allocated()
 
 
 def save_aside(checkpoint: dict[str, Any], path: Path) -> None:
