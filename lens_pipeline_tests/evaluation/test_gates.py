@@ -1,5 +1,6 @@
 """The gates: of the first model, and of a challenger against a champion."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -208,7 +209,10 @@ def test_who_tells_cameras_apart_is_no_lens_finder() -> None:
     pooled = Evaluation(**rest, metrics=together, surveys={})
     assert pooled.gate(thresholds).passed
     # Where nothing is needed, there need be no real cutouts to judge by.
-    assert pooled.gate(thresholds | {"min_lens": 0, "min_nonlens": 0}).passed
+    nothing = thresholds | {"min_lens": 0, "min_nonlens": 0}
+    assert pooled.gate(nothing).passed
+    of_one_class = lens_metrics(np.zeros(1000, int), score[survey == "b"])
+    assert replace(pooled, surveys={"b": {"ensemble": of_one_class}}).gate(nothing).passed
     apart = Evaluation(
         **rest, metrics=together, surveys={name: {"ensemble": of} for name, of in parts.items()}
     )
