@@ -16,8 +16,15 @@ from braceexpand import braceexpand
 
 from lens_pipeline import LensDataModule, LensWebDatasetDataModule
 from lens_pipeline.catalogue.dataset import Dataset
-from lens_pipeline.errors import InputError
-from lens_pipeline.shards import open_shards, publish_shards, read_manifest, reader, verify_shards
+from lens_pipeline.errors import InputError, NoAnswerError
+from lens_pipeline.shards import (
+    open_shards,
+    publish_shards,
+    read_manifest,
+    reader,
+    store,
+    verify_shards,
+)
 from lens_pipeline.shards.as_dataset import shards_as_dataset
 from lens_pipeline.shards.checked import RECORD
 from lens_pipeline.shards.cloud import published_problems
@@ -108,6 +115,14 @@ def test_a_spoilt_file_is_named(own_shards: Path, name: str, spoil, what: str) -
     assert what in problems[0]
     with pytest.raises(InputError, match=name):
         open_shards(own_shards)
+
+
+def test_a_store_that_does_not_answer_is_no_damage_of_its_shards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(store, "PATIENCE", 0.1)
+    with pytest.raises(NoAnswerError, match=r"^http://127\.0\.0\.1:9/lenses/manifest\.json: "):
+        verify_shards("http://127.0.0.1:9/lenses")
 
 
 def test_no_manifest_no_dataset(own_shards: Path) -> None:
