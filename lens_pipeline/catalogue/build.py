@@ -35,6 +35,7 @@ from lens_pipeline.catalogue.images import (
     CutoutError,
     file_of,
 )
+from lens_pipeline.catalogue.positions import positions_by_other_names
 from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.splits import assign_splits, check_splits, class_counts
 from lens_pipeline.catalogue.table import Catalogue
@@ -154,6 +155,11 @@ def build_dataset(
             log.warning(
                 "%s: a dataset has columns of its own named %s, and those of the catalogue are not "
                 "carried along; rename them to keep them", catalogue.source, ", ".join(replaced),
+            )  # fmt: skip
+        if other_names := positions_by_other_names(table):
+            log.warning(
+                "%s: no column ra or dec tells where the cutouts lie; if %s do, in degrees, call "
+                "them so", catalogue.source, ", ".join(other_names),
             )  # fmt: skip
         table = table.assign(split=split, **measured)
         for part, places in kept.items():

@@ -7,6 +7,11 @@ import pandas as pd
 from lens_pipeline.catalogue.splits import FRACTIONS
 
 RADIUS = 2.0  # arcsec: two surveys place one galaxy closer, and cutouts of two galaxies lie apart
+# What VizieR, SExtractor, Euclid, Rubin and others call them, in small letters.
+_ELSEWHERE = (
+    *("raj2000", "ra_j2000", "alpha_j2000", "right_ascension", "coord_ra", "ra_deg", "radeg"),
+    *("dej2000", "dec_j2000", "delta_j2000", "declination", "coord_dec", "dec_deg", "decdeg"),
+)
 
 
 def with_position(table: pd.DataFrame) -> pd.Series:
@@ -14,6 +19,13 @@ def with_position(table: pd.DataFrame) -> pd.Series:
     if not {"ra", "dec"} <= {*table}:
         return pd.Series(False, index=table.index)
     return table["ra"].notna() & table["dec"].between(-90, 90)
+
+
+def positions_by_other_names(table: pd.DataFrame) -> list[str]:
+    """Columns that are not looked at, and seem to be what `ra` and `dec` should be."""
+    if {"ra", "dec"} & {*table}:
+        return []
+    return [str(name) for name in table if str(name).lower() in _ELSEWHERE]
 
 
 def positions_in_two_splits(table: pd.DataFrame, split: pd.Series) -> pd.DataFrame:

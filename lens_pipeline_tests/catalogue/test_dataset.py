@@ -66,6 +66,19 @@ def test_columns_that_give_way_to_what_is_measured_are_told(
     assert "table.csv: a dataset has columns of its own named row, nan_fraction, and" in told
 
 
+def test_positions_by_other_names_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = _build(_catalogue(tmp_path, RAJ2000=150.1, DEJ2000=2.2), tmp_path / "out")
+    assert set(dataset.table("train")["RAJ2000"]) == {150.1}
+    (told,) = caplog.messages
+    assert "table.csv: no column ra or dec" in told
+    assert "if RAJ2000, DEJ2000 do, in degrees, call them so" in told
+    caplog.clear()
+    _build(_catalogue(tmp_path, RAJ2000=150.1, ra=150.1, dec=2.2), tmp_path / "more")
+    assert not caplog.messages
+
+
 def test_a_group_keeps_its_split_as_the_catalogue_grows(tmp_path: Path) -> None:
     small = read_catalogue(_catalogue(tmp_path, 60)).table
     large = read_catalogue(_catalogue(tmp_path, 400)).table
