@@ -210,20 +210,13 @@ def _train_here(
 ) -> None:
     from pytorch_lightning.loggers import MLFlowLogger
 
-    from lens_pipeline.shards.datamodule import LensDataModule
+    from lens_pipeline.training.data import data_module
     from lens_pipeline.training.devices import gpus_claimed
     from lens_pipeline.training.train import train
 
     logger = MLFlowLogger(run_id=run_id, tracking_uri=settings.mlflow_uri, log_model=False)
-    data = LensDataModule(
-        data_root=upstream.location,
-        batch_size=config.training.batch_size,
-        num_workers=config.data.num_workers,
-        seed=config.training.seed,
-        bagging=config.data.bagging,
-        cache_dir=settings.home / "cache",
-        storage_options=settings.storage_options,
-    )
+    placed = config.with_changes(_data_of(upstream), "training")
+    data = data_module(placed, settings.home / "cache", settings.storage_options)
     with gpus_claimed(config.hardware):
         train(config, data, out, loggers=[logger])
 
@@ -238,15 +231,16 @@ def _train_in_processes(
 ) -> None:
     """One process a device, started by one that is not Dagster's: Lightning runs `__main__` again
     in each. Its first tells the log of this step."""
-    places: dict[str, dict[str, Any]] = {
-        "data": {"data_root": upstream.location},
-        "training": {"loggers": ("csv", "mlflow")},
-    }
+    changes = _data_of(upstream) | {"training": {"loggers": ("csv", "mlflow")}}
     settings_file = out / "config.yaml"
-    write_aside(settings_file, config.with_changes(places, "training").yaml)
+    write_aside(settings_file, config.with_changes(changes, "training").yaml)
     command = train_command(settings_file, out, settings.home)
     in_a_process(context, command, settings, out / FAILURE, {"MLFLOW_RUN_ID": run_id})
     settings_file.unlink(missing_ok=True)
+
+
+def _data_of(upstream: Made) -> dict[str, dict[str, Any]]:
+    return {"data": {"data_root": upstream.location}}
 
 
 def _tags(upstream: Made, member: Member, dagster_run: str) -> dict[str, str]:
