@@ -18,9 +18,10 @@ from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.stages import CLOUD, checkpoint_key
 from lens_pipeline.ensemble.predictor import score_dataset
 from lens_pipeline.ensemble.system import load_ensemble
+from lens_pipeline.errors import NoAnswerError
 from lens_pipeline.runner import open_instance, settings_of_home
 from lens_pipeline.settings import Settings
-from lens_pipeline.shards import publish_shards, read_manifest, verify_shards
+from lens_pipeline.shards import publish_shards, read_manifest, store, verify_shards
 from lens_pipeline.shards.cloud import newest_version
 from lens_pipeline_tests.object_stores import S3Server, sign_in
 
@@ -181,3 +182,30 @@ def test_a_source_that_is_one_version_of_published_shards(
     )
     (event,) = done.get_asset_observation_events()
     assert event.asset_observation_data.asset_observation.metadata["location"].value == old.url
+
+
+def test_assets_are_defined_while_the_store_of_the_source_is_away(
+    s3_bucket: str,
+    s3_server: S3Server,
+    shards_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As it was when it last answered."""
+    options = s3_server.storage_options()
+    publish_shards(shards_folder, f"{s3_bucket}/shards", storage_options=options)
+    monkeypatch.setenv("LENS_STORAGE_OPTIONS", json.dumps(options))
+
+    def assets(folder: str, home: str) -> set[dg.AssetKey]:
+        (tmp_path / home).mkdir(exist_ok=True)
+        settings = Settings.load(home=tmp_path / home, source=f"{s3_bucket}/{folder}")
+        return set(make_definitions(settings).resolve_asset_graph().get_all_asset_keys())
+
+    of_shards, of_cutouts = assets("shards", "one"), assets("cutouts", "other")
+    assert of_shards < of_cutouts
+    s3_server.kill()
+    monkeypatch.setattr(store, "PATIENCE", 0.1)
+    assert assets("shards", "one") == of_shards
+    assert assets("cutouts", "other") == of_cutouts
+    with pytest.raises(NoAnswerError, match="LENS_SOURCE: "):
+        assets("shards", "other")  # where it was never asked

@@ -1,22 +1,52 @@
 """What lies at LENS_SOURCE now."""
 
+import json
+import logging
+from contextlib import suppress
+from pathlib import Path
+
 from lens_pipeline.defs.dataset import catalogue_recipe, table_recipe
-from lens_pipeline.errors import InputError, told_of
+from lens_pipeline.errors import InputError, NoAnswerError, told_of
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import digest
+from lens_pipeline.steps import digest, write_aside
 from lens_pipeline.storage import names_table
+
+ANSWER = "source.json"  # in LENS_HOME: what LENS_SOURCE was when it was last asked
+log = logging.getLogger(__name__)
 
 
 def source_is_published(settings: Settings) -> bool:
-    """Whether LENS_SOURCE names published shards; a folder or store is asked, nothing else."""
+    """Whether LENS_SOURCE names published shards; a folder or store is asked, nothing else, and
+    where it does not answer, what it said the last time holds: by it the assets are defined, and
+    without them nothing would run, or tell, until somebody loads them again.
+
+    Raises InputError; NoAnswerError where it never answered.
+    """
     if settings.source == "simulation" or names_table(settings.source):
         return False
     from lens_pipeline.shards.cloud import is_published
 
+    kept, source = settings.home / ANSWER, digest(settings.source)
+    before = _published(kept)
     try:
-        return is_published(settings.source, settings.storage_options)
+        now = {source: is_published(settings.source, settings.storage_options)}
     except InputError as problem:
-        raise told_of("LENS_SOURCE", problem) from None
+        if not isinstance(problem, NoAnswerError) or source not in before:
+            raise told_of("LENS_SOURCE", problem) from None
+        log.warning("LENS_SOURCE: %s; what it was before is assumed", problem)
+        return before[source]
+    if now != before:
+        with suppress(OSError):  # there is no home yet, or it can only be read
+            write_aside(kept, json.dumps(now))
+    return now[source]
+
+
+def _published(kept: Path) -> dict[str, bool]:
+    """{a source's hash: whether it was published shards}, of the one that was asked last."""
+    try:
+        return dict(json.loads(kept.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def source_glance(settings: Settings) -> str | None:
