@@ -29,7 +29,7 @@ from lens_pipeline.commit import code_commit
 from lens_pipeline.ensemble.best import show_best
 from lens_pipeline.ensemble.claim import LOCK, Share, claimed
 from lens_pipeline.ensemble.cutouts import CutoutSource
-from lens_pipeline.ensemble.predictor import score_batches, scoring
+from lens_pipeline.ensemble.predictor import score_batches, scoring, tell_of_replaced
 from lens_pipeline.ensemble.score_files import (
     FINGERPRINT,
     about_intact,
@@ -96,7 +96,7 @@ def score_to_file(
     check_out(out)
     source.check(ensemble.format)
     catalogue = source.catalogue
-    _tell_of_replaced(catalogue, ensemble.columns)
+    tell_of_replaced(catalogue, [*ensemble.columns, "reject_reason", FINGERPRINT])
     n = len(catalogue.table)
     schema = _schema(catalogue, ensemble.columns)
     about = {
@@ -150,17 +150,6 @@ def score_to_file(
             _remove(folder)
     n_left = int((~rows.known).sum())
     return ScoredFile(out, n, rows.n_scored, n_left, rows.reasons, not stays, listed, gallery)
-
-
-def _tell_of_replaced(catalogue: Catalogue, columns: list[str]) -> None:
-    """Warns of a catalogue's columns that scores have, too, unless it is a score file itself."""
-    ours = [*columns, "reject_reason", FINGERPRINT]
-    replaced = [name for name in ours if name in catalogue.table]
-    if replaced and not {"probability", "reject_reason", FINGERPRINT} <= {*replaced}:
-        log.warning(
-            "%s: the scores have columns of their own named %s, and those of the catalogue are not "
-            "carried along; rename them to keep them", catalogue.source, ", ".join(replaced),
-        )  # fmt: skip
 
 
 def _tell_of_untold(rows: ScoredRows, source: str) -> None:

@@ -1,5 +1,6 @@
 """Score tables: one row per catalogue row, in its order."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from lens_pipeline.ensemble.cutouts import CatalogueCutouts, CutoutSource
 from lens_pipeline.ensemble.system import BATCH, LensEnsemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.progress import progress_bar
+
+log = logging.getLogger(__name__)
 
 
 class ScoredDataset(Protocol):
@@ -134,12 +137,23 @@ def score_table(
 ) -> pd.DataFrame:
     """The table of `score_catalogue`; scores and rejects are indexed as the catalogue is."""
     own = catalogue.table
+    tell_of_replaced(catalogue, [*columns, "reject_reason"])
     all_scores = (
         pd.concat(scores)[columns] if scores else pd.DataFrame(columns=columns, dtype=float)
     )
     table = pd.concat([own[["id", "label"]], all_scores.reindex(own.index)], axis=1)
     table["reject_reason"] = rejects.reindex(own.index)
     return pd.concat([table, own.drop(columns=table.columns, errors="ignore")], axis=1)
+
+
+def tell_of_replaced(catalogue: Catalogue, ours: list[str]) -> None:
+    """Warns of a catalogue's columns that its scores have, too, unless it is a score file itself."""
+    replaced = [name for name in ours if name in catalogue.table]
+    if replaced and not {"probability", "reject_reason"} <= {*replaced}:
+        log.warning(
+            "%s: the scores have columns of their own named %s, and those of the catalogue are not "
+            "carried along; rename them to keep them", catalogue.source, ", ".join(replaced),
+        )  # fmt: skip
 
 
 def scoring(total: int, done: int = 0, what: str = "scoring") -> Any:

@@ -94,6 +94,9 @@ def test_an_own_column_that_is_replaced_is_told(
     scored(counting, few.assign(fingerprint="mine", std=1.0), out)
     assert "columns of their own named std, fingerprint, and those of the catalogue" in caplog.text
     caplog.clear()
+    score_catalogue(counting, few.assign(fingerprint="mine", std=1.0))
+    assert "the scores have columns of their own named std, and" in caplog.text
+    caplog.clear()
     scored(counting, few, out)
     of_scores = few.merge(pd.read_parquet(out).drop(columns=few.columns[1:], errors="ignore"))
     scored(counting, of_scores, tmp_path / "again.parquet")
