@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Two files of tests at a time: half of what they take is waiting for servers and processes.
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
 
 .PHONY: help
 help:  ## list the targets
@@ -27,11 +29,11 @@ dev: install  ## Dagster's and MLflow's pages on the same LENS_HOME
 
 .PHONY: test
 test: install  ## the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not gpu"
 
 .PHONY: test-slow
 test-slow: install  ## the slow tests: kill trials, the default job
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "slow and not gpu"
 
 .PHONY: lint
 lint: install  ## style, types, which floor may import which, and the deployment's files

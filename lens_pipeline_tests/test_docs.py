@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lens_pipeline.catalogue import build_dataset, read_catalogue
 from lens_pipeline.evaluation.report import MORE_COLUMNS
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +45,35 @@ def test_the_code_for_notebooks_runs(
     assert found["lenses"].shape == ((found["train"].labels == 1).sum(), 3, 32, 32)
     assert found["lenses"].dtype == np.float16
     assert set(found["metrics"]["auroc"]) == {"value", "low", "high"}
+
+
+def test_the_code_that_adds_what_was_graded_runs(simulated_catalogue: Path, tmp_path: Path) -> None:
+    section = (ROOT / "docs" / "scoring.md").read_text().partition("## What was graded")[2]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert code is not None
+    table = pd.read_parquet(simulated_catalogue).astype({"id": str})
+    table["path"] = [f"{simulated_catalogue.parent}/{path}" for path in table["path"]]
+    table[:150].to_parquet(tmp_path / "training.parquet")
+    (tmp_path / "field").symlink_to(simulated_catalogue.parent)
+    field = table[150:].drop(columns="label")
+    field["path"] = [
+        f"field/{Path(path).relative_to(simulated_catalogue.parent)}" for path in field["path"]
+    ]
+    field.to_parquet(tmp_path / "field.parquet")
+    graded = pd.DataFrame({"id": field["id"][:9], "label": [1, 0, None] * 3})
+    graded.to_csv(tmp_path / "scores.top.csv", index=False)
+    exec(code[1].replace("/survey", str(tmp_path)), {})
+    catalogue = read_catalogue(tmp_path / "training_2.parquet")
+    dataset = build_dataset(catalogue, tmp_path / "dataset", image_size=32)
+    known = read_catalogue(tmp_path / "training.parquet")
+    before = build_dataset(known, tmp_path / "before", image_size=32)
+    assert dataset.rejects().empty
+    trained = dataset.table("train").set_index("id")["label"]
+    added = graded.dropna().set_index("id")["label"]
+    assert trained[added.index].tolist() == [1, 0] * 3
+    assert len(trained) == len(before.table("train")) + len(added)
+    for part in ("val", "test"):
+        assert dataset.table(part)["id"].tolist() == before.table(part)["id"].tolist()
 
 
 def _anchors(page: Path) -> set[str]:
