@@ -147,7 +147,7 @@ def score_table(
 
 
 def tell_of_replaced(catalogue: Catalogue, ours: list[str]) -> None:
-    """Warns of a catalogue's columns that its scores have, too, unless it is a score file itself."""
+    """Warns of columns of a catalogue that its scores have, too, unless it is a score file."""
     replaced = [name for name in ours if name in catalogue.table]
     if replaced and not {"probability", "reject_reason"} <= {*replaced}:
         log.warning(
