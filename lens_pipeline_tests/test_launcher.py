@@ -60,8 +60,9 @@ def test_a_launched_run_that_dies_under_another_host_name_is_found_and_its_sign_
         signs = tmp_path / "dagster" / ".alive"
         assert [sign.name for sign in signs.iterdir()] == [run.run_id]
         process = psutil.Process(int(run.tags["lens/pid"]))
-        process.kill()
-        process.wait(10)
+        for killed in (process, *process.children(recursive=True)):
+            killed.kill()
+            killed.wait(10)
         health = instance.run_launcher.check_run_worker_health(run)
         assert health.status is WorkerStatus.FAILED
         assert not instance.run_launcher.terminate(run.run_id)  # there is nobody to be asked
