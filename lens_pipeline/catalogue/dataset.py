@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.lib import format as npy
 from numpy.typing import ArrayLike, NDArray
 
-from lens_pipeline.catalogue.images import COMPOSITE_BANDS, Cutout, CutoutError
+from lens_pipeline.catalogue.images import COMPOSITE_BANDS, PIXELS, Cutout, CutoutError
 from lens_pipeline.catalogue.splits import FRACTIONS
 from lens_pipeline.errors import InputError
 
@@ -72,7 +72,8 @@ class CutoutFormat:
         if len(cutout.pixels) != len(self.bands):
             raise CutoutError(f"{len(cutout.pixels)} bands; {len(self.bands)} are needed")
         if cutout.units != self.units:
-            raise CutoutError(f"the pixels are {cutout.units}; {self.units} is needed")
+            found, needed = PIXELS[cutout.units], PIXELS[self.units]
+            raise CutoutError(f"the image is {found}; {needed} is needed")
         return cutout
 
 

@@ -31,6 +31,10 @@ SIGMA_UNITS = "background_sigma"
 COMPOSITE = "composite"
 COMPOSITE_BANDS = ("red", "green", "blue")
 FLUX = "flux"  # as read: becomes SIGMA_UNITS
+PIXELS = {  # in words
+    SIGMA_UNITS: "linear flux (FITS, NPY, a TIFF of floats)",
+    COMPOSITE: "a composite for the eye (PNG, JPEG, a TIFF of integers)",
+}
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 MAX_NAN_FRACTION = 0.1  # of a band, in the middle
 MAX_ZEROS = 0.01  # of the pixels beside blocks of zeros, or these are none of a filler

@@ -182,7 +182,7 @@ def _band_names(folder: Path, i: int) -> str:
     return name
 
 
-@kind("another unit", "the pixels are composite; background_sigma is needed")
+@kind("another unit", r"the image is a composite .*JPEG.*; linear flux \(FITS.*\) is needed")
 def _composite(folder: Path, i: int) -> str:
     name = suffix_of(i, f"rgb{i}.png", f"rgb{i}.jpg", f"rgb{i}.tif", f"deep{i}.tif", f"deep{i}.png")
     picture(folder / name)
@@ -378,7 +378,7 @@ OF_PICTURES: dict[str, tuple[Writer, str]] = {
 }
 
 
-@kind("another unit", "the pixels are background_sigma; composite is needed", OF_PICTURES)
+@kind("another unit", r"the image is linear flux .*; a composite .*JPEG.* is needed", OF_PICTURES)
 def _flux_among_pictures(folder: Path, i: int) -> str:
     name = f"flux{i}.{suffix_of(i, 'fits', 'npy', 'npz', 'tif')}"
     write_cube(folder / name, sky())
