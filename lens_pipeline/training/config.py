@@ -179,7 +179,7 @@ class HardwareSection(_Section):
     """Where it runs."""
 
     accelerator: Literal["auto", "cpu", "gpu"] = Field(
-        default="auto", description="`auto` takes a GPU where there is one."
+        default="auto", description="`auto` takes an NVIDIA or AMD GPU where there is one."
     )
     devices: int = _bounded(default=1, ge=1, le=1024, description="Devices to train on.")
     exclusive: bool = Field(

@@ -340,7 +340,8 @@ def _fit(
         warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
         trainer = pl.Trainer(
             max_epochs=how.epochs,
-            accelerator=hardware.accelerator,
+            # Lightning's `auto` takes others, too, which have no float64.
+            accelerator="gpu" if _on_gpu(config) else "cpu",
             devices=hardware.devices,
             strategy="ddp" if hardware.devices > 1 else hardware.strategy,
             precision=resolved_precision(config),

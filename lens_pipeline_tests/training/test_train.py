@@ -79,6 +79,24 @@ def test_a_ring_is_learnt_and_its_files_are_left(uneven_shards: Path, tmp_path: 
     assert [path.name for path in (tmp_path / "top").iterdir()] != []
 
 
+def test_accelerators_that_are_not_supported_are_not_taken(
+    uneven_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Apple's, which knows no float64."""
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.setattr("platform.processor", lambda: "arm")
+    config = _config(fast_dev_run=True)
+    assert config.hardware.accelerator == "auto"
+    seen: list[str] = []
+
+    class Device(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            seen.append(pl_module.device.type)
+
+    _train(config, uneven_shards, tmp_path, Device())
+    assert seen == ["cuda" if torch.cuda.is_available() else "cpu"]
+
+
 def test_the_same_settings_file_gives_the_same_weights(uneven_shards: Path, tmp_path: Path) -> None:
     """`lens-pipeline train --config` on what a run has saved repeats it to the last bit."""
     first, second = tmp_path / "first", tmp_path / "second"
