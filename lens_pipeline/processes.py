@@ -53,10 +53,10 @@ def sign_of_life(home: Path, run_id: str) -> int:
 
 def signs_without_life(home: Path) -> list[Path]:
     """The files of runs whose processes have ended; by their names, the runs' ids."""
-    return [sign for sign in (home / SIGNS).glob("[!.]*") if _is_free(sign)]
+    return [sign for sign in (home / SIGNS).glob("[!.]*") if is_free(sign)]
 
 
-def _is_free(sign: Path) -> bool:
+def is_free(sign: Path) -> bool:
     """Whether a file is there and locked by nobody."""
     try:
         with sign.open("rb") as file:
@@ -80,7 +80,7 @@ def is_dead(run_id: str, tags: Mapping[str, str], home: Path) -> bool:
     """Whether the process of a run is known to be gone: it was on this host, and is not now; or on
     another, and has let go of its sign of life in `home`, DAGSTER_HOME."""
     if not is_here(run_id, tags):
-        return has_begun(run_id, tags) and _is_free(home / SIGNS / run_id)
+        return has_begun(run_id, tags) and is_free(home / SIGNS / run_id)
     try:
         return _started(int(tags[PID])) != tags[STARTED]
     except psutil.NoSuchProcess:

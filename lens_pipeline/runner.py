@@ -13,6 +13,7 @@ from typing import Any
 import dagster as dg
 import filelock
 from dagster._core.instance.ref import InstanceRef
+from dagster._core.storage.tags import REPOSITORY_LABEL_TAG
 
 from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.checkpoints import POOL
@@ -25,11 +26,12 @@ from lens_pipeline.processes import (
     PID,
     end_rest,
     is_dead,
+    is_free,
     is_here,
     process_tags,
     sign_of_life,
 )
-from lens_pipeline.settings import Settings
+from lens_pipeline.settings import SERVED, Settings
 from lens_pipeline.steps import write_aside
 
 UNFINISHED = [
@@ -40,6 +42,7 @@ UNFINISHED = [
 ]
 KEPT = "settings.json"
 GATE_CHECK = "passes_the_gate"
+REPOSITORY = "__repository__@lens_pipeline"  # of workspace.yaml: its pages list the runs of a job
 # sha256 of dagster.yaml as former versions have made it.
 FORMER = {
     "59045419ec5290be587670029148bbe82f980ab20d4f09a3a1ea8b73c52a7bd1",
@@ -158,6 +161,7 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
         del config["loggers"]
     with open_instance(settings) as instance:
         keep_settings(settings)
+        _tell_of_pages(settings)
         release_dead_runs(instance)
         run_id = dg._core.utils.make_new_run_id()
         with _giving_a_sign(instance, run_id), _naming_the_holder(instance, run_id):
@@ -170,6 +174,7 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
                         **process_tags(run_id),
                         **every_survey(settings),
                         DEPLOYMENT: settings.deployment,
+                        REPOSITORY_LABEL_TAG: REPOSITORY,
                         "dagster/max_retries": "0",  # who launched it sees that it failed
                     },
                 )
@@ -177,6 +182,16 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
                 raise KeyboardInterrupt from None
         _tell_of_checks(done.get_asset_check_evaluations())
     return run_id
+
+
+def _tell_of_pages(settings: Settings) -> None:
+    """Warns where pages are open that would launch runs with other settings than these."""
+    other = settings.shown.get("settings", settings.kept) != settings.kept
+    if other and not is_free(settings.dagster_home / SERVED):
+        log.warning(
+            "LENS_HOME: the pages of lens-pipeline show are open with the settings of when it was "
+            "begun, and these are others; end it and begin it again to launch runs with them"
+        )
 
 
 def _tell_of_checks(evaluations: Iterable[dg.AssetCheckEvaluation]) -> None:

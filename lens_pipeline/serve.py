@@ -1,6 +1,7 @@
 """Dagster's and MLflow's pages on one home."""
 
 import fcntl
+import json
 import logging
 import os
 import socket
@@ -11,11 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lens_pipeline.alerts import MARK
 from lens_pipeline.errors import InputError
 from lens_pipeline.runner import end_launched_runs, open_instance, release_dead_runs
-from lens_pipeline.settings import HOST, Settings
+from lens_pipeline.settings import HOST, SERVED, Settings
 from lens_pipeline.tracking import Tracking, experiment_page
 
 # No workers for MLflow's evaluation jobs, and no libraries' warnings on the terminal.
@@ -133,24 +135,27 @@ def pages(
     environment["PYTHONPATH"] = os.pathsep.join([FIRST, *_python_path()])
     environment["MLFLOW_BACKEND_STORE_URI"] = settings.mlflow_uri
     environment["LENS_MLFLOW_PAGE"] = settings.mlflow_page or addresses["MLflow"]
-    with open_instance(settings) as instance, _alone(settings) as lock:
+    about = {"mlflow_page": environment["LENS_MLFLOW_PAGE"], "settings": settings.kept}
+    with open_instance(settings) as instance, _alone(settings, about) as lock:
         # Asking creates the database before two servers would.
         addresses["MLflow"] = experiment_page(addresses["MLflow"], Tracking(settings).experiment_id)
         release_dead_runs(instance)
         messages = None if verbose else Messages(settings.dagster_home / "servers.log")
-        servers = (Server(command, environment, lock, messages) for command in commands)
-        found = Pages(addresses, tuple(servers), messages)
+        servers: list[Server] = []
         try:
+            for command in commands:
+                servers.append(Server(command, environment, lock, messages))
+            found = Pages(addresses, tuple(servers), messages)
             while not all(_answers(port) for port in ports.values()):
                 found.revive()
                 time.sleep(0.2)
             yield found
         finally:
-            _end(found.servers[:1])  # the daemon: it would launch what waits
-            try:
+            try:  # who is told twice to end may be told within this, too
+                _end(servers[:1])  # the daemon: it would launch what waits
                 end_launched_runs(instance)
             finally:
-                _end(found.servers)
+                _end(servers)
 
 
 def _python_path() -> list[str]:
@@ -159,10 +164,13 @@ def _python_path() -> list[str]:
 
 
 @contextmanager
-def _alone(settings: Settings) -> Iterator[int]:
+def _alone(settings: Settings, about: Mapping[str, Any]) -> Iterator[int]:
     """A lock on LENS_HOME, for its servers to inherit: they may outlive this process, and two
-    daemons would launch each run twice. Raises InputError where it is held."""
-    with (settings.dagster_home / ".served").open("w") as file:
+    daemons would launch each run twice. Raises InputError where it is held.
+
+    about: see `Settings.shown`.
+    """
+    with (settings.dagster_home / SERVED).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -170,6 +178,9 @@ def _alone(settings: Settings) -> Iterator[int]:
                 f"LENS_HOME: {settings.home} is served already; use those pages, or end the "
                 "processes `dagster_webserver`, `dagster._daemon` and `mlflow` first"
             ) from None
+        file.truncate(0)
+        file.write(json.dumps(about))
+        file.flush()
         yield file.fileno()
 
 

@@ -24,6 +24,7 @@ OTHERS = (
     *("LENS_CODE_HOST", "LENS_CODE_PORT", "LENS_DAGSTER_PORT"),
     *("LENS_MLFLOW_PORT", "LENS_MLFLOW_HOSTS", "LENS_MLFLOW_ORIGINS"),
 )
+SERVED = ".served"  # in DAGSTER_HOME, by `lens-pipeline show`, which locks it meanwhile
 # Where `lens-pipeline show` serves what it is not told to serve elsewhere.
 HOST, DAGSTER_PORT, MLFLOW_PORT = "127.0.0.1", 3000, 5000
 SECRET = re.compile("sig|token|key|secret|password|credential", re.IGNORECASE)
@@ -329,9 +330,18 @@ class Settings(BaseSettings):
         is known. A home's own records are shown by `show`, unless it is told otherwise here."""
         served = self.mlflow_uri if self.mlflow_uri.startswith("http") else None
         own = self.mlflow_uri == self._own_mlflow_uri  # MLflow itself puts it into the environment
-        shown = f"http://{HOST}:{MLFLOW_PORT}" if own else None
+        shown = self.shown.get("mlflow_page", f"http://{HOST}:{MLFLOW_PORT}") if own else None
         address = self.mlflow_page or served or shown
         return address and address.rstrip("/")
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What the last `lens-pipeline show` of this home has written into SERVED: where its
+        `mlflow_page` is, and the `settings` (see `kept`) that it began with."""
+        try:
+            return dict(json.loads((self.dagster_home / SERVED).read_bytes()))
+        except (OSError, ValueError):
+            return {}
 
     @property
     def artifact_location(self) -> str:

@@ -1,6 +1,7 @@
 """What `lens-pipeline show` says on its terminal, and which code it runs."""
 
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -8,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from lens_pipeline.cli import main
+from lens_pipeline.defs.stages import EVALUATION
+from lens_pipeline.runner import open_instance
+from lens_pipeline.settings import Settings
 from lens_pipeline_tests.served import Served, until
 
 ALERT = """
@@ -70,3 +75,50 @@ def test_links_lead_where_people_are_told_to_find_mlflow(tmp_path: Path) -> None
                 assert f"MLflow   {shown}/#/experiments/1/runs" in served.log
                 (daemon,) = served.processes("dagster._daemon")
                 assert told.items() <= daemon.environ().items()
+
+
+@pytest.mark.slow
+def test_a_run_of_the_command_line_is_on_the_pages_that_are_open(
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Among its job's runs, with links to MLflow's; and where it has other settings, it says so."""
+    own = Path(shutil.copytree(home, tmp_path / "home"))
+    run = ["run", "--preset", "tiny", "--home", str(own)]
+    with Served(own, tmp_path / "log") as served:
+        before = {found["runId"] for found in served.runs()}
+        assert main(run) == 0
+        assert "begin it again" not in capfd.readouterr().err
+        monkeypatch.setenv("LENS_GATE_MIN_LENS", "5")
+        assert main(run) == 0
+        assert "are open with the settings of when it was begun" in capfd.readouterr().err
+        of_job = {"pipelineName": "full_pipeline"}
+        here = {"key": ".dagster/repository", "value": "__repository__@lens_pipeline"}
+        made = {found["runId"] for found in served.runs(**of_job, tags=[here])}
+        assert len(made - before) == 2
+        with open_instance(Settings.load(home=own)) as instance:
+            event = instance.get_latest_materialization_event(EVALUATION)
+        assert event is not None
+        assert event.asset_materialization is not None
+        members = event.asset_materialization.metadata["members"]
+        assert f"({served.mlflow}/#/" in str(members.value)
+    assert main(run) == 0
+    assert "begin it again" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_pages_that_are_told_twice_to_end_leave_no_server(tmp_path: Path) -> None:
+    served = Served(tmp_path / "home", tmp_path / "log").__enter__()
+    servers = [
+        process
+        for name in ("dagster._daemon", "dagster_webserver", "mlflow")
+        for process in served.processes(name)
+    ]
+    assert len(servers) >= 3
+    for _ in range(2):
+        served.server.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+    served.server.wait(60)
+    until(lambda: not any(server.is_running() for server in servers), 30, "all servers end")
