@@ -61,7 +61,7 @@ def _limits(facts: Mapping[str, Any], evaluation: Evaluation) -> list[str]:
     limits += [f"- {sentence}." for sentence in idle_members(facts)]
     if facts["simulated"]:
         limits.append(
-            "- It has learnt from simulations, too. On real images expect less than on them: "
+            "- It has learnt from simulations. On real images expect less than on them: "
             "networks that were trained on simulations alone fell from 92 % to 24 % purity in "
             "Euclid's Q1."
         )

@@ -3,7 +3,7 @@
 import base64
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lens_pipeline.evaluation.gates import GateDecision
+from lens_pipeline.evaluation.metrics import TOP
 from lens_pipeline.evaluation.plots import png_bytes
 from lens_pipeline.evaluation.selection import QUANTITIES
 
@@ -22,6 +23,7 @@ COLUMNS = {
     "tpr_at_fpr_1e-2": "TPR at FPR 1e-2",
     "ece": "calibration error",
 }
+PRECISION = "precision_at_k"
 # In the order of docs/report.md: ranking, its end without false positives, calibration.
 MORE_COLUMNS = {
     "auroc": COLUMNS["auroc"],
@@ -31,7 +33,7 @@ MORE_COLUMNS = {
     "tpr_at_fpr_1e-2": COLUMNS["tpr_at_fpr_1e-2"],
     "tpr_at_fpr_1e-3": "TPR at FPR 1e-3",
     "tpr_at_fpr_1e-4": "TPR at FPR 1e-4",
-    "precision_at_k": "precision at k",
+    PRECISION: "precision at k",
     "ece": COLUMNS["ece"],
     "ece_top": "calibration error, highest tenth",
     "brier": "Brier score",
@@ -57,7 +59,7 @@ def format_metrics_table(metrics: Mapping[str, Mapping[str, Any]], split: str = 
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in (header, *rows)]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*(line.rstrip() for line in lines), _counts(metrics, split)])
+    return "\n".join([*(line.rstrip() for line in lines), _counts(metrics, COLUMNS, split)])
 
 
 def metric_text(metric: Mapping[str, float | None]) -> str:
@@ -71,13 +73,17 @@ def metric_text(metric: Mapping[str, float | None]) -> str:
     return value if low == value == high else f"{value} [{low}, {high}]"
 
 
-def _counts(metrics: Mapping[str, Mapping[str, Any]], split: str = "Test") -> str:
+def _counts(
+    metrics: Mapping[str, Mapping[str, Any]], columns: Iterable[str], split: str = "Test"
+) -> str:
     first = next(iter(metrics.values()))
     text = (
         f"{split} split: {first['n_lens']} lenses, {first['n_nonlens']} non-lenses; "
         "95 % intervals by bootstrap."
     )
-    if any(of[key]["value"] is None for of in metrics.values() for key in COLUMNS):
+    if PRECISION in columns:
+        text += f" k: the {min(TOP, first['n_lens'])} highest-scored."
+    if any(of[key]["value"] is None for of in metrics.values() for key in columns):
         text += f" {UNRESOLVED}: too few cutouts to tell."
     return text
 
@@ -261,6 +267,7 @@ h3 { font-size: 1rem; margin-bottom: .3rem; } p { max-width: 46rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93em; }
 th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #ddd;
   white-space: nowrap; }
+.facts th { vertical-align: top; } .facts td { white-space: normal; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; } td small { color: #777; }
 figure { display: inline-block; margin: 0 1rem 1.5rem 0; vertical-align: top; max-width: 100%; }
 figure.narrow { max-width: min(100%, 25rem); }
@@ -268,9 +275,9 @@ figure img { max-width: 100%; } figcaption { color: #555; font-size: .9rem; }
 .passed { color: #00693e; } .failed { color: #a33b00; }
 @media print {
   body { max-width: none; margin: 0; padding: 0; }
-  .wide { overflow: visible; } table { font-size: 8pt; }
+  .wide { overflow: visible; } table { font-size: 8pt; } figure img { max-height: 60vh; }
   th, td { white-space: normal; overflow-wrap: anywhere; padding-right: .5rem; }
-  figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; }
+  figure, tr { break-inside: avoid; } h2, h3, h2 + p { break-after: avoid; }
 }
 """
 
@@ -318,7 +325,7 @@ def write_report(
     parts = [f"<h1>{html.escape(title)}</h1>", _facts(facts)]
     for basis, of_models in metrics.items():
         parts.append(f"<h2>Metrics: {html.escape(basis)}</h2>")
-        parts += [_metrics(of_models), f"<p>{html.escape(_counts(of_models))}</p>"]
+        parts += [_metrics(of_models), f"<p>{html.escape(_counts(of_models, MORE_COLUMNS))}</p>"]
     parts += ["<h2>Gate of a first model</h2>", _gate(gate), f"<p>{BESIDE_A_CHAMPION}</p>"]
     for section in sections:
         parts.append(f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>")
@@ -352,7 +359,7 @@ def _facts(facts: Mapping[str, str]) -> str:
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>"
         for name, text in facts.items()
     )
-    return f"<div class=wide><table>{rows}</table></div>"
+    return f"<table class=facts>{rows}</table>"
 
 
 def _metrics(metrics: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,5 +1,6 @@
 """Pictures of the selection function."""
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from lens_pipeline.evaluation.plots import COLOURS, FONT, column_figure, logarithmic, plain
 from lens_pipeline.evaluation.selection import QUANTITIES
 
+LABEL = 24  # characters in a line that is no wider than its panel
 LOGARITHMIC = ("arc_snr", "arc_contrast", "flux_ratio")  # they span decades
 
 
@@ -35,7 +37,7 @@ def completeness_figure(selection: Mapping[str, Any]) -> Figure:
             middle, value, [value - low, high - value], wide, fmt="o", color=COLOURS[0],
             markersize=3.5, linewidth=1,
         )  # fmt: skip
-        plain(axes, QUANTITIES[name], "")
+        plain(axes, textwrap.fill(QUANTITIES[name], LABEL), "")
         if name in LOGARITHMIC and bins[0]["low"] > 0:
             logarithmic(axes, bins[0]["low"], bins[-1]["high"])
         axes.set(ylim=(-0.04, 1.04))

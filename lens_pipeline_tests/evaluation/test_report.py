@@ -90,6 +90,25 @@ def test_the_report_needs_no_other_file(tmp_path: Path) -> None:
     assert "Passed" in elements.text
 
 
+def test_the_report_says_what_its_dashes_and_its_k_are(tmp_path: Path) -> None:
+    """300 non-lenses tell all that the terminal shows, but not TPR at FPR 1e-3."""
+    label = np.repeat([1, 0], [40, 300])
+    metrics = {"ensemble": lens_metrics(label, np.linspace(1, 0, 340) ** 2, 10)}
+    assert "too few cutouts to tell" not in format_metrics_table(metrics)
+    write_report(
+        tmp_path / "report.html",
+        title="Lens ensemble",
+        facts={},
+        metrics={"test": metrics},
+        gate=GateDecision(True, (), {}),
+        sections=[],
+    )
+    elements = Elements()
+    elements.feed((tmp_path / "report.html").read_text())
+    said = "95 % intervals by bootstrap. k: the 40 highest-scored. –: too few cutouts to tell."
+    assert said in elements.text
+
+
 def test_an_interval_of_no_width_is_left_out() -> None:
     flat = {"value": 0.1694, "low": 0.1694, "high": 0.1694}
     assert metric_text(flat) == "0.169"
