@@ -218,7 +218,7 @@ def _train_here(
     placed = config.with_changes(_data_of(upstream), "training")
     data = data_module(placed, settings.home / "cache", settings.storage_options)
     with gpus_claimed(config.hardware):
-        train(config, data, out, loggers=[logger])
+        train(placed, data, out, loggers=[logger])
 
 
 def _train_in_processes(

@@ -24,15 +24,18 @@ def schedule(
 
     steps: of the training; per_epoch: of an epoch.
     name: `cosine` then falls to zero (Loshchilov & Hutter 2017); `step` falls by the factor `decay`
-    every `decay_epochs` epochs, `plateau` when the validation loss has not fallen for as many;
-    `constant` stays.
+    every `decay_epochs` epochs from then on, `plateau` when the validation loss has not fallen for
+    as many; `constant` stays.
     """
     rising = max(1, round(warmup * steps)) if warmup else 0
     if name == "plateau":
         warm = LinearLR(optimiser, WARM_START, total_iters=rising) if rising else None
-        falling = ReduceLROnPlateau(optimiser, factor=decay, patience=decay_epochs)
+        # torch waits for one more than its patience.
+        falling = ReduceLROnPlateau(optimiser, factor=decay, patience=decay_epochs - 1)
         by_step = [{"scheduler": warm, "interval": "step"}] if warm else []
-        return [*by_step, {"scheduler": falling, "interval": "epoch", "monitor": "val/loss"}]
+        # Not strict: of an epoch that is not validated there is none.
+        by_epoch = {"interval": "epoch", "monitor": "val/loss", "strict": False}
+        return [*by_step, {"scheduler": falling, **by_epoch}]
 
     def factor(step: int) -> float:
         if step < rising:
@@ -40,6 +43,6 @@ def schedule(
         if name == "cosine":
             done = min(1.0, (step - rising) / max(1, steps - rising))
             return (1 + math.cos(math.pi * done)) / 2
-        return decay ** (step // per_epoch // decay_epochs) if name == "step" else 1.0
+        return decay ** ((step - rising) // per_epoch // decay_epochs) if name == "step" else 1.0
 
     return [{"scheduler": LambdaLR(optimiser, factor), "interval": "step"}]

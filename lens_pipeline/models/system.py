@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torchvision.ops import sigmoid_focal_loss
 
 from lens_pipeline.catalogue.images import SIGMA_UNITS
 from lens_pipeline.errors import InputError
@@ -50,6 +49,8 @@ class LensClassifier(pl.LightningModule):
     `val/auroc`, `test/tpr0`: see `StageMetrics`.
     """
 
+    validated = -1  # the last epoch that was
+
     def __init__(self) -> None:
         super().__init__()
         self.metrics = nn.ModuleDict(
@@ -71,14 +72,18 @@ class LensClassifier(pl.LightningModule):
         """The mean over members (n, members) and cutouts, label (n,).
 
         Binary cross-entropy, lenses weighing `pos_weight`; or the focal loss (Lin et al. 2017), its
-        alpha giving lenses the same weight. Labels move by half of `label_smoothing` towards each
-        other in training; what a cutout weighs is by what it is.
+        alpha giving lenses the same weight, for labels between 0 and 1 as Li et al. 2020
+        (arXiv:2006.04388) have it: lowest at the label. Labels move by half of `label_smoothing`
+        towards each other in training; what a cutout weighs is by what it is.
         """
         smoothing = self.hparams["label_smoothing"] if self.training else 0.0
         target = (label * (1 - smoothing) + smoothing / 2)[:, None].expand_as(logits)
         weight = torch.where(label == 1, self.hparams["pos_weight"], 1.0)[:, None]
         if self.hparams["loss"] == "focal":
-            found = sigmoid_focal_loss(logits, target, -1, self.hparams["focal_gamma"])
+            away = (target - logits.sigmoid()).abs() ** self.hparams["focal_gamma"]
+            found = away * functional.binary_cross_entropy_with_logits(
+                logits, target, reduction="none"
+            )
             return (found * weight).mean() / (1 + self.hparams["pos_weight"])
         return functional.binary_cross_entropy_with_logits(
             logits, target, weight=weight.expand_as(logits)
@@ -86,7 +91,7 @@ class LensClassifier(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         how = self.hparams
-        images = augment(batch["image"], how["shift"], how["noise"], turn=how["augment"])
+        images = augment(batch["image"].float(), how["shift"], how["noise"], turn=how["augment"])
         loss = self._step("train", images, batch["label"])
         if self.trainer.world_size > 1 and self.trainer.is_last_batch:
             # Of a last batch that does not divide evenly, each rank has another number of cutouts,
@@ -126,13 +131,26 @@ class LensClassifier(pl.LightningModule):
         self.trainer.fit_loop._load_combined_loader_states()
 
     def on_train_epoch_end(self) -> None:
+        self._check_all_batches_came()
         self._tell("train")
         # Before the epoch's checkpoint is written; Lightning would do it after, and a training that
         # goes on from there would miss it.
         schedulers = self.lr_schedulers() or []
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-            if isinstance(scheduler, ReduceLROnPlateau):
+            if isinstance(scheduler, ReduceLROnPlateau) and self.validated == self.current_epoch:
                 scheduler.step(self.trainer.callback_metrics["val/loss"])
+
+    def _check_all_batches_came(self) -> None:
+        """Raises InputError where an epoch was shorter than it was said to be: Lightning would wait
+        for its last batch to validate, and never do."""
+        loop, wanted = self.trainer.fit_loop, self.trainer.num_training_batches
+        came = loop.epoch_loop.batch_progress.current.completed
+        ended = self.trainer.should_stop or self.trainer.global_step == self.trainer.max_steps
+        if came < wanted and not math.isinf(wanted) and not ended:
+            raise InputError(
+                f"limit_train_batches {wanted}: an epoch of the tars has {came} batches; give "
+                f"{came}, or name a cache_dir"
+            )
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         if not isinstance(scheduler, ReduceLROnPlateau):
@@ -140,6 +158,8 @@ class LensClassifier(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self._tell("val")
+        if not self.trainer.sanity_checking:
+            self.validated = self.current_epoch
 
     def on_test_epoch_end(self) -> None:
         self._tell("test")
@@ -192,7 +212,12 @@ class LensClassifier(pl.LightningModule):
         found = read_checkpoint(Path(checkpoint_path))
         if not isinstance(found, dict) or "state_dict" not in found:
             raise InputError(f"{checkpoint_path}: is no checkpoint of a {cls.__name__}")
-        system = cls(**(found.get("hyper_parameters", {}) | changes))
+        try:
+            system = cls(**(found.get("hyper_parameters", {}) | changes))
+        except TypeError as problem:  # settings of another kind of system
+            raise InputError(
+                f"{checkpoint_path}: is no checkpoint of a {cls.__name__} ({problem})"
+            ) from None
         try:
             system.load_state_dict(found["state_dict"])
         except RuntimeError as problem:
@@ -294,7 +319,7 @@ class LitLensSystem(LensClassifier):
 
     def features(self, images: Tensor) -> Tensor:
         """The backbone's output (n, features), float32 or what autocast makes of it."""
-        images = stretch(images, self.hparams["units"])
+        images = stretch(images.float(), self.hparams["units"])  # shards hold 16 bits
         if self.hparams["channels_last"]:
             images = images.contiguous(memory_format=torch.channels_last)
         return self.backbone(images)

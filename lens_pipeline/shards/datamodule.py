@@ -1,5 +1,6 @@
 """Lightning's view of labelled cutouts: shuffled batches, wherever the cutouts lie."""
 
+import sys
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +32,10 @@ from lens_pipeline.shards.streaming import StreamLoader, TarStream
 from lens_pipeline.shards.urls import Tars, open_tars
 from lens_pipeline.steps import digest
 
-ALONE = {"num_workers": 0, "persistent_workers": False, "prefetch_factor": None}
+ALONE = {
+    **{"num_workers": 0, "persistent_workers": False, "prefetch_factor": None},
+    "multiprocessing_context": None,
+}
 MIXED = 8  # shards, while they arrive
 
 
@@ -96,6 +100,9 @@ class CutoutModule(pl.LightningDataModule):
             "pin_memory": torch.cuda.is_available() if pin_memory is None else pin_memory,
             "persistent_workers": helped if persistent_workers is None else persistent_workers,
             "prefetch_factor": prefetch_factor,
+            # Of a step of Dagster's, which comes from a fork server, so would the workers: they
+            # end with their parent, and that one lives on where the step is killed.
+            "multiprocessing_context": "fork" if sys.platform == "linux" else None,
         }
         if not helped:  # torch refuses what only says how workers would work
             self.loading |= ALONE
@@ -163,7 +170,7 @@ class CutoutModule(pl.LightningDataModule):
             among=self.taking_part(name),
         )
         ahead = remote.ahead if remote else None
-        return ShardLoader(data, sampler, ahead, self._gpu, **loading)
+        return ShardLoader(data, sampler=sampler, ahead=ahead, device=self._gpu, **loading)
 
     @property
     def _gpu(self) -> torch.device | None:
@@ -179,6 +186,9 @@ class CutoutModule(pl.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Any]:
         return self.loader("test", shuffle=False)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self.test_dataloader()
 
 
 def _windows(split: Split) -> Windows | None:

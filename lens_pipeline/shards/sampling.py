@@ -194,7 +194,13 @@ class ShardLoader(ResumableLoader):
         device: torch.device | None = None,
         **how: Any,
     ) -> None:
-        super().__init__(dataset, batch_size=None, sampler=sampler, **how)  # it gives whole batches
+        if not isinstance(sampler, EpochBatches):
+            raise InputError(
+                "overfit_batches: is not for these loaders, whose sampler gives whole batches; "
+                "take limit_train_batches and limit_val_batches"
+            )
+        # It gives whole batches. Lightning, which makes it anew to predict, says so, too.
+        super().__init__(dataset, sampler=sampler, **(how | {"batch_size": None}))
         self.ahead, self.device = ahead, device
         self.began_with: int | None = None  # of the epoch that goes on, if one does
 

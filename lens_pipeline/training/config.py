@@ -40,8 +40,12 @@ UNDECIDING = {
     ("hardware", "exclusive"),
     ("training", "save_every_n_steps"),
 }
-# What decides no weights: like the former, it may change between a training and its going on.
-BESIDES = {("training", "loggers"), ("training", "save_top_k")}
+# What decides no weights: like the former, it may change between a training and its going on. The
+# cutouts are compared by what they are, and not by where they lie.
+BESIDES = {
+    *{("training", "loggers"), ("training", "save_top_k")},
+    *{("data", name) for name in ("data_root", "train_urls", "val_urls", "test_urls")},
+}
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
 

@@ -102,11 +102,13 @@ def train(
             break
         except torch.OutOfMemoryError:
             half = config.training.batch_size // 2
-            if going_on and config.training.find_batch_size:
+            # It was not too large for whole epochs: somebody else has the memory.
+            begun = going_on or any((out / TOP).glob("*.ckpt"))
+            if begun and config.training.find_batch_size:
                 raise InputError(
                     f"training.batch_size {config.training.batch_size}: the GPU has too little "
-                    f"memory for it now, and {out} holds a training with it; free the memory, or "
-                    "begin another in another folder"
+                    f"memory for it now, and {out} holds a training with it; free the memory, and "
+                    "the same goes on, or begin another in another folder"
                 ) from None
             if not config.training.find_batch_size or half < 2:
                 raise InputError(
@@ -122,7 +124,14 @@ def train(
         torch.cuda.empty_cache()
         config, going_on = _begin(config, data, out)
     if rank_zero_only.rank == 0 and not config.training.fast_dev_run:  # type: ignore[attr-defined]
-        _finish(config, data, out, system_type)
+        try:
+            with telling_of_a_full_disk(out):
+                _finish(config, data, out, system_type)
+        except torch.OutOfMemoryError:
+            raise InputError(
+                f"{out}: the training has ended, and the GPU has too little memory now for the "
+                "scores of the validation split; free it, and the same goes on with them"
+            ) from None
     return TrainedMember(out)
 
 
@@ -379,8 +388,9 @@ def _fit(
         for path in (out / TOP).glob("*.ckpt"):  # of a process that was killed, and did better
             if path.name not in kept:
                 path.unlink()
-        pd.DataFrame(curves.rows).to_csv(out / CURVES, index=False)
-        write_aside(out / FITTED, Path(best.best_model_path).name)
+        with telling_of_a_full_disk(out):
+            pd.DataFrame(curves.rows).to_csv(out / CURVES, index=False)
+            write_aside(out / FITTED, Path(best.best_model_path).name)
 
 
 def _finish(
@@ -400,7 +410,9 @@ def _finish(
     system = system_type.load_from_checkpoint(out / BEST, _device(config), compile_model=False)
     split = data.split("val")
     labels = pd.DataFrame({"id": split.ids, "label": split.labels, "group": split.groups})
-    scores = pd.concat([labels, split_scores(system, split)], axis=1)
+    # What a step had memory for, this has, too.
+    found = split_scores(system, split, min(BATCH, config.training.batch_size))
+    scores = pd.concat([labels, found], axis=1)
     # Where this was trained is no part of what was: the same training leaves the same bytes.
     checkpoint = read_checkpoint(out / LAST)
     save_aside(checkpoint | {"callbacks": {}}, out / LAST)
@@ -413,15 +425,15 @@ def _finish(
 
 
 @torch.inference_mode()
-def split_scores(system: LensClassifier, split: Split) -> pd.DataFrame:
+def split_scores(system: LensClassifier, split: Split, batch_size: int = BATCH) -> pd.DataFrame:
     """`logit` and `logit_std` (n,) of a split, in its order, on the system's device.
 
     logit_std: the standard deviation of the logit under dropout, see `dropout_draws`.
     """
     system = system.eval()
     logits, deviations = [], []
-    for start in range(0, len(split), BATCH):
-        images = split.gather(np.arange(start, min(start + BATCH, len(split))))
+    for start in range(0, len(split), batch_size):
+        images = split.gather(np.arange(start, min(start + batch_size, len(split))))
         batch = torch.from_numpy(images.astype(np.float32)).to(system.device)
         logit, drawn = system.drawn_logits(batch)
         logits.append(logit.double().cpu().numpy())

@@ -88,6 +88,32 @@ def test_the_best_candidates_are_told_apart_in_16_bits_too() -> None:
     assert len(logits.unique()) > 20
 
 
+def test_a_plateau_counts_the_epochs_that_are_validated(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    system = LitLensSystem("lastro", image_size=32, schedule="plateau", warmup=0.0)
+    trainer = Trainer(
+        max_epochs=3, check_val_every_n_epoch=2, accelerator="cpu", logger=False,
+        default_root_dir=tmp_path, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(system, lens_pipeline.LensDataModule(uneven_shards))
+    (plateau,) = trainer.lr_scheduler_configs
+    assert plateau.scheduler.last_epoch == 1
+
+
+def test_a_checkpoint_of_another_kind_of_system_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "best.ckpt"
+    for system, other in (
+        (LitLensSystem("lastro"), LitEnsembleSystem),
+        (LitEnsembleSystem(["lastro"]), LitLensSystem),
+    ):
+        settings = dict(system.hparams)
+        torch.save({"state_dict": system.state_dict(), "hyper_parameters": settings}, path)
+        with pytest.raises(InputError, match=f"{path}: is no checkpoint of a {other.__name__}"):
+            other.load_from_checkpoint(path)
+
+
 def test_other_weights_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "best.ckpt"
     state = {"state_dict": {}, "hyper_parameters": dict(LitLensSystem("lastro").hparams)}
@@ -141,11 +167,18 @@ def test_steps_are_of_epochs() -> None:
     assert rates == pytest.approx([0.1 * 0.5 ** (k // 20) for k in range(60)])
 
 
+def test_steps_begin_when_the_rate_is_warm() -> None:
+    rates = _rates(60, schedule="step", warmup=0.4, decay=0.5, decay_epochs=1)
+    assert (np.diff(rates[:25]) > 0).all()
+    assert rates[24:] == pytest.approx([0.1 * 0.5 ** (k // 10) for k in range(36)])
+
+
 def test_a_plateau_is_warmed_up_and_falls_when_the_loss_does_not() -> None:
     rates = _rates(60, schedule="plateau", warmup=0.1, decay=0.5, decay_epochs=2)
     assert (np.diff(rates[:7]) > 0).all()
-    assert rates[6:40] == pytest.approx([0.1] * 34)
-    assert rates[40:] == pytest.approx([0.05] * 20)
+    assert rates[6:30] == pytest.approx([0.1] * 24)  # no gain in the second and third epoch
+    assert rates[30:50] == pytest.approx([0.05] * 20)
+    assert rates[50:] == pytest.approx([0.025] * 10)
 
 
 def test_a_constant_rate_is_warmed_up() -> None:
@@ -167,6 +200,14 @@ def test_the_losses_are_those_of_their_formulas() -> None:
     alpha = torch.where(label == 1, 0.8, 0.2)
     expected = -(alpha * (1 - right) ** 2 * right.log()).mean()
     assert focal.loss(logit, label).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["bce", "focal"])
+def test_a_smoothed_label_is_where_the_loss_is_lowest(loss: str) -> None:
+    system = LitLensSystem("lastro", loss=loss, label_smoothing=0.1).train()
+    logits = torch.linspace(-8, 8, 3201)
+    each = torch.stack([system.loss(one.view(1, 1), torch.ones(1)) for one in logits])
+    assert logits[each.argmin()].sigmoid().item() == pytest.approx(0.95, abs=0.001)
 
 
 def test_labels_are_smoothed_in_training_alone() -> None:

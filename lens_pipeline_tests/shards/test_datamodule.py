@@ -1,19 +1,26 @@
 """Batches: all of a split, in an order that (seed, epoch) decides."""
 
+import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
+from pytorch_lightning import Trainer
 
-from lens_pipeline import LensDataModule
+from lens_pipeline import LensDataModule, LitLensSystem
 from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards import open_shards
 from lens_pipeline_tests.conftest import as_in
+from lens_pipeline_tests.served import until
 
 
 def _epoch(data: LensDataModule, epoch: int) -> tuple[torch.Tensor, list[dict]]:
@@ -40,6 +47,78 @@ def test_order_follows_from_seed_and_epoch(shards_folder: Path) -> None:
     assert order(0, 1) == order(0, 1)
     assert order(0, 1) != order(0, 2)
     assert order(0, 1) != order(1, 1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_trainer_predicts_what_the_system_gives_for_each_batch(
+    num_workers: int, shards_folder: Path, tmp_path: Path
+) -> None:
+    """By a loader, or the test split of the module; and shards hold 16 bits."""
+    data = LensDataModule(shards_folder, batch_size=16, num_workers=num_workers)
+    system = LitLensSystem("lastro", image_size=32).eval()
+    with torch.no_grad():
+        logits = torch.cat([system(batch["image"]) for batch in data.test_dataloader()])
+    assert len(logits) == len(data.split("test"))
+    for source in ({"dataloaders": data.test_dataloader()}, {"datamodule": data}):
+        trainer = Trainer(
+            accelerator="cpu", logger=False, default_root_dir=tmp_path, enable_progress_bar=False
+        )
+        found = trainer.predict(system, **source)
+        torch.testing.assert_close(torch.cat(found), logits)
+
+
+def test_loaders_without_their_module_can_be_trained_on(
+    shards_folder: Path, tmp_path: Path
+) -> None:
+    data = LensDataModule(shards_folder, batch_size=16)
+    system = LitLensSystem("lastro", image_size=32)
+    how: dict[str, Any] = {
+        **{"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False},
+        **{"enable_checkpointing": False, "default_root_dir": tmp_path},
+    }
+    trainer = Trainer(**how)
+    trainer.fit(system, data.train_dataloader(), data.val_dataloader())
+    assert trainer.callback_metrics["train/loss"] > 0
+    with pytest.raises(InputError, match="overfit_batches: .+ take limit_train_batches"):
+        Trainer(overfit_batches=2, **how).fit(system, data)
+
+
+READS = """
+import multiprocessing, sys, time
+from pathlib import Path
+from lens_pipeline import LensDataModule
+
+def step():
+    loader = LensDataModule(sys.argv[1], batch_size=16, num_workers=2).train_dataloader()
+    for batch in loader:
+        Path(sys.argv[2]).write_text("")
+        time.sleep(600)
+
+if __name__ == "__main__":
+    step_of_dagster = multiprocessing.get_context("forkserver").Process(target=step)
+    step_of_dagster.start()
+    while not Path(sys.argv[2]).exists():
+        time.sleep(0.1)
+    step_of_dagster.kill()
+    step_of_dagster.join()
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_step_that_is_killed(shards_folder: Path, tmp_path: Path) -> None:
+    """Though it comes from a fork server, as those of Dagster do."""
+    program = tmp_path / "reads.py"
+    program.write_text(READS)
+    begun = tmp_path / "begun"
+    process = subprocess.Popen(
+        [sys.executable, program, shards_folder, begun], start_new_session=True
+    )
+    assert process.wait(120) == 0
+
+    def left() -> list[int]:
+        return [p.pid for p in psutil.process_iter() if os.getsid(p.pid) == process.pid]
+
+    until(lambda: not left(), 30, "all workers end")
 
 
 def test_workers_change_nothing(shards_folder: Path) -> None:

@@ -440,6 +440,31 @@ def test_lightning_trains_on_a_stream(shards_folder: Path, remote: str, tmp_path
     assert 0 <= trainer.callback_metrics["val/auroc"] <= 1
 
 
+def test_a_limit_above_what_a_stream_holds_is_refused_and_not_waited_for(
+    tmp_path: Path, remote: str
+) -> None:
+    """Else nothing would be validated."""
+    write_tars(tmp_path / "tars", "npy")
+    upload(tmp_path / "tars", remote)
+    pattern = f"{remote}/part-{{0000..0002}}.tar"
+    data = LensWebDatasetDataModule(pattern, pattern, batch_size=4)
+    n = len(list(data.train_dataloader()))
+    for limit in (n, n + 3):
+        system = LitLensSystem("light_transformer", image_size=data.image_size)
+        trainer = pl.Trainer(
+            max_epochs=1, accelerator="cpu", logger=False, default_root_dir=tmp_path,
+            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+            limit_train_batches=limit,
+        )  # fmt: skip
+        if limit == n:
+            trainer.fit(system, data)
+            assert "val/loss" in trainer.callback_metrics
+            continue
+        said = f"limit_train_batches {limit}: an epoch of the tars has {n} batches; give {n}"
+        with pytest.raises(InputError, match=said):
+            trainer.fit(system, data)
+
+
 def test_a_buffer_of_nothing_is_refused() -> None:
     with pytest.raises(InputError, match="shuffle_buffer 0: at least 1 is needed"):
         LensWebDatasetDataModule("train.tar", shuffle_buffer=0)

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lens_pipeline import LensDataModule, LitEnsembleSystem, LitLensSystem
 from lens_pipeline.cli import main
 from lens_pipeline.ensemble import assemble, open_cutout_source, score_to_file
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, NoRoomError
 from lens_pipeline.models.system import load_system
 from lens_pipeline.shards import open_shards, publish_shards
 from lens_pipeline.training import TrainedMember, train
@@ -174,15 +174,15 @@ def test_weights_that_are_no_numbers_are_not_kept(uneven_shards: Path, tmp_path:
 
 
 class _SmallMemory(Callback):
-    """A GPU that has room for so many cutouts."""
+    """A GPU that has room for so many cutouts, from an epoch on."""
 
-    def __init__(self, room: int) -> None:
-        self.room = room
+    def __init__(self, room: int, epoch: int = 0) -> None:
+        self.room, self.epoch = room, epoch
 
     def on_train_batch_start(
         self, trainer: Trainer, module: LightningModule, batch: Any, number: int
     ) -> None:
-        if len(batch["image"]) > self.room:
+        if len(batch["image"]) > self.room and trainer.current_epoch >= self.epoch:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
 
@@ -196,6 +196,44 @@ def test_a_batch_size_that_fits_is_found(uneven_shards: Path, tmp_path: Path) ->
     trained = _train(_config(find_batch_size=True), uneven_shards, tmp_path, _SmallMemory(5))
     assert trained.config.training.batch_size == 4
     assert len(trained.curves) == 2
+
+
+def test_what_was_trained_is_kept_where_memory_runs_out_later(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    """It is not the batch that is too large."""
+    config = _config(find_batch_size=True, epochs=3)
+    said = rf"too little memory for it now, and {tmp_path} holds a training .+ the same goes on"
+    with pytest.raises(InputError, match=said):
+        _train(config, uneven_shards, tmp_path, _SmallMemory(5, epoch=2))
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] in (0, 1)
+    trained = _train(config, uneven_shards, tmp_path)
+    assert trained.config.training.batch_size == 16
+    assert trained.curves["epoch"].tolist() == [0, 1, 2]
+
+
+def test_too_little_memory_for_the_scores_ends_with_a_way_to_go_on(
+    uneven_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = []
+
+    def none_left(system: LitLensSystem, images: torch.Tensor) -> Any:
+        batches.append(len(images))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as others:
+        others.setattr(LitLensSystem, "drawn_logits", none_left)
+        with pytest.raises(InputError, match=f"{tmp_path}: the training has ended, .+ goes on"):
+            _train(_config(), uneven_shards, tmp_path)
+    assert batches == [16]  # no more than a step had room for
+    steps: list[int] = []
+
+    class Steps(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            steps.append(trainer.global_step)
+
+    assert len(_train(_config(), uneven_shards, tmp_path, Steps()).val_scores) == 40
+    assert not steps
 
 
 @pytest.fixture
@@ -226,6 +264,23 @@ def test_a_full_disk_keeps_the_last_checkpoint(uneven_shards: Path, small_disk: 
         _train(config, uneven_shards, out, Fill())
     kept = torch.load(out / "last.ckpt", weights_only=True)
     assert kept["global_step"] in (2, 3)
+    (small_disk / "others").unlink()
+    assert len(_train(config, uneven_shards, out).curves) == 1
+
+
+def test_a_disk_that_is_full_when_the_training_has_ended_is_told_too(
+    uneven_shards: Path, small_disk: Path
+) -> None:
+    out = small_disk / "out"
+    config = _config(epochs=1)
+
+    class Fill(Callback):
+        def on_fit_end(self, trainer: Trainer, *_: Any) -> None:
+            with pytest.raises(OSError, match="No space"):
+                (small_disk / "others").write_bytes(bytes(110_000_000))
+
+    with pytest.raises(NoRoomError, match=rf"{out}\S*: there is no room on its disk"):
+        _train(config, uneven_shards, out, Fill())
     (small_disk / "others").unlink()
     assert len(_train(config, uneven_shards, out).curves) == 1
 
@@ -403,11 +458,11 @@ def test_a_metric_that_is_no_number_chooses_no_epoch(uneven_shards: Path, tmp_pa
 def test_the_rate_falls_at_the_plateaus_of_the_validation_loss(
     uneven_shards: Path, tmp_path: Path
 ) -> None:
-    """As torch's scheduler does when it is told the losses that the curves hold."""
+    """As torch's scheduler does, which waits for one epoch more than its patience."""
     how = {"schedule": "plateau", "decay_epochs": 1, "learning_rate": 0.1, "warmup": 0.0}
     trained = _train(_config(epochs=16, **how), uneven_shards, tmp_path)
     optimiser = torch.optim.SGD([torch.zeros(1)], lr=0.1)
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.1, patience=1)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.1, patience=0)
     for loss in trained.curves["val/loss"]:
         scheduler.step(loss)
     expected = optimiser.param_groups[0]["lr"]
