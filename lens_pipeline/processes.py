@@ -10,8 +10,10 @@ from pathlib import Path
 
 import psutil
 
-HOST, PID, STARTED = "lens/host", "lens/pid", "lens/started"
-RUN = "lens/run"  # whose tags these are: a run that is tried again inherits those of the first
+# Dagster's pages hide tags that begin so: nothing in these is for people.
+HOST, PID, STARTED = (f".dagster/lens_pipeline_{what}" for what in ("host", "pid", "started"))
+# Whose tags these are: a run that is tried again inherits those of the first.
+RUN = ".dagster/lens_pipeline_run"
 SIGNS = ".alive"  # in DAGSTER_HOME: a file by the id of each run, locked while its process lives
 
 

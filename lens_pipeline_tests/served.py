@@ -13,6 +13,9 @@ from typing import Any, Self, TypeVar
 
 import psutil
 
+from lens_pipeline.processes import PID
+from lens_pipeline.runner import open_instance
+from lens_pipeline.settings import Settings
 from lens_pipeline_tests.conftest import LENS_PIPELINE
 from lens_pipeline_tests.object_stores import free_ports
 
@@ -151,6 +154,13 @@ class Served(Pages):
         except OSError:
             return False
         return True
+
+    def process_of(self, run_id: str) -> int:
+        """The number of the process that runs a run."""
+        with open_instance(Settings.load(home=self.home)) as instance:
+            run = instance.get_run_by_id(run_id)
+        assert run is not None
+        return int(run.tags[PID])
 
     def processes(self, *words: str) -> list[psutil.Process]:
         """The processes below this command in whose command line all words stand."""

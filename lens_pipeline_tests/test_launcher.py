@@ -12,7 +12,7 @@ import pytest
 from dagster._core.launcher.base import LaunchRunContext, WorkerStatus
 
 from lens_pipeline.launcher import ProcessRunLauncher
-from lens_pipeline.processes import process_tags
+from lens_pipeline.processes import PID, process_tags
 from lens_pipeline.runner import open_instance, release_dead_runs
 from lens_pipeline.settings import Settings
 from lens_pipeline_tests.served import until
@@ -59,7 +59,7 @@ def test_a_launched_run_that_dies_under_another_host_name_is_found_and_its_sign_
         assert health.status is WorkerStatus.RUNNING
         signs = tmp_path / "dagster" / ".alive"
         assert [sign.name for sign in signs.iterdir()] == [run.run_id]
-        process = psutil.Process(int(run.tags["lens/pid"]))
+        process = psutil.Process(int(run.tags[PID]))
         for killed in (process, *process.children(recursive=True)):
             killed.kill()
             killed.wait(10)

@@ -11,6 +11,9 @@ import psutil
 import pytest
 
 from lens_pipeline.processes import (
+    HOST,
+    RUN,
+    STARTED,
     end_rest,
     is_dead,
     process_tags,
@@ -62,7 +65,7 @@ def test_a_killed_process_is_dead_before_anybody_asked_how_it_ended(
 
 def test_a_process_with_the_number_of_a_dead_one_is_another(family: Family, tmp_path: Path) -> None:
     leader, child = family
-    tags = process_tags("r", leader.pid) | {"lens/started": "1"}
+    tags = process_tags("r", leader.pid) | {STARTED: "1"}
     assert is_dead("r", tags, tmp_path)
     assert end_rest(tags) == []  # it is somebody else's
     assert child.is_running()
@@ -73,7 +76,7 @@ def test_a_process_of_another_host_that_gives_no_sign_is_not_known_to_be_dead(
 ) -> None:
     """As one of a version that gave none, or of a home that is not shared."""
     leader, _ = family
-    tags = process_tags("r", leader.pid) | {"lens/host": "elsewhere"}
+    tags = process_tags("r", leader.pid) | {HOST: "elsewhere"}
     leader.kill()
     leader.wait()
     assert not is_dead("r", tags, tmp_path)
@@ -91,14 +94,14 @@ def test_a_process_of_another_host_is_dead_once_it_has_let_go_of_its_sign_of_lif
     os.close(sign)
     assert holder.stdout is not None
     child = int(holder.stdout.readline())
-    tags = process_tags("r") | {"lens/host": "elsewhere"}
+    tags = process_tags("r") | {HOST: "elsewhere"}
     for _ in range(2):  # who asks takes nothing away
         assert not is_dead("r", tags, tmp_path)
         assert signs_without_life(tmp_path) == []
     holder.kill()
     holder.wait()
     assert is_dead("r", tags, tmp_path)
-    assert not is_dead("r", {**tags, "lens/run": "the first"}, tmp_path)
+    assert not is_dead("r", {**tags, RUN: "the first"}, tmp_path)
     assert [sign.name for sign in signs_without_life(tmp_path)] == ["r"]
     assert end_rest(tags) == []  # what has these numbers here is somebody else's
     os.kill(child, signal.SIGKILL)

@@ -25,7 +25,7 @@ from lens_pipeline.defs.checkpoints import POOL
 from lens_pipeline.ensemble.evaluate import evaluate_ensemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation import standing
-from lens_pipeline.processes import process_tags, sign_of_life
+from lens_pipeline.processes import HOST, PID, RUN, process_tags, sign_of_life
 from lens_pipeline.runner import (
     open_instance,
     prepare_home,
@@ -244,7 +244,7 @@ def test_an_ensemble_is_never_scored_on_another_datasets_test_split(
 def test_dead_and_ended_runs_give_their_slots_back_and_a_live_one_keeps_its(own_home: Path) -> None:
     settings = Settings.load(home=own_home)
     ended = subprocess.Popen([sys.executable, "-c", ""])
-    dead = {"lens/pid": str(ended.pid)}
+    dead = {PID: str(ended.pid)}
     ended.wait()
     with open_instance(settings) as instance:
         job = make_definitions(settings).resolve_job_def("full_pipeline")
@@ -253,7 +253,7 @@ def test_dead_and_ended_runs_give_their_slots_back_and_a_live_one_keeps_its(own_
             "dead and canceling": (dead, dg.DagsterRunStatus.CANCELING),
             "cancelled": (dead, dg.DagsterRunStatus.CANCELED),
             "alive": ({}, dg.DagsterRunStatus.STARTED),
-            "tried again": (dead | {"lens/run": "the first"}, dg.DagsterRunStatus.STARTING),
+            "tried again": (dead | {RUN: "the first"}, dg.DagsterRunStatus.STARTING),
         }
         instance.event_log_storage.set_concurrency_slots(POOL, len(cases))
         runs = {name: str(uuid.uuid4()) for name in cases}
@@ -289,7 +289,7 @@ def test_a_run_that_waits_for_one_of_another_host_goes_on_when_that_dies(
         instance.create_run_for_job(
             make_definitions(settings).resolve_job_def("full_pipeline"),
             run_id=held,
-            tags=process_tags(held, holder.pid) | {"lens/host": "elsewhere"},
+            tags=process_tags(held, holder.pid) | {HOST: "elsewhere"},
             status=dg.DagsterRunStatus.STARTED,
         )
         instance.event_log_storage.initialize_concurrency_limit_to_default(POOL)

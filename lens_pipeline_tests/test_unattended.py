@@ -121,7 +121,7 @@ def test_what_is_killed_comes_back_and_a_training_goes_on_where_it_was(tmp_path:
     training = {"checkpoints__lastro": {"config": {"training": {"epochs": EPOCHS}}}}
 
     def kill_run(run: str) -> None:
-        os.kill(int(served.run(run)["tags"]["lens/pid"]), signal.SIGKILL)
+        os.kill(served.process_of(run), signal.SIGKILL)
 
     def kill(*words: str) -> None:
         for process in served.processes(*words):
@@ -188,7 +188,7 @@ def test_a_run_ends_where_it_is_cancelled_and_where_its_pages_are_closed(tmp_pat
             180,
             f"an epoch\n{served.log}",
         )
-        return run, int(served.run(run)["tags"]["lens/pid"])
+        return run, served.process_of(run)
 
     def nothing_of(leader: int) -> bool:
         living = [p.pid for p in psutil.process_iter(["status"]) if p.info["status"] != "zombie"]

@@ -38,8 +38,9 @@ class Tuning(dg.Config):
         description="What the trials change: sections and settings, each with its choices, "
         "[32, 64], or its range, {low: 1e-5, high: 1e-2, log: true}.",
     )
-    trials: int = Field(default=20, ge=1, le=100_000, description="Trials of the study in all.")
-    workers: int = Field(default=1, ge=1, le=1024, description="Trials at a time.")
+    # The command refuses what is out of bounds, in words; see `dagster_config`.
+    trials: int = Field(default=20, description="Trials of the study in all; at least 1.")
+    workers: int = Field(default=1, description="Trials at a time; at least 1.")
     pruner: Pruner = Field(default="median", description="What stops a trial early.")
 
 

@@ -44,7 +44,7 @@ def first_model_gate(
         reasons.append("AUROC has no interval; the test set needs lenses and non-lenses")
     elif low <= min_auroc_low:
         reasons.append(
-            f"the lower 95 % bound of AUROC is {low:.3f}; it must exceed {min_auroc_low:g}"
+            f"the lower 95 % bound of AUROC is {low:.3f}, and must exceed {min_auroc_low:g}"
         )
     figures = {
         "auroc_low": low,
@@ -92,7 +92,7 @@ def champion_gate(
     }
     kept = f"of groups that neither model has seen ({figures['n_seen']} cutouts seen) there are"
     shortages = _shortages(figures, kept, min_lens, min_nonlens) or [
-        f"{kept} {n} groups with {name}; at least {FEWEST_GROUPS} are needed"
+        f"{kept} {n} groups with {name}, and at least {FEWEST_GROUPS} are needed"
         for value, name in ((1, "lenses"), (0, "non-lenses"))
         if (n := len(np.unique(groups[label == value]))) < FEWEST_GROUPS
     ]
@@ -135,7 +135,7 @@ def champion_gate(
 
 def _shortages(counts: Mapping[str, Any], where: str, min_lens: int, min_nonlens: int) -> list[str]:
     return [
-        f"{where} {count} {name}; at least {least} are needed"
+        f"{where} {count} {name}, and at least {least} are needed"
         for count, least, name in (
             (counts["n_lens"], min_lens, "lenses"),
             (counts["n_nonlens"], min_nonlens, "non-lenses"),

@@ -105,7 +105,7 @@ def test_only_groups_that_neither_model_has_seen_count() -> None:
     assert (decision.figures["n_lens"], decision.figures["n_nonlens"]) == (500, 500)
     test["seen"] = test["group"] >= 40  # 40 lenses and 40 non-lenses are left
     few = champion_gate(**test, **AGAINST)
-    assert [reason.split(";")[0][-9:] for reason in few.reasons] == ["40 lenses", "on-lenses"]
+    assert [reason.split(",")[0][-9:] for reason in few.reasons] == ["40 lenses", "on-lenses"]
     assert "neither model has seen (3920 cutouts seen)" in few.reasons[0]
 
 
@@ -191,8 +191,8 @@ def test_one_region_of_the_sky_is_no_sample() -> None:
     test = cutouts(gain=0.3) | {"group": np.zeros(4000, dtype=int)}
     decision = champion_gate(**test, **AGAINST)
     assert [reason.partition("there are ")[2] for reason in decision.reasons] == [
-        "1 groups with lenses; at least 20 are needed",
-        "1 groups with non-lenses; at least 20 are needed",
+        "1 groups with lenses, and at least 20 are needed",
+        "1 groups with non-lenses, and at least 20 are needed",
     ]
 
 
