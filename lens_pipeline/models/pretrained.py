@@ -52,17 +52,33 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
     checkpoint of `LitLensSystem`, of which the backbone is taken. Raises InputError, naming the
     file, for any other.
     """
+    state = _state_dict(path)
+    if any(key.startswith("members.") for key in state):
+        raise InputError(
+            f"{path}: is of an ensemble whose networks were trained together; name a checkpoint of "
+            "one network"
+        )
+    return _below("backbone.network.", state) or state
+
+
+def read_head(path: Path) -> Mapping[str, Tensor]:
+    """What makes a logit of the features: of a checkpoint of `LitLensSystem`, else nothing. Raises
+    InputError as `read_weights` does."""
+    state = _state_dict(path)
+    return _below("head.", state) if _below("backbone.network.", state) else {}
+
+
+def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+
+
+def _state_dict(path: Path) -> Mapping[str, Tensor]:
     state = _read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
     if isinstance(state, Mapping):
         state = state.get("state_dict", state)
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{path}: holds no state dict; {WAYS_OUT}")
-    ours = {
-        key.removeprefix("backbone.network."): value
-        for key, value in state.items()
-        if key.startswith("backbone.network.")
-    }
-    return ours or state
+    return state
 
 
 def _read_safetensors(path: Path) -> Any:

@@ -17,7 +17,7 @@ from lens_pipeline.models.architectures import build_backbone
 from lens_pipeline.models.augmentation import augment
 from lens_pipeline.models.metrics import StageMetrics
 from lens_pipeline.models.optimiser import adamw, parameter_groups
-from lens_pipeline.models.pretrained import read_checkpoint
+from lens_pipeline.models.pretrained import read_checkpoint, read_head
 from lens_pipeline.models.schedules import SCHEDULES, schedule
 from lens_pipeline.models.uncertainty import dropout_draws
 
@@ -265,10 +265,11 @@ class LitLensSystem(LensClassifier):
 
     arch: a name of `lens_pipeline.models.names`; lr, weight_decay: as for `adamw`; dropout_rate: in
     the head alone, so that Monte Carlo dropout needs the backbone once; pretrained: `none`,
-    `published`, or what `build_backbone` takes; compile_model: by `torch.compile`; channels_last:
-    the layout that convolutions prefer; units: `background_sigma` or `composite`; pos_weight, loss,
-    focal_gamma, label_smoothing: see `LensClassifier.loss`; schedule, warmup, decay, decay_epochs:
-    see `schedule`; augment: turn and flip in training; shift and noise: see `augment`.
+    `published`, or what `build_backbone` takes (of a checkpoint of ours the head, too);
+    compile_model: by `torch.compile`; channels_last: the layout that convolutions prefer; units:
+    `background_sigma` or `composite`; pos_weight, loss, focal_gamma, label_smoothing: see
+    `LensClassifier.loss`; schedule, warmup, decay, decay_epochs: see `schedule`; augment: turn and
+    flip in training; shift and noise: see `augment`.
     Raises InputError for noise on composites, and for a loss or schedule that there is not.
     """
 
@@ -308,6 +309,8 @@ class LitLensSystem(LensClassifier):
         self.backbone, n_features = build_backbone(arch, bands, image_size, start)
         self.dropout = nn.Dropout(dropout_rate)
         self.head = nn.Linear(n_features, 1)
+        if not isinstance(start, bool) and (trained := read_head(Path(start))):
+            self.head.load_state_dict(trained)
         if channels_last:
             self.backbone.to(memory_format=torch.channels_last)
         if compile_model:

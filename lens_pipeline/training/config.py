@@ -46,6 +46,7 @@ BESIDES = {
     *{("training", "loggers"), ("training", "save_top_k")},
     *{("data", name) for name in ("data_root", "train_urls", "val_urls", "test_urls")},
 }
+ABBREVIATED = {"lr": "learning_rate", "gpus": "devices", "workers": "num_workers"}
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
 
@@ -251,16 +252,28 @@ class TrainConfig(_Section):
             path = ".".join(str(part) for part in first["loc"])
             hint = ""
             if first["type"] == "extra_forbidden":
-                valid = [
-                    f"{section}.{field}" if len(first["loc"]) > 1 else section
-                    for section, info in cls.model_fields.items()
-                    for field in info.annotation.model_fields  # type: ignore[union-attr]
-                ]
-                near = difflib.get_close_matches(path, valid, n=1, cutoff=0.0)
-                hint = f"; did you mean {near[0]}?"
+                hint = f"; did you mean {cls._nearest(path)}?"
             said = first["msg"].removeprefix("Value error, ")
             where = f"{source}: {path}" if path else source
             raise InputError(f"{where}: {said}{hint}") from None
+
+    @classmethod
+    def _nearest(cls, path: str) -> str:
+        """The valid key that is most like one that is not: by its name, wherever it stands."""
+        section, _, name = path.rpartition(".")
+        fields = {
+            f"{section}.{field}": field
+            for section, info in cls.model_fields.items()
+            for field in info.annotation.model_fields  # type: ignore[union-attr]
+        }
+        if not section:
+            fields |= {one: one for one in cls.model_fields}
+        name = ABBREVIATED.get(name, name)
+        near = difflib.get_close_matches(name, fields.values(), n=1)
+        if near:
+            same = [key for key, field in fields.items() if field == near[0]]
+            return next((key for key in same if key.startswith(f"{section}.")), same[0])
+        return difflib.get_close_matches(path, fields, n=1, cutoff=0.0)[0]
 
     @model_validator(mode="after")
     def _together(self) -> Self:

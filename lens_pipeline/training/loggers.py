@@ -3,19 +3,23 @@
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from uuid import uuid4
 
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.steps import write_aside
 from lens_pipeline.training.config import TrainConfig
 
 FOLDER = "logs"
 PROJECT = "lens-pipeline"
+WANDB_RUN = "wandb.id"
 
 
 def file_loggers(config: TrainConfig, out: Path) -> list[Logger]:
     """The loggers that write into `out/logs`: CSV always, TensorBoard and Weights & Biases by
-    choice (`WANDB_MODE=offline` needs no account).
+    choice (`WANDB_MODE=offline` needs no account). They are told the configuration.
 
     Raises InputError where a package is missing, or the account.
     """
@@ -23,7 +27,7 @@ def file_loggers(config: TrainConfig, out: Path) -> list[Logger]:
     loggers: list[Logger] = [CSVLogger(folder, name="csv")]
     for name, make in (
         ("tensorboard", lambda: TensorBoardLogger(folder, name="tensorboard")),
-        ("wandb", lambda: _wandb(folder)),
+        ("wandb", lambda: _wandb(folder, out.name)),
     ):
         if name in config.training.loggers:
             if find_spec(name) is None:
@@ -32,13 +36,20 @@ def file_loggers(config: TrainConfig, out: Path) -> list[Logger]:
                 )
             folder.mkdir(parents=True, exist_ok=True)
             loggers.append(make())
+    for logger in loggers:
+        logger.log_hyperparams(config.model_dump())
     return loggers
 
 
-def _wandb(folder: Path) -> WandbLogger:
+def _wandb(folder: Path, name: str) -> WandbLogger:
+    """Of one run for the training in a folder, however often it goes on."""
     from wandb.errors import UsageError
 
-    logger = WandbLogger(project=PROJECT, save_dir=folder)
+    kept = folder / WANDB_RUN
+    if rank_zero_only.rank == 0 and not kept.exists():  # type: ignore[attr-defined]
+        write_aside(kept, uuid4().hex[:8])
+    run = kept.read_text() if kept.exists() else None
+    logger = WandbLogger(name, folder, id=run, project=PROJECT, resume="allow")
     try:
         logger.experiment  # noqa: B018 -- begins its run
     except UsageError as problem:

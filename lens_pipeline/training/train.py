@@ -226,10 +226,11 @@ def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> tuple[TrainCon
         changed = before.differences(config)
         if changed:
             best = out / BEST
-            start = f", and start from the best of this one: --pretrained {best}"
+            alone = best.exists() and before.model.model_type == "single"
+            start = f", and start from the best of this one: --pretrained {best}" if alone else ""
             raise InputError(
                 f"{out}: holds a training with other settings: {', '.join(changed)}; go on with "
-                f"the same, or name another folder{start if best.exists() else ''}"
+                f"the same, or name another folder{start}"
             )
         others = other_inputs(out, inputs)
         if others:

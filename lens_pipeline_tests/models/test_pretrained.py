@@ -11,6 +11,7 @@ import torch
 import torchvision
 from torch.nn import functional
 
+from lens_pipeline import LitEnsembleSystem
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.architectures import build_backbone
 from lens_pipeline.models.pretrained import average_bands, interpolate_positions, read_weights
@@ -271,6 +272,22 @@ def test_a_checkpoint_of_ours_is_fine_tuned_with_other_bands_and_size(
         rtol=1e-4,
         atol=1e-4,
     )
+
+
+def test_a_network_that_is_fine_tuned_says_at_first_what_it_said(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    system = LitLensSystem("lastro", image_size=32).eval()
+    saved = {"state_dict": system.state_dict(), "hyper_parameters": dict(system.hparams)}
+    torch.save(saved, tmp_path / "best.ckpt")
+    images = torch.randn(4, 3, 32, 32)
+    tuned = LitLensSystem("lastro", image_size=32, pretrained=tmp_path / "best.ckpt").eval()
+    torch.testing.assert_close(tuned(images), system(images))
+
+
+def test_an_ensemble_is_the_start_of_no_network(tmp_path: Path) -> None:
+    path = _saved(LitEnsembleSystem(["lastro"]), tmp_path / "best.ckpt")
+    with pytest.raises(InputError, match=f"{path}: is of an ensemble .+ of one network"):
+        build_backbone("lastro", 3, 32, pretrained=path)
 
 
 @pytest.mark.parametrize("architecture", ["resnet18", "efficientnet_lite0", "deeplens"])

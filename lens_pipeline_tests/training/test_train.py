@@ -475,6 +475,10 @@ def test_the_rate_falls_at_the_plateaus_of_the_validation_loss(
     ("values", "said"),
     [
         ({"training": {"epoch": 3}}, "training.epoch: .*did you mean training.epochs"),
+        ({"epochs": 3}, "file: epochs: .*did you mean training.epochs"),
+        ({"training": {"lr": 3}}, "training.lr: .*did you mean training.learning_rate"),
+        ({"model": {"batchsize": 3}}, "model.batchsize: .*did you mean training.batch_size"),
+        ({"trainings": {}}, "file: trainings: .*did you mean training?"),
         ({"training": {"learning_rate": 2}}, "training.learning_rate: .*less than or equal to 1"),
         ({"model": {"pretrained": 3}}, "model.pretrained: .*valid string"),
         (
@@ -552,6 +556,29 @@ def test_every_logger_is_told(
         assert table["val/auroc"].notna().any()
         assert list(logs.glob("tensorboard/*/events*"))
         assert len(list(logs.glob("wandb/offline-run-*/*.wandb"))) == 1
+        for kind in ("csv", "tensorboard"):
+            (settings,) = logs.glob(f"{kind}/*/hparams.yaml")
+            assert "learning_rate: 0.001" in settings.read_text()
+
+
+def test_wandb_shows_a_training_that_goes_on_as_one_run(
+    uneven_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = _config(epochs=1, loggers=("csv", "wandb"), save_every_n_steps=1)
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 3:
+                raise InputError("stopped")
+
+    with pytest.raises(InputError, match="stopped"):
+        _train(config, uneven_shards, tmp_path, Stop())
+    _train(config, uneven_shards, tmp_path)
+    files = list((tmp_path / "logs").glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2
+    assert len({file.name for file in files}) == 1  # by the run's id
 
 
 def test_wandb_without_an_account_is_one_line(
