@@ -132,8 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     add_rollback(rollback)
 
     show = commands.add_parser("show", parents=[common], help="open the Dagster and MLflow UIs")
-    show.add_argument("--dagster-port", type=_port, default=DAGSTER_PORT)
-    show.add_argument("--mlflow-port", type=_port, default=MLFLOW_PORT)
+    for name, port in (("dagster", DAGSTER_PORT), ("mlflow", MLFLOW_PORT)):
+        show.add_argument(f"--{name}-port", type=_port, default=port, help=f"[{port}]")
     show.set_defaults(do=_show)
     parser.commands = commands.choices
     return parser

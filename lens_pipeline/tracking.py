@@ -190,6 +190,14 @@ class Tracking:
             self.client.update_run(found.info.run_id, "RUNNING")
             return str(found.info.run_id)
 
+    def tell_parameters(self, run_id: str, parameters: Mapping[str, Any]) -> None:
+        """Those that a run lacks; MLflow lets none be changed."""
+        from mlflow.entities import Param
+
+        known = self.client.get_run(run_id).data.params
+        params = [Param(k, str(v)) for k, v in flat(parameters).items() if k not in known]
+        self.client.log_batch(run_id, params=params)
+
     def finish_run(
         self,
         run_id: str,
@@ -201,14 +209,13 @@ class Tracking:
     ) -> None:
         """Fill in what a run lacks and mark it finished. Doing it twice changes nothing, unless
         `again`: the artifacts of a run that has gone on."""
-        from mlflow.entities import Metric, Param
+        from mlflow.entities import Metric
 
         run = self.client.get_run(run_id)
         # Whether it has ended says nothing: loggers end runs, too.
         if RECORDED in run.data.tags and not again:
             return
-        known = run.data.params
-        params = [Param(k, str(v)) for k, v in flat(parameters).items() if k not in known]
+        self.tell_parameters(run_id, parameters)
         when = run.info.start_time
         values = [Metric(name, value, when, 0) for name, value in (metrics or {}).items()]
         if curves is not None:
@@ -218,7 +225,7 @@ class Tracking:
                 for name in curves.columns
                 if name != "epoch" and name not in run.data.metrics and math.isfinite(row[name])
             ]
-        self.client.log_batch(run_id, metrics=values, params=params)
+        self.client.log_batch(run_id, metrics=values)
         for path in artifacts:
             self.client.log_artifact(run_id, str(path))
         self.client.set_tag(run_id, RECORDED, "true")

@@ -356,6 +356,15 @@ def test_a_run_of_another_home_on_the_same_server_is_left_alone(tmp_path: Path) 
     assert status == {first: "FINISHED", second: "FAILED", third: "RUNNING"}
 
 
+def test_parameters_that_a_run_has_are_kept_and_others_added(tmp_path: Path) -> None:
+    tracking = Tracking(Settings.load(home=tmp_path))
+    run = tracking.start_run("lastro", "key", {})
+    tracking.tell_parameters(run, {"training": {"epochs": 3}})
+    tracking.finish_run(run, {"training": {"epochs": 4, "batch_size": 8}})
+    params = tracking.client.get_run(run).data.params
+    assert params == {"training.epochs": "3", "training.batch_size": "8"}
+
+
 def test_who_looks_at_a_home_sees_the_graph_of_its_last_run(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

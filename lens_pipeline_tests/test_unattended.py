@@ -20,6 +20,7 @@ from mlflow.exceptions import MlflowException
 from lens_pipeline.registry import MODEL
 from lens_pipeline.runner import prepare_home
 from lens_pipeline.settings import Settings
+from lens_pipeline_tests.conftest import client_of
 from lens_pipeline_tests.served import Served, until
 from lens_pipeline_tests.test_deployment import documented
 
@@ -154,6 +155,8 @@ def test_what_is_killed_comes_back_and_a_training_goes_on_where_it_was(tmp_path:
     with Served(home, tmp_path / "log", settings) as served:
         first = served.launch("full_pipeline", ops=training)
         trains(first, goes_on=False)
+        (tracked,) = client_of(home).search_runs(["1"])  # who looks on sees what is trained
+        assert tracked.data.params["training.epochs"] == str(EPOCHS)
         kill_run(first)
         second = retried(first)
         trains(second)

@@ -116,12 +116,14 @@ def checkpoint_stage(member: Member, defaults: TrainConfig) -> Stage:
         curves = drawn("curves.png", step, lambda: draw_curves(trained), settings)
         run_id = _record(lens.tracking, member, step, trained, curves, upstream, context.run_id)
         auroc, low = _validation_auroc(trained)
-        last = trained.curves.iloc[-1].dropna()
+        epochs = trained.curves.tail(EPOCHS_SHOWN)
+        last = epochs.iloc[-1].dropna()
         return result(
             step,
             {
                 "learning curves": picture(curves),
-                "epochs": table(trained.curves.tail(EPOCHS_SHOWN)),
+                # The first one is 1, as in the log and in the picture.
+                "epochs": table(epochs.assign(epoch=epochs["epoch"] + 1)),
                 "validation AUROC": auroc,
                 **{f"last {name}": float(v) for name, v in last.items() if "/" in str(name)},
                 "MLflow run": link(lens.tracking.run_page(run_id), run_id),
@@ -186,6 +188,9 @@ def _train(
     tracking = Tracking(settings)
     tags = _tags(upstream, member, context.run_id)
     run_id = tracking.start_run(member.name, recipe.key, tags, goes_on=(out / LAST).exists())
+    # Who looks on sees what is trained; but a batch size that is still to be found.
+    told = {"training": {"batch_size"}} if config.training.find_batch_size else None
+    tracking.tell_parameters(run_id, config.model_dump(exclude=told))
     try:
         if config.hardware.devices > 1:
             _train_in_processes(context, settings, upstream, config, out, run_id)

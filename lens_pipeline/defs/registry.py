@@ -126,7 +126,7 @@ def registry_stage(published: bool) -> Stage:
                 "version": number,
                 "aliases": ", ".join(aliases),
                 "gate": registry.version(number).tags[GATE],
-                "seconds": seconds,
+                "seconds": round(seconds, 3),
                 "reused": reused,
                 "versions": _versions_table(registry),
                 "MLflow run": link(page(run_id), run_id),

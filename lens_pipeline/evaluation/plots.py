@@ -79,13 +79,13 @@ def learning_curves_figure(curves: pd.DataFrame) -> Figure:
             {
                 "val/auroc": "AUROC",
                 "val/average_precision": "average precision",
-                "val/tpr_at_fpr_1e-2": "TPR at FPR 0.01",
+                "val/tpr_at_fpr_1e-2": "TPR at FPR 1e-2",
             },
         ),
     )
     for axes, title, columns in panels:
         for number, (column, name) in enumerate(columns.items()):
-            if column in curves:
+            if column in curves and curves[column].notna().any():
                 axes.plot(
                     curves["epoch"] + 1, curves[column], "o-", markersize=3, label=name,
                     color=COLOURS[number],
