@@ -15,7 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-from lens_pipeline.errors import InputError, words_of
+from lens_pipeline.errors import InputError, told_of, words_of
+from lens_pipeline.models.names import parse_members
 from lens_pipeline.steps import file_sha256
 
 Precision = Literal["auto", "32-true", "16-mixed", "bf16-mixed"]
@@ -247,6 +248,8 @@ class TrainConfig(_Section):
         """
         try:
             return cls.model_validate(values)
+        except InputError as problem:
+            raise told_of(source, problem) from None
         except ValidationError as problem:
             first = problem.errors()[0]
             path = ".".join(str(part) for part in first["loc"])
@@ -279,13 +282,21 @@ class TrainConfig(_Section):
     def _together(self) -> Self:
         if self.training.find_batch_size and self.hardware.devices > 1:
             raise ValueError("training.find_batch_size: goes with one device alone")
-        chosen, default = self.model.architectures, ModelSection().architectures
-        if self.model.model_type == "single" and chosen != default:
+        together, chosen = self.model.model_type == "ensemble", self.model
+        if not together and chosen.architectures != ModelSection().architectures:
             raise ValueError(
                 "model.architectures: is for model.model_type ensemble; one network is model.arch"
             )
-        if self.model.model_type == "ensemble" and self.model.pretrained.startswith("models:/"):
+        if together and chosen.arch != ModelSection().arch:
+            raise ValueError(
+                "model.arch: is for model.model_type single; an ensemble's are model.architectures"
+            )
+        if together and chosen.pretrained.startswith("models:/"):
             raise ValueError("model.pretrained: a registered member is the start of one network")
+        if together:
+            parse_members(",".join(chosen.architectures), "model.architectures")
+        else:
+            parse_members(f"one={chosen.arch}", "model.arch")
         return self
 
     @classmethod

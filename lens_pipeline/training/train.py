@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -166,6 +167,11 @@ def check_devices(config: TrainConfig) -> None:
         raise InputError(
             f"hardware.devices {wanted.devices}: this machine has {n_gpus} GPUs; name fewer, or "
             "set hardware.accelerator to cpu"
+        )
+    if not on_gpu and wanted.devices > (n_cores := os.cpu_count() or 1):
+        raise InputError(
+            f"hardware.devices {wanted.devices}: this machine has {n_cores} cores, and each device "
+            "would be a process of its own; name fewer"
         )
     if wanted.precision == "16-mixed" and not on_gpu:
         raise InputError("hardware.precision 16-mixed: needs a GPU; on a CPU, auto is 32-true")

@@ -186,6 +186,13 @@ class _SmallMemory(Callback):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
 
+def test_more_processes_than_cores_are_not_begun(uneven_shards: Path, tmp_path: Path) -> None:
+    many = {"hardware": {"devices": 1024, "accelerator": "cpu"}}
+    with pytest.raises(InputError, match=r"hardware\.devices 1024: this machine has \d+ cores"):
+        _train(_config().with_changes(many, "test"), uneven_shards, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_too_little_memory_is_told_with_the_way_out(uneven_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"training\.batch_size 16: .*accumulate_grad_batches"):
         _train(_config(), uneven_shards, tmp_path, _SmallMemory(5))
@@ -492,6 +499,15 @@ def test_the_rate_falls_at_the_plateaus_of_the_validation_loss(
         (
             {"model": {"architectures": ["resnet18", "lastro"]}},
             "file: model.architectures: is for model.model_type ensemble; one network is",
+        ),
+        (
+            {"model": {"model_type": "ensemble", "arch": "lastro"}},
+            "file: model.arch: is for model.model_type single; an ensemble's are",
+        ),
+        ({"model": {"arch": "resnet81"}}, "file: model.arch: 'resnet81' is not .*resnet18"),
+        (
+            {"model": {"model_type": "ensemble", "architectures": ["lastr"]}},
+            "file: model.architectures: 'lastr' is not an architecture; did you mean lastro",
         ),
     ],
 )
