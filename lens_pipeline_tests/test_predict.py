@@ -64,7 +64,7 @@ def test_where_no_cutout_fits_the_model_the_reason_is_told(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert "composite" in error
-    assert "background_sigma" in error
+    assert "linear flux (FITS, NPY, a TIFF of floats) is needed" in error
     assert "none of its 218 cutouts can be used: 218 times: " in error
     assert list(tmp_path.iterdir()) == [real]
 

@@ -35,6 +35,11 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise InputError(f"{name} {value!r}: is none of {', '.join(choices)}")
 
 
+def widened(images: Tensor) -> Tensor:
+    """In 32 bits where they have 16, as shards hold them."""
+    return images.float() if images.dtype == torch.float16 else images
+
+
 def stretch(images: Tensor, units: str) -> Tensor:
     """Stored units -> the network's input, pixel by pixel, the same for every image."""
     if units == SIGMA_UNITS:
@@ -91,7 +96,7 @@ class LensClassifier(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         how = self.hparams
-        images = augment(batch["image"].float(), how["shift"], how["noise"], turn=how["augment"])
+        images = augment(widened(batch["image"]), how["shift"], how["noise"], turn=how["augment"])
         loss = self._step("train", images, batch["label"])
         if self.trainer.world_size > 1 and self.trainer.is_last_batch:
             # Of a last batch that does not divide evenly, each rank has another number of cutouts,
@@ -322,7 +327,7 @@ class LitLensSystem(LensClassifier):
 
     def features(self, images: Tensor) -> Tensor:
         """The backbone's output (n, features), float32 or what autocast makes of it."""
-        images = stretch(images.float(), self.hparams["units"])  # shards hold 16 bits
+        images = stretch(widened(images), self.hparams["units"])
         if self.hparams["channels_last"]:
             images = images.contiguous(memory_format=torch.channels_last)
         return self.backbone(images)

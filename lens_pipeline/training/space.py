@@ -89,8 +89,6 @@ class SearchSpace:
                 f"{source}: model.pretrained: a registered model is the start of all trials, or of "
                 "none; give it with --pretrained"
             )
-        if base.model.model_type == "ensemble" and "model.arch" in self.settings:
-            raise InputError(f"{source}: model.arch: means nothing to an ensemble")
         of_the_loss = [name for name in OF_THE_LOSS if name in self.settings]
         if base.training.monitor == "val/loss" and of_the_loss:
             raise InputError(
