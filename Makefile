@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Two files of tests at a time: half of what they take is waiting for servers and processes.
+# Two files of tests at a time: much of what they take is waiting for servers and processes.
 SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
 
 .PHONY: help

@@ -340,7 +340,7 @@ class Settings(BaseSettings):
         `mlflow_page` is, and the `settings` (see `kept`) that it began with."""
         try:
             return dict(json.loads((self.dagster_home / SERVED).read_bytes()))
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             return {}
 
     @property

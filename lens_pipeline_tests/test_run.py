@@ -130,6 +130,7 @@ def test_mlflow_holds_a_run_per_member_and_a_version_that_names_them(home: Path)
         found = runs[name]
         assert found.info.status == "FINISHED"
         assert found.data.params["model.arch"] == name
+        assert summary["dataset_version"] in found.data.params["data.data_root"]
         assert found.data.tags["lens.dataset_version"] == summary["dataset_version"]
         assert found.data.tags["lens.dagster_run_id"]
         assert len(client.get_metric_history(found.info.run_id, "val/auroc")) == 1

@@ -185,6 +185,7 @@ def _train(
 ) -> None:
     from lens_pipeline.training.member import LAST
 
+    config = config.with_changes({"data": {"data_root": upstream.location}}, "training")
     tracking = Tracking(settings)
     tags = _tags(upstream, member, context.run_id)
     run_id = tracking.start_run(member.name, recipe.key, tags, goes_on=(out / LAST).exists())
@@ -193,17 +194,15 @@ def _train(
     tracking.tell_parameters(run_id, config.model_dump(exclude=told))
     try:
         if config.hardware.devices > 1:
-            _train_in_processes(context, settings, upstream, config, out, run_id)
+            _train_in_processes(context, settings, config, out, run_id)
         else:
-            _train_here(settings, upstream, config, out, run_id)
+            _train_here(settings, config, out, run_id)
     except BaseException:
         tracking.client.set_terminated(run_id, "FAILED")
         raise
 
 
-def _train_here(
-    settings: Settings, upstream: Made, config: TrainConfig, out: Path, run_id: str
-) -> None:
+def _train_here(settings: Settings, config: TrainConfig, out: Path, run_id: str) -> None:
     from pytorch_lightning.loggers import MLFlowLogger
 
     from lens_pipeline.training.data import data_module
@@ -211,32 +210,26 @@ def _train_here(
     from lens_pipeline.training.train import train
 
     logger = MLFlowLogger(run_id=run_id, tracking_uri=settings.mlflow_uri, log_model=False)
-    placed = config.with_changes(_data_of(upstream), "training")
-    data = data_module(placed, settings.home / "cache", settings.storage_options)
+    data = data_module(config, settings.home / "cache", settings.storage_options)
     with gpus_claimed(config.hardware):
-        train(placed, data, out, loggers=[logger])
+        train(config, data, out, loggers=[logger])
 
 
 def _train_in_processes(
     context: dg.AssetExecutionContext,
     settings: Settings,
-    upstream: Made,
     config: TrainConfig,
     out: Path,
     run_id: str,
 ) -> None:
     """One process a device, started by one that is not Dagster's: Lightning runs `__main__` again
     in each. Its first tells the log of this step."""
-    changes = _data_of(upstream) | {"training": {"loggers": ("csv", "mlflow")}}
+    changes = {"training": {"loggers": ("csv", "mlflow")}}
     settings_file = out / "config.yaml"
     write_aside(settings_file, config.with_changes(changes, "training").yaml)
     command = train_command(settings_file, out, settings.home)
     in_a_process(context, command, settings, out / FAILURE, {"MLFLOW_RUN_ID": run_id})
     settings_file.unlink(missing_ok=True)
-
-
-def _data_of(upstream: Made) -> dict[str, dict[str, Any]]:
-    return {"data": {"data_root": upstream.location}}
 
 
 def _tags(upstream: Made, member: Member, dagster_run: str) -> dict[str, str]:
