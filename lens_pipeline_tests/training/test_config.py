@@ -1,0 +1,91 @@
+"""The settings of a training."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lens_pipeline.errors import InputError
+from lens_pipeline.training.config import TrainConfig
+from lens_pipeline_tests.training.small import small_config
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"training": {"epoch": 3}}, "training.epoch: .*did you mean training.epochs"),
+        ({"epochs": 3}, "file: epochs: .*did you mean training.epochs"),
+        ({"training": {"lr": 3}}, "training.lr: .*did you mean training.learning_rate"),
+        ({"model": {"batchsize": 3}}, "model.batchsize: .*did you mean training.batch_size"),
+        ({"trainings": {}}, "file: trainings: .*did you mean training?"),
+        ({"training": {"learning_rate": 2}}, "training.learning_rate: .*less than or equal to 1"),
+        ({"model": {"pretrained": 3}}, "model.pretrained: .*valid string"),
+        (
+            {"training": {"find_batch_size": True}, "hardware": {"devices": 2}},
+            "file: training.find_batch_size: goes with one device alone",
+        ),
+        (
+            {"model": {"model_type": "ensemble", "pretrained": "models:/lens_ensemble@champion"}},
+            "file: model.pretrained: a registered member is the start of one network",
+        ),
+        (
+            {"model": {"architectures": ["resnet18", "lastro"]}},
+            "file: model.architectures: is for model.model_type ensemble; one network is",
+        ),
+        (
+            {"model": {"model_type": "ensemble", "arch": "lastro"}},
+            "file: model.arch: is for model.model_type single; an ensemble's are",
+        ),
+        ({"model": {"arch": "resnet81"}}, "file: model.arch: 'resnet81' is not .*resnet18"),
+        (
+            {"model": {"model_type": "ensemble", "architectures": ["lastr"]}},
+            "file: model.architectures: 'lastr' is not an architecture; did you mean lastro",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_are_named(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        TrainConfig.parse(values, "file")
+
+
+def test_each_bound_is_said_where_its_setting_is_described() -> None:
+    bounded = 0
+    for section in TrainConfig.model_fields.values():
+        for name, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
+            for bound in field.metadata:
+                for value in (getattr(bound, side, None) for side in ("ge", "gt", "le", "lt")):
+                    bounded += value is not None
+                    assert value is None or f"{value:,}" in str(field.description), name
+    assert bounded > 40
+
+
+def test_what_decides_nothing_makes_no_other_training() -> None:
+    config = small_config()
+    same = {"data": {"num_workers": 3}, "hardware": {"exclusive": False}}
+    assert config.with_changes(same, "test").deciding == config.deciding
+    assert config.differences(config.with_changes(same, "test")) == []
+    other = config.with_changes({"training": {"save_top_k": 5}}, "test")
+    assert other.deciding != config.deciding  # other files
+    assert config.differences(other) == []  # and the same weights
+
+
+def test_weights_to_start_from_decide_by_what_they_are(tmp_path: Path) -> None:
+    """Not by where they lie: a file may be moved, or be replaced by another."""
+    deciding = []
+    for name, content in (("a.ckpt", b"one"), ("b.ckpt", b"one"), ("a.ckpt", b"other")):
+        (tmp_path / name).write_bytes(content)
+        start = {"model": {"pretrained": str(tmp_path / name)}}
+        deciding.append(small_config().with_changes(start, "test").deciding)
+    assert deciding[0] == deciding[1]
+    assert deciding[0] != deciding[2]
+
+
+@pytest.mark.parametrize(("said", "meant"), [("true", "published"), (False, "none"), ("w", "w")])
+def test_pretrained_may_be_said_as_yaml_or_a_flag_says_it(said: object, meant: str) -> None:
+    assert TrainConfig.parse({"model": {"pretrained": said}}, "test").model.pretrained == meant
+
+
+def test_settings_are_plain_yaml(tmp_path: Path) -> None:
+    config = small_config(learning_rate=3e-4)
+    assert TrainConfig.parse(yaml.safe_load(config.yaml), "test") == config

@@ -1,0 +1,167 @@
+"""Trainings that cannot go on: what they say, and what they keep."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import Callback
+
+from lens_pipeline import LitLensSystem
+from lens_pipeline.errors import InputError, NoRoomError
+from lens_pipeline_tests.training.small import small_config, train_on
+
+
+class _Spoil(Callback):
+    """A cutout's pixels are no numbers, at one batch."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.ids = at, np.array([])
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, number: int
+    ) -> None:
+        if trainer.fit_loop.total_batch_idx == self.at:
+            batch["image"][0] = torch.nan
+            self.ids = trainer.datamodule.split("train").ids[batch["index"]]  # type: ignore[attr-defined]
+
+
+def test_a_loss_that_is_no_number_names_the_cutouts(uneven_shards: Path, tmp_path: Path) -> None:
+    config = small_config(save_every_n_steps=1)
+    spoil = _Spoil(6)
+    with pytest.raises(InputError, match=r"epoch 1, batch 1: the loss is nan") as said:
+        train_on(config, uneven_shards, tmp_path, spoil)
+    assert spoil.ids[0] in str(said.value)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 6  # the last good one
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+    # With good pixels it goes on from there.
+    assert len(train_on(config, uneven_shards, tmp_path).curves) == 2
+
+
+def test_weights_that_are_no_numbers_are_not_kept(uneven_shards: Path, tmp_path: Path) -> None:
+    class Break(Callback):
+        def on_before_zero_grad(self, trainer: Trainer, module: LightningModule, _: Any) -> None:
+            if trainer.global_step == 3:
+                next(module.parameters()).data[0] = torch.inf
+
+    with pytest.raises(InputError, match=r"the (weights are no numbers|loss is nan)"):
+        train_on(small_config(save_every_n_steps=1), uneven_shards, tmp_path, Break())
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+
+
+class _SmallMemory(Callback):
+    """A GPU that has room for so many cutouts, from an epoch on."""
+
+    def __init__(self, room: int, epoch: int = 0) -> None:
+        self.room, self.epoch = room, epoch
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, number: int
+    ) -> None:
+        if len(batch["image"]) > self.room and trainer.current_epoch >= self.epoch:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_too_little_memory_is_told_with_the_way_out(uneven_shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"training\.batch_size 16: .*accumulate_grad_batches"):
+        train_on(small_config(), uneven_shards, tmp_path, _SmallMemory(5))
+
+
+@pytest.mark.slow
+def test_a_batch_size_that_fits_is_found(uneven_shards: Path, tmp_path: Path) -> None:
+    trained = train_on(small_config(find_batch_size=True), uneven_shards, tmp_path, _SmallMemory(5))
+    assert trained.config.training.batch_size == 4
+    assert len(trained.curves) == 2
+
+
+def test_what_was_trained_is_kept_where_memory_runs_out_later(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    """It is not the batch that is too large."""
+    config = small_config(find_batch_size=True, epochs=3)
+    said = rf"too little memory for it now, and {tmp_path} holds a training .+ the same goes on"
+    with pytest.raises(InputError, match=said):
+        train_on(config, uneven_shards, tmp_path, _SmallMemory(5, epoch=2))
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] in (0, 1)
+    trained = train_on(config, uneven_shards, tmp_path)
+    assert trained.config.training.batch_size == 16
+    assert trained.curves["epoch"].tolist() == [0, 1, 2]
+
+
+def test_too_little_memory_for_the_scores_ends_with_a_way_to_go_on(
+    uneven_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = []
+
+    def none_left(system: LitLensSystem, images: torch.Tensor) -> Any:
+        batches.append(len(images))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as others:
+        others.setattr(LitLensSystem, "drawn_logits", none_left)
+        with pytest.raises(InputError, match=f"{tmp_path}: the training has ended, .+ goes on"):
+            train_on(small_config(), uneven_shards, tmp_path)
+    assert batches == [16]  # no more than a step had room for
+    steps: list[int] = []
+
+    class Steps(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            steps.append(trainer.global_step)
+
+    assert len(train_on(small_config(), uneven_shards, tmp_path, Steps()).val_scores) == 40
+    assert not steps
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of a hundred megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(folder)], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(uneven_shards: Path, small_disk: Path) -> None:
+    out = small_disk / "out"
+    config = small_config(save_every_n_steps=1, epochs=1)
+
+    class Fill(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 3:
+                with pytest.raises(OSError, match="No space"):
+                    (small_disk / "others").write_bytes(bytes(110_000_000))
+
+    with pytest.raises(InputError, match=rf"{out}\S*: there is no room on its disk"):
+        train_on(config, uneven_shards, out, Fill())
+    kept = torch.load(out / "last.ckpt", weights_only=True)
+    assert kept["global_step"] in (2, 3)
+    (small_disk / "others").unlink()
+    assert len(train_on(config, uneven_shards, out).curves) == 1
+
+
+def test_a_disk_that_is_full_when_the_training_has_ended_is_told_too(
+    uneven_shards: Path, small_disk: Path
+) -> None:
+    out = small_disk / "out"
+    config = small_config(epochs=1)
+
+    class Fill(Callback):
+        def on_fit_end(self, trainer: Trainer, *_: Any) -> None:
+            with pytest.raises(OSError, match="No space"):
+                (small_disk / "others").write_bytes(bytes(110_000_000))
+
+    with pytest.raises(NoRoomError, match=rf"{out}\S*: there is no room on its disk"):
+        train_on(config, uneven_shards, out, Fill())
+    (small_disk / "others").unlink()
+    assert len(train_on(config, uneven_shards, out).curves) == 1
