@@ -242,7 +242,7 @@ class Settings(BaseSettings):
     time_zone: str = Field(default="UTC", description="Of the schedules, as `Europe/Paris`.")
     webhook_url: Annotated[SecretStr | None, BeforeValidator(_web_address)] = Field(
         default=None,
-        description="Is told by POST of failed runs, new challengers and other champions, JSON "
+        description="Receives failed runs, new challengers and new champions by POST, as JSON "
         "with a `text`.",
     )
     keep_days: int = Field(

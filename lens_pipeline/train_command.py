@@ -63,7 +63,7 @@ def asked_config(options: argparse.Namespace, settings: Settings) -> TrainConfig
     config = TrainConfig.read(options.config) if options.config else TrainConfig()
     config = config.with_changes(changes(options), options.command)
     config = config.with_changes(_places(config, settings), options.command)
-    from lens_pipeline.training.train import check_devices
+    from lens_pipeline.training.devices import check_devices
 
     check_devices(config)
     return config

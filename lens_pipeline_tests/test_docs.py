@@ -48,7 +48,7 @@ def test_the_code_for_notebooks_runs(
 
 
 def test_the_code_that_adds_what_was_graded_runs(simulated_catalogue: Path, tmp_path: Path) -> None:
-    section = (ROOT / "docs" / "scoring.md").read_text().partition("## What was graded")[2]
+    section = (ROOT / "docs" / "scoring.md").read_text().partition("## Train on what was graded")[2]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert code is not None
     table = pd.read_parquet(simulated_catalogue).astype({"id": str})

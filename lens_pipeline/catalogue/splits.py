@@ -73,5 +73,5 @@ def check_splits(split: pd.Series, label: pd.Series, source: str) -> None:
             if not ((split == part) & (label == value)).any():
                 raise InputError(
                     f"{source}: split {part} has no {name} among {int((label == value).sum())}; "
-                    "add more, another LENS_SEED, or state a column split"
+                    "add more, name some in the column split, or try another LENS_SEED"
                 )

@@ -130,7 +130,7 @@ def score_to_file(
         if rejects.total() > may_fail:
             if not share and not rows.n_scored:
                 _remove(folder)
-            _refuse_rejects(rejects, source, may_fail)
+            _refuse_rejects(rejects, source, max_reject_fraction, may_fail)
         if share:
             _take_parts(rows, folder, ensemble.columns)
             listed, gallery, stays = None, None, True
@@ -254,7 +254,9 @@ def _names(folder: Path, share: Share | None) -> Iterator[Path]:
     return itertools.dropwhile(Path.exists, names)
 
 
-def _refuse_rejects(reasons: Counter[str], source: CutoutSource, may_fail: int) -> NoReturn:
+def _refuse_rejects(
+    reasons: Counter[str], source: CutoutSource, fraction: float, may_fail: int
+) -> NoReturn:
     """Raises InputError; what was scored is kept, and what could not be read is tried again."""
     n = len(source.catalogue.table)
     why = counted_reasons(reasons.elements())
@@ -262,7 +264,7 @@ def _refuse_rejects(reasons: Counter[str], source: CutoutSource, may_fail: int) 
         raise InputError(f"{source.catalogue.source}: none of its {n} cutouts can be used: {why}")
     raise InputError(
         f"{source.catalogue.source}: {reasons.total()} of {n} cutouts cannot be used, or more; "
-        f"LENS_MAX_REJECT_FRACTION allows {may_fail}: {why}"
+        f"LENS_MAX_REJECT_FRACTION={fraction:g} allows {may_fail}: {why}"
     )
 
 

@@ -301,8 +301,10 @@ class TrainConfig(_Section):
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """The configuration in a YAML file. Raises InputError, naming the file, as `parse` does."""
-        return cls.parse(read_yaml(Path(path)), str(path))
+        """The configuration in a YAML file; a section whose lines are all comments is its defaults.
+        Raises InputError, naming the file, as `parse` does."""
+        values = read_yaml(Path(path))
+        return cls.parse({k: {} if v is None else v for k, v in values.items()}, str(path))
 
     def with_changes(self, changes: Mapping[str, Mapping[str, Any]], source: str) -> Self:
         """This one with other values, {section: {field: value}}. Raises InputError as `parse`."""

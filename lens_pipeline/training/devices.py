@@ -1,4 +1,5 @@
-"""Which GPUs a training takes: none that another training of this host has."""
+"""What a training computes on: whether it is there, in which precision, and that no other training
+of this host has it."""
 
 import logging
 import os
@@ -7,14 +8,54 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import filelock
 import torch
 
-from lens_pipeline.training.config import HardwareSection
+from lens_pipeline.errors import InputError
+from lens_pipeline.training.config import HardwareSection, TrainConfig
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 log = logging.getLogger(__name__)
+
+
+def check_devices(config: TrainConfig) -> None:
+    """Raises InputError where the machine has not the devices that the configuration names."""
+    wanted, n_gpus = config.hardware, torch.cuda.device_count()
+    on_gpus = wanted.accelerator == "gpu" or (wanted.accelerator == "auto" and n_gpus > 0)
+    if on_gpus and wanted.devices > n_gpus:
+        raise InputError(
+            f"hardware.devices {wanted.devices}: this machine has {n_gpus} GPUs; name fewer, or "
+            "set hardware.accelerator to cpu"
+        )
+    if not on_gpus and wanted.devices > (n_cores := os.cpu_count() or 1):
+        raise InputError(
+            f"hardware.devices {wanted.devices}: this machine has {n_cores} cores, and each device "
+            "would be a process of its own; name fewer"
+        )
+    if wanted.precision == "16-mixed" and not on_gpus:
+        raise InputError("hardware.precision 16-mixed: needs a GPU; on a CPU, auto is 32-true")
+
+
+def on_gpu(config: TrainConfig) -> bool:
+    """Whether a configuration trains on GPUs here."""
+    return config.hardware.accelerator != "cpu" and torch.cuda.is_available()
+
+
+def device(config: TrainConfig) -> str:
+    """What torch calls that."""
+    return "cuda" if on_gpu(config) else "cpu"
+
+
+def resolved_precision(config: TrainConfig) -> Any:
+    """`auto`: bf16 where the GPU computes in it, fp16 on older ones; a CPU without the instructions
+    is far slower with either."""
+    if config.hardware.precision != "auto":
+        return config.hardware.precision
+    if not on_gpu(config):
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(False) else "16-mixed"
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import gc
 import json
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -49,6 +48,7 @@ from lens_pipeline.training.checkpoints import (
     telling_of_a_full_disk,
 )
 from lens_pipeline.training.config import TrainConfig
+from lens_pipeline.training.devices import check_devices, device, on_gpu, resolved_precision
 from lens_pipeline.training.loggers import end, file_loggers
 from lens_pipeline.training.member import (
     BEST,
@@ -139,42 +139,6 @@ def train(
 def set_seed(seed: int) -> None:
     """Of all random numbers of Python, NumPy and torch, here and in workers."""
     pl.seed_everything(seed, workers=True, verbose=False)
-
-
-def resolved_precision(config: TrainConfig) -> Any:
-    """`auto`: bf16 where the GPU computes in it, fp16 on older ones; a CPU without the instructions
-    is far slower with either."""
-    if config.hardware.precision != "auto":
-        return config.hardware.precision
-    if not _on_gpu(config):
-        return "32-true"
-    return "bf16-mixed" if torch.cuda.is_bf16_supported(False) else "16-mixed"
-
-
-def _on_gpu(config: TrainConfig) -> bool:
-    return config.hardware.accelerator != "cpu" and torch.cuda.is_available()
-
-
-def _device(config: TrainConfig) -> str:
-    return "cuda" if _on_gpu(config) else "cpu"
-
-
-def check_devices(config: TrainConfig) -> None:
-    """Raises InputError where the machine has not the devices that the configuration names."""
-    wanted, n_gpus = config.hardware, torch.cuda.device_count()
-    on_gpu = wanted.accelerator == "gpu" or (wanted.accelerator == "auto" and n_gpus > 0)
-    if on_gpu and wanted.devices > n_gpus:
-        raise InputError(
-            f"hardware.devices {wanted.devices}: this machine has {n_gpus} GPUs; name fewer, or "
-            "set hardware.accelerator to cpu"
-        )
-    if not on_gpu and wanted.devices > (n_cores := os.cpu_count() or 1):
-        raise InputError(
-            f"hardware.devices {wanted.devices}: this machine has {n_cores} cores, and each device "
-            "would be a process of its own; name fewer"
-        )
-    if wanted.precision == "16-mixed" and not on_gpu:
-        raise InputError("hardware.precision 16-mixed: needs a GPU; on a CPU, auto is 32-true")
 
 
 def build_system(
@@ -310,7 +274,7 @@ def _fit(
     system_type: type[LensClassifier],
 ) -> None:
     how, hardware = config.training, config.hardware
-    repeats = hardware.deterministic or not _on_gpu(config)
+    repeats = hardware.deterministic or not on_gpu(config)
     data.batch_size = how.batch_size
     set_seed(how.seed)
     system = build_system(config, data, system_type)
@@ -335,12 +299,12 @@ def _fit(
     chosen: list[Callback] = [StepSeeds(how.seed), finite, *callbacks, Curves()]
     if how.ema:
         # It is asked for before the network is on its device.
-        chosen.append(MovingAverage(how.ema, _device(config)))
+        chosen.append(MovingAverage(how.ema, device(config)))
     if how.patience:
         chosen.append(Patience(monitor, how.min_delta, how.patience, mode=mode))
     if not how.fast_dev_run:
         chosen.append(LearningRateMonitor("step"))
-    if _on_gpu(config):
+    if on_gpu(config):
         chosen.append(PeakMemory())
     has_bar = any(isinstance(one, ProgressBar) for one in callbacks)
     if in_notebook() and not has_bar:
@@ -357,7 +321,7 @@ def _fit(
         trainer = pl.Trainer(
             max_epochs=how.epochs,
             # Lightning's `auto` takes others, too, which have no float64.
-            accelerator="gpu" if _on_gpu(config) else "cpu",
+            accelerator="gpu" if on_gpu(config) else "cpu",
             devices=hardware.devices,
             strategy="ddp" if hardware.devices > 1 else hardware.strategy,
             precision=resolved_precision(config),
@@ -369,12 +333,12 @@ def _fit(
             fast_dev_run=how.fast_dev_run,
             limit_train_batches=how.limit_train_batches,
             limit_val_batches=how.limit_val_batches,
-            sync_batchnorm=hardware.devices > 1 and _on_gpu(config),
+            sync_batchnorm=hardware.devices > 1 and on_gpu(config),
             deterministic="warn" if repeats else False,
             # cuDNN's fastest convolutions for these sizes, which it finds by trying.
             benchmark=not repeats,
             # A step of a GPU takes milliseconds; a line in MLflow, some ten.
-            log_every_n_steps=200 if _on_gpu(config) else 50,
+            log_every_n_steps=200 if on_gpu(config) else 50,
             enable_model_summary=False,
             num_sanity_val_steps=0,
             enable_progress_bar=has_bar or shows_progress(),
@@ -414,7 +378,7 @@ def _finish(
         save_aside(weights, path)
         if path == best:
             save_aside(weights, out / BEST)
-    system = system_type.load_from_checkpoint(out / BEST, _device(config), compile_model=False)
+    system = system_type.load_from_checkpoint(out / BEST, device(config), compile_model=False)
     split = data.split("val")
     labels = pd.DataFrame({"id": split.ids, "label": split.labels, "group": split.groups})
     # What a step had memory for, this has, too.

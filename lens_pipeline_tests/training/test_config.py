@@ -86,6 +86,13 @@ def test_pretrained_may_be_said_as_yaml_or_a_flag_says_it(said: object, meant: s
     assert TrainConfig.parse({"model": {"pretrained": said}}, "test").model.pretrained == meant
 
 
+def test_a_section_of_comments_alone_is_its_defaults(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("model:\n  arch: lastro\ntraining:\n  # epochs: 3\n")
+    assert TrainConfig.read(tmp_path / "a.yaml") == TrainConfig.parse(
+        {"model": {"arch": "lastro"}}, "test"
+    )
+
+
 def test_settings_are_plain_yaml(tmp_path: Path) -> None:
     config = small_config(learning_rate=3e-4)
     assert TrainConfig.parse(yaml.safe_load(config.yaml), "test") == config

@@ -19,7 +19,7 @@ from lens_pipeline.models.system import load_system
 from lens_pipeline.shards.prefetch import gathered_ahead
 from lens_pipeline.training import TrainedMember, train
 from lens_pipeline.training.config import TrainConfig
-from lens_pipeline.training.train import resolved_precision
+from lens_pipeline.training.devices import resolved_precision
 from lens_pipeline_tests.training.killed import in_a_process
 
 pytestmark = pytest.mark.gpu
