@@ -8,7 +8,8 @@ from typing import Any
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.names import Member, parse_members
 from lens_pipeline.settings import Settings
-from lens_pipeline.training.config import TrainConfig, read_yaml
+from lens_pipeline.settings_files import read_yaml
+from lens_pipeline.training.config import TrainConfig
 
 # What the asset graph decides, no file or form: that a member is one network, and which; and which
 # cutouts it sees.
@@ -55,9 +56,10 @@ def chosen(settings: Settings) -> Preset:
 def chosen_members(settings: Settings) -> tuple[Member, ...]:
     """Raises InputError where LENS_ARCHS is not valid."""
     members = parse_members(settings.archs or chosen(settings).members)
-    for name in (member.name for member in members if member.name in TrainConfig.model_fields):
+    taken = [member.name for member in members if member.name in TrainConfig.model_fields]
+    if taken:
         raise InputError(
-            f"LENS_ARCHS: no member may be called {name}: settings have such a section"
+            f"LENS_ARCHS: no member may be called {taken[0]}: settings have such a section"
         )
     return members
 
@@ -104,8 +106,9 @@ def member_config(settings: Settings, member: Member) -> TrainConfig:
 
 
 def left_open(changes: Any, source: str) -> Mapping[str, Mapping[str, Any]]:
-    """The changes, {section: {field: value}}, as they are. Raises InputError, naming `source`, for
-    what is no such mapping, and for what the asset graph decides."""
+    """The changes, {section: {field: value}}, as they are, without empty sections. Raises
+    InputError, naming `source`, for what is no such mapping, and for what the asset graph
+    decides."""
     if not isinstance(changes, Mapping):
         raise InputError(f"{source}: must hold sections ({', '.join(TrainConfig.model_fields)})")
     for section, fields in changes.items():
@@ -115,4 +118,4 @@ def left_open(changes: Any, source: str) -> Mapping[str, Mapping[str, Any]]:
                     f"{source}: {section}.{name}: follows from LENS_ARCHS and the cutouts; leave "
                     "it out"
                 )
-    return changes
+    return {section: fields for section, fields in changes.items() if fields is not None}

@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.settings_files import first_wrong
 
 # Variables of the deployment, the code server and the tests, which are no settings.
 OTHERS = (
@@ -275,14 +276,10 @@ class Settings(BaseSettings):
         try:
             return cls(**{name: value for name, value in changes.items() if value is not None})
         except ValidationError as problem:
-            first = problem.errors()[0]
-            name = str(first["loc"][0]) if first["loc"] else ""
+            (name, *_), said, _ = first_wrong(problem)
             variable = name if name.isupper() else f"LENS_{name.upper()}"
-            said = first["msg"].removeprefix("Value error, ")
             raise InputError(f"{variable}: {said}; correct or unset it") from None
-        except InputError:
-            raise
-        except ValueError as problem:  # a JSON value that does not parse
+        except SettingsError as problem:  # a JSON value that does not parse
             cause = problem.__cause__ or problem
             raise InputError(f"{problem} ({cause}); LENS_STORAGE_OPTIONS must be JSON") from None
 

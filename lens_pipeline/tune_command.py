@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings, absolute
+from lens_pipeline.settings_files import read_yaml
 from lens_pipeline.steps import digest, write_aside
 from lens_pipeline.terminal import configure_logging
 from lens_pipeline.train_command import (
@@ -21,7 +22,7 @@ from lens_pipeline.train_command import (
     system_type,
     with_local_weights,
 )
-from lens_pipeline.training.config import TrainConfig, in_a_line, read_yaml
+from lens_pipeline.training.config import TrainConfig, in_a_line
 from lens_pipeline.training.flags import add_flags
 from lens_pipeline.training.launch import FAILURE
 from lens_pipeline.training.space import DEFAULT_SPACE, Pruner, SearchSpace

@@ -59,6 +59,16 @@ def test_a_file_that_cannot_be_followed_is_named(
         _configs(tmp_path / "training.yaml", archs="lastro")
 
 
+def test_sections_of_comments_alone_change_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "training.yaml"
+    file.write_text("model:\nlastro:\n  training:\n    # epochs: 3\n  model: {dropout_rate: 0.1}\n")
+    expected = {"model": {"dropout_rate": 0.1}}
+    settings = Settings.load(archs="lastro")
+    (member,) = chosen_members(settings)
+    before = member_config(settings, member)
+    assert _configs(file, archs="lastro") == {"lastro": before.with_changes(expected, "test")}
+
+
 def test_no_member_is_called_as_a_section_of_its_settings() -> None:
     with pytest.raises(InputError, match="no member may be called training"):
         chosen_members(Settings.load(archs="training=lastro"))

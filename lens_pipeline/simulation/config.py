@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from scipy.special import ndtr, ndtri
 
-from lens_pipeline.errors import InputError, words_of
+from lens_pipeline.errors import InputError
+from lens_pipeline.settings_files import first_wrong, read_yaml
 from lens_pipeline.simulation.decoy_kinds import KEEP_HOST, MIXTURE
 from lens_pipeline.simulation.surveys import Survey, find_survey, of_bands
 
@@ -179,15 +179,10 @@ def load_config(survey: str, file: str | Path | None = None) -> SimulationConfig
     preset = find_survey(survey)
     if file is None:
         return SimulationConfig(survey=preset)
-    try:
-        values: Any = yaml.safe_load(Path(file).read_text()) or {}
-    except OSError as problem:
-        raise InputError(f"{file}: cannot be read ({problem.strerror})") from None
-    except yaml.YAMLError as problem:
-        raise InputError(f"{file}: is not YAML ({words_of(problem)})") from None
-    if not isinstance(values, dict) or not isinstance(values.get("survey", {}), dict):
-        raise InputError(f"{file}: must hold keys and values, and so must survey")
+    values = read_yaml(Path(file))
     stated = values.get("survey", {})
+    if not isinstance(stated, dict):
+        raise InputError(f"{file}: survey: must hold keys and their values")
     stated = of_bands(preset, stated.get("bands")) | stated
     if "psf" in stated:
         psf = stated["psf"]
@@ -200,17 +195,15 @@ def load_config(survey: str, file: str | Path | None = None) -> SimulationConfig
     try:
         return SimulationConfig.model_validate(values | {"survey": preset.model_dump() | stated})
     except ValidationError as problem:
-        first = problem.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        said = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden" and len(first["loc"]) <= 2:
-            *section, key = (str(part) for part in first["loc"])
+        place, said, unknown = first_wrong(problem)
+        if unknown and len(place) <= 2:
+            *section, key = place
             known = SimulationConfig.model_fields
             if section:
                 known = known[section[0]].annotation.model_fields  # type: ignore[union-attr]
             near = difflib.get_close_matches(key, known, 1, cutoff=0.0)
             said = f"there is no such key; did you mean {near[0]}?"
-        raise InputError(f"{file}: {place}: {said}".replace(": :", ":")) from None
+        raise InputError(": ".join(filter(None, (str(file), ".".join(place), said)))) from None
 
 
 def _beside(file: str | Path, path: Any) -> Any:

@@ -15,8 +15,9 @@ from pydantic import (
     model_validator,
 )
 
-from lens_pipeline.errors import InputError, told_of, words_of
+from lens_pipeline.errors import InputError
 from lens_pipeline.models.names import parse_members
+from lens_pipeline.settings_files import first_wrong, read_yaml
 from lens_pipeline.steps import file_sha256
 
 Precision = Literal["auto", "32-true", "16-mixed", "bf16-mixed"]
@@ -248,17 +249,12 @@ class TrainConfig(_Section):
         """
         try:
             return cls.model_validate(values)
-        except InputError as problem:
-            raise told_of(source, problem) from None
         except ValidationError as problem:
-            first = problem.errors()[0]
-            path = ".".join(str(part) for part in first["loc"])
-            hint = ""
-            if first["type"] == "extra_forbidden":
-                hint = f"; did you mean {cls._nearest(path)}?"
-            said = first["msg"].removeprefix("Value error, ")
+            wrong = first_wrong(problem)
+            path = ".".join(wrong.place)
+            hint = f"; did you mean {cls._nearest(path)}?" if wrong.unknown else ""
             where = f"{source}: {path}" if path else source
-            raise InputError(f"{where}: {said}{hint}") from None
+            raise InputError(f"{where}: {wrong.said}{hint}") from None
 
     @classmethod
     def _nearest(cls, path: str) -> str:
@@ -303,8 +299,7 @@ class TrainConfig(_Section):
     def read(cls, path: str | Path) -> Self:
         """The configuration in a YAML file; a section whose lines are all comments is its defaults.
         Raises InputError, naming the file, as `parse` does."""
-        values = read_yaml(Path(path))
-        return cls.parse({k: {} if v is None else v for k, v in values.items()}, str(path))
+        return cls.parse(read_yaml(Path(path)), str(path))
 
     def with_changes(self, changes: Mapping[str, Mapping[str, Any]], source: str) -> Self:
         """This one with other values, {section: {field: value}}. Raises InputError as `parse`."""
@@ -364,16 +359,3 @@ def in_a_line(values: Mapping[str, Any]) -> str:
         dict(values), default_flow_style=True, sort_keys=False, width=float("inf")
     )
     return str(text).strip()
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises InputError, naming the file, where there is none."""
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as problem:
-        raise InputError(f"{path}: cannot be read ({problem.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        raise InputError(f"{path}: is no YAML ({words_of(problem)})") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: must hold sections (model, training, hardware, data)")
-    return values

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.settings_files import first_wrong
 from lens_pipeline.training.config import TrainConfig
 
 Pruner = Literal["median", "hyperband", "none"]
@@ -138,11 +139,11 @@ def _values(name: str, given: Any, source: str) -> Range | tuple[Any, ...]:
     try:
         found = Range.model_validate(given)
     except ValidationError as problem:
-        first = problem.errors()[0]
-        where = ".".join((name, *map(str, first["loc"])))
+        place, said, _ = first_wrong(problem)
+        where = ".".join((name, *place))
         raise InputError(
-            f"{source}: {where}: {first['msg']}; a range is {{low: 1, high: 2}}, with log: true "
-            "by its logarithm, and choices are a list"
+            f"{source}: {where}: {said}; a range is {{low: 1, high: 2}}, with log: true by its "
+            "logarithm, and choices are a list"
         ) from None
     if not found.low < found.high or (found.log and found.low <= 0):
         least = "0 < low < high" if found.log else "low < high"

@@ -21,9 +21,10 @@ from pytorch_lightning.loggers import Logger
 from lens_pipeline.errors import InputError, NoRoomError
 from lens_pipeline.evaluation.plots import png_bytes, tuning_figure
 from lens_pipeline.models.system import LensClassifier, LitLensSystem
+from lens_pipeline.settings_files import read_yaml
 from lens_pipeline.shards.datamodule import CutoutModule
 from lens_pipeline.steps import file_aside, write_aside
-from lens_pipeline.training.config import TrainConfig, read_yaml
+from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.member import INPUTS, TrainedMember
 from lens_pipeline.training.space import Pruner, Range, SearchSpace
 from lens_pipeline.training.train import deciding_metric, hashed_inputs, other_inputs, train

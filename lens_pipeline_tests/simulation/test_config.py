@@ -71,8 +71,8 @@ def test_a_users_file_chooses_decoys_sources_and_seeing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("sources: [", "is not YAML"),
-        ("- 1", "keys and values"),
+        ("sources: [", "is no YAML"),
+        ("- 1", "keys and their values"),
         ("source: hubble", "source"),
         ("sources: keck", "sources"),
         ("decoys: {planet: 1}", "planet is none of"),
@@ -93,6 +93,19 @@ def test_what_is_wrong_in_a_users_file_is_named(text: str, named: str, tmp_path:
         load_config("des", file)
     assert str(file) in str(problem.value)
     assert named in str(problem.value)
+
+
+def test_a_users_file_in_another_encoding_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "simulation.yaml"
+    file.write_bytes("sources: sérsic".encode("latin-1"))
+    with pytest.raises(InputError, match=f"{file}: is no YAML"):
+        load_config("des", file)
+
+
+def test_sections_of_comments_alone_are_their_defaults(tmp_path: Path) -> None:
+    file = write(tmp_path, "survey:\n  # seeing: 1\npopulation:\nsources: sersic\n")
+    only = write(tmp_path / "other", "sources: sersic\n")
+    assert load_config("des", file) == load_config("des", only)
 
 
 def test_some_bands_of_a_survey_keep_what_it_says_of_them(tmp_path: Path) -> None:
