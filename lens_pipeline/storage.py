@@ -135,7 +135,7 @@ def state_of(info: Mapping[str, Any]) -> str | None:
 def states_of(
     paths: Iterable[str], storage_options: Mapping[str, Any] | None = None
 ) -> Iterator[tuple[str, str | None]]:
-    """(path, its `state_of`) in the order of the paths; None of what cannot be had, for what is
+    """(path, its `state_of`), sorted by the path; None of what cannot be had, for what is
     wrong is told when it is read. Raises NoAnswerError where a store fails."""
     for path, info in _infos(paths, storage_options):
         yield path, None if info is None else state_of(info)

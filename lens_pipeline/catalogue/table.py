@@ -24,14 +24,9 @@ from lens_pipeline.catalogue.columns import (
     stripped,
     zero_or_one,
 )
+from lens_pipeline.catalogue.folders import CLASS_FOLDERS, layout, read_folder
 from lens_pipeline.catalogue.splits import SPLITS, assign_splits
-from lens_pipeline.catalogue.table_files import (
-    CLASS_FOLDERS,
-    images_in,
-    named,
-    read_folder,
-    read_table,
-)
+from lens_pipeline.catalogue.table_files import named, read_table
 from lens_pipeline.errors import InputError, words_of
 from lens_pipeline.storage import (
     asking,
@@ -209,17 +204,10 @@ def _fingerprint(source: str, storage_options: Mapping[str, Any] | None) -> str:
     filesystem, inside = locate(source, storage_options)
     if not filesystem.isdir(inside):
         return hashlib.sha256(filesystem.cat_file(inside)).hexdigest()
-    # What `read_folder` looks at: other things may lie there, LENS_HOME among them.
-    listings = [posixpath.join(inside, f"{split}.csv") for split in SPLITS]
-    tables = [filesystem.cat_file(name) for name in listings if filesystem.exists(name)]
-    names: list[str] = []
-    for folders in (SPLITS, CLASS_FOLDERS):
-        if not names and not tables:
-            places = [posixpath.join(inside, folder) for folder in folders]
-            names = sorted(name for place in places for name in filesystem.find(place))
-    if not names and not tables:
-        names = images_in(filesystem, inside)
-    return hashlib.sha256(b"\0".join([*(n.encode() for n in names), *tables])).hexdigest()
+    listings, images = layout(filesystem, inside)
+    tables = [filesystem.cat_file(posixpath.join(inside, name)) for name in listings.values()]
+    names = [name.encode() for name in (*images, *listings)]
+    return hashlib.sha256(b"\0".join([*names, *tables])).hexdigest()
 
 
 def _validated(table: pd.DataFrame, source: str, folder: str) -> pd.DataFrame:

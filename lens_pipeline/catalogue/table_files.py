@@ -1,38 +1,28 @@
-"""Files and folders -> tables as they are written; what they must hold is `table`'s matter."""
+"""Files -> tables as they are written; what they must hold is `table`'s matter."""
 
 import csv
 import io
 import posixpath
 from typing import TYPE_CHECKING, Any
 
-import fsspec
 import numpy as np
 import pandas as pd
 
 from lens_pipeline.catalogue.columns import (
-    as_text,
     column_name,
     image_columns,
     is_ours,
     is_text,
-    refuse,
     with_column_names,
     with_text,
-    zero_or_one,
 )
-from lens_pipeline.catalogue.splits import SPLITS
 from lens_pipeline.errors import InputError, first_of
 from lens_pipeline.storage import TABLES, asking, locate, names_table, without_query
 
 if TYPE_CHECKING:
     from astropy.table import Table
 
-IMAGE_SUFFIXES = (
-    *(".fits", ".fit", ".fz", ".fits.gz", ".fit.gz", ".npy", ".npz"),
-    *(".png", ".jpg", ".jpeg", ".tif", ".tiff"),
-)
 LOOKED_AT = 10_000  # rows, for numbers that are not meant as such
-CLASS_FOLDERS = {"lens": "1", "nonlens": "0"}
 
 
 def read_table(source: str, options: dict[str, Any]) -> pd.DataFrame:
@@ -49,7 +39,7 @@ def read_table(source: str, options: dict[str, Any]) -> pd.DataFrame:
         content = io.BytesIO(filesystem.cat_file(inside))
     suffix = posixpath.splitext(without_query(source))[1].lower()
     if suffix == ".csv":
-        return _read_csv(content, source)
+        return read_csv(content, source)
     if suffix == ".parquet":
         return named(_with_masks(pd.read_parquet(content)), source)
     from astropy.table import Table
@@ -117,7 +107,7 @@ def named(table: pd.DataFrame, source: str) -> pd.DataFrame:
     return with_text(with_column_names(table.reset_index(own), source))
 
 
-def _read_csv(content: io.BytesIO, source: str) -> pd.DataFrame:
+def read_csv(content: io.BytesIO, source: str) -> pd.DataFrame:
     try:
         return with_column_names(_csv_as_written(content, source), source)
     except pd.errors.EmptyDataError:
@@ -191,75 +181,3 @@ def _check_fields(content: io.BytesIO, source: str) -> None:
             )
     text.detach()
     content.seek(0)
-
-
-def read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str) -> pd.DataFrame:
-    """A row for each image of a folder, or of its classes' folders, or of its splits' listings.
-
-    Raises InputError where it has none, and for a listing of other columns, an empty path or label.
-    """
-    rows: list[dict[str, str | None]] = []
-    tables: list[pd.DataFrame] = []
-    for split in SPLITS:
-        listing = posixpath.join(inside, f"{split}.csv")
-        if filesystem.exists(listing):
-            with filesystem.open(listing, "rb") as file:
-                table = _read_csv(io.BytesIO(file.read()), listing)
-            missing = {"filepath", "label"} - set(table)
-            if missing:
-                raise InputError(f"{listing}: column {sorted(missing)[0]} is missing")
-            paths = as_text(table["filepath"])
-            refuse(listing, table, paths.isna(), "filepath", "is empty")
-            labels = zero_or_one(table, "label", listing)
-            table = table.assign(path=paths, split=split, label=labels)
-            tables.append(table.drop(columns="filepath"))
-            continue  # the listing says what of the split's folders belongs to it
-        rows += _of_classes(filesystem, inside, split)
-    if not rows and not tables:
-        for name in ("catalogue.parquet", "catalogue.csv"):
-            if filesystem.exists(posixpath.join(inside, name)):
-                raise InputError(f"{source}: is no catalogue, but holds one: name {source}/{name}")
-        rows = _of_classes(filesystem, inside, None)
-        if rows and images_in(filesystem, inside):
-            raise InputError(
-                f"{source}: holds images, and folders lens or nonlens with others; move either"
-            )
-    if not rows and not tables:
-        rows = [{"id": name, "path": name} for name in images_in(filesystem, inside)]
-    if rows:
-        tables.append(pd.DataFrame(rows))
-    if not tables:
-        if any(name.endswith(".parquet") for name in filesystem.ls(inside, False)):
-            raise InputError(f"{source}: is a folder of Parquet files; write them as one file")
-        raise InputError(
-            f"{source}: no cutouts; a folder holds images, or lens|nonlens/ with them, or "
-            "train|val|test/lens|nonlens/, or train.csv ..."
-        )
-    found = pd.concat(tables, ignore_index=True)
-    # Of listings that number their rows each for itself, paths are the ids.
-    if "id" in found:
-        own = as_text(found["id"])
-        if own.notna().all() and own.is_unique:
-            return found.assign(id=own)
-    return found.assign(id=found["path"])
-
-
-def _of_classes(
-    filesystem: fsspec.AbstractFileSystem, inside: str, split: str | None
-) -> list[dict[str, str | None]]:
-    """A row for each image of a split's folders of classes, or of those of none."""
-    rows: list[dict[str, str | None]] = []
-    for kind, label in CLASS_FOLDERS.items():
-        below = f"{split}/{kind}" if split else kind
-        folder = posixpath.join(inside, below)
-        if filesystem.isdir(folder):
-            for name in images_in(filesystem, folder):
-                path = f"{below}/{name}"
-                rows.append({"id": path, "path": path, "label": label, "split": split})
-    return rows
-
-
-def images_in(filesystem: fsspec.AbstractFileSystem, folder: str) -> list[str]:
-    """Names of the images that lie in a folder, sorted."""
-    names = (posixpath.basename(name) for name in filesystem.ls(folder, False))
-    return sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))

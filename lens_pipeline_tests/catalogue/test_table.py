@@ -488,6 +488,9 @@ def test_a_listing_says_what_of_a_splits_folders_belongs_to_it(tmp_path: Path) -
         *("train/lens/0.png", "train/nonlens/1.png"),
         *("val/lens/0.png", "val/lens/1.png", "val/nonlens/0.png", "val/nonlens/1.png"),
     ]
+    before = source_fingerprint(str(tmp_path))
+    (tmp_path / "val" / "lens" / "2.png").touch()
+    assert source_fingerprint(str(tmp_path)) != before
     (tmp_path / "val.csv").write_text("filepath,label\nval/lens/0.png,yes\n")
     with pytest.raises(InputError, match=r"val\.csv: row 1, column label: 'yes'"):
         read_catalogue(tmp_path)

@@ -1,0 +1,120 @@
+"""Folders of cutouts that are catalogues: how they are laid out, and the table that they make."""
+
+import io
+import posixpath
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import fsspec
+import pandas as pd
+
+from lens_pipeline.catalogue.columns import as_text, refuse, zero_or_one
+from lens_pipeline.catalogue.splits import SPLITS
+from lens_pipeline.catalogue.table_files import read_csv
+from lens_pipeline.errors import InputError
+
+IMAGE_SUFFIXES = (
+    *(".fits", ".fit", ".fz", ".fits.gz", ".fit.gz", ".npy", ".npz"),
+    *(".png", ".jpg", ".jpeg", ".tif", ".tiff"),
+)
+CLASS_FOLDERS = {"lens": "1", "nonlens": "0"}
+
+
+class Layout(NamedTuple):
+    """What of a folder is its catalogue, by the names below it; other things may lie there, a
+    LENS_HOME among them.
+
+    listings: {split: the file that lists it}; images: of the folders `split/class` of the other
+    splits, or, where there is neither, of those of classes alone, or of the folder itself.
+    """
+
+    listings: dict[str, str]
+    images: list[str]
+
+
+def layout(filesystem: fsspec.AbstractFileSystem, inside: str) -> Layout:
+    """Where a folder holds none of it, both are empty."""
+    names = {split: f"{split}.csv" for split in SPLITS}
+    listings = {s: n for s, n in names.items() if filesystem.exists(posixpath.join(inside, n))}
+    unlisted = [split for split in SPLITS if split not in listings]
+    images = _below(filesystem, inside, (f"{s}/{kind}" for s in unlisted for kind in CLASS_FOLDERS))
+    if not listings and not images:
+        images = _below(filesystem, inside, CLASS_FOLDERS) or images_in(filesystem, inside)
+    return Layout(listings, images)
+
+
+def read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str) -> pd.DataFrame:
+    """A row for each image of a folder, and of its listings.
+
+    Raises InputError where it has none, and for a listing of other columns, an empty path or label.
+    """
+    listings, images = layout(filesystem, inside)
+    if not listings and not any(path.count("/") == 2 for path in images):
+        _check_no_other(source, filesystem, inside, images)
+    tables = [
+        _read_listing(filesystem, posixpath.join(inside, name)).assign(split=split)
+        for split, name in listings.items()
+    ]
+    if images:
+        tables.append(pd.DataFrame([_row(path) for path in images]))
+    found = pd.concat(tables, ignore_index=True)
+    # Of listings that number their rows each for itself, paths are the ids.
+    if "id" in found:
+        own = as_text(found["id"])
+        if own.notna().all() and own.is_unique:
+            return found.assign(id=own)
+    return found.assign(id=found["path"])
+
+
+def images_in(filesystem: fsspec.AbstractFileSystem, folder: str) -> list[str]:
+    """Names of the images that lie in a folder, sorted."""
+    names = (posixpath.basename(name) for name in filesystem.ls(folder, False))
+    return sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
+
+
+def _below(filesystem: fsspec.AbstractFileSystem, inside: str, folders: Iterable[str]) -> list[str]:
+    """The images of those folders that there are, `folder/name`."""
+    places = {folder: posixpath.join(inside, folder) for folder in folders}
+    there = {folder: place for folder, place in places.items() if filesystem.isdir(place)}
+    return [f"{f}/{name}" for f, place in there.items() for name in images_in(filesystem, place)]
+
+
+def _check_no_other(
+    source: str, filesystem: fsspec.AbstractFileSystem, inside: str, images: list[str]
+) -> None:
+    """Raises InputError for a folder without splits that is no catalogue, or might be two."""
+    for name in ("catalogue.parquet", "catalogue.csv"):
+        if filesystem.exists(posixpath.join(inside, name)):
+            raise InputError(f"{source}: is no catalogue, but holds one: name {source}/{name}")
+    if not images:
+        if any(name.endswith(".parquet") for name in filesystem.ls(inside, False)):
+            raise InputError(f"{source}: is a folder of Parquet files; write them as one file")
+        raise InputError(
+            f"{source}: no cutouts; a folder holds images, or lens|nonlens/ with them, or "
+            "train|val|test/lens|nonlens/, or train.csv ..."
+        )
+    if "/" in images[0] and images_in(filesystem, inside):
+        raise InputError(
+            f"{source}: holds images, and folders lens or nonlens with others; move either"
+        )
+
+
+def _read_listing(filesystem: fsspec.AbstractFileSystem, listing: str) -> pd.DataFrame:
+    with filesystem.open(listing, "rb") as file:
+        table = read_csv(io.BytesIO(file.read()), listing)
+    missing = {"filepath", "label"} - set(table)
+    if missing:
+        raise InputError(f"{listing}: column {sorted(missing)[0]} is missing")
+    paths = as_text(table["filepath"])
+    refuse(listing, table, paths.isna(), "filepath", "is empty")
+    labels = zero_or_one(table, "label", listing)
+    return table.drop(columns="filepath").assign(path=paths, label=labels)
+
+
+def _row(path: str) -> dict[str, str | None]:
+    """Of an image: what the folders that it lies in say."""
+    row: dict[str, str | None] = {"id": path, "path": path}
+    *split, kind = path.split("/")[:-1] or [""]
+    if kind:
+        row |= {"label": CLASS_FOLDERS[kind], "split": split[0] if split else None}
+    return row
