@@ -5,10 +5,12 @@ import difflib
 import importlib.metadata
 import json
 import logging
+import os
 import re
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lens_pipeline.errors import InputError, masked
@@ -24,6 +26,7 @@ from lens_pipeline.terminal import (
     prepare_environment,
 )
 from lens_pipeline.train_command import add_train
+from lens_pipeline.training.launch import TOLD, leave_word
 from lens_pipeline.tune_command import add_tune
 
 BAD_INPUT = 2
@@ -59,12 +62,14 @@ class _Parser(argparse.ArgumentParser):
 
 def _elsewhere(name: str) -> str:
     """How `run` is told what is no flag of its own; empty for what is no setting."""
+    from lens_pipeline.presets import DECIDED
     from lens_pipeline.training.config import TrainConfig
 
     if name in Settings.model_fields:
         return f"; set {Settings.variable(name)} in the environment"
     for section, info in TrainConfig.model_fields.items():
-        if name in info.annotation.model_fields:  # type: ignore[union-attr]
+        left_open = {*info.annotation.model_fields} - {*DECIDED.get(section, ())}  # type: ignore[union-attr]
+        if name in left_open:
             return f"; say --set {section}.{name}=..."
     return ""
 
@@ -158,6 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as problem:
         if verbose:
             logging.getLogger(__name__).exception("the command failed")
+        if isinstance(problem, InputError) and TOLD in os.environ:
+            leave_word(Path(os.environ[TOLD]), problem)
         status, message = _outcome(problem, verbose, getattr(options, "after_interrupt", ""))
     print(f"error: {' '.join(masked(message).split())}", file=sys.stderr)
     return status

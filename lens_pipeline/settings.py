@@ -19,8 +19,10 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, Settin
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings_files import first_wrong
 
-# Variables of the deployment, the code server and the tests, which are no settings.
+# Variables of the deployment, the code server, the tests, and of commands that a step has started,
+# which are no settings.
 OTHERS = (
+    "LENS_FAILURE",
     *("LENS_TAG", "LENS_DATA", "LENS_ENV_FILE", "LENS_NO_SKIP"),
     *("LENS_CODE_HOST", "LENS_CODE_PORT", "LENS_DAGSTER_PORT"),
     *("LENS_MLFLOW_PORT", "LENS_MLFLOW_HOSTS", "LENS_MLFLOW_ORIGINS"),

@@ -170,7 +170,7 @@ def _whole(folder: Path, verify: bool) -> dict[str, Any] | None:
                 raise ValueError(f"{path} has the wrong size")
             if verify and file_sha256(path) != wanted["sha256"]:
                 raise ValueError(f"{path} has the wrong sha256")
-    except (OSError, ValueError, KeyError) as problem:
+    except (OSError, ValueError, KeyError, TypeError) as problem:
         if folder.exists():
             log.warning("%s is damaged (%s): it is made again", folder, problem)
         return None

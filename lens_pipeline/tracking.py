@@ -7,7 +7,8 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from mlflow import MlflowClient
     from mlflow.entities import Run
-
+    from pytorch_lightning.loggers import MLFlowLogger
 
 EXPERIMENT = "lens_pipeline"
 ABOUT = (
@@ -152,8 +153,10 @@ class Tracking:
 
     def _find_runs(self, step_key: str, *also: str) -> "list[Run]":
         """This home's runs of a step, the newest first; also: further conditions."""
-        mine = (f"tags.`{STEP_KEY}` = '{step_key}'", f"tags.`{HOME}` = '{self._home}'")
-        return list(self.client.search_runs([self.experiment_id], " and ".join((*mine, *also))))
+        wanted = " and ".join((f"tags.`{STEP_KEY}` = '{step_key}'", *also))
+        found = self.client.search_runs([self.experiment_id], wanted)
+        # Not asked for: a path may hold what ends a text there.
+        return [run for run in found if run.data.tags.get(HOME) == self._home]
 
     def find_run(self, step_key: str) -> "Run | None":
         """This home's newest run of a step that has not failed."""
@@ -184,11 +187,26 @@ class Tracking:
         """The run of something that goes on, or a new one; those with the tag PARENT are nested in
         it."""
         with filelock.FileLock(self.settings.home / ".locks" / f"run-{key[:32]}.lock"):
-            found = self.find_run(key)
-            if found is None:
-                return self.start_run(name, key, {})
-            self.client.update_run(found.info.run_id, "RUNNING")
-            return str(found.info.run_id)
+            return self.start_run(name, key, {}, goes_on=True)
+
+    def logger(self, run_id: str | None) -> "MLFlowLogger":
+        """Lightning's, of a run; without one, of a process that is not the first, which logs
+        nothing."""
+        from pytorch_lightning.loggers import MLFlowLogger
+
+        return MLFlowLogger(run_id=run_id, tracking_uri=self.settings.mlflow_uri, log_model=False)
+
+    @contextmanager
+    def recorded(self, run_id: str, parameters: Mapping[str, Any]) -> "Iterator[MLFlowLogger]":
+        """The logger of a run that has these parameters, while it is open; then the run has
+        FINISHED, or FAILED."""
+        self.tell_parameters(run_id, parameters)
+        ended = "FAILED"
+        try:
+            yield self.logger(run_id)
+            ended = "FINISHED"
+        finally:
+            self.client.set_terminated(run_id, ended)
 
     def tell_parameters(self, run_id: str, parameters: Mapping[str, Any]) -> None:
         """Those that a run lacks; MLflow lets none be changed."""

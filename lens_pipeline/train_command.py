@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings, absolute
-from lens_pipeline.steps import digest, write_aside
+from lens_pipeline.steps import digest
 from lens_pipeline.terminal import configure_logging
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.flags import add_flags, changes
-from lens_pipeline.training.launch import FAILURE, is_first, launch
+from lens_pipeline.training.launch import FAILURE, is_first, launch, leave_word, raise_told
 
 if TYPE_CHECKING:
     from pytorch_lightning.loggers import Logger
@@ -108,30 +108,20 @@ def _mlflow(
     if not told:
         yield []
         return
-    from pytorch_lightning.loggers import MLFlowLogger
-
-    from lens_pipeline.tracking import Tracking, flat
+    from lens_pipeline.tracking import Tracking
     from lens_pipeline.training.member import LAST
 
     tracking = Tracking(settings)
     _ = tracking.client  # makes the registry's database where there is none
-    uri = settings.mlflow_uri
     given = os.environ.get("MLFLOW_RUN_ID")  # of who started this process, and records the rest
     if given or not is_first():
-        yield [MLFlowLogger(run_id=given, tracking_uri=uri, log_model=False)]
+        yield [tracking.logger(given)]
         return
     goes_on = (out / LAST).exists()
     key = digest(config.of_weights | {"out": str(out)})
     run_id = tracking.start_run(out.name, key, {}, goes_on=goes_on)
-    ended = "FAILED"
-    try:
-        logger = MLFlowLogger(run_id=run_id, tracking_uri=uri, log_model=False)
-        if not tracking.client.get_run(run_id).data.params:
-            logger.log_hyperparams(flat(config.model_dump()))
+    with tracking.recorded(run_id, config.model_dump()) as logger:
         yield [logger]
-        ended = "FINISHED"
-    finally:
-        tracking.client.set_terminated(run_id, ended)
 
 
 def _in_processes(
@@ -150,8 +140,7 @@ def _in_processes(
     except SignalException:
         raise KeyboardInterrupt from None
     except ChildFailedError as problem:
-        if failure.exists():
-            raise InputError(failure.read_text()) from None
+        raise_told(failure)
         rank, why = problem.get_first_failure()
         raise RuntimeError(f"process {rank} of {config.hardware.devices} ended: {why}") from None
     return TrainedMember(out)
@@ -165,7 +154,7 @@ def _one_of_many(config: TrainConfig, settings: Settings, out: Path, verbose: bo
         with reporting():
             train_here(config, settings, out)
     except InputError as problem:
-        write_aside(out / FAILURE, str(problem))
+        leave_word(out / FAILURE, problem)
         sys.exit(1)
 
 

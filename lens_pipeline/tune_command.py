@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings, absolute
 from lens_pipeline.settings_files import read_yaml
-from lens_pipeline.steps import digest, write_aside
+from lens_pipeline.steps import digest
 from lens_pipeline.terminal import configure_logging
 from lens_pipeline.train_command import (
     asked_config,
@@ -24,7 +24,7 @@ from lens_pipeline.train_command import (
 )
 from lens_pipeline.training.config import TrainConfig, in_a_line
 from lens_pipeline.training.flags import add_flags
-from lens_pipeline.training.launch import FAILURE
+from lens_pipeline.training.launch import FAILURE, leave_word, raise_told
 from lens_pipeline.training.space import DEFAULT_SPACE, Pruner, SearchSpace
 
 if TYPE_CHECKING:
@@ -75,12 +75,8 @@ def tune_command(options: argparse.Namespace) -> int:
     )
     out = Path(absolute(str(out)))
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        with reporting():
-            study = _recorded(config, space, settings, out, options)
-    except InputError as problem:
-        write_aside(out / FAILURE, str(problem))  # for who has started this process
-        raise
+    with reporting():
+        study = _recorded(config, space, settings, out, options)
     _tell(study)
     return 0
 
@@ -147,30 +143,19 @@ def _nested_run(
 ) -> "Iterator[Logger]":
     """The MLflow run of a trial: FINISHED, KILLED where it was pruned, or FAILED."""
     import optuna
-    from pytorch_lightning.loggers import MLFlowLogger
 
-    from lens_pipeline.tracking import PARENT, Tracking, flat
+    from lens_pipeline.tracking import PARENT, Tracking
 
     tracking = Tracking(settings)
     key = digest([parent, number])
-    found = tracking.find_run(key)  # of a worker that was killed
-    run_id = found.info.run_id if found else None
-    if run_id is None:
-        run_id = tracking.start_run(f"trial {number}", key, {PARENT: parent})
-    logger = MLFlowLogger(run_id=run_id, tracking_uri=settings.mlflow_uri, log_model=False)
-    known = found.data.params if found else {}
-    ended = "FAILED"
+    # It goes on with what a worker has left that was killed.
+    run_id = tracking.start_run(f"trial {number}", key, {PARENT: parent}, goes_on=True)
     try:
-        logger.log_hyperparams(
-            {name: value for name, value in flat(config.model_dump()).items() if name not in known}
-        )
-        yield logger
-        ended = "FINISHED"
+        with tracking.recorded(run_id, config.model_dump()) as logger:
+            yield logger
     except optuna.TrialPruned:
-        ended = "KILLED"
+        tracking.client.set_terminated(run_id, "KILLED")
         raise
-    finally:
-        tracking.client.set_terminated(run_id, ended)
 
 
 def _in_workers(n: int, share: tuple[Any, ...], out: Path, verbose: bool) -> None:
@@ -187,8 +172,7 @@ def _in_workers(n: int, share: tuple[Any, ...], out: Path, verbose: bool) -> Non
         torch.multiprocessing.ProcessExitedException,
         torch.multiprocessing.ProcessRaisedException,
     ) as problem:
-        if failure.exists():
-            raise InputError(failure.read_text()) from None
+        raise_told(failure)
         why = str(problem).strip().splitlines()[-1]
         raise RuntimeError(f"worker {problem.error_index} of {n} ended: {why}") from None
     finally:
@@ -215,7 +199,7 @@ def _worker(
     try:
         _share(*share)
     except InputError as problem:
-        write_aside(failure, str(problem))
+        leave_word(failure, problem)
         sys.exit(1)
 
 

@@ -32,6 +32,8 @@ from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.launch import FAILURE, train_command
 
 if TYPE_CHECKING:
+    from pytorch_lightning.loggers import Logger
+
     from lens_pipeline.training.member import TrainedMember
 
 TRAIN = "lens_pipeline.training.train"
@@ -191,25 +193,18 @@ def _train(
     run_id = tracking.start_run(member.name, recipe.key, tags, goes_on=(out / LAST).exists())
     # Who looks on sees what is trained; but a batch size that is still to be found.
     told = {"training": {"batch_size"}} if config.training.find_batch_size else None
-    tracking.tell_parameters(run_id, config.model_dump(exclude=told))
-    try:
+    with tracking.recorded(run_id, config.model_dump(exclude=told)) as logger:
         if config.hardware.devices > 1:
             _train_in_processes(context, settings, config, out, run_id)
         else:
-            _train_here(settings, config, out, run_id)
-    except BaseException:
-        tracking.client.set_terminated(run_id, "FAILED")
-        raise
+            _train_here(settings, config, out, logger)
 
 
-def _train_here(settings: Settings, config: TrainConfig, out: Path, run_id: str) -> None:
-    from pytorch_lightning.loggers import MLFlowLogger
-
+def _train_here(settings: Settings, config: TrainConfig, out: Path, logger: "Logger") -> None:
     from lens_pipeline.training.data import data_module
     from lens_pipeline.training.devices import gpus_claimed
     from lens_pipeline.training.train import train
 
-    logger = MLFlowLogger(run_id=run_id, tracking_uri=settings.mlflow_uri, log_model=False)
     data = data_module(config, settings.home / "cache", settings.storage_options)
     with gpus_claimed(config.hardware):
         train(config, data, out, loggers=[logger])

@@ -18,6 +18,7 @@ from lens_pipeline.defs.surveys import over_surveys, partitioned
 from lens_pipeline.errors import InputError, NoAnswerError, masked
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Recipe, Step, digest, run_step, source_hashes
+from lens_pipeline.training.launch import TOLD, raise_told
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -238,18 +239,20 @@ def in_a_process(
 ) -> None:
     """Run a command of ours in a process that is not Dagster's; it tells the step's log.
 
-    Raises InputError with what it has written into the file `failure`.
+    Raises the InputError that it has written into the file `failure`.
     """
     failure.unlink(missing_ok=True)
     try:
         dg.PipesSubprocessClient(termination_timeout_seconds=LEAVE).run(
             command=command,
             context=context,
-            env={"MLFLOW_TRACKING_URI": settings.mlflow_uri, **(env or {})},
+            env={
+                **{"MLFLOW_TRACKING_URI": settings.mlflow_uri, TOLD: str(failure)},
+                **(env or {}),
+            },
         )
     except Exception:
-        if failure.exists():
-            raise InputError(failure.read_text()) from None
+        raise_told(failure)
         raise
 
 
@@ -310,9 +313,10 @@ def table(rows: "pd.DataFrame", otherwise: str = "none") -> dg.MetadataValue:
 
 def _shown(value: Any) -> str:
     """A cell of a table: three digits, nothing where there is nothing, no secret of a URL."""
-    from pandas import NA
+    from pandas import isna
+    from pandas.api.types import is_scalar
 
-    if value is None or value is NA or value != value:
+    if is_scalar(value) and isna(value):
         return ""
     return f"{value:.3g}" if isinstance(value, float) else masked(str(value))
 

@@ -99,9 +99,10 @@ def open_tars(
 def expanded(pattern: str, name: str) -> list[str]:
     """The paths (absolute) or URLs that a pattern with braces stands for, in its order."""
     try:
-        urls = [absolute(url) for url in braceexpand(pattern)]
+        named = list(braceexpand(pattern))
     except ValueError:
         raise InputError(f"{name}: {pattern}: a brace is missing") from None
+    urls = [absolute(url) for url in named]
     folders = {posixpath.dirname(url) for url in urls}
     if len(folders) > 1:
         raise InputError(f"{name}: {pattern}: the tars must lie in one folder")

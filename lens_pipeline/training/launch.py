@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lens_pipeline.errors import InputError, NoAnswerError, NoRoomError
+from lens_pipeline.steps import write_aside
+
 QUIET = (
     *("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing"),
     *(
@@ -16,8 +19,9 @@ QUIET = (
     ),
 )
 
-
 FAILURE = ".failure"  # in the folder of a training: why one of its processes ended
+TOLD = "LENS_FAILURE"  # names that file to a command that another process has started
+KINDS = (NoRoomError, NoAnswerError, InputError)  # who has started it treats each in its own way
 
 
 def train_command(config: Path, out: Path, home: Path) -> list[str]:
@@ -36,6 +40,19 @@ def _command(name: str, home: Path, **flags: Any) -> list[str]:
         *(sys.executable, "-m", "lens_pipeline.cli", name),
         *(f"--{flag.replace('_', '-')}={value}" for flag, value in given.items()),
     ]
+
+
+def leave_word(failure: Path, problem: InputError) -> None:
+    """Write down what ended this process, for who has started it."""
+    kind = next(kind for kind in KINDS if isinstance(problem, kind))
+    write_aside(failure, f"{kind.__name__}\n{problem}")
+
+
+def raise_told(failure: Path) -> None:
+    """Raise what another process has left there by `leave_word`, if it has."""
+    if failure.exists():
+        kind, _, message = failure.read_text().partition("\n")
+        raise {one.__name__: one for one in KINDS}[kind](message) from None
 
 
 def is_first() -> bool:

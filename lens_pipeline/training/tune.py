@@ -18,7 +18,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 
-from lens_pipeline.errors import InputError, NoRoomError
+from lens_pipeline.errors import InputError, NoAnswerError, NoRoomError
 from lens_pipeline.evaluation.plots import png_bytes, tuning_figure
 from lens_pipeline.models.system import LensClassifier, LitLensSystem
 from lens_pipeline.settings_files import read_yaml
@@ -261,7 +261,8 @@ class _Study:
     ) -> str | None:
         """Train with a trial's settings, and tell the study what came of it.
 
-        Returns why it has failed, if it has. Raises NoRoomError: the trial goes on later.
+        Returns why it has failed, if it has. Raises NoAnswerError of a store, and NoRoomError: the
+        trial goes on later.
         """
         import optuna
 
@@ -287,7 +288,7 @@ class _Study:
             if not math.isfinite(value):
                 raise InputError(f"{monitor} is {value} in every epoch")
             trial.set_user_attr(LOSS, loss)
-        except NoRoomError:
+        except (NoAnswerError, NoRoomError):
             raise
         except optuna.TrialPruned:
             trial.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
