@@ -33,6 +33,18 @@ def fraction(count: int, n: int, effect: float = 1.0) -> dict[str, float | None]
     return {"value": count / n, "low": float(low), "high": float(high)}
 
 
+def rate_beyond(count: int, n: int, effect: float = 1.0) -> dict[str, float]:
+    """The rate of non-lenses beyond a threshold that was chosen on n of them for `count` to remain,
+    with its 95 % interval, of n / effect independent ones (see `design_effect`).
+
+    It is no count / n: the threshold lies just above the next non-lens, beyond which the rate is
+    that of an order statistic, a Beta(count + 1, n - count) (David & Nagaraja 2003, section 2.1).
+    """
+    of_beta = (count / effect + 1, (n - count) / effect)
+    low, high = (float(betaincinv(*of_beta, side)) for side in (0.025, 0.975))
+    return {"value": (count + 1) / (n + 1), "low": low, "high": high}
+
+
 def design_effect(chosen: ArrayLike, group: ArrayLike | None, usual: float | None = None) -> float:
     """How many times the variance of a fraction that of independent cutouts is; at least 1.
 

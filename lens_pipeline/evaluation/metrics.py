@@ -1,7 +1,8 @@
 """Metrics of a lens finder, with intervals, as the field defines them.
 
 Metcalf et al. 2019 (A&A 625, A119) for TPR0 and TPR10; thresholds are realised ones, `score >= t`,
-and nothing is interpolated between them. No result depends on the order of the cutouts.
+and nothing is interpolated between them. No result depends on the order of the cutouts, but for
+resamplings of cutouts that are groups of their own (`paired_bootstrap`), which are others.
 """
 
 import math
@@ -76,8 +77,9 @@ def lens_metrics(
     0. group (n,): whole groups are drawn, as in `paired_bootstrap`, for cutouts of one galaxy or
     region are not independent; else lenses and non-lenses are, apart, and also where a class is of
     fewer than FEWEST_GROUPS groups, whose resamplings would be alike: there bounds are too close.
-    They are, too, below a rate that fewer than ten false positives decide: no resampling has a
-    non-lens that scores higher than those of the sample. Where every lens is right in all of them,
+    No resampling has a non-lens that scores higher than those of the sample: `low` of a TPR at an
+    FPR is 0 where so many non-lenses (groups) may, with a chance of more than 2.5 %, show none of
+    those that decide it. Where every lens is right in all of them,
     or none is, the bound is that of `jeffreys` for as many as the rarer class has cutouts (groups).
 
     auroc: ties count half. average_precision: sum of precision x step in recall. tpr0, tpr10: the
@@ -103,7 +105,8 @@ def lens_metrics(
         ranked, weights = _ranked(score), _drawn_groups(label, groups, bootstrap, seed)
         drawings = (_counted(label, ranked, weight) for weight in weights)
     draws = [_values(drawn) for drawn in drawings]
-    rarer = min(len(np.unique(groups[of_class])) for of_class in (label, ~label))
+    n_groups = [len(np.unique(groups[of_class])) for of_class in (label, ~label)]
+    rarer = min(n_groups)
     metrics: dict[str, Any] = {}
     for name, value in values.items():
         low = high = None
@@ -115,6 +118,8 @@ def lens_metrics(
                 drawn = np.maximum(drawn - np.median(drawn) + value, 0)
             if len(drawn):
                 low, high = map(float, np.percentile(drawn, INTERVAL))
+            if name in FPRS and (1 - FPRS[name]) ** n_groups[1] > INTERVAL[0] / 100:
+                low = 0.0
             if name not in ERRORS and low == high and value in (0, 1):
                 low, high = map(float, jeffreys(value * rarer, rarer))
         metrics[name] = {"value": value, "low": low, "high": high}

@@ -18,6 +18,7 @@ from lens_pipeline.evaluation.fractions import (
     fraction,
     fraction_of,
     jeffreys,
+    rate_beyond,
     upper_limit,
 )
 from lens_pipeline.evaluation.metrics import INTERVAL, lens_metrics, roc, threshold_at_fpr
@@ -228,10 +229,11 @@ def forecast(
     `candidates` (expected numbers in the survey) and `purity`.
 
     group (n,): cutouts of one are no independent ones, see `design_effect`. Intervals are those of
-    `jeffreys`, and the middle 95 % of what both rates' posteriors give: with
-    a few false positives, a resampling of them is too narrow. Where there is none, the sample does
-    not resolve the rate: `high` of it is the exact 95 % upper limit (see `upper_limit`), and purity
-    and candidates have no value, but the `low` and `high` that follow from it.
+    `jeffreys` and `rate_beyond`, which also gives the value of the false positive rate, and the
+    middle 95 % of what both rates' posteriors give: with a few false positives, a resampling of
+    them is too narrow. Where there is none, the sample does not resolve the rate: `high` of it is
+    the exact 95 % upper limit (see `upper_limit`), and the rate, purity and candidates have no
+    value, but purity and candidates the `low` and `high` that follow from it.
 
     Raises InputError for a prevalence that is not between 0 and 1, no objects, or as `roc` does.
     """
@@ -290,10 +292,10 @@ def _expected(
     found, n_lens, mistaken, n_nonlens = counts
     n_lenses, n_others = n_objects * prevalence, n_objects * (1 - prevalence)
     completeness = fraction(found, n_lens, effects[0])
-    rate = fraction(mistaken, n_nonlens, effects[1])
     lenses = {end: value * n_lenses for end, value in completeness.items() if value is not None}
     if mistaken:
-        tpr, fpr = found / n_lens, mistaken / n_nonlens
+        rate: dict[str, Any] = rate_beyond(mistaken, n_nonlens, effects[1])
+        tpr, fpr = found / n_lens, rate["value"]
         drawn = _posteriors(counts, effects, seed)
         pure = _interval(float(purity(tpr, fpr, prevalence)), purity(*drawn, prevalence))
         candidates = _interval(
@@ -301,7 +303,7 @@ def _expected(
         )
     else:
         limit = float(upper_limit(n_nonlens / effects[1]))
-        rate["high"] = limit
+        rate = {"value": None, "low": 0.0, "high": limit}
         least = float(purity(found / n_lens, limit, prevalence))
         pure = {"value": None, "low": least, "high": None}
         most = lenses["high"] + limit * n_others
@@ -361,7 +363,7 @@ def _posteriors(counts: Sequence[int], effects: Sequence[float], seed: int) -> t
     random = np.random.default_rng(seed)
     found, n_lens, mistaken, n_nonlens = np.array(counts) / np.repeat(effects, 2)
     tpr = random.beta(found + 0.5, n_lens - found + 0.5, DRAWS)
-    return tpr, random.beta(mistaken + 0.5, n_nonlens - mistaken + 0.5, DRAWS)
+    return tpr, random.beta(mistaken + 1, n_nonlens - mistaken, DRAWS)  # see `rate_beyond`
 
 
 def _interval(value: float, drawn: Array) -> dict[str, float | None]:

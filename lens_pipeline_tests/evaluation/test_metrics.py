@@ -151,6 +151,19 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     assert covered >= 88
 
 
+@pytest.mark.parametrize("n_nonlens", [1000, 4000])
+def test_intervals_at_a_small_rate_cover_the_truth(n_nonlens: int) -> None:
+    """The truth: the TPR at the threshold beyond which one non-lens in a thousand lies."""
+    truth = stats.norm.sf(stats.norm.isf(1e-3) - 2.3)
+    random, covered, trials = np.random.default_rng(0), 0, 200
+    label = np.r_[np.ones(200), np.zeros(n_nonlens)]
+    for seed in range(trials):
+        score = stats.norm.cdf(np.r_[random.normal(2.3, 1, 200), random.normal(0, 1, n_nonlens)])
+        interval = lens_metrics(label, score, bootstrap=100, seed=seed)["tpr_at_fpr_1e-3"]
+        covered += interval["low"] <= truth <= interval["high"]
+    assert covered / trials > 0.9
+
+
 @pytest.mark.parametrize("name", ["auroc", "average_precision", "tpr_at_fpr_1e-2", "brier"])
 def test_copies_of_a_group_make_no_interval_narrower(name: str) -> None:
     label, score = sample(900)
@@ -181,10 +194,12 @@ def test_what_no_resampling_doubts_is_not_certain(n_nonlens: int, groups: int, n
     group = np.arange(len(label)) % groups
     right = lens_metrics(label, np.where(label, 0.8, 0.3), bootstrap=50, group=group)
     wrong = lens_metrics(label, np.where(label, 0.3, 0.8), bootstrap=50, group=group)
-    for name in ("auroc", "tpr0", "tpr_at_fpr_1e-2" if n_nonlens > 100 else "tpr10"):
+    for name in ("auroc", "tpr0", "tpr10"):
         low = stats.beta(n + 0.5, 0.5).ppf(0.025)  # Brown, Cai & DasGupta 2001
         assert right[name] == {"value": 1.0, "low": pytest.approx(low), "high": 1.0}
         assert wrong[name] == {"value": 0.0, "low": 0.0, "high": pytest.approx(1 - low)}
+    if n_nonlens > 100:  # of which one in twenty samples has none beyond the threshold of 1 %
+        assert right["tpr_at_fpr_1e-2"] == {"value": 1.0, "low": 0.0, "high": 1.0}
     assert right["brier"]["high"] == pytest.approx(right["brier"]["value"], rel=0.1)
 
 
