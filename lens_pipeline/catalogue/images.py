@@ -37,6 +37,7 @@ PIXELS = {  # in words
 }
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 MAX_NAN_FRACTION = 0.1  # of a band, in the middle
+LAG = 3  # pixels
 MAX_ZEROS = 0.01  # of the pixels beside blocks of zeros, or these are none of a filler
 STACKS = 8  # local ones that are open at a time, in each process
 NPY_HEAD = 4096  # bytes: more than the head of a NumPy file
@@ -262,10 +263,16 @@ def _as_cube(array: NDArray[Any]) -> NDArray[np.float32]:
 def background_sigma(band: NDArray[np.float32]) -> float:
     """Standard deviation of the background of one image, its unit that of the pixels.
 
-    1.4826 times the median absolute deviation of what three rounds of clipping at 3 sigma leave.
+    1.4826 times the median absolute deviation, after three rounds of clipping at 3 sigma, of mixed
+    second differences, I(x, y) - I(x + d, y) - I(x, y + d) + I(x + d, y + d), over 2: of the smooth
+    light of a galaxy, which may fill the cutout, they leave little. d is LAG: nearer pixels of a
+    resampled image have noise in common.
     """
-    values = band[np.isfinite(band)].astype(np.float64)
-    kept = sigma_clip(values, sigma=3, maxiters=3, stdfunc="mad_std", masked=False)
+    values = band.astype(np.float64)
+    rows = values[LAG:] - values[:-LAG]
+    differences = (rows[:, LAG:] - rows[:, :-LAG]) / 2
+    differences = differences[np.isfinite(differences)]
+    kept = sigma_clip(differences, sigma=3, maxiters=3, stdfunc="mad_std", masked=False)
     return float(mad_std(kept))
 
 

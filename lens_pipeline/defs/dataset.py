@@ -15,6 +15,7 @@ from lens_pipeline.defs.dataset_checks import (
     STATISTICS,
     all_pixels_are_finite,
     bands_are_as_in_the_last_version,
+    each_origin_holds_both_classes,
     every_split_holds_both_classes,
     no_group_spans_two_splits,
     no_near_duplicates_across_splits,
@@ -293,6 +294,13 @@ def draw_training_cutouts(dataset: "Dataset") -> bytes:
             "are warned of; without any, nothing can be trained or told.",
         ),
         dg.AssetCheckSpec(
+            "each_origin_holds_both_classes",
+            asset=DATASET,
+            description="Where simulated and real cutouts are trained on together, a tenth or more "
+            "of either are lenses, and non-lenses: else what tells the origins apart (noise, "
+            "artefacts) is learnt in place of arcs.",
+        ),
+        dg.AssetCheckSpec(
             "all_pixels_are_finite",
             asset=DATASET,
             blocking=True,
@@ -392,6 +400,7 @@ def processed_dataset(
         checks=(
             no_group_spans_two_splits(dataset),
             every_split_holds_both_classes(dataset, survey),
+            each_origin_holds_both_classes(dataset),
             all_pixels_are_finite(pixels),
             bands_are_as_in_the_last_version(context, step, pixels, survey),
             no_near_duplicates_across_splits(dataset),

@@ -21,6 +21,7 @@ POSITIONS = "lens_pipeline.catalogue.positions"
 STATISTICS = "pixel statistics"  # the metadata by which versions are compared
 # Of a class, in a split. Fewer cannot tell fusions apart (five folds of two), nor resolve any rate.
 FEW = 10
+LOPSIDED = 0.1  # the share of the rarer class among cutouts of one origin, which then tells it
 
 
 def pixels_of(dataset: "Dataset", content: str, settings: Settings) -> dict[str, Any]:
@@ -64,6 +65,23 @@ def every_split_holds_both_classes(dataset: "Dataset", survey: str | None) -> dg
                 for part, of in counts.items()
                 if of["n_lens"] + of["n_nonlens"]
             },
+        },
+    )
+
+
+def each_origin_holds_both_classes(dataset: "Dataset") -> dg.AssetCheckResult:
+    train = dataset.table("train")
+    origin = train.assign(simulated=train.get("simulated", False))["simulated"].fillna(False)
+    shares = train["label"].astype(float).groupby(origin.astype(bool)).mean()
+    lenses = {"simulated" if key else "real": float(share) for key, share in shares.items()}
+    mixed = all(LOPSIDED <= share <= 1 - LOPSIDED for share in lenses.values())
+    return dg.AssetCheckResult(
+        check_name="each_origin_holds_both_classes",
+        passed=len(lenses) < 2 or mixed,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata={
+            **{f"lens fraction of {name}": share for name, share in lenses.items()},
+            "at least of either class": LOPSIDED,
         },
     )
 

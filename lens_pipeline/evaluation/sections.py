@@ -35,8 +35,8 @@ from lens_pipeline.evaluation.standing import idle_members, members_table
 
 WARNING = (
     "Lenses are here those that the simulation makes, wide and bright enough to be seen, and the "
-    "prevalence is theirs. Simulated cutouts promise too much: networks that were trained on simulations alone fell from "
-    "92 % to 24 % purity on real images of Euclid (Euclid Q1)."
+    "prevalence is theirs. Simulated cutouts promise too much: networks that were trained on "
+    "simulations alone fell from 92 % to 24 % purity on real images of Euclid (Euclid Q1)."
 )
 REASONS = 10  # against cutouts that are told
 SHARE = (

@@ -126,6 +126,28 @@ def test_a_split_without_lenses_stops_what_follows(
     assert not ran.asset_materializations_for_node("lens_shards")
 
 
+@pytest.mark.parametrize("n_real_lenses", [0, 5])
+def test_real_non_lenses_beside_simulated_lenses_are_warned_of(
+    n_real_lenses: int,
+    noise: pd.DataFrame,
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their noise would tell them: as of candidates of a network that were graded."""
+    train = noise.index[noise["split"] == "train"]
+    noise["simulated"] = 1
+    real = [*train[noise.loc[train, "label"] == 0][:9], *train[noise.loc[train, "label"] == 1]]
+    noise.loc[real[: 9 + n_real_lenses], "simulated"] = 0
+    check = checks_of(run(noise, instance, monkeypatch))["each_origin_holds_both_classes"]
+    assert check.passed == (n_real_lenses > 0)
+    assert check.severity == dg.AssetCheckSeverity.WARN
+    assert figures(check) == {
+        "lens fraction of simulated": pytest.approx((15 - n_real_lenses) / (21 - n_real_lenses)),
+        "lens fraction of real": pytest.approx(n_real_lenses / (9 + n_real_lenses)),
+        "at least of either class": 0.1,
+    }
+
+
 def test_a_pixel_that_is_not_finite_stops_what_follows(
     noise: pd.DataFrame, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
