@@ -220,13 +220,15 @@ def _members(count: NDArray[np.intp]) -> tuple[NDArray[np.bool_], NDArray[np.int
 
 
 def _blue_galaxies(u: Array, lenses: pd.DataFrame, count: NDArray[np.intp]) -> Component:
-    """So many galaxies (1 to MAX_MEMBERS) that share the arcs' light, anywhere (uniformly) within
-    MAX_DISTANCE Einstein radii, with the source's surface brightness, which lensing keeps."""
+    """So many galaxies (1 to MAX_MEMBERS) that share the arcs' light, up to MAX_DISTANCE Einstein
+    radii away, with the source's surface brightness, which lensing keeps. As many are at one
+    distance as at another: where arcs are, more than chance would put there, or how far the blue
+    light is from the middle would be enough to know them."""
     present, row = _members(count)
     weight = np.where(present, 0.3 + u[:, 1:, 8], 0)
     share = (weight / weight.sum(axis=1, keepdims=True))[present]
     host, v = lenses.iloc[row], u[:, 1:][present]
-    distance = host["einstein_radius"].to_numpy() * MAX_DISTANCE * np.sqrt(v[:, 9])
+    distance = host["einstein_radius"].to_numpy() * MAX_DISTANCE * v[:, 9]
     galaxies = _arc_light(v, host, share) | {
         "x": host["x"] + distance * np.cos(2 * np.pi * v[:, 10]),
         "y": host["y"] + distance * np.sin(2 * np.pi * v[:, 10]),

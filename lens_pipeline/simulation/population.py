@@ -32,7 +32,7 @@ from lens_pipeline.simulation.surveys import Survey
 
 Array = NDArray[np.float64]
 
-VERSION = 5  # of the population: raise it with any change to what is drawn
+VERSION = 6  # of the population: raise it with any change to what is drawn
 
 COSMOLOGY = FlatLambdaCDM(H0=70, Om0=0.3)
 ARCSEC = np.pi / 180 / 3600
@@ -173,15 +173,30 @@ def lens_light(u: Array, z: Array, absolute_magnitude: Array) -> tuple[Array, Ar
     return absolute_magnitude + distance_modulus(z) + k, g_r + scatter[0], r_i + scatter[1]
 
 
+COUNTS = 0.31  # counts of galaxies ~ 10^(COUNTS i) (LSST Science Book, section 3.7)
+DEEPER = 0.0417  # by which z0 grows per magnitude
+
+
 def source_i_magnitude(u: Array) -> Array:
-    """Unlensed i magnitude, 20 to 27: counts ~ 10^(0.31 i) (LSST Science Book, section 3.7)."""
-    bright, faint = 10 ** (0.31 * 20), 10 ** (0.31 * 27)
-    return np.log10(bright + u * (faint - bright)) / 0.31
+    """Unlensed i magnitude, 20 to 27, as galaxies are counted."""
+    bright, faint = 10 ** (COUNTS * 20), 10 ** (COUNTS * 27)
+    return np.log10(bright + u * (faint - bright)) / COUNTS
 
 
 def source_redshift(u: Array, i_magnitude: Array) -> Array:
-    """p ~ z^2 exp(-z/z0), z0 = 0.0417 i - 0.744 (LSST Science Book, section 3.8)."""
-    return gammaincinv(3, u) * (0.0417 * i_magnitude - 0.744)
+    """Of galaxies of one i magnitude.
+
+    Those down to a limit i have p3 ~ z^2 exp(-z/z0), z0 = 0.0417 i - 0.744 (LSST Science Book,
+    section 3.8). Of its derivative, d/di [10^(0.31 i) p3(z | i)], those at i itself have
+    (1 - w) p3 + w p4, where p4 ~ z^3 exp(-z/z0) and w = 3 x 0.0417 / (0.31 ln 10 z0); at the bright
+    end, where w would exceed it, 1.
+    """
+    z0 = DEEPER * i_magnitude - 0.744
+    w = np.minimum(3 * DEEPER / (COUNTS * np.log(10) * z0), 1)
+    nearer = u < 1 - w
+    with np.errstate(divide="ignore", invalid="ignore"):  # of the one that is not taken
+        shape, at = np.where(nearer, (3 + 0 * u, u / (1 - w)), (4 + 0 * u, 1 - (1 - u) / w))
+    return gammaincinv(shape, at) * z0
 
 
 # Redshift, g - r and r - i of star-forming galaxies: medians of the sources in LensPop's published
@@ -223,8 +238,11 @@ def magnitudes(table: pd.DataFrame, galaxy: str, bands: tuple[str, ...]) -> Arra
     r, g_r, r_i = (
         table[f"{galaxy}_{name}"].to_numpy(np.float64) for name in ("magnitude", "g_r", "r_i")
     )
-    # Euclid's VIS spans r and i: the mean of their magnitudes.
-    known = {"g": r + g_r, "r": r, "i": r - r_i, "VIS": r - r_i / 2}
+    # Euclid's VIS, 550 to 900 nm, spans r (to 700 nm), i (to 850 nm) and the beginning of z: their
+    # fluxes per frequency, each by its share of ln(wavelength). i - z is about a third of r - i.
+    spanned = {0.0: 0.490, 1.0: 0.394, 4 / 3: 0.116}  # {of r - i, how much brighter than r: share}
+    flux = sum(share * 10 ** (0.4 * times * r_i) for times, share in spanned.items())
+    known = {"g": r + g_r, "r": r, "i": r - r_i, "VIS": r - 2.5 * np.log10(flux)}
     return np.stack([known[band] for band in bands], axis=1)
 
 

@@ -9,7 +9,7 @@ from lenstronomy.LensModel.lens_model import LensModel
 from lenstronomy.LensModel.Solver.lens_equation_solver import LensEquationSolver
 from lenstronomy.Util.param_util import phi_q2_ellipticity, shear_polar2cartesian
 from scipy.integrate import quad
-from scipy.stats import kstest
+from scipy.stats import gamma, kstest
 
 from lens_pipeline.simulation import SimulationConfig, load_config, population
 from lens_pipeline.simulation.config import Population
@@ -103,6 +103,28 @@ def test_a_galaxy_lenses_as_often_as_its_einstein_radius_squared() -> None:
         theirs_at = np.interp(np.sort(ours), theirs[order], cumulative)
         distance = np.abs(theirs_at - (np.arange(len(ours)) + 0.5) / len(ours)).max()
         assert distance < 0.03, name
+
+
+def test_sources_down_to_a_limit_have_the_published_redshifts() -> None:
+    """LSST Science Book, section 3.8: its z0 is of all galaxies brighter than i, not of those at i,
+    which are farther."""
+    random = np.random.default_rng(4)
+    i = population.source_i_magnitude(random.random(1_000_000))
+    z = population.source_redshift(random.random(len(i)), i)
+    for limit in (25.0, 26.5):
+        published = gamma(3, scale=0.0417 * limit - 0.744)
+        assert kstest(z[i < limit][:20_000], published.cdf).statistic < 0.02
+        faintest = z[(i < limit) & (i > limit - 0.1)]
+        assert np.median(faintest) > 1.1 * published.median()
+
+
+@pytest.mark.parametrize(("r_i", "brighter"), [(0.0, 0.0), (1.06, 0.84), (1.55, 1.2)])
+def test_vis_is_brighter_than_r_by_what_its_red_end_sees(r_i: float, brighter: float) -> None:
+    """Of red galaxies at redshift 0.5 and 0.7, near (r + i + z) / 3 with i - z = 0.5, as LensPop
+    has it (Collett 2015)."""
+    table = pd.DataFrame({"lens_magnitude": [20.0], "lens_g_r": [1.8], "lens_r_i": [r_i]})
+    (vis,) = population.magnitudes(table, "lens", ("VIS",))[0]
+    assert vis == pytest.approx(20 - brighter, abs=0.12)
 
 
 def test_there_are_no_galaxies_beyond_the_relations() -> None:
