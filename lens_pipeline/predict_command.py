@@ -5,14 +5,14 @@ from pathlib import Path
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings, absolute
-from lens_pipeline.terminal import interruptible
+from lens_pipeline.terminal import interruptible, local_path
 
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--catalogue", required=True, help="a table, a folder of cutouts, or shards; a path or URL"
     )
-    parser.add_argument("--out", type=Path, required=True, help="scores, .parquet or .csv")
+    parser.add_argument("--out", type=local_path, required=True, help="scores, .parquet or .csv")
     parser.add_argument("--model", help="models:/lens_ensemble@alias or /version")
     parser.add_argument(
         "--top",
@@ -82,7 +82,8 @@ def _predict(options: argparse.Namespace) -> int:
         said = counted_reasons(scored.rejects.elements())
         print(f"the column reject_reason says why others are not: {said}")
     if scored.top:
-        whose = "their picture" if options.top <= DRAWN else f"the picture of the first {DRAWN}"
+        all_drawn = min(options.top, scored.n_scored) <= DRAWN
+        whose = "their picture" if all_drawn else f"the picture of the first {DRAWN}"
         drawn = f"; {scored.gallery}: {whose}" if scored.gallery else ""
         print(f"{scored.top}: the highest-scored, the best first{drawn}")
     elif scored.written and (former := files_of_best(scored.path)[0]).is_file():

@@ -28,8 +28,8 @@ def _promote(options: argparse.Namespace) -> int:
         known = [str(version.version) for version in registry.versions()]
         if options.version not in known:
             raise InputError(
-                f"promote {options.version}: {MODEL} has the versions "
-                f"{', '.join(known) or '(none)'}"
+                f"promote {options.version}: give the number of a version; {MODEL} has "
+                f"{', '.join(known) or 'none'}"
             )
         verdict = registry.version(options.version).tags.get(GATE, PASSED)
         registry.promote(options.version)

@@ -19,7 +19,7 @@ from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.checkpoints import POOL
 from lens_pipeline.defs.sensors import made_by
 from lens_pipeline.defs.surveys import every_survey
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, masked
 from lens_pipeline.launcher import DEPLOYMENT, forget_ended_runs
 from lens_pipeline.processes import (
     HOST,
@@ -160,6 +160,7 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
     if verbose:
         del config["loggers"]
     with open_instance(settings) as instance:
+        _tell_of_source(settings)
         keep_settings(settings)
         _tell_of_pages(settings)
         release_dead_runs(instance)
@@ -184,6 +185,18 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
     return run_id
 
 
+def _tell_of_source(settings: Settings) -> None:
+    """Says what is read; warns where the home's last run has read something else."""
+    log.info("source: %s", masked(settings.source))
+    kept = settings.home / KEPT
+    before = json.loads(kept.read_text()).get("source", "simulation") if kept.is_file() else None
+    if before not in (None, settings.source):
+        log.warning(
+            "LENS_SOURCE: the last run of %s read %s; if that is meant, interrupt this one, and "
+            "name it again", settings.home, masked(before),
+        )  # fmt: skip
+
+
 def _tell_of_pages(settings: Settings) -> None:
     """Warns where pages are open that would launch runs with other settings than these."""
     other = settings.shown.get("settings", settings.kept) != settings.kept
@@ -206,7 +219,7 @@ def _tell_of_checks(evaluations: Iterable[dg.AssetCheckEvaluation]) -> None:
             for name, value in check.metadata.items()
             if isinstance(value.value, int | float)
         ]
-        said = ", ".join(figures[:3])
+        said = check.description or ", ".join(figures[:3])
         asset = check.asset_key.to_user_string()
         log.warning("  check failed: %s of %s%s", check.check_name, asset, said and f" ({said})")
 

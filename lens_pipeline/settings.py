@@ -61,6 +61,12 @@ def _written_down(location: str) -> str:
     return absolute(location)
 
 
+def _on_this_machine(path: str | Path) -> str:
+    if re.match("[a-z][a-z0-9+]+:/", str(path)):
+        raise ValueError(f"{path} is a URL; name a folder on this machine")
+    return absolute(str(path))
+
+
 def _absolute_source(source: str) -> str:
     return source if source == "simulation" else _written_down(source)
 
@@ -115,7 +121,7 @@ class Settings(BaseSettings):
         env_prefix="LENS_", frozen=True, extra="ignore", env_ignore_empty=True
     )
 
-    home: Annotated[Path, BeforeValidator(lambda path: absolute(str(path)))] = Field(
+    home: Annotated[Path, BeforeValidator(_on_this_machine)] = Field(
         default=Path(".lens"), validate_default=True, description="Everything is written under it."
     )
     source: Annotated[str, BeforeValidator(_absolute_source)] = Field(

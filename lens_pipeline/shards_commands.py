@@ -8,7 +8,7 @@ from typing import Any
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings, absolute
 from lens_pipeline.steps import folder_aside
-from lens_pipeline.terminal import interruptible
+from lens_pipeline.terminal import interruptible, local_path
 
 SECRET_WORDS = ("key", "secret", "token", "password", "credential")
 
@@ -16,7 +16,7 @@ SECRET_WORDS = ("key", "secret", "token", "password", "credential")
 def add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-root", help="a catalogue, a folder of cutouts, a processed dataset")
     parser.add_argument(
-        "--output-dir", type=Path, required=True, help="where the shards lie, or will lie"
+        "--output-dir", type=local_path, required=True, help="where the shards lie, or will lie"
     )
     parser.add_argument("--shard-size", type=int, default=1000, help="cutouts (default 1000)")
     parser.add_argument("--image-size", type=int, help="pixels (default 64, or the dataset's)")

@@ -6,14 +6,17 @@ from pathlib import Path
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import folder_aside
-from lens_pipeline.terminal import interruptible
+from lens_pipeline.terminal import interruptible, local_path
 
 
 def add_simulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--survey", default="des", help="des, hsc, lsst, euclid_vis or cfhtls; several: des,hsc"
+        "--survey",
+        help="des, hsc, lsst, euclid_vis or cfhtls; several: des,hsc (LENS_SURVEY, else des)",
     )
-    parser.add_argument("--config", type=Path, help="a YAML file that changes the simulation")
+    parser.add_argument(
+        "--config", type=Path, help="a YAML file that changes the simulation (LENS_SIMULATION)"
+    )
     parser.add_argument("--n", type=int, default=1000, help="cutouts (default 1000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--image-size", type=int, default=64, help="pixels, 32 to 512 (default 64)")
@@ -21,7 +24,9 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile", action="store_true", help="compile the ray tracing: pays for many thousands"
     )
-    parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist")
+    parser.add_argument(
+        "--out", type=local_path, required=True, help="a folder that does not exist"
+    )
     parser.set_defaults(do=_simulate, after_interrupt="the same command begins again")
 
 
@@ -29,11 +34,14 @@ def _simulate(options: argparse.Namespace) -> int:
     out: Path = options.out
     if out.exists():
         raise InputError(f"--out {out}: exists already; name a folder that does not")
-    from lens_pipeline.simulation import load_config
+    from lens_pipeline.simulation import DEFAULT_SURVEY, load_config
     from lens_pipeline.simulation.simulate import simulate_surveys
 
-    names = options.survey.split(",")
-    configs = [load_config(name.strip(), options.config) for name in names]
+    settings = Settings.load(
+        home=options.home, survey=options.survey, simulation=options.config and str(options.config)
+    )
+    names = settings.survey or (DEFAULT_SURVEY,)
+    configs = [load_config(name, settings.simulation) for name in names]
     with interruptible(), folder_aside(out) as aside:
         simulate_surveys(
             aside,
@@ -43,7 +51,7 @@ def _simulate(options: argparse.Namespace) -> int:
             device=options.device,
             image_size=options.image_size,
             compiled=options.compile,
-            storage_options=Settings.load(home=options.home).storage_options,
+            storage_options=settings.storage_options,
         )
         _draw_kinds(aside)
     import pandas as pd

@@ -1,13 +1,16 @@
 """What the command line shares with the terminal: messages and signals."""
 
+import argparse
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from lens_pipeline.errors import masked
@@ -40,6 +43,13 @@ def prepare_environment() -> None:
     """See ENVIRONMENT; whoever has set one of these otherwise is left alone."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def local_path(text: str) -> Path:
+    """Of a flag: a path on this machine, made absolute. A URL is none."""
+    if re.match("[a-z][a-z0-9+]+:/", text):
+        raise argparse.ArgumentTypeError(f"{text} is a URL; name a place on this machine")
+    return Path(text).absolute()
 
 
 def configure_logging(verbose: bool) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings, absolute
 from lens_pipeline.steps import digest
-from lens_pipeline.terminal import configure_logging
+from lens_pipeline.terminal import configure_logging, local_path
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.flags import add_flags, changes
 from lens_pipeline.training.launch import FAILURE, is_first, launch, leave_word, raise_told
@@ -28,7 +28,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="a YAML file; flags override it")
     parser.add_argument(
         "--checkpoint-dir",
-        type=Path,
+        type=local_path,
         help="where the files go; a training that was stopped there goes on "
         "[LENS_HOME/trainings/...]",
     )
@@ -40,7 +40,6 @@ def train_command(options: argparse.Namespace) -> int:
     settings = Settings.load(home=options.home)
     config = with_local_weights(asked_config(options, settings), settings)
     out = options.checkpoint_dir or settings.home / "trainings" / name_of(config, settings)
-    out = Path(absolute(str(out)))
     if out.is_file():
         raise InputError(f"--checkpoint-dir: {out} is a file; name a folder")
     from lens_pipeline.training.devices import gpus_claimed

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.settings import Settings, absolute
+from lens_pipeline.settings import Settings
 from lens_pipeline.settings_files import read_yaml
 from lens_pipeline.steps import digest
-from lens_pipeline.terminal import configure_logging
+from lens_pipeline.terminal import configure_logging, local_path
 from lens_pipeline.train_command import (
     asked_config,
     name_of,
@@ -53,7 +53,7 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=local_path,
         help="where the files go; a study that was stopped there goes on [LENS_HOME/tuning/...]",
     )
     add_flags(parser)
@@ -73,7 +73,6 @@ def tune_command(options: argparse.Namespace) -> int:
     out = options.out or settings.home / "tuning" / name_of(
         config, settings, space=space.as_values(), pruner=options.pruner
     )
-    out = Path(absolute(str(out)))
     out.mkdir(parents=True, exist_ok=True)
     with reporting():
         study = _recorded(config, space, settings, out, options)

@@ -232,7 +232,7 @@ def test_a_few_bad_images_are_listed_and_the_run_goes_on(
     assert "lastro" in told.out
     assert "4 of 120 cutouts cannot be used, see " in told.err
     assert "once: the file is missing" in told.err
-    assert "check failed: every_split_holds_both_classes of processed_dataset (" in told.err
+    assert "check failed: every_split_holds_both_classes of processed_dataset (only " in told.err
     # The same catalogue elsewhere is the same one.
     moved = tmp_path / "moved"
     shutil.copytree(catalogue.parent, moved)

@@ -92,7 +92,7 @@ def test_the_champion_is_used_else_the_challenger_and_any_version_by_name(
         assert main(["predict", *arguments, "--model", uri]) == 2
         assert named in capsys.readouterr().err
     assert main(["promote", "7", "--home", str(own_home)]) == 2
-    assert "has the versions 1" in capsys.readouterr().err
+    assert "give the number of a version; lens_ensemble has 1" in capsys.readouterr().err
 
 
 def test_the_registered_model_loads_by_alias_in_another_process(home: Path, tmp_path: Path) -> None:

@@ -130,10 +130,13 @@ def test_a_better_model_becomes_champion_a_worse_one_never_and_the_former_comes_
         **{"n_lens": 0, "n_nonlens": 0},
         **{"n_seen": 600, "n_groups": 0},
     }
-    assert "neither model has seen (600 cutouts seen) there are 0" in unfair["gate"]["reasons"][0]
+    assert (
+        "neither model has seen (600 cutouts of the test split are of others) there are 0"
+        in unfair["gate"]["reasons"][0]
+    )
     # A model of other bands.
     (reason,) = run(right, much, LENS_BANDS="g")["gate"]["reasons"]
-    assert "version 3, is not comparable: its bands is ['g', 'r'], here ['g']" in reason
+    assert "version 3, is not comparable: bands g, r, here g" in reason
     assert aliases(home) == {"challenger": "5", "champion": "3"}
 
 

@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.columns import image_columns
 from lens_pipeline.catalogue.dataset import (
+    NEAR_DUPLICATES,
     PARTS,
     REJECT_COLUMNS,
     REJECTS,
     CutoutFormat,
     Dataset,
+    counted_reasons,
     open_dataset,
     unnamed,
 )
@@ -143,7 +145,13 @@ def build_dataset(
         check_rejects(listed, len(table), max_reject_fraction, catalogue.source)
         used = table.drop(listed["row"])
         if whole:
-            check_splits(split[used.index], used["label"], catalogue.source)
+            try:
+                check_splits(split[used.index], used["label"], catalogue.source)
+            except InputError as problem:
+                if listed.empty:
+                    raise
+                why = counted_reasons(listed["reason"])
+                raise InputError(f"{problem}; {len(listed)} cannot be used: {why}") from None
         listed.to_parquet(folder / REJECTS, index=False)
         measured: dict[str, Any] = {"row": table.index, "nan_fraction": nan_fraction}
         if pad:
@@ -165,7 +173,7 @@ def build_dataset(
         for part, places in kept.items():
             table.iloc[places].to_parquet(folder / f"{part}.parquet", index=False)
         duplicates, not_compared = find_near_duplicates(Dataset(folder, form, {}))
-        duplicates.to_parquet(folder / "near_duplicates.parquet", index=False)
+        duplicates.to_parquet(folder / NEAR_DUPLICATES, index=False)
         facts = {
             "schema": 1,
             "origin": origin,
@@ -277,6 +285,7 @@ def check_rejects(rejects: pd.DataFrame, n_rows: int, limit: float, source: str)
         first = rejects.iloc[0]
         raise InputError(
             f"{source}: {len(rejects)} of {n_rows} cutouts cannot be used, more than "
-            f"LENS_MAX_REJECT_FRACTION={limit:g} allows; the first is row {first['row'] + 1}, "
+            f"LENS_MAX_REJECT_FRACTION={limit:g} allows: {counted_reasons(rejects['reason'])}; the "
+            f"first is row {first['row'] + 1}, "
             f"column {first['column']}, {first['file']}: {first['reason']}"
         )

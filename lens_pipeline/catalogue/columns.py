@@ -30,14 +30,20 @@ def column_name(name: Any) -> str:
 
 
 def with_column_names(table: pd.DataFrame, source: str) -> pd.DataFrame:
-    """The table, its columns called by `column_name`; beside one that is called so already, or
-    beside paths that are, others keep their letters. Raises InputError where two are one."""
+    """The table, its columns called by `column_name`; beside one that is called so already others
+    keep their letters. Raises InputError where two are one, and where some paths of bands are
+    called so and others are not."""
     given = [str(name) for name in table]
-    has_paths = bool(image_columns(given))
+    paths = image_columns(given)
     names = []
     for name in given:
         ours = column_name(name)
-        taken = ours in given or (has_paths and ours.startswith(_IMAGE))
+        taken = ours in given or (bool(paths) and ours.startswith(_IMAGE))
+        if name != ours and ours not in given and taken and paths != ["path"]:
+            raise InputError(
+                f"{source}: columns {paths[0]} and {name}: write {_IMAGE} alike, or rename the "
+                "second if it holds no image of a band"
+            )
         names.append(name if name != ours and taken else ours)
     for place, name in enumerate(names):
         if name in names[:place]:

@@ -19,6 +19,7 @@ from lens_pipeline.errors import InputError
 
 PARTS = (*FRACTIONS, "unlabelled")
 REJECTS = "rejects.parquet"
+NEAR_DUPLICATES = "near_duplicates.parquet"  # of cutouts in two splits
 REJECT_COLUMNS = ["id", "row", "file", "column", "reason"]
 
 
@@ -133,7 +134,7 @@ class Dataset:
 
         id, split, other_id, other_split, correlation, mirrored, rotated (see `duplicates`).
         """
-        return pd.read_parquet(self.folder / "near_duplicates.parquet")
+        return pd.read_parquet(self.folder / NEAR_DUPLICATES)
 
     def groups_in_two_splits(self) -> list[str]:
         """Groups of which two splits hold a labelled cutout: none, if the splits are sound."""

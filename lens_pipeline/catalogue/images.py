@@ -178,9 +178,8 @@ def decode_image(content: bytes, suffix: str, flux_unit: str | None = None) -> C
         raise
     except Exception as problem:  # noqa: BLE001  (decoders raise anything on a damaged file)
         raise _unreadable(problem) from None
-    raise CutoutError(
-        f"the file type .{suffix} is not known; use FITS, NPY, NPZ, PNG, JPEG or TIFF"
-    )
+    kind = f"the file type .{suffix} is not known" if suffix else "its name has no suffix"
+    raise CutoutError(f"{kind}; use FITS, NPY, NPZ, PNG, JPEG or TIFF")
 
 
 def _content(

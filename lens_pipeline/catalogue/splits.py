@@ -67,7 +67,7 @@ def check_splits(split: pd.Series, label: pd.Series, source: str) -> None:
     for value, name in ((1, "lenses"), (0, "non-lenses")):
         if not (label == value).any():
             raise InputError(
-                f"{source}: column label has no {value}: training needs lenses and non-lenses"
+                f"{source}: no {name} (label {value}); training needs lenses and non-lenses"
             )
         for part in FRACTIONS:
             if not ((split == part) & (label == value)).any():

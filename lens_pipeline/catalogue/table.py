@@ -37,6 +37,7 @@ from lens_pipeline.storage import (
     without_query,
 )
 
+FINEST = 1e-3  # arcsec/pixel: no camera of the sky has finer pixels, and in degrees most have
 FRAME = "the DataFrame"  # what messages call one
 
 
@@ -214,10 +215,10 @@ def _validated(table: pd.DataFrame, source: str, folder: str) -> pd.DataFrame:
     if table.empty:
         raise InputError(f"{source}: the table has no rows")
     images = image_columns(table)
-    if "id" not in table:
-        raise InputError(f"{source}: column id is missing; it has {', '.join(map(str, table))}")
-    if not images:
-        raise InputError(f"{source}: column path (or path_<band> for each band) is missing")
+    for name, there in (("id", "id" in table), ("path (or path_<band> for each band)", images)):
+        if not there:
+            has = ", ".join(map(str, table))
+            raise InputError(f"{source}: column {name} is missing; it has {has}")
     table = table.reset_index(drop=True)
     for name in ("id", *images):
         table[name] = as_text(table[name])
@@ -235,7 +236,9 @@ def _validated(table: pd.DataFrame, source: str, folder: str) -> pd.DataFrame:
         if name in table:
             table[name] = numbers(table, name, source, what)
     if "pixel_scale" in table:
-        refuse(source, table, table["pixel_scale"] <= 0, "pixel_scale", "must be above 0")
+        scale = table["pixel_scale"]
+        refuse(source, table, scale <= 0, "pixel_scale", "must be above 0")
+        refuse(source, table, scale < FINEST, "pixel_scale", "must be in arcsec, not degrees")
     for name in images:
         table[name] = [_join(folder, path) for path in table[name]]
     table["split"] = stripped(table["split"]) if "split" in table else pd.array([None] * len(table))

@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 SIMULATION = "lens_pipeline.simulation.simulate"
 TABLE = "lens_pipeline.catalogue.table"
 BUILD = "lens_pipeline.catalogue.build"
-SIMULATED = "des"  # where LENS_SURVEY says nothing
 COLUMNS = {
     "id": "Unique, any characters.",
     "path": "The image.",
@@ -102,9 +101,9 @@ log = logging.getLogger(__name__)
 
 def simulated(settings: Settings) -> "list[SimulationConfig]":
     """What is simulated: one configuration a survey, which differ by nothing but the survey."""
-    from lens_pipeline.simulation import load_config
+    from lens_pipeline.simulation import DEFAULT_SURVEY, load_config
 
-    names = settings.survey or (SIMULATED,)
+    names = settings.survey or (DEFAULT_SURVEY,)
     configs = [load_config(name, settings.simulation) for name in names]
     for name, config in zip(settings.surveys, configs, strict=False):
         if config.survey.name != name:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import dagster as dg
@@ -48,13 +49,21 @@ def every_split_holds_both_classes(dataset: "Dataset", survey: str | None) -> dg
     from lens_pipeline.catalogue.splits import FRACTIONS
 
     counts = {part: dataset.facts["splits"][part] for part in FRACTIONS}
-    fewest = min(of[name] for of in counts.values() for name in ("n_lens", "n_nonlens"))
+    classes = {"n_lens": "lenses", "n_nonlens": "non-lenses"}
+    fewest = min(of[name] for of in counts.values() for name in classes)
+    few = [
+        f"{of[key]} {name} in {part}"
+        for part, of in counts.items()
+        for key, name in classes.items()
+        if of[key] < FEW
+    ]
     error, warning = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
     return dg.AssetCheckResult(
         check_name="every_split_holds_both_classes",
         passed=fewest >= FEW,
         # Of several surveys, another may hold what one lacks: `merge_shards` looks at all.
         severity=warning if fewest or survey else error,
+        description=f"only {', '.join(few)}; {FEW} or more are advised" if few else None,
         metadata={
             "fewest of a class": fewest,
             "at least": FEW,
@@ -75,10 +84,16 @@ def each_origin_holds_both_classes(dataset: "Dataset") -> dg.AssetCheckResult:
     shares = train["label"].astype(float).groupby(origin.astype(bool)).mean()
     lenses = {"simulated" if key else "real": float(share) for key, share in shares.items()}
     mixed = all(LOPSIDED <= share <= 1 - LOPSIDED for share in lenses.values())
+    passed = len(lenses) < 2 or mixed
+    of_each = " and ".join(f"{share:.0%} of the {name}" for name, share in lenses.items())
     return dg.AssetCheckResult(
         check_name="each_origin_holds_both_classes",
-        passed=len(lenses) < 2 or mixed,
+        passed=passed,
         severity=dg.AssetCheckSeverity.WARN,
+        description=None
+        if passed
+        else f"{of_each} cutouts to train on are lenses: networks may learn to tell the origins, "
+        "by their noise, in place of arcs; paint arcs on real galaxies, see `hosts`",
         metadata={
             **{f"lens fraction of {name}": share for name, share in lenses.items()},
             "at least of either class": LOPSIDED,
@@ -144,10 +159,13 @@ def _last_pixels(
 
 
 def no_near_duplicates_across_splits(dataset: "Dataset") -> dg.AssetCheckResult:
+    from lens_pipeline.catalogue.dataset import NEAR_DUPLICATES
+
     missed = dataset.facts["n_alike_not_compared"]
     about = {"alike, but not compared": missed}
     found = dataset.near_duplicates()
-    return _no_pairs("no_near_duplicates_across_splits", found, about, searched=not missed)
+    where = dataset.folder / NEAR_DUPLICATES
+    return _no_pairs("no_near_duplicates_across_splits", found, about, where, not missed)
 
 
 def no_position_is_in_two_splits(
@@ -178,18 +196,22 @@ def no_position_is_in_two_splits(
         "within arcsec": RADIUS,
         "rows without a position": int((~with_position(rows)).sum()),
     }
-    return _no_pairs("no_position_is_in_two_splits", pd.read_parquet(file), about)
+    return _no_pairs("no_position_is_in_two_splits", pd.read_parquet(file), about, file)
 
 
 def _no_pairs(
-    name: str, pairs: "pd.DataFrame", about: Mapping[str, Any], searched: bool = True
+    name: str, pairs: "pd.DataFrame", about: Mapping[str, Any], file: Path, searched: bool = True
 ) -> dg.AssetCheckResult:
-    """Warns of pairs of cutouts that should not be in two splits, and where not all that may be
-    such have been looked at."""
+    """Warns of pairs of cutouts, listed in a file, that should not be in two splits, and where not
+    all that may be such have been looked at."""
     return dg.AssetCheckResult(
         check_name=name,
         passed=pairs.empty and searched,
         severity=dg.AssetCheckSeverity.WARN,
+        description=None
+        if pairs.empty
+        else f"{len(pairs)} pairs of cutouts of one place on the sky are in two splits, see "
+        f"{file}; give the cutouts of a pair one group",
         metadata={
             "pairs": len(pairs),
             "at most": 0,

@@ -104,8 +104,12 @@ def decide(
 def _other_cutouts(form: dict[str, Any], champion: "LensEnsemble") -> str:
     """How the champion's cutouts differ from these; empty where they do not."""
     theirs = champion.facts["format"]
-    return ", ".join(
-        f"its {name} is {theirs[name]}, here {form[name]}"
+
+    def said(value: Any) -> str:
+        return ", ".join(value) if isinstance(value, list | tuple) else str(value)
+
+    return "; ".join(
+        f"{name} {said(theirs[name])}, here {said(form[name])}"
         for name in form
         if theirs[name] != form[name]
         and not (name == "pixel_scale" and _alike(theirs[name], form[name]))

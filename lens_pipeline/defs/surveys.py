@@ -84,6 +84,12 @@ def _together(
                 key=SEVERITIES.index,
                 default=SEVERITIES[-1],
             ),
+            description="; ".join(
+                f"{survey}: {one.description}"
+                for survey, one in zip(results, of_check, strict=True)
+                if one.description
+            )
+            or None,
             metadata={
                 f"{survey}: {name}": value
                 for survey, one in zip(results, of_check, strict=True)

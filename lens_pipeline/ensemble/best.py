@@ -1,5 +1,6 @@
 """The highest-scored cutouts of a survey: a table and a picture beside its scores."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,15 @@ import pandas as pd
 from scipy.special import expit
 
 from lens_pipeline.ensemble.cutouts import CutoutSource
-from lens_pipeline.ensemble.score_files import written
+from lens_pipeline.ensemble.score_files import keep, written
 from lens_pipeline.ensemble.system import LensEnsemble
 
 DRAWN = 1000  # of the highest-scored: a JPEG is no higher than 65,500 pixels
 CAPTION = 17  # characters of an id that fit over a cutout
 PLACE = ["id", "ra", "dec"]  # by which a cutout is found again
+COLUMNS = ("rank", *PLACE, "probability", "logit")
+
+log = logging.getLogger(__name__)
 
 
 def files_of_best(out: Path) -> tuple[Path, Path]:
@@ -40,6 +44,8 @@ def show_best(
     content = table.to_csv(index=False).encode()
     if gallery.is_file() and listed.is_file() and listed.read_bytes() == content:
         return listed, gallery
+    if listed.is_file() and {*pd.read_csv(listed, nrows=0)} - {*COLUMNS}:
+        log.warning("%s has columns of yours: as it was it is kept as %s", listed, keep(listed))
     gallery.unlink(missing_ok=True)  # of other cutouts
     with written(listed) as file:
         file.write(content)

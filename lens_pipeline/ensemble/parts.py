@@ -34,6 +34,7 @@ from lens_pipeline.ensemble.score_files import (
     FINGERPRINT,
     about_intact,
     check_out,
+    keep,
     stored_scores,
     write_scores,
     written,
@@ -111,10 +112,14 @@ def score_to_file(
         rows = ScoredRows(ensemble, source)
         before = about_intact(out) if out.exists() else None
         in_file = np.zeros(n, dtype=bool)
+        # Of another catalogue's file the scores of rows that are not in this one are nowhere else.
+        others, n_others = False, 0
         if before is not None:
+            others = before["catalogue"]["source"] != about["catalogue"]["source"]
             _tell_of_untold(rows, catalogue.source)
             for stored in stored_scores(out, ensemble.columns):
                 in_file[rows.take(stored, of_a_stopped_command=False)] = True
+                n_others += int((~stored["id"].isin(catalogue.table["id"])).sum()) if others else 0
         in_parts, n_gone = _take_parts(rows, folder, ensemble.columns)
         in_file[in_parts] = False
         if n_gone and not share:
@@ -142,6 +147,9 @@ def score_to_file(
                     "code_version": importlib.metadata.version("lens-pipeline"),
                     "code_commit": code_commit(),
                 }
+                if out.exists() and (before is None or n_others):
+                    what = f"{n_others} scores of other rows" if n_others else "other values"
+                    log.warning("%s holds %s: as it was it is kept as %s", out, what, keep(out))
                 aside = folder / f"whole{out.suffix}"
                 write_scores(out, aside, rows.tables(), schema, about | made)
             listed, gallery = (

@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
@@ -173,6 +173,16 @@ def write_scores(
             digest = _data_sha256(Path(file.name), n_bytes, schema.names)
             writer.add_key_value_metadata({_WRITTEN: json.dumps([digest, n_bytes]).encode()})
         aside.replace(out)
+
+
+def keep(path: Path) -> Path:
+    """A copy of a file that is about to be replaced, and holds what is nowhere else: `name.before`,
+    or `name.before-2`, ... where there is one. Returns where it is."""
+    names = (f"{path.name}.before{'' if n == 1 else f'-{n}'}" for n in count(1))
+    copy = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    with written(copy) as file:
+        file.write(path.read_bytes())
+    return copy
 
 
 @contextmanager

@@ -90,7 +90,10 @@ def champion_gate(
         "n_seen": int(np.count_nonzero(~new)),
         "n_groups": len(np.unique(groups)),
     }
-    kept = f"of groups that neither model has seen ({figures['n_seen']} cutouts seen) there are"
+    kept = (
+        f"in groups that neither model has seen ({figures['n_seen']} cutouts of the test split are "
+        "of others) there are"
+    )
     shortages = _shortages(figures, kept, min_lens, min_nonlens) or [
         f"{kept} {n} groups with {name}, and at least {FEWEST_GROUPS} are needed"
         for value, name in ((1, "lenses"), (0, "non-lenses"))

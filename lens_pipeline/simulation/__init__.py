@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "config": ["SimulationConfig", "load_config"],
-        "surveys": ["SURVEYS", "Survey", "find_survey"],
+        "surveys": ["DEFAULT_SURVEY", "SURVEYS", "Survey", "find_survey"],
         "simulate": ["Simulation", "simulate", "simulate_catalogue"],
     },
 )

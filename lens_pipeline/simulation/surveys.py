@@ -1,6 +1,5 @@
 """What a survey's camera and sky do to a cutout."""
 
-import difflib
 from typing import Annotated, Any, Self
 
 import numpy as np
@@ -161,10 +160,12 @@ SURVEYS = {
 }
 
 
+DEFAULT_SURVEY = "des"
+
+
 def find_survey(name: str) -> Survey:
     """The preset of that name, in any case of letters. Raises InputError for an unknown one."""
     try:
         return SURVEYS[name.lower()]
     except KeyError:
-        near = difflib.get_close_matches(name.lower(), SURVEYS, cutoff=0.0) or list(SURVEYS)
-        raise InputError(f"survey: unknown {name!r}; try {' or '.join(near)}") from None
+        raise InputError(f"survey: unknown {name!r}; there are {', '.join(SURVEYS)}") from None

@@ -25,9 +25,10 @@ def check_devices(config: TrainConfig) -> None:
     wanted, n_gpus = config.hardware, torch.cuda.device_count()
     on_gpus = wanted.accelerator == "gpu" or (wanted.accelerator == "auto" and n_gpus > 0)
     if on_gpus and wanted.devices > n_gpus:
+        has = f"{n_gpus} GPUs; name fewer, or" if n_gpus else "no GPU;"
         raise InputError(
-            f"hardware.devices {wanted.devices}: this machine has {n_gpus} GPUs; name fewer, or "
-            "set hardware.accelerator to cpu"
+            f"hardware.devices {wanted.devices}: this machine has {has} set hardware.accelerator "
+            "to cpu"
         )
     if not on_gpus and wanted.devices > (n_cores := os.cpu_count() or 1):
         raise InputError(

@@ -154,7 +154,7 @@ def test_a_lost_tile_at_the_top_of_a_table_stops_nothing(
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"label": 1}, "column label has no 0"),
+        ({"label": 1}, "no non-lenses .label 0.; training needs"),
         ({"label": ""}, "no row has a label"),
         ({"group": "one"}, "split .* has no lenses"),
     ],

@@ -227,10 +227,22 @@ def test_columns_are_known_in_any_case_of_letters(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="columns 'GROUP' and 'Group' are both group; drop or"):
         read_catalogue(tmp_path / "t.csv")
     # Of a survey's own beside ours.
-    (tmp_path / "t.csv").write_text("ID,id,path_r,PATH_hst,RA\n7,a,a.npy,b.npy,1e20\n")
+    (tmp_path / "t.csv").write_text("ID,id,path,PATH_hst,RA\n7,a,a.npy,b.npy,1e20\n")
     table = read_catalogue(tmp_path / "t.csv").table
-    assert [*table][:4] == ["ID", "id", "path_r", "PATH_hst"]
+    assert [*table][:4] == ["ID", "id", "path", "PATH_hst"]
     assert (table["id"].tolist(), table["ra"].tolist()) == (["a"], [1e20])
+
+
+def test_no_band_is_lost_where_columns_of_paths_are_not_written_alike(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("id,PATH_g,path_r\na,a.npy,b.npy\n")
+    with pytest.raises(InputError, match=r"t\.csv: columns path_r and PATH_g: write path_ alike"):
+        read_catalogue(tmp_path / "t.csv")
+
+
+def test_a_pixel_scale_in_degrees_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(f"id,path,pixel_scale\na,a.npy,{0.25 / 3600}\n")
+    with pytest.raises(InputError, match="row 1, column pixel_scale: .* in arcsec, not degrees"):
+        read_catalogue(tmp_path / "t.csv")
 
 
 def test_columns_that_mean_something_elsewhere_are_known_in_any_case_of_letters() -> None:

@@ -106,7 +106,7 @@ def test_only_groups_that_neither_model_has_seen_count() -> None:
     test["seen"] = test["group"] >= 40  # 40 lenses and 40 non-lenses are left
     few = champion_gate(**test, **AGAINST)
     assert [reason.split(",")[0][-9:] for reason in few.reasons] == ["40 lenses", "on-lenses"]
-    assert "neither model has seen (3920 cutouts seen)" in few.reasons[0]
+    assert "neither model has seen (3920 cutouts of the test split" in few.reasons[0]
 
 
 def test_a_challenger_out_of_calibration_does_not_pass() -> None:

@@ -248,7 +248,7 @@ def test_an_out_may_have_any_name_but_the_catalogues(
     assert f"--out {catalogue}: is the catalogue" in capsys.readouterr().err
     pd.testing.assert_frame_equal(pd.read_parquet(catalogue), table)
     assert main(command(home, catalogue, Path("s3://bucket/scores.parquet"))) == 2
-    assert "must be a file on this machine" in capsys.readouterr().err
+    assert "scores.parquet is a URL; name a place on this machine" in capsys.readouterr().err
     assert not Path("s3:").exists()
 
 
@@ -257,7 +257,39 @@ def test_an_out_that_names_nothing_is_told(
     out: str, home: Path, survey: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["predict", "--home", str(home), "--catalogue", str(survey), "--out", out]) == 2
-    assert "error: --out .: must end in .parquet or .csv" in capsys.readouterr().err
+    said = f"error: --out {Path.cwd()}: must end in .parquet or .csv"
+    assert said in capsys.readouterr().err
+
+
+def test_what_somebody_has_added_to_scores_is_kept(
+    home: Path,
+    survey: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Grades, before they have gone into a catalogue; and the scores of another field."""
+    fields = []
+    for number, rows in enumerate((slice(0, 20), slice(20, 30))):
+        fields.append(tmp_path / f"field_{number}.parquet")
+        pd.read_parquet(survey)[rows].to_parquet(fields[-1])
+    out, best = tmp_path / "scores.csv", tmp_path / "scores.top.csv"
+    predict = [*command(home, fields[0], out), "--top", "3"]
+    assert main(predict) == 0
+    for path in (out, best):
+        pd.read_csv(path).assign(grade="A").to_csv(path, index=False)
+    graded = {path: path.read_bytes() for path in (out, best)}
+    for _ in range(2):  # there is nothing more to keep then
+        assert main(predict) == 0
+        for path, content in graded.items():
+            assert path.with_name(f"{path.name}.before").read_bytes() == content
+            assert "grade" not in pd.read_csv(path)
+    assert f"{out} holds other values: as it was it is kept as {out}.before" in caplog.text
+    assert f"{best} has columns of yours: as it was it is kept as {best}.before" in caplog.text
+    first = out.read_bytes()
+    assert main(command(home, fields[1], out)) == 0
+    assert f"{out} holds 20 scores of other rows: as it was it is kept as" in caplog.text
+    assert out.with_name(f"{out.name}.before-2").read_bytes() == first
+    assert not out.with_name(f"{out.name}.before-3").exists()
 
 
 @pytest.mark.parametrize("out", ["file/scores.parquet", "folder.parquet", "scores.txt"])
