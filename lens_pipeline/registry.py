@@ -241,16 +241,16 @@ class Registry:
         """
         if uri is not None and not uri.startswith("models:/"):
             raise InputError(
-                f"--model: {uri!r} is not of this registry; it is models:/{MODEL}@alias or "
+                f"{uri!r} is no model of this registry, which are models:/{MODEL}@alias and "
                 f"models:/{MODEL}/version (a model is code, so no other place is trusted)"
             )
         self.require()
-        with answering(f"--model: {uri or MODEL} cannot be loaded"):
+        with answering(f"{uri or MODEL} cannot be loaded"):
             _ = self.client  # sets MLflow's URIs
             uri = self._numbered(uri or self._default_uri())
             # MLflow would leave what it fetches where it lies; the ensemble is in memory then.
             if not uri.startswith(f"models:/{MODEL}/"):
-                raise InputError(f"--model: {uri} is another model; a lens finder is {MODEL}")
+                raise InputError(f"{uri} is another model; a lens finder is {MODEL}")
             with _import_path_kept(), TemporaryDirectory() as fetched:
                 model = _loaded(uri, fetched)
                 _tell_of_other_code(uri, Path(fetched))
@@ -280,15 +280,17 @@ class Registry:
                 if not folder.exists():
                     with folder_aside(folder) as aside:
                         mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(aside))
-        members = {
-            read_checkpoint(path)["hyper_parameters"]["arch"]: path
-            for path in sorted(folder.rglob("members/*.ckpt"))
-        }
+        members: dict[str, list[Path]] = {}
+        for path in sorted(folder.rglob("members/*.ckpt")):
+            members.setdefault(read_checkpoint(path)["hyper_parameters"]["arch"], []).append(path)
         if architecture not in members:
             raise InputError(
                 f"model.pretrained: {uri} has no {architecture}; it has {', '.join(members)}"
             )
-        return members[architecture]
+        first, *others = members[architecture]
+        if others:
+            log.info("  of %d members of %s: %s", 1 + len(others), architecture, first.stem)
+        return first
 
     def require(self) -> None:
         """Raises InputError, naming the home, where there is no registry yet."""

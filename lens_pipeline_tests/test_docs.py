@@ -47,6 +47,19 @@ def test_the_code_for_notebooks_runs(
     assert set(found["metrics"]["auroc"]) == {"value", "low", "high"}
 
 
+def test_the_code_that_trains_runs(
+    shards_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = (ROOT / "docs" / "training.md").read_text().partition("## One network")[2]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(shards_folder, "shards")
+    found: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        exec(code, found)
+    assert len(found["trained"].curves) == 2
+    assert found["system"].trainer.current_epoch == 1
+
+
 def test_the_code_that_adds_what_was_graded_runs(simulated_catalogue: Path, tmp_path: Path) -> None:
     section = (ROOT / "docs" / "scoring.md").read_text().partition("## Train on what was graded")[2]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)
@@ -60,8 +73,10 @@ def test_the_code_that_adds_what_was_graded_runs(simulated_catalogue: Path, tmp_
         f"field/{Path(path).relative_to(simulated_catalogue.parent)}" for path in field["path"]
     ]
     field.to_parquet(tmp_path / "field.parquet")
-    graded = pd.DataFrame({"id": field["id"][:9], "label": [1, 0, None] * 3})
-    graded.to_csv(tmp_path / "scores.top.csv", index=False)
+    torn = field["group"].isin(table["group"][:150])  # which would take known rows to another split
+    graded = pd.DataFrame({"id": field["id"][~torn][:9], "label": [1, 0, None] * 3})
+    more = pd.DataFrame({"id": field["id"][torn][:1], "label": [1]})
+    pd.concat([graded, more]).to_csv(tmp_path / "graded.csv", index=False)
     exec(code[1].replace("/survey", str(tmp_path)), {})
     catalogue = read_catalogue(tmp_path / "training_2.parquet")
     dataset = build_dataset(catalogue, tmp_path / "dataset", image_size=32)

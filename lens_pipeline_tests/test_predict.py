@@ -87,7 +87,7 @@ def test_the_champion_is_used_else_the_challenger_and_any_version_by_name(
     assert "models:/lens_ensemble/1" in capsys.readouterr().out
     for uri, named in [
         ("models:/lens_ensemble/7", "models:/lens_ensemble/7"),
-        ("/tmp/a/model", "not of this registry"),
+        ("/tmp/a/model", "is no model of this registry"),
     ]:
         assert main(["predict", *arguments, "--model", uri]) == 2
         assert named in capsys.readouterr().err
