@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 
 from lens_pipeline.cli import main
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, NoAnswerError, NoRoomError
 from lens_pipeline.runner import prepare_home
 from lens_pipeline.settings import Settings
+from lens_pipeline.training.launch import raise_told
 from lens_pipeline_tests.conftest import client_of, program_says
 
 NOBODY = 65534  # the number of a user who owns nothing
@@ -204,6 +205,66 @@ def test_a_cloud_that_cannot_be_used_is_named(
     monkeypatch.setenv("LENS_CLOUD_URL", "nosuch://bucket")
     assert main(["run", "--preset", "tiny", "--home", str(own_home)]) == 2
     assert "error: LENS_CLOUD_URL: nosuch://bucket" in capsys.readouterr().err
+
+
+def test_a_run_says_what_it_reads_and_that_the_last_one_read_something_else(
+    own_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where LENS_SOURCE was forgotten: its model would stand beside those of the survey."""
+    source = tmp_path / "other.csv"
+    source.write_text("name\na\n")
+    for read in ("simulation", source):
+        assert main(["run", "--source", str(source), "--home", str(own_home)]) == 2
+        told = capsys.readouterr().err
+        assert f"source: {source}" in told
+        warned = f"LENS_SOURCE: the last run of {own_home} read {read}; if that is meant"
+        assert (warned in told) == (read != source)
+
+
+@pytest.mark.parametrize("flags", [["simulate", "--out"], ["prepare", "--output-dir"]])
+def test_a_folder_is_on_this_machine(
+    flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*flags, "s3://bucket/folder"]) == 2
+    assert "s3://bucket/folder is a URL; name a place on" in capsys.readouterr().err
+    assert main(["run", "--home", "s3://bucket/folder"]) == 2
+    assert "LENS_HOME: s3://bucket/folder is a URL; name a folder on" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [InputError, NoAnswerError, NoRoomError])
+def test_who_has_started_a_command_is_told_why_it_ended(
+    kind: type[InputError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of which kind it is, for some are tried again."""
+    file = tmp_path / "failure"
+    monkeypatch.setenv("LENS_FAILURE", str(file))
+
+    def fail(*_: object) -> None:
+        raise kind("the disk\nis away")
+
+    monkeypatch.setattr("lens_pipeline.train_command.asked_config", fail)
+    assert main(["train", "--home", str(tmp_path)]) == 2
+    with pytest.raises(InputError, match="the disk\nis away") as told:
+        raise_told(file)
+    assert type(told.value) is kind
+
+
+def test_simulations_are_of_the_survey_and_the_file_that_the_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.yaml").write_text("decoys: {star: 1}")
+    monkeypatch.setenv("LENS_SIMULATION", str(tmp_path / "a.yaml"))
+    monkeypatch.setenv("LENS_SURVEY", "cfhtls")
+    out = tmp_path / "out"
+    assert main(["simulate", "--n", "4", "--image-size", "32", "--out", str(out)]) == 0
+    table = pd.read_parquet(out / "catalogue.parquet")
+    assert set(table["survey"]) == {"cfhtls"}
+    assert set(table["kind"]) == {"lens", "star"}
 
 
 def test_a_few_bad_images_are_listed_and_the_run_goes_on(

@@ -57,12 +57,15 @@ def markdown_rows(value: dg.MetadataValue) -> list[dict[str, str]]:
 def test_a_table_shows_nothing_where_there_is_nothing() -> None:
     """A label that is missing is neither true nor false."""
     rows = pd.DataFrame(
-        {"label": pd.array([pd.NA, 1], "Int8"), "z": [np.nan, 0.5], "corner": [[1, 2], None]}
+        {
+            **{"label": pd.array([pd.NA, 1], "Int8"), "z": [np.nan, 0.5]},
+            **{"corner": [[1, 2], None], "parquet": [np.array([1, 2]), None]},
+        }
     )
     shown = [record.data for record in table(rows).records]
     assert shown == [
-        {"label": "", "z": "", "corner": "[1, 2]"},
-        {"label": "1", "z": "0.5", "corner": ""},
+        {"label": "", "z": "", "corner": "[1, 2]", "parquet": "[1 2]"},
+        {"label": "1", "z": "0.5", "corner": "", "parquet": ""},
     ]
     assert table(rows.head(0), "too few to tell").value == "too few to tell"
 

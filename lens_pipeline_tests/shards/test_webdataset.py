@@ -235,6 +235,19 @@ def test_braces_that_are_not_the_shards_of_a_split(shards_folder: Path) -> None:
             data.train_dataloader()
 
 
+@pytest.mark.parametrize(
+    ("urls", "said"),
+    [
+        ("tars/{0..1.tar", "a brace is missing"),
+        ("s3:/bucket/a.tar", "a URL has two slashes"),
+        ("s3://me:secret@bucket/a.tar", "a URL must not carry a password"),
+    ],
+)
+def test_urls_that_cannot_be_are_told_for_what_they_are(urls: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        LensWebDatasetDataModule(urls).train_dataloader()
+
+
 def test_every_truncation_of_a_foreign_tar_is_found(tmp_path: Path, remote: str) -> None:
     """Stock WebDataset gives fewer samples, without a word, for half of them."""
     pattern = write_tars(tmp_path / "tars", "npy")

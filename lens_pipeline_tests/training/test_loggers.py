@@ -13,6 +13,8 @@ from pytorch_lightning.callbacks import Callback
 
 from lens_pipeline.cli import main
 from lens_pipeline.errors import InputError
+from lens_pipeline.settings import Settings
+from lens_pipeline.tracking import Tracking
 from lens_pipeline_tests.conftest import LENS_PIPELINE
 from lens_pipeline_tests.training.small import small_config, train_on
 
@@ -56,6 +58,15 @@ def test_wandb_shows_a_training_that_goes_on_as_one_run(
     assert len({file.name for file in files}) == 1  # by the run's id
 
 
+def test_a_home_may_have_any_name(tmp_path: Path) -> None:
+    tracking = Tracking(Settings.load(home=str(tmp_path / 'o\'brien "x"')))
+    run = tracking.start_run("a", "key", {})
+    found = tracking.find_run("key")
+    assert found is not None
+    assert found.info.run_id == run
+    assert Tracking(Settings.load(home=str(tmp_path / "other"))).find_run("key") is None
+
+
 def test_wandb_without_an_account_is_one_line(
     uneven_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,9 +91,6 @@ def test_wandb_without_an_account_is_one_line(
 
 
 def test_mlflow_is_told_of_a_training(uneven_shards: Path, tmp_path: Path) -> None:
-    from lens_pipeline.settings import Settings
-    from lens_pipeline.tracking import Tracking
-
     home = str(tmp_path / "home")
     flags = ["--arch", "lastro", "--epochs", "2", "--batch-size", "16", "--loggers", "csv,mlflow"]
     assert main(["train", "--data-root", str(uneven_shards), "--home", home, *flags]) == 0
