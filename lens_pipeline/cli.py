@@ -234,7 +234,7 @@ def _training_changes(assignments: Sequence[str], members: Sequence[str]) -> dic
 
 
 def _print_summary(settings: Settings) -> None:
-    from lens_pipeline.evaluation.report import (
+    from lens_pipeline.evaluation.tables import (
         format_kinds,
         format_metrics_table,
         format_origins,

@@ -202,7 +202,7 @@ def _tell(trained: "TrainedMember", config: TrainConfig) -> None:
     from scipy.special import expit
 
     from lens_pipeline.evaluation.metrics import lens_metrics
-    from lens_pipeline.evaluation.report import format_metrics_table
+    from lens_pipeline.evaluation.tables import format_metrics_table
 
     scores = trained.val_scores
     metrics = lens_metrics(scores["label"], expit(scores["logit"]), group=scores.get("group"))

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from lens_pipeline.catalogue import build_dataset, read_catalogue
-from lens_pipeline.evaluation.report import MORE_COLUMNS
+from lens_pipeline.evaluation.tables import MORE_COLUMNS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

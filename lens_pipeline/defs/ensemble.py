@@ -187,14 +187,14 @@ def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
         """
         import pyarrow.parquet as pq
 
-        from lens_pipeline.evaluation.report import (
+        from lens_pipeline.evaluation.result import ENSEMBLE as FUSED
+        from lens_pipeline.evaluation.result import SCORES, read_evaluation
+        from lens_pipeline.evaluation.tables import (
             NOTHING_TO_EXPECT,
             forecast_table,
             kinds_table,
             surveys_table,
         )
-        from lens_pipeline.evaluation.result import ENSEMBLE as FUSED
-        from lens_pipeline.evaluation.result import SCORES, read_evaluation
 
         settings = lens.settings
         ensemble = made(context, ENSEMBLE)
@@ -312,8 +312,8 @@ def _members_table(
     """The members and the ensemble on the test split, each member with the page of its run."""
     import pandas as pd
 
-    from lens_pipeline.evaluation.report import COLUMNS as FIGURES
-    from lens_pipeline.evaluation.report import metric_text
+    from lens_pipeline.evaluation.tables import COLUMNS as FIGURES
+    from lens_pipeline.evaluation.tables import metric_text
 
     steps = json.loads((ensemble / "ensemble.json").read_text())["member_steps"]
     runs = {name: tracking.find_run(step) for name, step in steps.items()}

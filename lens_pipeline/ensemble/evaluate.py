@@ -17,13 +17,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import ece_by_chance, lens_metrics, ranking_metric
 from lens_pipeline.evaluation.origins import SIMULATED, basis, by_origin, described
 from lens_pipeline.evaluation.plots import contact_sheet
-from lens_pipeline.evaluation.report import (
-    Picture,
-    Section,
-    cutouts_table,
-    format_text,
-    write_report,
-)
+from lens_pipeline.evaluation.report import Picture, Section, write_report
 from lens_pipeline.evaluation.result import ENSEMBLE, FILES, REPORT, SCORES, Evaluation
 from lens_pipeline.evaluation.sections import (
     fusion_section,
@@ -39,6 +33,7 @@ from lens_pipeline.evaluation.selection import (
     selection_function,
 )
 from lens_pipeline.evaluation.surveys import by_survey
+from lens_pipeline.evaluation.tables import cutouts_table, format_text
 from lens_pipeline.models.saliency import smooth_grad
 from lens_pipeline.models.system import LitLensSystem
 

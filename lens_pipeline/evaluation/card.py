@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lens_pipeline.evaluation.report import MORE_COLUMNS, format_text, metric_text
 from lens_pipeline.evaluation.result import ENSEMBLE, Evaluation
 from lens_pipeline.evaluation.standing import idle_members
+from lens_pipeline.evaluation.tables import MORE_COLUMNS, format_text, metric_text
 
 LONGEST = 5000  # characters that the registry keeps
 FEWEST = 10  # cutouts of a kind that is named among the hardest

@@ -8,18 +8,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lens_pipeline.evaluation.origins import REAL, described
-from lens_pipeline.evaluation.report import (
-    NOTHING_TO_EXPECT,
-    Picture,
-    Section,
-    completeness_table,
-    forecast_table,
-    fusions_table,
-    kinds_table,
-    seeds_table,
-    surveys_table,
-    threshold_text,
-)
+from lens_pipeline.evaluation.report import Picture, Section
 from lens_pipeline.evaluation.score_plots import (
     REFERENCES,
     agreement_figure,
@@ -32,6 +21,16 @@ from lens_pipeline.evaluation.score_plots import (
 )
 from lens_pipeline.evaluation.selection_plots import completeness_figure, completeness_map_figure
 from lens_pipeline.evaluation.standing import idle_members, members_table
+from lens_pipeline.evaluation.tables import (
+    NOTHING_TO_EXPECT,
+    completeness_table,
+    forecast_table,
+    fusions_table,
+    kinds_table,
+    seeds_table,
+    surveys_table,
+    threshold_text,
+)
 
 WARNING = (
     "Lenses are here those that the simulation makes, wide and bright enough to be seen, and the "

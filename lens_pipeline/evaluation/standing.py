@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import pandas as pd
 
-from lens_pipeline.evaluation.report import metric_text
+from lens_pipeline.evaluation.tables import metric_text
 
 LITTLE = 0.05  # of the score: who has less hardly counts
 CHANCE = 0.5  # AUROC

@@ -14,19 +14,13 @@ from lens_pipeline.evaluation.plots import (
     first_cutouts_sheet,
     learning_curves_figure,
 )
-from lens_pipeline.evaluation.report import (
-    Picture,
-    Section,
-    cutouts_table,
-    format_metrics_table,
-    metric_text,
-    write_report,
-)
+from lens_pipeline.evaluation.report import Picture, Section, write_report
 from lens_pipeline.evaluation.score_plots import (
     reliability_figure,
     roc_figure,
     score_histogram_figure,
 )
+from lens_pipeline.evaluation.tables import cutouts_table, format_metrics_table, metric_text
 
 LABEL = np.repeat([1, 0], 40)
 SCORE = np.linspace(1, 0, 80) ** 2

@@ -14,13 +14,7 @@ from lens_pipeline.evaluation.gates import GateDecision
 from lens_pipeline.evaluation.metrics import lens_metrics
 from lens_pipeline.evaluation.origins import basis, by_origin
 from lens_pipeline.evaluation.plots import png_bytes
-from lens_pipeline.evaluation.report import (
-    Section,
-    completeness_table,
-    forecast_table,
-    kinds_table,
-    write_report,
-)
+from lens_pipeline.evaluation.report import Section, write_report
 from lens_pipeline.evaluation.score_plots import (
     PUBLISHED,
     one_in,
@@ -40,6 +34,7 @@ from lens_pipeline.evaluation.selection import (
     selection_function,
 )
 from lens_pipeline.evaluation.selection_plots import completeness_figure, completeness_map_figure
+from lens_pipeline.evaluation.tables import completeness_table, forecast_table, kinds_table
 from lens_pipeline_tests.evaluation.test_report import Elements
 from lens_pipeline_tests.evaluation.test_selection import sample
 

@@ -11,7 +11,6 @@ from scipy.stats import norm
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.fractions import fraction
 from lens_pipeline.evaluation.metrics import lens_metrics, threshold_at_fpr
-from lens_pipeline.evaluation.report import threshold_text
 from lens_pipeline.evaluation.selection import (
     QUANTITIES,
     false_positives_by_kind,
@@ -21,6 +20,7 @@ from lens_pipeline.evaluation.selection import (
     threshold_curve,
     working_fpr,
 )
+from lens_pipeline.evaluation.tables import threshold_text
 
 
 def sample(n_lens: int = 400, n_nonlens: int = 600, seed: int = 0) -> pd.DataFrame:

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 
 from lens_pipeline.evaluation.metrics import lens_metrics
-from lens_pipeline.evaluation.report import format_surveys, surveys_table
 from lens_pipeline.evaluation.sections import survey_sections
 from lens_pipeline.evaluation.surveys import MOST, UNSTATED, by_survey
+from lens_pipeline.evaluation.tables import format_surveys, surveys_table
 
 
 def table(survey: list[str | None], label: list[int]) -> pd.DataFrame:
