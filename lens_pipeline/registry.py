@@ -30,6 +30,7 @@ from lens_pipeline.tracking import (
     Tracking,
     page_address,
 )
+from lens_pipeline.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -255,6 +256,14 @@ class Registry:
                 model = _loaded(uri, fetched)
                 _tell_of_other_code(uri, Path(fetched))
         return model.unwrap_python_model().ensemble, uri
+
+    def with_local_weights(self, config: TrainConfig) -> TrainConfig:
+        """A configuration with a file in the place of a registered model to start from."""
+        start = config.model.pretrained
+        if not start.startswith("models:/"):
+            return config
+        weights = self.member_checkpoint(start, config.model.arch)
+        return config.with_changes({"model": {"pretrained": str(weights)}}, start)
 
     def member_checkpoint(self, uri: str, architecture: str) -> Path:
         """A local copy of the checkpoint of a registered ensemble's member of this architecture.

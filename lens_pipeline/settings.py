@@ -27,6 +27,7 @@ OTHERS = (
     *("LENS_CODE_HOST", "LENS_CODE_PORT", "LENS_DAGSTER_PORT"),
     *("LENS_MLFLOW_PORT", "LENS_MLFLOW_HOSTS", "LENS_MLFLOW_ORIGINS"),
 )
+SIMULATION = "simulation"  # in the place of a source
 SERVED = ".served"  # in DAGSTER_HOME, by `lens-pipeline show`, which locks it meanwhile
 # Where `lens-pipeline show` serves what it is not told to serve elsewhere.
 HOST, DAGSTER_PORT, MLFLOW_PORT = "127.0.0.1", 3000, 5000
@@ -68,7 +69,7 @@ def _on_this_machine(path: str | Path) -> str:
 
 
 def _absolute_source(source: str) -> str:
-    return source if source == "simulation" else _written_down(source)
+    return source if source == SIMULATION else _written_down(source)
 
 
 def _web_address(secret: Any) -> Any:
@@ -125,7 +126,7 @@ class Settings(BaseSettings):
         default=Path(".lens"), validate_default=True, description="Everything is written under it."
     )
     source: Annotated[str, BeforeValidator(_absolute_source)] = Field(
-        default="simulation",
+        default=SIMULATION,
         description="`simulation`, or the path or URL of a catalogue, or a folder of cutouts, "
         "or of published shards.",
     )
@@ -290,6 +291,11 @@ class Settings(BaseSettings):
         except SettingsError as problem:  # a JSON value that does not parse
             cause = problem.__cause__ or problem
             raise InputError(f"{problem} ({cause}); LENS_STORAGE_OPTIONS must be JSON") from None
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether the cutouts are simulated, and no catalogue is read."""
+        return self.source == SIMULATION
 
     @property
     def dagster_home(self) -> Path:

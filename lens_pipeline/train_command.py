@@ -38,7 +38,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def train_command(options: argparse.Namespace) -> int:
     settings = Settings.load(home=options.home)
-    config = with_local_weights(asked_config(options, settings), settings)
+    config = asked_config(options, settings)
     out = options.checkpoint_dir or settings.home / "trainings" / name_of(config, settings)
     if out.is_file():
         raise InputError(f"--checkpoint-dir: {out} is a file; name a folder")
@@ -58,24 +58,16 @@ def train_command(options: argparse.Namespace) -> int:
 
 def asked_config(options: argparse.Namespace, settings: Settings) -> TrainConfig:
     """What the file and the flags say, with the places of data and weights for another working
-    directory and another day. Raises InputError for what this machine does not have, too."""
+    directory and another day, and with a file in the place of a registered model. Raises InputError
+    for what this machine does not have, too."""
     config = TrainConfig.read(options.config) if options.config else TrainConfig()
     config = config.with_changes(changes(options), options.command)
     config = config.with_changes(_places(config, settings), options.command)
+    from lens_pipeline.registry import Registry
     from lens_pipeline.training.devices import check_devices
 
     check_devices(config)
-    return config
-
-
-def with_local_weights(config: TrainConfig, settings: Settings) -> TrainConfig:
-    """With a file in the place of a registered model to start from."""
-    if not config.model.pretrained.startswith("models:/"):
-        return config
-    from lens_pipeline.registry import Registry
-
-    weights = Registry(settings).member_checkpoint(config.model.pretrained, config.model.arch)
-    return config.with_changes({"model": {"pretrained": str(weights)}}, "train")
+    return Registry(settings).with_local_weights(config)
 
 
 def train_here(config: TrainConfig, settings: Settings, out: Path) -> "TrainedMember":

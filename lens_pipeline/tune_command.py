@@ -20,7 +20,6 @@ from lens_pipeline.train_command import (
     name_of,
     reporting,
     system_type,
-    with_local_weights,
 )
 from lens_pipeline.training.config import TrainConfig, in_a_line
 from lens_pipeline.training.flags import add_flags
@@ -65,7 +64,7 @@ def tune_command(options: argparse.Namespace) -> int:
     for name in ("trials", "workers"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} {getattr(options, name)}: at least 1 is needed")
-    config = with_local_weights(asked_config(options, settings), settings)
+    config = asked_config(options, settings)
     values, source = DEFAULT_SPACE, "--space"
     if options.space:
         values, source = read_yaml(options.space), str(options.space)

@@ -29,7 +29,7 @@ from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Recipe, Step, write_aside
 from lens_pipeline.tracking import DAGSTER_RUN, DATASET_VERSION, Tracking
 from lens_pipeline.training.config import TrainConfig
-from lens_pipeline.training.launch import FAILURE, train_command
+from lens_pipeline.training.launch import FAILURE, train_argv
 
 if TYPE_CHECKING:
     from pytorch_lightning.loggers import Logger
@@ -95,12 +95,7 @@ def checkpoint_stage(member: Member, defaults: TrainConfig) -> Stage:
         settings = lens.settings
         upstream = made(context, CLOUD)
         trained_with = defaults.with_changes(config.model_dump(), key.to_user_string())
-        start = trained_with.model.pretrained
-        if start.startswith("models:/"):
-            weights = lens.registry.member_checkpoint(start, member.architecture)
-            trained_with = trained_with.with_changes(
-                {"model": {"pretrained": str(weights)}}, key.to_user_string()
-            )
+        trained_with = lens.registry.with_local_weights(trained_with)
         recipe = Recipe(
             stage=f"checkpoints/{member.name}",
             modules=(TRAIN,),
@@ -222,7 +217,7 @@ def _train_in_processes(
     changes = {"training": {"loggers": ("csv", "mlflow")}}
     settings_file = out / "config.yaml"
     write_aside(settings_file, config.with_changes(changes, "training").yaml)
-    command = train_command(settings_file, out, settings.home)
+    command = train_argv(settings_file, out, settings.home)
     in_a_process(context, command, settings, out / FAILURE, {"MLFLOW_RUN_ID": run_id})
     settings_file.unlink(missing_ok=True)
 

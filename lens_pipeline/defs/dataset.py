@@ -116,7 +116,7 @@ def simulated(settings: Settings) -> "list[SimulationConfig]":
 def catalogue_recipe(settings: Settings) -> Recipe:
     from lens_pipeline.catalogue.table import source_fingerprint
 
-    if settings.source == "simulation":
+    if settings.is_simulated:
         from lens_pipeline.catalogue.images import files_fingerprint
         from lens_pipeline.simulation.pool import pool_catalogue
 
@@ -159,7 +159,7 @@ def table_recipe(settings: Settings, source: str) -> Recipe:
 
 
 def make_catalogue(settings: Settings, recipe: Recipe, out: Path) -> None:
-    if settings.source == "simulation":
+    if settings.is_simulated:
         from lens_pipeline.simulation.simulate import simulate_surveys
 
         arguments = recipe.settings | {"configs": simulated(settings)}
@@ -177,7 +177,7 @@ def catalogue_of(settings: Settings, upstream: Made, survey: str | None = None) 
     from lens_pipeline.catalogue.table import read_catalogue
 
     whole = replace(read_catalogue(upstream.folder / "catalogue.parquet"), source=settings.source)
-    of_one = settings.source == "simulation" and not settings.surveys
+    of_one = settings.is_simulated and not settings.surveys
     if of_one or not settings.survey:
         return whole
     return whole.of_surveys([survey] if survey else settings.survey, settings.seed)
@@ -337,7 +337,7 @@ def processed_dataset(
     settings = lens.settings
     upstream = made(context, CATALOGUE)
     catalogue = catalogue_of(settings, upstream, survey)
-    if settings.source == "simulation":
+    if settings.is_simulated:
         inputs = {"catalogue": upstream.content}
     else:  # what the catalogue says of other surveys decides nothing
         inputs = {

@@ -38,7 +38,7 @@ def source_changed(
     context: dg.SensorEvaluationContext, lens: LensHome
 ) -> dg.SensorResult | dg.SkipReason:
     settings = lens.settings
-    if settings.source == "simulation":
+    if settings.is_simulated:
         return dg.SkipReason("LENS_SOURCE is the simulation, which changes only with its settings")
     cursor = json.loads(context.cursor or "{}")
     try:

@@ -22,7 +22,7 @@ def source_is_published(settings: Settings) -> bool:
 
     Raises InputError; NoAnswerError where it never answered.
     """
-    if settings.source == "simulation" or names_table(settings.source):
+    if settings.is_simulated or names_table(settings.source):
         return False
     from lens_pipeline.shards.cloud import is_published
 
@@ -74,7 +74,7 @@ def source_state(settings: Settings) -> str:
 
         return digest(published_version(settings.source, settings.storage_options))
     state = [catalogue_recipe(settings).key]
-    if settings.source != "simulation":
+    if not settings.is_simulated:
         from lens_pipeline.catalogue.images import files_fingerprint
         from lens_pipeline.catalogue.table import read_catalogue
 

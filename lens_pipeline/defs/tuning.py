@@ -16,7 +16,7 @@ from lens_pipeline.models.names import parse_members
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import digest, write_aside
 from lens_pipeline.training.config import in_a_line
-from lens_pipeline.training.launch import FAILURE, tune_command
+from lens_pipeline.training.launch import FAILURE, tune_argv
 from lens_pipeline.training.space import DEFAULT_SPACE, Pruner, SearchSpace
 
 SHOWN = 20  # trials in the table
@@ -77,7 +77,7 @@ def tune_member(context: dg.OpExecutionContext, config: Tuning, lens: LensHome) 
     write_aside(given["config"], base.yaml)
     write_aside(given["space"], space.yaml)
     how = config.model_dump(include={"trials", "workers", "pruner"})
-    command = tune_command(given["config"], given["space"], out, settings.home, **how)
+    command = tune_argv(given["config"], given["space"], out, settings.home, **how)
     in_a_process(context, command, settings, out / FAILURE)
     return _shown(context, out, member.name)
 

@@ -115,7 +115,7 @@ def publish_shards(
         if place.read(MANIFEST) != manifest.text.encode():
             uploaded.append(MANIFEST)
         # Even where it is there: its time says when this version was published last.
-        place.put_bytes(MANIFEST, manifest.text.encode())
+        place.put_text(MANIFEST, manifest.text)
         _check_there(place, manifest)
         _point_to(top, version, created)
     n_bytes = sum(listed.bytes for listed in manifest.files if listed.name in uploaded)
@@ -177,7 +177,7 @@ def _at_work(place: Store) -> Iterator[Callable[[], None]]:
     def say_so() -> None:
         with lock:
             if time.monotonic() - said[0] > STILL:
-                place.put_bytes(AT_WORK, b"")
+                place.put_text(AT_WORK, "")
                 said[0] = time.monotonic()
 
     say_so()

@@ -55,7 +55,7 @@ class _Versions(Store):
     def now(self) -> datetime:
         """By the clock that dates its objects: ours may be another."""
         probe = f".time-{uuid.uuid4().hex}"
-        self.put_bytes(probe, b"")
+        self.put_text(probe, "")
         about = self.about(probe)
         assert about is not None
         self.remove(probe)

@@ -10,6 +10,7 @@ import logging
 import os
 import posixpath
 import random
+import shutil
 import threading
 import time
 import uuid
@@ -27,7 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from lens_pipeline.errors import FULL, InputError, NoAnswerError, words_of
 from lens_pipeline.shards.checksums import PART, Checksums
 from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest, difference
-from lens_pipeline.steps import write_aside
+from lens_pipeline.steps import file_aside, write_aside
 from lens_pipeline.storage import FINAL, PASSING, lacks_credentials, locate, protocol_of, state_of
 
 T = TypeVar("T")
@@ -121,7 +122,7 @@ class Store:
         try:
             if self.is_local:
                 self.filesystem.makedirs(self.root, exist_ok=True)
-            self.put_bytes(probe, b"")
+            self.put_text(probe, "")
         except FileNotFoundError:
             bucket = self.root.partition("/")[0]
             raise InputError(f"{self.url}: there is no bucket {bucket}") from None
@@ -138,22 +139,18 @@ class Store:
     def put_file(self, source: Path, name: str) -> None:
         """A store shows an object when it is whole; in a folder it is renamed into place."""
         if self.is_local:
-            # Not by the process: two containers that share a folder may have the same number.
-            aside = self.at(f".{name}.{uuid.uuid4().hex[:12]}")
-            self.filesystem.put_file(str(source), aside)
-            with Path(aside).open("rb") as file:
-                os.fsync(file.fileno())  # the manifest that follows must not outlive it
-            Path(aside).replace(self.at(name))
+            with source.open("rb") as whole, file_aside(Path(self.at(name))) as file:
+                shutil.copyfileobj(whole, file)
         else:
             # Of parts of a size that is known, the store's checksum is known, too.
             parts = {"chunksize": PART} if self._protocol == "s3" else {}
             self._again(lambda: self.filesystem.put_file(str(source), self.at(name), **parts), name)
 
-    def put_bytes(self, name: str, content: bytes) -> None:
+    def put_text(self, name: str, content: str) -> None:
         if self.is_local:
-            write_aside(Path(self.at(name)), content.decode())
+            write_aside(Path(self.at(name)), content)
         else:
-            self._again(lambda: self.filesystem.pipe_file(self.at(name), content), name)
+            self._again(lambda: self.filesystem.pipe_file(self.at(name), content.encode()), name)
 
     def remove(self, name: str) -> None:
         """Remove an object, if it is there. Raises InputError where it may not be removed."""
@@ -265,7 +262,7 @@ class Store:
             with filelock.FileLock(self.at(f".{name}.lock")):
                 wanted = change(self.read(name))
                 if wanted is not None:
-                    self.put_bytes(name, wanted)
+                    self.put_text(name, wanted.decode())
             return
         while True:
             found, token = self._with_token(name)

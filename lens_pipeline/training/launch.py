@@ -24,12 +24,12 @@ TOLD = "LENS_FAILURE"  # names that file to a command that another process has s
 KINDS = (NoRoomError, NoAnswerError, InputError)  # who has started it treats each in its own way
 
 
-def train_command(config: Path, out: Path, home: Path) -> list[str]:
+def train_argv(config: Path, out: Path, home: Path) -> list[str]:
     """What trains by a configuration file, in a process of its own or several."""
     return _command("train", home, config=config, checkpoint_dir=out)
 
 
-def tune_command(config: Path, space: Path, out: Path, home: Path, **how: Any) -> list[str]:
+def tune_argv(config: Path, space: Path, out: Path, home: Path, **how: Any) -> list[str]:
     """What tunes a configuration, in a process of its own; `how` as the command's flags."""
     return _command("tune", home, config=config, space=space, out=out, **how)
 

@@ -134,10 +134,10 @@ def test_cloud_pointer_is_never_moved_back(
     late = json.loads(Store(url, options).read("latest.json") or b"")
     assert (late["version"], late["sequence"]) == (newer.dataset_version, 1)
     late |= {"version": "of-an-upload-that-begins-next-year", "created": "2999-01-01"}
-    Store(url, options).put_bytes("latest.json", json.dumps(late).encode())
+    Store(url, options).put_text("latest.json", json.dumps(late))
     publish_shards(shards_folder, url, storage_options=options)
     assert json.loads(Store(url, options).read("latest.json") or b"") == late
-    Store(url, options).put_bytes("latest.json", b"{}")
+    Store(url, options).put_text("latest.json", "{}")
     with pytest.raises(InputError, match=r"latest\.json: does not name a version"):
         newest_version(url, options)
 
@@ -388,8 +388,8 @@ def test_cloud_versions_that_nobody_needs_are_pruned(
         filesystem.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
         filesystem.pipe_file(f"{root}/{name}", b"content")
     pointer = json.loads(Store(url, options).read("latest.json") or b"")
-    content = json.dumps(pointer | {"version": latest}).encode()
-    Store(url, options).put_bytes("latest.json", content)
+    content = json.dumps(pointer | {"version": latest})
+    Store(url, options).put_text("latest.json", content)
 
     def pruned(**more: bool) -> dict[str, tuple[bool, str]]:
         known = {referred: "lens_ensemble version 1"}
