@@ -16,11 +16,10 @@ import pandas as pd
 import pytest
 
 from lens_pipeline.catalogue.build import build_dataset
-from lens_pipeline.catalogue.dataset import Dataset
+from lens_pipeline.catalogue.dataset import Dataset, Split
 from lens_pipeline.catalogue.joined import JoinedDataset
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
-from lens_pipeline.shards.cutouts import Split
 from lens_pipeline.shards.prepare import prepare_shards
 from lens_pipeline_tests.faulty_proxy import FaultyProxy
 from lens_pipeline_tests.object_stores import GCSServer, S3Server, sign_in

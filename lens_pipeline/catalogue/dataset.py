@@ -2,6 +2,7 @@
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -220,10 +221,20 @@ def places_of(indices: ArrayLike, n: int) -> NDArray[np.intp]:
     return found.astype(np.intp, copy=False)
 
 
-class CutoutRows:
-    """The ids and labels of cutouts, from a table with a row each."""
+class Split(ABC):
+    """The cutouts of one split, each at its place.
+
+    index: a row for each, with at least `id` and `label`.
+    """
 
     index: pd.DataFrame
+
+    @abstractmethod
+    def gather(self, indices: ArrayLike, empty: Empty = np.empty) -> NDArray[np.floating]:
+        """The cutouts (n, bands, height, width) at these places, in the units of the format.
+
+        indices: see `places_of`; empty: makes the array that they are put into.
+        """
 
     def __len__(self) -> int:
         return len(self.index)
@@ -245,17 +256,13 @@ class CutoutRows:
 
 
 @dataclass(frozen=True)
-class DatasetSplit(CutoutRows):
-    """The cutouts of one split, in the order of its table."""
+class DatasetSplit(Split):
+    """The cutouts of one split, float32, in the order of its table."""
 
     index: pd.DataFrame
     images: NDArray[np.float32]
 
     def gather(self, indices: ArrayLike, empty: Empty = np.empty) -> NDArray[np.float32]:
-        """The cutouts float32 (n, bands, height, width) at these places of the split.
-
-        indices: see `places_of`; empty: makes the array that they are put into.
-        """
         places = places_of(indices, len(self))
         out = empty((len(places), *self.images.shape[1:]), self.images.dtype)
         return np.take(self.images, places, axis=0, out=out)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pandas as pd
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import ArrayLike, NDArray
 
@@ -16,6 +17,7 @@ from lens_pipeline.catalogue.dataset import (
     CutoutFormat,
     Dataset,
     Empty,
+    Split,
     open_dataset,
     rejects_in_words,
 )
@@ -32,32 +34,6 @@ from lens_pipeline.steps import Recipe, run_step
 from lens_pipeline.storage import locate
 
 log = logging.getLogger(__name__)
-
-
-class Split(Protocol):
-    """The cutouts of one split, each at its place."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def ids(self) -> NDArray[np.object_]: ...
-
-    @property
-    def labels(self) -> NDArray[np.int8]:
-        """int8 (n,): 1 lens, 0 not, -1 unknown."""
-        ...
-
-    @property
-    def groups(self) -> NDArray[np.object_]:
-        """What falls into one split together."""
-        ...
-
-    def gather(self, indices: ArrayLike, empty: Empty = np.empty) -> NDArray[np.floating]:
-        """The cutouts (n, bands, height, width) at these places, in the units of the format.
-
-        indices: see `places_of`; empty: makes the array that they are put into.
-        """
-        ...
 
 
 class Cutouts(Protocol):
@@ -88,28 +64,15 @@ class Cropped:
         return self.whole.content
 
     def split(self, name: str, /) -> "CroppedSplit":
-        return CroppedSplit(self.whole.split(name), self.size)
+        whole = self.whole.split(name)
+        return CroppedSplit(whole.index, whole, self.size)
 
 
 @dataclass(frozen=True)
-class CroppedSplit:
+class CroppedSplit(Split):
+    index: pd.DataFrame
     whole: Split
     size: int
-
-    def __len__(self) -> int:
-        return len(self.whole)
-
-    @property
-    def ids(self) -> NDArray[np.object_]:
-        return self.whole.ids
-
-    @property
-    def labels(self) -> NDArray[np.int8]:
-        return self.whole.labels
-
-    @property
-    def groups(self) -> NDArray[np.object_]:
-        return self.whole.groups
 
     def gather(self, indices: ArrayLike, empty: Empty = np.empty) -> NDArray[np.floating]:
         pixels = central(self.whole.gather(indices), self.size)

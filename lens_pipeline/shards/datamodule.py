@@ -12,13 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from lens_pipeline.catalogue.dataset import CutoutFormat, check_part
+from lens_pipeline.catalogue.dataset import CutoutFormat, Split, check_part
 from lens_pipeline.catalogue.splits import SPLITS, drawn_groups
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards.cutouts import (
     Cutouts,
-    Split,
     fetched,
     in_shards,
     newest_shards,

@@ -15,8 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from lens_pipeline.catalogue.dataset import (
     CutoutFormat,
-    CutoutRows,
     Empty,
+    Split,
     places_of,
     unnamed,
 )
@@ -172,7 +172,7 @@ def _sample(key: str, parts: dict[str, tuple[Content, int]], shard: str) -> RawS
 
 
 @dataclass(frozen=True)
-class ForeignSplit(CutoutRows):
+class ForeignSplit(Split):
     """Cutouts in tars without a manifest.
 
     index: one row a cutout: id, label, shard (its path), offset, bytes, suffix, stored.

@@ -5,7 +5,7 @@ mapped kills the process.
 """
 
 import io
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
-from lens_pipeline.catalogue.dataset import CutoutFormat, CutoutRows, Empty, check_part, places_of
+from lens_pipeline.catalogue.dataset import CutoutFormat, Empty, Split, check_part, places_of
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards.cache import (
@@ -38,7 +38,7 @@ MAPS = 10_000  # of a split: Linux lets a process have 65,530 by default (vm.max
 
 
 @dataclass(frozen=True)
-class ShardSplit(CutoutRows, ABC):
+class ShardSplit(Split):
     """The cutouts of one split, in the order of the shards.
 
     index: one row a cutout: id, label, shard, offset and bytes of its pixels; shape: (bands,

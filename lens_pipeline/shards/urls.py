@@ -10,12 +10,12 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from lens_pipeline.catalogue.dataset import CutoutFormat
+from lens_pipeline.catalogue.dataset import CutoutFormat, Split
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import absolute
 from lens_pipeline.shards.cache import CacheFolder
 from lens_pipeline.shards.cloud import newest_version
-from lens_pipeline.shards.cutouts import Split, cropped
+from lens_pipeline.shards.cutouts import cropped
 from lens_pipeline.shards.foreign import ImageDecoder, index_tars
 from lens_pipeline.shards.manifest import Listed, Manifest
 from lens_pipeline.shards.reader import shards_at

@@ -23,13 +23,13 @@ from pytorch_lightning.callbacks import (
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
+from lens_pipeline.catalogue.dataset import Split
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import FPRS
 from lens_pipeline.models.metrics import RANKED
 from lens_pipeline.models.pretrained import read_checkpoint
 from lens_pipeline.models.system import LensClassifier, LitLensSystem
 from lens_pipeline.progress import in_notebook, shows_progress
-from lens_pipeline.shards.cutouts import Split
 from lens_pipeline.shards.datamodule import CutoutModule
 from lens_pipeline.steps import digest, file_aside, write_aside
 from lens_pipeline.training.callbacks import (

@@ -15,7 +15,7 @@ import pytest
 from braceexpand import braceexpand
 
 from lens_pipeline import LensDataModule, LensWebDatasetDataModule
-from lens_pipeline.catalogue.dataset import Dataset
+from lens_pipeline.catalogue.dataset import Dataset, Split
 from lens_pipeline.errors import InputError, NoAnswerError
 from lens_pipeline.shards import (
     open_shards,
@@ -28,7 +28,6 @@ from lens_pipeline.shards import (
 from lens_pipeline.shards.as_dataset import shards_as_dataset
 from lens_pipeline.shards.checked import RECORD
 from lens_pipeline.shards.cloud import published_problems
-from lens_pipeline.shards.cutouts import Split
 from lens_pipeline.shards.foreign import index_tars
 from lens_pipeline.shards.manifest import Listed
 from lens_pipeline_tests.conftest import as_in
