@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.evaluation.fractions import jeffreys
+from lens_pipeline.evaluation.fractions import design_effect, jeffreys
 
 Array = NDArray[np.float64]
 
@@ -27,7 +27,7 @@ TAIL_LEAST = 50  # cutouts; fewer tell nothing of their calibration
 TAIL_BINS = 5
 INTERVAL = (2.5, 97.5)  # percentiles
 FEWEST_GROUPS = 20  # of fewer that are drawn whole, resampling says little
-RESOLVED = 0.95  # of the resamplings, at least
+RESOLVED = 0.95  # of samples, or resamplings: a rate that fewer tell is not resolved
 ENOUGH = 10  # false positives: a rate of fewer is mostly chance
 CHANCES = 200  # draws of labels, for what chance makes of a calibration error
 ERRORS = ("ece", "ece_top", "brier")  # of probabilities; the others are of ranks
@@ -78,8 +78,8 @@ def lens_metrics(
     region are not independent; else lenses and non-lenses are, apart, and also where a class is of
     fewer than FEWEST_GROUPS groups, whose resamplings would be alike: there bounds are too close.
     No resampling has a non-lens that scores higher than those of the sample: `low` of a TPR at an
-    FPR is 0 where so many non-lenses (groups) may, with a chance of more than 2.5 %, show none of
-    those that decide it. Where every lens is right in all of them,
+    FPR is 0 where so many non-lenses (independent ones, see `design_effect`) may, with a chance of
+    more than 5 %, show none of those that decide it. Where every lens is right in all of them,
     or none is, the bound is that of `jeffreys` for as many as the rarer class has cutouts (groups).
 
     auroc: ties count half. average_precision: sum of precision x step in recall. tpr0, tpr10: the
@@ -105,8 +105,7 @@ def lens_metrics(
         ranked, weights = _ranked(score), _drawn_groups(label, groups, bootstrap, seed)
         drawings = (_counted(label, ranked, weight) for weight in weights)
     draws = [_values(drawn) for drawn in drawings]
-    n_groups = [len(np.unique(groups[of_class])) for of_class in (label, ~label)]
-    rarer = min(n_groups)
+    rarer = min(len(np.unique(groups[of_class])) for of_class in (label, ~label))
     metrics: dict[str, Any] = {}
     for name, value in values.items():
         low = high = None
@@ -118,7 +117,7 @@ def lens_metrics(
                 drawn = np.maximum(drawn - np.median(drawn) + value, 0)
             if len(drawn):
                 low, high = map(float, np.percentile(drawn, INTERVAL))
-            if name in FPRS and (1 - FPRS[name]) ** n_groups[1] > INTERVAL[0] / 100:
+            if name in FPRS and _may_show_none(score[~label], groups[~label], FPRS[name]):
                 low = 0.0
             if name not in ERRORS and low == high and value in (0, 1):
                 low, high = map(float, jeffreys(value * rarer, rarer))
@@ -187,6 +186,15 @@ def ece_by_chance(score: ArrayLike) -> float:
     drawn = (random.random(len(scores)) < scores for _ in range(CHANCES))
     levels = (_counted(label, ranked, np.ones(len(scores))) for label in drawn)
     return float(np.mean([_ece(level, len(scores), BINS) for level in levels]))
+
+
+def _may_show_none(nonlens: Array, groups: NDArray[Any], fpr: float) -> bool:
+    """Whether as many non-lenses as these, with scores and groups (n,), would in more than 5 % of
+    samples hold none of the share `fpr` that scores highest. How far groups are alike is seen in
+    the tenth that does: of fewer it is chance."""
+    effect = design_effect(nonlens >= np.quantile(nonlens, 1 - TAIL), groups)
+    independent = len(nonlens) / effect
+    return bool((1 - fpr) ** independent > 1 - RESOLVED)
 
 
 def _enough_groups(label: NDArray[np.bool_], groups: NDArray[Any]) -> bool:

@@ -198,8 +198,11 @@ def test_what_no_resampling_doubts_is_not_certain(n_nonlens: int, groups: int, n
         low = stats.beta(n + 0.5, 0.5).ppf(0.025)  # Brown, Cai & DasGupta 2001
         assert right[name] == {"value": 1.0, "low": pytest.approx(low), "high": 1.0}
         assert wrong[name] == {"value": 0.0, "low": 0.0, "high": pytest.approx(1 - low)}
-    if n_nonlens > 100:  # of which one in twenty samples has none beyond the threshold of 1 %
-        assert right["tpr_at_fpr_1e-2"] == {"value": 1.0, "low": 0.0, "high": 1.0}
+    if n_nonlens > 100:
+        # Of 30 groups that are alike three in four samples have none beyond the threshold of 1 %,
+        # of 300 cutouts 4.9 %.
+        low = 0.0 if groups == 30 else low
+        assert right["tpr_at_fpr_1e-2"] == {"value": 1.0, "low": pytest.approx(low), "high": 1.0}
     assert right["brier"]["high"] == pytest.approx(right["brier"]["value"], rel=0.1)
 
 

@@ -176,7 +176,10 @@ def test_a_cutout_depends_on_its_seed_and_number_alone(simulation: Simulation) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"survey": "sdss", "n": 10}, "survey: unknown 'sdss'; try"),
+        (
+            {"survey": "sdss", "n": 10},
+            "survey: unknown 'sdss'; there are des, hsc, lsst, euclid_vis, cfhtls",
+        ),
         ({"survey": "des", "n": 0}, "n: 0"),
         ({"survey": "des", "n": -3}, "n: -3 is too small; at least 1"),
         ({"survey": "des", "n": 2.0}, "n: 2.0 must be a whole number"),
