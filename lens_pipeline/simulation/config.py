@@ -197,12 +197,12 @@ def load_config(survey: str, file: str | Path | None = None) -> SimulationConfig
     except ValidationError as problem:
         place, said, unknown = first_wrong(problem)
         if unknown and len(place) <= 2:
-            *section, key = place
-            known = SimulationConfig.model_fields
-            if section:
-                known = known[section[0]].annotation.model_fields  # type: ignore[union-attr]
-            near = difflib.get_close_matches(key, known, 1, cutoff=0.0)
-            said = f"there is no such key; did you mean {near[0]}?"
+            known = {name: name for name in SimulationConfig.model_fields}
+            for section in ("survey", "population"):
+                inside = SimulationConfig.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+                known |= {name: f"{section}.{name}" for name in inside}
+            near = difflib.get_close_matches(place[-1], known, 1, cutoff=0.0)
+            said = f"there is no such key; did you mean {known[near[0]]}?"
         raise InputError(": ".join(filter(None, (str(file), ".".join(place), said)))) from None
 
 
