@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from scipy.special import ndtri
 from torch import Tensor
@@ -25,6 +24,7 @@ from lens_pipeline.simulation.streams import Purpose, stream
 
 MAX_MEMBERS = 5
 MAX_DISTANCE = 3.0  # of intruders and members from the host, in its Einstein radii
+REMADE = ("spiral", "merger", "ring")  # of the host's light, which is drawn anew
 DEVIATES = 16  # for the decoy as a whole, and for each of its members
 
 Component = tuple[str, pd.DataFrame]  # the profile, as `Renderer.component` takes it, and its rows
@@ -56,10 +56,9 @@ def draw_decoys(
     for kind, build in _BUILDERS.items():
         chosen = np.flatnonzero(kinds == kind)
         if len(chosen):
-            share, parts = build(u[chosen], lenses.iloc[chosen])
-            kept = torch.from_numpy(share.astype(np.float32)).to(electrons.device)
-            electrons[chosen] *= kept[:, None, None, None]
-            components += parts
+            if kind in REMADE:
+                electrons[chosen] = 0
+            components += build(u[chosen], lenses.iloc[chosen])
     position = pd.Series(np.arange(len(hosts)), index=hosts)
     for profile, part in _by_profile(components):
         add_components(electrons, position[part.index].to_numpy(), renderer, profile, part)
@@ -73,20 +72,20 @@ def _by_profile(components: Components) -> Components:
     return [(profile, pd.concat(parts)) for profile, parts in found.items()]
 
 
-# Each builder takes deviates u (n, 1 + MAX_MEMBERS, DEVIATES) and the lenses' table (n rows). It
-# returns which share of the host's light stays where it is, (n,), and the components to add.
+# Each builder takes deviates u (n, 1 + MAX_MEMBERS, DEVIATES) and the lenses' table (n rows), and
+# returns the components to add.
 
 
-def _unlensed(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
-    return np.ones(len(lenses)), []
+def _unlensed(u: Array, lenses: pd.DataFrame) -> Components:
+    return []
 
 
-def _intruders(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
+def _intruders(u: Array, lenses: pd.DataFrame) -> Components:
     count = 1 + (3 * u[:, 0, 0]).astype(int)
-    return np.ones(len(lenses)), [_blue_galaxies(u, lenses, count)]
+    return [_blue_galaxies(u, lenses, count)]
 
 
-def _spiral(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
+def _spiral(u: Array, lenses: pd.DataFrame) -> Components:
     """The host is a bulge; the rest of its light, and that of the arcs, is in the disc.
 
     Bulges have 0.3 to 0.8 of the light, as in S0 to Sab (Simien & de Vaucouleurs 1986): it is those
@@ -105,10 +104,10 @@ def _spiral(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
     }
     old = _component("spiral", disc | _host_light(lenses, 1 - bulge), lenses)
     young = _component("spiral", disc | _arc_light(v, lenses, 1.0), lenses)
-    return np.zeros(len(lenses)), [_smaller_host(lenses, bulge), old, young]
+    return [_smaller_host(lenses, bulge), old, young]
 
 
-def _merger(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
+def _merger(u: Array, lenses: pd.DataFrame) -> Components:
     v = u[:, 0]
     share = 0.5 + 0.3 * v[:, 0]
     distance = lenses["einstein_radius"] * (0.6 + 0.9 * v[:, 1])
@@ -126,14 +125,14 @@ def _merger(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
         "width": lenses["einstein_radius"] * (0.12 + 0.15 * v[:, 6]),
         "angle": 2 * np.pi * v[:, 7],
     }
-    return np.zeros(len(lenses)), [
+    return [
         _smaller_host(lenses, share),
         _component("elliptical", nucleus, lenses),
         _component("tail", drawn_out, lenses),
     ]
 
 
-def _edge_on(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
+def _edge_on(u: Array, lenses: pd.DataFrame) -> Components:
     v = u[:, 0]
     axis_ratio = 0.08 + 0.14 * v[:, 0]
     disc = _arc_light(v, lenses, 1.0) | {
@@ -142,10 +141,10 @@ def _edge_on(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
         "axis_ratio": axis_ratio,
         "angle": np.pi * v[:, 2],
     }
-    return np.ones(len(lenses)), [_component("disc", disc, lenses)]
+    return [_component("disc", disc, lenses)]
 
 
-def _group(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
+def _group(u: Array, lenses: pd.DataFrame) -> Components:
     """A compact group: the host as it is, two to four fainter galaxies, and a blue one.
 
     Members are 0.5 to 3 mag fainter than the brightest (within 3 mag of it: Hickson 1982), as often
@@ -167,10 +166,10 @@ def _group(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
         "component_r_i": light["component_r_i"] + 0.05 * ndtri(v[:, 7]),
     }
     blue = _blue_galaxies(u, lenses, np.ones(len(lenses), int))
-    return np.ones(len(lenses)), [_component("elliptical", members, host), blue]
+    return [_component("elliptical", members, host), blue]
 
 
-def _ring(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
+def _ring(u: Array, lenses: pd.DataFrame) -> Components:
     """A ring galaxy: wider than an Einstein ring of the same galaxy, and with old stars in it."""
     v = u[:, 0]
     bulge = 0.5 + 0.35 * v[:, 4]
@@ -183,10 +182,10 @@ def _ring(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
     }
     old = _component("ring", loop | _host_light(lenses, 1 - bulge), lenses)
     young = _component("ring", loop | _arc_light(v, lenses, 1.0), lenses)
-    return np.zeros(len(lenses)), [_smaller_host(lenses, bulge), old, young]
+    return [_smaller_host(lenses, bulge), old, young]
 
 
-def _star(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
+def _star(u: Array, lenses: pd.DataFrame) -> Components:
     """The host as it is, and one or two stars beside it with the light of the arcs."""
     present, row = _members(1 + (2 * u[:, 0, 0]).astype(int))
     weight = np.where(present, 0.3 + 0.7 * u[:, 1:, 0], 0)
@@ -197,10 +196,10 @@ def _star(u: Array, lenses: pd.DataFrame) -> tuple[Array, Components]:
         "x": host["x"] + distance * np.cos(2 * np.pi * v[:, 2]),
         "y": host["y"] + distance * np.sin(2 * np.pi * v[:, 2]),
     }
-    return np.ones(len(lenses)), [_component("point", stars, host)]
+    return [_component("point", stars, host)]
 
 
-_BUILDERS: Mapping[str, Callable[[Array, pd.DataFrame], tuple[Array, Components]]] = {
+_BUILDERS: Mapping[str, Callable[[Array, pd.DataFrame], Components]] = {
     "unlensed": _unlensed,
     "intruders": _intruders,
     "spiral": _spiral,
