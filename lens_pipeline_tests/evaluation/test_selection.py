@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.special import ndtr, ndtri
-from scipy.stats import norm
+from scipy.stats import beta, norm
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.fractions import fraction
@@ -223,6 +223,9 @@ class TestForecast:
         row = forecast(label, score)["rows"][-1]
         assert row["false_positives"] == 1
         assert row["purity"]["value"] == pytest.approx(1000 / (1000 + 999_000 * 2 / 1001))
+        # Nearly all lenses are found: what is left open is the rate, a Beta(2, 999).
+        least = purity(1.0, beta(2, 999).ppf(0.975), 1e-3)
+        assert row["purity"]["low"] == pytest.approx(least, rel=0.04)
         # The exact 97.5 % limit of one count is 5.57; resamplings never show more than 3 to 4.
         assert row["purity"]["low"] < 1000 / (1000 + 4 * 999)
         assert row["purity"]["high"] < 1
