@@ -232,7 +232,9 @@ def test_what_a_killed_show_leaves_is_ended_as_it_is_documented(tmp_path: Path) 
         killed.server.kill()
         killed.server.wait()
         commands = [
-            line for line in documented("What notices which death") if not line.startswith("export")
+            line
+            for line in documented("What happens when something dies")
+            if not line.startswith("export")
         ]
         subprocess.run(
             ["bash", "-euc", "\n".join(commands)],
