@@ -44,12 +44,19 @@ def show_best(
     content = table.to_csv(index=False).encode()
     if gallery.is_file() and listed.is_file() and listed.read_bytes() == content:
         return listed, gallery
-    if listed.is_file() and {*pd.read_csv(listed, nrows=0)} - {*COLUMNS}:
+    if listed.is_file() and not _is_ours(listed):
         log.warning("%s has columns of yours: as it was it is kept as %s", listed, keep(listed))
     gallery.unlink(missing_ok=True)  # of other cutouts
     with written(listed) as file:
         file.write(content)
     return listed, _draw_gallery(ensemble, source, table, gallery)
+
+
+def _is_ours(listed: Path) -> bool:
+    """Whether a table has the columns of `show_best` alone, whatever else it may be."""
+    with listed.open("rb") as file:
+        names = file.readline().strip().split(b",")
+    return {*names} <= {name.encode() for name in COLUMNS}
 
 
 def _draw_gallery(

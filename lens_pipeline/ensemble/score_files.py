@@ -3,6 +3,7 @@ scores they have."""
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, count
@@ -180,8 +181,8 @@ def keep(path: Path) -> Path:
     or `name.before-2`, ... where there is one. Returns where it is."""
     names = (f"{path.name}.before{'' if n == 1 else f'-{n}'}" for n in count(1))
     copy = next(path.with_name(name) for name in names if not path.with_name(name).exists())
-    with written(copy) as file:
-        file.write(path.read_bytes())
+    with path.open("rb") as kept, written(copy) as file:
+        shutil.copyfileobj(kept, file)
     return copy
 
 

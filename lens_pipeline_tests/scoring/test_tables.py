@@ -286,6 +286,9 @@ def test_what_somebody_has_added_to_scores_is_kept(
     assert f"{out} holds other values: as it was it is kept as {out}.before" in caplog.text
     assert f"{best} has columns of yours: as it was it is kept as {best}.before" in caplog.text
     first = out.read_bytes()
+    best.write_bytes("rang;id;Güte\n1;a;gut\n".encode("latin-1"))  # as a spreadsheet may leave it
+    assert main(predict) == 0
+    assert best.with_name(f"{best.name}.before-2").read_bytes().startswith(b"rang;")
     assert main(command(home, fields[1], out)) == 0
     assert f"{out} holds 20 scores of other rows: as it was it is kept as" in caplog.text
     assert out.with_name(f"{out.name}.before-2").read_bytes() == first
