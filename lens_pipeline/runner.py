@@ -31,7 +31,7 @@ from lens_pipeline.processes import (
     process_tags,
     sign_of_life,
 )
-from lens_pipeline.settings import SERVED, Settings
+from lens_pipeline.settings import SERVED, SIMULATION, Settings
 from lens_pipeline.steps import write_aside
 
 UNFINISHED = [
@@ -189,7 +189,7 @@ def _tell_of_source(settings: Settings) -> None:
     """Says what is read; warns where the home's last run has read something else."""
     log.info("source: %s", masked(settings.source))
     kept = settings.home / KEPT
-    before = json.loads(kept.read_text()).get("source", "simulation") if kept.is_file() else None
+    before = json.loads(kept.read_text()).get("source", SIMULATION) if kept.is_file() else None
     if before not in (None, settings.source):
         log.warning(
             "LENS_SOURCE: the last run of %s read %s; if that is meant, interrupt this one, and "

@@ -164,6 +164,18 @@ def test_classes_that_training_needs(tmp_path: Path, columns: dict, message: str
         _build(_catalogue(tmp_path, **columns), tmp_path / "out")
 
 
+def test_a_class_of_which_no_image_can_be_used_is_told_with_the_reason(tmp_path: Path) -> None:
+    sides = [40, 20] * 30
+    for row, side in enumerate(sides):
+        np.save(tmp_path / f"{row}.npy", np.random.default_rng(row).normal(size=(1, side, side)))
+    table = pd.DataFrame({"path": [f"{row}.npy" for row in range(60)], "label": [1, 0] * 30})
+    table["id"] = table["path"]
+    catalogue = read_catalogue(table, folder=tmp_path)
+    said = r"no non-lenses \(label 0\); .*; 30 cannot be used: 30 times: 20 x 20 pixels"
+    with pytest.raises(InputError, match=said):
+        build_dataset(catalogue, tmp_path / "out", image_size=32, max_reject_fraction=1.0)
+
+
 def test_band_names_must_fit_the_images(tmp_path: Path) -> None:
     assert _build(_catalogue(tmp_path, bands="g,r"), tmp_path / "a").format.bands == ("g", "r")
     with pytest.raises(InputError, match="column bands"):

@@ -28,7 +28,11 @@ def test_a_check_passes_where_it_does_of_each_survey(
     ) -> dg.MaterializeResult:
         of_one, as_severe = judged[survey]
         check = dg.AssetCheckResult(
-            check_name="sound", passed=of_one, severity=as_severe, metadata={"figure": survey}
+            check_name="sound",
+            passed=of_one,
+            severity=as_severe,
+            description=None if of_one else f"no {survey}",
+            metadata={"figure": survey},
         )
         return dg.MaterializeResult(
             metadata={"of": survey}, data_version=dg.DataVersion(survey), check_results=[check]
@@ -48,6 +52,8 @@ def test_a_check_passes_where_it_does_of_each_survey(
         )
     (check,) = ran.get_asset_check_evaluations()
     assert (check.passed, check.severity) == (passed, severity)
+    failed = [f"{survey}: no {survey}" for survey, (of_one, _) in judged.items() if not of_one]
+    assert check.description == ("; ".join(failed) or None)
     assert {name: value.value for name, value in check.metadata.items()} == {
         "des: figure": "des",
         "hsc: figure": "hsc",
