@@ -287,5 +287,6 @@ def check_rejects(rejects: pd.DataFrame, n_rows: int, limit: float, source: str)
             f"{source}: {len(rejects)} of {n_rows} cutouts cannot be used, more than "
             f"LENS_MAX_REJECT_FRACTION={limit:g} allows: {counted_reasons(rejects['reason'])}; the "
             f"first is row {first['row'] + 1}, "
-            f"column {first['column']}, {first['file']}: {first['reason']}"
+            f"column {first['column']}, {first['file']}: {first['reason']}. With "
+            "LENS_MAX_REJECT_FRACTION=1 the dataset lists all of them in rejects.parquet"
         )

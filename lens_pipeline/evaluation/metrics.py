@@ -296,6 +296,7 @@ def _counted(
 
 
 def _resampled(levels: _Levels, times: int, seed: int) -> Iterator[_Levels]:
+    """Resamplings of single cutouts, each class apart; by score, so that their order is nothing."""
     random = np.random.default_rng(seed)
     n = len(levels.score)
 

@@ -228,7 +228,7 @@ def kinds_sheet(images: NDArray[np.floating], kinds: Sequence[str], units: str) 
             left = column * step
             upright = picture if units == "composite" else picture[::-1]
             mosaic[top : top + size, left : left + size] = upright
-    figure = Figure(figsize=(1.05 * PER_KIND + 1.1, 1.05 * len(names)), layout="constrained")
+    figure = Figure(figsize=(1.05 * PER_KIND + 1.4, 1.05 * len(names)), layout="compressed")
     axes = figure.add_subplot()
     axes.imshow(mosaic)
     axes.set_yticks([size / 2 + row * step for row in range(len(names))], names, fontsize=10)

@@ -155,8 +155,11 @@ def newest_shards(home: Path) -> Path:
 def _processed(
     source: str, image_size: int, cache: Path, options: dict[str, Any], settings: Settings
 ) -> Dataset:
-    """The processed dataset of a catalogue, made unless it is there already."""
+    """The processed dataset of a catalogue, of LENS_SURVEY's rows if it names any, made unless it is
+    there already."""
     catalogue = read_catalogue(source, options)
+    if settings.survey:
+        catalogue = catalogue.of_surveys(settings.survey, settings.seed)
     recipe = Recipe(
         stage="processed_dataset",
         modules=(build_dataset.__module__,),
@@ -164,6 +167,7 @@ def _processed(
         inputs={
             "source": source_fingerprint(source, options),
             "images": files_fingerprint(catalogue.references, options),
+            **({"surveys": list(settings.survey)} if settings.survey else {}),
         },
         settings={
             "image_size": image_size,

@@ -311,12 +311,14 @@ class LensWebDatasetDataModule(CutoutModule):
             bagging,
         )
         self.urls = dict(zip(SPLITS, (train_urls, val_urls, test_urls), strict=True))
+        if storage_options is None:
+            storage_options = Settings.load().storage_options
         self.how: dict[str, Any] = {
             "image_size": image_size,
             "flux_unit": flux_unit,
             "cache": Path(cache_dir) if cache_dir is not None else None,
             "cache_gb": cache_gb,
-            "storage_options": dict(storage_options or {}),
+            "storage_options": dict(storage_options),
         }
         if shuffle_buffer < 1:
             raise InputError(f"shuffle_buffer {shuffle_buffer}: at least 1 is needed")

@@ -8,12 +8,13 @@ from types import MappingProxyType
 MIXTURE: Mapping[str, float] = MappingProxyType(
     {
         "unlensed": 0.20,  # the host galaxy alone
-        "intruders": 0.20,  # one to three unlensed galaxies around it
+        "intruders": 0.15,  # one to three unlensed galaxies around it
+        "singly_imaged": 0.08,  # a galaxy behind it, too far from it to have a second image
         "spiral": 0.20,  # arms around it as a bulge
-        "merger": 0.08,  # two nuclei and a tail
-        "edge_on": 0.08,  # a thin disc through it
+        "merger": 0.07,  # two nuclei and a tail
+        "edge_on": 0.07,  # a thin disc through it as a bulge
         "group": 0.08,  # two to four fainter red galaxies around it, and a blue one
-        "ring": 0.06,  # a closed ring of stars around it, inclined
+        "ring": 0.05,  # a closed ring of stars around it as a bulge, inclined
         "star": 0.05,  # one or two stars beside it
         "artefact": 0.05,  # the host alone under an image defect, which others have seldom
     }
@@ -21,4 +22,4 @@ MIXTURE: Mapping[str, float] = MappingProxyType(
 
 # Those that only add to the host's image, and need not know its light: what an image that is taken
 # already allows.
-KEEP_HOST = ("unlensed", "intruders", "edge_on", "star", "artefact")
+KEEP_HOST = ("unlensed", "intruders", "singly_imaged", "star", "artefact")

@@ -1,10 +1,11 @@
 """What looks like a lens and is none.
 
-A decoy is made of the light of the lens that it is paired with: the host galaxy's, in its colours,
-and the arcs', in colours of a source at that redshift, in another arrangement. So the sum of its
-light and its colours tell little; shape does. But the galaxy alone (`unlensed`, `artefact`) lacks
-the arcs' blue light, a group's members have light of their own, and where a disc, a ring or a
-second nucleus takes of the host's light, what is left in the middle is a smaller galaxy of the same
+A decoy has the light, in r, of the lens that it is paired with, the host galaxy's and the arcs', in
+another arrangement; but the galaxy alone (`unlensed`, `artefact`) lacks the arcs', and a group's
+members have light of their own. What stands beside the host has the arcs' in colours of a source at
+that redshift. Young stars of the host itself (`spiral`, `ring`, `edge_on`, the tail of a `merger`)
+have those of a star-forming galaxy at its own, and more than the arcs' light. Where they, or a
+second nucleus, take of the host's light, what is left in the middle is a smaller galaxy of the same
 surface brightness.
 """
 
@@ -18,13 +19,19 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from lens_pipeline.simulation.hosts import HostGalaxies
+from lens_pipeline.simulation.multiplicity import COLUMNS, is_multiply_imaged
 from lens_pipeline.simulation.neighbours import add_components
 from lens_pipeline.simulation.population import Array, source_axis_ratio, source_colours
 from lens_pipeline.simulation.streams import Purpose, stream
 
 MAX_MEMBERS = 5
 MAX_DISTANCE = 3.0  # of intruders and members from the host, in its Einstein radii
-REMADE = ("spiral", "merger", "ring")  # of the host's light, which is drawn anew
+REMADE = ("spiral", "merger", "edge_on", "ring")  # of the host's light, which is drawn anew
+ARC_COLUMNS = (
+    *COLUMNS,
+    *("x", "y", "source_radius", "source_axis_ratio", "source_angle", "source_galaxy"),
+)
+BULGE_FLATTENING = 0.6  # of an oblate bulge seen from the side: its short axis over its long one
 DEVIATES = 16  # for the decoy as a whole, and for each of its members
 
 Component = tuple[str, pd.DataFrame]  # the profile, as `Renderer.component` takes it, and its rows
@@ -85,32 +92,59 @@ def _intruders(u: Array, lenses: pd.DataFrame) -> Components:
     return [_blue_galaxies(u, lenses, count)]
 
 
+def _singly_imaged(u: Array, lenses: pd.DataFrame) -> Components:
+    """The source where it has one image, drawn out a little, and no counter-image.
+
+    1.2 to 2.5 Einstein radii beyond its own half-light radius from the middle, or as much farther
+    as the host's ellipticity and shear demand. It is as large as to have the arcs' light with the
+    source's surface brightness; the isothermal sphere magnifies an only image by 1 + theta_E/beta.
+    """
+    v, theta = u[:, 0], lenses["einstein_radius"].to_numpy()
+    beta = theta * (1.2 + 1.3 * v[:, 0])
+    unlensed = 1 / (1 + theta / beta)  # share of the arcs' light
+    radius = lenses["source_radius"].to_numpy() * np.sqrt(unlensed * lenses["magnification"])
+    direction, beta = 2 * np.pi * v[:, 1], beta + radius
+    source = lenses.assign(source_radius=radius)
+    again = np.full(len(lenses), True)
+    while again.any():
+        source["source_x"] = beta * np.cos(direction)
+        source["source_y"] = beta * np.sin(direction)
+        again = is_multiply_imaged(source)
+        beta = np.where(again, 1.2 * beta, beta)
+    shown = {name: source[name] for name in ARC_COLUMNS}
+    return [_component("arcs", shown | _arc_light(v, lenses, unlensed), lenses)]
+
+
 def _spiral(u: Array, lenses: pd.DataFrame) -> Components:
     """The host is a bulge; the rest of its light, and that of the arcs, is in the disc.
 
     Bulges have 0.3 to 0.8 of the light, as in S0 to Sab (Simien & de Vaucouleurs 1986): it is those
-    that stand between blue arms as a lens between its arcs.
+    that stand between blue arms as a lens between its arcs. The arms are of young stars, which have
+    0.3 to 0.7 of the disc's light; its old ones follow them at a third of the contrast.
     """
     v = u[:, 0]
-    bulge = 0.3 + 0.5 * v[:, 8]
-    disc = _at_host(lenses) | {
+    bulge, axis_ratio = 0.3 + 0.5 * v[:, 8], np.cos(np.radians(80 * v[:, 1]))
+    young = (1 - bulge) * (0.3 + 0.4 * v[:, 9])
+    contrast = 0.5 + 0.45 * v[:, 4]
+    disc = _inclined(lenses, axis_ratio) | {
         "scale_length": lenses["einstein_radius"] * (0.6 + 1.4 * v[:, 0]),
-        "axis_ratio": np.cos(np.radians(80 * v[:, 1])),
-        "angle": 2 * np.pi * v[:, 2],
         "arms": np.where(v[:, 3] < 0.75, 2.0, np.where(v[:, 3] < 0.9, 3.0, 4.0)),
-        "contrast": 0.5 + 0.45 * v[:, 4],
         "pitch": np.radians(10 + 25 * v[:, 5]) * np.where(v[:, 6] < 0.5, 1, -1),
         "phase": 2 * np.pi * v[:, 7],
     }
-    old = _component("spiral", disc | _host_light(lenses, 1 - bulge), lenses)
-    young = _component("spiral", disc | _arc_light(v, lenses, 1.0), lenses)
-    return [_smaller_host(lenses, bulge), old, young]
+    old = disc | {"contrast": contrast / 3} | _host_light(lenses, 1 - bulge - young)
+    arms = disc | {"contrast": contrast} | _young_light(v, lenses, young)
+    return [
+        _bulge(lenses, bulge, axis_ratio),
+        _component("spiral", old, lenses),
+        _component("spiral", arms, lenses),
+    ]
 
 
 def _merger(u: Array, lenses: pd.DataFrame) -> Components:
     v = u[:, 0]
     share = 0.5 + 0.3 * v[:, 0]
-    distance = lenses["einstein_radius"] * (0.6 + 0.9 * v[:, 1])
+    distance = lenses["einstein_radius"] * (0.6 + 1.2 * v[:, 1])
     direction = 2 * np.pi * v[:, 2]
     nucleus = _host_light(lenses, 1 - share) | {
         "x": lenses["x"] + distance * np.cos(direction),
@@ -119,7 +153,7 @@ def _merger(u: Array, lenses: pd.DataFrame) -> Components:
         "axis_ratio": 0.5 + 0.5 * v[:, 3],
         "position_angle": np.pi * v[:, 4],
     }
-    drawn_out = _arc_light(v, lenses, 1.0) | {
+    drawn_out = _young_light(v, lenses, np.zeros(len(lenses))) | {
         **_at_host(lenses),
         "radius": lenses["einstein_radius"] * (1 + 1.5 * v[:, 5]),
         "width": lenses["einstein_radius"] * (0.12 + 0.15 * v[:, 6]),
@@ -133,15 +167,19 @@ def _merger(u: Array, lenses: pd.DataFrame) -> Components:
 
 
 def _edge_on(u: Array, lenses: pd.DataFrame) -> Components:
+    """The host is a bulge, with less of the light than in a spiral; of the disc's, which is seen
+    through its dust, less is young."""
     v = u[:, 0]
-    axis_ratio = 0.08 + 0.14 * v[:, 0]
-    disc = _arc_light(v, lenses, 1.0) | {
-        **_at_host(lenses),
+    bulge, axis_ratio = 0.2 + 0.4 * v[:, 2], 0.08 + 0.14 * v[:, 0]
+    young = (1 - bulge) * (0.1 + 0.4 * v[:, 3])
+    disc = _inclined(lenses, axis_ratio) | {
         "radius": lenses["einstein_radius"] * (0.7 + v[:, 1]) * np.sqrt(axis_ratio),
-        "axis_ratio": axis_ratio,
-        "angle": np.pi * v[:, 2],
     }
-    return [_component("disc", disc, lenses)]
+    return [
+        _bulge(lenses, bulge, axis_ratio),
+        _component("disc", disc | _host_light(lenses, 1 - bulge - young), lenses),
+        _component("disc", disc | _young_light(v, lenses, young), lenses),
+    ]
 
 
 def _group(u: Array, lenses: pd.DataFrame) -> Components:
@@ -172,17 +210,18 @@ def _group(u: Array, lenses: pd.DataFrame) -> Components:
 def _ring(u: Array, lenses: pd.DataFrame) -> Components:
     """A ring galaxy: wider than an Einstein ring of the same galaxy, and with old stars in it."""
     v = u[:, 0]
-    bulge = 0.5 + 0.35 * v[:, 4]
+    bulge, axis_ratio = 0.5 + 0.35 * v[:, 4], 0.25 + 0.65 * v[:, 2]
+    young = (1 - bulge) * (0.3 + 0.5 * v[:, 3])
     radius = lenses["einstein_radius"] * (1.2 + 1.3 * v[:, 0])
-    loop = _at_host(lenses) | {
+    loop = _inclined(lenses, axis_ratio) | {
         "radius": radius,
         "width": radius * (0.15 + 0.2 * v[:, 1]),
-        "axis_ratio": 0.25 + 0.65 * v[:, 2],
-        "angle": np.pi * v[:, 3],
     }
-    old = _component("ring", loop | _host_light(lenses, 1 - bulge), lenses)
-    young = _component("ring", loop | _arc_light(v, lenses, 1.0), lenses)
-    return [_smaller_host(lenses, bulge), old, young]
+    return [
+        _bulge(lenses, bulge, axis_ratio),
+        _component("ring", loop | _host_light(lenses, 1 - bulge - young), lenses),
+        _component("ring", loop | _young_light(v, lenses, young), lenses),
+    ]
 
 
 def _star(u: Array, lenses: pd.DataFrame) -> Components:
@@ -202,6 +241,7 @@ def _star(u: Array, lenses: pd.DataFrame) -> Components:
 _BUILDERS: Mapping[str, Callable[[Array, pd.DataFrame], Components]] = {
     "unlensed": _unlensed,
     "intruders": _intruders,
+    "singly_imaged": _singly_imaged,
     "spiral": _spiral,
     "merger": _merger,
     "edge_on": _edge_on,
@@ -243,6 +283,20 @@ def _at_host(lenses: pd.DataFrame) -> dict[str, Array]:
     return {"x": lenses["x"].to_numpy(), "y": lenses["y"].to_numpy()}
 
 
+def _inclined(lenses: pd.DataFrame, axis_ratio: Array) -> dict[str, Array]:
+    """A disc about the host, its line of nodes along the host's major axis."""
+    return _at_host(lenses) | {
+        "axis_ratio": axis_ratio,
+        "angle": lenses["position_angle"].to_numpy(),
+    }
+
+
+def _bulge(lenses: pd.DataFrame, share: Array, disc_axis_ratio: Array) -> Component:
+    """The host as the oblate bulge in a thin disc of that axis ratio, seen as inclined as it."""
+    flattening = BULGE_FLATTENING**2 * (1 - disc_axis_ratio**2)
+    return _smaller_host(lenses.assign(axis_ratio=np.sqrt(flattening + disc_axis_ratio**2)), share)
+
+
 def _smaller_host(lenses: pd.DataFrame, share: Array) -> Component:
     """The host with a share of its light, and the same surface brightness: what is left in the
     middle of a galaxy is no fainter for the light that is elsewhere in it."""
@@ -261,6 +315,19 @@ def _host_light(lenses: pd.DataFrame, share: Array) -> dict[str, Array]:
         "component_magnitude": (lenses["lens_magnitude"] - 2.5 * np.log10(share)).to_numpy(),
         "component_g_r": lenses["lens_g_r"].to_numpy(),
         "component_r_i": lenses["lens_r_i"].to_numpy(),
+    }
+
+
+def _young_light(v: Array, lenses: pd.DataFrame, share: Array) -> dict[str, Array]:
+    """A share of the host's r light and all of the arcs', in the colours of a star-forming galaxy
+    at the host's redshift."""
+    g_r, r_i = source_colours(v[:, 13:15].T, lenses["z_lens"].to_numpy())
+    host = share * 10 ** (-0.4 * lenses["lens_magnitude"])
+    arcs = lenses["magnification"] * 10 ** (-0.4 * lenses["source_magnitude"])
+    return {
+        "component_magnitude": -2.5 * np.log10((host + arcs).to_numpy()),
+        "component_g_r": g_r,
+        "component_r_i": r_i,
     }
 
 

@@ -32,7 +32,7 @@ from lens_pipeline.simulation.surveys import Survey
 
 Array = NDArray[np.float64]
 
-VERSION = 6  # of the population: raise it with any change to what is drawn
+VERSION = 7  # of the population: raise it with any change to what is drawn
 
 COSMOLOGY = FlatLambdaCDM(H0=70, Om0=0.3)
 ARCSEC = np.pi / 180 / 3600
@@ -200,9 +200,11 @@ def source_redshift(u: Array, i_magnitude: Array) -> Array:
 
 
 # Redshift, g - r and r - i of star-forming galaxies: medians of the sources in LensPop's published
-# forecast for DES (blue beyond z = 1; the Lyman break enters g at z = 3).
+# forecast for DES (blue beyond z = 1; the Lyman break enters g at z = 3), and before the nearest of
+# those, the blue galaxies of SDSS (Blanton et al. 2003, ApJ 594, 186).
 STAR_FORMING = np.array(
     [
+        (0.1, 0.45, 0.30),
         (0.3, 0.80, 0.30),
         (0.6, 0.80, 0.60),
         (0.9, 0.40, 0.60),

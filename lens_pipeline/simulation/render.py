@@ -245,13 +245,14 @@ class Renderer:
         return self._pixels(brightness, SUPERSAMPLING)
 
     def component(self, profile: str, p: dict[str, Tensor]) -> Tensor:
-        """One thing as it is, without a lens, at x and y.
+        """One thing at x and y.
 
-        profile: `elliptical`, `source`, `disc` (n = 1), `point`, or a function of `profiles`; the
-        other parameters are its.
+        profile: `elliptical`; `arcs`, of a source behind the galaxy there; without a lens,
+        `source`, `disc` (n = 1), `point`, or a function of `profiles`; the other parameters are
+        its.
         """
-        if profile == "elliptical":
-            return self.elliptical(p)
+        if profile in ("elliptical", "arcs"):
+            return self.elliptical(p) if profile == "elliptical" else self.arcs(p)
         p = _broadcast(p)
         x, y = self._x - p["x"], self._y - p["y"]
         if profile == "source":

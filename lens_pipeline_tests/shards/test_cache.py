@@ -271,6 +271,18 @@ def test_cloud_first_batch_waits_for_few_shards(
         assert time.monotonic() - begun < 0.3 * SHARDS / 2  # several at a time
 
 
+def test_cloud_options_are_those_of_the_settings_unless_others_are_given(
+    published: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LENS_STORAGE_OPTIONS", json.dumps(s3_server.storage_options()))
+    tars = f"{published}/train-{{000000..{SHARDS - 1:06d}}}.tar"
+    for data in (
+        LensWebDatasetDataModule(tars, cache_dir=tmp_path),
+        LensDataModule(published, cache_dir=tmp_path),
+    ):
+        assert data.class_counts("train") == (N // 2, N // 2)
+
+
 def test_cloud_order_depends_on_seed_and_epoch_alone(
     small_cutouts: Path, published: str, s3_server: S3Server, tmp_path: Path
 ) -> None:

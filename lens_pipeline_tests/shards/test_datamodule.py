@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -156,6 +157,24 @@ def test_a_catalogue_is_read_once(
     time = kept[0].stat().st_mtime_ns
     assert LensDataModule(simulated_catalogue, image_size=24).split("val").ids.tolist()
     assert [p.stat().st_mtime_ns for p in tmp_path.glob("home/cache/*/dataset.json")] == [time]
+
+
+def test_of_a_catalogue_of_several_surveys_those_that_the_settings_name(
+    simulated_surveys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LENS_HOME", str(tmp_path / "home"))
+
+    def ids() -> set[str]:
+        data = LensDataModule(simulated_surveys, image_size=32)
+        return {name for split in ("train", "val", "test") for name in data.split(split).ids}
+
+    table = pd.read_parquet(simulated_surveys)
+    assert ids() == set(table["id"])
+    monkeypatch.setenv("LENS_SURVEY", "hsc")
+    assert ids() == set(table.loc[table["survey"] == "hsc", "id"])
+    monkeypatch.setenv("LENS_SURVEY", "lsst")
+    with pytest.raises(InputError, match="no row is of 'lsst'; it names 'des', 'hsc'"):
+        LensDataModule(simulated_surveys, image_size=32).split("train")
 
 
 def test_a_size_that_was_not_asked_for_is_named(

@@ -14,7 +14,7 @@ from lens_pipeline.simulation.sources import make_sources
 
 CONFIG = load_config("des")
 HOSTS = range(30)
-R = 1
+G, R = 0, 1
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_some_are_the_galaxy_alone(kind: str, galaxies: SersicHosts, lenses: Len
     torch.testing.assert_close(decoys(galaxies, lenses, kind), lenses.galaxy)
 
 
-@pytest.mark.parametrize("kind", ["intruders", "edge_on", "group", "star"])
+@pytest.mark.parametrize("kind", ["intruders", "singly_imaged", "group", "star"])
 def test_galaxies_and_stars_beside_a_host_take_nothing_of_it(
     kind: str, galaxies: SersicHosts, lenses: Lenses
 ) -> None:
@@ -82,7 +82,7 @@ def test_the_share_of_light_in_the_middle_is_not_enough_to_know_a_group(
     assert (lens[:, None] > group).float().mean() < 0.93  # 0.5 would be none, 1 all of it
 
 
-@pytest.mark.parametrize("kind", ["spiral", "ring", "merger"])
+@pytest.mark.parametrize("kind", ["spiral", "ring", "edge_on", "merger"])
 def test_what_surrounds_a_galaxy_takes_little_of_its_middle(
     kind: str, galaxies: SersicHosts, lenses: Lenses
 ) -> None:
@@ -93,6 +93,57 @@ def test_what_surrounds_a_galaxy_takes_little_of_its_middle(
     )
     assert kept.median() > 0.75
     assert kept.min() > 0.5
+
+
+def test_a_singly_imaged_source_is_drawn_out_and_has_no_counter_image(
+    galaxies: SersicHosts, lenses: Lenses
+) -> None:
+    y, x = (torch.arange(64) - 31.5).tile(64, 1).T, (torch.arange(64) - 31.5).tile(64, 1)
+    pixel = CONFIG.survey.pixel_scale
+
+    def opposite(light: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Share of the light beyond the host as seen from the centroid, and how much longer across
+        the direction to the host than along it."""
+        shares, stretched = [], []
+        for image, x0, y0 in zip(light, lenses.table["x"], lenses.table["y"], strict=True):
+            dx, dy = x - x0 / pixel, y - y0 / pixel
+            cx, cy = ((image * d).sum() / image.sum() for d in (dx, dy))
+            distance = torch.hypot(cx, cy)
+            along, across = (dx * cx + dy * cy) / distance, (dy * cx - dx * cy) / distance
+            shares.append(image[along < 0].sum() / image.sum())
+            spread = [(image * d**2).sum() / image.sum() for d in (along - distance, across)]
+            stretched.append((spread[1] / spread[0]).sqrt())
+        return torch.stack(shares), torch.stack(stretched)
+
+    single = (decoys(galaxies, lenses, "singly_imaged") - lenses.galaxy)[:, R]
+    share, stretched = opposite(single)
+    assert share.median() < 0.01
+    assert (share < 0.06).float().mean() > 0.9
+    assert stretched.median() > 1.1
+    assert opposite(lenses.arcs[:, R])[0].median() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["spiral", "ring", "edge_on"])
+def test_a_disc_lies_along_its_host_and_has_young_stars(
+    kind: str, galaxies: SersicHosts, lenses: Lenses
+) -> None:
+    drawn = decoys(galaxies, lenses, kind)
+    colour, of_host = (
+        2.5 * torch.log10(image[:, G].sum(dim=(1, 2)) / image[:, R].sum(dim=(1, 2)))
+        for image in (drawn, lenses.galaxy)
+    )
+    assert (colour > of_host).all()
+    assert (colour - of_host).median() > 0.1
+    y, x = np.mgrid[:64, :64] - 31.5
+    light = drawn[:, R].numpy() * (np.hypot(x, y) < 20)
+    light /= light.sum(axis=(1, 2), keepdims=True)
+    xx, yy, xy = ((light * product).sum(axis=(1, 2)) for product in (x * x, y * y, x * y))
+    # Of the second moments: the major axis, and how much longer it is.
+    angle, flattening = np.arctan2(2 * xy, xx - yy) / 2, np.hypot(2 * xy, xx - yy) / (xx + yy)
+    turned = (angle - lenses.table["position_angle"] + np.pi / 2) % np.pi - np.pi / 2
+    flat = flattening > 0.15
+    assert flat.sum() >= 5
+    assert np.abs(turned[flat]).max() < np.radians(15)
 
 
 def test_kinds_differ_from_each_other(galaxies: SersicHosts, lenses: Lenses) -> None:

@@ -196,9 +196,9 @@ def test_decoys_only_add_to_the_image(simulation: Simulation, pool: str) -> None
     table = simulation.table
     other = table[table["label"] == 0]
     assert set(other["kind"]) == set(KEEP_HOST)
-    share = MIXTURE["edge_on"] / sum(MIXTURE[kind] for kind in KEEP_HOST)
+    share = MIXTURE["singly_imaged"] / sum(MIXTURE[kind] for kind in KEEP_HOST)
     assert load_config("des").decoys == MIXTURE
-    assert (other["kind"] == "edge_on").mean() == pytest.approx(share, abs=0.15)
+    assert (other["kind"] == "singly_imaged").mean() == pytest.approx(share, abs=0.15)
     for row in other.index[(other["kind"] != "unlensed") | (other["defect"] != "")]:
         added = simulation.images[row] - image(pool, table["host"][row])
         # No less than the added light's own noise takes away.
