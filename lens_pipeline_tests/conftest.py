@@ -58,7 +58,7 @@ def as_in(
     table = dataset.table(part)
     places = pd.Index(table["id"]).get_indexer(pd.Index(split.ids))
     assert sorted(places) == list(range(len(table)))
-    return dataset.images(part)[places], table.iloc[places].reset_index(drop=True)
+    return dataset.split(part).gather(places), table.iloc[places].reset_index(drop=True)
 
 
 def pytest_configure() -> None:

@@ -236,6 +236,11 @@ class Split(ABC):
         indices: see `places_of`; empty: makes the array that they are put into.
         """
 
+    def in_order(self, size: int) -> Iterator[NDArray[np.floating]]:
+        """All of them, up to `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.gather(np.arange(start, min(start + size, len(self))))
+
     def __len__(self) -> int:
         return len(self.index)
 

@@ -8,9 +8,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat, Dataset
+from lens_pipeline.catalogue.dataset import (
+    PARTS,
+    CutoutFormat,
+    Dataset,
+    DatasetSplit,
+    Empty,
+    Split,
+    places_of,
+)
 from lens_pipeline.errors import InputError
 
 
@@ -45,24 +53,21 @@ def joined_content(contents: Mapping[str, str]) -> str:
 
 
 @dataclass(frozen=True)
-class _Images:
-    """The cutouts of a split, by a slice or an array of places, one dataset after the other."""
+class JoinedSplit(Split):
+    """The cutouts of a split, float32, of one dataset after the other."""
 
-    parts: tuple[NDArray[np.float32], ...]
+    index: pd.DataFrame
+    parts: tuple[DatasetSplit, ...]
 
-    @cached_property
-    def _begin(self) -> NDArray[np.intp]:
-        return np.cumsum([0, *(len(part) for part in self.parts)])
-
-    def __len__(self) -> int:
-        return int(self._begin[-1])
-
-    def __getitem__(self, places: Any) -> NDArray[np.float32]:
-        wanted = np.arange(len(self))[places]
-        found = np.empty((len(wanted), *self.parts[0].shape[1:]), np.float32)
-        for part, begin in zip(self.parts, self._begin, strict=False):
-            here = (wanted >= begin) & (wanted < begin + len(part))
-            found[here] = part[wanted[here] - begin]
+    def gather(self, indices: ArrayLike, empty: Empty = np.empty) -> NDArray[np.float32]:
+        places = places_of(indices, len(self))
+        places = np.where(places < 0, places + len(self), places)
+        found = empty((len(places), *self.parts[0].images.shape[1:]), np.dtype(np.float32))
+        begin = 0
+        for part in self.parts:
+            here = (places >= begin) & (places < begin + len(part))
+            found[here] = part.gather(places[here] - begin)
+            begin += len(part)
         return found
 
 
@@ -94,8 +99,8 @@ class JoinedDataset:
             },
         }
 
-    def images(self, part: str) -> _Images:
-        return _Images(tuple(one.images(part) for one in self.parts.values()))
+    def split(self, part: str) -> JoinedSplit:
+        return JoinedSplit(self.table(part), tuple(one.split(part) for one in self.parts.values()))
 
     def table(self, part: str) -> pd.DataFrame:
         tables = [one.table(part) for one in self.parts.values()]

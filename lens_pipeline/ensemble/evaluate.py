@@ -205,7 +205,7 @@ def _galleries(
 
     def gallery(rows: pd.DataFrame, name: str, caption: str) -> Picture:
         first = rows.head(GALLERY)
-        images = np.asarray(dataset.images("test")[position[first.index].to_numpy()])
+        images = dataset.split("test").gather(position[first.index].to_numpy()).astype(np.float32)
         captions = [f"#{n}  {p:.3f}" for n, p in enumerate(first["probability"], 1)]
         sheet = contact_sheet(
             images, captions, dataset.format.units, maps=smooth_grad(system, images)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat
+from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat, Split
 from lens_pipeline.catalogue.images import CutoutError
 from lens_pipeline.catalogue.table import Catalogue, read_catalogue
 from lens_pipeline.ensemble.cutouts import CatalogueCutouts, CutoutSource
@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 class ScoredDataset(Protocol):
     """What is scored: a processed dataset (see `Dataset`), or shards seen as one.
 
-    folder: where it lies, a path or a URL; images: float32 (n, bands, height, width) of a split, by
-    slices and arrays of places; table: their rows.
+    folder: where it lies, a path or a URL; split: `train`, `val`, `test` or `unlabelled`; table:
+    the catalogue's rows of its cutouts, in their order, each with its number `row`.
     """
 
     @property
@@ -37,7 +37,7 @@ class ScoredDataset(Protocol):
     @property
     def facts(self) -> dict[str, Any]: ...
 
-    def images(self, part: str, /) -> Any: ...
+    def split(self, part: str, /) -> Split: ...
 
     def table(self, part: str, /) -> pd.DataFrame: ...
 
@@ -58,18 +58,17 @@ def score_dataset(
             f"{catalogue.source}: the catalogue has changed since the dataset was made; "
             "make processed_dataset again"
         )
-    scores, splits = [], []
+    scores = []
     with scoring(len(catalogue.table)) as progress:
         for part in PARTS:
-            images, rows = dataset.images(part), dataset.table(part)["row"]
-            for start in range(0, len(images), BATCH):
-                batch = np.asarray(images[start : start + BATCH])
-                scores.append(ensemble.predict(batch).set_index(rows[start : start + BATCH]))
-                progress.update(len(batch))
-            splits.append(pd.Series(part, index=rows, dtype=str))
+            for images in dataset.split(part).in_order(BATCH):
+                scores.append(ensemble.predict(images))
+                progress.update(len(images))
+    rows = pd.concat([t["row"] for t in tables])
     rejects = dataset.rejects().set_index("row")["reason"]
-    table = score_table(catalogue, ensemble.columns, scores, rejects)
-    table["split"] = pd.concat(splits).reindex(table.index)
+    table = score_table(catalogue, ensemble.columns, pd.concat(scores).set_axis(rows), rejects)
+    splits = np.repeat(PARTS, [len(t) for t in tables]).astype(object)
+    table["split"] = pd.Series(splits, index=rows).reindex(table.index)
     return table
 
 
@@ -101,7 +100,7 @@ def score_catalogue(
             progress.update(len(batch))
     scores = pd.concat(batches)
     own = replace(catalogue, table=catalogue.table.reset_index(drop=True))
-    table = score_table(own, ensemble.columns, [scores], scores["reject_reason"])
+    table = score_table(own, ensemble.columns, scores, scores["reject_reason"])
     return table.set_axis(catalogue.table.index)
 
 
@@ -133,15 +132,12 @@ def score_batches(
 
 
 def score_table(
-    catalogue: Catalogue, columns: list[str], scores: list[pd.DataFrame], rejects: pd.Series
+    catalogue: Catalogue, columns: list[str], scores: pd.DataFrame, rejects: pd.Series
 ) -> pd.DataFrame:
     """The table of `score_catalogue`; scores and rejects are indexed as the catalogue is."""
     own = catalogue.table
     tell_of_replaced(catalogue, [*columns, "reject_reason"])
-    all_scores = (
-        pd.concat(scores)[columns] if scores else pd.DataFrame(columns=columns, dtype=float)
-    )
-    table = pd.concat([own[["id", "label"]], all_scores.reindex(own.index)], axis=1)
+    table = pd.concat([own[["id", "label"]], scores[columns].reindex(own.index)], axis=1)
     table["reject_reason"] = rejects.reindex(own.index)
     return pd.concat([table, own.drop(columns=table.columns, errors="ignore")], axis=1)
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from lens_pipeline.ensemble.predictor import ScoredDataset
@@ -13,10 +12,7 @@ SCORES = "test_scores.parquet"
 
 def rescore_test_split(ensemble: LensEnsemble, dataset: ScoredDataset, out: Path) -> None:
     """Write test_scores.parquet: `id` and `probability` of the dataset's test split."""
-    images, table = dataset.images("test"), dataset.table("test")
-    parts = [
-        ensemble.predict(np.asarray(images[start : start + BATCH]))["probability"]
-        for start in range(0, len(images), BATCH)
-    ]
+    split = dataset.split("test")
+    parts = [ensemble.predict(images)["probability"] for images in split.in_order(BATCH)]
     probability = pd.concat(parts, ignore_index=True)
-    pd.DataFrame({"id": table["id"], "probability": probability}).to_parquet(out / SCORES)
+    pd.DataFrame({"id": split.ids, "probability": probability}).to_parquet(out / SCORES)

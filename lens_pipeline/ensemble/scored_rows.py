@@ -121,7 +121,7 @@ class ScoredRows:
             part = type(catalogue)(own.iloc[rows].reset_index(drop=True), catalogue.source)
             scores = pd.DataFrame(self._values[rows], columns=self._columns)
             reasons = pd.Series(self._reasons[rows], dtype=object)
-            table = score_table(part, self._columns, [scores], reasons)
+            table = score_table(part, self._columns, scores, reasons)
             place = list(table).index("reject_reason") + 1
             table.insert(place, FINGERPRINT, self.fingerprint[rows])
             yield table

@@ -82,10 +82,10 @@ class ShardCutouts:
         with ExitStack() as stack:
             ahead = {}
             for part in PARTS:
-                images = self.dataset.images(part).split
-                if isinstance(images, FetchedSplit):
+                cutouts = self.dataset.split(part)
+                if isinstance(cutouts, FetchedSplit):
                     places = place[split == part]
-                    ahead[part] = stack.enter_context(images.ahead(places))
+                    ahead[part] = stack.enter_context(cutouts.ahead(places))
             read = dict.fromkeys(PARTS, 0)
             for start in range(0, len(split), BATCH):
                 of, at = split[start : start + BATCH], place[start : start + BATCH]
@@ -94,7 +94,7 @@ class ShardCutouts:
                 for part in PARTS:
                     mine = of == part
                     if mine.any():
-                        found = self.dataset.images(part)[at[mine]]
+                        found = self.dataset.split(part).gather(at[mine])
                         block[mine] = central(found, form.image_size)
                         read[part] += int(mine.sum())
                         if part in ahead:

@@ -7,29 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.dataset import PARTS, REJECT_COLUMNS, CutoutFormat, check_part
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.shards.manifest import Manifest
 from lens_pipeline.shards.reader import Shards, ShardSplit, open_shards
 from lens_pipeline.shards.store import Store
-
-
-@dataclass(frozen=True)
-class Images:
-    """The cutouts of a split, float32, by a slice or an array of places."""
-
-    split: ShardSplit
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, places: Any) -> NDArray[np.float32]:
-        wanted = np.arange(len(self.split))[places]
-        return self.split.gather(wanted).astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True)
@@ -55,8 +39,8 @@ class ShardsAsDataset:
         origin = "simulation" if manifest.simulated else self.folder
         return {"content": manifest.dataset, "origin": origin, "splits": counts}
 
-    def images(self, part: str) -> Images:
-        return Images(self.shards.split(part))
+    def split(self, part: str) -> ShardSplit:
+        return self.shards.split(part)
 
     def table(self, part: str) -> pd.DataFrame:
         check_part(part)

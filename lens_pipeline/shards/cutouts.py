@@ -155,8 +155,8 @@ def newest_shards(home: Path) -> Path:
 def _processed(
     source: str, image_size: int, cache: Path, options: dict[str, Any], settings: Settings
 ) -> Dataset:
-    """The processed dataset of a catalogue, of LENS_SURVEY's rows if it names any, made unless it is
-    there already."""
+    """The processed dataset of a catalogue, of the rows that LENS_SURVEY names, if any; made unless
+    it is there already."""
     catalogue = read_catalogue(source, options)
     if settings.survey:
         catalogue = catalogue.of_surveys(settings.survey, settings.seed)
@@ -167,7 +167,7 @@ def _processed(
         inputs={
             "source": source_fingerprint(source, options),
             "images": files_fingerprint(catalogue.references, options),
-            **({"surveys": list(settings.survey)} if settings.survey else {}),
+            **({"surveys": ",".join(settings.survey)} if settings.survey else {}),
         },
         settings={
             "image_size": image_size,

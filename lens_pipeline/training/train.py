@@ -403,8 +403,7 @@ def split_scores(system: LensClassifier, split: Split, batch_size: int = BATCH) 
     """
     system = system.eval()
     logits, deviations = [], []
-    for start in range(0, len(split), batch_size):
-        images = split.gather(np.arange(start, min(start + batch_size, len(split))))
+    for images in split.in_order(batch_size):
         batch = torch.from_numpy(images.astype(np.float32)).to(system.device)
         logit, drawn = system.drawn_logits(batch)
         logits.append(logit.double().cpu().numpy())

@@ -31,11 +31,13 @@ def test_each_split_holds_the_cutouts_of_one_after_the_other(
     for part in PARTS:
         images = [np.asarray(one.images(part)) for one in parts.values()]
         expected = np.concatenate(images)
-        np.testing.assert_array_equal(joined.images(part)[:], expected)
+        split = joined.split(part)
+        assert len(split) == len(joined.table(part)) == len(expected)
+        assert split.ids.tolist() == joined.table(part)["id"].tolist()
         places = np.random.default_rng(0).permutation(len(expected))[:20]
-        np.testing.assert_array_equal(joined.images(part)[places], expected[places])
-        np.testing.assert_array_equal(joined.images(part)[3:7], expected[3:7])
-        assert len(joined.images(part)) == len(joined.table(part)) == len(expected)
+        for chosen in (places, places - len(expected), np.isin(np.arange(len(expected)), places)):
+            np.testing.assert_array_equal(split.gather(chosen), expected[chosen])
+        np.testing.assert_array_equal(np.concatenate([*split.in_order(7)] or [expected]), expected)
         assert joined.facts["splits"][part]["n"] == len(expected)
         rows = joined.table(part)["row"]  # those of the whole catalogue
         assert joined.table(part)["id"].tolist() == table["id"].iloc[rows].tolist()

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat
+from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat, DatasetSplit
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.ensemble.evaluate import evaluate_ensemble
 from lens_pipeline.ensemble.system import assemble, groups_behind, load_ensemble
@@ -46,12 +46,13 @@ class Cutouts:
             "splits": {"test": {"n": len(self.rows)}},
         }
 
-    def images(self, part: str) -> Any:
+    def split(self, part: str) -> DatasetSplit:
         y, x = np.mgrid[:SIZE, :SIZE] - SIZE / 2 + 0.5
         ring = 8 * np.exp(-((np.hypot(x, y) - 5) ** 2))
         noise = np.random.default_rng(0).normal(size=(len(self.rows), 3, SIZE, SIZE))
         images = noise + self.rows["label"].to_numpy(float)[:, None, None, None] * ring
-        return images.astype(np.float32)[: None if part == "test" else 0]
+        table = self.table(part)
+        return DatasetSplit(table, images.astype(np.float32)[: len(table)])
 
     def table(self, part: str) -> pd.DataFrame:
         table = self.rows.assign(row=np.arange(len(self.rows)))
@@ -235,9 +236,6 @@ class Spoilt(Cutouts):
 
     def table(self, part: str) -> pd.DataFrame:
         return super().table(part).iloc[:-2]
-
-    def images(self, part: str) -> Any:
-        return super().images(part)[:-2]
 
     def rejects(self) -> pd.DataFrame:
         lost = super().table("test").iloc[-2:]

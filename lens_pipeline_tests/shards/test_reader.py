@@ -76,7 +76,7 @@ def test_a_split_that_there_is_not_is_told_from_an_empty_one(
     module = LensDataModule(shards_folder)
     tars = LensWebDatasetDataModule(str(shards_folder / "train-{000000..000001}.tar"))
     for ask in (
-        *(shards.split, seen.images, seen.table, module.split, tars.split),
+        *(shards.split, seen.split, seen.table, module.split, tars.split),
         *(dataset.split, dataset.images, dataset.table, dataset.open_images),
     ):
         with pytest.raises(InputError, match="no split 'valid'; there are train, val, test, unl"):
