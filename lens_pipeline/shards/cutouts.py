@@ -119,8 +119,9 @@ def open_cutouts(
     """The cutouts in a folder or at an fsspec URL, of whatever kind they are there.
 
     location: shards with their manifest, or the newest version of those that are published there;
-    a processed dataset; a catalogue, or a folder of cutouts, which are read once and kept as a
-    processed dataset; by default the newest shards of LENS_HOME.
+    a processed dataset; a catalogue, or a folder of cutouts, which are read once, with LENS_BANDS,
+    LENS_PAD, LENS_SURVEY, LENS_SEED and LENS_MAX_REJECT_FRACTION, and kept as a processed dataset;
+    by default the newest shards of LENS_HOME.
     image_size: the central square to keep, by default all, and 64 pixels of a catalogue. cache:
     where remote shards and read cutouts are kept, by default in LENS_HOME; cache_gb: how much of
     the shards, LENS_CACHE_GB by default. Raises InputError where there is nothing of the kind.
