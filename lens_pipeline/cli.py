@@ -26,6 +26,7 @@ from lens_pipeline.terminal import (
     prepare_environment,
 )
 from lens_pipeline.train_command import add_train
+from lens_pipeline.training.config import ABBREVIATED
 from lens_pipeline.training.launch import TOLD, leave_word
 from lens_pipeline.tune_command import add_tune
 
@@ -45,7 +46,8 @@ class _Parser(argparse.ArgumentParser):
             command = self.commands[options.command]
             flags = re.findall(r"--[a-z][a-z-]+", command.format_help())
             flag = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(flag, flags, 1)
+            meant = "--" + ABBREVIATED.get(flag.strip("-"), "").replace("_", "-")
+            near = [meant] if meant in flags else difflib.get_close_matches(flag, flags, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             if options.command == "run":
                 hint = _elsewhere(flag.lstrip("-").replace("-", "_")) or hint

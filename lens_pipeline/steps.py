@@ -200,7 +200,7 @@ def _content(files: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """One holder at a time, across processes; the system frees it when the holder dies.
 
     Who it was stands in a file beside it, which tells by its date when the step was last used.
@@ -212,7 +212,7 @@ def _locked(path: Path) -> Iterator[None]:
         lock.acquire(timeout=10)
     except filelock.Timeout:
         who = holder.read_text() if holder.exists() else "an unknown process"
-        log.warning("waiting for %s, held by %s", path.stem, who)
+        log.warning("waiting for %s, held by %s", path.stem.lstrip("."), who)
         lock.acquire()
     try:
         write_aside(holder, f"process {os.getpid()} on {socket.gethostname()}")
@@ -238,7 +238,7 @@ def run_step(
     """
     begun = time.perf_counter()
     folder = root / recipe.key
-    with _locked(root / LOCKS / f"{recipe.key}.lock"):
+    with locked(root / LOCKS / f"{recipe.key}.lock"):
         found = _reuse(folder, recipe, verify) or _make(folder, recipe, build, goes_on)
     return replace(found, seconds=time.perf_counter() - begun)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings, absolute
-from lens_pipeline.steps import digest
+from lens_pipeline.steps import digest, locked
 from lens_pipeline.terminal import configure_logging, local_path
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.flags import add_flags, changes
@@ -44,7 +44,7 @@ def train_command(options: argparse.Namespace) -> int:
         raise InputError(f"--checkpoint-dir: {out} is a file; name a folder")
     from lens_pipeline.training.devices import gpus_claimed
 
-    with gpus_claimed(config.hardware):
+    with locked(out / f".{out.name}.lock"), gpus_claimed(config.hardware):
         if config.hardware.devices > 1:
             trained = _in_processes(config, settings, out, options.verbose)
         else:
@@ -185,9 +185,9 @@ def _places(config: TrainConfig, settings: Settings) -> dict[str, dict[str, Any]
     found = {name: absolute(place) for name, place in places.items() if place is not None}
     if not config.data.use_webdataset and not found.keys() - {"cache_dir"}:
         found["data_root"] = str(newest_shards(settings.home))
-    start = config.model.pretrained
-    elsewhere = start in ("none", "published") or start.startswith("models:/")
-    return {"data": found, "model": {} if elsewhere else {"pretrained": absolute(start)}}
+    if not config.starts_from_a_file:
+        return {"data": found}
+    return {"data": found, "model": {"pretrained": absolute(config.model.pretrained)}}
 
 
 def _tell(trained: "TrainedMember", config: TrainConfig) -> None:

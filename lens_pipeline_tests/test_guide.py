@@ -10,6 +10,7 @@ import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torchmetrics import Metric
 
 from lens_pipeline import (
@@ -129,6 +130,16 @@ def test_guide_four_gpus_are_not_here(capsys: pytest.CaptureFixture[str]) -> Non
         pytest.skip("this machine has four")
     assert main(["train", "--config", str(CONFIGS / "cloud.yaml")]) == 2
     assert "hardware.devices 4: this machine has" in capsys.readouterr().err
+    with pytest.raises(MisconfigurationException, match="gpu"):
+        Trainer(devices=4, accelerator="gpu", strategy="ddp", precision="bf16-mixed")
+
+
+@pytest.mark.gpu
+def test_guide_what_the_gpu_can() -> None:
+    precision = "bf16-mixed" if torch.cuda.get_device_capability()[0] >= 8 else "16-mixed"
+    batch_size = 128 if torch.cuda.get_device_properties(0).total_memory > 16e9 else 64
+    trainer = Trainer(**SMALL | {"accelerator": "gpu"}, precision=precision, fast_dev_run=True)
+    trainer.fit(LitLensSystem("lastro"), LensDataModule(batch_size=batch_size))
 
 
 def test_guide_configurations_are_valid() -> None:

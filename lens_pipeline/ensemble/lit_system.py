@@ -72,7 +72,7 @@ class LitEnsembleSystem(LensClassifier):
         fusion = InverseVariance() if unfitted else Mean()
         rows = []
         for batch in loader:
-            images = batch["image"].numpy()
+            images = batch["image"].cpu().numpy()
             found = [member_logits(_system(member), images) for member in self.members.values()]
             logit = np.stack([of_one for of_one, _ in found], axis=1)
             draws = np.stack([drawn for _, drawn in found], axis=1)

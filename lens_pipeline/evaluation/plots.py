@@ -122,7 +122,7 @@ def tuning_figure(trials: pd.DataFrame, settings: Mapping[str, str], monitor: st
         if choices:
             axes.set_xticks(range(len(choices)), [str(choice) for choice in choices])
             axes.set_xlim(-0.5, len(choices) - 0.5)
-        elif scale == "log":
+        elif scale == "log" and trials["value"].notna().any():  # else all trials have failed
             logarithmic(axes, x.min(), x.max())
         axes.set_xlabel("trial" if name == "number" else name.rpartition(".")[2].replace("_", " "))
         axes.spines[["top", "right"]].set_visible(False)

@@ -103,7 +103,14 @@ class LensClassifier(pl.LightningModule):
             # and DDP takes the mean over ranks.
             mine = torch.tensor(float(len(images)), device=loss.device)
             loss = loss * mine / self.trainer.strategy.reduce(mine.clone(), reduce_op="mean")
-        return loss
+        return loss * self._missing_of_a_step(batch_idx)
+
+    def _missing_of_a_step(self, batch_idx: int) -> float:
+        """Lightning divides the loss by how many batches make a step; at the end of an epoch there
+        may be fewer, and it takes a step with these."""
+        batches, together = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
+        left = batches % together if math.isfinite(batches) else 0
+        return together / left if left and batch_idx >= batches - left else 1.0
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._step("val", batch["image"], batch["label"])

@@ -10,6 +10,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
+from pytorch_lightning.trainer.states import TrainerStatus
 from torch.utils.data import DataLoader, Dataset
 
 from lens_pipeline.catalogue.dataset import CutoutFormat, Split, check_part
@@ -173,9 +174,11 @@ class CutoutModule(pl.LightningDataModule):
 
     @property
     def _gpu(self) -> torch.device | None:
-        """Of the trainer that asks."""
-        device = self.trainer.strategy.root_device if self.trainer is not None else None
-        return device if device is not None and device.type == "cuda" else None
+        """Of the trainer that is at work: afterwards a module still knows it."""
+        if self.trainer is None or self.trainer.state.status != TrainerStatus.RUNNING:
+            return None
+        device = self.trainer.strategy.root_device
+        return device if device.type == "cuda" else None
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self.loader("train", shuffle=True)

@@ -60,9 +60,12 @@ class BestCheckpoints(ModelCheckpoint):
         paths = {
             name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path")
         }
+        best = {here(path): value for path, value in state_dict["best_k_models"].items()}
+        losses = {here(path): loss for path, loss in state_dict.get("losses", {}).items()}
+        # Lightning's own keeps no losses: of equal epochs those are the worst.
         kept = {
-            name: {here(path): value for path, value in state_dict[name].items()}
-            for name in ("best_k_models", "losses")
+            "best_k_models": best,
+            "losses": {path: losses.get(path, math.inf) for path in best},
         }
         state_dict = {**state_dict, **paths, **kept, "dirpath": self.dirpath}
         super().load_state_dict(state_dict)

@@ -155,7 +155,9 @@ class TrainingSection(_Section):
     monitor: Monitor = Field(
         default="val/tpr_at_fpr_1e-2",
         description="The best epoch is the one where this is highest (or the loss lowest); of "
-        "equal ones, that with the lowest val/loss.",
+        "equal ones, that with the lowest val/loss. Where the validation set has too few "
+        "non-lenses for a true positive rate at so small a false positive rate, it is the one at "
+        "the smallest that they allow, or else val/auroc.",
     )
     save_top_k: int = _bounded(
         default=3, ge=1, le=100, description="Checkpoints of so many best epochs are kept."
@@ -340,6 +342,11 @@ class TrainConfig(_Section):
         values = self._without(UNDECIDING)
         values["model"] = {**values["model"], "pretrained": self.start}
         return values
+
+    @property
+    def starts_from_a_file(self) -> bool:
+        start = self.model.pretrained
+        return start not in ("none", "published") and not start.startswith("models:/")
 
     @property
     def start(self) -> str:

@@ -25,7 +25,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from lens_pipeline.catalogue.dataset import Split
 from lens_pipeline.errors import InputError
-from lens_pipeline.evaluation.metrics import FPRS
+from lens_pipeline.evaluation.metrics import FPRS, ranking_metric
 from lens_pipeline.models.metrics import RANKED
 from lens_pipeline.models.pretrained import read_checkpoint
 from lens_pipeline.models.system import LensClassifier, LitLensSystem
@@ -63,6 +63,7 @@ from lens_pipeline.training.member import (
 )
 from lens_pipeline.training.undisturbed import process_left_as_it_was
 
+START = "weights to start from"
 WEIGHTS = ("state_dict", "hyper_parameters", "epoch", "global_step", "pytorch-lightning_version")
 BATCH = 256
 
@@ -94,6 +95,11 @@ def train(
     check_devices(config)
     config, going_on = _begin(config, data, out)
     if (out / SCORES).exists():
+        if not (out / BEST).exists():
+            raise InputError(
+                f"{out / BEST}: is not there any more, which the training in this folder has left; "
+                "name another folder"
+            )
         log.info("  %s holds this training with its scores: nothing is trained again", out)
         (out / FITTED).unlink(missing_ok=True)  # of a process that was killed just there
         return TrainedMember(out)
@@ -188,7 +194,7 @@ def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> tuple[TrainCon
     out.mkdir(parents=True, exist_ok=True)
     inputs = hashed_inputs(config, data)
     last = out / LAST
-    if last.exists():
+    if last.exists() or (out / SCORES).exists():
         before = TrainConfig.read(out / SETTINGS)
         if config.training.find_batch_size:
             found = {"batch_size": before.training.batch_size}
@@ -202,7 +208,10 @@ def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> tuple[TrainCon
                 f"{out}: holds a training with other settings: {', '.join(changed)}; go on with "
                 f"the same, or name another folder{start}"
             )
-        others = other_inputs(out, inputs)
+        recorded = recorded_inputs(out)
+        if config.starts_from_a_file and not Path(config.model.pretrained).exists():
+            inputs[START] = recorded.get(START, config.start)  # removed since, it is no other
+        others = other_inputs(recorded, inputs)
         if others:
             raise InputError(
                 f"{out}: holds a training with other {' and '.join(others)}; go on with the same, "
@@ -221,26 +230,31 @@ def hashed_inputs(config: TrainConfig, data: CutoutModule) -> dict[str, str]:
     return {
         "cutouts": digest([data.content, asdict(data.format)]),
         "order or share of the cutouts": digest([data.seed, data.bagging]),
-        "weights to start from": config.start,
+        START: config.start,
     }
 
 
-def other_inputs(folder: Path, now: Mapping[str, str]) -> list[str]:
-    """The names of those that a folder was not begun with. Raises InputError where an earlier
-    version of this program has begun it."""
+def recorded_inputs(folder: Path) -> dict[str, str]:
+    """The `hashed_inputs` that a folder was begun with. Raises InputError where an earlier version
+    of this program has begun it."""
     path = folder / INPUTS
     if not path.exists():
         raise InputError(
             f"{folder}: an earlier version of lens_pipeline has begun it; name another folder"
         )
-    before = json.loads(path.read_text())
-    return [name for name, value in now.items() if before[name] != value]
+    recorded: dict[str, str] = json.loads(path.read_text())
+    return recorded
+
+
+def other_inputs(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The names of those that are not as they were."""
+    return [name for name, value in now.items() if before.get(name) != value]
 
 
 def deciding_metric(config: TrainConfig, data: CutoutModule) -> str:
-    """What chooses the best epoch: `training.monitor`, or `val/auroc` where the validation set
-    cannot resolve it. Raises InputError where it holds cutouts of one class only, which no metric
-    of ranks can be had of."""
+    """What chooses the best epoch: `training.monitor`, or where the validation set has too few
+    non-lenses to resolve it, what it can rank by, see `ranking_metric`. Raises InputError where it
+    holds cutouts of one class only, which no metric of ranks can be had of."""
     wanted, limit = config.training.monitor, config.training.limit_val_batches
     metric = wanted.removeprefix("val/")
     labels = data.split("val").labels
@@ -255,12 +269,12 @@ def deciding_metric(config: TrainConfig, data: CutoutModule) -> str:
         )
     fpr = {"tpr10": 0.1, **FPRS}.get(metric)
     if fpr and n_nonlens * fpr < 1:
+        instead = f"val/{ranking_metric(n_nonlens)}"
         log.info(
-            "  %d non-lenses of the validation set cannot resolve %s; val/auroc chooses the epoch",
-            n_nonlens,
-            wanted,
+            "  %d non-lenses of the validation set cannot resolve %s; %s chooses the epoch",
+            *(n_nonlens, wanted, instead),
         )
-        return "val/auroc"
+        return instead
     return wanted
 
 

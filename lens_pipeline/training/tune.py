@@ -27,7 +27,13 @@ from lens_pipeline.steps import file_aside, write_aside
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.member import INPUTS, TrainedMember
 from lens_pipeline.training.space import Pruner, Range, SearchSpace
-from lens_pipeline.training.train import deciding_metric, hashed_inputs, other_inputs, train
+from lens_pipeline.training.train import (
+    deciding_metric,
+    hashed_inputs,
+    other_inputs,
+    recorded_inputs,
+    train,
+)
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -200,7 +206,7 @@ class _Study:
             ):
                 if kept != now:
                     changed.append(name)
-            changed += [f"the {name}" for name in other_inputs(self.out, inputs)]
+            changed += [f"the {name}" for name in other_inputs(recorded_inputs(self.out), inputs)]
             if changed:
                 raise InputError(
                     f"{self.out}: holds a study that differs: {', '.join(changed)}; go on with the "
@@ -293,8 +299,10 @@ class _Study:
         except optuna.TrialPruned:
             trial.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             log.info("trial %d: pruned", trial.number)
-        except InputError as problem:
-            reason = " ".join(str(problem).split())
+        except Exception as problem:  # of any kind: left as it is, it would be tried for ever
+            told = isinstance(problem, InputError)
+            reason = " ".join(f"{'' if told else f'{type(problem).__name__}: '}{problem}".split())
+            log.debug("trial %d", trial.number, exc_info=not told)
             trial.set_user_attr(REASON, reason)
             trial.study.tell(trial, state=optuna.trial.TrialState.FAIL)
             log.warning("trial %d has failed: %s", trial.number, reason)

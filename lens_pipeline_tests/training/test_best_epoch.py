@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -10,8 +11,11 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback
 
 from lens_pipeline import LensDataModule
+from lens_pipeline.catalogue.dataset import DatasetSplit
 from lens_pipeline.errors import InputError
+from lens_pipeline.shards.datamodule import CutoutModule
 from lens_pipeline.training import train
+from lens_pipeline.training.train import deciding_metric
 from lens_pipeline_tests.training.small import best_epochs, small_config, train_on
 
 
@@ -26,6 +30,37 @@ def test_twenty_non_lenses_do_not_choose_by_one_false_positive_in_a_hundred(
     assert trained.curves["val/tpr_at_fpr_1e-2"].isna().all()
     epoch = torch.load(trained.checkpoint, weights_only=True)["epoch"]
     assert epoch == best_epochs(trained.curves, "val/auroc")[0]
+
+
+class Many(CutoutModule):
+    """So many black lenses and non-lenses in each split."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__(16, 0, 0, None, None, None, 1.0)
+        index = pd.DataFrame({"id": range(2 * n), "label": np.arange(2 * n) % 2})
+        self.cutouts = DatasetSplit(index, np.zeros((2 * n, 1, 8, 8), np.float32))
+
+    def split(self, name: str) -> DatasetSplit:
+        return self.cutouts
+
+
+@pytest.mark.parametrize(
+    ("wanted", "n", "chosen"),
+    [
+        ("tpr_at_fpr_1e-4", 10_000, "tpr_at_fpr_1e-4"),
+        ("tpr_at_fpr_1e-4", 9_999, "tpr_at_fpr_1e-2"),  # of which ten false positives are allowed
+        ("tpr_at_fpr_1e-3", 200, "tpr_at_fpr_1e-2"),
+        ("tpr_at_fpr_1e-3", 99, "auroc"),
+        ("tpr10", 9, "auroc"),
+        ("tpr10", 10, "tpr10"),
+        ("loss", 9, "loss"),
+    ],
+)
+def test_what_so_many_non_lenses_cannot_resolve_gives_way_to_what_they_can(
+    wanted: str, n: int, chosen: str
+) -> None:
+    config = small_config(monitor=f"val/{wanted}")
+    assert deciding_metric(config, Many(n)) == f"val/{chosen}"
 
 
 @pytest.mark.parametrize("equal_losses", [True, False])

@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pytorch_lightning import Trainer
 
-from lens_pipeline import LensDataModule, LitEnsembleSystem
+from lens_pipeline import LensDataModule, LitEnsembleSystem, LitLensSystem
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.system import load_system
 from lens_pipeline.shards.prefetch import gathered_ahead
@@ -192,7 +193,10 @@ def test_two_trainings_take_turns_on_one_gpu(uneven_shards: Path, tmp_path: Path
 def test_an_ensemble_scores_alike_on_gpu_and_cpu(uneven_shards: Path, tmp_path: Path) -> None:
     config = _config(model={"model_type": "ensemble", "architectures": ["lastro", "b=lastro@1"]})
     trained = _train(config, uneven_shards, tmp_path, system_type=LitEnsembleSystem)
-    loader = LensDataModule(uneven_shards).test_dataloader()
+    data = LensDataModule(uneven_shards)  # which brings a trainer's batches to its GPU
+    Trainer(logger=False, limit_train_batches=1, max_epochs=1).fit(LitLensSystem("lastro"), data)
+    loader = data.test_dataloader()
+    assert next(iter(loader))["image"].device.type == "cpu"
     tables = [
         LitEnsembleSystem.load_from_checkpoint(trained.checkpoint, device).predict(loader)
         for device in ("cpu", "cuda")

@@ -220,8 +220,18 @@ def test_a_checkpoint_that_is_due_at_the_end_of_an_epoch_is_written_after_it(
 def test_what_lightnings_own_callbacks_have_written_is_understood() -> None:
     """Lightning finds the state of a callback by the name of its class."""
     assert Patience("val/loss").state_key == EarlyStopping("val/loss").state_key
-    ours, theirs = (kind(monitor="val/loss") for kind in (BestCheckpoints, ModelCheckpoint))
+    ours, theirs = (
+        kind(dirpath="folder", monitor="val/loss", save_top_k=3)
+        for kind in (BestCheckpoints, ModelCheckpoint)
+    )
     assert ours.state_key == theirs.state_key
+    theirs.best_k_models = {"folder/0.ckpt": torch.tensor(0.3), "folder/1.ckpt": torch.tensor(0.2)}
+    theirs.best_model_path = "folder/1.ckpt"
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.best_k_models.keys() == {
+        str(Path("folder", name).absolute()) for name in ("0.ckpt", "1.ckpt")
+    }
+    assert Path(ours.best_model_path).name == "1.ckpt"
 
 
 def test_a_training_that_has_stopped_early_does_not_go_on(
@@ -279,6 +289,26 @@ def test_other_settings_do_not_go_on(shards_folder: Path, tmp_path: Path) -> Non
     with pytest.raises(InputError, match=r"training\.epochs \(3, now 4\), training\.learning_rate"):
         train(changed, LensDataModule(shards_folder), tmp_path)
     assert (tmp_path / "last.ckpt").is_file()
+
+
+def test_of_a_training_that_has_ended_only_the_same_is_taken_for_it(
+    shards_folder: Path, tmp_path: Path
+) -> None:
+    data, start = LensDataModule(shards_folder), tmp_path / "start.ckpt"
+    torch.save(LitLensSystem("lastro", image_size=32).state_dict(), start)
+    config = _config(epochs=1).with_changes({"model": {"pretrained": str(start)}}, "test")
+    out = tmp_path / "out"
+    trained = train(config, data, out)
+    settings = (out / "settings.yaml").read_text()
+    (out / "last.ckpt").unlink()  # the largest file of a training that needs it no more
+    start.unlink()
+    assert train(config, data, out) == trained
+    with pytest.raises(InputError, match=r"other settings: training\.seed"):
+        train(config.with_changes({"training": {"seed": 9}}, "test"), data, out)
+    assert (out / "settings.yaml").read_text() == settings
+    (out / "best.ckpt").unlink()
+    with pytest.raises(InputError, match=r"best\.ckpt: is not there any more"):
+        train(config, data, out)
 
 
 def _drawn_cutouts(folder: Path, kind: str, seed: int) -> CutoutModule:
@@ -390,3 +420,18 @@ def test_a_training_that_has_ended_is_not_begun_again(shards_folder: Path, tmp_p
     best = tmp_path / "best.ckpt"
     with pytest.raises(InputError, match=rf"epochs \(1, now 2\); .* --pretrained {best}$"):
         train(_config(epochs=2), data, tmp_path)
+
+
+def test_the_same_command_twice_trains_once(shards_folder: Path, tmp_path: Path) -> None:
+    arguments = [
+        *(LENS_PIPELINE, "train", "--arch", "lastro", "--epochs", "3", "--accelerator", "cpu"),
+        *("--data-root", str(shards_folder), "--home", str(tmp_path / "home")),
+    ]
+    both = [
+        subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    (first, told), (second, also_told) = (process.communicate(timeout=300) for process in both)
+    assert [process.returncode for process in both] == [0, 0], told + also_told
+    assert first == second
+    assert (told + also_told).count("nothing is trained again") == 1

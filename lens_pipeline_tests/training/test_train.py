@@ -27,6 +27,26 @@ from lens_pipeline.training.config import TrainConfig
 from lens_pipeline_tests.training.small import best_epochs, small_config, train_on
 
 
+def test_a_step_of_the_batches_that_are_left_in_an_epoch_is_as_large_as_any(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    class Descent(LitLensSystem):
+        """Whose steps, unlike Adam's, are as large as the gradient."""
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def weights(**how: int) -> dict[str, torch.Tensor]:
+        config = small_config("light_transformer", epochs=1, augment=False, **how)
+        config = config.with_changes({"model": {"dropout_rate": 0.0}}, "test")
+        out = tmp_path / "_".join(how)
+        trained = train_on(config, uneven_shards, out, system_type=Descent)
+        return torch.load(trained.checkpoint, weights_only=True)["state_dict"]
+
+    alone = weights(limit_train_batches=1)
+    torch.testing.assert_close(weights(limit_train_batches=1, accumulate_grad_batches=4), alone)
+
+
 def test_a_ring_is_learnt_and_its_files_are_left(uneven_shards: Path, tmp_path: Path) -> None:
     config = small_config(epochs=8, save_top_k=2, monitor="val/auroc")
     trained = train_on(config, uneven_shards, tmp_path)

@@ -159,6 +159,22 @@ def test_what_fails_is_told_and_the_others_go_on(uneven_shards: Path, tmp_path: 
         assert len(TunedStudy(tmp_path / "all").trials) == begun
 
 
+def test_a_trial_that_breaks_in_the_library_has_failed_and_is_not_tried_for_ever(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    @contextmanager
+    def breaks_once(number: int, config: TrainConfig) -> Iterator[Sequence[Logger]]:
+        if number == 0:
+            raise RuntimeError("no kernel image")
+        yield []
+
+    study = _tune(
+        _config(epochs=1), uneven_shards, tmp_path, 2, "none", breaks_once, training=RATES
+    )
+    assert study.trials["state"].tolist() == ["failed", "complete"]
+    assert study.trials["reason"][0] == "RuntimeError: no kernel image"
+
+
 @pytest.mark.slow
 def test_hyperband_gives_most_trials_less_than_all_epochs(
     uneven_shards: Path, tmp_path: Path
