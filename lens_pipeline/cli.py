@@ -97,7 +97,10 @@ def _parser() -> argparse.ArgumentParser:
         help="the main job: source to registry",
         epilog=f"Variables of the environment say the rest (docs/settings.md): {', '.join(others)}",
     )
-    run.add_argument("--source", help="`simulation`, or a catalogue (LENS_SOURCE)")
+    run.add_argument(
+        "--source",
+        help="`simulation`, a catalogue, a folder of cutouts or published shards (LENS_SOURCE)",
+    )
     run.add_argument("--preset", help="tiny, quick or full (LENS_PRESET)")
     run.add_argument("--archs", help="members, comma-separated (LENS_ARCHS)")
     run.add_argument("--verify", action="store_true", help="check sha256 of what is reused")

@@ -13,7 +13,10 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
         "--catalogue", required=True, help="a table, a folder of cutouts, or shards; a path or URL"
     )
     parser.add_argument("--out", type=local_path, required=True, help="scores, .parquet or .csv")
-    parser.add_argument("--model", help="models:/lens_ensemble@alias or /version")
+    parser.add_argument(
+        "--model",
+        help="models:/lens_ensemble@alias or /version [champion, else the newest challenger]",
+    )
     parser.add_argument(
         "--top",
         type=int,

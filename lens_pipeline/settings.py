@@ -176,7 +176,9 @@ class Settings(BaseSettings):
         "set.",
     )
     deployment: Literal["local", "staging", "production"] = Field(
-        default="local", description="Name of this deployment; tagged on every run."
+        default="local",
+        description="`local`, `staging` or `production`: tagged on every run, and how many of its "
+        "steps are executed at a time (two, four, one per core).",
     )
     survey: Annotated[
         tuple[str, ...] | None,
@@ -211,11 +213,14 @@ class Settings(BaseSettings):
     fusion: Literal["best", "mean", "uncertainty_weighted", "stacking", "bayesian", "single"] = (
         Field(
             default="best",
-            description="How members become one score; `best` compares all on the validation set.",
+            description="How members become one score: `mean`, `uncertainty_weighted`, `stacking`, "
+            "`bayesian` or `single`; `best` compares all on the validation set.",
         )
     )
     calibration: Literal["platt", "temperature", "isotonic"] = Field(
-        default="platt", description="How logits become probabilities, on the validation set."
+        default="platt",
+        description="How logits become probabilities, on the validation set: `platt`, "
+        "`temperature` or `isotonic`.",
     )
     prevalence: float = Field(
         default=1e-3,
@@ -240,7 +245,8 @@ class Settings(BaseSettings):
         default=0.1,
         ge=0,
         le=1,
-        description="The most calibration error of a challenger, beside what chance makes.",
+        description="The most calibration error of a challenger, in excess of what chance alone "
+        "makes.",
     )
     gate_min_auroc: float = Field(
         default=0.5, ge=0, le=1, description="The lower 95 % bound of AUROC must exceed this."
@@ -252,8 +258,8 @@ class Settings(BaseSettings):
     time_zone: str = Field(default="UTC", description="Of the schedules, as `Europe/Paris`.")
     webhook_url: Annotated[SecretStr | None, BeforeValidator(_web_address)] = Field(
         default=None,
-        description="Receives failed runs, new challengers and new champions by POST, as JSON "
-        "with a `text`.",
+        description="Receives failed runs, sources that cannot be read, new challengers and new "
+        "champions by POST, as JSON with a `text`.",
     )
     keep_days: int = Field(
         default=90,

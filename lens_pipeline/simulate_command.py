@@ -18,7 +18,7 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
         "--config", type=Path, help="a YAML file that changes the simulation (LENS_SIMULATION)"
     )
     parser.add_argument("--n", type=int, default=1000, help="cutouts (default 1000)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
     parser.add_argument("--image-size", type=int, default=64, help="pixels, 32 to 512 (default 64)")
     parser.add_argument("--device", default="cpu", help="a torch device (default cpu)")
     parser.add_argument(

@@ -38,10 +38,10 @@ def test_the_code_for_notebooks_runs(
     assert found["simulated"].images.shape == (100, 3, 64, 64)
     assert found["simulated"].images.dtype == np.float32
     assert len(found["catalogue"].table) == len(pd.read_parquet(simulated_catalogue))
-    of_bright = found["bright"].table
-    assert 0 < len(of_bright) < 200
-    assert (of_bright["lens_magnitude"] < 20).all()
-    assert of_bright["path"].str.startswith("my_survey/images-").all()
+    of_lenses = found["of_lenses"].table
+    assert (of_lenses["label"] == 1).all()
+    assert len(of_lenses) == 100
+    assert of_lenses["path"].str.startswith("my_survey/images-").all()
     assert found["lenses"].shape == ((found["train"].labels == 1).sum(), 3, 32, 32)
     assert found["lenses"].dtype == np.float16
     assert set(found["metrics"]["auroc"]) == {"value", "low", "high"}

@@ -80,7 +80,9 @@ class ModelSection(_Section):
         description="Members of an ensemble that is trained together.",
     )
     ensemble_strategy: Literal["mean", "uncertainty_weighted"] = Field(
-        default="uncertainty_weighted", description="How an ensemble fuses its members."
+        default="uncertainty_weighted",
+        description="How `LitEnsembleSystem.predict` fuses the members; training and its metrics "
+        "take their mean.",
     )
     pretrained: Annotated[str, BeforeValidator(_start)] = Field(
         default="none",
@@ -221,7 +223,11 @@ class DataSection(_Section):
     val_urls: str | None = Field(default=None, description="Tars, with braces.")
     test_urls: str | None = Field(default=None, description="Tars, with braces.")
     image_size: int | None = _bounded(
-        default=None, ge=16, le=2048, description="The central square to keep, in pixels."
+        default=None,
+        ge=16,
+        le=2048,
+        description="The central square to keep, in pixels; by default all of shards and datasets, "
+        "64 of a catalogue",
     )
     num_workers: int = _bounded(
         default=0, ge=0, le=256, description="Loader processes; 0 reads in the training process."
@@ -231,7 +237,8 @@ class DataSection(_Section):
         default=1.0,
         gt=0,
         le=1,
-        description="The fraction of the training groups to train on, drawn by the seed.",
+        description="The fraction of the training groups to train on, drawn by the seed: members "
+        "that shall differ need other seeds (`@1`, `@2`)",
     )
 
 

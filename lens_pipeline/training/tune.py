@@ -300,9 +300,11 @@ class _Study:
             trial.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             log.info("trial %d: pruned", trial.number)
         except Exception as problem:  # of any kind: left as it is, it would be tried for ever
-            told = isinstance(problem, InputError)
-            reason = " ".join(f"{'' if told else f'{type(problem).__name__}: '}{problem}".split())
-            log.debug("trial %d", trial.number, exc_info=not told)
+            is_told = isinstance(problem, InputError)
+            reason = " ".join(
+                f"{'' if is_told else f'{type(problem).__name__}: '}{problem}".split()
+            )
+            log.debug("trial %d", trial.number, exc_info=not is_told)
             trial.set_user_attr(REASON, reason)
             trial.study.tell(trial, state=optuna.trial.TrialState.FAIL)
             log.warning("trial %d has failed: %s", trial.number, reason)
