@@ -212,7 +212,7 @@ def locked(path: Path) -> Iterator[None]:
         lock.acquire(timeout=10)
     except filelock.Timeout:
         who = holder.read_text() if holder.exists() else "an unknown process"
-        log.warning("waiting for %s, held by %s", path.stem.lstrip("."), who)
+        log.warning("waiting for %s, held by %s", path.stem, who)
         lock.acquire()
     try:
         write_aside(holder, f"process {os.getpid()} on {socket.gethostname()}")

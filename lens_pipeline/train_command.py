@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings, absolute
-from lens_pipeline.steps import digest, locked
+from lens_pipeline.steps import LOCKS, digest, locked
 from lens_pipeline.terminal import configure_logging, local_path
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.flags import add_flags, changes
@@ -44,7 +44,7 @@ def train_command(options: argparse.Namespace) -> int:
         raise InputError(f"--checkpoint-dir: {out} is a file; name a folder")
     from lens_pipeline.training.devices import gpus_claimed
 
-    with locked(out / f".{out.name}.lock"), gpus_claimed(config.hardware):
+    with locked(out.parent / LOCKS / f"{out.name}.lock"), gpus_claimed(config.hardware):
         if config.hardware.devices > 1:
             trained = _in_processes(config, settings, out, options.verbose)
         else:
