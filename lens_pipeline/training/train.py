@@ -64,6 +64,7 @@ from lens_pipeline.training.member import (
 from lens_pipeline.training.undisturbed import process_left_as_it_was
 
 START = "weights to start from"
+COMPUTED_ON = "device and precision"
 WEIGHTS = ("state_dict", "hyper_parameters", "epoch", "global_step", "pytorch-lightning_version")
 BATCH = 256
 
@@ -193,6 +194,7 @@ def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> tuple[TrainCon
     is one). Raises InputError where the folder holds another training."""
     out.mkdir(parents=True, exist_ok=True)
     inputs = hashed_inputs(config, data)
+    here = f"{device(config)}, {resolved_precision(config)}"
     last = out / LAST
     if last.exists() or (out / SCORES).exists():
         before = TrainConfig.read(out / SETTINGS)
@@ -219,8 +221,14 @@ def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> tuple[TrainCon
             )
         if not (out / SCORES).exists():
             log.info("  goes on from %s", last)
+            if (there := recorded.get(COMPUTED_ON, here)) != here:
+                log.warning(
+                    "  it was computed on %s, and goes on on %s: the weights will not be, bit for "
+                    "bit, those of a training on either alone",
+                    *(there, here),
+                )
     if not config.training.fast_dev_run:
-        write_aside(out / INPUTS, json.dumps(inputs, indent=1))
+        write_aside(out / INPUTS, json.dumps(inputs | {COMPUTED_ON: here}, indent=1))
         write_aside(out / SETTINGS, config.yaml)
     return config, last if last.exists() else None
 

@@ -1,5 +1,6 @@
 """A training that was killed goes on where it was, and ends as if nothing had happened."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -309,6 +310,18 @@ def test_of_a_training_that_has_ended_only_the_same_is_taken_for_it(
     (out / "best.ckpt").unlink()
     with pytest.raises(InputError, match=r"best\.ckpt: is not there any more"):
         train(config, data, out)
+
+
+def test_another_device_is_gone_on_with_and_told(
+    shards_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert in_a_process(_config(), shards_folder, tmp_path, 5) == -signal.SIGKILL
+    inputs = tmp_path / "inputs.json"
+    recorded = json.loads(inputs.read_text())
+    assert recorded["device and precision"] == "cpu, 32-true"
+    inputs.write_text(json.dumps(recorded | {"device and precision": "cuda, bf16-mixed"}))
+    train(_config(), LensDataModule(shards_folder), tmp_path)
+    assert "computed on cuda, bf16-mixed, and goes on on cpu, 32-true" in caplog.text
 
 
 def _drawn_cutouts(folder: Path, kind: str, seed: int) -> CutoutModule:
