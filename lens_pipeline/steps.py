@@ -6,6 +6,7 @@ decide its output. A folder is complete when its `complete.json`, written last, 
 """
 
 import ast
+import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -16,7 +17,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -65,15 +66,32 @@ def write_aside(path: Path, text: str) -> None:
 
 @contextmanager
 def folder_aside(out: Path) -> Iterator[Path]:
-    """An empty folder that becomes `out` when the block ends well, and is removed when it fails."""
+    """An empty folder that becomes `out` when the block ends well, and is removed when it fails.
+
+    What else is written beside `out` meanwhile, under names that begin with the folder's, is
+    removed in either case; and all that processes which were killed have left of theirs.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for lock in out.parent.glob(f".{glob.escape(out.name)}.*.lock"):
+        with suppress(OSError), filelock.FileLock(lock, timeout=0):  # nobody holds it
+            _remove_all(lock.with_suffix(""))
     # Not by the process: in a container that was killed the next has the same number.
     aside = out.with_name(f".{out.name}.{uuid4().hex[:12]}")
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with filelock.FileLock(f"{aside}.lock"):
+        try:
+            aside.mkdir()
+            yield aside
+            aside.rename(out)
+        finally:
+            _remove_all(aside)
+
+
+def _remove_all(aside: Path) -> None:
+    for path in aside.parent.glob(f"{glob.escape(aside.name)}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @cache

@@ -98,6 +98,9 @@ def test_a_processed_dataset_is_taken_as_it_is(dataset: Dataset, tmp_path: Path)
         (["--upload-only", "--cloud-url", "c"], "manifest.json"),
         (["--data-root", "nowhere.csv"], "nowhere.csv"),
         (["--data-root", "DATA", "--quality", "0"], "quality 0"),
+        (["--data-root", "nowhere.csv", "--quality", "0"], "quality 0"),  # before anything is read
+        (["--data-root", "nowhere.csv", "--shard-size", "0"], "shard_size 0"),
+        (["--data-root", "nowhere.csv", "--encoding", "float61"], "encoding 'float61'"),
         (["--data-root", "DATA", "--image-size", "500"], "500 x 500 are needed"),
         (["--data-root", "DATA", "--storage-options", "x"], "JSON object"),
         (
@@ -164,7 +167,7 @@ def test_what_is_asked_to_end_leaves_nothing(folder: Path, tmp_path: Path) -> No
     command = [LENS_PIPELINE, "prepare", "--data-root", str(many), "--output-dir", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     begun = time.monotonic()
-    while not any(out.parent.glob(".dataset-*/train.npy")):
+    while not any(out.parent.glob(".shards.*.dataset-*/train.npy")):
         assert process.poll() is None
         assert time.monotonic() - begun < 100
         time.sleep(0.05)

@@ -5,13 +5,15 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from lens_pipeline.steps import Recipe, remove_unused, run_step, source_hashes
+from lens_pipeline.steps import Recipe, folder_aside, remove_unused, run_step, source_hashes
 
 RECIPE = Recipe(stage="test", modules=("lens_pipeline.errors",), settings={"n": 1})
 
@@ -234,3 +236,43 @@ def test_a_folder_that_is_half_removed_is_not_taken_for_one(
     assert not step.folder.exists()
     assert len(remove_unused(tmp_path, _later())) == 1
     assert not run_step(RECIPE, tmp_path, _write).reused
+
+
+FILLS = """
+import sys, time
+from pathlib import Path
+from lens_pipeline.steps import folder_aside
+
+with folder_aside(Path(sys.argv[1])) as aside:
+    (aside / "part").touch()
+    beside = aside.with_name(f"{aside.name}.dataset-1")
+    beside.mkdir()
+    (beside / "train.npy").touch()
+    time.sleep(100)
+"""
+
+
+def test_a_folder_aside_of_a_process_that_was_killed_is_removed_by_the_next(tmp_path: Path) -> None:
+    """With what lay beside it; those of processes that are at work are not."""
+
+    def begun(n: int) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen([sys.executable, "-c", FILLS, str(tmp_path / "shards")])
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob(".shards.*/train.npy"))) < n:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return process
+
+    with begun(1) as killed:
+        left = {path.name for path in tmp_path.iterdir()}
+        assert len(left) == 3
+        with begun(2) as at_work:
+            killed.kill()
+            killed.wait()
+            with folder_aside(tmp_path / "shards") as aside:
+                assert not left & {path.name for path in tmp_path.iterdir()}
+                (aside / "whole").touch()
+            there = {path.name for path in tmp_path.iterdir()}
+            assert len(there) == 1 + 3
+            at_work.kill()
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["whole"]

@@ -13,13 +13,15 @@ from astropy.io import fits
 from astropy.utils.exceptions import AstropyWarning
 from numpy.typing import NDArray
 
+from lens_pipeline.catalogue.background import background_sigma
+
 # `VIS_FLUX`, `VIS_RMS`, `VIS_PSF`: an extension of another role goes with the image of its band;
 # `SCI`, `ERR`: those of a band without a name.
 _ROLES = {
     "image": ("BGSUB", "FLUX", "SCI", "IMAGE"),  # BGSUB, or else the first in the file
     "rms": ("RMS", "NOISE", "NOISEMAP", "ERR", "ERROR", "SIGMA", "STD", "UNCERT"),
     "variance": ("VARIANCE", "VAR"),
-    "weight": ("WHT", "WGT", "WEIGHT", "IVAR", "INVVAR"),  # inverse variance
+    "weight": ("WHT", "WGT", "WEIGHT", "IVAR", "INVVAR"),  # inverse variance, as a rule
     "mask": ("MASK", "MSK", "FLAG", "FLAGS", "FLG", "DQ"),  # 0 is good
     "other": ("PSF", "CTX", "VAR_POISSON", "VAR_RNOISE", "VAR_FLAT"),
 }
@@ -37,6 +39,7 @@ _PLAIN = ""  # the band of an extension that is named by its role alone
 # detected sources, and for others that are as good as any.
 _PLANE = "MP_"
 _BAD_PLANES = ("BAD", "SAT", "CR", "NO_DATA", "UNMASKEDNAN")
+WEIGHTS_FIT = 3.0  # the noise that they state is at most so many times what is measured, or less
 MIDDLE = 8  # of a cutout: this part of its side
 _ZERO_POINTS = ("MAGZERO", "MAGZPT", "MAGZP", "ZEROPNT", "PHOTZP", "ZP")
 
@@ -141,7 +144,7 @@ def read_fits(content: io.BytesIO) -> FitsImage:
     return FitsImage(
         np.stack([_masked(image, found[name].maps.get("mask")) for name, image in images.items()]),
         None if nameless else tuple(found),
-        tuple(_sigma(band.maps) for band in found.values()),
+        tuple(_sigma(band.maps, images[name].data) for name, band in found.items()),
         tuple(image.zero_point for image in images.values()),
     )
 
@@ -208,11 +211,20 @@ def _masked(image: _Extension, mask: _Extension | None) -> NDArray[Any]:
     return np.where(bad, np.nan, image.data.astype(np.float32))
 
 
-def _sigma(maps: Mapping[str, _Extension]) -> float:
-    """The median of the noise map: most pixels of a cutout are background."""
+def _sigma(maps: Mapping[str, _Extension], image: NDArray[Any]) -> float:
+    """The median of the noise map: most pixels of a cutout are background. NaN where there is none.
+
+    Nor is there one where weights are not those of this noise: drizzled images may have exposure
+    times for weights, coadded ones relative numbers.
+    """
     for role, power in (("rms", 1), ("variance", 0.5), ("weight", -0.5)):
         if role in maps:
             values = np.asarray(maps[role].data, dtype=np.float64)
             good = values[np.isfinite(values) & (values > 0)]
-            return float(np.median(good**power)) if len(good) else float("nan")
+            sigma = float(np.median(good**power)) if len(good) else float("nan")
+            if role == "weight":
+                measured = background_sigma(image)
+                if not measured / WEIGHTS_FIT <= sigma <= measured * WEIGHTS_FIT:
+                    return float("nan")
+            return sigma
     return float("nan")

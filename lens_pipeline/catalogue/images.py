@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from astropy.stats import mad_std, sigma_clip
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from lens_pipeline.catalogue.background import background_sigma
 from lens_pipeline.catalogue.fits_images import MIDDLE, read_fits
 from lens_pipeline.catalogue.pictures import read_picture
 from lens_pipeline.errors import NoAnswerError, words_of
@@ -37,7 +37,6 @@ PIXELS = {  # in words
 }
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 MAX_NAN_FRACTION = 0.1  # of a band, in the middle
-LAG = 3  # pixels
 MAX_ZEROS = 0.01  # of the pixels beside blocks of zeros, or these are none of a filler
 STACKS = 8  # local ones that are open at a time, in each process
 NPY_HEAD = 4096  # bytes: more than the head of a NumPy file
@@ -84,7 +83,8 @@ class Cutout:
         )
 
     def with_bands(self, wanted: Sequence[str]) -> "Cutout":
-        """These bands alone, in this order, by name (in any case of letters).
+        """These bands alone, in this order, by name: in any case of letters where that leaves no
+        doubt, as it does of Rubin's `y` and Euclid's `Y`.
 
         Raises CutoutError where there is no such band, or the file does not name its bands.
         """
@@ -96,11 +96,7 @@ class Cutout:
             if len(wanted) == len(self.pixels):
                 return replace(self, bands=tuple(wanted))
             raise CutoutError(f"{len(self.pixels)} bands without names; {len(wanted)} are needed")
-        found = [band.lower() for band in bands]
-        missing = [band for band in wanted if band.lower() not in found]
-        if missing:
-            raise CutoutError(f"there is no band {missing[0]}; there are {', '.join(bands)}")
-        chosen = [found.index(band.lower()) for band in wanted]
+        chosen = [_place_of(band, bands) for band in wanted]
         return replace(
             self,
             pixels=self.pixels[chosen],
@@ -108,6 +104,16 @@ class Cutout:
             sigma=tuple(self.sigma[i] for i in chosen) if self.sigma else (),
             zero_point=tuple(self.zero_point[i] for i in chosen) if self.zero_point else (),
         )
+
+
+def _place_of(band: str, bands: Sequence[str]) -> int:
+    if band in bands:
+        return bands.index(band)
+    alike = [place for place, name in enumerate(bands) if name.lower() == band.lower()]
+    if len(alike) != 1:
+        what = "several bands" if alike else "no band"
+        raise CutoutError(f"there is {what} {band}; there are {', '.join(bands)}")
+    return alike[0]
 
 
 def file_of(reference: str) -> str:
@@ -134,15 +140,16 @@ def read_image(
     """Read one file, as it is.
 
     flux_unit: `background_sigma` says that a FITS or NPY image is in these units already; else it
-    is linear flux. Raises CutoutError with the reason; within `strict_fits`, for a truncated FITS
-    file, too; and NoAnswerError where it lies in a store that fails: that says nothing of the file.
+    is linear flux, but for NPY or NPZ of bytes without a flux_unit, which are a composite. Raises
+    CutoutError with the reason; within `strict_fits`, for a truncated FITS file, too; and
+    NoAnswerError where it lies in a store that fails: that says nothing of the file.
     """
     path, row = file_of(reference), STACK_ROW.match(reference)
     name = without_query(path).lower()
     try:
         if row:
             read = _remote_row if "://" in path else _local_row
-            return Cutout(_as_cube(read(path, int(row["row"]), options)), _linear(flux_unit))
+            return _of_array(read(path, int(row["row"]), options), flux_unit)
         content = _content(path, options)
         if name.endswith(".gz"):
             content, name = gzip.decompress(content), name.removesuffix(".gz")
@@ -160,20 +167,19 @@ def decode_image(content: bytes, suffix: str, flux_unit: str | None = None) -> C
     linear = _linear(flux_unit)
     try:
         if suffix == "npy":
-            return Cutout(_as_cube(np.load(io.BytesIO(content), allow_pickle=False)), linear)
+            return _of_array(np.load(io.BytesIO(content), allow_pickle=False), flux_unit)
         if suffix in ("fits", "fit", "fz"):
             found = read_fits(io.BytesIO(content))
             cube = _as_cube(found.pixels)
             of_bands = found.zero_point * (len(cube) // len(found.zero_point))
             return Cutout(cube, linear, found.bands, sigma=found.sigma, zero_point=of_bands)
         if suffix == "npz":
-            return _read_npz(content, linear)
+            return _read_npz(content, flux_unit)
         if suffix in ("png", "jpg", "jpeg", "tif", "tiff"):
             cube = read_picture(content)
             if np.issubdtype(cube.dtype, np.floating):
                 return Cutout(_as_cube(cube), linear)
-            full_scale = 255 if cube.dtype == np.uint8 else 65535
-            return Cutout((cube / np.float32(full_scale)).astype(np.float32), COMPOSITE)
+            return _composite(cube)
     except CutoutError:
         raise
     except Exception as problem:  # noqa: BLE001  (decoders raise anything on a damaged file)
@@ -194,20 +200,33 @@ def _linear(flux_unit: str | None) -> str:
     return SIGMA_UNITS if flux_unit == SIGMA_UNITS else FLUX
 
 
+def _composite(cube: NDArray[Any]) -> Cutout:
+    full_scale = np.float32(np.iinfo(cube.dtype).max)
+    return Cutout((cube / full_scale).astype(np.float32), COMPOSITE)
+
+
+def _of_array(array: NDArray[Any], flux_unit: str | None) -> Cutout:
+    """Bytes are those of a picture, unless their unit is stated: no survey's flux has 256 steps."""
+    if array.dtype == np.uint8 and flux_unit is None:
+        return _composite(_by_bands(array))
+    return Cutout(_as_cube(array), _linear(flux_unit))
+
+
 def _unreadable(problem: Exception) -> CutoutError:
     return CutoutError(f"the file cannot be read ({words_of(problem, 200)})")
 
 
-def _read_npz(content: bytes, units: str) -> Cutout:
+def _read_npz(content: bytes, flux_unit: str | None) -> Cutout:
     """One cube, or one image for each band, named by it."""
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         names = arrays.files
         if len(names) == 1:
-            return Cutout(_as_cube(arrays[names[0]]), units)
+            return _of_array(arrays[names[0]], flux_unit)
         shapes = {name: arrays[name].shape for name in names}
         if len(set(shapes.values())) > 1 or len(shapes[names[0]]) != 2:
             raise CutoutError(f"the arrays of the bands differ in shape: {shapes}")
-        return Cutout(_as_cube(np.stack([arrays[name] for name in names])), units, tuple(names))
+        stacked = _of_array(np.stack([arrays[name] for name in names]), flux_unit)
+        return replace(stacked, bands=tuple(names))
 
 
 def _local_row(path: str, row: int, _: object) -> NDArray[Any]:
@@ -225,7 +244,7 @@ def _mapped(path: str, *_: int) -> NDArray[Any]:
 
 
 def _check_row(row: int, shape: tuple[int, ...]) -> None:
-    if len(shape) != 4 or row >= shape[0]:
+    if len(shape) not in (3, 4) or row >= shape[0]:  # of one band, or of several
         raise CutoutError(f"there is no row {row} in a stack of shape {shape}")
 
 
@@ -245,34 +264,24 @@ def _remote_row(path: str, row: int, options: dict[str, Any] | None) -> NDArray[
     return np.frombuffer(content, dtype).reshape(shape[1:])
 
 
-def _as_cube(array: NDArray[Any]) -> NDArray[np.float32]:
+def _by_bands(array: NDArray[Any]) -> NDArray[Any]:
+    """(bands, height, width)"""
     if array.ndim == 2:
         array = array[None]
     if array.ndim != 3:
         raise CutoutError(f"the shape is {array.shape}; (bands, height, width) is needed")
     if array.shape[-1] < min(array.shape[:2]):  # fewer than rows and columns: bands, at the end
         array = np.moveaxis(array, -1, 0)
+    return array
+
+
+def _as_cube(array: NDArray[Any]) -> NDArray[np.float32]:
+    array = _by_bands(array)
     if not np.issubdtype(array.dtype, np.number) or np.iscomplexobj(array):
         raise CutoutError(f"the pixels are {array.dtype}, not real numbers")
     if np.any(np.isfinite(array) & (np.abs(array) > np.finfo(np.float32).max)):
         raise CutoutError("a pixel is brighter than a float32 holds")
     return np.ascontiguousarray(array, dtype=np.float32)
-
-
-def background_sigma(band: NDArray[np.float32]) -> float:
-    """Standard deviation of the background of one image, its unit that of the pixels.
-
-    1.4826 times the median absolute deviation, after three rounds of clipping at 3 sigma, of mixed
-    second differences, I(x, y) - I(x + d, y) - I(x, y + d) + I(x + d, y + d), over 2: of the smooth
-    light of a galaxy, which may fill the cutout, they leave little. d is LAG: nearer pixels of a
-    resampled image have noise in common.
-    """
-    values = band.astype(np.float64)
-    rows = values[LAG:] - values[:-LAG]
-    differences = (rows[:, LAG:] - rows[:, :-LAG]) / 2
-    differences = differences[np.isfinite(differences)]
-    kept = sigma_clip(differences, sigma=3, maxiters=3, stdfunc="mad_std", masked=False)
-    return float(mad_std(kept))
 
 
 def _filled(pixels: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -294,8 +303,8 @@ def usable_cutout(cutout: Cutout, size: int, *, pad: bool = False) -> Cutout:
     A band's sigma is the file's own where it tells it, else `background_sigma` of the whole image.
     A pixel that is not finite becomes the median of its band, and so does one of a block of zeros
     in linear flux, and what lacks of a smaller image if `pad` asks for it. Raises CutoutError where
-    an image is smaller without, is constant, has too many such pixels, or they are its middle, has
-    no background noise to measure, or exceeds what a float16 holds.
+    an image is smaller without, is constant (in flux: a band of it), has too many such pixels, or
+    they are its middle, has no background noise to measure, or exceeds what a float16 holds.
     """
     if not cutout.pixels.size:
         raise CutoutError("the image holds no pixel")
@@ -331,8 +340,9 @@ def usable_cutout(cutout: Cutout, size: int, *, pad: bool = False) -> Cutout:
     median = [np.median(band[good]) for band, good in zip(pixels, finite, strict=True)]
     filler = np.array(median, np.float32)[:, None, None]
     pixels = central(np.where(finite, pixels, filler).astype(np.float32), size)
-    if np.ptp(pixels) == 0:
-        raise CutoutError("the image is constant")
+    flat = np.ptp(pixels, axis=(1, 2)) == 0
+    if flat.all() or (units == SIGMA_UNITS and flat.any()):
+        raise CutoutError("the image is constant" if flat.all() else "a band is constant")
     if not np.abs(pixels).max() <= FLOAT16_MAX:
         raise CutoutError("a pixel is brighter than 65504 background sigma")
     padded_fraction = 1 - pixels[0].size / size**2

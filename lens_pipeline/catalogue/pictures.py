@@ -73,7 +73,9 @@ def _read_tiff(content: bytes) -> NDArray[Any]:
                 raise
             return _read_pillow(content)
         if not np.issubdtype(array.dtype, np.floating) and array.dtype not in (np.uint8, np.uint16):
-            raise ValueError(f"the pixels are {array.dtype}; 8 or 16 bits or floats are needed")
+            raise ValueError(
+                f"the pixels are {array.dtype}; 8 or 16 bits without a sign, or floats, are needed"
+            )
         if series.axes.endswith("S"):
             array = np.moveaxis(array, -1, 0)
         if first.photometric == tifffile.PHOTOMETRIC.RGB:

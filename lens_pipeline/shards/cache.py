@@ -5,6 +5,7 @@ need into a folder of bounded size that processes share, or into memory.
 import errno
 import mmap
 import os
+import re
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -28,6 +29,7 @@ from lens_pipeline.shards.store import Store
 from lens_pipeline.shards.transfers import ahead_of, at_a_time
 
 GB = 10**9
+OF_A_VERSION = re.compile(r"[0-9a-f]{32}")  # folders of a cache's own
 BLOCK = 2**18  # bytes that are written at once: ext4 took up to nine times as long for all at once
 IN_MEMORY = GB  # bytes of shards that are kept where no folder may be
 
@@ -178,7 +180,8 @@ class CacheFolder:
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         for folder in os.scandir(self.path):
-            if folder.is_dir():
+            # Others are somebody's, who has put the cache among them.
+            if OF_A_VERSION.fullmatch(folder.name) and folder.is_dir():
                 for file in os.scandir(folder):
                     if file.name.endswith(".tar") or file.name == INDEX:
                         with suppress(FileNotFoundError):

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pytorch_lightning.trainer.states import TrainerStatus
 from torch.utils.data import DataLoader, Dataset
 
 from lens_pipeline.catalogue.dataset import CutoutFormat, Split, check_part
+from lens_pipeline.catalogue.joined import joined_format
 from lens_pipeline.catalogue.splits import SPLITS, drawn_groups
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
@@ -68,8 +70,9 @@ def _pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
 class CutoutModule(pl.LightningDataModule):
     """Train, validation and test batches of cutouts that can be had at their places.
 
-    Batches: dict of `image` float32 (n, bands, height, width) in the units of the stored cutouts,
-    `label` float32 (n,), `index` int64 (n,). The order of an epoch depends on (seed, epoch) alone;
+    Batches: dict of `image` (n, bands, height, width) in the units of the stored cutouts, float32
+    as a Trainer gives it to a step, of a loader alone as it is stored; `label` float32 (n,);
+    `index` int64 (n,). The order of an epoch depends on (seed, epoch) alone;
     see `EpochBatches` for how ranks share it. bagging: the fraction of the training groups that
     batches are made of, drawn by the seed.
     """
@@ -332,11 +335,10 @@ class LensWebDatasetDataModule(CutoutModule):
         if name not in self.opened:
             tars = open_tars(self._url(name), f"{name}_urls", **self.how)
             for other, opened in self.opened.items():
-                if opened.format != tars.format:
-                    raise InputError(
-                        f"{name}_urls: its cutouts are {tars.format}; those of {other}_urls are "
-                        f"{opened.format}"
-                    )
+                mine, theirs = tars.format, opened.format
+                if not (mine.named_bands and theirs.named_bands) and mine.shape == theirs.shape:
+                    mine = replace(mine, bands=theirs.bands)  # others' tars do not name theirs
+                joined_format({f"{other}_urls": theirs, f"{name}_urls": mine})
             self.opened[name] = tars
         return self.opened[name]
 

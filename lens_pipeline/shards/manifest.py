@@ -108,6 +108,12 @@ class Manifest:
         return manifest
 
 
+def check_shard_size(cutouts: int) -> None:
+    """Raises InputError where a shard would hold none."""
+    if cutouts < 1:
+        raise InputError(f"shard_size {cutouts}: at least 1 is needed")
+
+
 def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}.tar"
 

@@ -7,9 +7,11 @@ from typing import Any
 
 from lens_pipeline.catalogue.build import build_dataset
 from lens_pipeline.catalogue.dataset import REJECTS, open_dataset
+from lens_pipeline.catalogue.images import COMPOSITE
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.errors import InputError
-from lens_pipeline.shards.manifest import Manifest
+from lens_pipeline.shards.encoding import Encoding
+from lens_pipeline.shards.manifest import Manifest, check_shard_size
 from lens_pipeline.steps import file_aside
 
 IMAGE_SIZE = 64
@@ -50,8 +52,11 @@ def prepare_shards(
         if image_size not in (None, has):
             raise InputError(f"image_size {image_size}: the cutouts of {data_root} have {has}")
         return write(data_root)
+    check_shard_size(shard_size)
+    Encoding(encoding, COMPOSITE, quality)  # known to be good before hours of reading
     storage = dict(options or {})
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".dataset-") as folder:
+    hidden = f".{out.name.removeprefix('.')}.dataset-"
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=hidden) as folder:
         catalogue = read_catalogue(data_root, storage)
         dataset = build_dataset(
             catalogue.of_surveys(surveys, split_seed) if surveys else catalogue,

@@ -203,11 +203,23 @@ class ShardLoader(ResumableLoader):
         super().__init__(dataset, sampler=sampler, **(how | {"batch_size": None}))
         self.ahead, self.device = ahead, device
         self.began_with: int | None = None  # of the epoch that goes on, if one does
+        self.goes_on: int | None = None  # its number
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # Lightning may have taken the last batch, and gone on with the next epoch, without asking
+        # whether it was.
+        assert isinstance(self.sampler, EpochBatches)
+        if self.goes_on not in (None, self.sampler.epoch):
+            self.start, self.began_with = 0, None
+        self.goes_on = None
+        return super().__iter__()
 
     def state_dict(self) -> dict[str, int]:
         """With what decides the order of the epoch, beside its seed and number."""
         assert isinstance(self.sampler, EpochBatches)
         return super().state_dict() | {
+            "epoch": self.sampler.epoch,
+            "seed": self.sampler.seed,
             "cutouts": self.sampler.n,
             "a step": self.sampler.batch_size * self.sampler.ranks,
             "mixed": self.sampler.mixed,
@@ -222,14 +234,16 @@ class ShardLoader(ResumableLoader):
             return
         now = self.state_dict()
         for name, what in (
-            ("cutouts", "cutouts in all"),
-            ("a step", "cutouts a step (batch_size x processes)"),
+            ("cutouts", "{} cutouts in all"),
+            ("a step", "{} cutouts a step (batch_size x processes)"),
+            ("seed", "the seed {}"),
         ):
             if state.get(name, now[name]) != now[name]:
                 raise InputError(
-                    f"the epoch that is to go on began with {state[name]} {what}, and there are "
-                    f"{now[name]} now; go on with as many"
+                    f"the epoch that is to go on began with {what.format(state[name])}, and this "
+                    f"one has {now[name]}; go on with the same"
                 )
+        self.goes_on = state.get("epoch")
         self.began_with = state.get("mixed")
         if self.began_with and self.sampler.windows is None:
             raise InputError(

@@ -18,10 +18,15 @@ from numpy.typing import NDArray
 from lens_pipeline.catalogue.columns import image_columns
 from lens_pipeline.catalogue.dataset import PARTS, Dataset, open_dataset
 from lens_pipeline.catalogue.splits import class_counts
-from lens_pipeline.errors import InputError
 from lens_pipeline.progress import progress_bar
 from lens_pipeline.shards.encoding import Encoding
-from lens_pipeline.shards.manifest import Manifest, Shard, shard_name, write_manifest
+from lens_pipeline.shards.manifest import (
+    Manifest,
+    Shard,
+    check_shard_size,
+    shard_name,
+    write_manifest,
+)
 from lens_pipeline.shards.tar import Bytes, Member, tar_end, tar_part, word_sums
 from lens_pipeline.storage import filling
 
@@ -47,8 +52,7 @@ def write_shards(
     The same dataset gives the same bytes. Raises InputError for settings out of range, and where
     `out` holds anything.
     """
-    if shard_size < 1:
-        raise InputError(f"shard_size {shard_size}: at least 1 is needed")
+    check_shard_size(shard_size)
     source = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
     stored = Encoding(encoding, source.format.units, quality)
     total = sum(counts["n"] for counts in source.facts["splits"].values())

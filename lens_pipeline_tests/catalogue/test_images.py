@@ -17,7 +17,8 @@ from astropy.io import fits
 from PIL import Image
 from scipy import ndimage
 
-from lens_pipeline.catalogue.images import CutoutError, background_sigma, read_cutout, read_image
+from lens_pipeline.catalogue.background import background_sigma
+from lens_pipeline.catalogue.images import CutoutError, read_cutout, read_image
 from lens_pipeline.simulation import simulate
 
 RNG = np.random.default_rng(0)
@@ -143,6 +144,19 @@ def test_multi_extension_fits_with_band_names(tmp_path: Path) -> None:
     np.testing.assert_array_equal(cutout.pixels, NOISE)
 
 
+def test_bands_whose_names_differ_in_case_alone_are_two(tmp_path: Path) -> None:
+    """Rubin's `y` and Euclid's `Y`."""
+    np.savez(tmp_path / "a.npz", y=NOISE[0], Y=NOISE[1], J=NOISE[2])
+    path = str(tmp_path / "a.npz")
+    of_y, of_Y, of_J = read_cutout([path], 40, bands=["y", "Y", "j"]).pixels
+    np.testing.assert_allclose(of_y, NOISE[0] / background_sigma(NOISE[0]), rtol=1e-5)
+    np.testing.assert_allclose(of_Y, NOISE[1] / background_sigma(NOISE[1]), rtol=1e-5)
+    np.testing.assert_allclose(of_J, NOISE[2] / background_sigma(NOISE[2]), rtol=1e-5)
+    np.savez(tmp_path / "b.npz", vis=NOISE[0], VIS=NOISE[1])
+    with pytest.raises(CutoutError, match="there is several bands Vis; there are vis, VIS"):
+        read_cutout([str(tmp_path / "b.npz")], 40, bands=["Vis"])
+
+
 def test_a_file_for_each_band(tmp_path: Path) -> None:
     for band in range(2):
         fits.PrimaryHDU(NOISE[band]).writeto(tmp_path / f"{band}.fits")
@@ -157,6 +171,24 @@ def test_composites_are_value_over_full_scale(tmp_path: Path, dtype: type, full:
     cutout = read_cutout([str(tmp_path / "a.png")], 40)
     assert cutout.units == "composite"
     np.testing.assert_allclose(cutout.pixels[0], values / full, atol=1e-7)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npy#0", "npz"])
+def test_bytes_of_numpy_are_a_composite_unless_their_unit_is_stated(
+    tmp_path: Path, suffix: str
+) -> None:
+    values = RNG.integers(0, 255, (40, 40, 3), endpoint=True).astype(np.uint8)
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "npz":
+        np.savez(path, values)
+    else:
+        np.save(tmp_path / "a.npy", values[None] if "#" in suffix else values)
+    found = read_image(str(path))
+    assert found.units == "composite"
+    np.testing.assert_allclose(found.pixels, np.moveaxis(values, -1, 0) / 255, atol=1e-7)
+    stated = read_image(str(path), flux_unit="counts")
+    assert stated.units == "flux"
+    np.testing.assert_array_equal(stated.pixels, np.moveaxis(values, -1, 0))
 
 
 def test_colour_composite_has_three_bands(tmp_path: Path) -> None:
@@ -239,6 +271,9 @@ def test_a_row_of_a_stack(tmp_path: Path) -> None:
     np.testing.assert_array_equal(row.pixels, 2 * NOISE)
     with pytest.raises(CutoutError, match="no row 2"):
         read_image(f"{tmp_path}/stack.npy#2")
+    np.save(tmp_path / "mono.npy", NOISE)  # three images of one band
+    row = read_image(f"{tmp_path}/mono.npy#1")
+    np.testing.assert_array_equal(row.pixels, NOISE[1:2])
 
 
 def test_real_pan_starrs_stack(shared_data: Path) -> None:

@@ -12,7 +12,8 @@ import tifffile
 from astropy.io import fits
 from PIL import Image
 
-from lens_pipeline.catalogue.images import CutoutError, background_sigma, read_cutout, read_image
+from lens_pipeline.catalogue.background import background_sigma
+from lens_pipeline.catalogue.images import CutoutError, read_cutout, read_image
 from lens_pipeline_tests.catalogue.by_hand import (
     RNG,
     SIZE,
@@ -152,6 +153,35 @@ def test_an_image_of_one_value_is_refused_in_every_unit(
         np.save(tmp_path / name, blank.astype(np.float32))
     with pytest.raises(CutoutError, match="constant"):
         read_cutout([str(tmp_path / name)], SIZE, flux_unit)
+
+
+def test_a_dead_band_is_refused_whatever_its_noise_is_said_to_be(tmp_path: Path) -> None:
+    """Beyond the survey's edge in one band: were it kept where one class lies, it would tell it."""
+    sky, dead = RNG.normal(0, 1, (2, SIZE, SIZE)).astype(np.float32)
+    dead[:] = 0
+    noise = np.ones_like(sky)
+    names = {"G": sky, "G_RMS": noise, "R": dead, "R_RMS": noise}
+    hdus = [fits.PrimaryHDU(), *(fits.ImageHDU(data, name=name) for name, data in names.items())]
+    fits.HDUList(hdus).writeto(tmp_path / "a.fits")
+    np.save(tmp_path / "a.npy", np.stack([sky, dead]))
+    for name, flux_unit in (("a.fits", None), ("a.npy", "background_sigma")):
+        with pytest.raises(CutoutError, match="a band is constant"):
+            read_cutout([str(tmp_path / name)], SIZE, flux_unit)
+
+
+@pytest.mark.parametrize(
+    ("weight", "kept"), [(1.0, True), (3.0, True), (2200.0, False), (0.01, False)]
+)
+def test_weights_that_are_not_of_the_noise_do_not_count(
+    tmp_path: Path, weight: float, kept: bool
+) -> None:
+    """Of a drizzled image they may be exposure times, of a coadded one relative."""
+    sky = RNG.normal(0, 1, (SIZE, SIZE)).astype(np.float32)
+    weights = np.full_like(sky, weight)
+    hdus = [fits.PrimaryHDU(), fits.ImageHDU(sky, name="SCI"), fits.ImageHDU(weights, name="WHT")]
+    fits.HDUList(hdus).writeto(tmp_path / "a.fits")
+    (sigma,) = read_cutout([str(tmp_path / "a.fits")], SIZE).sigma
+    assert sigma == pytest.approx(weight**-0.5 if kept else background_sigma(sky), rel=1e-5)
 
 
 def test_a_tiff_of_32_bit_integers_is_refused_or_on_its_own_full_scale(tmp_path: Path) -> None:

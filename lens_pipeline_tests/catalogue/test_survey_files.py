@@ -8,10 +8,10 @@ import tifffile
 from astropy.io import fits
 from PIL import Image
 
+from lens_pipeline.catalogue.background import background_sigma
 from lens_pipeline.catalogue.images import (
     Cutout,
     CutoutError,
-    background_sigma,
     central,
     read_cutout,
     read_image,

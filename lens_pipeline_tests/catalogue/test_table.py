@@ -79,6 +79,16 @@ def test_a_table_in_memory_is_one_as_a_file_is(tmp_path: Path, kind: str) -> Non
     assert read_catalogue(table, folder="s3://b/c").table["path"][0] == "s3://b/c/a.npy"
 
 
+def test_a_column_of_numbers_and_text_is_text(tmp_path: Path) -> None:
+    """As pandas reads a spreadsheet."""
+    table = ROWS.assign(notes=[1, "maybe", None, *[2.5] * (len(ROWS) - 3)])
+    found = read_catalogue(table, folder=tmp_path).table
+    found.to_parquet(tmp_path / "t.parquet")
+    kept = pd.read_parquet(tmp_path / "t.parquet")["notes"]
+    assert kept[:2].tolist() == ["1", "maybe"]
+    assert kept.isna().tolist() == [row == 2 for row in range(len(ROWS))]
+
+
 def test_a_table_in_memory_is_checked_as_a_file_is() -> None:
     for spoilt, message in (
         (ROWS.assign(label=[1, 0, 2, 1]), "the DataFrame: row 3, column label: '2' must be 1, 0"),

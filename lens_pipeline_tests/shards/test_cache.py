@@ -519,12 +519,14 @@ def test_shards_used_least_recently_make_room_first(
     again.gather([0])  # by another user of the cache
     split.gather([4 * per_shard])
     assert there() == {0, 2, 3, 4}
-    other = tmp_path / "of another dataset"
-    other.mkdir()
-    (other / "old.tar").write_bytes(bytes(10))
-    os.utime(other / "old.tar", (0, 0))
+    other, somebodys = tmp_path / "0123456789abcdef0123456789abcdef", tmp_path / "backups"
+    for folder in (other, somebodys):
+        folder.mkdir()
+        (folder / "old.tar").write_bytes(bytes(10))
+        os.utime(folder / "old.tar", (0, 0))
     split.gather([5 * per_shard])
-    assert not (other / "old.tar").exists()
+    assert not (other / "old.tar").exists()  # of another dataset
+    assert (somebodys / "old.tar").exists()
     # What made room is read on by who had it, and fetched again by who needs it.
     places = [1, 2 * per_shard]
     found = numbers([{"image": torch.from_numpy(again.gather(places))}])

@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
 from lens_pipeline import LensDataModule
 from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.errors import InputError
+from lens_pipeline.models.system import LitLensSystem
 from lens_pipeline.shards import open_shards, publish_shards
 from lens_pipeline.shards.sampling import EpochBatches, ShardLoader, Windows
 
@@ -173,7 +176,7 @@ def test_an_interrupted_epoch_goes_on_in_its_order_with_another_cache_or_in_anot
 def test_an_interrupted_epoch_does_not_go_on_with_other_batches(
     shards_folder: Path, dataset: Dataset
 ) -> None:
-    state = {"given": 2, "cutouts": 140, "a step": 16, "mixed": 0}
+    state = {"given": 2, "epoch": 0, "seed": 0, "cutouts": 140, "a step": 16, "mixed": 0}
 
     def goes_on(place: Path, batch_size: int = 16, **changes: int) -> None:
         loader = LensDataModule(place, batch_size=batch_size).train_dataloader()
@@ -183,12 +186,45 @@ def test_an_interrupted_epoch_does_not_go_on_with_other_batches(
     goes_on(shards_folder)
     goes_on(dataset.folder)
     goes_on(shards_folder, 32, given=0)  # an epoch that begins may be any
-    with pytest.raises(InputError, match="began with 16 cutouts a step .* there are 32 now"):
+    with pytest.raises(InputError, match="began with 16 cutouts a step .* this one has 32;"):
         goes_on(shards_folder, 32)
     with pytest.raises(InputError, match="began with 7 cutouts in all"):
         goes_on(shards_folder, cutouts=7)
+    with pytest.raises(InputError, match="began with the seed 1, and this one has 0"):
+        goes_on(shards_folder, seed=1)
     with pytest.raises(InputError, match="began with shards, and there are none now"):
         goes_on(dataset.folder, mixed=2)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"val_check_interval": 0.5},
+        {"check_val_every_n_epoch": 2},
+        {"check_val_every_n_epoch": 2, "limit_train_batches": 3},
+    ],
+)
+def test_after_the_last_batch_of_an_epoch_the_next_one_is_whole(
+    how: dict[str, Any], shards_folder: Path, tmp_path: Path
+) -> None:
+    """Lightning writes such a checkpoint before it asks whether there is another batch."""
+
+    def fitted(from_checkpoint: Path | None, *callbacks: Callback) -> Trainer:
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        kept = {} if callbacks else {"enable_checkpointing": False}
+        trainer = Trainer(
+            max_epochs=3, accelerator="cpu", num_sanity_val_steps=0, default_root_dir=tmp_path,
+            callbacks=list(callbacks), **quiet, **kept, **how,
+        )  # fmt: skip
+        data = LensDataModule(shards_folder, batch_size=16)
+        trainer.fit(LitLensSystem("lastro", image_size=32), data, ckpt_path=from_checkpoint)
+        return trainer
+
+    undisturbed = fitted(None, ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, monitor=None))
+    checkpoints = list(tmp_path.glob("*.ckpt"))
+    assert checkpoints
+    for checkpoint in checkpoints:
+        assert fitted(checkpoint).global_step == undisturbed.global_step
 
 
 def test_too_few_cutouts_to_train_on_are_an_error() -> None:

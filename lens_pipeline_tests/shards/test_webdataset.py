@@ -374,8 +374,27 @@ def test_splits_of_different_cutouts_are_refused(tmp_path: Path) -> None:
     flux, pictures = write_tars(tmp_path / "a", "npy"), write_tars(tmp_path / "b", "png")
     data = LensWebDatasetDataModule(flux, pictures)
     data.train_dataloader()
-    with pytest.raises(InputError, match="val_urls: its cutouts are .*composite.* train_urls"):
+    with pytest.raises(
+        InputError, match="val_urls: units: the cutouts have composite, those of tr"
+    ):
         data.val_dataloader()
+
+
+def test_our_own_shards_are_validated_on_tars_of_others(
+    shards_folder: Path, tmp_path: Path
+) -> None:
+    """Which state neither a pixel scale nor the bands' names."""
+    shards = open_shards(shards_folder)
+    has = shards.format
+    assert (has.pixel_scale, has.named_bands) == (0.263, ("g", "r", "i"))
+    ours = shards.manifest.patterns(str(shards_folder))["train"]
+    data = LensWebDatasetDataModule(
+        ours, write_tars(tmp_path / "others", "npy"), flux_unit="background_sigma"
+    )
+    assert len(data.train_dataloader()) > 0
+    images, _ = read(data, "val")
+    np.testing.assert_array_equal(images, CUTOUTS)
+    assert data.bands == has.bands
 
 
 @pytest.mark.parametrize(("workers", "ranks"), [(0, 1), (0, 3), (2, 2), (3, 2)])
