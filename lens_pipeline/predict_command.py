@@ -53,6 +53,11 @@ def _predict(options: argparse.Namespace) -> int:
     if options.out.resolve() == Path(source).resolve():
         raise InputError(f"--out {options.out}: is the catalogue; name another file")
     check_out(options.out)
+    if options.top and options.out.resolve().is_relative_to(Path(source).resolve()):
+        raise InputError(
+            f"--out {options.out}: lies in the folder that is scored, where the picture of --top "
+            "would be a cutout next time; name a file elsewhere"
+        )
     keep_waits_short()
     registry = Registry(settings)
     registry.require()

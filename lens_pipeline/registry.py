@@ -115,9 +115,21 @@ class Registry:
         return {a: str(number) for a, number in models[0].aliases.items()} if models else {}
 
     def aliased(self, alias: str) -> "ModelVersion | None":
-        """The version with an alias, None where there is none."""
+        """The version with an alias, None where there is none. Raises InputError where the alias
+        points to a version that is gone."""
+        from mlflow.exceptions import ErrorCode, MlflowException
+        from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
+
         number = self._numbers().get(alias)
-        return self.client.get_model_version(MODEL, number) if number else None
+        try:
+            return self.client.get_model_version(MODEL, number) if number else None
+        except MlflowException as problem:
+            if problem.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                raise
+            raise InputError(
+                f"{MODEL}: the alias {alias} points to version {number}, which is not there; "
+                "`lens-pipeline promote` makes another version champion"
+            ) from None
 
     def all_aliases(self) -> dict[str, list[str]]:
         """{version: its aliases} of the versions that have any."""
@@ -196,11 +208,11 @@ class Registry:
         """
         if ROLLED_BACK in self.version(version).tags:
             self.client.delete_model_version_tag(MODEL, version, ROLLED_BACK)
-        champion = self.aliased(CHAMPION)
-        if champion is not None and str(champion.version) == version:
+        champion = self._numbers().get(CHAMPION)  # which may be gone
+        if champion == version:
             return
         if champion is not None:
-            self.client.set_model_version_tag(MODEL, version, REPLACED, str(champion.version))
+            self.client.set_model_version_tag(MODEL, version, REPLACED, champion)
         self.set_alias(CHAMPION, version)
 
     def roll_back(self) -> tuple[str, str]:

@@ -267,6 +267,32 @@ def test_the_registry_says_what_it_does_not_have(
     assert "models:/other/1 is another model; a lens finder is lens_e" in capsys.readouterr().err
 
 
+def test_an_alias_that_points_nowhere_is_named_and_promote_mends_it(
+    own_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = client_of(own_home)
+    first = client.get_model_version(MODEL, "1")
+    gone = client.create_model_version(MODEL, first.source, first.run_id)
+    assert main(["promote", str(gone.version), "--home", str(own_home)]) == 0
+    with sqlite3.connect(own_home / "mlflow.db") as database:
+        for table in ("model_version_tags", "model_versions"):
+            database.execute(f"DELETE FROM {table} WHERE name = ? AND version = 2", (MODEL,))
+    capsys.readouterr()
+    (tmp_path / "c.csv").write_text("id,path\na,a.npy\n")
+    predict = ["predict", "--home", str(own_home), "--catalogue", str(tmp_path / "c.csv")]
+    for command in (
+        [*predict, "--out", str(tmp_path / "s.csv")],
+        ["rollback", "--home", str(own_home)],
+    ):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert (
+            "the alias champion points to version 2, which is not there; `lens-pipeline pr" in said
+        )
+    assert main(["promote", "1", "--home", str(own_home)]) == 0
+    assert aliases(own_home)["champion"] == "1"
+
+
 def test_a_champion_that_cannot_be_loaded_is_kept_and_said(
     own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

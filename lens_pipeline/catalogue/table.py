@@ -244,7 +244,7 @@ def _validated(table: pd.DataFrame, source: str, folder: str) -> pd.DataFrame:
     table["split"] = stripped(table["split"]) if "split" in table else pd.array([None] * len(table))
     unknown = table["split"].notna() & ~table["split"].isin(SPLITS)
     refuse(source, table, unknown, "split", "must be train, val, test or empty")
-    for name in table.select_dtypes("object"):
+    for name in map(str, table.select_dtypes("object")):
         if table[name].map(lambda value: isinstance(value, str)).any():
             table[name] = as_text(table[name])  # beside numbers: a file's columns are of one kind
     # A cutout of no group is a group of its own.

@@ -89,12 +89,13 @@ def decide(
     log.info("  comparing with the champion, version %s", number)
     counts = own["validation"]
     label, fitted_at = test["label"].to_numpy(int), counts["n_lens"] / sum(counts.values())
+    seen = test["group"].isin(read_groups(ensemble) | theirs.groups).to_numpy()
     decision = champion_gate(
         label,
-        at_mixture(test["probability"], label, fitted_at),
+        at_mixture(test["probability"], label[~seen], fitted_at),
         probability.to_numpy(),
         group=test["group"].to_numpy(str),
-        seen=test["group"].isin(read_groups(ensemble) | theirs.groups).to_numpy(),
+        seen=seen,
         **settings.gate,
         **settings.gate_against_champion,
     )

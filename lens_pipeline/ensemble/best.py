@@ -14,7 +14,7 @@ from lens_pipeline.ensemble.system import LensEnsemble
 DRAWN = 1000  # of the highest-scored: a JPEG is no higher than 65,500 pixels
 CAPTION = 17  # characters of an id that fit over a cutout
 PLACE = ["id", "ra", "dec"]  # by which a cutout is found again
-COLUMNS = ("rank", *PLACE, "probability", "logit")
+COLUMNS = ("rank", *PLACE, "probability", "sky_probability", "logit")
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ def show_best(
     named = source.catalogue.table.iloc[best.index].set_axis(best.index).reindex(columns=PLACE)
     table = pd.DataFrame({"rank": range(1, len(best) + 1)}, index=best.index)
     table = table.join(named.dropna(axis=1, how="all"))
-    table = table.assign(probability=expit(best), logit=best)
+    on_sky = ensemble.sky_probability(best.to_numpy())
+    table = table.assign(probability=expit(best), sky_probability=on_sky, logit=best)
     content = table.to_csv(index=False).encode()
     if gallery.is_file() and listed.is_file() and listed.read_bytes() == content:
         return listed, gallery
@@ -63,7 +64,7 @@ def _draw_gallery(
     ensemble: LensEnsemble, source: CutoutSource, best: pd.DataFrame, out: Path
 ) -> Path | None:
     """The first cutouts of a table of `show_best`, up to DRAWN, with their ranks, probabilities
-    and ids."""
+    (on the sky below) and ids."""
     from lens_pipeline.evaluation.plots import contact_sheet, jpeg_bytes
 
     images, captions = [], []
@@ -72,7 +73,10 @@ def _draw_gallery(
     for cutout, row in zip(read, best.itertuples(), strict=True):
         if isinstance(cutout, np.ndarray):  # else its file has gone since it was scored
             images.append(cutout)
-            captions.append(f"#{row.rank}  {row.probability:.3f}\n{_short(str(row.id))}")
+            captions.append(
+                f"#{row.rank}  {row.probability:.3f}\nsky {row.sky_probability:.2g}\n"
+                f"{_short(str(row.id))}"
+            )
     if not images:
         return None
     figure = contact_sheet(np.stack(images), captions, ensemble.format.units)

@@ -96,6 +96,9 @@ def check_validation(logits: Array, label: ArrayLike) -> NDArray[np.bool_]:
 
 
 def _scaling(logits: Array, target: Array, free_intercept: bool) -> Platt:
+    scale = float(logits.std()) or 1.0  # a network's may be of any
+    logits = logits / scale
+
     def loss(parameters: Array) -> tuple[float, Array]:
         z = parameters[0] * logits + parameters[1]
         residual = expit(z) - target
@@ -106,7 +109,7 @@ def _scaling(logits: Array, target: Array, free_intercept: bool) -> Platt:
     found = minimize(
         loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[(1e-3, 1e3), free]
     )
-    return Platt(float(found.x[0]), float(found.x[1]))
+    return Platt(float(found.x[0] / scale), float(found.x[1]))
 
 
 def _isotonic(logits: Array, target: Array) -> Isotonic:
@@ -123,10 +126,10 @@ def _isotonic(logits: Array, target: Array) -> Isotonic:
 
 def at_mixture(probability: ArrayLike, label: ArrayLike, fitted_at: float) -> Array:
     """Probabilities (n,) calibrated where a fraction `fitted_at` are lenses, as they hold among
-    cutouts with these labels (n,); of one class alone they stay as they are."""
-    share = float(np.mean(np.asarray(label) == 1))
+    cutouts mixed as these labels; of one class alone they stay as they are."""
+    lens = np.asarray(label) == 1
     same = np.asarray(probability, dtype=np.float64)
-    if share in (0.0, 1.0, fitted_at):
+    if lens.all() or not lens.any() or (share := float(lens.mean())) == fitted_at:
         return same
     return expit(logit(same) + prior_shift(share, fitted_at))
 

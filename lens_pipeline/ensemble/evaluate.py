@@ -89,15 +89,19 @@ def evaluate_ensemble(
     columns |= {ENSEMBLE: "probability"}
     parts = by_origin(test, dataset.facts["origin"] == "simulation")
     rests_on, shown = basis(parts)
+    validated = scores[(scores["split"] == "val") & scores["probability"].notna()]
     surveys = by_survey(test)
+    of_surveys = by_survey(validated)
     expected = forecast(
         shown["label"], shown["probability"], prevalence=prevalence, group=shown["group"]
     )
     validation = ensemble.facts["validation"]
     fitted_at = validation["n_lens"] / sum(validation.values())
 
-    def metrics(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
-        return _metrics(table, columns, fitted_at)
+    def metrics(table: pd.DataFrame, survey: str | None = None) -> dict[str, dict[str, Any]]:
+        # A network sees whose image it is, and has learnt how frequent lenses are there.
+        share = of_surveys[survey]["label"].mean() if survey in of_surveys else fitted_at
+        return _metrics(table, columns, share if 0 < share < 1 else fitted_at)
 
     selection = selection_function(test)
     evaluation = Evaluation(
@@ -105,7 +109,7 @@ def evaluate_ensemble(
         metrics=metrics(test),
         kinds=false_positives_by_kind(test, selection["threshold"]),
         origins={o: metrics(part) for o, part in parts.items()} if len(parts) > 1 else {},
-        surveys={name: metrics(part) for name, part in surveys.items()},
+        surveys={name: metrics(part, name) for name, part in surveys.items()},
         selection=selection,
         forecast={"rests_on": rests_on, **expected},
     )

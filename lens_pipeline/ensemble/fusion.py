@@ -70,7 +70,8 @@ class InverseVariance:
         else:
             scale, noise = np.array(self.scale), np.array(self.noise)
             on_scale, of_draws = (logits - np.array(self.offset)) / scale, variance / scale**2
-        weight = 1 / np.maximum(of_draws + noise, np.finfo(np.float64).tiny)
+        spread = np.maximum(of_draws + noise, np.finfo(np.float64).tiny)
+        weight = spread.min(axis=1, keepdims=True) / spread  # at most 1, whatever the variance
         return np.average(on_scale, axis=1, weights=weight)
 
 

@@ -88,10 +88,15 @@ class LensEnsemble:
             logits.append(logit)
             draws.append(drawn)
         fused = self.fitted.fuse(np.stack(logits, axis=1), np.stack(draws, axis=1))
-        prior = self.facts["validation"]["n_lens"] / sum(self.facts["validation"].values())
-        on_sky = expit(fused.logit + prior_shift(self.facts["prevalence"], prior))
+        on_sky = self.sky_probability(fused.logit)
         own = [expit(of(one)) for of, one in zip(self.fitted.members, logits, strict=True)]
         return pd.DataFrame(np.column_stack([*astuple(fused), on_sky, *own]), columns=self.columns)
+
+    def sky_probability(self, logit: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Of the ensemble's logits (n,), at the prevalence in `facts`."""
+        validation = self.facts["validation"]
+        prior = validation["n_lens"] / sum(validation.values())
+        return expit(logit + prior_shift(self.facts["prevalence"], prior))
 
     def to(self, device: str) -> "LensEnsemble":
         for system in self.members.values():

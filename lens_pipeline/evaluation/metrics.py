@@ -181,7 +181,7 @@ def ranked_bootstrap(
 
 def ece_by_chance(score: ArrayLike) -> float:
     """The `ece` that cutouts with these probabilities (n,) have where they are exactly right."""
-    scores = np.asarray(score, dtype=np.float64)
+    scores = np.sort(np.asarray(score, dtype=np.float64))  # their order is nothing
     random, ranked = np.random.default_rng(0), _ranked(scores)
     drawn = (random.random(len(scores)) < scores for _ in range(CHANCES))
     levels = (_counted(label, ranked, np.ones(len(scores))) for label in drawn)

@@ -45,6 +45,13 @@ def column_figure(height: float = 2.8) -> Figure:
     return Figure(figsize=(3.4, height), dpi=200, layout="constrained")
 
 
+def literal(name: str) -> str:
+    """A user's name as matplotlib draws it letter by letter: a `$` begins no formula, and a `_` in
+    front does not keep it from a legend."""
+    escaped = name.replace("$", r"\$")
+    return f" {escaped}" if escaped.startswith("_") else escaped
+
+
 def plain(axes: Axes, x: str, y: str) -> Axes:
     """A panel's labels and its quiet frame."""
     axes.set_xlabel(x, fontsize=FONT)
@@ -120,7 +127,7 @@ def tuning_figure(trials: pd.DataFrame, settings: Mapping[str, str], monitor: st
             value = trials.loc[some, "value"]
             axes.scatter(x[some], value, 18, COLOURS[0], marker, label=state, alpha=0.8)
         if choices:
-            axes.set_xticks(range(len(choices)), [str(choice) for choice in choices])
+            axes.set_xticks(range(len(choices)), [literal(str(choice)) for choice in choices])
             axes.set_xlim(-0.5, len(choices) - 0.5)
         elif scale == "log" and trials["value"].notna().any():  # else all trials have failed
             logarithmic(axes, x.min(), x.max())
@@ -231,7 +238,8 @@ def kinds_sheet(images: NDArray[np.floating], kinds: Sequence[str], units: str) 
     figure = Figure(figsize=(1.05 * PER_KIND + 1.4, 1.05 * len(names)), layout="compressed")
     axes = figure.add_subplot()
     axes.imshow(mosaic)
-    axes.set_yticks([size / 2 + row * step for row in range(len(names))], names, fontsize=10)
+    places = [size / 2 + row * step for row in range(len(names))]
+    axes.set_yticks(places, [literal(name) for name in names], fontsize=10)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

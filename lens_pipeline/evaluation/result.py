@@ -60,14 +60,22 @@ class Evaluation:
         return self.in_each_survey(first_model_gate(metrics[ENSEMBLE], **thresholds), thresholds)
 
     def in_each_survey(self, decision: GateDecision, thresholds: Mapping[str, Any]) -> GateDecision:
-        """The decision, where no survey that holds what a gate needs may fail by itself: over
-        several, who tells the cameras apart may seem to tell lenses."""
+        """The decision, where no survey that holds what a gate needs may fail by itself, and one of
+        several must: who tells the cameras apart may seem to tell lenses."""
         alone = {
             name: first_model_gate(of[ENSEMBLE], **thresholds)
             for name, of in self.surveys.items()
             if _hold_enough(of, thresholds)
         }
         reasons = [f"{name}: {reason}" for name, own in alone.items() for reason in own.reasons]
+        needed = [thresholds[f"min_{name}"] for name in CLASSES]
+        for parts, what in ((self.surveys, "survey"), (self.origins, "origin (real, simulated)")):
+            enough = not any(needed) or any(_hold_enough(of, thresholds) for of in parts.values())
+            if parts and not enough:
+                reasons.append(
+                    f"no {what} alone has {needed[0]} lenses and {needed[1]} non-lenses in the "
+                    "test set, and over several their images may be told apart instead of lenses"
+                )
         return replace(
             decision,
             passed=decision.passed and not reasons,

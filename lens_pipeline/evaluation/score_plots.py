@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lens_pipeline.evaluation.fractions import jeffreys
 from lens_pipeline.evaluation.metrics import roc
-from lens_pipeline.evaluation.plots import COLOURS, FONT, column_figure, plain
+from lens_pipeline.evaluation.plots import COLOURS, FONT, column_figure, literal, plain
 from lens_pipeline.evaluation.selection import threshold_curve
 
 LENS, NONLENS = COLOURS[1], COLOURS[0]
@@ -75,7 +75,7 @@ def roc_figure(curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
         least = 1 / np.count_nonzero(np.asarray(label) == 0)
         lowest = min(lowest, least)
         axes.step(
-            np.maximum(fpr, least / 2), tpr, where="post", label=name,
+            np.maximum(fpr, least / 2), tpr, where="post", label=literal(name),
             **line_of(number, len(curves) - 1),
         )  # fmt: skip
     left = min(lowest, *(fpr for _, fpr, _ in PUBLISHED)) / 2
@@ -108,10 +108,10 @@ def precision_recall_figure(
     for number, (name, (label, score)) in enumerate(curves.items()):
         curve = threshold_curve(label, score, prevalence)
         line = line_of(number, len(curves) - 1)
-        axes.plot(curve["completeness"], curve["purity_of_sample"], label=name, **line)
+        axes.plot(curve["completeness"], curve["purity_of_sample"], label=literal(name), **line)
     axes.plot(
         curve["completeness"], curve["purity"], color=COLOURS[-1], linewidth=1.4, linestyle=":",
-        label=f"{name}, {one_in(prevalence)}",
+        label=f"{literal(name)}, {one_in(prevalence)}",
     )  # fmt: skip
     axes.set(xlim=(0, 1.01), ylim=(0, 1.03))
     legend_outside(figure, *axes.get_legend_handles_labels())
@@ -185,11 +185,13 @@ def one_in(prevalence: float) -> str:
 
 
 def reliability_figure(label: ArrayLike, probability: ArrayLike) -> Figure:
-    """Predicted probability against the observed fraction of lenses, in bins of equal counts.
+    """Predicted probability against the observed fraction of lenses, in bins of equal counts, of
+    which those that share a probability have equal parts.
 
     Bars: the 68 % interval of a fraction (see `jeffreys`).
     """
-    labels, probabilities = np.asarray(label), np.asarray(probability, dtype=np.float64)
+    probabilities = np.asarray(probability, dtype=np.float64)
+    labels = pd.Series(label).groupby(probabilities).transform("mean").to_numpy()
     order = np.argsort(probabilities, kind="stable")
     parts = [part for part in np.array_split(order, BINS) if len(part)]
     predicted = np.array([probabilities[part].mean() for part in parts])
@@ -252,7 +254,7 @@ def agreement_figure(label: NDArray[np.integer], scores: Mapping[str, ArrayLike]
             column, row, f"{value:.2f}", ha="center", va="center", fontsize=FONT,
             color="black" if value > 0.5 else "white",
         )  # fmt: skip
-    places, names = range(len(table.columns)), list(table.columns)
+    places, names = range(len(table.columns)), [literal(name) for name in table.columns]
     axes.set_xticks(places, names, rotation=40, ha="right", fontsize=FONT)
     axes.set_yticks(places, names, fontsize=FONT)
     axes.tick_params(length=0)

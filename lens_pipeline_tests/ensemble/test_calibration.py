@@ -74,6 +74,17 @@ def test_calibration_brings_probabilities_to_what_is_observed(method: str) -> No
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scale", [1e-6, 1e4])
+def test_logits_of_any_scale_are_calibrated_alike(method: str, scale: float) -> None:
+    logit, label = overconfident()
+    own, other = (
+        fit_calibration(logit, label, method),
+        fit_calibration(scale * logit, label, method),
+    )
+    np.testing.assert_allclose(other(scale * logit), own(logit), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_calibration_neither_turns_a_ranking_round_nor_ties_it(method: str) -> None:
     logit, label = overconfident()
     calibrate = fit_calibration(-logit, label, method)
@@ -159,3 +170,4 @@ def test_probabilities_hold_at_another_mixture() -> None:
     assert lens_metrics(label, at_half, bootstrap=0)["ece"]["value"] > 0.1
     assert lens_metrics(label, shifted, bootstrap=0)["ece"]["value"] < 0.005
     np.testing.assert_array_equal(at_mixture(at_half, label, 0.02), at_half)
+    np.testing.assert_array_equal(at_mixture(at_half, label[:0], 0.5), at_half)

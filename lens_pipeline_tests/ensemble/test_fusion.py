@@ -92,6 +92,14 @@ def test_the_entry_point_of_the_library() -> None:
     assert ensemble.fuse is fuse
 
 
+def test_members_without_any_variance_count_alike() -> None:
+    """Without dropout, or that agree to the last bit."""
+    logits = np.array([[6.0], [1.0]])
+    np.testing.assert_allclose(fuse(logits, logits[..., None], InverseVariance()).logit, [6, 1])
+    alike = np.full((2, 4), 5.0)
+    np.testing.assert_allclose(fuse(alike, alike[..., None], InverseVariance()).logit, [5, 5])
+
+
 def test_a_member_counts_by_the_inverse_of_its_variance() -> None:
     """Two members that agree, but for what dropout does to them; nothing is fitted."""
     draws = np.array([[[0.9, 1.1], [-1.0, 3.0]]])  # variances 0.01 and 4

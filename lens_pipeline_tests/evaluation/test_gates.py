@@ -219,5 +219,13 @@ def test_who_tells_cameras_apart_is_no_lens_finder() -> None:
     decision = apart.gate(thresholds)
     assert not decision.passed
     assert [reason.partition(":")[0] for reason in decision.reasons] == ["a", "b"]
-    few = thresholds | {"min_lens": 101}
-    assert [r.partition(":")[0] for r in apart.gate(few | {"min_nonlens": 101}).reasons] == []
+    # Nor where no survey holds enough of both to see it there.
+    (reason,) = apart.gate(thresholds | {"min_lens": 101, "min_nonlens": 101}).reasons
+    assert reason.startswith("no survey alone has 101 lenses and 101 non-lenses in the test set")
+    origins = Evaluation(
+        **rest | {"origins": {"real": apart.surveys["a"], "simulated": apart.surveys["b"]}},
+        metrics=together,
+        surveys={},
+    )
+    (reason,) = origins.gate(thresholds | {"min_lens": 101, "min_nonlens": 101}).reasons
+    assert reason.startswith("no origin (real, simulated) alone has 101 lenses")

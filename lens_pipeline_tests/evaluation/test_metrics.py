@@ -9,6 +9,7 @@ from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_s
 from lens_pipeline import evaluation
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import (
+    ece_by_chance,
     lens_metrics,
     paired_bootstrap,
     ranking_metric,
@@ -102,6 +103,11 @@ def test_calibration_error_over_fifteen_bins_of_equal_counts() -> None:
     bins = order.reshape(15, 100)
     by_hand = np.mean([abs(label[b].mean() - score[b].mean()) for b in bins])
     assert values(label, score)["ece"] == pytest.approx(by_hand, abs=1e-12)
+
+
+def test_what_chance_makes_of_the_calibration_error_depends_on_no_order() -> None:
+    probability = np.random.default_rng(0).uniform(size=300)
+    assert ece_by_chance(probability) == ece_by_chance(probability[::-1])
 
 
 def test_calibration_error_of_true_probabilities_is_small_and_of_overconfident_ones_not() -> None:

@@ -12,10 +12,14 @@ from lens_pipeline.evaluation.metrics import lens_metrics
 from lens_pipeline.evaluation.plots import (
     contact_sheet,
     first_cutouts_sheet,
+    kinds_sheet,
     learning_curves_figure,
+    png_bytes,
 )
 from lens_pipeline.evaluation.report import Picture, Section, write_report
 from lens_pipeline.evaluation.score_plots import (
+    agreement_figure,
+    precision_recall_figure,
     reliability_figure,
     roc_figure,
     score_histogram_figure,
@@ -167,6 +171,34 @@ def test_the_reliability_diagram_shows_what_was_observed() -> None:
     points = reliability_figure(label, probability).axes[0].containers[0].lines[0]
     predicted, observed = points.get_data()
     assert np.allclose(observed, predicted**2, atol=0.06)
+
+
+def test_cutouts_that_tie_are_shared_in_the_reliability_diagram() -> None:
+    label = np.repeat([0, 1], 50)
+    points = reliability_figure(label, np.full(100, 0.5)).axes[0].containers[0].lines[0]
+    np.testing.assert_allclose(points.get_data()[1], 0.5)
+    random = np.random.default_rng(0)
+    score, order = random.integers(0, 5, 100) / 5, random.permutation(100)
+    one, other = (
+        reliability_figure(label[rows], score[rows]).axes[0].containers[0].lines[0].get_data()[1]
+        for rows in (np.arange(100), order)
+    )
+    np.testing.assert_allclose(one, other)
+
+
+@pytest.mark.parametrize("name", [r"DES $\deep$", "a$b_$", "_hidden", "$", r"x\$y"])
+def test_names_of_users_are_drawn_letter_by_letter(name: str) -> None:
+    for figure in (
+        roc_figure({name: (LABEL, SCORE), "other": (LABEL, SCORE)}),
+        precision_recall_figure({"other": (LABEL, SCORE), name: (LABEL, SCORE)}, 0.1),
+    ):
+        assert png_bytes(figure)
+        names = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert name in [shown.strip().replace(r"\$", "$") for shown in names] or "\\" in name
+    agreement = agreement_figure(LABEL, {name: SCORE, "other": SCORE})
+    sheet = kinds_sheet(np.zeros((2, 3, 8, 8), np.float32), ["lens", name], "composite")
+    assert png_bytes(agreement)
+    assert png_bytes(sheet)
 
 
 def test_every_cutout_is_counted_in_the_histogram() -> None:

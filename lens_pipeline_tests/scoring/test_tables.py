@@ -129,12 +129,14 @@ def test_the_top_is_listed_and_drawn(
         assert image.width > 500
     best = pd.read_parquet(out).nlargest(10, "logit")
     top = pd.read_csv(listed)
-    assert list(top) == ["rank", "id", "ra", "dec", "probability", "logit"]
+    columns = ["rank", "id", "ra", "dec", "probability", "sky_probability", "logit"]
+    assert list(top) == columns
     assert top["rank"].tolist() == list(range(1, 11))
     for column in ("id", "ra", "dec"):
         assert top[column].tolist() == best[column].tolist()
     np.testing.assert_allclose(top["logit"], best["logit"], rtol=1e-12)
-    np.testing.assert_allclose(top["probability"], best["probability"], rtol=1e-12)
+    for column in ("probability", "sky_probability"):
+        np.testing.assert_allclose(top[column], best[column], rtol=1e-12)
 
 
 def test_of_a_long_list_the_first_are_drawn_and_the_scores_do_not_wait_for_it(
@@ -170,7 +172,8 @@ def test_without_positions_the_top_is_listed_by_ids_alone(
     source = CatalogueCutouts(read_catalogue(str(tmp_path / "few.parquet")))
     scored = score_to_file(ensemble, source, tmp_path / "scores.csv", model="a", top=2)
     assert scored.top == tmp_path / "scores.top.csv"
-    assert list(pd.read_csv(scored.top)) == ["rank", "id", "probability", "logit"]
+    columns = ["rank", "id", "probability", "sky_probability", "logit"]
+    assert list(pd.read_csv(scored.top)) == columns
 
 
 @pytest.mark.parametrize(
@@ -306,7 +309,7 @@ def test_an_out_that_cannot_be_written_is_told_at_once(
 
 
 def test_a_plain_folder_of_cutouts_is_scored(
-    home: Path, simulated_catalogue: Path, tmp_path: Path
+    home: Path, simulated_catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cube = np.load(simulated_catalogue.parent / "images-00000.npy")
     (tmp_path / "field").mkdir()
@@ -317,6 +320,11 @@ def test_a_plain_folder_of_cutouts_is_scored(
     scores = pd.read_parquet(out)
     assert scores["id"].tolist() == ["a.npy", "b.npy"]
     assert scores["probability"].notna().all()
+    # The picture of the best would be a cutout next time.
+    inside = command(home, tmp_path / "field", tmp_path / "field" / "scores.parquet")
+    assert main([*inside, "--top", "1"]) == 2
+    assert "lies in the folder that is scored" in capsys.readouterr().err
+    assert main(inside) == 0
 
 
 def test_shards_in_a_bucket_are_scored_as_those_in_a_folder(
