@@ -154,11 +154,18 @@ def check_bands(form: CutoutFormat, names: Sequence[str] | None, source: str) ->
 
 def check_pixel_scale(form: CutoutFormat, table: pd.DataFrame, source: str) -> None:
     """Compares the column `pixel_scale` (arcsec/pixel), where there is one, with the model's scale,
-    where it has one; see `CutoutSource.check`. Warns of rows that state none."""
-    if form.pixel_scale is None:
-        return
+    where it has one; see `CutoutSource.check`. Warns of rows that state none, or where the model
+    has none: it was trained on cutouts of several, or of none that was stated."""
     stated = table.get("pixel_scale", pd.Series(np.nan, index=table.index))
     scale = pd.to_numeric(stated, errors="coerce").to_numpy(dtype=float)
+    if form.pixel_scale is None:
+        if np.isfinite(scale).any():
+            log.warning(
+                "%s: column pixel_scale: %g to %g arcsec; the model has no scale of its own to "
+                "compare with: see that it was trained on such cutouts",
+                source, np.nanmin(scale), np.nanmax(scale),
+            )  # fmt: skip
+        return
     if n_unknown := int(np.isnan(scale).sum()):
         log.warning(
             "%s: %d of %d rows state no pixel_scale; the model takes %g arcsec a pixel",

@@ -215,6 +215,16 @@ def test_a_pixel_scale_that_is_nearly_the_models_is_warned_of(
         assert capsys.readouterr().err.count("column pixel_scale: up to") == warnings
 
 
+def test_where_the_model_has_no_pixel_scale_it_is_told_that_none_is_compared(
+    ensemble: LensEnsemble, survey: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = CatalogueCutouts(read_catalogue(str(survey)))
+    source.check(ensemble.format)
+    assert "pixel_scale" not in caplog.text
+    source.check(replace(ensemble.format, pixel_scale=None))  # of several surveys
+    assert "column pixel_scale: 0.263 to 0.263 arcsec; the model has no scale of" in caplog.text
+
+
 def test_a_catalogue_that_lacks_a_band_is_refused_before_anything_is_read(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
