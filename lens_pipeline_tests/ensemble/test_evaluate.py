@@ -30,7 +30,7 @@ EVIL = "<script>alert('cutout')</script>"
 
 @dataclass(frozen=True)
 class Cutouts:
-    """A dataset in memory, all of it the test split; lenses are rings."""
+    """A dataset in memory, all of it the test split unless rows say theirs; lenses are rings."""
 
     rows: pd.DataFrame
     origin: str = "survey.csv"
@@ -52,11 +52,11 @@ class Cutouts:
         noise = np.random.default_rng(0).normal(size=(len(self.rows), 3, SIZE, SIZE))
         images = noise + self.rows["label"].to_numpy(float)[:, None, None, None] * ring
         table = self.table(part)
-        return DatasetSplit(table, images.astype(np.float32)[: len(table)])
+        return DatasetSplit(table, images.astype(np.float32)[table["row"]])
 
     def table(self, part: str) -> pd.DataFrame:
-        table = self.rows.assign(row=np.arange(len(self.rows)))
-        return table if part == "test" else table.head(0)
+        table = {"split": "test", **self.rows, "row": np.arange(len(self.rows))}
+        return pd.DataFrame(table).query("split == @part").drop(columns="split")
 
     def rejects(self) -> pd.DataFrame:
         return pd.DataFrame({"id": [], "row": [], "reason": []}).astype({"row": int})
@@ -156,6 +156,28 @@ def test_real_cutouts_come_first_and_carry_the_forecast(mixed: Evaluation) -> No
         "Metrics: simulated cutouts: 20 lenses, 40 non-lenses",
         "Metrics: all of the test split",
     ]
+
+
+def test_each_survey_is_calibrated_where_its_own_lenses_are_as_frequent_as_in_validation(
+    ensemble: Path, tmp_path: Path
+) -> None:
+    """A network sees whose image it is."""
+    table = rows(240)
+    table["survey"], table["split"] = ["wide", "deep"] * 120, ["val"] * 120 + ["test"] * 120
+    rare = (table["survey"] == "deep") & (table["split"] == "val") & (table["label"] == 1)
+    table = table[~rare | (np.arange(240) % 4 == 1)].reset_index(drop=True)
+    found = evaluate(ensemble, Cutouts(table), tmp_path)
+    scores = pd.read_parquet(tmp_path / "scores.parquet")
+    shares = {}
+    for survey, part in scores.groupby("survey"):
+        test = part[part["split"] == "test"]
+        label, share = test["label"].astype(int), part[part["split"] == "val"]["label"].mean()
+        odds = label.mean() / (1 - label.mean()) * (1 - share) / share
+        odds *= test["probability"] / (1 - test["probability"])
+        by_hand = lens_metrics(label, odds / (1 + odds), bootstrap=0)["ece"]["value"]
+        assert found.surveys[survey]["ensemble"]["ece"]["value"] == pytest.approx(by_hand)
+        shares[survey] = share
+    assert shares["deep"] < 0.8 * shares["wide"]
 
 
 def test_the_rest_is_of_the_whole_test_split(mixed: Evaluation) -> None:
