@@ -109,7 +109,7 @@ def open_instance(settings: Settings) -> Iterator[dg.DagsterInstance]:
 
 def release_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     """Mark runs whose process has died as failed (as cancelled, where that was asked for), end what
-    they have left running, and free the pool slots of whoever has ended.
+    they have left running, and free the pool slots that whoever has ended holds or waits for.
 
     Returns the ids of the dead.
     """
@@ -127,7 +127,7 @@ def release_dead_runs(instance: dg.DagsterInstance) -> list[str]:
             continue
         log.warning("run %s has died: marking it failed", run.run_id[:8])
         instance.report_run_failed(run, "The process of this run has died.")
-    for run_id in instance.event_log_storage.get_concurrency_info(POOL).active_run_ids:
+    for run_id in instance.event_log_storage.get_concurrency_run_ids():
         holder = instance.get_run_by_id(run_id)
         if holder is None or holder.is_finished:
             instance.event_log_storage.free_concurrency_slots_for_run(run_id)
@@ -247,7 +247,7 @@ def _naming_the_holder(instance: dg.DagsterInstance, run_id: str) -> Iterator[No
             if run_id in info.pending_run_ids:
                 if release_dead_runs(instance):
                     continue
-                holders = [instance.get_run_by_id(slot) for slot in info.active_run_ids]
+                holders = [instance.get_run_by_id(slot) for slot in info.assigned_run_ids]
                 named = [
                     f"run {r.run_id[:8]} (process {r.tags.get(PID)} on {r.tags.get(HOST)})"
                     for r in holders

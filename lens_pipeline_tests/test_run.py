@@ -274,6 +274,35 @@ def test_dead_and_ended_runs_give_their_slots_back_and_a_live_one_keeps_its(own_
         assert canceled.status == dg.DagsterRunStatus.CANCELED  # not tried again
 
 
+@pytest.mark.parametrize("its_turn", [False, True])
+def test_a_run_that_died_while_it_waited_for_the_pool_keeps_no_other_waiting(
+    its_turn: bool, tmp_path: Path
+) -> None:
+    """Whether its turn came before anybody saw that it had died, or after."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with open_instance(Settings.load(home=tmp_path)) as instance:
+        storage = instance.event_log_storage
+        storage.initialize_concurrency_limit_to_default(POOL)
+
+        def begun(**tags: str) -> str:
+            run_id = str(uuid.uuid4())
+            tags = process_tags(run_id) | tags
+            job, status = dg.GraphDefinition("trains").to_job(), dg.DagsterRunStatus.STARTED
+            return instance.create_run_for_job(job, run_id=run_id, tags=tags, status=status).run_id
+
+        def claims(run_id: str) -> bool:
+            return storage.claim_concurrency_slot(POOL, run_id, "step").is_claimed
+
+        first, dead, last = begun(), begun(**{PID: str(ended.pid)}), begun()
+        assert [claims(run_id) for run_id in (first, dead)] == [True, False]
+        if its_turn:
+            storage.free_concurrency_slots_for_run(first)
+        assert release_dead_runs(instance) == [dead]
+        storage.free_concurrency_slots_for_run(first)
+        assert claims(last)
+
+
 def test_a_run_that_waits_for_one_of_another_host_goes_on_when_that_dies(
     own_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
