@@ -84,6 +84,16 @@ def test_prune_keeps_what_runs_of_this_home_may_be_reading(
         assert reason() == "kept      a run under way refers to it"
         instance.report_run_failed(training)
         assert reason("--dry-run") == "would go  is older"
+        again = dg.DagsterRun(
+            job_name="all",
+            status=dg.DagsterRunStatus.STARTING,
+            parent_run_id=training.run_id,
+            root_run_id=training.run_id,
+            tags={"dagster/is_resume_retry": "true"},
+        )
+        instance.add_run(again)
+        assert reason() == "kept      a run under way refers to it"
+        instance.report_run_failed(again)
         assert reason() == "removed   is older"
 
 

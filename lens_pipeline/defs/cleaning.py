@@ -8,7 +8,7 @@ from pathlib import Path
 import dagster as dg
 
 from lens_pipeline.defs.resources import LensHome
-from lens_pipeline.defs.stages import CLOUD, LOCATION, PUBLISHED_FROM, log
+from lens_pipeline.defs.stages import CLOUD, LOCATION, PUBLISHED_FROM, log, tries_of
 from lens_pipeline.steps import Removed, remove_unused
 
 ENDED = [
@@ -41,10 +41,12 @@ def _last_made(instance: dg.DagsterInstance) -> Iterator[dg.EventLogRecord]:
 
 def shards_in_use(instance: dg.DagsterInstance) -> dict[str, str]:
     """{version of the published shards: what uses it}, as far as this instance knows: the one that
-    was made or seen last, and what was when the oldest run that is under way began, or since."""
-    runs = instance.get_run_records(dg.RunsFilter(statuses=UNDER_WAY))
+    was made or seen last, and what was when the oldest run that is under way, or waits to be, was
+    launched, or since. One that is tried again takes what it took at first."""
+    runs = instance.get_runs(dg.RunsFilter(statuses=[*UNDER_WAY, dg.DagsterRunStatus.QUEUED]))
+    tries = (one for run in runs for one in tries_of(instance, run.run_id))
     now = datetime.datetime.now(datetime.UTC)
-    begun = min([now, *(run.create_timestamp for run in runs)]).timestamp()
+    begun = min([now, *(one.create_timestamp for one in tries)]).timestamp()
     since = dg.AssetRecordsFilter(asset_key=CLOUD, after_timestamp=begun)
     before = dg.AssetRecordsFilter(asset_key=CLOUD, before_timestamp=begun)
     used: dict[str, str] = {}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
+from dagster._core.storage.tags import ASSET_RESUME_RETRY_TAG
 from dagster._utils.schedules import schedule_execution_time_iterator
 
 from lens_pipeline.defs.surveys import over_surveys, partitioned
@@ -163,35 +164,57 @@ def code_version(*modules: str) -> str:
 
 
 def made(context: dg.AssetExecutionContext, key: dg.AssetKey, survey: str | None = None) -> Made:
-    """What an upstream asset left, of a survey where it is made by survey: in this run where it is
-    part of it, else when it was last made (or observed, where it is made elsewhere).
+    """What an upstream asset left, of a survey where it is made by survey: in this run, or one that
+    it goes on from, where it is part of it; else when it was last made before the first of them
+    began (or observed, where it is made elsewhere), for all steps of a run take the same.
 
-    Raises InputError where it has never been.
+    Raises InputError where it had never been.
     """
     observed = context.job_def.asset_layer.asset_graph.get(key).is_observable
     kind = "OBSERVATION" if observed else "MATERIALIZATION"
     of_type = dg.DagsterEventType[f"ASSET_{kind}"]
     instance = context.instance
-    in_run = instance.get_records_for_run(context.run_id, of_type=of_type).records
+    tries = [*tries_of(instance, context.run_id)]
+    in_tries = (
+        record
+        for one in tries
+        for record in reversed(
+            instance.get_records_for_run(one.dagster_run.run_id, of_type=of_type).records
+        )
+    )
+    begun = min((one.start_time for one in tries if one.start_time is not None), default=None)
+    before = dg.AssetRecordsFilter(key, before_timestamp=begun)
     fetch = instance.fetch_observations if observed else instance.fetch_materializations
-    for record in chain(reversed(in_run), newest_first(fetch, key)):
+    for record in chain(in_tries, newest_first(fetch, before)):
         entry = record.event_log_entry
         event = entry.asset_observation or entry.asset_materialization
         if event is not None and (event.asset_key, event.partition) == (key, survey):
             return Made(*(str(event.metadata[name].value) for name in (LOCATION, "content")))
-    todo = "observed yet; observe" if observed else "made yet; materialise"
+    todo = "observed before this run; observe" if observed else "made before this run; materialise"
     of = f" of {survey}" if survey else ""
-    raise InputError(f"{key.to_user_string()}{of} has not been {todo} it first")
+    raise InputError(f"{key.to_user_string()}{of} was not {todo} it, and launch another")
+
+
+def tries_of(instance: dg.DagsterInstance, run_id: str | None) -> Iterator[dg.RunRecord]:
+    """A run, and those that it goes on from, as where one has died: the first comes last. One that
+    is launched anew with all its steps goes on from none."""
+    while run_id is not None and (found := instance.get_run_record_by_id(run_id)) is not None:
+        yield found
+        run = found.dagster_run
+        goes_on = run.is_resume_retry or ASSET_RESUME_RETRY_TAG in run.tags
+        run_id = run.parent_run_id if goes_on else None
 
 
 def newest_first(
-    fetch: Callable[..., dg.EventRecordsResult], key: dg.AssetKey, at_a_time: int = 1
+    fetch: Callable[..., dg.EventRecordsResult],
+    which: dg.AssetKey | dg.AssetRecordsFilter,
+    at_a_time: int = 1,
 ) -> Iterator[dg.EventLogRecord]:
     """The events of an asset that `fetch`, of a Dagster instance, finds. Each carries its pictures:
     few are looked at together."""
     cursor, more = None, True
     while more:
-        page = fetch(key, limit=at_a_time, cursor=cursor)
+        page = fetch(which, limit=at_a_time, cursor=cursor)
         yield from page.records
         cursor, more = page.cursor, page.has_more
 
