@@ -45,6 +45,7 @@ GATE_CHECK = "passes_the_gate"
 REPOSITORY = "__repository__@lens_pipeline"  # of workspace.yaml: its pages list the runs of a job
 # sha256 of dagster.yaml as former versions have made it.
 FORMER = {
+    "1b0cdfd38018393efc1344a32a054f39703b3127a75fba6ba292f5ef6a06999c",
     "59045419ec5290be587670029148bbe82f980ab20d4f09a3a1ea8b73c52a7bd1",
     "9d8f19626ababa3b6a08abcfd431509f965fedf3b83663852c46bb08256cc0f7",
     "ff068861abc9859b77e92598efeef480d85bd3b16e368ea48526ab120e4132c0",

@@ -88,10 +88,10 @@ def test_a_dropped_catalogue_becomes_a_challenger_and_dropped_again_nothing(
     with Served(tmp_path / "home", tmp_path / "log", settings) as served:
         for name in ("source_changed", "follow_up"):
             served.switch_on("sensor", name)
-        served.switch_on("schedule", "weekly_retraining")
         time.sleep(70)
         assert served.runs() == []  # there is nothing to launch
         drop()
+        served.switch_on("schedule", "weekly_retraining")
         client = MlflowClient(served.mlflow, served.mlflow)
 
         def challenger() -> str | None:

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 
 import dagster as dg
 
-from lens_pipeline.alerts import alert
 from lens_pipeline.defs.checkpoints import training_libraries
 from lens_pipeline.defs.cleaning import cleaning
 from lens_pipeline.defs.resources import LensHome
@@ -20,7 +19,7 @@ from lens_pipeline.defs.stages import (
     SHARDS,
 )
 from lens_pipeline.defs.surveys import every_survey
-from lens_pipeline.errors import InputError, NoAnswerError
+from lens_pipeline.errors import InputError
 from lens_pipeline.presets import chosen_members, member_config
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import digest, source_hashes
@@ -133,7 +132,8 @@ def schedules(settings: Settings) -> list[dg.ScheduleDefinition]:
             cron_schedule=settings.retrain_cron,
             execution_timezone=settings.time_zone,
             description="Launches full_pipeline where the source, the settings, the code or the "
-            "libraries are not those of the last retraining that has succeeded or is under way.",
+            "libraries are not those of the last retraining that has succeeded or is under way, or "
+            "the source cannot be read, which the run then tells.",
         )
         def weekly_retraining(
             context: dg.ScheduleEvaluationContext, lens: LensHome
@@ -141,12 +141,9 @@ def schedules(settings: Settings) -> list[dg.ScheduleDefinition]:
             settings = lens.settings
             try:
                 tags = {INPUTS: retraining_inputs(settings)}
-            except NoAnswerError:
+            except InputError:
                 # The run asks again, some time later, and people are told where it fails, too.
                 return dg.RunRequest(tags=every_survey(settings))
-            except InputError as problem:
-                alert(settings, f"the source cannot be read, nothing is retrained: {problem}")
-                return dg.SkipReason(str(problem))
             last = last_retraining(context.instance)
             if last is not None and last.tags[INPUTS] == tags[INPUTS]:
                 return dg.SkipReason(

@@ -13,9 +13,11 @@ import fsspec
 import numpy as np
 import pandas as pd
 import pytest
+from dagster._core.scheduler import DagsterDaemonScheduler
 
 from lens_pipeline.definitions import make_definitions
 from lens_pipeline.errors import InputError
+from lens_pipeline.runner import open_instance
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards import store
 from lens_pipeline.shards.cloud import publish_shards
@@ -204,7 +206,9 @@ def test_nothing_is_retrained_twice_from_the_same_source_settings_and_code(
     instance: dg.DagsterInstance,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert scheduled(instance) == []  # the source is not there
+    (unread,) = scheduled(instance)  # the source is not there, as the run will tell
+    assert "lens/inputs" not in unread.tags
+    launched(instance, unread, dg.DagsterRunStatus.FAILURE)
     shutil.copy(simulated_catalogue, source)
     (request,) = scheduled(instance)
     for status in (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED):
@@ -254,6 +258,13 @@ def test_a_store_that_does_not_answer_is_told_and_costs_no_retraining(
     assert "the source can no longer be read: " in webhook.texts[0]
     monkeypatch.setenv("LENS_SOURCE", str(source))
     assert "lens/inputs" in scheduled(instance)[0].tags
+
+
+def test_a_tick_of_a_schedule_that_fails_is_tried_again(tmp_path: Path) -> None:
+    """By the instance of a home: Dagster itself would wait for the next one, a week later."""
+    with open_instance(Settings.load(home=tmp_path)) as instance:
+        assert isinstance(instance.scheduler, DagsterDaemonScheduler)
+        assert instance.scheduler.max_tick_retries == 60
 
 
 def test_settings_that_are_taken_back_are_trained_with_again(
