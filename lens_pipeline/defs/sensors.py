@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, Final
 
 import dagster as dg
@@ -12,11 +13,12 @@ from lens_pipeline.alerts import alert
 from lens_pipeline.defs.automation import data
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.source import source_glance, source_state
-from lens_pipeline.defs.stages import REGISTERED
+from lens_pipeline.defs.stages import REGISTERED, newest_first
 from lens_pipeline.defs.surveys import every_survey
-from lens_pipeline.errors import InputError, first_of
+from lens_pipeline.errors import InputError, first_of, masked
 from lens_pipeline.registry import CHALLENGER, CHAMPION, MODEL, PASSED, answering
 from lens_pipeline.settings import Settings
+from lens_pipeline.steps import digest
 from lens_pipeline.tracking import keep_waits_short
 
 WILL_RETRY = "dagster/will_retry"
@@ -105,37 +107,56 @@ def new_challenger(
     told = json.loads(context.cursor or "{}")
     if isinstance(told, int):  # as former versions have left it
         told = {"version": told}
-    records = context.instance.fetch_materializations(REGISTERED, limit=1).records
-    made = records[0].asset_materialization if records else None
-    facts = {name: str(value.value) for name, value in made.metadata.items()} if made else {}
-    # An older one comes up again where its members are trained again, as after a change taken back.
-    version = max(int(facts.get("version", 0)), told.get("version", 0))
-    new = version > told.get("version", 0)
+    registry = digest(masked(lens.settings.mlflow_uri))[:12]
+    if told.get("registry", registry) != registry:  # its numbers are others
+        told = {"record": told["record"]}
+    later = dg.AssetRecordsFilter(REGISTERED, after_storage_id=told.get("record"))
+    found = newest_first(context.instance.fetch_materializations, later)
+    # At first, and after a former version, the newest alone.
+    records = [*(found if "record" in told else islice(found, 1))]
+    new: dict[int, str] = {}  # what was decided on each version
+    run = None
+    for record in reversed(records):
+        made = record.asset_materialization
+        facts = {name: str(value.value) for name, value in made.metadata.items()} if made else {}
+        version = int(facts.get("version", 0))
+        # One that was told comes up again where its members are trained again, as after a change
+        # taken back.
+        if version > told.get("version", 0):
+            new[version], run = facts["gate"], record.run_id
     try:
         champion = _aliased(lens, CHAMPION)
         challenger = _aliased(lens, CHALLENGER) if new else None
     except InputError as problem:
         return dg.SkipReason(str(problem))
-    said = []
-    if new:
-        # Where nothing was told before, it may be an older one that came up again.
-        who = "it stays challenger" if challenger == version else "it is not champion"
-        why = f"{who}: {facts['gate']}"
-        if champion == version:
-            why = "it has become champion"
-        elif facts["gate"] == PASSED:
-            why = "it passed the gate, and is not champion now"
-        said.append(f"{MODEL} version {version} is registered; {why}")
-    if not (new and champion == version) and told.get("champion", champion) != champion:
+    said = [_of_version(version, gate, champion, challenger) for version, gate in new.items()]
+    if champion not in new and told.get("champion", champion) != champion:
         said.append(_of_champion(champion, told["champion"]))
     if said:
-        about = str(version if new else champion or "")
-        run = records[0].run_id if new else None
+        about = str(max(new, default=champion or ""))
         alert(lens.settings, "; ".join(said), version=about, run=run)
+    cursor = {
+        "version": max(new, default=told.get("version", 0)),
+        "champion": champion,
+        "record": records[0].storage_id if records else told.get("record", 0),
+        "registry": registry,
+    }
     return dg.SensorResult(
-        cursor=json.dumps({"version": version, "champion": champion}),
+        cursor=json.dumps(cursor),
         skip_reason="; ".join(said) or "neither a new version nor another champion",
     )
+
+
+def _of_version(version: int, gate: str, champion: int | None, challenger: int | None) -> str:
+    """A new version, in words, by what was decided on it and who is what now."""
+    # Where nothing was told before, it may be an older one that came up again.
+    who = "it stays challenger" if challenger == version else "it is not champion"
+    why = f"{who}: {gate}"
+    if champion == version:
+        why = "it has become champion"
+    elif gate == PASSED:
+        why = "it passed the gate, and is not champion now"
+    return f"{MODEL} version {version} is registered; {why}"
 
 
 def _aliased(lens: LensHome, alias: str) -> int | None:

@@ -205,6 +205,47 @@ def test_each_new_version_is_told_once(
     ]
 
 
+def test_of_several_versions_between_two_ticks_each_is_told(
+    instance: dg.DagsterInstance, versions: Versions, webhook: Webhook
+) -> None:
+    sensor = Sensor("new_challenger", instance)
+    versions.register("challenger, champion", "")
+    sensor.tick()
+    webhook.posted.clear()
+    versions.register("challenger", "few lenses")
+    versions.register("challenger, champion", "passed")
+    versions.made("2", "", "few lenses")  # made again from old settings
+    for _ in range(2):
+        sensor.tick()
+    assert webhook.texts == [
+        "lens_ensemble version 2 is registered; it is not champion: few lenses; "
+        "lens_ensemble version 3 is registered; it has become champion"
+    ]
+    assert webhook.posted[0]["version"] == "3"
+
+
+def test_versions_of_another_registry_are_told_though_their_numbers_were(
+    instance: dg.DagsterInstance,
+    versions: Versions,
+    webhook: Webhook,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sensor = Sensor("new_challenger", instance)
+    for aliases in ("challenger, champion", "challenger"):
+        versions.register(aliases, "few lenses")
+        sensor.tick()
+    webhook.posted.clear()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+    other = Versions(instance, Registry(Settings.load()))
+    other.register("challenger", "few lenses")
+    for _ in range(2):
+        sensor.tick()
+    assert webhook.texts == [
+        "lens_ensemble version 1 is registered; it stays challenger: few lenses"
+    ]
+
+
 def test_an_older_version_that_came_up_again_is_not_called_challenger(
     instance: dg.DagsterInstance, versions: Versions, webhook: Webhook
 ) -> None:
@@ -250,12 +291,13 @@ def test_each_change_of_the_champion_is_told_once_whoever_made_it(
     assert told() == ["lens_ensemble version 3 is champion"]
 
 
+@pytest.mark.parametrize("cursor", ["1", '{"version": 1, "champion": 1}'])
 def test_what_a_former_version_was_told_of_is_not_told_again(
-    instance: dg.DagsterInstance, versions: Versions, webhook: Webhook
+    cursor: str, instance: dg.DagsterInstance, versions: Versions, webhook: Webhook
 ) -> None:
     sensor = Sensor("new_challenger", instance)
     versions.register("challenger, champion", "")
-    sensor.cursor = "1"
+    sensor.cursor = cursor
     sensor.tick()
     assert webhook.texts == []
     versions.register("challenger, champion", "")
