@@ -36,8 +36,8 @@ class InputError(ValueError):
 
 
 class NoAnswerError(InputError):
-    """A store that fails: the address may be wrong, or the store unwell for a while. Whoever waits
-    is told; whoever does not, tries again."""
+    """A store that fails: the address may be wrong, or the store unwell for a while; or a source
+    that changes while it is read. Whoever waits is told; whoever does not, tries again."""
 
 
 def told_of(what: str, problem: InputError) -> InputError:

@@ -37,7 +37,7 @@ from lens_pipeline.defs.stages import (
     stage,
     table,
 )
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, NoAnswerError
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Recipe, digest
 
@@ -159,6 +159,7 @@ def table_recipe(settings: Settings, source: str) -> Recipe:
 
 
 def make_catalogue(settings: Settings, recipe: Recipe, out: Path) -> None:
+    """Raises NoAnswerError where what was read is not what `recipe` says."""
     if settings.is_simulated:
         from lens_pipeline.simulation.simulate import simulate_surveys
 
@@ -169,6 +170,13 @@ def make_catalogue(settings: Settings, recipe: Recipe, out: Path) -> None:
 
         catalogue = read_catalogue(settings.source, settings.storage_options)
         catalogue.table.to_parquet(out / "catalogue.parquet", index=False)
+    _check_unchanged(settings.source, recipe.key, catalogue_recipe(settings).key)
+
+
+def _check_unchanged(source: str, before: str, after: str) -> None:
+    """Else what was read would be kept as what was there before, and taken for that again."""
+    if after != before:
+        raise NoAnswerError(f"{source}: changed while it was read; try again once it rests")
 
 
 def catalogue_of(settings: Settings, upstream: Made, survey: str | None = None) -> "Catalogue":
@@ -367,6 +375,9 @@ def processed_dataset(
             options=settings.storage_options,
             **recipe.settings,
         )
+        if not settings.is_simulated:
+            images = files_fingerprint(catalogue.references, settings.storage_options)
+            _check_unchanged(settings.source, recipe.inputs["images"], images)
 
     root = settings.home / "dataset"
     step = run_stage(DATASET, recipe, root, build, settings, survey=survey)

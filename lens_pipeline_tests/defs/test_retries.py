@@ -1,10 +1,12 @@
 """What fails by chance is tried again, against a real S3 server that is unwell for a while."""
 
+import importlib
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import fsspec
@@ -34,30 +36,37 @@ def instance() -> Iterator[dg.DagsterInstance]:
 
 
 @pytest.fixture
-def proxy(
-    s3_bucket: str,
-    s3_server: S3Server,
-    faulty_proxy: Proxies,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> FaultyProxy:
-    """In front of the server where the catalogue and its images are, as LENS_SOURCE says."""
-    filesystem, root = fsspec.url_to_fs(s3_bucket, **s3_server.storage_options())
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a catalogue, table.csv, which is LENS_SOURCE, and its images."""
     table = pd.DataFrame({"id": [f"c{i}" for i in range(N)], "label": np.arange(N) // 3 % 2})
     table["path"] = [f"{i}.npy" for i in range(N)]
     table["split"] = np.array(["train", "val", "test"])[np.arange(N) % 3]
-    images = tmp_path / "images"
-    images.mkdir()
+    folder = tmp_path / "images"
+    folder.mkdir()
     for i, pixels in enumerate(np.random.default_rng(3).normal(size=(N, 1, 32, 32))):
-        np.save(images / f"{i}.npy", pixels)
-    table.to_csv(images / "table.csv", index=False)
-    filesystem.put([str(path) for path in images.iterdir()], root + "/")
-    through = faulty_proxy(s3_server)
+        np.save(folder / f"{i}.npy", pixels)
+    table.to_csv(folder / "table.csv", index=False)
     monkeypatch.setenv("LENS_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("LENS_IMAGE_SIZE", "32")
+    monkeypatch.setenv("LENS_SOURCE", str(folder / "table.csv"))
+    monkeypatch.setattr(stages, "AGAIN", stages.AGAIN._replace(delay=0.5))
+    return folder
+
+
+@pytest.fixture
+def proxy(
+    images: Path,
+    s3_bucket: str,
+    s3_server: S3Server,
+    faulty_proxy: Proxies,
+    monkeypatch: pytest.MonkeyPatch,
+) -> FaultyProxy:
+    """In front of a server where `images` are, as LENS_SOURCE says."""
+    filesystem, root = fsspec.url_to_fs(s3_bucket, **s3_server.storage_options())
+    filesystem.put([str(path) for path in images.iterdir()], root + "/")
+    through = faulty_proxy(s3_server)
     monkeypatch.setenv("LENS_SOURCE", f"{s3_bucket}/table.csv")
     monkeypatch.setenv("LENS_STORAGE_OPTIONS", json.dumps(s3_server.storage_options(through.url)))
-    monkeypatch.setattr(stages, "AGAIN", stages.AGAIN._replace(delay=0.5))
     return through
 
 
@@ -98,6 +107,40 @@ def test_a_store_that_is_unwell_for_a_while_costs_neither_the_run_nor_an_image(
     assert retries(ran) == [tried_again]
     shown = ran.asset_materializations_for_node("processed_dataset")[0].metadata
     assert shown["rejects"].value == 0
+
+
+@pytest.mark.parametrize(
+    ("reads", "changed", "tried_again"),
+    [
+        ("table.read_catalogue", "table.csv", "cutout_catalogue"),
+        ("build.build_dataset", "7.npy", "processed_dataset"),
+    ],
+)
+def test_a_source_that_changes_while_it_is_read_is_read_again(
+    reads: str,
+    changed: str,
+    tried_again: str,
+    images: Path,
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else it would be kept as what it was before, and be taken for that when that comes back."""
+    other = (images / changed).read_bytes() + b"\n"
+    module, name = reads.split(".")
+    library = importlib.import_module(f"lens_pipeline.catalogue.{module}")
+    reading = getattr(library, name)
+
+    def read(*arguments: Any, **named: Any) -> Any:
+        if (images / changed).read_bytes() != other:
+            (images / changed).write_bytes(other)
+        return reading(*arguments, **named)
+
+    monkeypatch.setattr(library, name, read)
+    ran = dg.materialize(
+        [one.asset() for one in STAGES], instance=instance, resources={"lens": LensHome()}
+    )
+    assert ran.success
+    assert retries(ran) == [tried_again]
 
 
 def test_a_setting_out_of_its_bounds_is_named_and_not_tried_again(
