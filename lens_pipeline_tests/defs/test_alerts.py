@@ -236,11 +236,11 @@ def test_versions_of_another_registry_are_told_though_their_numbers_were(
         versions.register(aliases, "few lenses")
         sensor.tick()
     webhook.posted.clear()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
-    other = Versions(instance, Registry(Settings.load()))
-    other.register("challenger", "few lenses")
-    for _ in range(2):
-        sensor.tick()
+    with monkeypatch.context() as moved:
+        moved.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+        Versions(instance, Registry(Settings.load())).register("challenger", "few lenses")
+        for _ in range(2):
+            sensor.tick()
     assert webhook.texts == [
         "lens_ensemble version 1 is registered; it stays challenger: few lenses"
     ]
