@@ -8,8 +8,8 @@ import time
 import urllib.request
 from typing import Any
 
-from lens_pipeline.errors import InputError, masked
-from lens_pipeline.settings import SECRET, Settings
+from lens_pipeline.errors import SECRET, InputError, masked
+from lens_pipeline.settings import Settings
 
 TRIES = 3
 MARK = "alert: "  # how its line begins among other messages

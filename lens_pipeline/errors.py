@@ -5,13 +5,17 @@ import errno
 import re
 from collections.abc import Sequence
 
+# In names of what must not be shown.
+SECRET = re.compile("sig|token|key|secret|password|credential", re.IGNORECASE)
 _PASSWORD = re.compile(r"(://[^\s/:@]*:)\S*@")
 _QUERY = re.compile(r"(://[^\s?]*\?)\S*[^\s:;,.)\]'\"]")
+# Of a URL without its beginning, as clients tell of it.
+_VALUE = re.compile(rf"([?&][\w-]*(?:{SECRET.pattern})[\w-]*=)[^\s&'\")]+", re.IGNORECASE)
 
 
 def masked(text: str) -> str:
     """A text with the passwords and queries (`?X-Amz-Signature=...`) of its URLs as ``***``."""
-    return _QUERY.sub(r"\1***", _PASSWORD.sub(r"\1***@", text))
+    return _VALUE.sub(r"\1***", _QUERY.sub(r"\1***", _PASSWORD.sub(r"\1***@", text)))
 
 
 def words_of(problem: BaseException, most: int = 300) -> str:

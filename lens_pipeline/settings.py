@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import SECRET, InputError
 from lens_pipeline.settings_files import first_wrong
 
 # Variables of the deployment, the code server, the tests, and of commands that a step has started,
@@ -31,17 +31,18 @@ SIMULATION = "simulation"  # in the place of a source
 SERVED = ".served"  # in DAGSTER_HOME, by `lens-pipeline show`, which locks it meanwhile
 # Where `lens-pipeline show` serves what it is not told to serve elsewhere.
 HOST, DAGSTER_PORT, MLFLOW_PORT = "127.0.0.1", 3000, 5000
-SECRET = re.compile("sig|token|key|secret|password|credential", re.IGNORECASE)
 
 
 def absolute(location: str) -> str:
     """A path made absolute; a URL (``scheme://``) as it is.
 
-    Raises InputError for a URL with a password, which would be written down with every result, and
-    for one that lacks a slash.
+    Raises InputError for a URL with a password, which would be written down with every result, for
+    one that lacks a slash, and for a bucket's without a bucket.
     """
     if re.match("[a-z][a-z0-9+]+:/(?!/)", location):  # a path of that name is not meant
         raise InputError(f"{location}: a URL has two slashes behind the colon")
+    if re.match("(s3a?|gs|gcs):///*$", location):
+        raise InputError(f"{location}: names no bucket")
     if "://" in location:
         if urlsplit(location).password:
             raise InputError(
@@ -52,7 +53,7 @@ def absolute(location: str) -> str:
     return str(Path(location).expanduser().resolve())
 
 
-def _written_down(location: str) -> str:
+def written_down(location: str) -> str:
     """`absolute`, of a location that results name. Raises InputError for a URL that is signed."""
     if "://" in location and SECRET.search(urlsplit(location).query):
         raise InputError(
@@ -62,6 +63,14 @@ def _written_down(location: str) -> str:
     return absolute(location)
 
 
+def publishable(location: str) -> str:
+    """`written_down`, of where shards are published. Raises InputError for braces, which in the
+    URLs of shards stand for their numbers."""
+    if set("{}") & set(location):
+        raise InputError(f"{location}: where shards are published must not hold braces")
+    return written_down(location)
+
+
 def _on_this_machine(path: str | Path) -> str:
     if re.match("[a-z][a-z0-9+]+:/", str(path)):
         raise ValueError(f"{path} is a URL; name a folder on this machine")
@@ -69,7 +78,7 @@ def _on_this_machine(path: str | Path) -> str:
 
 
 def _absolute_source(source: str) -> str:
-    return source if source == SIMULATION else _written_down(source)
+    return source if source == SIMULATION else written_down(source)
 
 
 def _web_address(secret: Any) -> Any:
@@ -148,11 +157,9 @@ class Settings(BaseSettings):
         description="The ensemble's members, `[name=]architecture[@seed]`, comma-separated; "
         "by default the preset's.",
     )
-    cloud_url: Annotated[str | None, BeforeValidator(lambda url: url and _written_down(url))] = (
-        Field(
-            default=None,
-            description="Where shards are published; by default a folder in LENS_HOME.",
-        )
+    cloud_url: Annotated[str | None, BeforeValidator(lambda url: url and publishable(url))] = Field(
+        default=None,
+        description="Where shards are published; by default a folder in LENS_HOME.",
     )
     storage_options: dict[str, Any] = Field(
         default_factory=dict,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.settings import Settings, absolute
+from lens_pipeline.settings import Settings, absolute, publishable
 from lens_pipeline.steps import folder_aside
 from lens_pipeline.terminal import interruptible, local_path
 
@@ -46,6 +46,7 @@ def _prepare(options: argparse.Namespace) -> int:
     settings = Settings.load(home=options.home)
     storage = settings.storage_options | _storage_options(options.storage_options)
     out: Path = options.output_dir
+    cloud_url = options.cloud_url and publishable(options.cloud_url)
     if options.upload_only and not options.cloud_url:
         raise InputError("--upload-only: needs --cloud-url, where to publish")
     if not options.upload_only:
@@ -81,10 +82,10 @@ def _prepare(options: argparse.Namespace) -> int:
         n_rows = len(rejects) + sum(shard.samples for shard in manifest.shards)
         print(rejects_in_words(rejects, n_rows, out / REJECTS))
     places: list[tuple[str, dict[str, Any]]] = [(str(out), {})]
-    if options.cloud_url:
+    if cloud_url:
         from lens_pipeline.shards.cloud import publish_shards
 
-        published = publish_shards(out, absolute(options.cloud_url), storage_options=storage)
+        published = publish_shards(out, cloud_url, storage_options=storage)
         places.append((published.url, storage))
     for place, how in places:
         if options.validate:

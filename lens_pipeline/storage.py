@@ -47,7 +47,7 @@ def asking(location: str) -> Iterator[None]:
                 f"{location}: cannot be read now ({words_of(problem)}); try again later"
             ) from None
         final = isinstance(problem, FINAL) or lacks_credentials(problem)
-        if final or not protocol_of(location) or _blames_the_request(problem):
+        if final or not protocol_of(location) or blames_the_request(problem):
             raise
         raise NoAnswerError(
             f"{location}: its store fails ({words_of(problem)}); try again later, or correct "
@@ -95,7 +95,8 @@ def lacks_credentials(problem: Exception) -> bool:
     return "Credentials" in type(problem).__name__  # each has its own, and no import needs them
 
 
-def _blames_the_request(problem: Exception) -> bool:
+def blames_the_request(problem: Exception) -> bool:
+    """Whether it is a server's answer that says so, and will be the same another time."""
     status = getattr(problem, "status", None) or getattr(problem, "code", None)
     return isinstance(status, int) and 400 <= status < 500 and status not in _ASK_AGAIN
 
@@ -103,7 +104,8 @@ def _blames_the_request(problem: Exception) -> bool:
 def locate(
     location: str, storage_options: Mapping[str, Any] | None = None
 ) -> tuple[fsspec.AbstractFileSystem, str]:
-    """(the filesystem, the path in it). Raises InputError for a kind that is not known."""
+    """(the filesystem, the path in it). Raises InputError for a kind that is not known, and where
+    its options are wrong; NoAnswerError where it asks a server for that, which does not answer."""
     options = _defaults(protocol_of(location))
     for name, value in (storage_options or {}).items():
         both = isinstance(value, dict) and isinstance(options.get(name), dict)
@@ -112,6 +114,13 @@ def locate(
         return fsspec.url_to_fs(location, **options)
     except (ValueError, ImportError) as problem:
         raise InputError(f"{location}: cannot be used ({words_of(problem)})") from None
+    except Exception as problem:  # noqa: BLE001  (each has its own; words may hold a secret)
+        passing = isinstance(problem, OSError) and not isinstance(problem, FINAL)
+        names = ", ".join(storage_options or ()) or "its credentials"
+        raise (NoAnswerError if passing else InputError)(
+            f"{location}: cannot be connected to ({type(problem).__name__}); correct {names}, as "
+            "LENS_STORAGE_OPTIONS or the environment gives them"
+        ) from None
 
 
 def without_query(location: str) -> str:

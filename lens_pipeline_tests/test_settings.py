@@ -113,3 +113,10 @@ def test_a_url_that_lacks_a_slash_is_no_folder(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("LENS_CLOUD_URL", "s3:/bucket/lenses")
     with pytest.raises(InputError, match="s3:/bucket/lenses: a URL has two slashes"):
         Settings.load()
+    for url in ("s3://", "gs:///"):
+        monkeypatch.setenv("LENS_CLOUD_URL", url)
+        with pytest.raises(InputError, match=f"{url}: names no bucket"):
+            Settings.load()
+    monkeypatch.setenv("LENS_CLOUD_URL", "s3://bucket/x{1,2}y")
+    with pytest.raises(InputError, match="where shards are published must not hold braces"):
+        Settings.load()

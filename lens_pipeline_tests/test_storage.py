@@ -260,6 +260,24 @@ def test_a_bucket_is_listed_instead_of_asked_for_each_object(
     assert after[names[11]] is None
 
 
+def test_what_connecting_fails_at_is_told_without_the_options_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import requests
+
+    def get(url: str, params: dict[str, str], timeout: float) -> None:
+        raise requests.ConnectionError(f"refused, with url: /tokeninfo?access_token={params}")
+
+    monkeypatch.setattr(requests, "get", get)
+    with pytest.raises(
+        NoAnswerError, match=r"gs://b/x: .* \(ConnectionError\); correct token"
+    ) as raw:
+        locate("gs://b/x", {"token": "ya29.s3cret"})
+    with pytest.raises(InputError, match=r"gs://b/x: .* \(KeyError\); correct token") as account:
+        locate("gs://b/x", {"token": {"client_email": "s3cret", "private_key": "s3cret"}})
+    assert not any("s3cret" in str(caught.value) for caught in (raw, account))
+
+
 def test_a_bucket_that_does_not_answer_says_nothing_of_what_has_changed(
     s3_bucket: str, s3_server: S3Server, faulty_proxy: Callable[[Any], FaultyProxy]
 ) -> None:
