@@ -19,7 +19,7 @@ BLOCK = 2**18
 
 @dataclass
 class _Rule:
-    """What to do to the requests whose `METHOD /path?query` the pattern is found in."""
+    """What to do to the requests in whose `METHOD /path?query` or headers the pattern is found."""
 
     only: str
 
@@ -28,6 +28,7 @@ class _Rule:
 class _Every(_Rule):
     n: int
     status: int
+    code: str
     seen: int = 0
 
 
@@ -56,8 +57,8 @@ class FaultyProxy:
 
     One rule holds at a time, for the requests that begin after it was set; at first, everything
     passes. `only` is a regular expression: a rule is for the requests in whose
-    `METHOD /path?query` it is found. Headers pass unchanged, so that the signature of a request,
-    which covers the Host that the client has spoken to, stays true.
+    `METHOD /path?query` or headers it is found. Headers pass unchanged, so that the signature of a
+    request, which covers the Host that the client has spoken to, stays true.
 
     requests: how many have come; faults: how many of them were spoilt; seen: a line of each.
     """
@@ -83,9 +84,12 @@ class FaultyProxy:
         """Nothing is spoilt any more."""
         self._rule = None
 
-    def every(self, n: int, *, status: int = 503, only: str = "") -> None:
-        """Every n-th request is taken in whole, answered with this status, and sent no further."""
-        self._rule = _Every(only, n, status)
+    def every(self, n: int, *, status: int = 503, code: str = "", only: str = "") -> None:
+        """Every n-th request is taken in whole, answered with this status, and sent no further.
+
+        code: S3's name of the reason; by default a usual one.
+        """
+        self._rule = _Every(only, n, status, code)
 
     def reset_after(self, n_bytes: int, *, times: int | None = 1, only: str = "") -> None:
         """The connection is reset when n_bytes of a request's body and of its answer's have passed.
@@ -152,7 +156,8 @@ class FaultyProxy:
         method, path, _ = request.first.split(" ", 2)
         self.seen.append(f"{method} {path}")
         rule = self._rule
-        if rule is not None and not re.search(rule.only, self.seen[-1]):
+        sent = f"{self.seen[-1]}\n{request.raw.decode('latin-1')}"
+        if rule is not None and not re.search(rule.only, sent):
             rule = None
         meter = _Meter(rule if isinstance(rule, _Reset) else None)
         try:
@@ -170,7 +175,7 @@ class FaultyProxy:
                 if rule.seen % rule.n == 0:
                     self.faults += 1
                     await _take_in(request, reader, writer)
-                    writer.write(_refusal(request, method, rule.status))
+                    writer.write(_refusal(request, method, rule.status, rule.code))
                     await writer.drain()
                     return True
             return await self._forward(request, method, reader, writer, meter)
@@ -329,11 +334,12 @@ async def _answer(
     return answer.chunked or "content-length" in answer.headers
 
 
-def _refusal(request: _Head, method: str, status: int) -> bytes:
+def _refusal(request: _Head, method: str, status: int, code: str) -> bytes:
     """An answer as the store in question would give it."""
     phrase = HTTPStatus(status).phrase
     if "x-amz-date" in request.headers:
-        code = {500: "InternalError", 503: "SlowDown"}.get(status, phrase.replace(" ", ""))
+        usual = {500: "InternalError", 503: "SlowDown"}.get(status, phrase.replace(" ", ""))
+        code = code or usual
         kind = "application/xml"
         content = f"<Error><Code>{code}</Code><Message>{phrase}</Message></Error>"
     else:

@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
 from lens_pipeline.errors import InputError, first_of
+from lens_pipeline.settings import publishable
 from lens_pipeline.shards.checked import CheckedFolder, checked_folder
 from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest
-from lens_pipeline.shards.store import Store, StoreError, read_manifest
+from lens_pipeline.shards.store import RefusedError, Store, StoreError, read_manifest
 from lens_pipeline.shards.transfers import transfer
 
 LATEST = "latest.json"
@@ -49,7 +49,8 @@ class PublishedShards:
 
 @dataclass(frozen=True)
 class Latest:
-    """The newest version: when its upload began (ISO 8601, UTC), and its number, from 1."""
+    """The newest version: when its last upload began (ISO 8601, UTC, by the store's clock), and its
+    number, from 1."""
 
     version: str
     created: str
@@ -68,7 +69,15 @@ class Latest:
                 raise ValueError("a newer version wrote it")
             return cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as problem:
-            raise InputError(f"{source}: does not name a version ({problem})") from None
+            raise InputError(
+                f"{source}: does not name a version ({problem}); remove it, and publish again"
+            ) from None
+
+    @classmethod
+    def at(cls, store: Store) -> Self | None:
+        """None where nothing is published. Raises InputError as `parse`."""
+        content = store.read(LATEST)
+        return None if content is None else cls.parse(content, f"{store.url}/{LATEST}")
 
 
 def publish_shards(
@@ -85,16 +94,16 @@ def publish_shards(
     who sees one sees a whole dataset. A file in a folder that has not changed since it was last
     found whole is not read again for that, unless `every_byte` is asked for. Then `latest.json`
     names the version, unless it names one whose upload began later. Raises InputError where
-    `shards` has no manifest or is damaged, or where nothing may be written; StoreError where the
-    store fails for long, or somebody has removed meanwhile what was there: what was the newest
-    before, still is.
+    `shards` has no manifest or is damaged, where nothing may be written, or for a URL that holds
+    braces; StoreError where the store fails for long, or somebody has removed meanwhile what was
+    there: what was the newest before, still is.
     """
-    created, shards = datetime.now(UTC).isoformat(), Path(shards)
-    manifest = read_manifest(shards)
+    shards, manifest = Path(shards), read_manifest(shards)
     version = manifest.dataset_version
-    top = Store(url, storage_options)
-    top.check_writable()
-    place = Store(posixpath.join(url, version), storage_options)
+    top = Store(publishable(url), storage_options)
+    created = top.check_writable().isoformat()
+    Latest.at(top)  # raises for a damaged one before anything is sent
+    place = Store(posixpath.join(top.url, version), storage_options)
     if place.is_local:
         Path(place.root).mkdir(exist_ok=True)
         _remove_asides(Path(place.root))
@@ -208,9 +217,17 @@ def _check_there(place: Store, manifest: Manifest) -> None:
 def _point_to(store: Store, version: str, created: str) -> None:
     def newer(found: bytes | None) -> bytes | None:
         before = Latest.parse(found, f"{store.url}/{LATEST}") if found else None
-        if before and (before.version == version or before.created > created):
-            return None
-        return Latest(version, created, before.sequence + 1 if before else 1).content
+        if before is None:
+            return Latest(version, created, 1).content
+        another = before.version != version
+        if before.created <= created:
+            return Latest(version, created, before.sequence + another).content
+        if another:
+            log.warning(
+                "%s/%s: still names version %s, whose upload began later (%s), and not %s (%s)",
+                *(store.url, LATEST, before.version, before.created, version, created),
+            )
+        return None
 
     store.swap(LATEST, newer)
 
@@ -240,12 +257,26 @@ def published_problems(
 def newest_version(url: str, storage_options: Mapping[str, Any] | None = None) -> str | None:
     """The URL of the version that `<url>/latest.json` names; None where there is no such file."""
     store = Store(url, storage_options)
-    content = store.read(LATEST)
-    if content is None:
+    latest = Latest.at(store)
+    if latest is None:
         return None
-    latest = Latest.parse(content, f"{store.url}/{LATEST}")
     log.info("%s: version %s, made %s", url, latest.version, latest.created)
     return posixpath.join(store.url, latest.version)
+
+
+def version_at(url: str, storage_options: Mapping[str, Any] | None = None, *names: str) -> str:
+    """The URL of the newest version at a URL; the URL itself where there is none, or where a
+    manifest, or an object of one of these names, lies there."""
+    store = Store(url, storage_options)
+    try:
+        if any(store.about(name) is not None for name in (MANIFEST, *names)):
+            return url
+    except RefusedError:  # so S3 tells who may not list that there is none
+        with suppress(RefusedError):
+            if newest := newest_version(url, storage_options):
+                return newest
+        raise
+    return newest_version(url, storage_options) or url
 
 
 def is_published(url: str, storage_options: Mapping[str, Any] | None = None) -> bool:

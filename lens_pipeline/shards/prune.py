@@ -1,8 +1,8 @@
 """Removing old versions of published shards, which nothing else does."""
 
+import logging
 import posixpath
 import re
-import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,14 +10,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, first_of
 from lens_pipeline.shards.checked import RECORD
-from lens_pipeline.shards.cloud import LATEST, Latest
+from lens_pipeline.shards.cloud import AT_WORK, LATEST, Latest
 from lens_pipeline.shards.manifest import MANIFEST, Listed
-from lens_pipeline.shards.store import Store
+from lens_pipeline.shards.store import RefusedError, Store, written_at
 from lens_pipeline.shards.transfers import transfer
 
 YOUNG = timedelta(days=1)
+log = logging.getLogger(__name__)
 _VERSION = re.compile("[0-9a-f]{64}")
 
 
@@ -37,10 +38,9 @@ class _Versions(Store):
     def objects(self, version: str = "") -> dict[str, dict[str, Any]]:
         """{version: {name of an object: what the store says of it}}, of one or all; nothing else
         that is there."""
-        try:
-            found = self._again(lambda: self.filesystem.find(self.at(version), detail=True), "")
-        except PermissionError as problem:
-            raise InputError(f"{self.url}: may not be listed ({problem})") from None
+        found = self._again(
+            lambda: self.filesystem.find(self.at(version), detail=True), "", "may not be listed"
+        )
         versions: dict[str, dict[str, Any]] = {}
         for path, about in found.items():
             version, _, name = posixpath.relpath(path, self.root).partition("/")
@@ -49,17 +49,18 @@ class _Versions(Store):
         return versions
 
     def newest(self) -> str | None:
-        content = self.read(LATEST)
-        return Latest.parse(content, f"{self.url}/{LATEST}").version if content else None
+        latest = Latest.at(self)
+        return latest.version if latest else None
 
-    def now(self) -> datetime:
-        """By the clock that dates its objects: ours may be another."""
-        probe = f".time-{uuid.uuid4().hex}"
-        self.put_text(probe, "")
-        about = self.about(probe)
-        assert about is not None
-        self.remove(probe)
-        return _changed(about)
+    def published_again(self, one: FoundVersion) -> str | None:
+        """What tells that a version is, or has been, published since it was judged."""
+        if self.newest() == one.version:
+            return f"{LATEST} names it"
+        for name in (AT_WORK, MANIFEST):
+            about = self.about(f"{one.version}/{name}")
+            if about is not None and written_at(about) > one.published:
+                return "is being published again"
+        return None
 
 
 def prune_versions(
@@ -83,8 +84,13 @@ def prune_versions(
     store = _Versions(url, storage_options)
     if store.is_local and not Path(store.root).is_dir():
         raise InputError(f"{url}: there is no such folder")
-    store.check_writable()
-    found = _judged(store, store.objects(), keep, referred)
+    try:
+        now = store.check_writable()
+    except RefusedError:
+        if not dry_run:
+            raise
+        now = datetime.now(UTC)
+    found = _judged(store, store.objects(), now, keep, referred)
     if not found:
         raise InputError(f"{url}: no shards are published there")
     if dry_run:
@@ -95,10 +101,11 @@ def prune_versions(
 def _judged(
     store: _Versions,
     objects: Mapping[str, Mapping[str, Any]],
+    now: datetime,
     keep: int,
     referred: Mapping[str, str],
 ) -> list[FoundVersion]:
-    now, latest = store.now(), store.newest()
+    latest = store.newest()
     published = {version: max(_written(those)) for version, those in objects.items()}
     ordered = sorted(objects, key=lambda version: (published[version], version), reverse=True)
     newest = [version for version in ordered if MANIFEST in objects[version]][:keep]
@@ -117,38 +124,51 @@ def _judged(
     return found
 
 
+class _PublishedAgainError(Exception):
+    """A version must not be removed any more; says why."""
+
+
 def _removed(store: _Versions, one: FoundVersion) -> FoundVersion:
     """Remove a version; its manifest first, for who sees one sees a whole dataset. Returns what
-    became of it: it is kept where it has been published again since it was judged."""
-    for remove in (_remove_manifest, _remove_rest):
-        objects = store.objects(one.version).get(one.version, {})
-        if store.newest() == one.version:
-            return replace(one, kept=True, reason=f"{LATEST} names it")
-        if any(written > one.published for written in _written(objects)):
-            return replace(one, kept=True, reason="is being published again")
-        remove(store, one.version, objects)
+    became of it: what is left is kept where it has been published again since it was judged."""
+
+    def remove(listed: Listed) -> None:
+        if reason := store.published_again(one):
+            raise _PublishedAgainError(reason)
+        store.remove(f"{one.version}/{listed.name}")
+
+    objects = store.objects(one.version).get(one.version, {})
+    files = [Listed(name, "", about["size"]) for name, about in objects.items()]
+    try:
+        for listed in files:
+            if listed.name == MANIFEST:
+                remove(listed)
+        transfer([listed for listed in files if listed.name != MANIFEST], remove, "removing")
+    except _PublishedAgainError as problem:
+        one = replace(one, kept=True, reason=str(problem))
+    if store.is_local:
+        with suppress(OSError):  # somebody has just put something there
+            Path(store.at(one.version)).rmdir()
+    if store.newest() == one.version:
+        _tell_what_is_lost(store, one.version)
     return one
 
 
-def _remove_manifest(store: _Versions, version: str, objects: Mapping[str, Any]) -> None:
-    store.remove(f"{version}/{MANIFEST}")
-
-
-def _remove_rest(store: _Versions, version: str, objects: Mapping[str, Any]) -> None:
-    files = [Listed(f"{version}/{name}", "", about["size"]) for name, about in objects.items()]
-    transfer(files, lambda listed: store.remove(listed.name), "removing")
-    if store.is_local:
-        with suppress(OSError):  # somebody has just put something there
-            Path(store.at(version)).rmdir()
+def _tell_what_is_lost(store: _Versions, version: str) -> None:
+    """Who publishes a version again may have seen what was on its way to be removed."""
+    manifest = Store(posixpath.join(store.url, version), store.storage_options).manifest()
+    needed = [MANIFEST, *(listed.name for listed in (manifest.files if manifest else ()))]
+    there = store.objects(version).get(version, {})
+    lost = [name for name in needed if name not in there]
+    if lost:
+        log.warning(
+            "%s/%s: was published again while it was removed, and is the newest; it lacks %s: "
+            "publish it once more",
+            *(store.url, version, first_of(lost)),
+        )
 
 
 def _written(objects: Mapping[str, Mapping[str, Any]]) -> list[datetime]:
     """When the objects of a version were written; who only reads it may write a record beside."""
     published = [about for name, about in objects.items() if name != RECORD]
-    return [_changed(about) for about in published or objects.values()]
-
-
-def _changed(about: Mapping[str, Any]) -> datetime:
-    """When an object was written, by what a filesystem says of it."""
-    changed = about.get("LastModified") or about["mtime"]
-    return changed if isinstance(changed, datetime) else datetime.fromtimestamp(changed, UTC)
+    return [written_at(about) for about in published or objects.values()]

@@ -4,6 +4,7 @@ Whatever a store raises becomes a message that names the object and the cause. W
 as a server that restarts, is tried again for some time.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -17,6 +18,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,14 +31,26 @@ from lens_pipeline.errors import FULL, InputError, NoAnswerError, words_of
 from lens_pipeline.shards.checksums import PART, Checksums
 from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest, difference
 from lens_pipeline.steps import file_aside, write_aside
-from lens_pipeline.storage import FINAL, PASSING, lacks_credentials, locate, protocol_of, state_of
+from lens_pipeline.storage import (
+    FINAL,
+    PASSING,
+    blames_the_request,
+    lacks_credentials,
+    locate,
+    protocol_of,
+    state_of,
+)
 
 T = TypeVar("T")
 PATIENCE = 60.0  # seconds for which a request is tried again
 FIRST_PAUSE = 0.25
 BEHIND_THE_END = ("InvalidRange", "416")
 NOT_SHOWN = (403, 410)  # what web servers may answer for what is not there
-BAD_SIGNATURE = ("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken", "ExpiredToken")
+BAD_SIGNATURE = (
+    *("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken", "ExpiredToken"),
+    "401",
+)
+SPOILT_ON_THE_WAY = ("BadDigest", "IncompleteBody")  # what of S3's blames is no request's fault
 BLOCK = 2**26  # bytes that are asked for at once: what a lost connection costs
 
 log = logging.getLogger(__name__)
@@ -66,6 +80,10 @@ os.register_at_fork(after_in_child=_keep_inherited)
 
 class StoreError(NoAnswerError):
     """A store that failed, in spite of all patience; the message names the object and the cause."""
+
+
+class RefusedError(InputError):
+    """A store that will not do what it was asked for: the message names the object and says why."""
 
 
 def read_manifest(
@@ -116,25 +134,33 @@ class Store:
         """The path of an object for the filesystem."""
         return posixpath.join(self.root, name)
 
-    def check_writable(self) -> None:
-        """Raises InputError, at once, where nothing can be written: which of the reasons it is."""
+    def check_writable(self) -> datetime:
+        """The time by the clock that dates its objects: ours may be another. Raises InputError, at
+        once, where nothing can be written, or seen of it: which of the reasons it is."""
         probe = f".writable-{uuid.uuid4().hex}"
-        try:
+
+        def put() -> None:
             if self.is_local:
                 self.filesystem.makedirs(self.root, exist_ok=True)
-            self.put_text(probe, "")
+            self.filesystem.pipe_file(self.at(probe), b"")
+
+        try:
+            self._again(put, "", "no writing")
         except FileNotFoundError:
             bucket = self.root.partition("/")[0]
             raise InputError(f"{self.url}: there is no bucket {bucket}") from None
-        except PermissionError as problem:
-            refused = "credentials are refused" if _code(problem) in BAD_SIGNATURE else "no writing"
-            raise InputError(f"{self.url}: {refused} ({words_of(problem)})") from None
         except OSError as problem:
             raise InputError(f"{self.url}: cannot be written ({words_of(problem)})") from None
         try:
-            self._again(lambda: self.filesystem.rm_file(self.at(probe)), probe)
-        except PermissionError:
-            log.info("%s: objects may be put there, and not removed", self.url)
+            written = written_at(self._again(lambda: self._info(probe), "", "no reading"))
+            with suppress(FileNotFoundError):  # S3 says so only to who may list
+                self._again(lambda: self._info(f"{probe}.none"), "", "no listing")
+        finally:
+            try:
+                self.remove(probe)
+            except RefusedError:
+                log.info("%s: objects may be put there, and not removed", self.url)
+        return written
 
     def put_file(self, source: Path, name: str) -> None:
         """A store shows an object when it is whole; in a folder it is renamed into place."""
@@ -144,31 +170,34 @@ class Store:
         else:
             # Of parts of a size that is known, the store's checksum is known, too.
             parts = {"chunksize": PART} if self._protocol == "s3" else {}
-            self._again(lambda: self.filesystem.put_file(str(source), self.at(name), **parts), name)
+            self._again(
+                lambda: self.filesystem.put_file(str(source), self.at(name), **parts),
+                name,
+                "may not be put",
+            )
 
     def put_text(self, name: str, content: str) -> None:
         if self.is_local:
             write_aside(Path(self.at(name)), content)
         else:
-            self._again(lambda: self.filesystem.pipe_file(self.at(name), content.encode()), name)
+            self._again(
+                lambda: self.filesystem.pipe_file(self.at(name), content.encode()),
+                name,
+                "may not be put",
+            )
 
     def remove(self, name: str) -> None:
-        """Remove an object, if it is there. Raises InputError where it may not be removed."""
-        try:
-            with suppress(FileNotFoundError):  # another process was quicker
-                self._again(lambda: self.filesystem.rm_file(self.at(name)), name)
-        except PermissionError as problem:
-            raise InputError(f"{self.url}/{name}: may not be removed ({problem})") from None
+        """Remove an object, if it is there. Raises RefusedError where it may not be removed."""
+        with suppress(FileNotFoundError):  # another process was quicker
+            self._again(lambda: self.filesystem.rm_file(self.at(name)), name, "may not be removed")
 
     def read(self, name: str) -> bytes | None:
-        """The content of a small object, None where there is none. Raises InputError where it may
+        """The content of a small object, None where there is none. Raises RefusedError where it may
         not be read."""
         try:
             return self._again(lambda: self.filesystem.cat_file(self.at(name)), name)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except PermissionError as problem:
-            raise self._forbidden(name, problem) from None
 
     def manifest(self) -> Manifest | None:
         """None where there is none. Raises InputError for one that is not as it was written."""
@@ -179,7 +208,7 @@ class Store:
         """What the filesystem says of an object, its `size` among it; None where there is none."""
         try:
             return self._again(lambda: self._info(name), name)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def part(self, name: str, start: int, n_bytes: int) -> bytes:
@@ -198,8 +227,6 @@ class Store:
             return self._again(get, name)
         except FileNotFoundError:
             raise InputError(f"{self.url}/{name}: is missing") from None
-        except PermissionError as problem:
-            raise self._forbidden(name, problem) from None
 
     def whole(self, name: str, n_bytes: int) -> bytes | bytearray:
         """The content of an object. Raises InputError where it has another size."""
@@ -230,8 +257,11 @@ class Store:
             )
         return content
 
-    def _forbidden(self, name: str, problem: PermissionError) -> InputError:
-        return InputError(f"{self.url}/{name}: may not be read ({words_of(problem)})")
+    def difference(self, listed: Listed) -> str | None:
+        """How an object that is read back differs from what the manifest lists, or None."""
+        return self._again(
+            lambda: difference(self.filesystem, self.at(listed.name), listed), listed.name
+        )
 
     def state_of(
         self, listed: Listed, checksums: Checksums, whole: str | None = None
@@ -247,10 +277,7 @@ class Store:
         state = state_of(info)
         if checksums.are_of(info) or (state is not None and state == whole):
             return state or ""
-        wrong = self._again(
-            lambda: difference(self.filesystem, self.at(listed.name), listed), listed.name
-        )
-        return None if wrong else state or ""
+        return None if self.difference(listed) else state or ""
 
     def swap(self, name: str, change: Callable[[bytes | None], bytes | None]) -> None:
         """Replace a small object by what `change` makes of it; None leaves it as it is.
@@ -299,10 +326,18 @@ class Store:
             except Exception as problem:
                 if _is_precondition(problem):
                     return False
-                raise
+                if getattr(problem, "errno", None) != errno.ENOSYS:
+                    raise
+                log.warning(
+                    "%s/%s: its store has no conditional put: of two at once the last one wins",
+                    *(self.url, name),
+                )
+                if self._with_token(name)[1] != token:
+                    return False
+                self.filesystem.pipe_file(path, content)
             return True
 
-        return self._again(put, name)
+        return self._again(put, name, "may not be put")
 
     def _replace_generation(self, path: str, content: bytes, generation: str) -> None:
         """GCS's conditional put, which gcsfs has for absent objects alone."""
@@ -325,10 +360,12 @@ class Store:
     def _info(self, name: str) -> dict[str, Any]:
         return dict(self.filesystem.info(self.at(name)))
 
-    def _again(self, request: Callable[[], T], name: str) -> T:
+    def _again(self, request: Callable[[], T], name: str, refused: str = "may not be read") -> T:
         """What a request gives, tried for PATIENCE seconds. Raises StoreError after that; at once
-        what trying again does not change, as InputError in a folder."""
+        what trying again does not change: RefusedError, with `refused` in its message, where the
+        store blames the request."""
         until, pause = time.monotonic() + PATIENCE, FIRST_PAUSE
+        place = posixpath.join(self.url, name).rstrip("/")
         while True:
             try:
                 return request()
@@ -339,25 +376,27 @@ class Store:
                     f"{self.url}: cannot be used ({words_of(problem)}); correct the address, or "
                     "LENS_STORAGE_OPTIONS"
                 ) from None
-            except FINAL:
-                raise
             except Exception as problem:
+                if getattr(problem, "status", None) in NOT_SHOWN:
+                    raise FileNotFoundError(name) from None
+                if _is_refusal(problem):
+                    if _code(problem) in BAD_SIGNATURE:
+                        refused += ", for credentials are refused"
+                    raise RefusedError(f"{place}: {refused} ({words_of(problem)})") from None
+                if isinstance(problem, FINAL) or getattr(problem, "errno", None) in FULL:
+                    raise
                 if lacks_credentials(problem):
                     raise InputError(
                         f"{self.url}: there are no credentials for it ({words_of(problem)}); "
                         "give them through the environment, as the provider's tools take them"
                     ) from None
-                if getattr(problem, "errno", None) in FULL:
-                    raise
                 if self.is_local and getattr(problem, "errno", None) not in PASSING:
                     raise InputError(
-                        f"{self.url}/{name}: cannot be used ({words_of(problem)}); correct the path"
+                        f"{place}: cannot be used ({words_of(problem)}); correct the path"
                     ) from None
-                if getattr(problem, "status", None) in NOT_SHOWN:
-                    raise FileNotFoundError(name) from None
                 if time.monotonic() + pause > until:
-                    raise StoreError(f"{self.url}/{name}: {words_of(problem)}") from None
-                log.info("%s/%s: %s; once more", self.url, name, words_of(problem))
+                    raise StoreError(f"{place}: {words_of(problem)}") from None
+                log.info("%s: %s; once more", place, words_of(problem))
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, 10)
 
@@ -368,6 +407,25 @@ def _code(problem: Exception) -> str:
     if isinstance(answer, Mapping):
         return str(answer.get("Error", {}).get("Code", ""))
     return str(getattr(problem, "code", ""))
+
+
+def _is_refusal(problem: Exception) -> bool:
+    """Whether a store answers the same however often it is asked: 401, 403, and other statuses that
+    blame the request. s3fs and gcsfs make errors of some that do not carry them."""
+    if isinstance(problem, PermissionError) or str(problem).startswith("Forbidden:"):
+        return True
+    code, number = _code(problem), getattr(problem, "errno", None)
+    if number == errno.EINVAL:
+        return code not in ("", *SPOILT_ON_THE_WAY)
+    return number == errno.ENOSYS or blames_the_request(problem)
+
+
+def written_at(info: Mapping[str, Any]) -> datetime:
+    """When an object was written, by what a filesystem says of it; now where it does not say."""
+    changed = info.get("LastModified") or info.get("mtime")
+    if isinstance(changed, datetime):
+        return changed.astimezone(UTC)
+    return datetime.now(UTC) if changed is None else datetime.fromtimestamp(changed, UTC)
 
 
 def _is_precondition(problem: Exception) -> bool:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ import pandas as pd
 import pytest
 
 from lens_pipeline import LensDataModule, LensWebDatasetDataModule, storage
+from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards import (
+    cloud,
     open_shards,
     prune,
     prune_versions,
@@ -30,11 +32,12 @@ from lens_pipeline.shards import (
     read_manifest,
     store,
     verify_shards,
+    write_shards,
 )
 from lens_pipeline.shards.checked import RECORD
 from lens_pipeline.shards.cloud import newest_version, published_problems
 from lens_pipeline.shards.manifest import Manifest, Shard, write_manifest
-from lens_pipeline.shards.store import Store, StoreError
+from lens_pipeline.shards.store import RefusedError, Store, StoreError
 from lens_pipeline.steps import file_sha256
 from lens_pipeline_tests.faulty_proxy import FaultyProxy
 from lens_pipeline_tests.object_stores import GCSServer, S3Server, sign_in
@@ -126,20 +129,67 @@ def test_cloud_objects_that_were_spoilt_are_put_again(
 
 
 def test_cloud_pointer_is_never_moved_back(
-    own_shards: Path, shards_folder: Path, place: tuple[str, dict], tmp_path: Path
+    shards_folder: Path, place: tuple[str, dict], caplog: pytest.LogCaptureFixture
 ) -> None:
     """An older upload that ends late leaves the newer version the newest."""
     url, options = place
     newer = publish_shards(shards_folder, url, storage_options=options)
+    begun = json.loads(Store(url, options).read("latest.json") or b"")
+    Store(url, options).put_text("latest.json", json.dumps(begun | {"created": "2020-01-01"}))
+    assert publish_shards(shards_folder, url, storage_options=options).uploaded == ()
     late = json.loads(Store(url, options).read("latest.json") or b"")
     assert (late["version"], late["sequence"]) == (newer.dataset_version, 1)
+    assert late["created"] >= begun["created"]  # it was published again
     late |= {"version": "of-an-upload-that-begins-next-year", "created": "2999-01-01"}
     Store(url, options).put_text("latest.json", json.dumps(late))
     publish_shards(shards_folder, url, storage_options=options)
     assert json.loads(Store(url, options).read("latest.json") or b"") == late
-    Store(url, options).put_text("latest.json", "{}")
-    with pytest.raises(InputError, match=r"latest\.json: does not name a version"):
-        newest_version(url, options)
+    (told,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert f"still names version {late['version']}" in told
+    assert newer.dataset_version in told
+
+
+def test_a_latest_json_that_is_damaged_is_told_before_anything_is_sent(
+    shards_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "latest.json").write_text("{}")
+    said = r"latest\.json: does not name a version .*; remove it, and publish again"
+    with pytest.raises(InputError, match=said):
+        publish_shards(shards_folder, str(tmp_path))
+    assert not list(tmp_path.glob("*/"))
+    with pytest.raises(InputError, match=said):
+        newest_version(str(tmp_path))
+
+
+def test_an_upload_from_a_machine_whose_clock_is_ahead_is_not_the_newest_for_years(
+    own_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ahead(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> "Ahead":
+            return cls(2099, 1, 1, tzinfo=UTC)
+
+    url = str(tmp_path / "cloud")
+    with monkeypatch.context() as patched:
+        for module in (cloud, store):
+            patched.setattr(module, "datetime", Ahead, raising=False)
+        publish_shards(own_shards, url)
+    (own_shards / "manifest.json").write_text(
+        replace(read_manifest(own_shards), dataset="another").text
+    )
+    assert newest_version(url) != publish_shards(own_shards, url).url == newest_version(url)
+
+
+def test_where_shards_are_published_is_what_is_read(
+    shards_folder: Path, s3_bucket: str, s3_server: S3Server
+) -> None:
+    url, options = f"{s3_bucket}/lenses", s3_server.storage_options()
+    published = publish_shards(shards_folder, f"{url}//", storage_options=options)
+    assert published.url == newest_version(f"{url}//", options)
+    assert verify_shards(published.url, options) == []
+    for wrong, said in (("s3://", "names no bucket"), (f"{s3_bucket}/x{{1,2}}y", "hold braces")):
+        with pytest.raises(InputError, match=said):
+            publish_shards(shards_folder, wrong, storage_options=options)
 
 
 def test_cloud_swaps_by_many_at_once_are_all_seen(place: tuple[str, dict]) -> None:
@@ -180,6 +230,87 @@ def test_cloud_places_that_cannot_be_written_are_told_apart_at_once(
     assert "there are no credentials for it" in refused(s3_bucket)
     sign_in(monkeypatch, s3_server.environment(read_only=True))
     assert "no writing (Access Denied.)" in refused(s3_bucket)
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "code", "only", "said"),
+    [
+        ("s3", 400, "InvalidToken", "", "lenses: no writing, for credentials are refused"),
+        ("s3", 400, "InvalidBucketName", "", r"lenses: no writing \("),
+        ("gcs", 401, "", "", "lenses: no writing, for credentials are refused"),
+        ("gcs", 403, "", "POST", r"lenses: no writing \(Forbidden: "),
+        ("s3", 403, "", r"HEAD .*\.writable-\w+ ", r"lenses: no reading \("),
+        ("s3", 403, "", r"HEAD .*\.none", r"lenses: no listing \("),
+        (
+            *("s3", 400, "ExpiredToken", r"PUT .*train-000001\.tar"),
+            r"lenses/\w{64}/train-000001\.tar: may not be put, for credentials are refused",
+        ),
+        (
+            *("s3", 403, "AccessDenied", r"PUT .*latest\.json"),
+            r"lenses/latest\.json: may not be put \(Forbidden\)",
+        ),
+    ],
+)
+def test_cloud_that_refuses_is_not_asked_again(
+    kind: str,
+    status: int,
+    code: str,
+    only: str,
+    said: str,
+    shards_folder: Path,
+    request: pytest.FixtureRequest,
+    faulty_proxy: Proxies,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And it is told what it has refused."""
+    server, bucket = (request.getfixturevalue(f"{kind}_{what}") for what in ("server", "bucket"))
+    monkeypatch.setattr(store, "PATIENCE", 5.0)
+    proxy = faulty_proxy(server)
+    proxy.every(1, status=status, code=code, only=only)
+    with pytest.raises(RefusedError, match=said):
+        publish_shards(
+            shards_folder, f"{bucket}/lenses", storage_options=server.storage_options(proxy.url)
+        )
+
+
+def test_cloud_without_conditional_puts_is_published_to(
+    own_shards: Path,
+    s3_bucket: str,
+    s3_server: S3Server,
+    faulty_proxy: Proxies,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    url = f"{s3_bucket}/lenses"
+    monkeypatch.setattr(store, "PATIENCE", 5.0)
+    proxy = faulty_proxy(s3_server)
+    proxy.every(1, status=501, code="NotImplemented", only="(?i)\nif-(none-)?match:")
+    options = s3_server.storage_options(proxy.url)
+    versions = publish_versions(own_shards, url, options, 2)
+    assert newest_version(url, options) == f"{url}/{versions[-1]}"
+    assert proxy.faults == 2
+    assert "no conditional put" in caplog.text
+
+
+def test_cloud_is_verified_though_some_requests_fail_and_an_object_that_cannot_be_is_named(
+    shards_folder: Path,
+    s3_bucket: str,
+    s3_server: S3Server,
+    faulty_proxy: Proxies,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = s3_server.storage_options()
+    url = publish_shards(shards_folder, f"{s3_bucket}/lenses", storage_options=options).url
+    proxy = faulty_proxy(s3_server)
+    monkeypatch.setenv("LENS_STORAGE_OPTIONS", json.dumps(s3_server.storage_options(proxy.url)))
+    proxy.reset_after(1000, times=7, only=r"GET .*train-000001\.tar")
+    assert verify_shards(url) == []
+    assert proxy.faults == 7  # s3fs by itself gives up at the fifth
+    monkeypatch.setattr(store, "PATIENCE", 0.0)
+    for status, kind in ((403, RefusedError), (500, StoreError)):
+        proxy.every(1, status=status, only=r"train-000001\.tar")
+        with pytest.raises(kind, match=rf"{url}/train-000001\.tar: "):
+            verify_shards(url)
 
 
 @pytest.mark.parametrize(
@@ -478,6 +609,41 @@ def test_cloud_version_that_is_published_again_while_others_are_removed_stays(
     assert verify_shards(f"{url}/{again}", options) == []
 
 
+def test_prune_stops_where_a_version_is_published_again_and_tells_what_it_lacks(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    shards, url = tmp_path / "shards", str(tmp_path / "cloud")
+    shards.mkdir()
+    write_shards(dataset.folder, shards, shard_size=5)
+    first = read_manifest(shards)
+    going = publish_shards(shards, url).dataset_version
+    (shards / "manifest.json").write_text(replace(first, dataset="another").text)
+    newest = publish_shards(shards, url).dataset_version
+    monkeypatch.setattr(prune, "YOUNG", timedelta(0))
+    remove, one_at_a_time = Store.remove, threading.RLock()
+    published: list[str] = []
+
+    def remove_late(place: Store, name: str) -> None:
+        """Once it was seen that a tar may go, its version is published again."""
+        with one_at_a_time:
+            if name.startswith(f"{going}/train-") and not published:
+                (shards / "manifest.json").write_text(first.text)
+                published.append(publish_shards(shards, url).dataset_version)
+        remove(place, name)
+
+    monkeypatch.setattr(Store, "remove", remove_late)
+    found = {one.version: one for one in prune_versions(url, 1, referred={})}
+    assert published == [going]
+    assert (found[going].kept, found[going].reason) == (True, "latest.json names it")
+    listed = {listed.name for listed in read_manifest(shards).files}
+    lost = listed - names(f"{url}/{going}", {})
+    assert 0 < len(lost) <= 8 < len(listed)
+    assert f"{url}/{going}: was published again while it was removed" in caplog.text
+    assert any(f"it lacks {name}" in caplog.text for name in lost)
+    assert versions_at(url, {}) >= {newest, going}
+
+
 def test_cloud_upload_whose_shards_are_removed_meanwhile_is_not_the_newest(
     shards_folder: Path, s3_bucket: str, s3_server: S3Server, faulty_proxy: Proxies
 ) -> None:
@@ -573,6 +739,10 @@ def test_cloud_prune_says_at_once_where_it_cannot_be(
     options = s3_server.storage_options()
     sign_in(monkeypatch, s3_server.environment(read_only=True))
     assert "no writing" in refused(f"{s3_bucket}/lenses")
+    (found,) = prune_versions(
+        f"{s3_bucket}/lenses", 1, referred={}, dry_run=True, storage_options=options
+    )
+    assert found.kept
 
 
 @pytest.mark.parametrize("options", [{"endpoint_url": "localhost:9000"}, {"nosuch": 1}])
