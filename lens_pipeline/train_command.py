@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.settings import Settings, absolute
+from lens_pipeline.settings import Settings, written_down
 from lens_pipeline.steps import LOCKS, digest, locked
 from lens_pipeline.terminal import configure_logging, local_path
 from lens_pipeline.training.config import TrainConfig
@@ -58,8 +58,9 @@ def train_command(options: argparse.Namespace) -> int:
 
 def asked_config(options: argparse.Namespace, settings: Settings) -> TrainConfig:
     """What the file and the flags say, with the places of data and weights for another working
-    directory and another day, and with a file in the place of a registered model. Raises InputError
-    for what this machine does not have, too."""
+    directory and another day (of published shards, the version that is the newest now), and with a
+    file in the place of a registered model. Raises InputError for what this machine does not have,
+    too."""
     config = TrainConfig.read(options.config) if options.config else TrainConfig()
     config = config.with_changes(changes(options), options.command)
     config = config.with_changes(_places(config, settings), options.command)
@@ -178,16 +179,22 @@ def name_of(config: TrainConfig, settings: Settings, **more: Any) -> str:
 
 
 def _places(config: TrainConfig, settings: Settings) -> dict[str, dict[str, Any]]:
+    from lens_pipeline.shards.cloud import version_at
     from lens_pipeline.shards.cutouts import newest_shards
+    from lens_pipeline.shards.urls import in_versions
 
     names = ("data_root", "train_urls", "val_urls", "test_urls", "cache_dir")
     places = {name: getattr(config.data, name) for name in names}
-    found = {name: absolute(place) for name, place in places.items() if place is not None}
+    found = {name: written_down(place) for name, place in places.items() if place is not None}
     if not config.data.use_webdataset and not found.keys() - {"cache_dir"}:
         found["data_root"] = str(newest_shards(settings.home))
+    if "data_root" in found:
+        found["data_root"] = version_at(found["data_root"], settings.storage_options)
+    urls = {name: url for name, url in found.items() if name.endswith("_urls")}
+    found |= in_versions(urls, settings.storage_options)
     if not config.starts_from_a_file:
         return {"data": found}
-    return {"data": found, "model": {"pretrained": absolute(config.model.pretrained)}}
+    return {"data": found, "model": {"pretrained": written_down(config.model.pretrained)}}
 
 
 def _tell(trained: "TrainedMember", config: TrainConfig) -> None:

@@ -145,6 +145,7 @@ def test_no_secret_is_left_by_a_run_that_fails(
         ),
         ("('s3://b/c?***')", "('s3://b/c?token=s3cret')"),
         ("az://c/x?***, az://c/y?***", "az://c/x?sig=s3cret, az://c/y?sv=1&sig=s3cret"),
+        ("with url: /info?a=b&access_token=*** (", "with url: /info?a=b&access_token=s3cret ("),
         ("sqlite:////tmp/mlflow.db", "sqlite:////tmp/mlflow.db"),
         ("models:/lens_ensemble@champion?", "models:/lens_ensemble@champion?"),
         ("Is it s3://b/c? It is.", "Is it s3://b/c? It is."),
@@ -180,6 +181,25 @@ def test_a_signed_url_is_not_shown_whole(
     assert "s3cret" not in printed.out + printed.err
     assert "https://127.0.0.1:9/c.csv?***" in printed.err.splitlines()[-1]
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--data-root", "URL"],
+        ["train", "--use-webdataset", "--train-urls", "s3://b/a.tar", "--val-urls", "URL"],
+        ["tune", "--data-root", "URL"],
+    ],
+)
+def test_settings_of_a_training_hold_no_signed_url(
+    arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    url = "https://127.0.0.1:9/train-{0..3}.tar?X-Amz-Signature=s3cret"
+    given = [url if a == "URL" else a for a in arguments]
+    assert main([*given, "--home", str(tmp_path)]) == 2
+    printed = capfd.readouterr()
+    assert "tar?***: a URL must not carry a signature or token" in printed.err
+    assert "s3cret" not in printed.out + printed.err
 
 
 def test_what_is_handed_on_to_steps_and_what_is_not() -> None:

@@ -23,7 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 from lens_pipeline.errors import InputError
 from lens_pipeline.progress import progress_bar
 from lens_pipeline.settings import Settings
-from lens_pipeline.shards.manifest import INDEX, Listed, Manifest, difference
+from lens_pipeline.shards.manifest import Listed, Manifest, difference
 from lens_pipeline.shards.memory import ShardContent
 from lens_pipeline.shards.store import Store
 from lens_pipeline.shards.transfers import ahead_of, at_a_time
@@ -183,7 +183,7 @@ class CacheFolder:
             # Others are somebody's, who has put the cache among them.
             if OF_A_VERSION.fullmatch(folder.name) and folder.is_dir():
                 for file in os.scandir(folder):
-                    if file.name.endswith(".tar") or file.name == INDEX:
+                    if file.is_file():
                         with suppress(FileNotFoundError):
                             yield Path(file.path), file.stat()
 

@@ -25,7 +25,7 @@ from lens_pipeline.catalogue.images import central, files_fingerprint
 from lens_pipeline.catalogue.table import read_catalogue, source_fingerprint
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings, absolute
-from lens_pipeline.shards.cloud import newest_version
+from lens_pipeline.shards.cloud import version_at
 from lens_pipeline.shards.manifest import MANIFEST
 from lens_pipeline.shards.prepare import IMAGE_SIZE
 from lens_pipeline.shards.reader import FetchedSplit, ShardSplit, shards_at
@@ -129,11 +129,9 @@ def open_cutouts(
     settings = Settings.load()
     cache = cache or settings.home / "cache"
     options = dict(storage_options if storage_options is not None else settings.storage_options)
-    place = absolute(str(location)) if location is not None else str(newest_shards(settings.home))
+    named = absolute(str(location)) if location is not None else str(newest_shards(settings.home))
+    place = version_at(named, options)
     shards = shards_at(Store(place, options), cache, cache_gb)
-    newest = newest_version(place, options) if shards is None else None
-    if newest is not None:
-        place, shards = newest, shards_at(Store(newest, options), cache, cache_gb)
     if shards is not None:
         return cropped(shards, image_size, place)
     filesystem, inside = locate(place, options)

@@ -31,7 +31,7 @@ from lens_pipeline.shards.reader import FetchedSplit
 from lens_pipeline.shards.sampling import EpochBatches, ShardLoader, Windows
 from lens_pipeline.shards.store import read_manifest
 from lens_pipeline.shards.streaming import StreamLoader, TarStream
-from lens_pipeline.shards.urls import Tars, open_tars
+from lens_pipeline.shards.urls import Tars, in_versions, open_tars
 from lens_pipeline.steps import digest
 
 ALONE = {
@@ -316,7 +316,7 @@ class LensWebDatasetDataModule(CutoutModule):
             prefetch_factor,
             bagging,
         )
-        self.urls = dict(zip(SPLITS, (train_urls, val_urls, test_urls), strict=True))
+        self.urls = {"train_urls": train_urls, "val_urls": val_urls, "test_urls": test_urls}
         if storage_options is None:
             storage_options = Settings.load().storage_options
         self.how: dict[str, Any] = {
@@ -342,26 +342,33 @@ class LensWebDatasetDataModule(CutoutModule):
             self.opened[name] = tars
         return self.opened[name]
 
+    @cached_property
+    def _named(self) -> dict[str, str]:
+        """The URLs that were given, in the version that is the newest now; or else of LENS_HOME."""
+        given = {name: url for name, url in self.urls.items() if url}
+        if given:
+            return in_versions(given, self.how["storage_options"])
+        newest = newest_shards(Settings.load().home)
+        patterns = read_manifest(newest).patterns(str(newest))
+        return {f"{split}_urls": pattern for split, pattern in patterns.items()}
+
     def _url(self, name: str) -> str:
-        """As given, or as the manifest beside those that are."""
-        if not any(self.urls.values()):
-            newest = newest_shards(Settings.load().home)
-            patterns = read_manifest(newest).patterns(str(newest))
-            self.urls = {split: patterns.get(split) for split in SPLITS}
-        url = self.urls.get(name)
+        """As named, or as the manifest beside those that are."""
+        url = self._named.get(f"{name}_urls")
         if url is None and name != self._given:
             url = self._tars(self._given).patterns.get(name)
         if url is None:
+            beside = self._named.get(f"{self._given}_urls")
             raise InputError(
-                f"{name}_urls: not given, and no manifest beside {self.urls[self._given]} names "
-                "them; name the tars of that split"
+                f"{name}_urls: not given, and no manifest beside {beside} names them; name the "
+                "tars of that split"
             )
         return url
 
     @property
     def _given(self) -> str:
         """The first split whose tars were named, if any was."""
-        return next((name for name in SPLITS if self.urls[name]), SPLITS[0])
+        return next((name for name in SPLITS if f"{name}_urls" in self._named), SPLITS[0])
 
     @property
     def format(self) -> CutoutFormat:

@@ -14,7 +14,7 @@ from lens_pipeline.catalogue.dataset import CutoutFormat, Split
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import absolute
 from lens_pipeline.shards.cache import CacheFolder
-from lens_pipeline.shards.cloud import newest_version
+from lens_pipeline.shards.cloud import version_at
 from lens_pipeline.shards.cutouts import cropped
 from lens_pipeline.shards.foreign import ImageDecoder, index_tars
 from lens_pipeline.shards.manifest import Listed, Manifest
@@ -55,19 +55,12 @@ def open_tars(
 ) -> Tars:
     """The tars that a path or fsspec URL with braces names; errors name it as `name`.
 
-    See `LensWebDatasetDataModule`. Where there are none in their folder, and a `latest.json` is,
-    they are those of the version that it names. Raises InputError where there are none, where they
-    are not just those of a split of the manifest that lies beside them, or where one is not whole.
+    See `LensWebDatasetDataModule`. Raises InputError where there are none, where they are not just
+    those of a split of the manifest that lies beside them, or where one is not whole.
     """
     urls = expanded(pattern, name)
     store = Store(posixpath.dirname(urls[0]), storage_options)
     shards = shards_at(store, cache, cache_gb)
-    if shards is None and store.about(posixpath.basename(urls[0])) is None:
-        newest = newest_version(store.url, storage_options)
-        if newest is not None:
-            urls = [posixpath.join(newest, posixpath.basename(url)) for url in urls]
-            store = Store(newest, storage_options)
-            shards = shards_at(store, cache, cache_gb)
     if shards is not None:
         split = _split_named(shards.manifest, urls, store.url, name)
         mine = cropped(shards, image_size, store.url)
@@ -94,6 +87,22 @@ def open_tars(
         raise InputError(f"{urls[0]}: no cutouts")
     decoder = ImageDecoder.like(first, urls[0], image_size, flux_unit)
     return Tars(urls, decoder.form, decoder=decoder)
+
+
+def in_versions(
+    patterns: Mapping[str, str], storage_options: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """{name: pattern}: where there are no such tars in their folder, and a `latest.json` is, those
+    of the version that it names, which is one for all of a folder."""
+    versions: dict[str, str] = {}
+    found = {}
+    for name, pattern in patterns.items():
+        folder, tar = posixpath.split(expanded(pattern, name)[0])
+        if folder not in versions:
+            versions[folder] = version_at(folder, storage_options, tar)
+        whole = pattern if folder in pattern else absolute(pattern)
+        found[name] = whole.replace(f"{folder}/", f"{versions[folder]}/")
+    return found
 
 
 def expanded(pattern: str, name: str) -> list[str]:
@@ -138,7 +147,8 @@ def _copied(
             raise InputError(f"{store.url}/{name}: there is no such file")
         state = state_of(about) or uuid.uuid4().hex
         key = hashlib.sha256(f"{store.url}/{name} {state}".encode()).hexdigest()[:32]
-        path_of[name] = cache.path / key / name
+        # Without the signature that a URL may end in.
+        path_of[name] = cache.path / key / name.partition("?")[0]
         tars.append(Listed(name, "", about["size"]))
     cache.check_holds(sum(tar.bytes for tar in tars), f"{store.url}: {len(tars)} tars")
     needed = frozenset(path_of.values())

@@ -568,6 +568,25 @@ def test_copies_of_tars_without_a_manifest_keep_within_the_bound(
     assert [f"train {number}" for number in numbers(loader)] == ids.tolist()  # though it made room
 
 
+def test_copies_of_tars_with_signed_urls_keep_within_the_bound(
+    small_cutouts: Path, remote: str, tmp_path: Path
+) -> None:
+    """The signature is in no name."""
+    filesystem = fsspec.filesystem("memory")
+    content = (small_cutouts / "train-000000.tar").read_bytes()
+    for number in range(3):
+        url = f"memory://tars/{number}/get?sig=s3cret"
+        filesystem.pipe_file(url.removeprefix("memory:/"), content)
+        data = LensWebDatasetDataModule(
+            val_urls=url, flux_unit="background_sigma", batch_size=50,
+            cache_dir=tmp_path, cache_gb=1.5 * len(content) / 1e9,
+        )  # fmt: skip
+        data.val_dataloader()
+    held = [path for path in tmp_path.rglob("*") if path.is_file() and ".locks" not in path.parts]
+    assert [(path.name, path.stat().st_size) for path in held] == [("get", len(content))]
+    assert not list(tmp_path.rglob("*s3cret*"))
+
+
 def test_cloud_copies_of_tars_without_a_manifest_make_no_room_for_their_own_set(
     small_cutouts: Path, published: str, s3_server: S3Server, faulty_proxy: Proxies, tmp_path: Path
 ) -> None:

@@ -106,6 +106,43 @@ def test_cloud_tars_are_found_through_the_newest_version(
         wrong.train_dataloader()
 
 
+def test_one_training_reads_one_version(own_shards: Path, tmp_path: Path) -> None:
+    """Though another is published between its splits."""
+    url = str(tmp_path / "cloud")
+    first = publish_shards(own_shards, url).dataset_version
+    data = LensWebDatasetDataModule(
+        f"{url}/train-{{000000..000002}}.tar", f"{url}/val-000000.tar", batch_size=16
+    )
+    data.split("train")
+    (own_shards / "manifest.json").write_text(
+        replace(read_manifest(own_shards), dataset="another").text
+    )
+    assert publish_shards(own_shards, url).dataset_version != first
+    data.split("val")
+    folders = {Path(tars.urls[0]).parent.name for tars in data.opened.values()}
+    assert folders == {first}
+
+
+def test_cloud_is_read_by_who_may_not_list(
+    shards_folder: Path, s3_bucket: str, s3_server: S3Server, faulty_proxy: Proxies, tmp_path: Path
+) -> None:
+    """S3 tells them of what is absent that they may not read it."""
+    url = f"{s3_bucket}/lenses"
+    version = publish_shards(
+        shards_folder, url, storage_options=s3_server.storage_options()
+    ).dataset_version
+    proxy = faulty_proxy(s3_server)
+    proxy.every(1, status=403, code="AccessDenied", only="list-type|lenses/(manifest|val-)")
+    options = s3_server.storage_options(proxy.url)
+    data = LensDataModule(url, 16, cache_dir=tmp_path, storage_options=options)
+    assert data.content == version
+    tars = LensWebDatasetDataModule(val_urls=f"{url}/val-000000.tar", storage_options=options)
+    assert len(tars.split("val")) == len(open_shards(shards_folder).split("val"))
+    proxy.every(1, status=403, code="AccessDenied", only="lenses/(manifest|latest)")
+    with pytest.raises(RefusedError, match=r"lenses/manifest\.json: may not be read"):
+        LensDataModule(url, storage_options=options).format  # noqa: B018
+
+
 def test_cloud_objects_that_were_spoilt_are_put_again(
     own_shards: Path, place: tuple[str, dict]
 ) -> None:

@@ -111,6 +111,27 @@ def test_the_same_settings_file_gives_the_same_weights(uneven_shards: Path, tmp_
         assert torch.equal(value, two["state_dict"][name])
 
 
+def test_a_training_is_repeated_on_the_version_that_it_had(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    """Whatever is published meanwhile."""
+    shards, cloud = tmp_path / "shards", str(tmp_path / "cloud")
+    shutil.copytree(uneven_shards, shards)
+    version = publish_shards(shards, cloud).url
+    flags = ["--arch", "lastro", "--epochs", "1", "--home", str(tmp_path)]
+    tars = ["--train-urls", f"{cloud}/train-{{000000..000002}}.tar"]
+    by_url = ["--use-webdataset", *tars, "--val-urls", f"{cloud}/val-{{000000..000001}}.tar"]
+    for place, out in ((["--data-root", cloud], "root"), (by_url, "urls")):
+        folder = tmp_path / out
+        assert main(["train", *place, *flags, "--checkpoint-dir", str(folder)]) == 0
+        named = TrainConfig.read(folder / "settings.yaml").data
+        if out == "root":
+            assert named.data_root == version
+        else:
+            assert named.train_urls == f"{version}/train-{{000000..000002}}.tar"
+            assert named.val_urls == f"{version}/val-{{000000..000001}}.tar"
+
+
 def test_other_pixels_in_the_same_place_are_trained_on_by_the_same_command(
     uneven_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
