@@ -99,7 +99,7 @@ def decide(
         **settings.gate,
         **settings.gate_against_champion,
     )
-    return read_evaluation(evaluation).in_each_survey(decision, settings.gate)
+    return read_evaluation(evaluation).in_each_part(decision, settings.gate)
 
 
 def _other_cutouts(form: dict[str, Any], champion: "LensEnsemble") -> str:

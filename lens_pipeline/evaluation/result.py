@@ -57,11 +57,12 @@ class Evaluation:
     def gate(self, thresholds: Mapping[str, Any]) -> GateDecision:
         """Whether this ensemble may become the first champion."""
         metrics = self.origins[REAL] if self.on_real_ones(thresholds) else self.metrics
-        return self.in_each_survey(first_model_gate(metrics[ENSEMBLE], **thresholds), thresholds)
+        return self.in_each_part(first_model_gate(metrics[ENSEMBLE], **thresholds), thresholds)
 
-    def in_each_survey(self, decision: GateDecision, thresholds: Mapping[str, Any]) -> GateDecision:
-        """The decision, where no survey that holds what a gate needs may fail by itself, and one of
-        several must: who tells the cameras apart may seem to tell lenses."""
+    def in_each_part(self, decision: GateDecision, thresholds: Mapping[str, Any]) -> GateDecision:
+        """The decision, where no survey that holds what a gate needs may fail by itself, and of several
+        surveys, or of real and simulated cutouts, one must hold it: who tells them apart may seem to
+        tell lenses."""
         alone = {
             name: first_model_gate(of[ENSEMBLE], **thresholds)
             for name, of in self.surveys.items()
