@@ -60,9 +60,9 @@ class Evaluation:
         return self.in_each_part(first_model_gate(metrics[ENSEMBLE], **thresholds), thresholds)
 
     def in_each_part(self, decision: GateDecision, thresholds: Mapping[str, Any]) -> GateDecision:
-        """The decision, where no survey that holds what a gate needs may fail by itself, and of several
-        surveys, or of real and simulated cutouts, one must hold it: who tells them apart may seem to
-        tell lenses."""
+        """The decision, where no survey that holds what a gate needs may fail by itself, and of
+        several surveys, or of real and simulated cutouts, one must hold it: who tells them apart
+        may seem to tell lenses."""
         alone = {
             name: first_model_gate(of[ENSEMBLE], **thresholds)
             for name, of in self.surveys.items()
