@@ -386,6 +386,7 @@ def test_the_services_carry_the_main_job_and_a_backup_brings_all_of_it_back(
     def registered(to: str) -> set[str]:
         """The files of the registered model, as the tracking server gives them."""
         mlflow.set_tracking_uri(deployment.mlflow)
+        mlflow.set_registry_uri(deployment.mlflow)  # a test before may have set another
         folder = mlflow.artifacts.download_artifacts(
             artifact_uri="models:/lens_ensemble@challenger", dst_path=str(tmp_path / to)
         )
