@@ -8,12 +8,14 @@ import pandas as pd
 from astropy.stats import mad_std
 from numpy.typing import NDArray
 
+from lens_pipeline.catalogue.background import LAG
 from lens_pipeline.catalogue.dataset import PARTS, Dataset
 
 Array = NDArray[np.floating]
 
 SAMPLE = 2**22  # pixels of a band that its statistics are of: a thousand cutouts of 64 x 64
 BLOCK = 2**24  # bytes that are read at a time
+BLANK = 12  # pixels: the side of the patches whose darkest quarter is taken for empty sky
 BRIGHT = 0.99  # the quantile that tells of the galaxies, where the median tells of the sky
 
 # The most that a band may change from one version to the next, each with its scale.
@@ -25,6 +27,8 @@ MOST: Mapping[str, float] = {
     "sigma": 0.2,
     # Of itself. It is half a magnitude: other galaxies, another zero point, bands in another order.
     "bright": 0.4,
+    # In all. A coadd that is resampled otherwise has another texture, which networks see.
+    "noise_correlation": 0.1,
 }
 
 
@@ -56,7 +60,7 @@ def band_statistics(pixels: Array) -> dict[str, float]:
     """Statistics that a few odd pixels do not move, of those that are finite, in their unit.
 
     `median`; `sigma`: 1.4826 times the median absolute deviation from it; `bright`: by how much the
-    99th percentile exceeds it.
+    99th percentile exceeds it; `noise_correlation`, see there.
     """
     finite = pixels[np.isfinite(pixels)]
     median = np.median(finite)
@@ -64,7 +68,38 @@ def band_statistics(pixels: Array) -> dict[str, float]:
         "median": float(median),
         "sigma": float(mad_std(finite)),
         "bright": float(np.quantile(finite, BRIGHT) - median),
+        "noise_correlation": noise_correlation(pixels),
     }
+
+
+def noise_correlation(pixels: Array) -> float:
+    """Of the noise of adjacent pixels of images (n, height, width): 0 where it is white, 0.2 or so
+    in resampled coadds. 0, too, of images without noise, or too small.
+
+    Of the mixed second differences of `background.background_sigma` below 3 sigma, in the darkest
+    patches; the mean along both axes.
+    """
+    n, height, width = pixels.shape
+    rows, columns = height // BLANK, width // BLANK
+    cut = pixels[:, : rows * BLANK, : columns * BLANK].astype(np.float64)
+    patches = cut.reshape(n, rows, BLANK, columns, BLANK).swapaxes(2, 3).reshape(-1, BLANK, BLANK)
+    patches = patches[np.isfinite(patches).all(axis=(1, 2))]
+    if not len(patches):
+        return 0.0
+    darkest = patches[np.argsort(np.median(patches, axis=(1, 2)))[: -(-len(patches) // 4)]]
+    lines = darkest[:, LAG:] - darkest[:, :-LAG]
+    noise = (lines[:, :, LAG:] - lines[:, :, :-LAG]) / 2
+    sigma = mad_std(noise)
+    if not sigma:
+        return 0.0
+    noise[np.abs(noise) >= 3 * sigma] = np.nan
+    found = []
+    for along in (noise, noise.swapaxes(1, 2)):
+        products = along[:, 1:] * along[:, :-1]
+        known = np.isfinite(products)
+        power = (along[:, 1:][known] ** 2).mean() * (along[:, :-1][known] ** 2).mean()
+        found.append(products[known].mean() / np.sqrt(power))
+    return float(np.mean(found))
 
 
 def _non_finite(dataset: Dataset, part: str) -> int:
@@ -88,7 +123,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> pd.DataFrame:
     statistic.
 
     `band`, `statistic`, `before`, `now`, and `change`: the difference of these two in units of the
-    larger `sigma` for a median, of the larger of both for what is a width; `at_most`, see MOST.
+    larger `sigma` for a median, of the larger of both for what is a width, and as it is for a
+    correlation; `at_most`, see MOST.
     """
     rows = []
     for band, statistics in now["statistics"].items():
@@ -96,8 +132,10 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> pd.DataFrame:
         if was is None:  # there were no cutouts to train on
             continue
         for name, most in MOST.items():
+            if name not in was:  # an earlier release did not measure it
+                continue
             unit = "sigma" if name == "median" else name
-            scale = max(was[unit], statistics[unit])
+            scale = 1.0 if name == "noise_correlation" else max(was[unit], statistics[unit])
             difference = abs(statistics[name] - was[name])
             # Without a scale (a band that is black almost everywhere) any difference is one.
             change = difference / scale if scale > 0 else float(difference > 0)

@@ -6,7 +6,7 @@ members have light of their own. What stands beside the host has the arcs' in co
 that redshift. Young stars of the host itself (`spiral`, `ring`, `edge_on`, the tail of a `merger`)
 have those of a star-forming galaxy at its own, and more than the arcs' light. Where they, or a
 second nucleus, take of the host's light, what is left in the middle is a smaller galaxy of the same
-surface brightness.
+surface brightness. A `late_type` is another galaxy altogether, in front of where the host would be.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,12 +21,23 @@ from torch import Tensor
 from lens_pipeline.simulation.hosts import HostGalaxies
 from lens_pipeline.simulation.multiplicity import COLUMNS, is_multiply_imaged
 from lens_pipeline.simulation.neighbours import add_components
-from lens_pipeline.simulation.population import Array, source_axis_ratio, source_colours
+from lens_pipeline.simulation.population import (
+    Array,
+    red_sequence,
+    source_axis_ratio,
+    source_colours,
+)
 from lens_pipeline.simulation.streams import Purpose, stream
 
 MAX_MEMBERS = 5
 MAX_DISTANCE = 3.0  # of intruders and members from the host, in its Einstein radii
-REMADE = ("spiral", "merger", "edge_on", "ring")  # of the host's light, which is drawn anew
+REMADE = (
+    "spiral",
+    "merger",
+    "edge_on",
+    "ring",
+    "late_type",
+)  # of the host's light, which is drawn anew
 ARC_COLUMNS = (
     *COLUMNS,
     *("x", "y", "source_radius", "source_axis_ratio", "source_angle", "source_galaxy"),
@@ -141,6 +152,37 @@ def _spiral(u: Array, lenses: pd.DataFrame) -> Components:
     ]
 
 
+def _late_type(u: Array, lenses: pd.DataFrame) -> Components:
+    """A small star-forming galaxy: blue in the middle of red, or blue throughout.
+
+    Its bulge has up to 0.4 of the light, as in Sb and later (Simien & de Vaucouleurs 1986), and the
+    colours of old stars. It is as far as the host or nearer: as bright at the host's redshift it
+    would often be brighter than any disc.
+    """
+    v = u[:, 0]
+    z = lenses["z_lens"].to_numpy() * (0.2 + 0.8 * v[:, 0])
+    bulge, axis_ratio = 0.4 * v[:, 1], np.cos(np.radians(75 * v[:, 2]))
+    young = (1 - bulge) * (0.4 + 0.6 * v[:, 3])
+    colours = red_sequence(z)
+    old = lenses.assign(lens_g_r=colours[0], lens_r_i=colours[1])
+    length = lenses["einstein_radius"].to_numpy() * (0.15 + 0.45 * v[:, 4])
+    contrast = 0.2 + 0.7 * v[:, 5]
+    disc = _inclined(lenses, axis_ratio) | {
+        "scale_length": length,
+        "arms": np.where(v[:, 6] < 0.6, 2.0, np.where(v[:, 6] < 0.8, 3.0, 4.0)),
+        "pitch": np.radians(15 + 30 * v[:, 7]) * np.where(v[:, 8] < 0.5, 1, -1),
+        "phase": 2 * np.pi * v[:, 9],
+    }
+    middle = old.assign(lens_radius=np.minimum(lenses["lens_radius"], length))
+    old_disc = disc | {"contrast": contrast / 3} | _host_light(old, 1 - bulge - young)
+    arms = disc | {"contrast": contrast} | _young_light(v, lenses.assign(z_lens=z), young)
+    return [
+        _bulge(middle, bulge, axis_ratio),
+        _component("spiral", old_disc, lenses),
+        _component("spiral", arms, lenses),
+    ]
+
+
 def _merger(u: Array, lenses: pd.DataFrame) -> Components:
     v = u[:, 0]
     share = 0.5 + 0.3 * v[:, 0]
@@ -243,6 +285,7 @@ _BUILDERS: Mapping[str, Callable[[Array, pd.DataFrame], Components]] = {
     "intruders": _intruders,
     "singly_imaged": _singly_imaged,
     "spiral": _spiral,
+    "late_type": _late_type,
     "merger": _merger,
     "edge_on": _edge_on,
     "group": _group,

@@ -63,9 +63,9 @@ class HostGalaxies(Protocol):
         """
         ...
 
-    def neighbours(self, seed: int, hosts: Numbers) -> Tensor:
+    def neighbours(self, seed: int, lenses: pd.DataFrame) -> Tensor:
         """Electrons (n, bands, size, size) of what else is in the cutouts of hosts, lens or not;
-        none where their images show it already."""
+        none where their images show it already. lenses: a row a host."""
         ...
 
     def unexposed(self, light: Tensor) -> Tensor:
@@ -113,8 +113,8 @@ class SersicHosts:
         images = renderer.blur(renderer.elliptical(renderer.parameters(table)))
         return renderer.electrons(images, magnitudes(table, "lens", renderer.bands))
 
-    def neighbours(self, seed: int, hosts: Numbers) -> Tensor:
-        return draw_neighbours(self.renderer, seed, hosts)
+    def neighbours(self, seed: int, lenses: pd.DataFrame) -> Tensor:
+        return draw_neighbours(self.renderer, seed, lenses)
 
     def unexposed(self, light: Tensor) -> Tensor:
         return light
@@ -166,8 +166,8 @@ class RealHosts:
         images = self._images(numbers).clamp_min(0)
         return self.renderer.electrons_of_sigma(images, self.background(numbers))
 
-    def neighbours(self, seed: int, hosts: Numbers) -> Tensor:
-        return self.renderer.darkness(len(hosts))
+    def neighbours(self, seed: int, lenses: pd.DataFrame) -> Tensor:
+        return self.renderer.darkness(len(lenses))
 
     def unexposed(self, light: Tensor) -> Tensor:
         return torch.zeros_like(light)

@@ -1,14 +1,16 @@
-"""Galaxies that happen to be near the line of sight: what a cutout shows besides its host, lens or
-not."""
+"""What a cutout shows besides its host, lens or not: galaxies that happen to be near the line of
+sight, and the host's satellites."""
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.special import ndtri
 from torch import Tensor
 
 from lens_pipeline.simulation.population import (
     Array,
     kpc_to_arcsec,
+    lens_absolute_magnitude,
     magnitudes,
     source_axis_ratio,
     source_colours,
@@ -28,36 +30,103 @@ MIN_SNR = 3.0  # of a star as bright; what is fainter drowns in the sky's noise
 MIN_RADIUS = 0.6  # pixels: smaller ones look the same, but sub-pixels would miss their light
 DEVIATES = 9
 STAMP = 64  # pixels: the side of the smallest stamp
-HELD = 5  # half-light radii of a disc along its major axis: beyond is 1 in 500 of its light
+# Half-light radii along the major axis: beyond is 1 in 500 of a disc's light, and an elliptical is
+# 1 in 400 as bright as at its half-light radius.
+HELD = {"disc": 5, "elliptical": 10}
+
+# Satellites within 40 kpc of a host of 250 km/s, a magnitude, where many are seen. Within R there
+# are ~ R^0.9 of them at all redshifts below 0.8, of all magnitudes (Nierenberg et al. 2012, ApJ
+# 752, 99: a surface density ~ R^-1.1), and as many more as the halo has mass (Wang & White 2012,
+# MNRAS 424, 2574), which is taken to grow as the cube of the velocity dispersion.
+SATELLITES = 0.4
+MAX_FAINTER = 4.0  # mag than the host
+CHARACTERISTIC = -21.2  # M* in r of the galaxies' luminosity function (Blanton et al. 2003)
+
+Neighbours = tuple[pd.DataFrame, NDArray[np.int64]]  # a row each, and the place of its host
 
 
-def draw_neighbours(renderer: Renderer, seed: int, hosts: NDArray[np.int64]) -> Tensor:
-    """Expected electrons (hosts, bands, size, size), after the PSF.
-
-    Exponential discs with the sizes, colours and redshifts of `population`'s sources, uniformly
-    over the cutout, as many as number counts say.
-    """
-    mean = DENSITY * (renderer.size * renderer.survey.pixel_scale) ** 2
-    streams = [stream(seed, host, Purpose.NEIGHBOURS) for host in hosts]
-    drawn = [random.random((random.poisson(mean), DEVIATES)) for random in streams]
-    table = _galaxies(np.concatenate(drawn), renderer)
-    owner = np.arange(len(hosts)).repeat([len(u) for u in drawn])
-    light = magnitudes(table, "component", renderer.bands)
-    seen = star_snr(renderer.survey, light, renderer.survey.background_variance) > MIN_SNR
-    electrons = renderer.darkness(len(hosts))
-    table, owner = table[seen], owner[seen]
-    sides = _stamps(table, renderer)
-    for side in np.unique(sides):
-        add = add_components if side == renderer.size else _add_stamps
-        add(electrons, owner[sides == side], renderer.of_size(side), "disc", table[sides == side])
+def draw_neighbours(renderer: Renderer, seed: int, lenses: pd.DataFrame) -> Tensor:
+    """Expected electrons (hosts, bands, size, size), after the PSF. lenses: a row a host."""
+    electrons = renderer.darkness(len(lenses))
+    for profile, draw in {"disc": _unrelated, "elliptical": _satellites}.items():
+        table, owner = draw(renderer, seed, lenses)
+        sides = _stamps(profile, table, renderer)
+        for side in np.unique(sides):
+            add = add_components if side == renderer.size else _add_stamps
+            here = sides == side
+            add(electrons, owner[here], renderer.of_size(side), profile, table[here])
     return electrons
 
 
-def _stamps(table: pd.DataFrame, renderer: Renderer) -> NDArray[np.int64]:
+def _unrelated(renderer: Renderer, seed: int, lenses: pd.DataFrame) -> Neighbours:
+    """Exponential discs with the sizes, colours and redshifts of `population`'s sources, uniformly
+    over the cutout, as many as number counts say."""
+    mean = np.full(len(lenses), DENSITY * (renderer.size * renderer.survey.pixel_scale) ** 2)
+    u, owner = _deviates(seed, lenses, Purpose.NEIGHBOURS, mean)
+    return _seen(_galaxies(u, renderer), owner, renderer)
+
+
+def _satellites(renderer: Renderer, seed: int, lenses: pd.DataFrame) -> Neighbours:
+    """Ellipticals with the host's surface brightness and, but for their scatter, its colours.
+
+    Their luminosity function is Schechter's with alpha = -1: as many of every magnitude, but for
+    those brighter than CHARACTERISTIC, exp(-L/L*) of which are left.
+    """
+    scale = kpc_to_arcsec(lenses["z_lens"].to_numpy())
+    farthest = renderer.size * renderer.survey.pixel_scale / np.sqrt(2) / scale
+    mass = (lenses["velocity_dispersion"].to_numpy() / 250) ** 3
+    mean = SATELLITES * mass * (farthest / 40) ** 0.9 * MAX_FAINTER
+    u, owner = _deviates(seed, lenses, Purpose.SATELLITES, mean)
+    fainter = MAX_FAINTER * u[:, 0]
+    host_magnitude = lens_absolute_magnitude(
+        np.full(len(lenses), 0.5), lenses["velocity_dispersion"].to_numpy()
+    )
+    luminosity = 10 ** (-0.4 * (host_magnitude[owner] + fainter - CHARACTERISTIC))
+    exist = u[:, 1] < np.exp(-luminosity)
+    u, owner, fainter = u[exist], owner[exist], fainter[exist]
+    host = lenses.iloc[owner]
+    distance = (farthest * scale)[owner] * u[:, 2] ** (1 / 0.9)
+    scatter = 0.05 * ndtri(u[:, 6:8])  # of the red sequence, as in `population.lens_light`
+    table = pd.DataFrame(
+        {
+            "x": host["x"].to_numpy() + distance * np.cos(2 * np.pi * u[:, 3]),
+            "y": host["y"].to_numpy() + distance * np.sin(2 * np.pi * u[:, 3]),
+            "lens_radius": host["lens_radius"].to_numpy() * 10 ** (-0.2 * fainter),
+            "axis_ratio": 0.5 + 0.5 * u[:, 4],
+            "position_angle": np.pi * u[:, 5],
+            "component_magnitude": host["lens_magnitude"].to_numpy() + fainter,
+            "component_g_r": host["lens_g_r"].to_numpy() + scatter[:, 0],
+            "component_r_i": host["lens_r_i"].to_numpy() + scatter[:, 1],
+        }
+    )
+    return _seen(table, owner, renderer)
+
+
+def _deviates(
+    seed: int, lenses: pd.DataFrame, purpose: Purpose, mean: Array
+) -> tuple[Array, NDArray[np.int64]]:
+    """Uniform deviates (n, DEVIATES) of what there is around each host, `mean` on average (hosts,),
+    and the host of each, (n,)."""
+    streams = [stream(seed, host, purpose) for host in lenses.index]
+    drawn = [
+        random.random((random.poisson(many), DEVIATES))
+        for random, many in zip(streams, mean, strict=True)
+    ]
+    return np.concatenate(drawn), np.arange(len(lenses)).repeat([len(u) for u in drawn])
+
+
+def _seen(table: pd.DataFrame, owner: NDArray[np.int64], renderer: Renderer) -> Neighbours:
+    light = magnitudes(table, "component", renderer.bands)
+    seen = star_snr(renderer.survey, light, renderer.survey.background_variance) > MIN_SNR
+    return table[seen], owner[seen]
+
+
+def _stamps(profile: str, table: pd.DataFrame, renderer: Renderer) -> NDArray[np.int64]:
     """The side in pixels of the stamp that holds the light of each, (rows,): the cutout's own, or a
     smaller one, for the number of neighbours grows with the area of what each would be drawn on."""
-    major = table["radius"] / np.sqrt(table["axis_ratio"]) / renderer.survey.pixel_scale
-    wanted = 2 * (PSF_RADIUS + HELD * major.to_numpy())
+    radius = table["radius" if profile == "disc" else "lens_radius"]
+    major = radius / np.sqrt(table["axis_ratio"]) / renderer.survey.pixel_scale
+    wanted = 2 * (PSF_RADIUS + HELD[profile] * major.to_numpy())
     stamp = (STAMP * 2 ** np.ceil(np.log2(np.maximum(wanted / STAMP, 1)))).astype(np.int64)
     return np.minimum(stamp, renderer.size)
 

@@ -32,7 +32,7 @@ from lens_pipeline.simulation.surveys import Survey
 
 Array = NDArray[np.float64]
 
-VERSION = 7  # of the population: raise it with any change to what is drawn
+VERSION = 8  # of the population: raise it with any change to what is drawn
 
 COSMOLOGY = FlatLambdaCDM(H0=70, Om0=0.3)
 ARCSEC = np.pi / 180 / 3600
@@ -168,9 +168,14 @@ def lens_light(u: Array, z: Array, absolute_magnitude: Array) -> tuple[Array, Ar
 
     u: (2, ...), for the red sequence's scatter of 0.05 mag in each colour.
     """
-    k, g_r, r_i = (np.interp(z, RED_SEQUENCE[:, 0], column) for column in RED_SEQUENCE.T[1:])
-    scatter = 0.05 * ndtri(u)
-    return absolute_magnitude + distance_modulus(z) + k, g_r + scatter[0], r_i + scatter[1]
+    k = np.interp(z, RED_SEQUENCE[:, 0], RED_SEQUENCE[:, 1])
+    g_r, r_i = red_sequence(z) + 0.05 * ndtri(u)
+    return absolute_magnitude + distance_modulus(z) + k, g_r, r_i
+
+
+def red_sequence(z: Array) -> Array:
+    """g - r and r - i of an old galaxy, (2, ...)."""
+    return np.stack([np.interp(z, RED_SEQUENCE[:, 0], colour) for colour in RED_SEQUENCE.T[2:]])
 
 
 COUNTS = 0.31  # counts of galaxies ~ 10^(COUNTS i) (LSST Science Book, section 3.7)

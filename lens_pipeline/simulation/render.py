@@ -12,7 +12,7 @@ R^2 = q x^2 + y^2/q, so R_e is the circularised half-light radius, and the b_n o
 1999.
 """
 
-from math import pi
+from math import pi, sqrt
 
 import numpy as np
 import pandas as pd
@@ -148,6 +148,14 @@ def add_in_order(total: Tensor, owner: NDArray[np.int64], parts: Tensor) -> None
 
 def _broadcast(p: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value[:, None, None] for name, value in p.items()}
+
+
+def resampling(correlation: float) -> Tensor:
+    """Weights (a, 1 - 2a, a) that give white noise that correlation of adjacent pixels."""
+    # 2a (1 - 2a) / ((1 - 2a)^2 + 2a^2) = correlation, solved for the smaller a.
+    square, linear = 6 * correlation + 4, 4 * correlation + 2
+    a = (linear - sqrt(linear**2 - 4 * square * correlation)) / (2 * square)
+    return torch.tensor([a, 1 - 2 * a, a])
 
 
 class Renderer:
@@ -298,12 +306,23 @@ class Renderer:
         """Noise and unit: sky-subtracted cutouts in sigmas of each band's background.
 
         electrons, expected from the objects, and standard normal deviates: (B, bands, size, size).
-        The Poisson noise of thousands of electrons a pixel is drawn as the normal distribution of
+        Where the survey's noise is correlated, it is that of an image which was resampled: the sum
+        over many pixels keeps its noise, and that of each, the background's sigma, is lower. The
+        Poisson noise of thousands of electrons a pixel is drawn as the normal distribution of
         the same variance; Poisson deviates would jump where the expectation differs in the last
         bit, and then a cutout would depend on the batch that it was drawn in.
         """
         background = self._background()
-        return (electrons + deviates * (background + electrons).sqrt()) / background.sqrt()
+        noise = deviates * (background + electrons).sqrt()
+        if not self.survey.noise_correlation:
+            return (electrons + noise) / background.sqrt()
+        weights = resampling(self.survey.noise_correlation)
+        for axis in (-2, -1):
+            noise = sum(  # over the edge, from the opposite one: it is noise, too
+                weight * noise.roll(step, axis)
+                for weight, step in zip(weights, (-1, 0, 1), strict=True)
+            )
+        return (electrons + noise) / (background.sqrt() * weights.square().sum())
 
     def paint(
         self,

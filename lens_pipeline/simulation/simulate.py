@@ -75,8 +75,8 @@ class Simulation:
     2, in the best band; see `Renderer.contrast`), `source_x`, `source_y` (arcsec from the lens),
     `source_radius` (arcsec), `source_axis_ratio` (of a smooth source), `source_angle` (radians),
     `source_magnitude` (unlensed, AB, r), `source_g_r`, `source_r_i`.
-    Unrelated galaxies (see `neighbours`) are not described, and `arc_snr` and `arc_contrast` leave
-    them out.
+    Unrelated galaxies and satellites (see `neighbours`) are not described, and `arc_snr` and
+    `arc_contrast` leave them out.
     """
 
     images: NDArray[np.float32]
@@ -271,7 +271,7 @@ def _pairs(galaxies: HostGalaxies, config: SimulationConfig, seed: int, rows: ra
     bare = galaxies.unexposed(lenses.galaxy)
     decoys = draw_decoys(galaxies, seed, lenses.table, bare, kinds)
     # Of both the same: neighbours of one alone would tell them apart.
-    neighbours = galaxies.neighbours(seed, np.array(hosts))
+    neighbours = galaxies.neighbours(seed, lenses.table)
     electrons = torch.stack([bare + lenses.arcs, decoys], dim=1) + neighbours[:, None]
     numbers = lenses.table["host_galaxy"].to_numpy()
     defects = choose_defects(seed, hosts, kinds, config.decoys)

@@ -15,6 +15,7 @@ class Purpose(IntEnum):
     KIND = 3
     NEIGHBOURS = 4
     DEFECTS = 5
+    SATELLITES = 6
 
 
 def stream(seed: int, host: int, purpose: Purpose, block: int = 0) -> np.random.Generator:

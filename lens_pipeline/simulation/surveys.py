@@ -37,6 +37,9 @@ class Survey(BaseModel):
     exposures: int = Field(gt=0, description="how many are coadded")
     gain: Positive = Field(description="electrons per ADU")
     read_noise: float = Field(ge=0, description="electrons per pixel and exposure")
+    noise_correlation: float = Field(
+        default=0.0, ge=0, le=0.5, description="of adjacent pixels' noise, in resampled coadds"
+    )
 
     @model_validator(mode="after")
     def _one_a_band(self) -> Self:

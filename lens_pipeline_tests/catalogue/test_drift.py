@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from astropy.io import fits
 from astropy.stats import mad_std
 
 from lens_pipeline.catalogue.dataset import Dataset, open_dataset
@@ -14,9 +15,11 @@ from lens_pipeline.catalogue.drift import (
     SAMPLE,
     band_statistics,
     changes,
+    noise_correlation,
     other_format,
     pixel_statistics,
 )
+from lens_pipeline.simulation import load_config, simulate
 
 
 def statistics_of(**bands: np.ndarray) -> dict[str, Any]:
@@ -74,9 +77,50 @@ def test_pixels_that_are_not_finite_are_counted_in_every_split(
     assert found == {"train": 3, "val": 0, "test": 0, "unlabelled": 1}
 
 
+def moved(pixels: np.ndarray, part: float) -> np.ndarray:
+    """By a part of a pixel along both axes, bilinearly, as a coadd's exposures are."""
+    for axis in (1, 2):
+        pixels = (1 - part) * pixels + part * np.roll(pixels, -1, axis)
+    return pixels
+
+
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.25, 0.5])
+def test_the_correlation_of_noise_is_measured_beside_galaxies(part: float) -> None:
+    random = np.random.default_rng(6)
+    y, x = np.mgrid[:64, :64] - 31.5
+    size, flux = random.uniform(2, 6, (300, 1, 1)), random.lognormal(3, 1, (300, 1, 1))
+    galaxies = flux * np.exp(-np.hypot(x, y) / size)
+    pixels = moved(random.normal(size=(300, 64, 64)), part) + galaxies
+    expected = part * (1 - part) / (1 - 2 * part * (1 - part))
+    assert noise_correlation(pixels.astype(np.float32)) == pytest.approx(expected, abs=0.02)
+
+
+def test_real_stacks_have_correlated_noise_and_simulated_cutouts_what_they_are_told(
+    shared_data: Path,
+) -> None:
+    stacks = []
+    for path in sorted((shared_data / "ps1_grizy").rglob("*.fits"))[:60]:
+        with fits.open(path) as file:
+            band = np.asarray(file[1].data, np.float32)  # g
+        stacks.append(band[:40, :40] / mad_std(band, ignore_nan=True))
+    assert 0.1 < noise_correlation(np.stack(stacks)) < 0.3
+    config = load_config("lsst")
+    for correlation in (0.0, 0.2):
+        survey = config.survey.model_copy(update={"noise_correlation": correlation})
+        told = config.model_copy(update={"survey": survey})
+        found = noise_correlation(simulate("lsst", 60, seed=1, config=told).images[:, 1])
+        assert found == pytest.approx(correlation, abs=0.03)
+
+
+def test_of_what_has_no_noise_or_is_too_small_no_correlation_is_told() -> None:
+    assert noise_correlation(np.zeros((3, 64, 64))) == 0
+    assert noise_correlation(np.random.default_rng(7).normal(size=(3, 8, 8))) == 0
+
+
 @pytest.mark.parametrize(
     ("statistic", "altered", "change"),
     [
+        ("noise_correlation", lambda pixels: moved(pixels, 0.25), 0.3),
         ("median", lambda pixels: pixels + 0.5, 0.5),
         ("sigma", lambda pixels: 2 * pixels, 0.5),
         ("bright", lambda pixels: np.where(pixels > 2, 4 * pixels, pixels), 0.75),
@@ -85,7 +129,7 @@ def test_pixels_that_are_not_finite_are_counted_in_every_split(
 def test_each_statistic_tells_of_its_own_change(
     statistic: str, altered: Callable[[np.ndarray], np.ndarray], change: float
 ) -> None:
-    pixels = np.random.default_rng(2).normal(size=(50, 32, 32))
+    pixels = np.random.default_rng(2).normal(size=(500, 32, 32))
     before = statistics_of(g=pixels, r=pixels)
     now = statistics_of(g=pixels, r=altered(pixels))
     found = changes(before, now).set_index(["band", "statistic"])
@@ -97,7 +141,7 @@ def test_each_statistic_tells_of_its_own_change(
 
 
 def test_another_draw_of_the_same_sky_is_no_change() -> None:
-    one, other = (np.random.default_rng(seed).normal(size=(50, 32, 32)) for seed in (3, 4))
+    one, other = (np.random.default_rng(seed).normal(size=(500, 32, 32)) for seed in (3, 4))
     found = changes(statistics_of(g=one), statistics_of(g=other))
     assert (found["change"] < 0.2 * found["at_most"]).all()
 
@@ -107,6 +151,13 @@ def test_a_band_that_is_black_almost_everywhere_can_be_compared() -> None:
     assert (changes(statistics_of(g=black), statistics_of(g=black))["change"] == 0).all()
     found = changes(statistics_of(g=black), statistics_of(g=black + 0.1)).set_index("statistic")
     assert found.loc["median", "change"] == 1
+
+
+def test_a_version_of_which_the_correlation_was_not_measured_can_be_compared() -> None:
+    now = statistics_of(g=np.random.default_rng(8).normal(size=(5, 32, 32)))
+    known = {name: value for name, value in now["statistics"]["g"].items() if "noise" not in name}
+    found = changes({**now, "statistics": {"g": known}}, now)
+    assert sorted(found["statistic"]) == ["bright", "median", "sigma"]
 
 
 def test_other_bands_and_units_are_told() -> None:

@@ -14,7 +14,7 @@ from lens_pipeline.simulation.sources import make_sources
 
 CONFIG = load_config("des")
 HOSTS = range(30)
-G, R = 0, 1
+G, R, I_BAND = 0, 1, 2
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +144,26 @@ def test_a_disc_lies_along_its_host_and_has_young_stars(
     flat = flattening > 0.15
     assert flat.sum() >= 5
     assert np.abs(turned[flat]).max() < np.radians(15)
+
+
+def test_a_late_type_is_blue_to_its_middle_and_smaller(
+    galaxies: SersicHosts, lenses: Lenses
+) -> None:
+    """What lens finders take for arcs around a red galaxy: no red galaxy is there."""
+    drawn, host = decoys(galaxies, lenses, "late_type"), lenses.galaxy
+    middle = (..., slice(29, 35), slice(29, 35))
+    for blue, red in ((G, R), (R, I_BAND)):
+        colour, of_host = (
+            -2.5
+            * torch.log10(image[middle][:, blue].sum((1, 2)) / image[middle][:, red].sum((1, 2)))
+            for image in (drawn, host)
+        )
+        assert (of_host - colour).median() > 0.3
+        assert (of_host > colour).float().mean() > 0.85
+    share, of_host = (
+        image[middle][:, R].sum((1, 2)) / image[:, R].sum((1, 2)) for image in (drawn, host)
+    )
+    assert (share > of_host).float().mean() > 0.6
 
 
 def test_kinds_differ_from_each_other(galaxies: SersicHosts, lenses: Lenses) -> None:

@@ -1,7 +1,11 @@
-"""Galaxies that happen to be in a cutout: as many as on the sky, and in both of a pair."""
+"""Galaxies that happen to be in a cutout, and satellites of its host: as many as on the sky, and in
+both of a pair."""
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
+from astropy.cosmology import FlatLambdaCDM
 
 from lens_pipeline.simulation import Simulation, load_config, neighbours, simulate
 from lens_pipeline.simulation.neighbours import draw_neighbours
@@ -9,15 +13,28 @@ from lens_pipeline.simulation.render import PSF_RADIUS, Renderer
 from lens_pipeline.simulation.sources import SersicDiscs
 
 DES = load_config("des").survey
-SIZE, I_BAND = 64, 2
+SIZE, R_BAND, I_BAND = 64, 1, 2
 AREA = (SIZE * DES.pixel_scale / 60) ** 2  # square arcmin
+
+
+def hosts_of(velocity_dispersion: float, hosts: np.ndarray) -> pd.DataFrame:
+    """Hosts at one redshift, in the middle of their cutouts."""
+    host = {"z_lens": 0.5, "velocity_dispersion": velocity_dispersion, "x": 0.0, "y": 0.0}
+    light = {"lens_radius": 1.0, "lens_magnitude": 20.0, "lens_g_r": 1.86, "lens_r_i": 1.06}
+    return pd.DataFrame(host | light, index=hosts)
+
+
+def alone(hosts: np.ndarray) -> pd.DataFrame:
+    """Hosts too light for satellites."""
+    return hosts_of(1.0, hosts)
 
 
 @pytest.fixture(scope="module")
 def flux() -> np.ndarray:
     """Electrons in i of the neighbours of each of 1000 hosts."""
     renderer = Renderer(DES, SersicDiscs(), SIZE, "cpu")
-    parts = [draw_neighbours(renderer, 4, np.arange(k, k + 250)) for k in range(0, 1000, 250)]
+    hosts = np.arange(1000).reshape(4, 250)
+    parts = [draw_neighbours(renderer, 4, alone(some)) for some in hosts]
     return np.concatenate([part[:, I_BAND].sum(dim=(1, 2)).numpy() for part in parts])
 
 
@@ -45,7 +62,8 @@ def test_their_light_does_not_depend_on_the_pixels() -> None:
     for finer in (1, 4):
         survey = DES.model_copy(update={"pixel_scale": DES.pixel_scale / finer, "read_noise": 0.0})
         renderer = Renderer(survey, SersicDiscs(), 32 * finer, "cpu")
-        sums.append(draw_neighbours(renderer, 4, hosts)[:, I_BAND].sum(dim=(1, 2)).numpy())
+        drawn = draw_neighbours(renderer, 4, alone(hosts))
+        sums.append(drawn[:, I_BAND].sum(dim=(1, 2)).numpy())
     some = sums[1] > 0
     assert (sums[0] > 0).tolist() == some.tolist()
     assert 100 < some.sum() < 300  # and some hosts have none
@@ -63,7 +81,7 @@ def test_in_large_cutouts_each_is_drawn_on_a_stamp_and_looks_the_same(
     images = []
     for stamp in (neighbours.STAMP, 192):
         monkeypatch.setattr(neighbours, "STAMP", stamp)
-        images.append(draw_neighbours(renderer, 4, hosts).numpy())
+        images.append(draw_neighbours(renderer, 4, hosts_of(300.0, hosts)).numpy())
     inside = (..., slice(PSF_RADIUS, -PSF_RADIUS), slice(PSF_RADIUS, -PSF_RADIUS))
     sigma = np.sqrt(survey.background_variance)[:, None, None]
     on_stamps, whole = (image[inside] / sigma for image in images)
@@ -71,6 +89,61 @@ def test_in_large_cutouts_each_is_drawn_on_a_stamp_and_looks_the_same(
     np.testing.assert_allclose(on_stamps, whole, atol=0.05, rtol=0.01)
     # At an edge the sky mirrors itself only where all of it is drawn at once.
     assert images[0].sum() == pytest.approx(images[1].sum(), rel=0.03)
+
+
+SATELLITES_OF = np.arange(400)
+
+
+@pytest.fixture(scope="module")
+def unrelated() -> torch.Tensor:
+    return draw_neighbours(Renderer(DES, SersicDiscs(), SIZE, "cpu"), 4, alone(SATELLITES_OF))
+
+
+def satellites(velocity_dispersion: float, unrelated: torch.Tensor) -> np.ndarray:
+    """Electrons (hosts, bands, size, size) of the satellites alone."""
+    renderer = Renderer(DES, SersicDiscs(), SIZE, "cpu")
+    lenses = hosts_of(velocity_dispersion, SATELLITES_OF)
+    return (draw_neighbours(renderer, 4, lenses) - unrelated).numpy()
+
+
+@pytest.mark.parametrize("velocity_dispersion", [250.0, 320.0])
+def test_the_heavier_a_host_the_more_satellites_it_has(
+    velocity_dispersion: float, unrelated: torch.Tensor
+) -> None:
+    """0.4 a magnitude within 40 kpc of 250 km/s, times exp(-L/L*), as R^0.9 and sigma^3."""
+    kpc = 1 / FlatLambdaCDM(H0=70, Om0=0.3).arcsec_per_kpc_proper(0.5).value
+    # Faber & Jackson's relation of Hyde & Bernardi 2009, and M* of Blanton et al. 2003.
+    v = np.log10(velocity_dispersion)
+    host = (-0.37 + np.sqrt(0.37**2 - 0.024 * (2.97 + v))) / 0.012
+    fainter = np.linspace(0, 4, 4001)
+    exists = np.exp(-(10 ** (-0.4 * (host + fainter + 21.2))))
+    side = SIZE * DES.pixel_scale
+    random = np.random.default_rng(0)
+    # R^0.9 within the circle that holds the cutout; of it, what falls into the square.
+    radius = side / np.sqrt(2) * random.random(100_000) ** (1 / 0.9)
+    angle = 2 * np.pi * random.random(100_000)
+    inside = np.abs(radius * [np.cos(angle), np.sin(angle)]).max(axis=0) < side / 2
+    within = 0.4 * (velocity_dispersion / 250) ** 3 * (side / np.sqrt(2) * kpc / 40) ** 0.9
+    number = within * exists.mean() * 4 * inside.mean()
+    mean_share = (exists * 10 ** (-0.4 * fainter)).sum() / exists.sum()
+    light = satellites(velocity_dispersion, unrelated)[:, R_BAND].sum(axis=(1, 2))
+    # Some of it falls beside the cutout, from either side.
+    expected = number * mean_share * DES.electrons(np.full(3, 20.0))[R_BAND]
+    assert light.mean() == pytest.approx(expected, rel=0.15)
+    none = (light < 0.01 * DES.electrons(np.full(3, 20.0))[R_BAND]).mean()
+    assert none == pytest.approx(np.exp(-number), abs=0.1)
+
+
+def test_satellites_have_their_hosts_colours_and_are_nearer_it_than_chance_puts_them(
+    unrelated: torch.Tensor,
+) -> None:
+    light = satellites(300.0, unrelated).sum(axis=0)
+    g, r, i = (light[band].sum() / DES.electrons(np.full(3, 20.0))[band] for band in range(3))
+    assert -2.5 * np.log10(g / r) == pytest.approx(1.86, abs=0.05)
+    assert -2.5 * np.log10(r / i) == pytest.approx(1.06, abs=0.05)
+    y, x = np.mgrid[:SIZE, :SIZE] - (SIZE - 1) / 2
+    near = np.hypot(x, y) < SIZE / 4
+    assert light[R_BAND][near].sum() / light[R_BAND].sum() > 1.5 * near.mean()
 
 
 def test_a_batch_may_have_none() -> None:

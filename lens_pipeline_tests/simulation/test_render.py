@@ -331,6 +331,35 @@ def test_noise_is_that_of_the_survey_in_units_of_the_background() -> None:
     np.testing.assert_allclose(bright.mean(axis=(0, 2, 3)), np.sqrt(variance), rtol=0.01)
 
 
+@pytest.mark.parametrize("correlation", [0.1, 0.25, 0.5])
+def test_noise_may_be_that_of_a_resampled_coadd(correlation: float) -> None:
+    """Of adjacent pixels it is correlated; over many pixels it is the sky's, as if it were not."""
+    survey = DES.model_copy(update={"noise_correlation": correlation})
+    shape = (300, 3, 32, 32)
+    deviates = torch.from_numpy(np.random.default_rng(0).standard_normal(shape, np.float32))
+    source = torch.full(shape, 100.0)
+    noise, white, bright = (
+        Renderer(of, SersicDiscs(), 32, "cpu").expose(light, deviates).numpy()
+        for of, light in (
+            (survey, torch.zeros(shape)),
+            (DES, torch.zeros(shape)),
+            (survey, source),
+        )
+    )
+    np.testing.assert_allclose(noise.std(axis=(0, 2, 3)), 1, atol=0.01)
+    across = [
+        (noise[..., 1:] * noise[..., :-1]).mean(),
+        (noise[..., 1:, :] * noise[..., :-1, :]).mean(),
+    ]
+    np.testing.assert_allclose(across, correlation, atol=0.01)
+    apart = (noise[..., 3:] * noise[..., :-3]).mean()
+    assert apart == pytest.approx(0, abs=0.01)
+    # What is 100 electrons in each pixel is as many sigmas of all of them together.
+    units = (bright - noise).mean() / (100 / np.sqrt(DES.background_variance)).mean()
+    assert units > 1
+    np.testing.assert_allclose(noise.sum((2, 3)), units * white.sum((2, 3)), atol=0.05)
+
+
 def test_signal_to_noise_is_the_highest_of_all_thresholds() -> None:
     random = np.random.default_rng(0)
     arcs = random.exponential(50, (2, 3, 8, 8))
