@@ -34,13 +34,14 @@ STAMP = 64  # pixels: the side of the smallest stamp
 # 1 in 400 as bright as at its half-light radius.
 HELD = {"disc": 5, "elliptical": 10}
 
-# Satellites within 40 kpc of a host of 250 km/s, a magnitude, where many are seen. Within R there
-# are ~ R^0.9 of them at all redshifts below 0.8, of all magnitudes (Nierenberg et al. 2012, ApJ
-# 752, 99: a surface density ~ R^-1.1), and as many more as the halo has mass (Wang & White 2012,
-# MNRAS 424, 2574), which is taken to grow as the cube of the velocity dispersion.
-SATELLITES = 0.4
-MAX_FAINTER = 4.0  # mag than the host
+# Satellites of a host of 250 km/s within 300 kpc, in a magnitude of those fainter than M*: massive
+# ellipticals have 4.5 within 5 mag (Ruiz et al. 2015, MNRAS 454, 1605). Within R there are ~ R^0.9
+# of them at all redshifts below 0.8, of all magnitudes (Nierenberg et al. 2012, ApJ 752, 99: a
+# surface density ~ R^-1.1), and as many more as the halo has mass (Wang & White 2012, MNRAS 424,
+# 2574), which is taken to grow as the cube of the velocity dispersion.
+SATELLITES, WITHIN = 1.45, 300
 CHARACTERISTIC = -21.2  # M* in r of the galaxies' luminosity function (Blanton et al. 2003)
+BRIGHTEST, FAINTEST = -22.7, -18.2  # beyond is 1 in 50 of a magnitude's, and 1/16 of L*
 
 Neighbours = tuple[pd.DataFrame, NDArray[np.int64]]  # a row each, and the place of its host
 
@@ -69,21 +70,21 @@ def _unrelated(renderer: Renderer, seed: int, lenses: pd.DataFrame) -> Neighbour
 def _satellites(renderer: Renderer, seed: int, lenses: pd.DataFrame) -> Neighbours:
     """Ellipticals with the host's surface brightness and, but for their scatter, its colours.
 
-    Their luminosity function is Schechter's with alpha = -1: as many of every magnitude, but for
-    those brighter than CHARACTERISTIC, exp(-L/L*) of which are left.
+    Their luminosity function is Schechter's with alpha = -1: as many of every magnitude, but that
+    exp(-L/L*) of them are left, and none that is brighter than the host.
     """
     scale = kpc_to_arcsec(lenses["z_lens"].to_numpy())
     farthest = renderer.size * renderer.survey.pixel_scale / np.sqrt(2) / scale
     mass = (lenses["velocity_dispersion"].to_numpy() / 250) ** 3
-    mean = SATELLITES * mass * (farthest / 40) ** 0.9 * MAX_FAINTER
+    mean = SATELLITES * mass * (farthest / WITHIN) ** 0.9 * (FAINTEST - BRIGHTEST)
     u, owner = _deviates(seed, lenses, Purpose.SATELLITES, mean)
-    fainter = MAX_FAINTER * u[:, 0]
-    host_magnitude = lens_absolute_magnitude(
+    magnitude = BRIGHTEST + (FAINTEST - BRIGHTEST) * u[:, 0]
+    of_host = lens_absolute_magnitude(
         np.full(len(lenses), 0.5), lenses["velocity_dispersion"].to_numpy()
-    )
-    luminosity = 10 ** (-0.4 * (host_magnitude[owner] + fainter - CHARACTERISTIC))
-    exist = u[:, 1] < np.exp(-luminosity)
-    u, owner, fainter = u[exist], owner[exist], fainter[exist]
+    )[owner]
+    exist = u[:, 1] < np.exp(-(10 ** (-0.4 * (magnitude - CHARACTERISTIC))))
+    exist &= magnitude > of_host
+    u, owner, fainter = u[exist], owner[exist], (magnitude - of_host)[exist]
     host = lenses.iloc[owner]
     distance = (farthest * scale)[owner] * u[:, 2] ** (1 / 0.9)
     scatter = 0.05 * ndtri(u[:, 6:8])  # of the red sequence, as in `population.lens_light`
