@@ -28,14 +28,12 @@ from lens_pipeline import LensDataModule
 from lens_pipeline.evaluation.metrics import lens_metrics
 from lens_pipeline.models.system import load_system
 from lens_pipeline.simulation import load_config
-from lens_pipeline.simulation.config import SimulationConfig
 from lens_pipeline.simulation.simulate import simulate_catalogue
 from lens_pipeline.simulation.surveys import Survey
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.train import split_scores, train
 
 GRADED = Path(__file__).parents[2] / "shared" / "data" / "cfhtls_graded" / "catalogue.csv"
-EYE = Path(__file__).with_suffix(".yaml")
 FOLDS = 5
 # Of Space Warps: factors of g, r and i, and the stretch's softening and slope.
 SCALES, Q, ALPHA = np.array([1.7, 0.6, 0.4]), 1.0, 0.09
@@ -60,9 +58,10 @@ def moved(image: NDArray[np.float64], random: np.random.Generator) -> NDArray[np
     return np.round(image).astype(np.uint8)
 
 
-def simulated(folder: Path, config: SimulationConfig, n: int) -> pd.DataFrame:
+def simulated(folder: Path, n: int) -> pd.DataFrame:
     """Rows of n composites, written into the folder."""
-    survey, random = config.survey, np.random.default_rng(0)
+    config, random = load_config("cfhtls"), np.random.default_rng(0)
+    survey = config.survey
     table = pd.read_parquet(simulate_catalogue(folder / "fluxes", config, n, seed=0))
     stacks = {path.name: np.load(path) for path in folder.glob("fluxes/*.npy")}
     paths = []
@@ -117,17 +116,14 @@ def measured(learned_from: str, scores: pd.DataFrame) -> Row:
 def measure(arguments: argparse.Namespace) -> tuple[list[Row], list[Target]]:
     real = pd.read_csv(GRADED, dtype={"group": str}).dropna(subset="label")
     real = real.assign(path=[str(GRADED.parent / path) for path in real["path"]])
-    rows, checkpoint = [], Path()
-    with tempfile.TemporaryDirectory(dir=SCRATCH) as name, tqdm(total=12, file=sys.stderr) as bar:
-        for title, file in {"simulated": None, "simulated for the eye": EYE}.items():
-            folder = Path(name, title)
-            folder.mkdir()
-            drawn = simulated(folder, load_config("cfhtls", file), arguments.n)
-            both = pd.concat([drawn, real.assign(split="test")])
-            scores, checkpoint = scored(both, folder, epochs=8)
-            rows.append(measured(title, scores))
-            bar.update()
-        for title, start in {"and then real": str(checkpoint), "real alone": "none"}.items():
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as name, tqdm(total=11, file=sys.stderr) as bar:
+        folder = Path(name, "simulated")
+        folder.mkdir()
+        both = pd.concat([simulated(folder, arguments.n), real.assign(split="test")])
+        scores, checkpoint = scored(both, folder, epochs=8)
+        rows = [measured("simulated", scores)]
+        bar.update()
+        for title, start in {"simulated, then real": str(checkpoint), "real alone": "none"}.items():
             parts = []
             for number, split in enumerate(folds(real)):
                 folder = Path(name, f"{title} {number}")
