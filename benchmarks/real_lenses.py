@@ -114,6 +114,8 @@ def measured(learned_from: str, scores: pd.DataFrame) -> Row:
 
 
 def measure(arguments: argparse.Namespace) -> tuple[list[Row], list[Target]]:
+    if not GRADED.is_file():
+        raise SystemExit(f"error: {GRADED}: the graded candidates of CFHTLS are not there")
     real = pd.read_csv(GRADED, dtype={"group": str}).dropna(subset="label")
     real = real.assign(path=[str(GRADED.parent / path) for path in real["path"]])
     with tempfile.TemporaryDirectory(dir=SCRATCH) as name, tqdm(total=11, file=sys.stderr) as bar:

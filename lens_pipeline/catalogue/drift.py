@@ -8,14 +8,14 @@ import pandas as pd
 from astropy.stats import mad_std
 from numpy.typing import NDArray
 
-from lens_pipeline.catalogue.background import LAG
 from lens_pipeline.catalogue.dataset import PARTS, Dataset
 
 Array = NDArray[np.floating]
 
 SAMPLE = 2**22  # pixels of a band that its statistics are of: a thousand cutouts of 64 x 64
 BLOCK = 2**24  # bytes that are read at a time
-BLANK = 12  # pixels: the side of the patches whose darkest quarter is taken for empty sky
+BLANK = 12  # pixels: the side of the patches whose darkest tenth is taken for empty sky
+LAG = 4  # pixels, beyond which no noise is taken to be correlated
 BRIGHT = 0.99  # the quantile that tells of the galaxies, where the median tells of the sky
 
 # The most that a band may change from one version to the next, each with its scale.
@@ -74,19 +74,22 @@ def band_statistics(pixels: Array) -> dict[str, float]:
 
 def noise_correlation(pixels: Array) -> float:
     """Of the noise of adjacent pixels of images (n, height, width): 0 where it is white, 0.2 or so
-    in resampled coadds. 0, too, of images without noise, or too small.
+    in resampled coadds. 0, too, of images without noise, or without a patch of it.
 
-    Of the mixed second differences of `background.background_sigma` below 3 sigma, in the darkest
-    patches; the mean along both axes.
+    Of mixed second differences, as those of `background.background_sigma`, below 3 sigma in the
+    darkest patches; the mean along both axes. Patches with a row or column of equal pixels, as at
+    a filled border, or with a pixel that is not finite do not count.
     """
     n, height, width = pixels.shape
     rows, columns = height // BLANK, width // BLANK
     cut = pixels[:, : rows * BLANK, : columns * BLANK].astype(np.float64)
     patches = cut.reshape(n, rows, BLANK, columns, BLANK).swapaxes(2, 3).reshape(-1, BLANK, BLANK)
     patches = patches[np.isfinite(patches).all(axis=(1, 2))]
+    for axis in (1, 2):
+        patches = patches[np.ptp(patches, axis=axis).all(axis=1)]
     if not len(patches):
         return 0.0
-    darkest = patches[np.argsort(np.median(patches, axis=(1, 2)))[: -(-len(patches) // 4)]]
+    darkest = patches[np.argsort(np.median(patches, axis=(1, 2)))[: -(-len(patches) // 10)]]
     lines = darkest[:, LAG:] - darkest[:, :-LAG]
     noise = (lines[:, :, LAG:] - lines[:, :, :-LAG]) / 2
     sigma = mad_std(noise)

@@ -163,6 +163,10 @@ class SimulationConfig(_Part):
         if not sum(self.decoys.values()):
             raise ValueError("decoys: at least one weight must be above 0")
         moved = [kind for kind, weight in self.decoys.items() if weight and kind not in KEEP_HOST]
+        if self.hosts is not None and self.survey.noise_correlation:
+            raise ValueError(
+                "survey.noise_correlation: real images (hosts) keep their own noise; leave it out"
+            )
         if self.hosts is not None and moved:
             raise ValueError(
                 f"decoys: {moved[0]} is made of the host's own light, which a real image (hosts) "

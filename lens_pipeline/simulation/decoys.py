@@ -6,7 +6,8 @@ members have light of their own. What stands beside the host has the arcs' in co
 that redshift. Young stars of the host itself (`spiral`, `ring`, `edge_on`, the tail of a `merger`)
 have those of a star-forming galaxy at its own, and more than the arcs' light. Where they, or a
 second nucleus, take of the host's light, what is left in the middle is a smaller galaxy of the same
-surface brightness. A `late_type` is another galaxy altogether, in front of where the host would be.
+surface brightness. A `late_type` is another galaxy altogether, where the host would be, among the
+host's satellites.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -31,13 +32,8 @@ from lens_pipeline.simulation.streams import Purpose, stream
 
 MAX_MEMBERS = 5
 MAX_DISTANCE = 3.0  # of intruders and members from the host, in its Einstein radii
-REMADE = (
-    "spiral",
-    "merger",
-    "edge_on",
-    "ring",
-    "late_type",
-)  # of the host's light, which is drawn anew
+# Of the host's light, which is drawn anew.
+REMADE = ("spiral", "merger", "edge_on", "ring", "late_type")
 ARC_COLUMNS = (
     *COLUMNS,
     *("x", "y", "source_radius", "source_axis_ratio", "source_angle", "source_galaxy"),
@@ -153,16 +149,17 @@ def _spiral(u: Array, lenses: pd.DataFrame) -> Components:
 
 
 def _late_type(u: Array, lenses: pd.DataFrame) -> Components:
-    """A small star-forming galaxy: blue in the middle of red, or blue throughout.
+    """A small star-forming galaxy, blue around a red middle, or throughout.
 
     Its bulge has up to 0.4 of the light, as in Sb and later (Simien & de Vaucouleurs 1986), and the
     colours of old stars. It is as far as the host or nearer: as bright at the host's redshift it
-    would often be brighter than any disc.
+    would often be brighter than any disc. Its disc is compact for its light: those are what looks
+    like a blurred ring, where a wide one looks like a `spiral`.
     """
     v = u[:, 0]
     z = lenses["z_lens"].to_numpy() * (0.2 + 0.8 * v[:, 0])
     bulge, axis_ratio = 0.4 * v[:, 1], np.cos(np.radians(75 * v[:, 2]))
-    young = (1 - bulge) * (0.4 + 0.6 * v[:, 3])
+    old_share = 0.6 * (1 - bulge) * (1 - v[:, 3])
     colours = red_sequence(z)
     old = lenses.assign(lens_g_r=colours[0], lens_r_i=colours[1])
     length = lenses["einstein_radius"].to_numpy() * (0.15 + 0.45 * v[:, 4])
@@ -174,8 +171,9 @@ def _late_type(u: Array, lenses: pd.DataFrame) -> Components:
         "phase": 2 * np.pi * v[:, 9],
     }
     middle = old.assign(lens_radius=np.minimum(lenses["lens_radius"], length))
-    old_disc = disc | {"contrast": contrast / 3} | _host_light(old, 1 - bulge - young)
-    arms = disc | {"contrast": contrast} | _young_light(v, lenses.assign(z_lens=z), young)
+    old_disc = disc | {"contrast": contrast / 3} | _host_light(old, old_share)
+    young = _young_light(v, lenses.assign(z_lens=z), 1 - bulge - old_share)
+    arms = disc | {"contrast": contrast} | young
     return [
         _bulge(middle, bulge, axis_ratio),
         _component("spiral", old_disc, lenses),
@@ -363,7 +361,7 @@ def _host_light(lenses: pd.DataFrame, share: Array) -> dict[str, Array]:
 
 def _young_light(v: Array, lenses: pd.DataFrame, share: Array) -> dict[str, Array]:
     """A share of the host's r light and all of the arcs', in the colours of a star-forming galaxy
-    at the host's redshift."""
+    at the table's `z_lens`."""
     g_r, r_i = source_colours(v[:, 13:15].T, lenses["z_lens"].to_numpy())
     host = share * 10 ** (-0.4 * lenses["lens_magnitude"])
     arcs = lenses["magnification"] * 10 ** (-0.4 * lenses["source_magnitude"])

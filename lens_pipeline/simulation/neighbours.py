@@ -34,12 +34,13 @@ STAMP = 64  # pixels: the side of the smallest stamp
 # 1 in 400 as bright as at its half-light radius.
 HELD = {"disc": 5, "elliptical": 10}
 
-# Satellites of a host of 250 km/s within 300 kpc, in a magnitude of those fainter than M*: massive
-# ellipticals have 4.5 within 5 mag (Ruiz et al. 2015, MNRAS 454, 1605). Within R there are ~ R^0.9
-# of them at all redshifts below 0.8, of all magnitudes (Nierenberg et al. 2012, ApJ 752, 99: a
-# surface density ~ R^-1.1), and as many more as the halo has mass (Wang & White 2012, MNRAS 424,
-# 2574), which is taken to grow as the cube of the velocity dispersion.
-SATELLITES, WITHIN = 1.45, 300
+# Ellipticals of 1 to 2 x 10^11 solar masses, M = -22.5 in r, have 4.5 satellites within 300 kpc and
+# 5 mag (Ruiz et al. 2015, MNRAS 454, 1605). The integral of exp(-L/L*) over those is 3.1 mag: where
+# many are seen, there are 1.45 a magnitude. Within R there are ~ R^0.9 of them at all redshifts
+# below 0.8, of all magnitudes (Nierenberg et al. 2012, ApJ 752, 99: a surface density ~ R^-1.1),
+# and as many more as the halo has mass (Wang & White 2012, MNRAS 424, 2574), which is taken to grow
+# as the cube of the velocity dispersion: 208 km/s at that magnitude.
+SATELLITES, WITHIN, VELOCITY_DISPERSION = 1.45, 300, 208
 CHARACTERISTIC = -21.2  # M* in r of the galaxies' luminosity function (Blanton et al. 2003)
 BRIGHTEST, FAINTEST = -22.7, -18.2  # beyond is 1 in 50 of a magnitude's, and 1/16 of L*
 
@@ -75,7 +76,7 @@ def _satellites(renderer: Renderer, seed: int, lenses: pd.DataFrame) -> Neighbou
     """
     scale = kpc_to_arcsec(lenses["z_lens"].to_numpy())
     farthest = renderer.size * renderer.survey.pixel_scale / np.sqrt(2) / scale
-    mass = (lenses["velocity_dispersion"].to_numpy() / 250) ** 3
+    mass = (lenses["velocity_dispersion"].to_numpy() / VELOCITY_DISPERSION) ** 3
     mean = SATELLITES * mass * (farthest / WITHIN) ** 0.9 * (FAINTEST - BRIGHTEST)
     u, owner = _deviates(seed, lenses, Purpose.SATELLITES, mean)
     magnitude = BRIGHTEST + (FAINTEST - BRIGHTEST) * u[:, 0]

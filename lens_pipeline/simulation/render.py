@@ -307,7 +307,8 @@ class Renderer:
 
         electrons, expected from the objects, and standard normal deviates: (B, bands, size, size).
         Where the survey's noise is correlated, it is that of an image which was resampled: the sum
-        over many pixels keeps its noise, and that of each, the background's sigma, is lower. The
+        over many pixels keeps its noise, and that of each, the background's sigma, is lower (not
+        for `signal_to_noise`, `contrast` and `electrons_of_sigma`, which take it to be white). The
         Poisson noise of thousands of electrons a pixel is drawn as the normal distribution of
         the same variance; Poisson deviates would jump where the expectation differs in the last
         bit, and then a cutout would depend on the batch that it was drawn in.
@@ -335,7 +336,7 @@ class Renderer:
 
         electrons, expected of that light, and standard normal deviates: as the images; background:
         as in `signal_to_noise`. The images keep their own noise; the light brings its Poisson
-        noise, drawn as in `expose`.
+        noise, drawn as in `expose`, but white.
         """
         variance = self._background(background)
         sigma = variance.sqrt()

@@ -36,6 +36,7 @@ GALAXY_TRUTHS = [
     *("z_lens", "velocity_dispersion", "axis_ratio", "position_angle"),
     *("x", "y", "lens_radius", "lens_magnitude", "lens_g_r", "lens_r_i"),
 ]
+OF_ANOTHER_GALAXY = ["position_angle", "x", "y"]  # that stands where the host would be
 LENSING_TRUTHS = [
     *(
         "z_source",
@@ -68,7 +69,8 @@ class Simulation:
     Of the host galaxy: `z_lens`, `velocity_dispersion` (km/s), `axis_ratio`, `position_angle`
     (radians from +x, along columns, towards +y, along rows), `x`, `y` (arcsec from the middle),
     `lens_radius` (half-light, arcsec), `lens_magnitude` (AB, r), `lens_g_r`, `lens_r_i` (mag);
-    these four are NaN of a real one.
+    these four are NaN of a real one, and all but place and angle of a `late_type`, which stands
+    where the host would be.
     Of a lens, NaN elsewhere: `z_source`, `einstein_radius` (arcsec), `shear`, `shear_angle`
     (radians), `magnification` (of the flux), `arc_snr` (best band), `arc_contrast` (the arcs' light
     over the galaxy's: the fifth largest ratio among pixels where they have a signal-to-noise above
@@ -306,6 +308,8 @@ def _table(
     hosts = galaxies.described(truths["host_galaxy"].to_numpy())
     galaxy = np.array(names)[truths["source_galaxy"]] if names else np.full(len(row), "")
     truths.loc[~is_lens, LENSING_TRUTHS] = np.nan
+    not_there = [name for name in GALAXY_TRUTHS if name not in OF_ANOTHER_GALAXY]
+    truths.loc[kind == "late_type", not_there] = np.nan
     cutouts = pd.DataFrame(
         {
             "id": [f"{survey.name}-{r:07d}-{k}" for r, k in zip(row, kind, strict=True)],

@@ -93,6 +93,10 @@ def test_the_correlation_of_noise_is_measured_beside_galaxies(part: float) -> No
     pixels = moved(random.normal(size=(300, 64, 64)), part) + galaxies
     expected = part * (1 - part) / (1 - 2 * part * (1 - part))
     assert noise_correlation(pixels.astype(np.float32)) == pytest.approx(expected, abs=0.02)
+    pixels += 5
+    pixels[::2, :, :4] = 0  # a border that is filled with what is darker than the sky
+    pixels[::3, :9] = 0
+    assert noise_correlation(pixels) == pytest.approx(expected, abs=0.02)
 
 
 def test_real_stacks_have_correlated_noise_and_simulated_cutouts_what_they_are_told(
@@ -105,7 +109,7 @@ def test_real_stacks_have_correlated_noise_and_simulated_cutouts_what_they_are_t
         stacks.append(band[:40, :40] / mad_std(band, ignore_nan=True))
     assert 0.1 < noise_correlation(np.stack(stacks)) < 0.3
     config = load_config("lsst")
-    for correlation in (0.0, 0.2):
+    for correlation in (0.0, 0.2, 0.5):
         survey = config.survey.model_copy(update={"noise_correlation": correlation})
         told = config.model_copy(update={"survey": survey})
         found = noise_correlation(simulate("lsst", 60, seed=1, config=told).images[:, 1])

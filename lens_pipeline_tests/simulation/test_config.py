@@ -132,3 +132,10 @@ def test_a_population_without_detectable_lenses_is_an_error(tmp_path: Path) -> N
     file = write(tmp_path, "population: {min_arc_snr: 1000000}")
     with pytest.raises(InputError, match="is a detectable lens; loosen its cuts"):
         simulate("des", 2, config=load_config("des", file), image_size=32)
+
+
+def test_correlated_noise_is_refused_where_images_bring_their_own(tmp_path: Path) -> None:
+    file = tmp_path / "simulation.yaml"
+    file.write_text("survey: {noise_correlation: 0.2}\nhosts: lrg.csv\n")
+    with pytest.raises(InputError, match=r"survey\.noise_correlation: real images \(hosts\) keep"):
+        load_config("des", file)

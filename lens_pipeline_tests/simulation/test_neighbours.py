@@ -20,7 +20,7 @@ AREA = (SIZE * DES.pixel_scale / 60) ** 2  # square arcmin
 def hosts_of(velocity_dispersion: float, hosts: np.ndarray) -> pd.DataFrame:
     """Hosts at one redshift, in the middle of their cutouts."""
     host = {"z_lens": 0.5, "velocity_dispersion": velocity_dispersion, "x": 0.0, "y": 0.0}
-    light = {"lens_radius": 1.0, "lens_magnitude": 20.0, "lens_g_r": 1.86, "lens_r_i": 1.06}
+    light = {"lens_radius": 1.0, "lens_magnitude": 18.0, "lens_g_r": 1.86, "lens_r_i": 1.06}
     return pd.DataFrame(host | light, index=hosts)
 
 
@@ -110,7 +110,7 @@ def satellites(velocity_dispersion: float, unrelated: torch.Tensor) -> np.ndarra
 def test_the_heavier_a_host_the_more_satellites_it_has(
     velocity_dispersion: float, unrelated: torch.Tensor
 ) -> None:
-    """1.45 a magnitude within 300 kpc of 250 km/s, times exp(-L/L*), as R^0.9 and sigma^3."""
+    """Of 208 km/s, M = -22.5: 4.5 within 300 kpc and 5 mag. As R^0.9, sigma^3 and exp(-L/L*)."""
     kpc = 1 / FlatLambdaCDM(H0=70, Om0=0.3).arcsec_per_kpc_proper(0.5).value
     # Faber & Jackson's relation of Hyde & Bernardi 2009, and M* of Blanton et al. 2003.
     v = np.log10(velocity_dispersion)
@@ -123,12 +123,15 @@ def test_the_heavier_a_host_the_more_satellites_it_has(
     radius = side / np.sqrt(2) * random.random(100_000) ** (1 / 0.9)
     angle = 2 * np.pi * random.random(100_000)
     inside = np.abs(radius * [np.cos(angle), np.sin(angle)]).max(axis=0) < side / 2
-    within = 1.45 * (velocity_dispersion / 250) ** 3 * (side / np.sqrt(2) * kpc / 300) ** 0.9
+    below = np.linspace(-22.5, -17.5, 4001)
+    a_magnitude = 4.5 / (5 * np.exp(-(10 ** (-0.4 * (below + 21.2)))).mean())
+    far = (side / np.sqrt(2) * kpc / 300) ** 0.9
+    within = a_magnitude * (velocity_dispersion / 208) ** 3 * far
     count = random.poisson(within * exists.mean() * 4.5 * inside.mean(), 20_000)
     drawn = random.choice(magnitude, count.sum(), p=exists / exists.sum())
     owner = np.arange(len(count)).repeat(count)
     expected = np.bincount(owner, 10 ** (-0.4 * (drawn - host)), len(count))
-    of_host = DES.electrons(np.full(3, 20.0))[R_BAND]
+    of_host = DES.electrons(np.full(3, 18.0))[R_BAND]
     light = satellites(velocity_dispersion, unrelated)[:, R_BAND].sum(axis=(1, 2)) / of_host
     # Some of it falls beside the cutout, from either side.
     assert light.mean() == pytest.approx(expected.mean(), rel=0.15)
