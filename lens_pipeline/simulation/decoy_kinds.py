@@ -7,11 +7,11 @@ from types import MappingProxyType
 # alone, with neighbours, or with arms (HOLISMOKES XI: random galaxies alone teach nothing of TPR0).
 MIXTURE: Mapping[str, float] = MappingProxyType(
     {
-        "unlensed": 0.17,  # the host galaxy alone
+        "unlensed": 0.18,  # the host galaxy alone
         "intruders": 0.14,  # one to three unlensed galaxies around it
         "singly_imaged": 0.08,  # a galaxy behind it, too far from it to have a second image
-        "spiral": 0.14,  # arms around it as a bulge
-        "late_type": 0.10,  # a small blue galaxy instead of it
+        "spiral": 0.17,  # arms around it as a bulge
+        "late_type": 0.06,  # a small blue galaxy instead of it
         "merger": 0.07,  # two nuclei and a tail
         "edge_on": 0.07,  # a thin disc through it as a bulge
         "group": 0.08,  # two to four fainter red galaxies around it, and a blue one
