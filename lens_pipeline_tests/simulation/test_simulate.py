@@ -70,10 +70,14 @@ def test_each_lens_is_paired_with_its_own_galaxy_unlensed(simulation: Simulation
     lens, other = simulation.table.iloc[::2], simulation.table.iloc[1::2]
     assert (lens["label"] == 1).all()
     assert (other["label"] == 0).all()
-    galaxy = ["group", "source_galaxy", "z_lens", "axis_ratio", "lens_magnitude", "lens_radius"]
-    pd.testing.assert_frame_equal(
-        lens[galaxy].reset_index(drop=True), other[galaxy].reset_index(drop=True)
-    )
+    same = ["group", "source_galaxy", "x", "y", "position_angle"]
+    host = ["z_lens", "velocity_dispersion", "axis_ratio", "lens_magnitude", "lens_radius"]
+    late = (other["kind"] == "late_type").to_numpy()  # it stands where the host would be
+    for columns, rows in ((same, late | True), (host, ~late)):
+        pd.testing.assert_frame_equal(
+            lens[columns][rows].reset_index(drop=True), other[columns][rows].reset_index(drop=True)
+        )
+    assert other[host][late].isna().all(axis=None)
     assert other[["einstein_radius", "source_magnitude"]].isna().all(axis=None)
 
 
