@@ -71,6 +71,7 @@ def simulated(folder: Path, n: int) -> pd.DataFrame:
         paths.append(str(folder / f"{number}.png"))
         Image.fromarray(image).save(paths[-1])
     table = table[["id", "label", "group", "survey", "pixel_scale"]]
+    # A fifth of the source galaxies, by the end of their names, is what epochs are chosen by.
     split = np.where(table["group"].str[-1].isin(["0", "5"]), "val", "train")
     return table.assign(path=paths, split=split)
 

@@ -23,6 +23,7 @@ from lens_pipeline.simulation.hosts import HostGalaxies
 from lens_pipeline.simulation.multiplicity import COLUMNS, is_multiply_imaged
 from lens_pipeline.simulation.neighbours import add_components
 from lens_pipeline.simulation.population import (
+    RED_SCATTER,
     Array,
     red_sequence,
     source_axis_ratio,
@@ -240,8 +241,8 @@ def _group(u: Array, lenses: pd.DataFrame) -> Components:
         "lens_radius": host["lens_radius"] * np.sqrt(share),
         "axis_ratio": 0.5 + 0.5 * v[:, 4],
         "position_angle": np.pi * v[:, 5],
-        "component_g_r": light["component_g_r"] + 0.05 * ndtri(v[:, 6]),
-        "component_r_i": light["component_r_i"] + 0.05 * ndtri(v[:, 7]),
+        "component_g_r": light["component_g_r"] + RED_SCATTER * ndtri(v[:, 6]),
+        "component_r_i": light["component_r_i"] + RED_SCATTER * ndtri(v[:, 7]),
     }
     blue = _blue_galaxies(u, lenses, np.ones(len(lenses), int))
     return [_component("elliptical", members, host), blue]

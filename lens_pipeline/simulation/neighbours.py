@@ -8,6 +8,7 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from lens_pipeline.simulation.population import (
+    RED_SCATTER,
     Array,
     kpc_to_arcsec,
     lens_absolute_magnitude,
@@ -41,6 +42,7 @@ HELD = {"disc": 5, "elliptical": 10}
 # and as many more as the halo has mass (Wang & White 2012, MNRAS 424, 2574), which is taken to grow
 # as the cube of the velocity dispersion: 208 km/s at that magnitude.
 SATELLITES, WITHIN, VELOCITY_DISPERSION = 1.45, 300, 208
+RADIAL_SLOPE = 0.9
 CHARACTERISTIC = -21.2  # M* in r of the galaxies' luminosity function (Blanton et al. 2003)
 BRIGHTEST, FAINTEST = -22.7, -18.2  # beyond is 1 in 50 of a magnitude's, and 1/16 of L*
 
@@ -77,7 +79,7 @@ def _satellites(renderer: Renderer, seed: int, lenses: pd.DataFrame) -> Neighbou
     scale = kpc_to_arcsec(lenses["z_lens"].to_numpy())
     farthest = renderer.size * renderer.survey.pixel_scale / np.sqrt(2) / scale
     mass = (lenses["velocity_dispersion"].to_numpy() / VELOCITY_DISPERSION) ** 3
-    mean = SATELLITES * mass * (farthest / WITHIN) ** 0.9 * (FAINTEST - BRIGHTEST)
+    mean = SATELLITES * mass * (farthest / WITHIN) ** RADIAL_SLOPE * (FAINTEST - BRIGHTEST)
     u, owner = _deviates(seed, lenses, Purpose.SATELLITES, mean)
     magnitude = BRIGHTEST + (FAINTEST - BRIGHTEST) * u[:, 0]
     of_host = lens_absolute_magnitude(
@@ -87,8 +89,8 @@ def _satellites(renderer: Renderer, seed: int, lenses: pd.DataFrame) -> Neighbou
     exist &= magnitude > of_host
     u, owner, fainter = u[exist], owner[exist], (magnitude - of_host)[exist]
     host = lenses.iloc[owner]
-    distance = (farthest * scale)[owner] * u[:, 2] ** (1 / 0.9)
-    scatter = 0.05 * ndtri(u[:, 6:8])  # of the red sequence, as in `population.lens_light`
+    distance = (farthest * scale)[owner] * u[:, 2] ** (1 / RADIAL_SLOPE)
+    scatter = RED_SCATTER * ndtri(u[:, 6:8])
     table = pd.DataFrame(
         {
             "x": host["x"].to_numpy() + distance * np.cos(2 * np.pi * u[:, 3]),

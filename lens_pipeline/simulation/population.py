@@ -161,15 +161,16 @@ RED_SEQUENCE = np.array(
         (2.00, 6.50, 2.00, 1.80),
     ]
 )
+RED_SCATTER = 0.05  # mag
 
 
 def lens_light(u: Array, z: Array, absolute_magnitude: Array) -> tuple[Array, Array, Array]:
     """Apparent r magnitude, g - r and r - i of a red elliptical.
 
-    u: (2, ...), for the red sequence's scatter of 0.05 mag in each colour.
+    u: (2, ...), for the red sequence's scatter in each colour.
     """
     k = np.interp(z, RED_SEQUENCE[:, 0], RED_SEQUENCE[:, 1])
-    g_r, r_i = red_sequence(z) + 0.05 * ndtri(u)
+    g_r, r_i = red_sequence(z) + RED_SCATTER * ndtri(u)
     return absolute_magnitude + distance_modulus(z) + k, g_r, r_i
 
 

@@ -106,7 +106,7 @@ def satellites(velocity_dispersion: float, unrelated: torch.Tensor) -> np.ndarra
     return (draw_neighbours(renderer, 4, lenses) - unrelated).numpy()
 
 
-@pytest.mark.parametrize("velocity_dispersion", [300.0, 400.0])
+@pytest.mark.parametrize("velocity_dispersion", [180.0, 300.0, 400.0])
 def test_the_heavier_a_host_the_more_satellites_it_has(
     velocity_dispersion: float, unrelated: torch.Tensor
 ) -> None:
