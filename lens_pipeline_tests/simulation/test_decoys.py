@@ -152,14 +152,15 @@ def test_a_late_type_is_blue_to_its_middle_and_smaller(
     """What lens finders take for arcs around a red galaxy: no red galaxy is there."""
     drawn, host = decoys(galaxies, lenses, "late_type"), lenses.galaxy
     middle = (..., slice(29, 35), slice(29, 35))
-    for blue, red in ((G, R), (R, I_BAND)):
+    # An old galaxy that is as much nearer would be bluer by 0.4 and 0.3 mag.
+    for blue, red, bluer in ((G, R, 0.6), (R, I_BAND, 0.4)):
         colour, of_host = (
             -2.5
             * torch.log10(image[middle][:, blue].sum((1, 2)) / image[middle][:, red].sum((1, 2)))
             for image in (drawn, host)
         )
-        assert (of_host - colour).median() > 0.3
-        assert (of_host > colour).float().mean() > 0.85
+        assert (of_host - colour).median() > bluer
+        assert (of_host > colour).all()
     share, of_host = (
         image[middle][:, R].sum((1, 2)) / image[:, R].sum((1, 2)) for image in (drawn, host)
     )
