@@ -1,5 +1,7 @@
 """What a pixel must be, worked out from its file with astropy and NumPy; and files to try it on."""
 
+import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,13 @@ from PIL import Image
 from lens_pipeline.catalogue import build_dataset, read_catalogue
 from lens_pipeline.catalogue.dataset import PARTS, Dataset
 from lens_pipeline.catalogue.splits import SPLITS
-from lens_pipeline_tests.catalogue.test_images import write_png
 
 RNG = np.random.default_rng(5)
 SIZE = 40
 BANDS = "GRI"
 Cube = NDArray[np.float32]
+NOISE = RNG.normal(0, 3, (3, 40, 40)).astype(np.float32)
+NOISE[:, 18:22, 18:22] += 500
 
 
 def sigma_by_hand(band: Cube) -> float:
@@ -113,3 +116,21 @@ def rows(dataset: Dataset) -> Iterator[tuple[Any, Cube]]:
 
 def suffix_of(i: int, *suffixes: str) -> str:
     return suffixes[i % len(suffixes)]
+
+
+def write_png(path: Path, colour: np.ndarray) -> None:
+    """A PNG of 16 bits a channel, by the specification: Pillow writes none."""
+    height, width, _ = colour.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colour)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )

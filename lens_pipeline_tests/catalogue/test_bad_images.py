@@ -25,8 +25,8 @@ from lens_pipeline_tests.catalogue.by_hand import (
     sky,
     suffix_of,
     write_cube,
+    write_png,
 )
-from lens_pipeline_tests.catalogue.test_images import write_png
 
 
 def cut_short(path: Path, share: float) -> None:

@@ -24,8 +24,8 @@ from lens_pipeline_tests.catalogue.by_hand import (
     sigma_by_hand,
     sky,
     write_cube,
+    write_png,
 )
-from lens_pipeline_tests.catalogue.test_images import write_png
 
 
 def named_bands(path: Path, bands: str) -> None:

@@ -9,6 +9,7 @@ from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.settings import Settings
 
 RESOURCES = {"lens": LensHome()}
+SURVEYS = ("des", "hsc")
 
 
 class Sensor:

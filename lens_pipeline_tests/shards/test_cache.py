@@ -1,9 +1,8 @@
-"""Remote shards: fetched ahead of need, kept within a bound, whole or an error that says why."""
+"""Remote shards: fetched ahead of need, and kept within a bound."""
 
 import errno
 import gc
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -11,82 +10,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import fsspec
-import numpy as np
-import pandas as pd
 import pytest
 import torch
 
-from lens_pipeline import LensDataModule, LensWebDatasetDataModule, storage
+from lens_pipeline import LensDataModule, LensWebDatasetDataModule
 from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.errors import InputError
-from lens_pipeline.shards import open_shards, publish_shards, read_manifest, store, write_shards
-from lens_pipeline.shards.store import StoreError
+from lens_pipeline.shards import open_shards, publish_shards, write_shards
 from lens_pipeline.shards.transfers import ahead_of
-from lens_pipeline.steps import file_sha256
-from lens_pipeline_tests.faulty_proxy import FaultyProxy
-from lens_pipeline_tests.object_stores import GCSServer, S3Server, sign_in
-
-Proxies = Callable[[S3Server | GCSServer], FaultyProxy]
-N, SHARDS = 10_000, 40
-
-
-@pytest.fixture(scope="module")
-def small_cutouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """10,000 cutouts of 16 pixels, in 40 shards; the first two pixels hold a cutout's number."""
-    folder = tmp_path_factory.mktemp("dataset")
-    splits = {}
-    for split, n in (("train", N), ("val", 40), ("test", 1), ("unlabelled", 1)):
-        images = np.zeros((n, 1, 16, 16), np.float32)
-        images[:, 0, 0, 0], images[:, 0, 0, 1] = np.divmod(np.arange(n), 1000)
-        images[:, 0, 8, 8] = 50
-        np.save(folder / f"{split}.npy", images)
-        ids = [f"{split} {number}" for number in range(n)]
-        label = pd.array(np.arange(n) % 2, dtype="Int8")
-        table = pd.DataFrame({"id": ids, "label": label, "group": ids, "split": split})
-        table.to_parquet(folder / f"{split}.parquet")
-        splits[split] = {"n": n, "n_lens": n // 2, "n_nonlens": n - n // 2}
-    form = {"bands": ["r"], "image_size": 16, "units": "background_sigma", "pixel_scale": None}
-    facts = {"schema": 1, "origin": "test", **form, "splits": splits, "content": "test"}
-    (folder / "dataset.json").write_text(json.dumps(facts))
-    out = tmp_path_factory.mktemp("shards")
-    write_shards(folder, out, shard_size=N // SHARDS)
-    return out
-
-
-def numbers(batches: Any) -> list[int]:
-    """The numbers of the cutouts, in their order."""
-    images = torch.cat([batch["image"] for batch in batches])
-    return (1000 * images[:, 0, 0, 0].int() + images[:, 0, 0, 1].int()).tolist()
+from lens_pipeline_tests.object_stores import S3Server
+from lens_pipeline_tests.shards.published import SHARDS, N, Proxies, flipped, gets, numbers
 
 
 def shard_bytes(shards: Path) -> int:
     return max(path.stat().st_size for path in shards.glob("train-*.tar"))
-
-
-def gets(proxy: FaultyProxy) -> list[str]:
-    return [line for line in proxy.seen if line.startswith("GET") and ".tar" in line]
-
-
-def spoil(url: str, options: dict, change: Callable[[bytes], bytes]) -> None:
-    filesystem, path = fsspec.url_to_fs(url, **options)
-    filesystem.pipe_file(path, change(filesystem.cat_file(path)))
-
-
-def flipped(content: bytes) -> bytes:
-    return content[:1000] + bytes([content[1000] ^ 1]) + content[1001:]
-
-
-@pytest.fixture
-def published(small_cutouts: Path, s3_bucket: str, s3_server: S3Server) -> str:
-    """The URL of `small_cutouts` in a bucket."""
-    options = s3_server.storage_options()
-    return publish_shards(small_cutouts, f"{s3_bucket}/lenses", storage_options=options).url
 
 
 def test_what_is_ahead_comes_in_order_and_errors_in_their_place() -> None:
@@ -103,44 +45,6 @@ def test_what_is_ahead_comes_in_order_and_errors_in_their_place() -> None:
     assert 6 <= len(begun) <= 9
     with pytest.raises(ZeroDivisionError):
         next(found)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["s3", "gcs"])
-@pytest.mark.parametrize("where", ["cache", "memory", "without a manifest"])
-def test_cloud_epoch_of_ten_thousand_of_which_every_tenth_request_fails(
-    small_cutouts: Path,
-    kind: str,
-    where: str,
-    request: pytest.FixtureRequest,
-    faulty_proxy: Proxies,
-    tmp_path: Path,
-) -> None:
-    server, bucket = (request.getfixturevalue(f"{kind}_{what}") for what in ("server", "bucket"))
-    options = server.storage_options()
-    url = publish_shards(small_cutouts, f"{bucket}/lenses", storage_options=options).url
-    if where == "without a manifest":
-        filesystem, root = fsspec.url_to_fs(url, **options)
-        filesystem.rm_file(f"{root}/manifest.json")
-        fsspec.url_to_fs(bucket, **options)[0].rm_file(f"{bucket}/lenses/latest.json")
-    proxy = faulty_proxy(server)
-    proxy.every(10, status=500 if kind == "s3" else 503)
-    data = LensWebDatasetDataModule(
-        f"{url}/train-{{000000..{SHARDS - 1:06d}}}.tar",
-        batch_size=100,
-        flux_unit="background_sigma",
-        cache_dir=tmp_path if where == "cache" else None,
-        storage_options=server.storage_options(proxy.url),
-    )
-    batches = list(data.train_dataloader())
-    assert proxy.faults >= 4
-    found = numbers(batches)
-    assert len(found) == N
-    assert set(found) == set(range(N))
-    if where != "without a manifest":
-        ids = data.split("train").ids[torch.cat([batch["index"] for batch in batches])]
-        assert ids.tolist() == [f"train {number}" for number in found]
-    assert len(list(tmp_path.rglob("*.tar"))) == (SHARDS if where == "cache" else 0)
 
 
 EPOCH = """
@@ -181,22 +85,6 @@ def test_cloud_workers_of_a_loader_share_the_cache(
         loader.sampler.set_epoch(number)
         assert set(numbers(loader)) == set(range(N))
     assert len(gets(proxy)) == SHARDS
-
-
-def test_cloud_connections_are_not_closed_by_a_forked_process(
-    published: str, s3_server: S3Server
-) -> None:
-    """It has its parent's in its memory; closed there, the parent's would wait for a timeout."""
-    shards = open_shards(published, storage_options=s3_server.storage_options())
-    split, per_shard = shards.split("train"), N // SHARDS
-    split.gather([0])
-    child = multiprocessing.get_context("fork").Process(target=split.gather, args=([per_shard],))
-    child.start()
-    child.join(60)
-    assert child.exitcode == 0
-    begun = time.monotonic()
-    split.gather([2 * per_shard])
-    assert time.monotonic() - begun < 5
 
 
 @contextmanager
@@ -309,130 +197,6 @@ def test_cloud_order_depends_on_seed_and_epoch_alone(
     assert len({place // (N // SHARDS) for place in places[:100]}) <= 8
 
 
-@pytest.mark.parametrize("kept", ["cache", "memory"])
-@pytest.mark.parametrize("kind", ["s3", "gcs"])
-@pytest.mark.parametrize(
-    ("change", "cause"),
-    [
-        (flipped, "has sha256"),
-        (lambda content: content[:-7], "bytes, not"),
-        (lambda content: content + b"more", "has more bytes, not"),
-        (lambda content: b"", "has 0 bytes, not"),
-    ],
-)
-def test_cloud_objects_that_are_not_as_listed_are_named_and_never_kept(
-    small_cutouts: Path,
-    kind: str,
-    kept: str,
-    change: Callable[[bytes], bytes],
-    cause: str,
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
-) -> None:
-    server, bucket = (request.getfixturevalue(f"{kind}_{what}") for what in ("server", "bucket"))
-    options = server.storage_options()
-    url = publish_shards(small_cutouts, f"{bucket}/lenses", storage_options=options).url
-    spoil(f"{url}/train-000007.tar", options, change)
-    data = LensWebDatasetDataModule(
-        f"{url}/train-{{000000..{SHARDS - 1:06d}}}.tar", batch_size=100,
-        cache_dir=tmp_path if kept == "cache" else None, storage_options=options,
-    )  # fmt: skip
-    begun = time.monotonic()
-    with pytest.raises(InputError, match=f"^{url}/train-000007.tar: .*{cause}"):
-        list(data.train_dataloader())
-    assert time.monotonic() - begun < 20
-    assert not [path for path in tmp_path.rglob("train-000007.tar") if path.is_file()]
-    manifest = read_manifest(small_cutouts)
-    listed = {shard.name: shard.sha256 for shard in manifest.shards}
-    for path in tmp_path.rglob("*.tar"):
-        assert file_sha256(path) == listed[path.name]
-    publish_shards(small_cutouts, f"{bucket}/lenses", storage_options=options)
-    assert set(numbers(data.train_dataloader())) == set(range(N))
-
-
-@pytest.mark.parametrize("kept", ["cache", "memory"])
-def test_cloud_server_killed_and_restarted_during_an_epoch(
-    published: str, s3_server: S3Server, faulty_proxy: Proxies, tmp_path: Path, kept: str
-) -> None:
-    proxy = faulty_proxy(s3_server)
-    proxy.delay(0.3, only=r"\.tar")
-    data = LensWebDatasetDataModule(
-        f"{published}/train-{{000000..{SHARDS - 1:06d}}}.tar", batch_size=100,
-        cache_dir=tmp_path if kept == "cache" else None,
-        storage_options=s3_server.storage_options(proxy.url),
-    )  # fmt: skip
-    batches = iter(data.train_dataloader())
-    seen = [next(batches)]
-    s3_server.kill()
-    back = threading.Timer(2, s3_server.restart)
-    back.start()
-    seen += batches
-    back.join()
-    assert set(numbers(seen)) == set(range(N))
-
-
-def test_cloud_that_stalls_is_an_error_that_names_the_object_and_the_next_epoch_goes_on(
-    published: str,
-    s3_server: S3Server,
-    faulty_proxy: Proxies,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(store, "PATIENCE", 1.0)
-    monkeypatch.setattr(storage, "READ_LIMIT", 0.5)
-    proxy = faulty_proxy(s3_server)
-    data = LensDataModule(
-        published, batch_size=100, cache_dir=tmp_path,
-        storage_options=s3_server.storage_options(proxy.url),
-    )  # fmt: skip
-    loader = data.train_dataloader()
-    proxy.delay(0.2, only=r"\.tar")
-    batches = iter(loader)
-    next(batches)
-    proxy.stall(only=r"\.tar")
-    with pytest.raises(StoreError, match=rf"^{published}/train-0000\d\d\.tar: .*imeout"):
-        list(batches)
-    kept = {path.name for path in tmp_path.rglob("*.tar")}
-    assert 0 < len(kept) < SHARDS
-    proxy.pass_through()
-    before = len(gets(proxy))
-    assert set(numbers(loader)) == set(range(N))
-    assert not kept & {line.rpartition("/")[2].split("?")[0] for line in gets(proxy)[before:]}
-
-
-def test_cloud_that_stalls_for_a_moment_loses_nothing(
-    published: str,
-    s3_server: S3Server,
-    faulty_proxy: Proxies,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(storage, "READ_LIMIT", 0.5)
-    proxy = faulty_proxy(s3_server)
-    data = LensDataModule(
-        published, batch_size=100, cache_dir=tmp_path,
-        storage_options=s3_server.storage_options(proxy.url),
-    )  # fmt: skip
-    loader = data.train_dataloader()
-    proxy.stall(only=r"\.tar")
-    threading.Timer(1.5, proxy.pass_through).start()
-    assert set(numbers(loader)) == set(range(N))
-    assert proxy.faults >= 8
-
-
-def test_cloud_connections_reset_in_the_middle_lose_nothing(
-    published: str, s3_server: S3Server, faulty_proxy: Proxies, tmp_path: Path
-) -> None:
-    proxy = faulty_proxy(s3_server)
-    proxy.reset_after(300_000, times=12, only=r"\.tar")
-    data = LensDataModule(
-        published, batch_size=100, cache_dir=tmp_path,
-        storage_options=s3_server.storage_options(proxy.url),
-    )  # fmt: skip
-    assert set(numbers(data.train_dataloader())) == set(range(N))
-    assert proxy.faults == 12
-
-
 @contextmanager
 def small_disk(folder: Path) -> Iterator[Path]:
     folder.mkdir()
@@ -474,39 +238,28 @@ def test_cloud_into_a_cache_whose_disk_is_full(
             time.sleep(0.5)
 
 
-def test_cloud_that_may_not_be_read_is_told_at_once(
-    published: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sign_in(monkeypatch, s3_server.environment(wrong=True))
-    options = s3_server.storage_options()
-    begun = time.monotonic()
-    with pytest.raises(InputError, match=f"{published}/manifest.json: may not be read"):
-        LensDataModule(published, cache_dir=tmp_path, storage_options=options).train_dataloader()
-    assert time.monotonic() - begun < 5
-
-
 @pytest.fixture
-def remote(small_cutouts: Path) -> Iterator[str]:
+def in_memory(small_cutouts: Path) -> Iterator[str]:
     """`small_cutouts` at a place that is no local folder."""
     yield publish_shards(small_cutouts, "memory://bucket/lenses").url
     fsspec.filesystem("memory").store.clear()
 
 
 def test_a_cache_too_small_for_a_shard_is_an_error(
-    small_cutouts: Path, remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_cutouts: Path, in_memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     least = max(path.stat().st_size for path in small_cutouts.glob("train-*.tar"))
     monkeypatch.setenv("LENS_CACHE_GB", str((least - 1) / 1e9))
     with pytest.raises(InputError, match=rf"\.tar: {least} bytes; .* {least - 1}: .*LENS_CACHE_GB"):
-        open_shards(remote, cache=tmp_path)
-    assert len(open_shards(remote, cache=tmp_path, cache_gb=least / 1e9).split("train")) == N
+        open_shards(in_memory, cache=tmp_path)
+    assert len(open_shards(in_memory, cache=tmp_path, cache_gb=least / 1e9).split("train")) == N
 
 
 def test_shards_used_least_recently_make_room_first(
-    small_cutouts: Path, remote: str, tmp_path: Path
+    small_cutouts: Path, in_memory: str, tmp_path: Path
 ) -> None:
     gb = 4.5 * shard_bytes(small_cutouts) / 1e9
-    split = open_shards(remote, cache=tmp_path, cache_gb=gb).split("train")
+    split = open_shards(in_memory, cache=tmp_path, cache_gb=gb).split("train")
 
     def there() -> set[int]:
         return {int(path.stem.removeprefix("train-")) for path in tmp_path.rglob("train-*.tar")}
@@ -515,7 +268,7 @@ def test_shards_used_least_recently_make_room_first(
     for number in (0, 1, 2, 3):
         split.gather([number * per_shard])
     assert there() == {0, 1, 2, 3}
-    again = open_shards(remote, cache=tmp_path, cache_gb=gb).split("train")
+    again = open_shards(in_memory, cache=tmp_path, cache_gb=gb).split("train")
     again.gather([0])  # by another user of the cache
     split.gather([4 * per_shard])
     assert there() == {0, 2, 3, 4}
@@ -533,28 +286,28 @@ def test_shards_used_least_recently_make_room_first(
     assert [f"train {number}" for number in found] == again.ids[places].tolist()
 
 
-def test_damage_in_the_cache_is_mended(small_cutouts: Path, remote: str, tmp_path: Path) -> None:
-    open_shards(remote, cache=tmp_path).split("val").gather([0])
+def test_damage_in_the_cache_is_mended(small_cutouts: Path, in_memory: str, tmp_path: Path) -> None:
+    open_shards(in_memory, cache=tmp_path).split("val").gather([0])
     (path,) = tmp_path.rglob("val-000000.tar")
     whole = path.read_bytes()
     path.write_bytes(flipped(whole))
     (tmp_path / ".incoming").write_bytes(b"of a process that was killed")
-    split = open_shards(remote, cache=tmp_path).split("val")
+    split = open_shards(in_memory, cache=tmp_path).split("val")
     assert len(split.gather(list(range(40)))) == 40
     assert path.read_bytes() == whole
     assert not (tmp_path / ".incoming").exists()
 
 
 def test_copies_of_tars_without_a_manifest_keep_within_the_bound(
-    small_cutouts: Path, remote: str, tmp_path: Path
+    small_cutouts: Path, in_memory: str, tmp_path: Path
 ) -> None:
-    fsspec.filesystem("memory").rm(f"{remote}/manifest.json".removeprefix("memory:/"))
+    fsspec.filesystem("memory").rm(f"{in_memory}/manifest.json".removeprefix("memory:/"))
     fsspec.filesystem("memory").rm("/bucket/lenses/latest.json")
     each = shard_bytes(small_cutouts)
 
     def data(tars: str, room: float) -> LensWebDatasetDataModule:
         return LensWebDatasetDataModule(
-            val_urls=f"{remote}/{tars}.tar", flux_unit="background_sigma", batch_size=50,
+            val_urls=f"{in_memory}/{tars}.tar", flux_unit="background_sigma", batch_size=50,
             cache_dir=tmp_path, cache_gb=room * each / 1e9,
         )  # fmt: skip
 
@@ -569,7 +322,7 @@ def test_copies_of_tars_without_a_manifest_keep_within_the_bound(
 
 
 def test_copies_of_tars_with_signed_urls_keep_within_the_bound(
-    small_cutouts: Path, remote: str, tmp_path: Path
+    small_cutouts: Path, in_memory: str, tmp_path: Path
 ) -> None:
     """The signature is in no name."""
     filesystem = fsspec.filesystem("memory")

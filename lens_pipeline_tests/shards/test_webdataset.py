@@ -1,9 +1,6 @@
-"""Tars by their URLs: ours and others', read at random or streamed."""
+"""Our own tars by their URLs, read at random or streamed."""
 
-import io
 import json
-import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +9,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-import webdataset as wds
 from lightning_fabric.utilities.data import _set_sampler_epoch
-from PIL import Image
 
 from lens_pipeline import LensDataModule, LensWebDatasetDataModule, LitLensSystem
 from lens_pipeline.catalogue.dataset import Dataset
@@ -22,112 +17,7 @@ from lens_pipeline.catalogue.splits import drawn_groups
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards import open_shards, streaming, write_shards
 from lens_pipeline_tests.conftest import as_in
-
-N = 47
-RNG = np.random.default_rng(0)
-CUTOUTS = RNG.normal(0, 1, (N, 3, 32, 32)).astype(np.float32)
-CUTOUTS[:, 0, 0, 0] = np.arange(N)
-LABELS = RNG.integers(0, 2, N)
-
-
-def write_tars(folder: Path, kind: str, name: str = "part") -> str:
-    """N cutouts in tars of twenty, as the stock library writes them; the pattern of their names."""
-    folder.mkdir(exist_ok=True)
-    pattern = str(folder / f"{name}-%04d.tar")
-    with wds.ShardWriter(pattern, maxcount=20, verbose=0) as writer:
-        for row in range(N):
-            sample: dict[str, Any] = {"__key__": f"{row:05d}"}
-            if kind == "npy":
-                sample |= {"npy": CUTOUTS[row], "cls": int(LABELS[row])}
-            else:
-                content = io.BytesIO()
-                Image.fromarray(picture(row)).save(content, "png" if kind == "png" else "jpeg")
-                label = {"label": int(LABELS[row]), "id": f"galaxy {row}"}
-                sample |= {kind: content.getvalue(), "json": label}
-            writer.write(sample)
-    return str(folder / f"{name}-{{0000..0002}}.tar")
-
-
-def as_png(code: np.ndarray) -> bytes:
-    content = io.BytesIO()
-    Image.fromarray(code).save(content, "png")
-    return content.getvalue()
-
-
-STATED = json.dumps(
-    {"encoding": "png16", "units": "composite", "bands": ["g", "r"], "shape": [2, 32, 32]}
-).encode()
-
-
-def picture(row: int) -> np.ndarray:
-    code = np.full((32, 32, 3), row, np.uint8)
-    code[8:24, 8:24] = 5 * row + 1
-    return code
-
-
-def read(data: LensWebDatasetDataModule, name: str) -> tuple[np.ndarray, np.ndarray]:
-    loader = data.train_dataloader() if name == "train" else data.val_dataloader()
-    batches = list(loader)
-    images = np.concatenate([batch["image"].float().numpy() for batch in batches])
-    return images, np.concatenate([batch["label"].numpy() for batch in batches])
-
-
-@pytest.fixture
-def remote() -> Iterator[str]:
-    """A place that is no local folder."""
-    filesystem = fsspec.filesystem("memory")
-    filesystem.store.clear()
-    yield "memory://bucket"
-    filesystem.store.clear()
-
-
-def upload(folder: Path, url: str) -> None:
-    for path in folder.iterdir():
-        with fsspec.open(f"{url}/{path.name}", "wb") as file:
-            file.write(path.read_bytes())
-
-
-@pytest.mark.parametrize("kind", ["npy", "png", "jpg"])
-@pytest.mark.parametrize("where", ["local", "streamed", "cached"])
-def test_tars_of_another_writer(kind: str, where: str, tmp_path: Path, remote: str) -> None:
-    pattern = write_tars(tmp_path / "tars", kind)
-    more: dict[str, Any] = {}
-    if where != "local":
-        upload(tmp_path / "tars", remote)
-        pattern = pattern.replace(str(tmp_path / "tars"), remote)
-    if where == "cached":
-        more["cache_dir"] = tmp_path / "cache"
-    data = LensWebDatasetDataModule(
-        pattern, pattern, batch_size=8, flux_unit="background_sigma", **more
-    )
-    images, labels = read(data, "val")
-    if kind == "npy":
-        np.testing.assert_array_equal(images, CUTOUTS)
-    elif kind == "png":
-        wanted = np.stack([picture(row) for row in range(N)]).transpose(0, 3, 1, 2) / 255
-        np.testing.assert_allclose(images, wanted, atol=1e-6)
-    np.testing.assert_array_equal(labels, LABELS)
-    assert data.units == ("background_sigma" if kind == "npy" else "composite")
-    if where != "streamed":
-        wanted_ids = [f"{row:05d}" if kind == "npy" else f"galaxy {row}" for row in range(N)]
-        assert data.split("val").ids.tolist() == wanted_ids
-
-    shuffled, labels = read(data, "train")
-    assert len(shuffled) == N
-    if kind == "npy":
-        order = shuffled[:, 0, 0, 0].astype(int)
-        assert sorted(order) == list(range(N))
-        assert order.tolist() != sorted(order)
-        np.testing.assert_array_equal(labels, LABELS[order])
-
-
-def test_linear_flux_of_others_is_brought_to_background_sigma(tmp_path: Path) -> None:
-    pattern = write_tars(tmp_path, "npy")
-    data = LensWebDatasetDataModule(val_urls=pattern, image_size=20)
-    images, _ = read(data, "val")
-    assert images.shape == (N, 3, 20, 20)
-    ratio = CUTOUTS[:, :, 6:26, 6:26] / images
-    np.testing.assert_allclose(ratio.min(axis=(2, 3)), ratio.max(axis=(2, 3)), rtol=1e-5)
+from lens_pipeline_tests.shards.tars import RNG, N, read, upload, write_tars
 
 
 def test_our_own_shards_by_their_braces(shards_folder: Path, dataset: Dataset) -> None:
@@ -246,155 +136,6 @@ def test_braces_that_are_not_the_shards_of_a_split(shards_folder: Path) -> None:
 def test_urls_that_cannot_be_are_told_for_what_they_are(urls: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         LensWebDatasetDataModule(urls).train_dataloader()
-
-
-def test_every_truncation_of_a_foreign_tar_is_found(tmp_path: Path, remote: str) -> None:
-    """Stock WebDataset gives fewer samples, without a word, for half of them."""
-    pattern = write_tars(tmp_path / "tars", "npy")
-    whole = (tmp_path / "tars" / "part-0001.tar").read_bytes()
-    short = tmp_path / "short.tar"
-    for n, length in enumerate(RNG.integers(0, len(whole), 300)):
-        short.write_bytes(whole[:length])
-        url = str(short)
-        if n % 3 == 0:
-            url = f"{remote}/short.tar"
-            with fsspec.open(url, "wb") as file:
-                file.write(whole[:length])
-        data = LensWebDatasetDataModule(val_urls=url)
-        if len(whole) - len(whole.rstrip(b"\0")) - 2048 > len(whole) - length:
-            assert len(read(data, "val")[0]) == 20  # only of what fills up its last record
-        else:
-            with pytest.raises(InputError, match=r"short\.tar"):
-                list(data.val_dataloader())
-    assert len(read(LensWebDatasetDataModule(val_urls=pattern), "val")[0]) == N
-
-
-def test_every_damaged_header_of_a_foreign_tar_is_found(tmp_path: Path, remote: str) -> None:
-    """To Python's tarfile the first that is, or is empty, is the end; and so is that of a tar to
-    which another was appended."""
-    write_tars(tmp_path / "tars", "npy")
-    path = tmp_path / "tars" / "part-0001.tar"
-    whole = path.read_bytes()
-    with tarfile.open(path) as tar:
-        headers = [file.offset for file in tar]
-    damaged = []
-    for number, at in enumerate(headers):
-        flipped, emptied = bytearray(whole), bytearray(whole)
-        flipped[at + int(RNG.integers(100))] ^= 1
-        emptied[at : at + 512] = bytes(512)
-        damaged += [flipped] if number % 2 else [emptied]
-    damaged.append(bytearray(whole + whole))
-    bad = tmp_path / "bad.tar"
-    for n, content in enumerate(damaged):
-        bad.write_bytes(content)
-        url = str(bad)
-        if n % 5 == 0 or n == len(damaged) - 1:
-            url = f"{remote}/bad.tar"
-            with fsspec.open(url, "wb") as file:
-                file.write(content)
-        with pytest.raises(InputError, match=r"bad\.tar: (is no whole tar|.*no name)"):
-            list(LensWebDatasetDataModule(val_urls=url).val_dataloader())
-
-
-def test_labels_and_axes_as_others_write_them(tmp_path: Path) -> None:
-    labels = ["1", "0.0", "True", "false", " 1\n", "1.0"]
-    samples: dict[str, Any] = {}
-    for number, label in enumerate(labels):
-        samples[f"{number}.npy"] = np.moveaxis(CUTOUTS[number], 0, -1)  # bands last
-        if number % 2:
-            samples[f"{number}.cls"] = label.encode()
-        else:
-            text = label.strip().lower()
-            samples[f"{number}.json"] = f'{{"label": {text}}}'.encode()
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, content in samples.items():
-            written = io.BytesIO()
-            np.save(written, content) if name.endswith("npy") else written.write(content)
-            about = tarfile.TarInfo(name)
-            about.size = written.tell()
-            tar.addfile(about, io.BytesIO(written.getvalue()))
-    data = LensWebDatasetDataModule(val_urls=str(tmp_path / "a.tar"))
-    images, found = read(data, "val")
-    assert images.shape[1:] == CUTOUTS[0].shape
-    assert found.tolist() == [1, 0, 1, 0, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"0.npy": CUTOUTS[0], "0.png": b"", "0.cls": b"1"}, "sample 0 has 2 images"),
-        ({"0.cls": b"1"}, "sample 0 has 0 images"),
-        ({"0.npy": CUTOUTS[0], "0.cls": b"2"}, "sample 0: label '2' must be 0, 1 or empty"),
-        ({"0.npy": CUTOUTS[0], "0.json": b"{"}, "sample 0: its .json or .cls cannot be read"),
-        ({"0.npy": CUTOUTS[0]}, "cutout 0 has no label"),
-        ({"a/0.npy": CUTOUTS[0]}, "'a/0.npy' is no name of a sample's file"),
-        ({"0.npy": np.array([{}]), "0.cls": b"1"}, "sample 0: the file cannot be read"),
-        ({"0.pkl": b"cos\nsystem\n", "0.cls": b"1"}, "sample 0 has 0 images"),
-        ({"0.npy": CUTOUTS[0], "0.cls": b"0", "1.npy": CUTOUTS[0, :2], "1.cls": b"1"},
-         "sample 1: 2 bands; 3 are needed"),
-        ({"0.png": b"", "0.cls": b"1", "0.json": b'{"encoding": "png16"}'},
-         "sample 0: its .json or .cls cannot be read"),
-        ({"0.png": as_png(np.zeros((32, 32), np.uint16)), "0.cls": b"1", "0.json": STATED},
-         "sample 0: the file is not as its .json says .*reshape"),
-    ],
-)  # fmt: skip
-def test_bad_samples_are_named(tmp_path: Path, files: dict[str, Any], message: str) -> None:
-    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
-        for name, content in files.items():
-            if isinstance(content, np.ndarray):
-                encoded = io.BytesIO()
-                np.save(encoded, content, allow_pickle=True)
-                content = encoded.getvalue()
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    with pytest.raises(InputError, match=message):
-        list(LensWebDatasetDataModule(val_urls=str(tmp_path / "bad.tar")).val_dataloader())
-
-
-def test_a_bad_sample_is_named_when_streamed_and_by_a_worker_too(
-    tmp_path: Path, remote: str
-) -> None:
-    with wds.TarWriter(str(tmp_path / "bare.tar")) as writer:
-        for row in range(4):
-            writer.write({"__key__": str(row), "npy": CUTOUTS[row]})
-    upload(tmp_path, remote)
-    url = f"{remote}/bare.tar"
-    for workers in (0, 1):
-        data = LensWebDatasetDataModule(val_urls=url, num_workers=workers)
-        with pytest.raises(InputError, match=r"^memory://bucket/bare.tar: sample 0 has no label$"):
-            list(data.val_dataloader())
-    with pytest.raises(InputError, match=r"none\.tar: there is no such file"):
-        LensWebDatasetDataModule(f"{remote}/none.tar").train_dataloader()
-    with pytest.raises(InputError, match="foo://x: cannot be used"):
-        LensWebDatasetDataModule("foo://x/a.tar").train_dataloader()
-
-
-def test_splits_of_different_cutouts_are_refused(tmp_path: Path) -> None:
-    flux, pictures = write_tars(tmp_path / "a", "npy"), write_tars(tmp_path / "b", "png")
-    data = LensWebDatasetDataModule(flux, pictures)
-    data.train_dataloader()
-    with pytest.raises(
-        InputError, match="val_urls: units: the cutouts have composite, those of tr"
-    ):
-        data.val_dataloader()
-
-
-def test_our_own_shards_are_validated_on_tars_of_others(
-    shards_folder: Path, tmp_path: Path
-) -> None:
-    """Which state neither a pixel scale nor the bands' names."""
-    shards = open_shards(shards_folder)
-    has = shards.format
-    assert (has.pixel_scale, has.named_bands) == (0.263, ("g", "r", "i"))
-    ours = shards.manifest.patterns(str(shards_folder))["train"]
-    data = LensWebDatasetDataModule(
-        ours, write_tars(tmp_path / "others", "npy"), flux_unit="background_sigma"
-    )
-    assert len(data.train_dataloader()) > 0
-    images, _ = read(data, "val")
-    np.testing.assert_array_equal(images, CUTOUTS)
-    assert data.bands == has.bands
 
 
 @pytest.mark.parametrize(("workers", "ranks"), [(0, 1), (0, 3), (2, 2), (3, 2)])
