@@ -28,7 +28,6 @@ from lens_pipeline.catalogue.dataset import CutoutFormat, open_dataset
 from lens_pipeline.ensemble.predictor import score_batches
 from lens_pipeline.ensemble.shard_cutouts import open_cutout_source
 from lens_pipeline.ensemble.system import BATCH, LensEnsemble
-from lens_pipeline.ensemble.uncertainty import member_logits
 from lens_pipeline.models.system import LitLensSystem, load_system
 from lens_pipeline.models.uncertainty import DRAWS
 from lens_pipeline.shards import write_shards
@@ -116,7 +115,7 @@ def draws_over_pass(arch: str, n: int, repeats: int) -> float:
         begun = time.perf_counter()
         _pass(system, images)
         middle = time.perf_counter()
-        member_logits(system, images)
+        system.scored(images)
         ratios.append((time.perf_counter() - middle) / (middle - begun))
     return statistics.median(ratios)
 

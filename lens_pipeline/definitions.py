@@ -15,7 +15,7 @@ from lens_pipeline.defs.automation import (
 )
 from lens_pipeline.defs.checkpoints import TRAIN, checkpoint_stages
 from lens_pipeline.defs.cleaning import cleaning
-from lens_pipeline.defs.dataset import BUILD, SIMULATION, cutout_catalogue, processed_dataset
+from lens_pipeline.defs.dataset import BUILD, SIMULATE, cutout_catalogue, processed_dataset
 from lens_pipeline.defs.ensemble import EVALUATE, ensemble_stage, evaluation_stage
 from lens_pipeline.defs.registry import registry_stage
 from lens_pipeline.defs.resources import LensHome
@@ -30,7 +30,7 @@ from lens_pipeline.settings import Settings
 
 # A step's process is forked from one that has loaded these: else each would for itself, which is
 # most of what a small run takes.
-PRELOADED = ("lens_pipeline.definitions", SIMULATION, BUILD, TRAIN, EVALUATE, "mlflow")
+PRELOADED = ("lens_pipeline.definitions", SIMULATE, BUILD, TRAIN, EVALUATE, "mlflow")
 # Steps of one run at a time, each with the libraries in memory; 0: as many as there are cores.
 AT_A_TIME = {"local": 2, "staging": 4, "production": 0}
 

@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
+from lens_pipeline.choices import Choice, Method
 from lens_pipeline.errors import SECRET, InputError
 from lens_pipeline.settings_files import first_wrong
 
@@ -217,14 +218,12 @@ class Settings(BaseSettings):
     max_reject_fraction: float = Field(
         default=0.1, ge=0, le=1, description="More unusable cutouts than this stop the run."
     )
-    fusion: Literal["best", "mean", "uncertainty_weighted", "stacking", "bayesian", "single"] = (
-        Field(
-            default="best",
-            description="How members become one score: `mean`, `uncertainty_weighted`, `stacking`, "
-            "`bayesian` or `single`; `best` compares all on the validation set.",
-        )
+    fusion: Choice = Field(
+        default="best",
+        description="How members become one score: `mean`, `uncertainty_weighted`, `stacking`, "
+        "`bayesian` or `single`; `best` compares all on the validation set.",
     )
-    calibration: Literal["platt", "temperature", "isotonic"] = Field(
+    calibration: Method = Field(
         default="platt",
         description="How logits become probabilities, on the validation set: `platt`, "
         "`temperature` or `isotonic`.",

@@ -2,12 +2,9 @@
 
 import os
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
-from lens_pipeline.ensemble.calibration import Method
-from lens_pipeline.ensemble.fusion import STRATEGIES
 from lens_pipeline.errors import InputError, masked
 from lens_pipeline.settings import Settings
 
@@ -86,13 +83,6 @@ def test_the_docs_list_every_setting_with_its_help() -> None:
     for name, field in Settings.model_fields.items():
         variable = field.validation_alias or f"LENS_{name.upper()}"
         assert rows.get(str(variable)) == field.description, variable
-
-
-def test_the_settings_of_the_ensemble_are_what_it_knows() -> None:
-    """They are written in two places, for settings know nothing of the ensemble."""
-    fields = Settings.model_fields
-    assert get_args(fields["calibration"].annotation) == get_args(Method)
-    assert get_args(fields["fusion"].annotation) == ("best", *STRATEGIES)
 
 
 def test_a_variable_that_is_no_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

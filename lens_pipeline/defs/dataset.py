@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from lens_pipeline.catalogue.table import Catalogue
     from lens_pipeline.simulation.config import SimulationConfig
 
-SIMULATION = "lens_pipeline.simulation.simulate"
+SIMULATE = "lens_pipeline.simulation.simulate"
 TABLE = "lens_pipeline.catalogue.table"
 BUILD = "lens_pipeline.catalogue.build"
 COLUMNS = {
@@ -134,7 +134,7 @@ def catalogue_recipe(settings: Settings) -> Recipe:
         libraries = ("torch", "caustics", "astropy", "numpy", "scipy", "scikit-image", "pandas")
         return Recipe(
             stage="cutout_catalogue",
-            modules=(SIMULATION,),
+            modules=(SIMULATE,),
             libraries=(*libraries, "pyarrow"),
             inputs=inputs,
             settings={
@@ -193,7 +193,7 @@ def catalogue_of(settings: Settings, upstream: Made, survey: str | None = None) 
 
 @stage(
     CATALOGUE,
-    modules=(SIMULATION, TABLE),
+    modules=(SIMULATE, TABLE),
     by_chance=True,  # the source may lie in a store
     group_name="data",
     kinds={"parquet"},

@@ -1,7 +1,6 @@
 """The ensemble and what it is worth: `lens_ensemble`, `ensemble_evaluation`."""
 
 import importlib.metadata
-import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +33,7 @@ from lens_pipeline.defs.stages import (
     table,
 )
 from lens_pipeline.defs.surveys import of_every_survey
+from lens_pipeline.ensemble.description import groups_behind, read_description
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.names import Member
 from lens_pipeline.registry import CHAMPION, registry_key
@@ -112,7 +112,7 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
         )
 
         def build(out: Path) -> None:
-            from lens_pipeline.ensemble.system import assemble, groups_behind
+            from lens_pipeline.ensemble.system import assemble
             from lens_pipeline.evaluation.origins import SIMULATED, by_origin, described
 
             trained = {name: TrainedMember(part.folder) for name, part in upstream.items()}
@@ -136,7 +136,7 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
             assemble(parts, form, out, facts, seen, **chosen)
 
         step = run_stage(ENSEMBLE, recipe, settings.home / "ensemble", build, settings)
-        description = json.loads((step.folder / "ensemble.json").read_text())
+        description = read_description(step.folder)
         for sentence in idle_members(description):
             log.warning("  %s", sentence)
         metadata: dict[str, Any] = {
@@ -187,8 +187,7 @@ def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
         """
         import pyarrow.parquet as pq
 
-        from lens_pipeline.evaluation.result import ENSEMBLE as FUSED
-        from lens_pipeline.evaluation.result import SCORES, read_evaluation
+        from lens_pipeline.evaluation.result import FUSED, SCORES, read_evaluation
         from lens_pipeline.evaluation.tables import (
             NOTHING_TO_EXPECT,
             forecast_table,
@@ -315,7 +314,7 @@ def _members_table(
     from lens_pipeline.evaluation.tables import COLUMNS as FIGURES
     from lens_pipeline.evaluation.tables import metric_text
 
-    steps = json.loads((ensemble / "ensemble.json").read_text())["member_steps"]
+    steps = read_description(ensemble)["member_steps"]
     runs = {name: tracking.find_run(step) for name, step in steps.items()}
     rows = [
         {"member": name} | {title: metric_text(of[figure]) for figure, title in FIGURES.items()}

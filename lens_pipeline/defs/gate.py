@@ -1,6 +1,5 @@
 """Whether an ensemble may become champion: against the registry as it is now."""
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,10 +38,11 @@ def decide(
     one.
     """
     from lens_pipeline.ensemble.calibration import at_mixture
-    from lens_pipeline.ensemble.system import read_groups
+    from lens_pipeline.ensemble.description import read_description, read_groups
     from lens_pipeline.evaluation.gates import GateDecision, champion_gate, refused
     from lens_pipeline.evaluation.origins import REAL, by_origin
     from lens_pipeline.evaluation.result import SCORES, read_evaluation
+    from lens_pipeline.evaluation.standing import lens_fraction
 
     settings = lens.settings
     if champion is not None and champion.tags.get(STEP_KEY) == key:
@@ -58,7 +58,7 @@ def decide(
             f"version {version.version} was replaced by hand with the older version "
             f"{champion.version}; promote it by hand"
         )
-    own = json.loads((ensemble / "ensemble.json").read_text())
+    own = read_description(ensemble)
     dataset = source.opened()[0]
     if own["dataset"] != dataset.facts["content"]:
         raise InputError(
@@ -87,12 +87,11 @@ def decide(
     if probability.isna().any():
         return refused(f"the champion, version {number}, gives no score for some of the test split")
     log.info("  comparing with the champion, version %s", number)
-    counts = own["validation"]
-    label, fitted_at = test["label"].to_numpy(int), counts["n_lens"] / sum(counts.values())
+    label = test["label"].to_numpy(int)
     seen = test["group"].isin(read_groups(ensemble) | theirs.groups).to_numpy()
     decision = champion_gate(
         label,
-        at_mixture(test["probability"], label[~seen], fitted_at),
+        at_mixture(test["probability"], label[~seen], lens_fraction(own)),
         probability.to_numpy(),
         group=test["group"].to_numpy(str),
         seen=seen,

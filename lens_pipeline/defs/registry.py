@@ -22,6 +22,7 @@ from lens_pipeline.defs.stages import (
     made,
     stage,
 )
+from lens_pipeline.ensemble.description import read_description
 from lens_pipeline.registry import (
     CHALLENGER,
     CHAMPION,
@@ -67,14 +68,13 @@ def registry_stage(published: bool) -> Stage:
         import time
 
         from lens_pipeline.evaluation.card import model_card
-        from lens_pipeline.evaluation.result import ENSEMBLE as FUSED
-        from lens_pipeline.evaluation.result import REPORT, read_evaluation
+        from lens_pipeline.evaluation.result import FUSED, REPORT, read_evaluation
 
         begun = time.perf_counter()
         log.info("registered_ensemble ...")
         settings, registry = lens.settings, lens.registry
         ensemble, folder = made(context, ENSEMBLE), made(context, EVALUATION).folder
-        facts = json.loads((ensemble.folder / "ensemble.json").read_text())
+        facts = read_description(ensemble.folder)
         evaluation = read_evaluation(folder)
         key = registry_key(ensemble.content)
         with registry.lock():
@@ -186,7 +186,7 @@ def _register(
     evaluation: "Evaluation",
     dagster_run: str,
 ) -> Any:
-    from lens_pipeline.evaluation.result import ENSEMBLE as FUSED
+    from lens_pipeline.evaluation.result import FUSED
 
     figures = flat_metrics(evaluation.metrics[FUSED])
     for origin, of in evaluation.origins.items():

@@ -10,12 +10,11 @@ from pydantic import Field
 from scipy.optimize import isotonic_regression, minimize
 from scipy.special import expit, logit
 
+from lens_pipeline.choices import Method
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import is_lens
 
 Array = NDArray[np.float64]
-Method = Literal["platt", "temperature", "isotonic"]
-METHODS: tuple[Method, ...] = get_args(Method)
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ def fit_calibration(logits: ArrayLike, label: ArrayLike, method: Method = "platt
     InputError for another method, for a class that is absent, for logits that are not finite, and
     where logits and labels are not as many.
     """
-    if method not in METHODS:
-        raise InputError(f"method {method!r}: must be one of {', '.join(METHODS)}")
+    if method not in get_args(Method):
+        raise InputError(f"method {method!r}: must be one of {', '.join(get_args(Method))}")
     z = np.asarray(logits, dtype=np.float64)
     lens = check_validation(z, label)
     if z.ndim != 1:

@@ -3,27 +3,16 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from lens_pipeline.ensemble.calibration import (
-    Calibration,
-    Method,
-    check_validation,
-    fit_calibration,
-)
-from lens_pipeline.ensemble.fusion import (
-    STRATEGIES,
-    Fused,
-    Fusion,
-    Strategy,
-    fit_fusion,
-    with_uncertainty,
-)
+from lens_pipeline.choices import Choice, Method, Strategy
+from lens_pipeline.ensemble.calibration import Calibration, check_validation, fit_calibration
+from lens_pipeline.ensemble.fusion import Fused, Fusion, fit_fusion, with_uncertainty
 from lens_pipeline.evaluation.metrics import (
     INTERVAL,
     independent_groups,
@@ -36,7 +25,6 @@ Array = NDArray[np.float64]
 FOLDS = 5
 SURE = 0.05  # of the resamplings, at most, may contradict
 log = logging.getLogger(__name__)
-Choice = Strategy | Literal["best"]
 
 
 @dataclass(frozen=True)
@@ -159,7 +147,7 @@ def compare(
     group = independent_groups(label, group)
     fold = _folds(label, group, seed)
     scores: dict[str, Array] = {}
-    for strategy in STRATEGIES:
+    for strategy in get_args(Strategy):
         score = np.empty(len(label))
         for number in range(FOLDS):
             out = fold == number

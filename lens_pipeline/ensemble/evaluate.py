@@ -18,7 +18,7 @@ from lens_pipeline.evaluation.metrics import ece_by_chance, lens_metrics, rankin
 from lens_pipeline.evaluation.origins import SIMULATED, basis, by_origin, described
 from lens_pipeline.evaluation.plots import contact_sheet
 from lens_pipeline.evaluation.report import Picture, Section, write_report
-from lens_pipeline.evaluation.result import ENSEMBLE, FILES, REPORT, SCORES, Evaluation
+from lens_pipeline.evaluation.result import FILES, FUSED, REPORT, SCORES, Evaluation
 from lens_pipeline.evaluation.sections import (
     fusion_section,
     reject_sections,
@@ -32,6 +32,7 @@ from lens_pipeline.evaluation.selection import (
     forecast,
     selection_function,
 )
+from lens_pipeline.evaluation.standing import lens_fraction
 from lens_pipeline.evaluation.surveys import by_survey
 from lens_pipeline.evaluation.tables import cutouts_table, format_text
 from lens_pipeline.models.saliency import smooth_grad
@@ -86,7 +87,7 @@ def evaluate_ensemble(
             "(LENS_SEED), or start from other weights"
         )
     columns = {name: f"probability_{name}" for name in ensemble.members}
-    columns |= {ENSEMBLE: "probability"}
+    columns |= {FUSED: "probability"}
     parts = by_origin(test, dataset.facts["origin"] == "simulation")
     rests_on, shown = basis(parts)
     validated = scores[(scores["split"] == "val") & scores["probability"].notna()]
@@ -95,8 +96,7 @@ def evaluate_ensemble(
     expected = forecast(
         shown["label"], shown["probability"], prevalence=prevalence, group=shown["group"]
     )
-    validation = ensemble.facts["validation"]
-    fitted_at = validation["n_lens"] / sum(validation.values())
+    fitted_at = lens_fraction(ensemble.facts)
 
     def metrics(table: pd.DataFrame, survey: str | None = None) -> dict[str, dict[str, Any]]:
         # A network sees whose image it is, and has learnt how frequent lenses are there.
@@ -127,8 +127,8 @@ def evaluate_ensemble(
         ),
         *survey_sections(
             surveys,
-            {name: of[ENSEMBLE] for name, of in evaluation.surveys.items()},
-            columns[ENSEMBLE],
+            {name: of[FUSED] for name, of in evaluation.surveys.items()},
+            columns[FUSED],
         ),
         *selection_sections(selection, evaluation.kinds, parts),
         fusion_section(ensemble.facts, shown, architectures, rests_on, evaluation.metrics),
@@ -196,10 +196,8 @@ def _facts(
 
 
 def _best_member(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    by = ranking_metric(metrics[ENSEMBLE]["n_nonlens"])
-    return max(
-        (name for name in metrics if name != ENSEMBLE), key=lambda n: metrics[n][by]["value"]
-    )
+    by = ranking_metric(metrics[FUSED]["n_nonlens"])
+    return max((name for name in metrics if name != FUSED), key=lambda n: metrics[n][by]["value"])
 
 
 def _galleries(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -10,12 +10,11 @@ from pydantic import Field
 from scipy.optimize import minimize
 from scipy.special import entr, expit, logit
 
+from lens_pipeline.choices import Strategy
 from lens_pipeline.ensemble.calibration import Isotonic, fit_calibration
 from lens_pipeline.errors import InputError
 
 Array = NDArray[np.float64]
-Strategy = Literal["mean", "uncertainty_weighted", "stacking", "bayesian", "single"]
-STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 STEADIEST = 0.1  # of a member's scatter within a class, at least, is its own noise
 ALIKE = 1e-9  # logits that differ by less are the same but for rounding
 NOTHING_BUT = 1e12  # the noise of a member that says the same of every cutout

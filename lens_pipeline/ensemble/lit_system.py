@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, fields
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -10,13 +10,11 @@ import torch
 from scipy.special import expit
 from torch import Tensor, nn
 
+from lens_pipeline.choices import Together
 from lens_pipeline.ensemble.fusion import Fused, InverseVariance, Mean, fuse
-from lens_pipeline.ensemble.uncertainty import member_logits
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.names import Member, parse_members
 from lens_pipeline.models.system import LensClassifier, LitLensSystem, check_choice
-
-STRATEGIES = ("mean", "uncertainty_weighted")
 
 
 class LitEnsembleSystem(LensClassifier):
@@ -37,7 +35,7 @@ class LitEnsembleSystem(LensClassifier):
         **shared: Any,
     ) -> None:
         super().__init__()
-        check_choice("ensemble_strategy", ensemble_strategy, STRATEGIES)
+        check_choice("ensemble_strategy", ensemble_strategy, get_args(Together))
         named = parse_members(",".join(architectures), "architectures")
         for member in named:
             if hasattr(nn.ModuleDict(), member.name):  # torch has a method of that name
@@ -73,7 +71,7 @@ class LitEnsembleSystem(LensClassifier):
         rows = []
         for batch in loader:
             images = batch["image"].cpu().numpy()
-            found = [member_logits(_system(member), images) for member in self.members.values()]
+            found = [_system(member).scored(images) for member in self.members.values()]
             logit = np.stack([of_one for of_one, _ in found], axis=1)
             draws = np.stack([drawn for _, drawn in found], axis=1)
             fused = fuse(logit, draws, fusion)

@@ -15,17 +15,22 @@ from pydantic import TypeAdapter
 from scipy.special import expit
 
 from lens_pipeline.catalogue.dataset import CutoutFormat
-from lens_pipeline.ensemble.calibration import Calibration, Method, prior_shift
-from lens_pipeline.ensemble.choice import Choice, FittedFusion, choose
+from lens_pipeline.choices import Choice, Method
+from lens_pipeline.ensemble.calibration import Calibration, prior_shift
+from lens_pipeline.ensemble.choice import FittedFusion, choose
+from lens_pipeline.ensemble.description import (
+    DESCRIPTION,
+    GROUPS,
+    SCHEMA,
+    read_description,
+    read_groups,
+)
 from lens_pipeline.ensemble.fusion import Fused, Fusion
-from lens_pipeline.ensemble.uncertainty import member_logits
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import lens_metrics
+from lens_pipeline.evaluation.standing import lens_fraction
 from lens_pipeline.models.system import LitLensSystem, load_system
 
-ENSEMBLE = "ensemble.json"
-GROUPS = "groups.json"
-SCHEMA = 2
 BATCH = 256
 Masked = np.ma.MaskedArray[Any, Any]
 _CALIBRATION: TypeAdapter[Calibration] = TypeAdapter(Calibration)
@@ -84,7 +89,7 @@ class LensEnsemble:
     def _predict(self, images: NDArray[np.floating]) -> pd.DataFrame:
         logits, draws = [], []
         for system in self.members.values():
-            logit, drawn = member_logits(system, images)
+            logit, drawn = system.scored(images)
             logits.append(logit)
             draws.append(drawn)
         fused = self.fitted.fuse(np.stack(logits, axis=1), np.stack(draws, axis=1))
@@ -94,14 +99,7 @@ class LensEnsemble:
 
     def sky_probability(self, logit: NDArray[np.float64]) -> NDArray[np.float64]:
         """Of the ensemble's logits (n,), at the prevalence in `facts`."""
-        validation = self.facts["validation"]
-        prior = validation["n_lens"] / sum(validation.values())
-        return expit(logit + prior_shift(self.facts["prevalence"], prior))
-
-    def to(self, device: str) -> "LensEnsemble":
-        for system in self.members.values():
-            system.to(device)
-        return self
+        return expit(logit + prior_shift(self.facts["prevalence"], lens_fraction(self.facts)))
 
 
 def _filled(images: Masked) -> NDArray[np.float32]:
@@ -164,20 +162,8 @@ def assemble(
         **facts,
     }
     (out / GROUPS).write_text(json.dumps(sorted(set(groups))))
-    (out / ENSEMBLE).write_text(json.dumps(description, indent=1))
+    (out / DESCRIPTION).write_text(json.dumps(description, indent=1))
     return load_ensemble(out)
-
-
-def read_groups(folder: Path) -> frozenset[str]:
-    """The groups that the members of the ensemble in a folder have trained or validated on."""
-    return frozenset(json.loads((folder / GROUPS).read_text()))
-
-
-def groups_behind(weights: str) -> frozenset[str]:
-    """The groups that weights which a training started from have learnt from: where they are a
-    member of an ensemble, its own; else none are known."""
-    folder = Path(weights).parent.parent
-    return read_groups(folder) if (folder / GROUPS).is_file() else frozenset()
 
 
 def _common_labels(
@@ -220,24 +206,12 @@ def load_ensemble(folder: str | Path) -> LensEnsemble:
     Raises InputError where the folder holds none, or one that another version has made.
     """
     folder = Path(folder)
-    path = folder / ENSEMBLE
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file; {folder} is not an ensemble")
-    try:
-        facts = json.loads(path.read_text())
-        schema = facts["schema"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: is damaged; make the ensemble again") from None
-    if schema != SCHEMA:
-        raise InputError(
-            f"{path}: has schema {schema}, this version reads {SCHEMA}; make the ensemble again "
-            "with `lens-pipeline run`"
-        )
+    facts = read_description(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Whatever it was trained in: on a CPU convolutions are up to twice as fast in this layout.
-    layout = {"channels_last": True} if device == "cpu" else {}
+    layout: dict[str, Any] = {"channels_last": True} if device == "cpu" else {}
     members = {
-        name: load_system(folder / "members" / f"{name}.ckpt", **layout)
+        name: load_system(folder / "members" / f"{name}.ckpt", map_location=device, **layout)
         for name in facts["members"]
     }
     form = CutoutFormat.from_dict(facts["format"])
@@ -249,5 +223,4 @@ def load_ensemble(folder: str | Path) -> LensEnsemble:
         _CALIBRATION.validate_python(facts["calibration"]),
         tuple(of["share"] for of in facts.get("standing", {}).values()),
     )
-    ensemble = LensEnsemble(members, fitted, form, facts, read_groups(folder))
-    return ensemble.to(device)
+    return LensEnsemble(members, fitted, form, facts, read_groups(folder))

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lens_pipeline.evaluation.result import ENSEMBLE, Evaluation
-from lens_pipeline.evaluation.standing import idle_members
+from lens_pipeline.evaluation.result import FUSED, Evaluation
+from lens_pipeline.evaluation.standing import idle_members, lens_fraction
 from lens_pipeline.evaluation.tables import MORE_COLUMNS, format_text, metric_text
 
 LONGEST = 5000  # characters that the registry keeps
@@ -17,7 +17,7 @@ def model_card(facts: Mapping[str, Any], evaluation: Evaluation) -> str:
     facts: `ensemble.json`; evaluation: on the test split of the same dataset. Sections: what it is
     and for what, data, test figures with intervals, how scores are made, limits.
     """
-    validation, metrics = facts["validation"], evaluation.metrics[ENSEMBLE]
+    validation, metrics = facts["validation"], evaluation.metrics[FUSED]
     lines = [
         "# Strong gravitational lens finder",
         f"An ensemble of {', '.join(facts['members'])}. It ranks cutouts of galaxies for visual "
@@ -36,7 +36,7 @@ def model_card(facts: Mapping[str, Any], evaluation: Evaluation) -> str:
         *_parts("origin", evaluation.origins),
         "## Scores",
         f"Fusion: {facts['fusion']['strategy'].replace('_', ' ')}. `probability` holds where "
-        f"{validation['n_lens'] / sum(validation.values()):.2g} of the cutouts are lenses, as in "
+        f"{lens_fraction(facts):.2g} of the cutouts are lenses, as in "
         f"the validation split; `sky_probability` where {facts['prevalence']:g} are. `std`: what "
         "members and dropout draws differ by; `entropy`: how undecided they are each.",
         "## Limits",
@@ -49,7 +49,7 @@ def _parts(by: str, parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Of several: how it does on each."""
     if not parts:
         return []
-    auroc = {name: of[ENSEMBLE]["auroc"] for name, of in parts.items()}
+    auroc = {name: of[FUSED]["auroc"] for name, of in parts.items()}
     return [f"AUROC by {by}: " + ", ".join(f"{n} {metric_text(m)}" for n, m in auroc.items())]
 
 
@@ -68,7 +68,7 @@ def _limits(facts: Mapping[str, Any], evaluation: Evaluation) -> list[str]:
     unresolved = [
         title
         for key, title in MORE_COLUMNS.items()
-        if evaluation.metrics[ENSEMBLE][key]["value"] is None
+        if evaluation.metrics[FUSED][key]["value"] is None
     ]
     if unresolved:
         limits.append(f"- The test split is too small to tell: {', '.join(unresolved)}.")

@@ -17,7 +17,7 @@ SELECTION = "selection.json"
 FORECAST = "forecast.json"
 SCORES = "scores.parquet"
 REPORT = "report.html"
-ENSEMBLE = "ensemble"
+FUSED = "ensemble"  # the name of all members together, beside theirs
 CLASSES = ("lens", "nonlens")
 FILES = (METRICS, KINDS, ORIGINS, SURVEYS, SELECTION, FORECAST)  # as `Evaluation` has them
 
@@ -57,14 +57,14 @@ class Evaluation:
     def gate(self, thresholds: Mapping[str, Any]) -> GateDecision:
         """Whether this ensemble may become the first champion."""
         metrics = self.origins[REAL] if self.on_real_ones(thresholds) else self.metrics
-        return self.in_each_part(first_model_gate(metrics[ENSEMBLE], **thresholds), thresholds)
+        return self.in_each_part(first_model_gate(metrics[FUSED], **thresholds), thresholds)
 
     def in_each_part(self, decision: GateDecision, thresholds: Mapping[str, Any]) -> GateDecision:
         """The decision, where no survey that holds what a gate needs may fail by itself, and of
         several surveys, or of real and simulated cutouts, one must hold it: who tells them apart
         may seem to tell lenses."""
         alone = {
-            name: first_model_gate(of[ENSEMBLE], **thresholds)
+            name: first_model_gate(of[FUSED], **thresholds)
             for name, of in self.surveys.items()
             if _hold_enough(of, thresholds)
         }
@@ -87,7 +87,7 @@ class Evaluation:
 def _hold_enough(metrics: Mapping[str, Mapping[str, Any]], thresholds: Mapping[str, Any]) -> bool:
     """Whether cutouts, by the metrics of models on them, are as many as a gate needs, and of both
     classes."""
-    counts = metrics[ENSEMBLE]
+    counts = metrics[FUSED]
     return all(counts[f"n_{name}"] >= max(1, thresholds[f"min_{name}"]) for name in CLASSES)
 
 

@@ -1,4 +1,4 @@
-"""What each member of an ensemble contributes, from its `ensemble.json`."""
+"""What the description of an ensemble, its `ensemble.json`, says of its members and scores."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -9,6 +9,12 @@ from lens_pipeline.evaluation.tables import metric_text
 
 LITTLE = 0.05  # of the score: who has less hardly counts
 CHANCE = 0.5  # AUROC
+
+
+def lens_fraction(facts: Mapping[str, Any]) -> float:
+    """Of the validation split's cutouts: where lenses are as frequent, `probability` holds."""
+    counts = facts["validation"]
+    return float(counts["n_lens"] / sum(counts.values()))
 
 
 def members_table(facts: Mapping[str, Any]) -> pd.DataFrame:

@@ -6,7 +6,6 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau
 
-SCHEDULES = ("cosine", "step", "plateau", "constant")
 WARM_START = 0.04  # of the peak, for a plateau's warm-up
 
 

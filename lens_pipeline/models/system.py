@@ -3,29 +3,31 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lens_pipeline.catalogue.images import SIGMA_UNITS
+from lens_pipeline.choices import Loss, Schedule
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.architectures import build_backbone
 from lens_pipeline.models.augmentation import augment
 from lens_pipeline.models.metrics import StageMetrics
 from lens_pipeline.models.optimiser import adamw, parameter_groups
 from lens_pipeline.models.pretrained import read_checkpoint, read_head
-from lens_pipeline.models.schedules import SCHEDULES, schedule
+from lens_pipeline.models.schedules import schedule
 from lens_pipeline.models.uncertainty import dropout_draws
 
 # Fixed for all images and bands. In background sigma, asinh is linear over the noise and
 # logarithmic over galaxies; a composite has been stretched by whoever made it.
 SOFTENING_SIGMA = 2.0
 METRIC_STATE = "train_metrics"  # in a checkpoint
-LOSSES = ("bce", "focal")
 COMPILED = 64  # codes of one network that torch may keep, for all in a process: it has 8 by default
 
 
@@ -69,6 +71,20 @@ class LensClassifier(pl.LightningModule):
     def drawn_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(logit (n,) without dropout, logits (n, draws) with it): see `dropout_draws`."""
         raise NotImplementedError
+
+    @torch.inference_mode()
+    def scored(
+        self, images: NDArray[np.floating]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """`drawn_logits` of stored cutouts, on the system's device.
+
+        Raises ValueError unless it is in eval mode, where no statistic of BatchNorm moves.
+        """
+        if self.training:
+            raise ValueError("the system must be in eval mode")
+        batch = torch.from_numpy(np.array(images, dtype=np.float32)).to(self.device)
+        logit, drawn = self.drawn_logits(batch)
+        return logit.double().cpu().numpy(), drawn.double().cpu().numpy()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.member_logits(images).mean(dim=1)
@@ -310,8 +326,8 @@ class LitLensSystem(LensClassifier):
         noise: float = 0.0,
     ) -> None:
         super().__init__()
-        check_choice("loss", loss, LOSSES)
-        check_choice("schedule", schedule, SCHEDULES)
+        check_choice("loss", loss, get_args(Loss))
+        check_choice("schedule", schedule, get_args(Schedule))
         if noise and units != SIGMA_UNITS:
             raise InputError(f"noise {noise}: goes with flux in background sigma, not {units}")
         # Of a trained network only its own weights count; the whole configuration is logged
@@ -352,5 +368,6 @@ class LitLensSystem(LensClassifier):
 
 
 def load_system(checkpoint: Path, **changes: Any) -> LitLensSystem:
-    """A trained system, in eval mode, on the CPU; `changes`, errors: see `load_from_checkpoint`."""
+    """A trained system, in eval mode, on the CPU unless `map_location` is among the changes; these
+    and the errors: see `load_from_checkpoint`."""
     return LitLensSystem.load_from_checkpoint(checkpoint, compile_model=False, **changes).eval()

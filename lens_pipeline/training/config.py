@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from lens_pipeline.choices import Loss, Schedule, Together
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.names import parse_members
 from lens_pipeline.settings_files import first_wrong, read_yaml
@@ -79,7 +80,7 @@ class ModelSection(_Section):
         default=("resnet18", "resnet34", "vit_b_16"),
         description="Members of an ensemble that is trained together.",
     )
-    ensemble_strategy: Literal["mean", "uncertainty_weighted"] = Field(
+    ensemble_strategy: Together = Field(
         default="uncertainty_weighted",
         description="How `LitEnsembleSystem.predict` fuses the members; training and its metrics "
         "take their mean.",
@@ -110,7 +111,7 @@ class TrainingSection(_Section):
         le=1,
         description="AdamW's, of layers' weights; none of biases, norms, tokens and positions.",
     )
-    schedule: Literal["cosine", "step", "plateau", "constant"] = Field(
+    schedule: Schedule = Field(
         default="cosine", description="Of the learning rate, after its warm-up."
     )
     warmup: float = _bounded(
@@ -122,9 +123,7 @@ class TrainingSection(_Section):
     decay_epochs: int = _bounded(
         default=10, ge=1, description="Epochs of a `step`, or without gain before a `plateau`."
     )
-    loss: Literal["bce", "focal"] = Field(
-        default="bce", description="Binary cross-entropy, or the focal loss."
-    )
+    loss: Loss = Field(default="bce", description="Binary cross-entropy, or the focal loss.")
     focal_gamma: float = _bounded(
         default=2.0, ge=0, le=10, description="How much the focal loss leaves easy cutouts out."
     )

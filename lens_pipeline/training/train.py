@@ -417,7 +417,6 @@ def _finish(
     (out / FITTED).unlink()
 
 
-@torch.inference_mode()
 def split_scores(system: LensClassifier, split: Split, batch_size: int = BATCH) -> pd.DataFrame:
     """`logit` and `logit_std` (n,) of a split, in its order, on the system's device.
 
@@ -426,8 +425,7 @@ def split_scores(system: LensClassifier, split: Split, batch_size: int = BATCH) 
     system = system.eval()
     logits, deviations = [], []
     for images in split.in_order(batch_size):
-        batch = torch.from_numpy(images.astype(np.float32)).to(system.device)
-        logit, drawn = system.drawn_logits(batch)
-        logits.append(logit.double().cpu().numpy())
-        deviations.append(drawn.double().std(dim=1, correction=0).cpu().numpy())
+        logit, drawn = system.scored(images)
+        logits.append(logit)
+        deviations.append(drawn.std(axis=1))
     return pd.DataFrame({"logit": np.concatenate(logits), "logit_std": np.concatenate(deviations)})

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from lens_pipeline.ensemble.uncertainty import member_logits
 from lens_pipeline.models.system import LitLensSystem
 from lens_pipeline.models.uncertainty import DRAWS, dropout_masks
 
@@ -20,14 +19,14 @@ def system() -> LitLensSystem:
 def test_no_buffer_moves(system: LitLensSystem) -> None:
     """Monte Carlo dropout that trains BatchNorm's statistics changes what it measures."""
     before = {name: buffer.clone() for name, buffer in system.named_buffers()}
-    member_logits(system, IMAGES)
+    system.scored(IMAGES)
     assert any("running_mean" in name for name in before)
     for name, buffer in system.named_buffers():
         torch.testing.assert_close(buffer, before[name], rtol=0, atol=0)
 
 
 def test_draws_are_those_of_dropout_before_the_head(system: LitLensSystem) -> None:
-    logit, draws = member_logits(system, IMAGES)
+    logit, draws = system.scored(IMAGES)
     assert logit.shape == (6,)
     assert draws.shape == (6, DRAWS)
     with torch.inference_mode():
@@ -46,12 +45,12 @@ def test_masks_drop_at_the_rate_and_keep_the_mean() -> None:
 
 
 def test_a_score_does_not_depend_on_its_batch(system: LitLensSystem) -> None:
-    together, drawn = member_logits(system, IMAGES)
-    alone, drawn_alone = member_logits(system, IMAGES[3:4])
+    together, drawn = system.scored(IMAGES)
+    alone, drawn_alone = system.scored(IMAGES[3:4])
     np.testing.assert_allclose(alone[0], together[3], atol=1e-5)
     np.testing.assert_allclose(drawn_alone[0], drawn[3], atol=1e-5)
 
 
 def test_a_system_in_training_mode_is_refused(system: LitLensSystem) -> None:
     with pytest.raises(ValueError, match="eval"):
-        member_logits(LitLensSystem("lastro", image_size=32), IMAGES)
+        LitLensSystem("lastro", image_size=32).scored(IMAGES)
