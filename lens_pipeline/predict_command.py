@@ -63,7 +63,7 @@ def _predict(options: argparse.Namespace) -> int:
     registry.require()
     cutouts = open_cutout_source(
         source,
-        cache=settings.home / "cache",
+        cache=settings.cache,
         pad=settings.pad,
         storage_options=settings.storage_options,
     )

@@ -295,7 +295,7 @@ class Registry:
             name, _, number = uri.removeprefix("models:/").partition("/")
             version = self.client.get_model_version(name, number)
             which = digest([version.source, version.run_id])[:16]
-            folder = self.settings.home / "cache" / "models" / f"{version.name}-{which}"
+            folder = self.settings.cache / "models" / f"{version.name}-{which}"
             folder.parent.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
                 if not folder.exists():

@@ -17,6 +17,7 @@ from dagster._core.storage.tags import REPOSITORY_LABEL_TAG
 
 from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.checkpoints import POOL
+from lens_pipeline.defs.gate import GATE_CHECK
 from lens_pipeline.defs.sensors import made_by
 from lens_pipeline.defs.surveys import every_survey
 from lens_pipeline.errors import InputError, masked
@@ -41,7 +42,6 @@ UNFINISHED = [
     dg.DagsterRunStatus.CANCELING,
 ]
 KEPT = "settings.json"
-GATE_CHECK = "passes_the_gate"
 REPOSITORY = "__repository__@lens_pipeline"  # of workspace.yaml: its pages list the runs of a job
 # sha256 of dagster.yaml as former versions have made it.
 FORMER = {

@@ -310,6 +310,11 @@ class Settings(BaseSettings):
         return self.source == SIMULATION
 
     @property
+    def cache(self) -> Path:
+        """What was fetched: remote shards, and registered models."""
+        return self.home / "cache"
+
+    @property
     def dagster_home(self) -> Path:
         return self.home / "dagster"
 

@@ -77,7 +77,7 @@ def train_here(config: TrainConfig, settings: Settings, out: Path) -> "TrainedMe
     from lens_pipeline.training.member import SCORES
     from lens_pipeline.training.train import train
 
-    data = data_module(config, settings.home / "cache", settings.storage_options)
+    data = data_module(config, settings)
     to_do = not config.training.fast_dev_run and not (out / SCORES).exists()
     told = "mlflow" in config.training.loggers and to_do
     with _mlflow(config, settings, out, told) as loggers:
@@ -88,7 +88,7 @@ def system_type(config: TrainConfig) -> "type[LensClassifier]":
     from lens_pipeline.ensemble.lit_system import LitEnsembleSystem
     from lens_pipeline.models.system import LitLensSystem
 
-    return LitEnsembleSystem if config.model.model_type == "ensemble" else LitLensSystem
+    return LitEnsembleSystem if config.together else LitLensSystem
 
 
 @contextmanager
@@ -172,8 +172,8 @@ def name_of(config: TrainConfig, settings: Settings, **more: Any) -> str:
     from lens_pipeline.training.data import data_module
 
     model = config.model
-    more["cutouts"] = data_module(config, settings.home / "cache", settings.storage_options).content
-    what = "_".join(model.architectures) if model.model_type == "ensemble" else model.arch
+    more["cutouts"] = data_module(config, settings).content
+    what = "_".join(model.architectures) if config.together else model.arch
     safe = "".join(c if c.isalnum() or c in "_-" else "_" for c in what)
     return f"{safe}-{digest(config.deciding | more)[:8]}"
 
@@ -198,14 +198,10 @@ def _places(config: TrainConfig, settings: Settings) -> dict[str, dict[str, Any]
 
 
 def _tell(trained: "TrainedMember", config: TrainConfig) -> None:
-    from scipy.special import expit
-
-    from lens_pipeline.evaluation.metrics import lens_metrics
     from lens_pipeline.evaluation.tables import format_metrics_table
+    from lens_pipeline.training.member import SETTINGS
 
-    scores = trained.val_scores
-    metrics = lens_metrics(scores["label"], expit(scores["logit"]), group=scores.get("group"))
-    name = "ensemble" if config.model.model_type == "ensemble" else config.model.arch
-    print(format_metrics_table({name: metrics}, split="Validation"))
+    name = "ensemble" if config.together else config.model.arch
+    print(format_metrics_table({name: trained.val_metrics}, split="Validation"))
     print(f"Checkpoint  {trained.checkpoint}")
-    print(f"Settings    {trained.folder / 'settings.yaml'}")
+    print(f"Settings    {trained.folder / SETTINGS}")

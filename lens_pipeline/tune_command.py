@@ -131,7 +131,7 @@ def _share(
         with _nested_run(settings, parent, number, config) as logger:
             yield [logger]
 
-    data = data_module(config, settings.home / "cache", settings.storage_options)
+    data = data_module(config, settings)
     tune(config, space, data, out, n_trials, pruner, record, system_type(config))
 
 

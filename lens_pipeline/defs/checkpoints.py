@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 TRAIN = "lens_pipeline.training.train"
 POOL = "gpu"
 EPOCHS_SHOWN = 100
-CHANCE = 0.5  # AUROC of a coin
 
 
 def dagster_config(defaults: BaseModel, without: Iterable[str] = ()) -> type[dg.Config]:
@@ -92,6 +91,8 @@ def checkpoint_stage(member: Member, defaults: TrainConfig) -> Stage:
         config: dagster_config(defaults),  # type: ignore[valid-type]
         lens: LensHome,
     ) -> dg.MaterializeResult:
+        from lens_pipeline.evaluation.standing import CHANCE
+
         settings = lens.settings
         upstream = made(context, CLOUD)
         trained_with = defaults.with_changes(config.model_dump(), key.to_user_string())
@@ -112,7 +113,7 @@ def checkpoint_stage(member: Member, defaults: TrainConfig) -> Stage:
         trained = _trained(step)
         curves = drawn("curves.png", step, lambda: draw_curves(trained), settings)
         run_id = _record(lens.tracking, member, step, trained, curves, upstream, context.run_id)
-        auroc, low = _validation_auroc(trained)
+        auroc = trained.val_metrics["auroc"]
         epochs = trained.curves.tail(EPOCHS_SHOWN)
         last = epochs.iloc[-1].dropna()
         return result(
@@ -121,32 +122,25 @@ def checkpoint_stage(member: Member, defaults: TrainConfig) -> Stage:
                 "learning curves": picture(curves),
                 # The first one is 1, as in the log and in the picture.
                 "epochs": table(epochs.assign(epoch=epochs["epoch"] + 1)),
-                "validation AUROC": auroc,
+                "validation AUROC": auroc["value"],
                 **{f"last {name}": float(v) for name, v in last.items() if "/" in str(name)},
                 "MLflow run": link(lens.tracking.run_page(run_id), run_id),
             },
             checks=(
                 dg.AssetCheckResult(
                     check_name="better_than_chance",
-                    passed=low > CHANCE,
+                    passed=auroc["low"] > CHANCE,
                     severity=dg.AssetCheckSeverity.WARN,
-                    metadata={"AUROC": auroc, "lower 95 % bound": low, "above": CHANCE},
+                    metadata={
+                        "AUROC": auroc["value"],
+                        "lower 95 % bound": auroc["low"],
+                        "above": CHANCE,
+                    },
                 ),
             ),
         )
 
     return checkpoint
-
-
-def _validation_auroc(trained: "TrainedMember") -> tuple[float, float]:
-    """AUROC on the validation split, and the lower bound of the middle 95 % of resamplings."""
-    from scipy.special import expit
-
-    from lens_pipeline.evaluation.metrics import lens_metrics
-
-    scores = trained.val_scores
-    auroc = lens_metrics(scores["label"], expit(scores["logit"]), group=scores["group"])["auroc"]
-    return auroc["value"], auroc["low"]
 
 
 def member_libraries(members: Iterable[Member]) -> tuple[str, ...]:
@@ -200,7 +194,7 @@ def _train_here(settings: Settings, config: TrainConfig, out: Path, logger: "Log
     from lens_pipeline.training.devices import gpus_claimed
     from lens_pipeline.training.train import train
 
-    data = data_module(config, settings.home / "cache", settings.storage_options)
+    data = data_module(config, settings)
     with gpus_claimed(config.hardware):
         train(config, data, out, loggers=[logger])
 

@@ -11,7 +11,7 @@ import dagster as dg
 from lens_pipeline.commit import code_commit
 from lens_pipeline.defs.checkpoints import member_libraries
 from lens_pipeline.defs.dataset import COLUMNS as CATALOGUE_COLUMNS
-from lens_pipeline.defs.gate import decide
+from lens_pipeline.defs.gate import GATE_CHECK, decide
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.scored import AS_DATASET, scored_source
 from lens_pipeline.defs.stages import (
@@ -164,7 +164,7 @@ def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
         kinds={"pandas"},
         check_specs=[
             dg.AssetCheckSpec(
-                "passes_the_gate",
+                GATE_CHECK,
                 asset=EVALUATION,
                 description="The ensemble may become champion: see the reasons.",
             ),
@@ -265,7 +265,7 @@ def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
             },
             checks=(
                 dg.AssetCheckResult(
-                    check_name="passes_the_gate",
+                    check_name=GATE_CHECK,
                     passed=decision.passed,
                     severity=dg.AssetCheckSeverity.WARN,
                     metadata={

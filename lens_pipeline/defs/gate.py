@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lens_pipeline.ensemble.system import LensEnsemble
     from lens_pipeline.evaluation.gates import GateDecision
 
+GATE_CHECK = "passes_the_gate"
 RESCORE = "lens_pipeline.ensemble.rescore"
 
 

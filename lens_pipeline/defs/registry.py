@@ -16,9 +16,9 @@ from lens_pipeline.defs.stages import (
     EVALUATION,
     REGISTERED,
     Stage,
+    begun,
     link,
     linked_table,
-    log,
     made,
     stage,
 )
@@ -65,13 +65,10 @@ def registry_stage(published: bool) -> Stage:
         The newest is `challenger`. It becomes `champion` where it passes the gate: the first by
         thresholds alone, any other against the champion, scored anew on the same cutouts.
         """
-        import time
-
         from lens_pipeline.evaluation.card import model_card
         from lens_pipeline.evaluation.result import FUSED, REPORT, read_evaluation
 
-        begun = time.perf_counter()
-        log.info("registered_ensemble ...")
+        ended = begun(REGISTERED)
         settings, registry = lens.settings, lens.registry
         ensemble, folder = made(context, ENSEMBLE), made(context, EVALUATION).folder
         facts = read_description(ensemble.folder)
@@ -99,8 +96,7 @@ def registry_stage(published: bool) -> Stage:
         if champion is None or champion.version != version.version or GATE not in champion.tags:
             registry.judge(number, decision.reasons)  # a champion is not compared with itself
         aliases = registry.aliases(number)
-        seconds = time.perf_counter() - begun
-        log.info("registered_ensemble: %s in %.1f s", "reused" if reused else "made", seconds)
+        seconds = ended(reused)
         stages = _stages(context) | {
             REGISTERED.to_user_string(): {"seconds": round(seconds, 3), "reused": reused}
         }

@@ -55,7 +55,7 @@ def _of_shards(context: dg.AssetExecutionContext, settings: Settings) -> Source:
         from lens_pipeline.shards.as_dataset import shards_as_dataset
 
         dataset = shards_as_dataset(
-            shards.location, cache=settings.home / "cache", storage_options=settings.storage_options
+            shards.location, cache=settings.cache, storage_options=settings.storage_options
         )
         return dataset, dataset.catalogue
 

@@ -1,6 +1,5 @@
 """From the dataset to shards, here and in the cloud: `lens_shards`, `cloud_shards`."""
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from lens_pipeline.defs.stages import (
     OWNERS,
     PUBLISHED_FROM,
     SHARDS,
+    begun,
     log,
     made,
     quiet,
@@ -150,8 +150,7 @@ def cloud_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.Materi
     from lens_pipeline.shards.store import read_manifest
 
     settings = lens.settings
-    begun = time.perf_counter()
-    log.info("cloud_shards ...")
+    ended = begun(CLOUD)
     storage = settings.storage_options
     shards = _merged(context, settings) if settings.surveys else made(context, SHARDS).folder
     try:
@@ -161,9 +160,8 @@ def cloud_shards(context: dg.AssetExecutionContext, lens: LensHome) -> dg.Materi
     except InputError as problem:
         raise told_of("LENS_CLOUD_URL", problem) from None
     problems = published_problems(shards, published.url, storage, published.states)
-    seconds = time.perf_counter() - begun
     reused = not published.uploaded
-    log.info("cloud_shards: %s in %.1f s", "reused" if reused else "made", seconds)
+    seconds = ended(reused)
     # What lies there is decided by its version alone.
     key = published.dataset_version[:32]
     step = Step(shards, key, published.dataset_version, seconds, reused)

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -229,11 +230,24 @@ def run_stage(
     survey: str | None = None,
 ) -> Step:
     """Run an asset's step, telling the terminal when it begins and how it ended."""
-    name = " of ".join(filter(None, (key.to_user_string(), survey)))
-    log.info("%s ...", name)
+    ended = begun(key, survey)
     step = run_step(recipe, root, build, verify=settings.verify, goes_on=goes_on)
-    log.info("%s: %s in %.1f s", name, "reused" if step.reused else "made", step.seconds)
+    ended(step.reused)
     return step
+
+
+def begun(key: dg.AssetKey, survey: str | None = None) -> Callable[[bool], float]:
+    """Tells the terminal that an asset is being made; and what it returns, given whether it was
+    there already, that it is made, and in how many seconds, which it gives."""
+    name, since = " of ".join(filter(None, (key.to_user_string(), survey))), time.perf_counter()
+    log.info("%s ...", name)
+
+    def ended(reused: bool) -> float:
+        seconds = time.perf_counter() - since
+        log.info("%s: %s in %.1f s", name, "reused" if reused else "made", seconds)
+        return seconds
+
+    return ended
 
 
 def bad_input_is_final(

@@ -127,7 +127,7 @@ def open_cutouts(
     the shards, LENS_CACHE_GB by default. Raises InputError where there is nothing of the kind.
     """
     settings = Settings.load()
-    cache = cache or settings.home / "cache"
+    cache = cache or settings.cache
     options = dict(storage_options if storage_options is not None else settings.storage_options)
     named = absolute(str(location)) if location is not None else str(newest_shards(settings.home))
     place = version_at(named, options)

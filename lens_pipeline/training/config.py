@@ -286,7 +286,7 @@ class TrainConfig(_Section):
     def _together(self) -> Self:
         if self.training.find_batch_size and self.hardware.devices > 1:
             raise ValueError("training.find_batch_size: goes with one device alone")
-        together, chosen = self.model.model_type == "ensemble", self.model
+        together, chosen = self.together, self.model
         if not together and chosen.architectures != ModelSection().architectures:
             raise ValueError(
                 "model.architectures: is for model.model_type ensemble; one network is model.arch"
@@ -335,6 +335,11 @@ class TrainConfig(_Section):
             if (before := self.of_weights[section][name]) != value
             and (section, name) != ("model", "pretrained")
         ]
+
+    @property
+    def together(self) -> bool:
+        """Whether several networks are trained as one system."""
+        return self.model.model_type == "ensemble"
 
     @property
     def of_weights(self) -> dict[str, dict[str, Any]]:

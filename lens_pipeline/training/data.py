@@ -1,22 +1,16 @@
 """The cutouts that a configuration names."""
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.shards.datamodule import (
-    CutoutModule,
-    LensDataModule,
-    LensWebDatasetDataModule,
-)
+from lens_pipeline.settings import Settings
+from lens_pipeline.shards.datamodule import CutoutModule, LensDataModule, LensWebDatasetDataModule
 from lens_pipeline.training.config import TrainConfig
 
 
-def data_module(
-    config: TrainConfig, cache: Path, storage_options: Mapping[str, Any] | None = None
-) -> CutoutModule:
-    """cache: where remote shards are kept, unless `data.cache_dir` says otherwise.
+def data_module(config: TrainConfig, settings: Settings) -> CutoutModule:
+    """settings: say where remote shards are kept, unless `data.cache_dir` does, and how stores are
+    asked.
 
     Raises InputError where the cutouts are not whole, or `data` contradicts itself.
     """
@@ -29,8 +23,8 @@ def data_module(
         "image_size": chosen.image_size,
         "seed": config.training.seed,
         "bagging": chosen.bagging,
-        "cache_dir": chosen.cache_dir or cache,
-        "storage_options": storage_options,
+        "cache_dir": chosen.cache_dir or settings.cache,
+        "storage_options": settings.storage_options,
     }
     if not chosen.use_webdataset:
         if given:

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from scipy.special import expit
 
+from lens_pipeline.evaluation.metrics import lens_metrics
 from lens_pipeline.training.config import TrainConfig
 
 BEST = "best.ckpt"
@@ -43,6 +46,12 @@ class TrainedMember:
         """id, label, group, logit of the validation split, by the best checkpoint, and logit_std
         under dropout."""
         return pd.read_parquet(self.folder / SCORES)
+
+    @property
+    def val_metrics(self) -> dict[str, Any]:
+        """What `lens_metrics` gives on the validation split."""
+        scores = self.val_scores
+        return lens_metrics(scores["label"], expit(scores["logit"]), group=scores.get("group"))
 
     @property
     def config(self) -> TrainConfig:

@@ -185,7 +185,7 @@ def build_system(
             }
         ),
     }
-    which = {"architectures", "ensemble_strategy"} if chosen.model_type == "ensemble" else {"arch"}
+    which = {"architectures", "ensemble_strategy"} if config.together else {"arch"}
     return system_type(**chosen.model_dump(include=which), **shared)
 
 
@@ -204,7 +204,7 @@ def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> tuple[TrainCon
         changed = before.differences(config)
         if changed:
             best = out / BEST
-            alone = best.exists() and before.model.model_type == "single"
+            alone = best.exists() and not before.together
             start = f", and start from the best of this one: --pretrained {best}" if alone else ""
             raise InputError(
                 f"{out}: holds a training with other settings: {', '.join(changed)}; go on with "
