@@ -13,9 +13,10 @@ from lens_pipeline.defs.automation import (
     training,
     with_follow_up,
 )
+from lens_pipeline.defs.catalogue import SIMULATE, cutout_catalogue
 from lens_pipeline.defs.checkpoints import TRAIN, checkpoint_stages
 from lens_pipeline.defs.cleaning import cleaning
-from lens_pipeline.defs.dataset import BUILD, SIMULATE, cutout_catalogue, processed_dataset
+from lens_pipeline.defs.dataset import BUILD, processed_dataset
 from lens_pipeline.defs.ensemble import EVALUATE, ensemble_stage, evaluation_stage
 from lens_pipeline.defs.registry import registry_stage
 from lens_pipeline.defs.resources import LensHome

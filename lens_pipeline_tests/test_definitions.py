@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from lens_pipeline.definitions import make_definitions
-from lens_pipeline.defs import checkpoints, dataset, ensemble, shards
+from lens_pipeline.defs import catalogue, checkpoints, dataset, ensemble, shards
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards import publish_shards
@@ -169,7 +169,7 @@ def test_near_duplicates_are_warned_of_and_stop_nothing(
     monkeypatch.setenv("LENS_SOURCE", str(tmp_path / "table.csv"))
     monkeypatch.setenv("LENS_IMAGE_SIZE", "32")
     done = dg.materialize(
-        [dataset.cutout_catalogue.asset(), dataset.processed_dataset.asset()],
+        [catalogue.cutout_catalogue.asset(), dataset.processed_dataset.asset()],
         resources={"lens": LensHome()},
     )
     assert done.success

@@ -9,20 +9,17 @@ from pydantic import BaseModel, Field, create_model
 
 from lens_pipeline import presets
 from lens_pipeline.defs.resources import LensHome
+from lens_pipeline.defs.shown import drawn, link, picture, table
 from lens_pipeline.defs.stages import (
     CLOUD,
     Made,
     Stage,
     checkpoint_key,
-    drawn,
     in_a_process,
-    link,
     made,
-    picture,
     result,
     run_stage,
     stage,
-    table,
 )
 from lens_pipeline.models.names import Member, network_libraries
 from lens_pipeline.settings import Settings

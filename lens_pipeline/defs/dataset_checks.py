@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import dagster as dg
 
-from lens_pipeline.defs.stages import DATASET, FIRST, Made, derived, newest_first, table
+from lens_pipeline.defs.shown import FIRST, derived, table
+from lens_pipeline.defs.stages import DATASET, Made, newest_first
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Step

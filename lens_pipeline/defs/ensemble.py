@@ -8,12 +8,13 @@ from typing import Any
 
 import dagster as dg
 
+from lens_pipeline.catalogue.column_help import COLUMNS as CATALOGUE_COLUMNS
 from lens_pipeline.commit import code_commit
 from lens_pipeline.defs.checkpoints import member_libraries
-from lens_pipeline.defs.dataset import COLUMNS as CATALOGUE_COLUMNS
 from lens_pipeline.defs.gate import GATE_CHECK, decide
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.scored import AS_DATASET, scored_source
+from lens_pipeline.defs.shown import column_schema, linked_table, picture, table
 from lens_pipeline.defs.stages import (
     CATALOGUE,
     CLOUD,
@@ -22,15 +23,11 @@ from lens_pipeline.defs.stages import (
     EVALUATION,
     Stage,
     checkpoint_key,
-    column_schema,
-    linked_table,
     log,
     made,
-    picture,
     result,
     run_stage,
     stage,
-    table,
 )
 from lens_pipeline.defs.surveys import of_every_survey
 from lens_pipeline.ensemble.description import groups_behind, read_description

@@ -11,17 +11,8 @@ import dagster as dg
 from lens_pipeline.defs.gate import decide
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.scored import scored_source
-from lens_pipeline.defs.stages import (
-    ENSEMBLE,
-    EVALUATION,
-    REGISTERED,
-    Stage,
-    begun,
-    link,
-    linked_table,
-    made,
-    stage,
-)
+from lens_pipeline.defs.shown import link, linked_table
+from lens_pipeline.defs.stages import ENSEMBLE, EVALUATION, REGISTERED, Stage, begun, made, stage
 from lens_pipeline.ensemble.description import read_description
 from lens_pipeline.registry import (
     CHALLENGER,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from lens_pipeline.defs.dataset import catalogue_of
+from lens_pipeline.defs.catalogue import catalogue_of
 from lens_pipeline.defs.stages import CATALOGUE, CLOUD, DATASET, made
 from lens_pipeline.settings import Settings
 
@@ -42,7 +42,7 @@ def _of_dataset(context: dg.AssetExecutionContext, settings: Settings) -> Source
 
         datasets = {str(name): open_dataset(part.folder) for name, part in parts.items()}
         (first, *others) = datasets.values()
-        return JoinedDataset(datasets) if others else first, catalogue_of(settings, table)
+        return JoinedDataset(datasets) if others else first, catalogue_of(settings, table.folder)
 
     contents = {f"dataset of {name}": part.content for name, part in parts.items()}
     return Source(contents | {"table": table.content}, opened)

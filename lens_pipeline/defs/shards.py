@@ -7,6 +7,7 @@ import dagster as dg
 
 from lens_pipeline.defs.dataset_checks import check_not_refused
 from lens_pipeline.defs.resources import LensHome
+from lens_pipeline.defs.shown import table
 from lens_pipeline.defs.stages import (
     CLOUD,
     DATASET,
@@ -22,7 +23,6 @@ from lens_pipeline.defs.stages import (
     run_stage,
     source_of,
     stage,
-    table,
 )
 from lens_pipeline.defs.surveys import of_every_survey
 from lens_pipeline.errors import InputError, told_of

@@ -5,7 +5,7 @@ import logging
 from contextlib import suppress
 from pathlib import Path
 
-from lens_pipeline.defs.dataset import catalogue_recipe, table_recipe
+from lens_pipeline.defs.catalogue import catalogue_recipe, table_recipe
 from lens_pipeline.errors import InputError, NoAnswerError, told_of
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import digest, write_aside

@@ -10,20 +10,17 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dagster as dg
 from dagster._core.storage.tags import ASSET_RESUME_RETRY_TAG
 from dagster._utils.schedules import schedule_execution_time_iterator
 
 from lens_pipeline.defs.surveys import over_surveys, partitioned
-from lens_pipeline.errors import InputError, NoAnswerError, masked
+from lens_pipeline.errors import InputError, NoAnswerError
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Recipe, Step, digest, run_step, source_hashes
 from lens_pipeline.training.launch import TOLD, raise_told
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 log = logging.getLogger("lens_pipeline.stages")
 
@@ -41,7 +38,6 @@ OWNERS = ("team:lens-finding",)
 AGAIN = dg.RetryPolicy(max_retries=2, delay=10, backoff=dg.Backoff.EXPONENTIAL)
 DAY = timedelta(days=1)
 TICKS = 1000  # of a schedule that are looked at: a week, where they are ten minutes apart
-FIRST = 20  # rows that are shown of a longer table
 # Of a materialisation: where what was made lies, and the folder that it was published from.
 LOCATION, PUBLISHED_FROM = "location", "published from"
 # Seconds that a process has to write down where it is: less than `cancel_timeout_seconds`.
@@ -293,71 +289,6 @@ def in_a_process(
         raise
 
 
-def link(address: str | None, otherwise: str | dg.MetadataValue) -> str | dg.MetadataValue:
-    """A link as metadata, or what is shown where there is no such page."""
-    return dg.MetadataValue.url(address) if address else otherwise
-
-
-def linked_table(
-    rows: "pd.DataFrame", links: Mapping[str, Mapping[str, str | None]]
-) -> dg.MetadataValue:
-    """A data frame as a table in Markdown, whose cells may be links.
-
-    links: {column: {what stands in a cell: the address it leads to, if any}}.
-    """
-
-    def cell(column: str, value: Any) -> str:
-        text = _shown(value).replace("|", "\\|")
-        address = links.get(column, {}).get(text)
-        return f"[{text}]({address})" if address else text
-
-    lines = [[str(name) for name in rows], ["---"] * len(rows.columns)]
-    lines += [[cell(str(name), value) for name, value in row.items()] for _, row in rows.iterrows()]
-    return dg.MetadataValue.md("\n".join(f"| {' | '.join(line)} |" for line in lines))
-
-
-def column_schema(rows: "pd.DataFrame", help_of: Mapping[str, str]) -> dg.TableSchema:
-    """The columns of a table as the UI lists them, those that are known with what they mean.
-
-    Text is text: pandas has several types for it, by where the table was read from.
-    """
-    from pandas.api.types import is_object_dtype, is_string_dtype
-
-    return dg.TableSchema(
-        [
-            dg.TableColumn(
-                str(name),
-                type="text" if is_string_dtype(kind) or is_object_dtype(kind) else str(kind),
-                description=help_of.get(str(name)),
-            )
-            for name, kind in rows.dtypes.items()
-        ]
-    )
-
-
-def table(rows: "pd.DataFrame", otherwise: str = "none") -> dg.MetadataValue:
-    """A data frame as metadata that the UI shows as a table, or what it says where no row is."""
-    if rows.empty:
-        return dg.MetadataValue.text(otherwise)
-    return dg.MetadataValue.table(
-        [
-            dg.TableRecord({str(name): _shown(value) for name, value in row.items()})
-            for _, row in rows.iterrows()
-        ],
-        dg.TableSchema([dg.TableColumn(str(name)) for name in rows]),
-    )
-
-
-def _shown(value: Any) -> str:
-    """A cell of a table: three digits, nothing where there is nothing, no secret of a URL."""
-    from pandas import isna
-    from pandas.api.types import is_scalar
-
-    if is_scalar(value) and isna(value):
-        return ""
-    return f"{value:.3g}" if isinstance(value, float) else masked(str(value))
-
-
 def result(
     step: Step,
     metadata: Mapping[str, Any],
@@ -376,41 +307,3 @@ def result(
         data_version=dg.DataVersion(step.key),
         check_results=list(checks),
     )
-
-
-def drawn(name: str, of: Step, draw: Callable[[], bytes], settings: Settings) -> Path:
-    """The PNG or JPEG file `name`, drawn from what a step made by a function of `plots`.
-
-    With another colour it is drawn again, and no network trained again.
-    """
-    plots = "lens_pipeline.evaluation.plots"
-    return derived("pictures", name, of.content, draw, settings, (plots,), ("matplotlib",))
-
-
-def derived(
-    kind: str,
-    name: str,
-    of: str,
-    content: Callable[[], bytes],
-    settings: Settings,
-    modules: tuple[str, ...],
-    libraries: tuple[str, ...],
-) -> Path:
-    """The file `name` among those of a kind, of what a step made. It is a step of its own: what is
-    only looked at is written once, and nothing else is made again when it changes.
-
-    of: a hash of what the step made; modules, libraries: see `Recipe`.
-    """
-    recipe = Recipe(f"{kind}/{name}", modules, libraries, inputs={"step": of})
-    step = run_step(recipe, settings.home / kind, lambda out: (out / name).write_bytes(content()))
-    return step.folder / name
-
-
-def picture(path: Path) -> dg.MetadataValue:
-    """A PNG or JPEG file as metadata that the UI shows in place."""
-    import base64
-    import mimetypes
-
-    encoded = base64.b64encode(path.read_bytes()).decode()
-    kind, _ = mimetypes.guess_type(path.name)
-    return dg.MetadataValue.md(f"![{path.stem}](data:{kind};base64,{encoded})")

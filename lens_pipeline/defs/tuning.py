@@ -9,8 +9,9 @@ from pydantic import Field
 from lens_pipeline import presets
 from lens_pipeline.defs.checkpoints import POOL
 from lens_pipeline.defs.resources import LensHome
+from lens_pipeline.defs.shown import picture, table
 from lens_pipeline.defs.source import source_is_published
-from lens_pipeline.defs.stages import in_a_process, picture, table
+from lens_pipeline.defs.stages import in_a_process
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.names import parse_members
 from lens_pipeline.settings import Settings

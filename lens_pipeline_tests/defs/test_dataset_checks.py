@@ -12,7 +12,8 @@ import pytest
 
 from lens_pipeline.catalogue.dataset import Dataset, open_dataset
 from lens_pipeline.catalogue.splits import assign_splits
-from lens_pipeline.defs.dataset import cutout_catalogue, processed_dataset
+from lens_pipeline.defs.catalogue import cutout_catalogue
+from lens_pipeline.defs.dataset import processed_dataset
 from lens_pipeline.defs.dataset_checks import check_not_refused
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.shards import cloud_shards, lens_shards

@@ -16,7 +16,8 @@ import pytest
 
 from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs import stages
-from lens_pipeline.defs.dataset import cutout_catalogue, processed_dataset
+from lens_pipeline.defs.catalogue import cutout_catalogue
+from lens_pipeline.defs.dataset import processed_dataset
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.errors import InputError, NoAnswerError
 from lens_pipeline.runner import open_instance

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from sklearn.metrics import roc_auc_score
 
 from lens_pipeline.cli import main
-from lens_pipeline.defs.stages import table
+from lens_pipeline.defs.shown import table
 from lens_pipeline.registry import Registry
 from lens_pipeline.runner import open_instance
 from lens_pipeline.settings import Settings

@@ -430,7 +430,7 @@ def test_a_copy_of_a_configuration_is_checked_too(pool: str) -> None:
 def test_another_image_in_the_pool_is_another_catalogue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lens_pipeline.defs.dataset import catalogue_recipe
+    from lens_pipeline.defs.catalogue import catalogue_recipe
     from lens_pipeline.settings import Settings
 
     write_pool(tmp_path / "lrg", 2)
