@@ -109,7 +109,7 @@ def run(folder: Path, n: int) -> None:
         )
 
     with stage("ensemble_evaluation", folder) as made:
-        from lens_pipeline.ensemble.evaluate import evaluate_ensemble
+        from lens_pipeline.scoring.evaluate import evaluate_ensemble
 
         evaluate_ensemble(ensemble, dataset, catalogue, made, gate=settings.gate)
 

@@ -82,7 +82,7 @@ def predicted(home: Path, catalogue: Path, out: Path, kill_at: int | None) -> tu
 
 
 def measure(arguments: argparse.Namespace) -> tuple[list[Row], list[Target]]:
-    from lens_pipeline.ensemble.parts import ROWS
+    from lens_pipeline.scoring.parts import ROWS
 
     n = arguments.n
     rows: list[Row] = []

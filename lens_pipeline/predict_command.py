@@ -39,12 +39,12 @@ def _predict(options: argparse.Namespace) -> int:
     if options.top < 0:
         raise InputError(f"--top {options.top}: must be 0 or more")
     from lens_pipeline.catalogue.dataset import counted_reasons
-    from lens_pipeline.ensemble.best import DRAWN, files_of_best
-    from lens_pipeline.ensemble.claim import Share
-    from lens_pipeline.ensemble.parts import score_to_file
-    from lens_pipeline.ensemble.score_files import check_out
-    from lens_pipeline.ensemble.shard_cutouts import open_cutout_source
     from lens_pipeline.registry import Registry
+    from lens_pipeline.scoring.best import DRAWN, files_of_best
+    from lens_pipeline.scoring.claim import Share
+    from lens_pipeline.scoring.parts import score_to_file
+    from lens_pipeline.scoring.score_files import check_out
+    from lens_pipeline.scoring.shard_cutouts import open_cutout_source
     from lens_pipeline.tracking import keep_waits_short
 
     share = Share.parse(options.share) if options.share else None

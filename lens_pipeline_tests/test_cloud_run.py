@@ -16,10 +16,10 @@ from lens_pipeline.catalogue.dataset import open_dataset
 from lens_pipeline.cli import main
 from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.stages import CLOUD, checkpoint_key
-from lens_pipeline.ensemble.predictor import score_dataset
 from lens_pipeline.ensemble.system import load_ensemble
 from lens_pipeline.errors import NoAnswerError
 from lens_pipeline.runner import open_instance, settings_of_home
+from lens_pipeline.scoring.predictor import score_dataset
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards import publish_shards, read_manifest, store, verify_shards
 from lens_pipeline.shards.cloud import newest_version

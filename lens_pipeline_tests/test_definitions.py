@@ -149,7 +149,7 @@ def test_every_asset_says_what_it_is() -> None:
 
 def test_a_change_of_a_plot_makes_no_data_and_no_network_again() -> None:
     plots = "lens_pipeline.evaluation.plots"
-    assert plots in source_hashes(["lens_pipeline.ensemble.evaluate"])
+    assert plots in source_hashes(["lens_pipeline.scoring.evaluate"])
     for stage in (dataset.BUILD, shards.WRITER, checkpoints.TRAIN, ensemble.SYSTEM):
         assert plots not in source_hashes([stage])
 

@@ -22,7 +22,6 @@ from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.cli import main
 from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.checkpoints import POOL
-from lens_pipeline.ensemble.evaluate import evaluate_ensemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation import standing
 from lens_pipeline.processes import HOST, PID, RUN, process_tags, sign_of_life
@@ -33,6 +32,7 @@ from lens_pipeline.runner import (
     run_pipeline,
     settings_of_home,
 )
+from lens_pipeline.scoring.evaluate import evaluate_ensemble
 from lens_pipeline.settings import Settings
 from lens_pipeline.tracking import Tracking
 from lens_pipeline_tests.conftest import client_of

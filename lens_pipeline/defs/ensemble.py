@@ -38,7 +38,7 @@ from lens_pipeline.steps import Recipe, inputs_of
 from lens_pipeline.tracking import Tracking
 
 SYSTEM = "lens_pipeline.ensemble.system"
-EVALUATE = "lens_pipeline.ensemble.evaluate"
+EVALUATE = "lens_pipeline.scoring.evaluate"
 # Of an evaluation, by their titles; those of the selection function only where truths are known.
 PICTURES = {
     "ROC": "roc",
@@ -207,7 +207,7 @@ def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
         )
 
         def build(out: Path) -> None:
-            from lens_pipeline.ensemble.evaluate import evaluate_ensemble
+            from lens_pipeline.scoring.evaluate import evaluate_ensemble
 
             evaluate_ensemble(
                 ensemble.folder,

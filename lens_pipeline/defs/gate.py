@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lens_pipeline.evaluation.gates import GateDecision
 
 GATE_CHECK = "passes_the_gate"
-RESCORE = "lens_pipeline.ensemble.rescore"
+RESCORE = "lens_pipeline.scoring.rescore"
 
 
 def decide(
@@ -127,7 +127,7 @@ def _scored_by(ensemble: "LensEnsemble", source: Source, lens: LensHome) -> "pd.
     import pandas as pd
 
     from lens_pipeline.ensemble.carried import requirements
-    from lens_pipeline.ensemble.rescore import SCORES, rescore_test_split
+    from lens_pipeline.scoring.rescore import SCORES, rescore_test_split
 
     recipe = Recipe(
         stage="champion_scores",

@@ -8,10 +8,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "calibration": ["fit_calibration"],
         "choice": ["FittedFusion", "choose"],
         "fusion": ["Bayesian", "Fused", "InverseVariance", "Mean", "Single", "Stacking", "fuse"],
-        "parts": ["score_to_file"],
-        "predictor": ["score_catalogue", "score_dataset"],
-        "score_files": ["about_scores"],
-        "shard_cutouts": ["open_cutout_source"],
         "system": ["LensEnsemble", "assemble", "load_ensemble"],
     },
 )

@@ -11,9 +11,9 @@ import pandas as pd
 from lens_pipeline.catalogue.dataset import CutoutFormat
 from lens_pipeline.catalogue.images import CutoutError
 from lens_pipeline.catalogue.table import read_catalogue
-from lens_pipeline.ensemble.cutouts import CatalogueCutouts
-from lens_pipeline.ensemble.parts import ROWS, ScoredFile, score_to_file
 from lens_pipeline.ensemble.system import LensEnsemble
+from lens_pipeline.scoring.parts import ROWS, ScoredFile, score_to_file
+from lens_pipeline.scoring.sources import CatalogueCutouts
 
 N = 2 * ROWS + 100
 

@@ -19,9 +19,9 @@ from lens_pipeline.catalogue.dataset import CutoutFormat
 from lens_pipeline.catalogue.images import CutoutError
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
-from lens_pipeline.ensemble.cutouts import CatalogueCutouts
-from lens_pipeline.ensemble.parts import score_to_file
-from lens_pipeline.ensemble.score_files import about_scores
+from lens_pipeline.scoring.parts import score_to_file
+from lens_pipeline.scoring.score_files import about_scores
+from lens_pipeline.scoring.sources import CatalogueCutouts
 from lens_pipeline.storage import FEW
 from lens_pipeline_tests.scoring.scorers import Counting, Stuttering, command, interrupt, scored
 
@@ -247,7 +247,7 @@ def test_what_could_not_be_read_is_tried_again_alone(
 
     with monkeypatch.context() as during:
         if stopped:
-            during.setattr("lens_pipeline.ensemble.parts.write_scores", interrupt)
+            during.setattr("lens_pipeline.scoring.parts.write_scores", interrupt)
         with pytest.raises(KeyboardInterrupt) if stopped else nullcontext():
             score_to_file(counting, Stuttering(catalogue), out, model="mine")
     assert sum(counting.scored) == 295
@@ -280,7 +280,7 @@ def test_a_kill_between_retry_and_file_keeps_the_new_scores(
     monkeypatch.setattr(Stuttering, "fails", ())
 
     with monkeypatch.context() as during:
-        during.setattr("lens_pipeline.ensemble.parts.write_scores", interrupt)
+        during.setattr("lens_pipeline.scoring.parts.write_scores", interrupt)
         with pytest.raises(KeyboardInterrupt):
             score_to_file(counting, source, out, model="mine")
     found = score_to_file(counting, source, out, model="mine")

@@ -14,12 +14,12 @@ import pytest
 
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
-from lens_pipeline.ensemble.claim import Share
-from lens_pipeline.ensemble.cutouts import CatalogueCutouts
-from lens_pipeline.ensemble.parts import ROWS, score_to_file
-from lens_pipeline.ensemble.score_files import written
 from lens_pipeline.ensemble.system import BATCH, LensEnsemble
 from lens_pipeline.errors import InputError
+from lens_pipeline.scoring.claim import Share
+from lens_pipeline.scoring.parts import ROWS, score_to_file
+from lens_pipeline.scoring.score_files import written
+from lens_pipeline.scoring.sources import CatalogueCutouts
 from lens_pipeline_tests.scoring.scorers import Counting, N, Stuttering, command, interrupt, scored
 
 
@@ -168,7 +168,7 @@ def test_parts_of_a_catalogue_that_has_grown_meanwhile_are_gone_on_from(
     out = tmp_path / "scores.parquet"
 
     with monkeypatch.context() as during:
-        during.setattr("lens_pipeline.ensemble.parts.write_scores", interrupt)
+        during.setattr("lens_pipeline.scoring.parts.write_scores", interrupt)
         with pytest.raises(KeyboardInterrupt):
             scored(counting, own_images[:250], out)
     with caplog.at_level("INFO"):
@@ -195,11 +195,11 @@ def test_the_last_batch_is_as_it_would_be_where_others_are_not_whole(
         raise InputError("the disk is full")
 
     def stop_after_one(path: Path) -> Any:
-        during.setattr("lens_pipeline.ensemble.parts.written", full)
+        during.setattr("lens_pipeline.scoring.parts.written", full)
         return written(path)
 
     with monkeypatch.context() as during:
-        during.setattr("lens_pipeline.ensemble.parts.written", stop_after_one)
+        during.setattr("lens_pipeline.scoring.parts.written", stop_after_one)
         with pytest.raises(InputError, match="full"):
             score_to_file(counting, source, out, model="mine")
     counting.scored.clear()
@@ -233,7 +233,7 @@ def test_a_limit_holds_for_what_was_done_before(
     source, out = CatalogueCutouts(read_catalogue(survey)), tmp_path / "scores.parquet"
 
     with monkeypatch.context() as during:
-        during.setattr("lens_pipeline.ensemble.parts.write_scores", interrupt)
+        during.setattr("lens_pipeline.scoring.parts.write_scores", interrupt)
         with pytest.raises(KeyboardInterrupt):
             score_to_file(ensemble, source, out, model="mine")
     with pytest.raises(InputError, match=rf"23 of {N} cutouts cannot be used, or more; LENS_MAX"):

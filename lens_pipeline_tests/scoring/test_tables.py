@@ -14,13 +14,13 @@ from PIL import Image
 
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
-from lens_pipeline.ensemble import best
-from lens_pipeline.ensemble.cutouts import CatalogueCutouts
-from lens_pipeline.ensemble.parts import score_to_file
-from lens_pipeline.ensemble.predictor import score_catalogue
-from lens_pipeline.ensemble.score_files import about_scores
 from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.errors import InputError
+from lens_pipeline.scoring import best
+from lens_pipeline.scoring.parts import score_to_file
+from lens_pipeline.scoring.predictor import score_catalogue
+from lens_pipeline.scoring.score_files import about_scores
+from lens_pipeline.scoring.sources import CatalogueCutouts
 from lens_pipeline.shards.cloud import publish_shards
 from lens_pipeline_tests.object_stores import S3Server
 from lens_pipeline_tests.scoring.scorers import Counting, command, scored

@@ -18,9 +18,10 @@ from sklearn.metrics import roc_auc_score
 
 from lens_pipeline import LensDataModule, LitEnsembleSystem, LitLensSystem
 from lens_pipeline.cli import main
-from lens_pipeline.ensemble import assemble, open_cutout_source, score_to_file
+from lens_pipeline.ensemble import assemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.system import load_system
+from lens_pipeline.scoring import open_cutout_source, score_to_file
 from lens_pipeline.shards import open_shards, publish_shards
 from lens_pipeline.training import train
 from lens_pipeline.training.config import TrainConfig

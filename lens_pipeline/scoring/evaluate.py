@@ -11,7 +11,6 @@ import pandas as pd
 
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.ensemble.calibration import at_mixture
-from lens_pipeline.ensemble.predictor import ScoredDataset, score_dataset
 from lens_pipeline.ensemble.system import load_ensemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import ece_by_chance, lens_metrics, ranking_metric
@@ -37,6 +36,7 @@ from lens_pipeline.evaluation.surveys import by_survey
 from lens_pipeline.evaluation.tables import cutouts_table, format_text
 from lens_pipeline.models.saliency import smooth_grad
 from lens_pipeline.models.system import LitLensSystem
+from lens_pipeline.scoring.predictor import ScoredDataset, score_dataset
 
 GALLERY = 16
 

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from lens_pipeline.ensemble.cutouts import CutoutSource
-from lens_pipeline.ensemble.score_files import keep, written
 from lens_pipeline.ensemble.system import LensEnsemble
+from lens_pipeline.scoring.score_files import keep, written
+from lens_pipeline.scoring.sources import CutoutSource
 
 DRAWN = 1000  # of the highest-scored: a JPEG is no higher than 65,500 pixels
 CAPTION = 17  # characters of an id that fit over a cutout

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat, Split
 from lens_pipeline.catalogue.images import CutoutError
 from lens_pipeline.catalogue.table import Catalogue, read_catalogue
-from lens_pipeline.ensemble.cutouts import CatalogueCutouts, CutoutSource
 from lens_pipeline.ensemble.system import BATCH, LensEnsemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.progress import progress_bar
+from lens_pipeline.scoring.sources import CatalogueCutouts, CutoutSource
 
 log = logging.getLogger(__name__)
 

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.build import LIBRARIES as PIXEL_LIBRARIES
 from lens_pipeline.ensemble.carried import further_libraries
-from lens_pipeline.ensemble.cutouts import CutoutSource, hashed
-from lens_pipeline.ensemble.predictor import score_table
-from lens_pipeline.ensemble.score_files import FINGERPRINT, ROW_GROUP
 from lens_pipeline.ensemble.system import LensEnsemble
+from lens_pipeline.scoring.predictor import score_table
+from lens_pipeline.scoring.score_files import FINGERPRINT, ROW_GROUP
+from lens_pipeline.scoring.sources import CutoutSource, hashed
 from lens_pipeline.steps import digest, source_hashes
 
-_MODULES = ("lens_pipeline.ensemble.predictor", "lens_pipeline.ensemble.shard_cutouts")
+_MODULES = ("lens_pipeline.scoring.predictor", "lens_pipeline.scoring.shard_cutouts")
 # Of reasons against a cutout: a disk that fails or goes away for a while, or a right that lacks,
 # does not show in its file.
 _MAY_PASS = ("the file cannot be read", "the file is missing")

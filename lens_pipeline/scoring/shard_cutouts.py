@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat
 from lens_pipeline.catalogue.images import Cutout, CutoutError, central
 from lens_pipeline.catalogue.table import Catalogue, read_catalogue
-from lens_pipeline.ensemble.cutouts import (
+from lens_pipeline.ensemble.system import BATCH
+from lens_pipeline.errors import InputError, masked
+from lens_pipeline.scoring.sources import (
     CatalogueCutouts,
     CutoutSource,
     check_bands,
     check_pixel_scale,
     hashed,
 )
-from lens_pipeline.ensemble.system import BATCH
-from lens_pipeline.errors import InputError, masked
 from lens_pipeline.shards.as_dataset import ShardsAsDataset, shards_as_dataset
 from lens_pipeline.shards.cloud import is_published, published_version
 from lens_pipeline.shards.reader import FetchedSplit

@@ -26,11 +26,12 @@ from lens_pipeline.catalogue.dataset import counted_reasons
 from lens_pipeline.catalogue.images import CutoutError
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.commit import code_commit
-from lens_pipeline.ensemble.best import show_best
-from lens_pipeline.ensemble.claim import LOCK, Share, claimed
-from lens_pipeline.ensemble.cutouts import CutoutSource
-from lens_pipeline.ensemble.predictor import score_batches, scoring, tell_of_replaced
-from lens_pipeline.ensemble.score_files import (
+from lens_pipeline.ensemble.system import BATCH, LensEnsemble
+from lens_pipeline.errors import InputError
+from lens_pipeline.scoring.best import show_best
+from lens_pipeline.scoring.claim import LOCK, Share, claimed
+from lens_pipeline.scoring.predictor import score_batches, scoring, tell_of_replaced
+from lens_pipeline.scoring.score_files import (
     FINGERPRINT,
     about_intact,
     check_out,
@@ -39,9 +40,8 @@ from lens_pipeline.ensemble.score_files import (
     write_scores,
     written,
 )
-from lens_pipeline.ensemble.scored_rows import ScoredRows, model_hash, scoring_program
-from lens_pipeline.ensemble.system import BATCH, LensEnsemble
-from lens_pipeline.errors import InputError
+from lens_pipeline.scoring.scored_rows import ScoredRows, model_hash, scoring_program
+from lens_pipeline.scoring.sources import CutoutSource
 from lens_pipeline.storage import FEW
 
 ROWS = 4 * BATCH  # of a part: what a kill costs

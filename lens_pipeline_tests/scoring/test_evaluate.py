@@ -16,12 +16,12 @@ import torch
 from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat, DatasetSplit
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.ensemble.description import groups_behind
-from lens_pipeline.ensemble.evaluate import evaluate_ensemble
 from lens_pipeline.ensemble.system import assemble, load_ensemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import ece_by_chance, lens_metrics
 from lens_pipeline.evaluation.result import Evaluation, read_evaluation
 from lens_pipeline.models.system import LitLensSystem
+from lens_pipeline.scoring.evaluate import evaluate_ensemble
 
 SIZE = 16
 FORM = CutoutFormat(("g", "r", "i"), SIZE, "background_sigma", 0.26)
