@@ -39,6 +39,7 @@ def _predict(options: argparse.Namespace) -> int:
     if options.top < 0:
         raise InputError(f"--top {options.top}: must be 0 or more")
     from lens_pipeline.catalogue.dataset import counted_reasons
+    from lens_pipeline.registered import load_registered
     from lens_pipeline.registry import Registry
     from lens_pipeline.scoring.best import DRAWN, files_of_best
     from lens_pipeline.scoring.claim import Share
@@ -67,7 +68,7 @@ def _predict(options: argparse.Namespace) -> int:
         pad=settings.pad,
         storage_options=settings.storage_options,
     )
-    ensemble, uri = registry.load(options.model)
+    ensemble, uri = load_registered(registry, options.model)
     with interruptible():
         scored = score_to_file(
             ensemble,

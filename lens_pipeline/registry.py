@@ -15,14 +15,14 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import filelock
 
 from lens_pipeline.commit import code_commit
-from lens_pipeline.errors import InputError, NoAnswerError, masked, words_of
+from lens_pipeline.errors import InputError, NoAnswerError, words_of
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import PACKAGE, digest, folder_aside
+from lens_pipeline.steps import digest
 from lens_pipeline.tracking import (
     DAGSTER_RUN,
     DATASET_VERSION,
@@ -30,13 +30,10 @@ from lens_pipeline.tracking import (
     Tracking,
     page_address,
 )
-from lens_pipeline.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
-
-    from lens_pipeline.ensemble.system import LensEnsemble
 
 MODEL = "lens_ensemble"
 ABOUT = (
@@ -158,7 +155,7 @@ class Registry:
         with (
             TemporaryDirectory() as folder,
             mlflow.start_run(run_id=run_id),
-            _import_path_kept(),
+            import_path_kept(),
             # It tells every user on stderr what our own caller says.
             redirect_stderr(io.StringIO()),
         ):
@@ -242,77 +239,6 @@ class Registry:
             self.set_alias(CHAMPION, former)
         return former, number
 
-    def aliases(self, version: str) -> list[str]:
-        return self.all_aliases().get(version, [])
-
-    def load(self, uri: str | None = None) -> tuple["LensEnsemble", str]:
-        """(the ensemble, `models:/name/version`) by a `models:/` URI of this registry.
-
-        Without one: `champion`, else the newest `challenger`. Raises InputError where the home has
-        no registry, and where the registry has no such model; NoAnswerError where it cannot be
-        asked.
-        """
-        if uri is not None and not uri.startswith("models:/"):
-            raise InputError(
-                f"{uri!r} is no model of this registry, which are models:/{MODEL}@alias and "
-                f"models:/{MODEL}/version (a model is code, so no other place is trusted)"
-            )
-        self.require()
-        with answering(f"{uri or MODEL} cannot be loaded"):
-            _ = self.client  # sets MLflow's URIs
-            uri = self._numbered(uri or self._default_uri())
-            # MLflow would leave what it fetches where it lies; the ensemble is in memory then.
-            if not uri.startswith(f"models:/{MODEL}/"):
-                raise InputError(f"{uri} is another model; a lens finder is {MODEL}")
-            with _import_path_kept(), TemporaryDirectory() as fetched:
-                model = _loaded(uri, fetched)
-                _tell_of_other_code(uri, Path(fetched))
-        return model.unwrap_python_model().ensemble, uri
-
-    def with_local_weights(self, config: TrainConfig) -> TrainConfig:
-        """A configuration with a file in the place of a registered model to start from."""
-        start = config.model.pretrained
-        if not start.startswith("models:/"):
-            return config
-        weights = self.member_checkpoint(start, config.model.arch)
-        return config.with_changes({"model": {"pretrained": str(weights)}}, start)
-
-    def member_checkpoint(self, uri: str, architecture: str) -> Path:
-        """A local copy of the checkpoint of a registered ensemble's member of this architecture.
-
-        Raises InputError where the registry has no such model, or the model no such member;
-        NoAnswerError where it cannot be asked.
-        """
-        self.require()
-        import mlflow
-
-        from lens_pipeline.models.pretrained import read_checkpoint
-
-        with answering(f"model.pretrained: {uri} cannot be had"):
-            _ = self.client  # sets MLflow's URIs
-            uri = self._numbered(uri)
-            # The number alone would be that of another server's version, too.
-            name, _, number = uri.removeprefix("models:/").partition("/")
-            version = self.client.get_model_version(name, number)
-            which = digest([version.source, version.run_id])[:16]
-            folder = self.settings.cache / "models" / f"{version.name}-{which}"
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
-                if not folder.exists():
-                    with folder_aside(folder) as aside:
-                        mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(aside))
-        members: dict[str, list[Path]] = {}
-        for path in sorted(folder.rglob("members/*.ckpt")):
-            members.setdefault(read_checkpoint(path)["hyper_parameters"]["arch"], []).append(path)
-        if architecture not in members:
-            raise InputError(
-                f"model.pretrained: {uri} has no {architecture}; it has {', '.join(members)}"
-            )
-        first, *others = members[architecture]
-        if others:
-            log.info("  of %d members of %s: %s", 1 + len(others), architecture, first.stem)
-        return first
-
     def require(self) -> None:
         """Raises InputError, naming the home, where there is no registry yet."""
         if self.settings.tracking_uri is None and not self.settings.mlflow_database.is_file():
@@ -320,68 +246,6 @@ class Registry:
                 f"{self.settings.home}: this home has no model registry; "
                 "name another with --home or LENS_HOME, or make one with `lens-pipeline run`"
             )
-
-    def _numbered(self, uri: str) -> str:
-        """The URI of the version that an alias points to now: it may move meanwhile."""
-        model, slash, number = uri.removeprefix("models:/").partition("/")
-        if number == "latest":
-            found = self.client.search_model_versions(f"name = '{model}'")
-            number = str(max((int(one.version) for one in found), default=0))
-        if slash:
-            return f"models:/{model}/{number}"
-        name, at, alias = model.partition("@")
-        if not at:
-            raise InputError(f"{uri}: says no version; name one, as {uri}@champion or {uri}/3")
-        return f"models:/{name}/{self.client.get_model_version_by_alias(name, alias).version}"
-
-    def _default_uri(self) -> str:
-        self.require()
-        for alias in (CHAMPION, CHALLENGER):
-            version = self.aliased(alias)
-            if version is not None:
-                if alias == CHALLENGER:
-                    log.warning("no champion: using the challenger, version %s", version.version)
-                return f"models:/{MODEL}/{version.version}"
-        known = ", ".join(str(version.version) for version in self.versions())
-        if known:
-            raise InputError(
-                f"{MODEL} has the versions {known}, and none is champion or challenger; name one "
-                f"with --model models:/{MODEL}/..., or make one champion with `lens-pipeline "
-                "promote`"
-            )
-        raise InputError(
-            f"{masked(self.settings.mlflow_uri)}: no version of {MODEL} is registered; "
-            "make one with `lens-pipeline run`"
-        )
-
-
-def _loaded(uri: str, folder: str) -> Any:
-    """MLflow's model, fetched into a folder; it names the version where that holds no ensemble."""
-    import mlflow
-
-    try:
-        return mlflow.pyfunc.load_model(uri, dst_path=folder)
-    except InputError as problem:
-        raise InputError(f"--model: {uri}: {problem}") from None
-
-
-def _tell_of_other_code(uri: str, folder: Path) -> None:
-    """Warns where the code that scores is not what a version was registered with, and carries for
-    those who have not installed it."""
-    installed = Path(__file__).parent
-    for carried in folder.rglob(f"code/{PACKAGE}"):
-        files = [file.relative_to(carried) for file in sorted(carried.rglob("*.py"))]
-        other = [
-            str(file)
-            for file in files
-            if not (installed / file).is_file()
-            or (installed / file).read_bytes() != (carried / file).read_bytes()
-        ]
-        if other:
-            log.warning(
-                "%s was registered with other code (%d files differ, as %s); the code that is "
-                "installed here scores", uri, len(other), other[0],
-            )  # fmt: skip
 
 
 @contextmanager
@@ -416,7 +280,7 @@ def _told(what: str, problem: Exception) -> InputError:
 
 
 @contextmanager
-def _import_path_kept() -> Iterator[None]:
+def import_path_kept() -> Iterator[None]:
     """MLflow puts the code that a model carries before all else; here the installed code scores,
     and so it does in processes that are started later."""
     before = sys.path

@@ -63,12 +63,13 @@ def asked_config(options: argparse.Namespace, settings: Settings) -> TrainConfig
     too."""
     config = TrainConfig.read(options.config) if options.config else TrainConfig()
     config = config.with_changes(changes(options), options.command)
+    from lens_pipeline.registered import with_local_weights
     from lens_pipeline.registry import Registry
     from lens_pipeline.training.devices import check_devices
 
     check_devices(config)  # before a store is asked
     config = config.with_changes(_places(config, settings), options.command)
-    return Registry(settings).with_local_weights(config)
+    return with_local_weights(Registry(settings), config)
 
 
 def train_here(config: TrainConfig, settings: Settings, out: Path) -> "TrainedMember":

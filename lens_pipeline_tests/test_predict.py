@@ -11,6 +11,7 @@ import torch
 
 from lens_pipeline.cli import main
 from lens_pipeline.errors import InputError
+from lens_pipeline.registered import member_checkpoint
 from lens_pipeline.registry import Registry
 from lens_pipeline.settings import Settings
 from lens_pipeline_tests.conftest import LENS_PIPELINE, client_of, program_says
@@ -133,9 +134,9 @@ def test_a_registered_member_is_trained_further(own_home: Path, tmp_path: Path) 
 def test_a_version_to_start_from_is_named_in_full(own_home: Path) -> None:
     registry = Registry(Settings.load(home=str(own_home)))
     with pytest.raises(InputError, match="says no version; name one, as models:/lens_ensemble@ch"):
-        registry.member_checkpoint("models:/lens_ensemble", "lastro")
+        member_checkpoint(registry, "models:/lens_ensemble", "lastro")
     newest, first = (
-        registry.member_checkpoint(f"models:/lens_ensemble/{version}", "lastro")
+        member_checkpoint(registry, f"models:/lens_ensemble/{version}", "lastro")
         for version in ("latest", "1")
     )
     assert newest == first

@@ -19,6 +19,7 @@ from mlflow.models import Model
 from lens_pipeline.ensemble.carried import LIBRARIES
 from lens_pipeline.ensemble.system import LensEnsemble, load_ensemble
 from lens_pipeline.errors import InputError
+from lens_pipeline.registered import load_registered
 from lens_pipeline.registry import MODEL, Registry
 from lens_pipeline.settings import Settings
 from lens_pipeline_tests.conftest import program_says
@@ -187,13 +188,13 @@ def test_a_version_of_other_code_is_told(
     home: Path, model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry = Registry(Settings.load(home=home))
-    registry.load()
+    load_registered(registry)
     assert "other code" not in caplog.text
     (carried,) = model.rglob("code/lens_pipeline/ensemble/fusion.py")
     as_it_was = carried.read_text()
     carried.write_text(f"{as_it_was}# before it was mended\n")
     try:
-        registry.load()
+        load_registered(registry)
     finally:
         carried.write_text(as_it_was)
     assert "was registered with other code (1 files differ, as ensemble/fusion.py)" in caplog.text

@@ -22,6 +22,7 @@ from lens_pipeline.defs.stages import (
     stage,
 )
 from lens_pipeline.models.names import Member, network_libraries
+from lens_pipeline.registered import with_local_weights
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Recipe, Step, write_aside
 from lens_pipeline.tracking import DAGSTER_RUN, DATASET_VERSION, Tracking
@@ -93,7 +94,7 @@ def checkpoint_stage(member: Member, defaults: TrainConfig) -> Stage:
         settings = lens.settings
         upstream = made(context, CLOUD)
         trained_with = defaults.with_changes(config.model_dump(), key.to_user_string())
-        trained_with = lens.registry.with_local_weights(trained_with)
+        trained_with = with_local_weights(lens.registry, trained_with)
         recipe = Recipe(
             stage=f"checkpoints/{member.name}",
             modules=(TRAIN,),

@@ -8,6 +8,7 @@ from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.scored import Source
 from lens_pipeline.defs.stages import log
 from lens_pipeline.errors import InputError, NoAnswerError
+from lens_pipeline.registered import load_registered
 from lens_pipeline.registry import MODEL, REPLACED, ROLLED_BACK
 from lens_pipeline.steps import Recipe, digest, run_step
 from lens_pipeline.tracking import STEP_KEY
@@ -68,7 +69,7 @@ def decide(
         )
     number = str(champion.version)
     try:
-        theirs, _ = lens.registry.load(f"models:/{MODEL}/{number}")
+        theirs, _ = load_registered(lens.registry, f"models:/{MODEL}/{number}")
     except NoAnswerError:
         raise  # it says nothing of the champion
     except InputError as problem:

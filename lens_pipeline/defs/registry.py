@@ -86,7 +86,7 @@ def registry_stage(published: bool) -> Stage:
         decision = _promoted_if_passed(registry, number, against)
         if champion is None or champion.version != version.version or GATE not in champion.tags:
             registry.judge(number, decision.reasons)  # a champion is not compared with itself
-        aliases = registry.aliases(number)
+        aliases = registry.all_aliases().get(number, [])
         seconds = ended(reused)
         stages = _stages(context) | {
             REGISTERED.to_user_string(): {"seconds": round(seconds, 3), "reused": reused}
