@@ -29,7 +29,7 @@ from lens_pipeline.training.space import DEFAULT_SPACE, Pruner, SearchSpace
 if TYPE_CHECKING:
     from pytorch_lightning.loggers import Logger
 
-    from lens_pipeline.training.tune import TunedStudy
+    from lens_pipeline.training.study import TunedStudy
 
 SHOWN = 10  # trials in the table
 
@@ -89,7 +89,7 @@ def _recorded(
     """The study, in an MLflow run in which those of its trials are nested."""
     from lens_pipeline.tracking import Tracking
     from lens_pipeline.training.devices import gpus_claimed
-    from lens_pipeline.training.tune import BEST_CONFIG, PICTURE, TABLE, TunedStudy
+    from lens_pipeline.training.study import BEST_CONFIG, PICTURE, TABLE, TunedStudy
 
     tracking = Tracking(settings)
     parent = tracking.reopened_run(f"tuning {out.name}", digest(str(out)))
@@ -202,7 +202,7 @@ def _worker(
 
 
 def _tell(study: "TunedStudy") -> None:
-    from lens_pipeline.training.tune import BEST_CONFIG, PICTURE, TABLE
+    from lens_pipeline.training.study import BEST_CONFIG, PICTURE, TABLE
 
     trials = study.ranked.head(SHOWN).drop(columns=["reason", "seconds"])
     trials.columns = [name.rpartition(".")[2] for name in trials.columns]

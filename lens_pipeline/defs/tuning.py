@@ -85,7 +85,7 @@ def tune_member(context: dg.OpExecutionContext, config: Tuning, lens: LensHome) 
 
 def _shown(context: dg.OpExecutionContext, out: Path, member: str) -> str:
     """The path of the best settings; the picture and the table become the output's metadata."""
-    from lens_pipeline.training.tune import BEST_CONFIG, PICTURE, TunedStudy
+    from lens_pipeline.training.study import BEST_CONFIG, PICTURE, TunedStudy
 
     study = TunedStudy(out)
     if study.best is None:

@@ -5,8 +5,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from lens_pipeline.models.pretrained import read_checkpoint
 from lens_pipeline.models.system import LensClassifier, LitLensSystem
 from lens_pipeline.progress import in_notebook, shows_progress
 from lens_pipeline.shards.datamodule import CutoutModule
-from lens_pipeline.steps import digest, file_aside, write_aside
+from lens_pipeline.steps import file_aside, write_aside
 from lens_pipeline.training.callbacks import (
     Curves,
     FiniteLoss,
@@ -49,6 +48,7 @@ from lens_pipeline.training.checkpoints import (
 )
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.devices import check_devices, device, on_gpu, resolved_precision
+from lens_pipeline.training.inputs import START, hashed_inputs, other_inputs, recorded_inputs
 from lens_pipeline.training.loggers import end, file_loggers
 from lens_pipeline.training.member import (
     BEST,
@@ -63,10 +63,16 @@ from lens_pipeline.training.member import (
 )
 from lens_pipeline.training.undisturbed import process_left_as_it_was
 
-START = "weights to start from"
 COMPUTED_ON = "device and precision"
 WEIGHTS = ("state_dict", "hyper_parameters", "epoch", "global_step", "pytorch-lightning_version")
 BATCH = 256
+NO_NEWS = (  # of Lightning and torch, by patterns
+    ".*does not have many workers.*",  # few are meant: batches are gathered from mapped memory
+    ".*exists and is not empty.*",
+    ".*LeafSpec.*",
+    ".*recommended to use `self.log.*",  # each rank has computed them over all
+    ".*smaller than the logging interval.*",
+)
 
 log = logging.getLogger(__name__)
 
@@ -233,32 +239,6 @@ def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> tuple[TrainCon
     return config, last if last.exists() else None
 
 
-def hashed_inputs(config: TrainConfig, data: CutoutModule) -> dict[str, str]:
-    """{what a training is made of, besides its settings: what tells it from another}."""
-    return {
-        "cutouts": digest([data.content, asdict(data.format)]),
-        "order or share of the cutouts": digest([data.seed, data.bagging]),
-        START: config.start,
-    }
-
-
-def recorded_inputs(folder: Path) -> dict[str, str]:
-    """The `hashed_inputs` that a folder was begun with. Raises InputError where an earlier version
-    of this program has begun it."""
-    path = folder / INPUTS
-    if not path.exists():
-        raise InputError(
-            f"{folder}: an earlier version of lens_pipeline has begun it; name another folder"
-        )
-    recorded: dict[str, str] = json.loads(path.read_text())
-    return recorded
-
-
-def other_inputs(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The names of those that are not as they were."""
-    return [name for name, value in now.items() if before.get(name) != value]
-
-
 def deciding_metric(config: TrainConfig, data: CutoutModule) -> str:
     """What chooses the best epoch: `training.monitor`, or where the validation set has too few
     non-lenses to resolve it, what it can rank by, see `ranking_metric`. Raises InputError where it
@@ -295,8 +275,7 @@ def _fit(
     callbacks: Sequence[Callback],
     system_type: type[LensClassifier],
 ) -> None:
-    how, hardware = config.training, config.hardware
-    repeats = hardware.deterministic or not on_gpu(config)
+    how = config.training
     data.batch_size = how.batch_size
     set_seed(how.seed)
     system = build_system(config, data, system_type)
@@ -313,57 +292,19 @@ def _fit(
         save_weights_only=not how.ema,
         enable_version_counter=False,
     )
-    files = RenamedCheckpoints()
-    every = how.save_every_n_steps
+    files, curves = RenamedCheckpoints(), Curves()
     # Behind the others, whose state it keeps.
-    last = [] if how.fast_dev_run else [LastCheckpoint(out / LAST, every, best, files)]
-    finite = FiniteLoss(None if how.fast_dev_run else monitor)
-    chosen: list[Callback] = [StepSeeds(how.seed), finite, *callbacks, Curves()]
-    if how.ema:
-        # It is asked for before the network is on its device.
-        chosen.append(MovingAverage(how.ema, device(config)))
-    if how.patience:
-        chosen.append(Patience(monitor, how.min_delta, how.patience, mode=mode))
-    if not how.fast_dev_run:
-        chosen.append(LearningRateMonitor("step"))
-    if on_gpu(config):
-        chosen.append(PeakMemory())
-    has_bar = any(isinstance(one, ProgressBar) for one in callbacks)
-    if in_notebook() and not has_bar:
-        chosen.append(TQDMProgressBar())  # Lightning would take rich's, which needs ipywidgets
+    last = LastCheckpoint(out / LAST, how.save_every_n_steps, best, files)
+    chosen = [*_callbacks(config, monitor, mode, callbacks, curves), best]
     into_files = [] if how.fast_dev_run else file_loggers(config, out)
     with warnings.catch_warnings():
-        # Few workers are meant: batches are gathered from mapped memory.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        # Each rank has computed them over all.
-        warnings.filterwarnings("ignore", message=".*recommended to use `self.log.*")
-        warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-        trainer = pl.Trainer(
-            max_epochs=how.epochs,
-            # Lightning's `auto` takes others, too, which have no float64.
-            accelerator="gpu" if on_gpu(config) else "cpu",
-            devices=hardware.devices,
-            strategy="ddp" if hardware.devices > 1 else hardware.strategy,
-            precision=resolved_precision(config),
+        for message in NO_NEWS:
+            warnings.filterwarnings("ignore", message=message)
+        trainer = _trainer(
+            config,
             logger=[*into_files, *loggers],
-            callbacks=[*chosen, best, *last],
+            callbacks=chosen if how.fast_dev_run else [*chosen, last],
             plugins=[files],
-            gradient_clip_val=how.gradient_clip or None,
-            accumulate_grad_batches=how.accumulate_grad_batches,
-            fast_dev_run=how.fast_dev_run,
-            limit_train_batches=how.limit_train_batches,
-            limit_val_batches=how.limit_val_batches,
-            sync_batchnorm=hardware.devices > 1 and on_gpu(config),
-            deterministic="warn" if repeats else False,
-            # cuDNN's fastest convolutions for these sizes, which it finds by trying.
-            benchmark=not repeats,
-            # A step of a GPU takes milliseconds; a line in MLflow, some ten.
-            log_every_n_steps=200 if on_gpu(config) else 50,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            enable_progress_bar=has_bar or shows_progress(),
         )
         # Of memory that is written to anyway: with the deterministic kernels torch would do it.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -376,7 +317,6 @@ def _fit(
             end(into_files)
             data.trainer = None  # which holds the network, and what the optimiser knows of it
     if trainer.is_global_zero and not how.fast_dev_run:
-        curves = next(c for c in chosen if isinstance(c, Curves))
         kept = {Path(path).name for path in (best.best_model_path, *best.best_k_models)}
         for path in (out / TOP).glob("*.ckpt"):  # of a process that was killed, and did better
             if path.name not in kept:
@@ -384,6 +324,60 @@ def _fit(
         with telling_of_a_full_disk(out):
             pd.DataFrame(curves.rows).to_csv(out / CURVES, index=False)
             write_aside(out / FITTED, Path(best.best_model_path).name)
+
+
+def _callbacks(
+    config: TrainConfig, monitor: str, mode: str, given: Sequence[Callback], curves: Curves
+) -> list[Callback]:
+    """Those of a training, and among them the ones that were given, but for its checkpoints."""
+    how = config.training
+    finite = FiniteLoss(None if how.fast_dev_run else monitor)
+    chosen: list[Callback] = [StepSeeds(how.seed), finite, *given, curves]
+    if how.ema:
+        # It is asked for before the network is on its device.
+        chosen.append(MovingAverage(how.ema, device(config)))
+    if how.patience:
+        chosen.append(Patience(monitor, how.min_delta, how.patience, mode=mode))
+    if not how.fast_dev_run:
+        chosen.append(LearningRateMonitor("step"))
+    if on_gpu(config):
+        chosen.append(PeakMemory())
+    if in_notebook() and not _has_bar(given):
+        chosen.append(TQDMProgressBar())  # Lightning would take rich's, which needs ipywidgets
+    return chosen
+
+
+def _has_bar(callbacks: Sequence[Callback]) -> bool:
+    return any(isinstance(one, ProgressBar) for one in callbacks)
+
+
+def _trainer(config: TrainConfig, *, callbacks: list[Callback], **more: Any) -> pl.Trainer:
+    how, hardware = config.training, config.hardware
+    repeats = hardware.deterministic or not on_gpu(config)
+    return pl.Trainer(
+        max_epochs=how.epochs,
+        # Lightning's `auto` takes others, too, which have no float64.
+        accelerator="gpu" if on_gpu(config) else "cpu",
+        devices=hardware.devices,
+        strategy="ddp" if hardware.devices > 1 else hardware.strategy,
+        precision=resolved_precision(config),
+        callbacks=callbacks,
+        gradient_clip_val=how.gradient_clip or None,
+        accumulate_grad_batches=how.accumulate_grad_batches,
+        fast_dev_run=how.fast_dev_run,
+        limit_train_batches=how.limit_train_batches,
+        limit_val_batches=how.limit_val_batches,
+        sync_batchnorm=hardware.devices > 1 and on_gpu(config),
+        deterministic="warn" if repeats else False,
+        # cuDNN's fastest convolutions for these sizes, which it finds by trying.
+        benchmark=not repeats,
+        # A step of a GPU takes milliseconds; a line in MLflow, some ten.
+        log_every_n_steps=200 if on_gpu(config) else 50,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        enable_progress_bar=_has_bar(callbacks) or shows_progress(),
+        **more,
+    )
 
 
 def _finish(

@@ -20,7 +20,8 @@ from lens_pipeline.errors import InputError, NoRoomError
 from lens_pipeline.training import TrainedMember, train
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.space import SearchSpace
-from lens_pipeline.training.tune import TunedStudy, tune
+from lens_pipeline.training.study import TunedStudy
+from lens_pipeline.training.tune import tune
 from lens_pipeline_tests.training.killed import forked
 
 RATES = {"learning_rate": {"low": 1e-6, "high": 3e-2, "log": True}}
