@@ -180,9 +180,9 @@ def name_of(config: TrainConfig, settings: Settings, **more: Any) -> str:
 
 
 def _places(config: TrainConfig, settings: Settings) -> dict[str, dict[str, Any]]:
-    from lens_pipeline.shards.cloud import version_at
     from lens_pipeline.shards.cutouts import newest_shards
     from lens_pipeline.shards.urls import in_versions
+    from lens_pipeline.shards.versions import version_at
 
     names = ("data_root", "train_urls", "val_urls", "test_urls", "cache_dir")
     places = {name: getattr(config.data, name) for name in names}

@@ -22,7 +22,7 @@ from lens_pipeline.runner import open_instance, settings_of_home
 from lens_pipeline.scoring.predictor import score_dataset
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards import publish_shards, read_manifest, store, verify_shards
-from lens_pipeline.shards.cloud import newest_version
+from lens_pipeline.shards.versions import newest_version
 from lens_pipeline_tests.object_stores import S3Server, sign_in
 
 

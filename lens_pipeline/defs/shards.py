@@ -210,8 +210,8 @@ def observed_shards() -> dg.AssetsDefinition:
     observed, and what was made from an older one is then out of date."""
 
     def cloud_shards(lens: LensHome) -> dg.ObserveResult:
-        from lens_pipeline.shards.cloud import published_version
         from lens_pipeline.shards.store import read_manifest
+        from lens_pipeline.shards.versions import published_version
 
         settings = lens.settings
         url = published_version(settings.source, settings.storage_options)

@@ -24,7 +24,7 @@ def source_is_published(settings: Settings) -> bool:
     """
     if settings.is_simulated or names_table(settings.source):
         return False
-    from lens_pipeline.shards.cloud import is_published
+    from lens_pipeline.shards.versions import is_published
 
     kept, source = settings.home / ANSWER, digest(settings.source)
     before = _published(kept)
@@ -70,7 +70,7 @@ def source_state(settings: Settings) -> str:
     Raises InputError where the source cannot be read.
     """
     if source_is_published(settings):
-        from lens_pipeline.shards.cloud import published_version
+        from lens_pipeline.shards.versions import published_version
 
         return digest(published_version(settings.source, settings.storage_options))
     state = [catalogue_recipe(settings).key]

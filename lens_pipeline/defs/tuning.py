@@ -48,7 +48,7 @@ class Tuning(dg.Config):
 def newest_shards_url(settings: Settings) -> str:
     """Where the newest version lies: of the source where it is published shards, else of what this
     deployment publishes. Raises InputError where there is none."""
-    from lens_pipeline.shards.cloud import published_version
+    from lens_pipeline.shards.versions import published_version
 
     place = settings.source if source_is_published(settings) else settings.cloud
     return published_version(place, settings.storage_options)

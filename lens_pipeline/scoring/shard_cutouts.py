@@ -24,8 +24,8 @@ from lens_pipeline.scoring.sources import (
     hashed,
 )
 from lens_pipeline.shards.as_dataset import ShardsAsDataset, shards_as_dataset
-from lens_pipeline.shards.cloud import is_published, published_version
 from lens_pipeline.shards.reader import FetchedSplit
+from lens_pipeline.shards.versions import published_at
 from lens_pipeline.storage import names_table
 
 
@@ -120,8 +120,8 @@ def open_cutout_source(
     see `build_dataset`. Raises InputError where there is nothing of the kind.
     """
     location = str(location)
-    if not names_table(location) and is_published(location, storage_options):
-        version = published_version(location, storage_options)
+    version = None if names_table(location) else published_at(location, storage_options)
+    if version is not None:
         return ShardCutouts(
             shards_as_dataset(version, cache=cache, storage_options=storage_options)
         )

@@ -4,25 +4,24 @@
 which version is the newest; it is swapped when a version is whole.
 """
 
-import json
 import logging
 import posixpath
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from lens_pipeline.errors import InputError, first_of
 from lens_pipeline.settings import publishable
 from lens_pipeline.shards.checked import CheckedFolder, checked_folder
 from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest
-from lens_pipeline.shards.store import RefusedError, Store, StoreError, read_manifest
+from lens_pipeline.shards.store import Store, StoreError, read_manifest
 from lens_pipeline.shards.transfers import transfer
+from lens_pipeline.shards.versions import LATEST, Latest
 
-LATEST = "latest.json"
 # In a version's folder while it is published. An upload that only finds what is there already must
 # not look as old as that, or `prune` would take it for one that was stopped.
 AT_WORK = ".publishing"
@@ -45,39 +44,6 @@ class PublishedShards:
     skipped: tuple[str, ...]
     bytes: int
     states: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Latest:
-    """The newest version: when its last upload began (ISO 8601, UTC, by the store's clock), and its
-    number, from 1."""
-
-    version: str
-    created: str
-    sequence: int
-
-    @property
-    def content(self) -> bytes:
-        return json.dumps({"schema": 1, **asdict(self)}).encode()
-
-    @classmethod
-    def parse(cls, content: bytes, source: str) -> Self:
-        """Raises InputError where it is not as it was written."""
-        try:
-            values = json.loads(content)
-            if values.pop("schema") != 1:
-                raise ValueError("a newer version wrote it")
-            return cls(**values)
-        except (ValueError, KeyError, TypeError, AttributeError) as problem:
-            raise InputError(
-                f"{source}: does not name a version ({problem}); remove it, and publish again"
-            ) from None
-
-    @classmethod
-    def at(cls, store: Store) -> Self | None:
-        """None where nothing is published. Raises InputError as `parse`."""
-        content = store.read(LATEST)
-        return None if content is None else cls.parse(content, f"{store.url}/{LATEST}")
 
 
 def publish_shards(
@@ -252,43 +218,3 @@ def published_problems(
     if place.read(MANIFEST) != manifest.text.encode():
         problems.append(f"{place.url}/{MANIFEST}: is missing, or another")
     return problems
-
-
-def newest_version(url: str, storage_options: Mapping[str, Any] | None = None) -> str | None:
-    """The URL of the version that `<url>/latest.json` names; None where there is no such file."""
-    store = Store(url, storage_options)
-    latest = Latest.at(store)
-    if latest is None:
-        return None
-    log.info("%s: version %s, made %s", url, latest.version, latest.created)
-    return posixpath.join(store.url, latest.version)
-
-
-def version_at(url: str, storage_options: Mapping[str, Any] | None = None, *names: str) -> str:
-    """The URL of the newest version at a URL; the URL itself where there is none, or where a
-    manifest, or an object of one of these names, lies there."""
-    store = Store(url, storage_options)
-    try:
-        if any(store.about(name) is not None for name in (MANIFEST, *names)):
-            return url
-    except RefusedError:  # so S3 tells who may not list that there is none
-        with suppress(RefusedError):
-            if newest := newest_version(url, storage_options):
-                return newest
-        raise
-    return newest_version(url, storage_options) or url
-
-
-def is_published(url: str, storage_options: Mapping[str, Any] | None = None) -> bool:
-    """Whether shards are published at a URL: versions of them with a `latest.json`, or one."""
-    store = Store(url, storage_options)
-    return any(store.read(name) is not None for name in (LATEST, MANIFEST))
-
-
-def published_version(url: str, storage_options: Mapping[str, Any] | None = None) -> str:
-    """The URL of the newest version at a URL, or of the one that lies there. Raises InputError
-    where there is neither."""
-    newest = newest_version(url, storage_options)
-    if newest is None and not is_published(url, storage_options):
-        raise InputError(f"{url}: no shards are published there, for it holds no {LATEST}")
-    return newest or url

@@ -25,11 +25,11 @@ from lens_pipeline.catalogue.images import central, files_fingerprint
 from lens_pipeline.catalogue.table import read_catalogue, source_fingerprint
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings, absolute
-from lens_pipeline.shards.cloud import version_at
 from lens_pipeline.shards.manifest import MANIFEST
 from lens_pipeline.shards.prepare import IMAGE_SIZE
 from lens_pipeline.shards.reader import FetchedSplit, ShardSplit, shards_at
 from lens_pipeline.shards.store import Store
+from lens_pipeline.shards.versions import version_at
 from lens_pipeline.steps import Recipe, run_step
 from lens_pipeline.storage import locate
 

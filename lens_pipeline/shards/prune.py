@@ -12,10 +12,11 @@ from typing import Any
 
 from lens_pipeline.errors import InputError, first_of
 from lens_pipeline.shards.checked import RECORD
-from lens_pipeline.shards.cloud import AT_WORK, LATEST, Latest
+from lens_pipeline.shards.cloud import AT_WORK
 from lens_pipeline.shards.manifest import MANIFEST, Listed
 from lens_pipeline.shards.store import RefusedError, Store, written_at
 from lens_pipeline.shards.transfers import transfer
+from lens_pipeline.shards.versions import LATEST, Latest
 
 YOUNG = timedelta(days=1)
 log = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ from lens_pipeline.catalogue.dataset import CutoutFormat, Split
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import absolute
 from lens_pipeline.shards.cache import CacheFolder
-from lens_pipeline.shards.cloud import version_at
 from lens_pipeline.shards.cutouts import cropped
 from lens_pipeline.shards.foreign import ImageDecoder, index_tars
 from lens_pipeline.shards.manifest import Listed, Manifest
@@ -22,6 +21,7 @@ from lens_pipeline.shards.reader import shards_at
 from lens_pipeline.shards.store import Store
 from lens_pipeline.shards.streaming import read_tar
 from lens_pipeline.shards.transfers import AT_A_TIME, ahead_of, at_a_time, transfer
+from lens_pipeline.shards.versions import version_at
 from lens_pipeline.steps import digest, file_sha256
 from lens_pipeline.storage import state_of
 

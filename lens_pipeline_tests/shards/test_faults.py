@@ -9,8 +9,8 @@ import pytest
 
 from lens_pipeline import LensDataModule, storage
 from lens_pipeline.shards import open_shards, publish_shards, read_manifest, store, verify_shards
-from lens_pipeline.shards.cloud import newest_version
 from lens_pipeline.shards.store import RefusedError, StoreError
+from lens_pipeline.shards.versions import newest_version
 from lens_pipeline_tests.object_stores import GCSServer, S3Server
 from lens_pipeline_tests.shards.published import Proxies, names, publisher, wait_for_an_object
 

@@ -22,8 +22,8 @@ from lens_pipeline.shards import (
     verify_shards,
     write_shards,
 )
-from lens_pipeline.shards.cloud import newest_version
 from lens_pipeline.shards.store import Store, StoreError
+from lens_pipeline.shards.versions import newest_version
 from lens_pipeline_tests.object_stores import S3Server, sign_in
 from lens_pipeline_tests.shards.published import (
     Proxies,

@@ -26,8 +26,9 @@ from lens_pipeline.shards import (
     verify_shards,
 )
 from lens_pipeline.shards.checked import RECORD
-from lens_pipeline.shards.cloud import newest_version, published_problems
+from lens_pipeline.shards.cloud import published_problems
 from lens_pipeline.shards.store import Store
+from lens_pipeline.shards.versions import newest_version
 from lens_pipeline_tests.object_stores import S3Server
 from lens_pipeline_tests.shards.published import Proxies, names, publisher, written
 

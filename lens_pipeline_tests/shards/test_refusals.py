@@ -10,8 +10,8 @@ import pytest
 from lens_pipeline import LensDataModule, LensWebDatasetDataModule
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards import open_shards, publish_shards, store
-from lens_pipeline.shards.cloud import newest_version
 from lens_pipeline.shards.store import RefusedError
+from lens_pipeline.shards.versions import newest_version
 from lens_pipeline_tests.object_stores import S3Server, sign_in
 from lens_pipeline_tests.shards.published import Proxies, publish_versions
 
