@@ -15,7 +15,7 @@ from numpy.lib import format as npy
 from numpy.typing import ArrayLike, NDArray
 
 from lens_pipeline.catalogue.images import COMPOSITE_BANDS, PIXELS, Cutout, CutoutError
-from lens_pipeline.catalogue.splits import FRACTIONS
+from lens_pipeline.catalogue.splits import FRACTIONS, torn_groups
 from lens_pipeline.errors import InputError
 
 PARTS = (*FRACTIONS, "unlabelled")
@@ -139,9 +139,8 @@ class Dataset:
 
     def groups_in_two_splits(self) -> list[str]:
         """Groups of which two splits hold a labelled cutout: none, if the splits are sound."""
-        tables = pd.concat([self.table(part)[["group", "split"]] for part in FRACTIONS])
-        splits = tables.groupby("group")["split"].nunique()
-        return [str(group) for group in splits.index[splits > 1]]
+        tables = [self.table(part)[["group", "split", "label"]] for part in FRACTIONS]
+        return torn_groups(pd.concat(tables))
 
 
 class ImageFile:

@@ -58,6 +58,12 @@ def class_counts(label: pd.Series) -> dict[str, int]:
     }
 
 
+def torn_groups(rows: pd.DataFrame) -> list[str]:
+    """Groups of which two splits hold a labelled row: none, if the splits are sound."""
+    splits = rows[rows["label"].notna()].groupby("group")["split"].nunique()
+    return [str(group) for group in splits.index[splits > 1]]
+
+
 def check_splits(split: pd.Series, label: pd.Series, source: str) -> None:
     """Raises InputError, naming the class and the split, where a split lacks a class."""
     if label.isna().all():

@@ -10,7 +10,7 @@ import pandas as pd
 
 from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat
 from lens_pipeline.catalogue.joined import joined_content, joined_format
-from lens_pipeline.catalogue.splits import check_splits
+from lens_pipeline.catalogue.splits import check_splits, torn_groups
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.manifest import (
     CATALOGUE,
@@ -78,12 +78,10 @@ def _check(rows: pd.DataFrame, source: str) -> None:
     twice = rows["id"].duplicated()
     if twice.any():
         raise InputError(f"{source}: id {rows.loc[twice, 'id'].iloc[0]!r} is there twice")
-    labelled = rows[rows["label"].notna()]
-    torn = labelled.groupby("group")["split"].nunique() > 1
-    if torn.any():
+    if torn := torn_groups(rows):
         raise InputError(
-            f"{source}: group {torn.index[torn][0]!r} is in two splits; make the datasets from one "
-            "catalogue, with one seed"
+            f"{source}: group {torn[0]!r} is in two splits; make the datasets from one catalogue, "
+            "with one seed"
         )
     check_splits(rows["split"], rows["label"], source)
 
