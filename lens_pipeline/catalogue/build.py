@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from lens_pipeline.catalogue.columns import image_columns
 from lens_pipeline.catalogue.dataset import (
     NEAR_DUPLICATES,
-    PARTS,
     REJECT_COLUMNS,
     REJECTS,
     CutoutFormat,
@@ -39,7 +38,7 @@ from lens_pipeline.catalogue.images import (
 )
 from lens_pipeline.catalogue.positions import positions_by_other_names
 from lens_pipeline.catalogue.reading import read_cutouts
-from lens_pipeline.catalogue.splits import assign_splits, check_splits, class_counts
+from lens_pipeline.catalogue.splits import PARTS, assign_splits, check_splits, class_counts
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.errors import InputError
 from lens_pipeline.storage import filling

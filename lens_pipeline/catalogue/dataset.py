@@ -15,19 +15,12 @@ from numpy.lib import format as npy
 from numpy.typing import ArrayLike, NDArray
 
 from lens_pipeline.catalogue.images import COMPOSITE_BANDS, PIXELS, Cutout, CutoutError
-from lens_pipeline.catalogue.splits import FRACTIONS, torn_groups
+from lens_pipeline.catalogue.splits import SPLITS, check_part, torn_groups
 from lens_pipeline.errors import InputError
 
-PARTS = (*FRACTIONS, "unlabelled")
 REJECTS = "rejects.parquet"
 NEAR_DUPLICATES = "near_duplicates.parquet"  # of cutouts in two splits
 REJECT_COLUMNS = ["id", "row", "file", "column", "reason"]
-
-
-def check_part(name: str) -> None:
-    """Raises InputError where no split is called so."""
-    if name not in PARTS:
-        raise InputError(f"there is no split {name!r}; there are {', '.join(PARTS)}")
 
 
 def unnamed(n_bands: int) -> tuple[str, ...]:
@@ -139,7 +132,7 @@ class Dataset:
 
     def groups_in_two_splits(self) -> list[str]:
         """Groups of which two splits hold a labelled cutout: none, if the splits are sound."""
-        tables = [self.table(part)[["group", "split", "label"]] for part in FRACTIONS]
+        tables = [self.table(part)[["group", "split", "label"]] for part in SPLITS]
         return torn_groups(pd.concat(tables))
 
 

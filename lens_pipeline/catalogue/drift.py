@@ -8,7 +8,8 @@ import pandas as pd
 from astropy.stats import mad_std
 from numpy.typing import NDArray
 
-from lens_pipeline.catalogue.dataset import PARTS, Dataset
+from lens_pipeline.catalogue.dataset import Dataset
+from lens_pipeline.catalogue.splits import PARTS
 
 Array = NDArray[np.floating]
 

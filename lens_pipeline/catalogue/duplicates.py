@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy import fft
 
 from lens_pipeline.catalogue.images import SIGMA_UNITS
-from lens_pipeline.catalogue.splits import FRACTIONS
+from lens_pipeline.catalogue.splits import SPLITS
 from lens_pipeline.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ MAX_DISTANCE = 14  # bits of the first word; of both words together, see `furthe
 # So many times more galaxies are alike in the first word than such hashes would be, by their light;
 # in the second it is their noise that counts (benchmarks.duplicates).
 LIGHT = 60
-PARTS, KEY_PARTS = 12, 3  # so 16 bits are compared at a time
+PIECES, KEY_PIECES = 12, 3  # so 16 bits are compared at a time
 NEIGHBOURS = 16  # that one is compared with where more are alike
 PAIRS_PER_CUTOUT, PAIRS = 0.3, 10_000  # whose pixels are compared, at least PAIRS
 
@@ -65,7 +65,7 @@ def find_near_duplicates(dataset: "Dataset") -> tuple[pd.DataFrame, int]:
     PAIRS_PER_CUTOUT of the pairs of `candidates`, the nearest first; there are more where a
     catalogue holds an image a hundred times.
     """
-    tables = {part: dataset.table(part)[["id"]] for part in FRACTIONS}
+    tables = {part: dataset.table(part)[["id"]] for part in SPLITS}
     cutouts = pd.concat(tables, names=["split", "row"]).reset_index()
     split = np.repeat(range(len(tables)), [len(table) for table in tables.values()])
     pairs = candidates(_hashes(dataset, cutouts), split)
@@ -100,7 +100,7 @@ def _hashes(dataset: "Dataset", cutouts: pd.DataFrame) -> NDArray[np.uint64]:
     block = _block(dataset)
     hashes = [np.zeros((0, 2, 2), np.uint64)]
     with _progress(len(cutouts), "hashing cutouts", "cutout") as progress:
-        for part in FRACTIONS:
+        for part in SPLITS:
             with dataset.open_images(part) as file:
                 for images in file.blocks(0, int((cutouts["split"] == part).sum()), block):
                     hashes.append(perceptual_hash(images, dataset.format.units))
@@ -117,7 +117,7 @@ def _correlations(
     blocks = _block(dataset), _block(dataset)
     correlation = [np.zeros((2, 0), np.float32)]
     with ExitStack() as stack, _progress(len(pairs), "comparing cutouts", "pair") as progress:
-        files = {part: stack.enter_context(dataset.open_images(part)) for part in FRACTIONS}
+        files = {part: stack.enter_context(dataset.open_images(part)) for part in SPLITS}
         for start in range(0, len(pairs), CHUNK):
             some = pairs[start : start + CHUNK]
             for block, side in zip(blocks, some.T[:2], strict=True):
@@ -234,9 +234,9 @@ def candidates(hashes: NDArray[np.uint64], split: NDArray[np.int_]) -> NDArray[n
     (0, 1, or these mirrored; half a turn has the same).
 
     The nearest come first; of a pair, the one of the lower split. The bits of the first word are
-    dealt into PARTS, and hashes compared that agree in any KEY_PARTS of them: pairs that are 8 bits
-    apart are all found, at 10 bits 99 in 100, at 14 bits 72 (locality-sensitive hashing, Indyk &
-    Motwani 1998). Where more than NEIGHBOURS agree, each is compared with that many, in the order
+    dealt into PIECES, and hashes compared that agree in any KEY_PIECES of them: pairs that are 8
+    bits apart are all found, at 10 bits 99 in 100, at 14 bits 72 (locality-sensitive hashing, Indyk
+    & Motwani 1998). Where more than NEIGHBOURS agree, each is compared with that many, in the order
     of the hashes: of a crowd of look-alikes some pairs are found, not all.
     """
     second = np.flatnonzero(split > split.min(initial=0))  # of a pair, may be
@@ -264,8 +264,8 @@ def candidates(hashes: NDArray[np.uint64], split: NDArray[np.int_]) -> NDArray[n
     equal = [of_two_splits(pair) for pair in _agreeing(words)]
     equal = [pair[:, apart(pair)[1] <= most] for pair in equal]
     near = [np.zeros((2, 0), np.int64)]
-    for parts in combinations(range(PARTS), KEY_PARTS):
-        mask = np.uint64(sum(1 << bit for bit in range(WORD) if bit % PARTS in parts))
+    for pieces in combinations(range(PIECES), KEY_PIECES):
+        mask = np.uint64(sum(1 << bit for bit in range(WORD) if bit % PIECES in pieces))
         for pair in _agreeing(words & mask):
             first, both = apart(pair)
             alike = (first > 0) & (first <= MAX_DISTANCE) & (both <= most)

@@ -11,7 +11,6 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from lens_pipeline.catalogue.dataset import (
-    PARTS,
     CutoutFormat,
     Dataset,
     DatasetSplit,
@@ -19,6 +18,7 @@ from lens_pipeline.catalogue.dataset import (
     Split,
     places_of,
 )
+from lens_pipeline.catalogue.splits import PARTS
 from lens_pipeline.errors import InputError
 
 

@@ -4,7 +4,7 @@ from itertools import combinations, repeat
 
 import pandas as pd
 
-from lens_pipeline.catalogue.splits import FRACTIONS
+from lens_pipeline.catalogue.splits import SPLITS
 
 RADIUS = 2.0  # arcsec: two surveys place one galaxy closer, and cutouts of two galaxies lie apart
 # What VizieR, SExtractor, Euclid, Rubin and others call them, in small letters.
@@ -44,9 +44,9 @@ def positions_in_two_splits(table: pd.DataFrame, split: pd.Series) -> pd.DataFra
         return pd.DataFrame(columns=columns)
     rows = rows.assign(split=split)
     places = rows.drop_duplicates(["split", "ra", "dec"])
-    of_split = {part: places[places["split"] == part] for part in FRACTIONS}
+    of_split = {part: places[places["split"] == part] for part in SPLITS}
     found: list[tuple[str, str, str, str, float]] = []
-    for part, other_part in combinations(FRACTIONS, 2):
+    for part, other_part in combinations(SPLITS, 2):
         one, other = of_split[part], of_split[other_part]
         if one.empty or other.empty:
             continue

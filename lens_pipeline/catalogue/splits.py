@@ -11,6 +11,14 @@ from lens_pipeline.errors import InputError
 
 FRACTIONS: Mapping[str, float] = {"train": 0.65, "val": 0.15, "test": 0.20}
 SPLITS = tuple(FRACTIONS)
+UNLABELLED = "unlabelled"
+PARTS = (*SPLITS, UNLABELLED)
+
+
+def check_part(name: str) -> None:
+    """Raises InputError where no split is called so."""
+    if name not in PARTS:
+        raise InputError(f"there is no split {name!r}; there are {', '.join(PARTS)}")
 
 
 def split_of_group(group: str, seed: int) -> str:
@@ -46,7 +54,7 @@ def assign_splits(table: pd.DataFrame, seed: int) -> pd.Series:
     for group in table["group"].unique():
         of_group.setdefault(group, split_of_group(group, seed))
     split = table["group"].map(of_group)
-    return split.where(table["label"].notna(), "unlabelled")
+    return split.where(table["label"].notna(), UNLABELLED)
 
 
 def class_counts(label: pd.Series) -> dict[str, int]:
@@ -75,7 +83,7 @@ def check_splits(split: pd.Series, label: pd.Series, source: str) -> None:
             raise InputError(
                 f"{source}: no {name} (label {value}); training needs lenses and non-lenses"
             )
-        for part in FRACTIONS:
+        for part in SPLITS:
             if not ((split == part) & (label == value)).any():
                 raise InputError(
                     f"{source}: split {part} has no {name} among {int((label == value).sum())}; "

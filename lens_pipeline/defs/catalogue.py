@@ -140,8 +140,7 @@ def cutout_catalogue(lens: LensHome) -> dg.MaterializeResult:
 
     The user's own (LENS_SOURCE), or the simulator's, with every parameter of what it drew.
     """
-    from lens_pipeline.catalogue.dataset import PARTS
-    from lens_pipeline.catalogue.splits import assign_splits, class_counts
+    from lens_pipeline.catalogue.splits import PARTS, assign_splits, class_counts
 
     settings = lens.settings
     recipe = catalogue_recipe(settings)

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 def draw_training_cutouts(dataset: "Dataset") -> bytes:
     """Or others, where a survey has none to train on."""
-    from lens_pipeline.catalogue.dataset import PARTS
+    from lens_pipeline.catalogue.splits import PARTS
     from lens_pipeline.evaluation.plots import first_cutouts_sheet, jpeg_bytes
 
     part = next(part for part in PARTS if len(dataset.images(part)))

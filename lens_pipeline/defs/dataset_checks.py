@@ -47,9 +47,9 @@ def no_group_spans_two_splits(dataset: "Dataset") -> dg.AssetCheckResult:
 
 
 def every_split_holds_both_classes(dataset: "Dataset", survey: str | None) -> dg.AssetCheckResult:
-    from lens_pipeline.catalogue.splits import FRACTIONS
+    from lens_pipeline.catalogue.splits import SPLITS
 
-    counts = {part: dataset.facts["splits"][part] for part in FRACTIONS}
+    counts = {part: dataset.facts["splits"][part] for part in SPLITS}
     classes = {"n_lens": "lenses", "n_nonlens": "non-lenses"}
     fewest = min(of[name] for of in counts.values() for name in classes)
     few = [

@@ -9,7 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from lens_pipeline.catalogue.dataset import PARTS, REJECT_COLUMNS, CutoutFormat, check_part
+from lens_pipeline.catalogue.dataset import REJECT_COLUMNS, CutoutFormat
+from lens_pipeline.catalogue.splits import PARTS, check_part
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.shards.manifest import Manifest
 from lens_pipeline.shards.reader import Shards, ShardSplit, open_shards

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from pytorch_lightning.trainer.states import TrainerStatus
 from torch.utils.data import DataLoader, Dataset
 
-from lens_pipeline.catalogue.dataset import CutoutFormat, Split, check_part
+from lens_pipeline.catalogue.dataset import CutoutFormat, Split
 from lens_pipeline.catalogue.joined import joined_format
-from lens_pipeline.catalogue.splits import SPLITS, drawn_groups
+from lens_pipeline.catalogue.splits import SPLITS, check_part, drawn_groups
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards.cutouts import (

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat
+from lens_pipeline.catalogue.dataset import CutoutFormat
 from lens_pipeline.catalogue.joined import joined_content, joined_format
-from lens_pipeline.catalogue.splits import check_splits, torn_groups
+from lens_pipeline.catalogue.splits import PARTS, check_splits, torn_groups
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.manifest import (
     CATALOGUE,

@@ -17,7 +17,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
-from lens_pipeline.catalogue.dataset import CutoutFormat, Empty, Split, check_part, places_of
+from lens_pipeline.catalogue.dataset import CutoutFormat, Empty, Split, places_of
+from lens_pipeline.catalogue.splits import check_part
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards.cache import (

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.columns import image_columns
-from lens_pipeline.catalogue.dataset import PARTS, Dataset, open_dataset
-from lens_pipeline.catalogue.splits import class_counts
+from lens_pipeline.catalogue.dataset import Dataset, open_dataset
+from lens_pipeline.catalogue.splits import PARTS, class_counts
 from lens_pipeline.progress import progress_bar
 from lens_pipeline.shards.encoding import Encoding
 from lens_pipeline.shards.manifest import (

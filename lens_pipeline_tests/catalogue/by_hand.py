@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lens_pipeline.catalogue import build_dataset, read_catalogue
-from lens_pipeline.catalogue.dataset import PARTS, Dataset
-from lens_pipeline.catalogue.splits import SPLITS
+from lens_pipeline.catalogue.dataset import Dataset
+from lens_pipeline.catalogue.splits import PARTS, SPLITS
 
 RNG = np.random.default_rng(5)
 SIZE = 40

@@ -13,7 +13,8 @@ from astropy.io import fits
 from PIL import Image
 
 from lens_pipeline.catalogue import build_dataset, read_catalogue
-from lens_pipeline.catalogue.dataset import PARTS, Dataset
+from lens_pipeline.catalogue.dataset import Dataset
+from lens_pipeline.catalogue.splits import PARTS
 from lens_pipeline_tests.catalogue.by_hand import (
     BANDS,
     RNG,

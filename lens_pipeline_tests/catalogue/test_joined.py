@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from lens_pipeline.catalogue.build import build_dataset
-from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat, Dataset
+from lens_pipeline.catalogue.dataset import CutoutFormat, Dataset
 from lens_pipeline.catalogue.joined import JoinedDataset, joined_content, joined_format
+from lens_pipeline.catalogue.splits import PARTS
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.errors import InputError
 

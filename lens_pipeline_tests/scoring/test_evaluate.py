@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 import torch
 
-from lens_pipeline.catalogue.dataset import PARTS, CutoutFormat, DatasetSplit
+from lens_pipeline.catalogue.dataset import CutoutFormat, DatasetSplit
+from lens_pipeline.catalogue.splits import PARTS
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.ensemble.description import groups_behind
 from lens_pipeline.ensemble.system import assemble, load_ensemble

@@ -9,8 +9,9 @@ import pytest
 import webdataset as wds
 
 from lens_pipeline.catalogue.build import build_dataset
-from lens_pipeline.catalogue.dataset import PARTS, open_dataset
+from lens_pipeline.catalogue.dataset import open_dataset
 from lens_pipeline.catalogue.joined import JoinedDataset
+from lens_pipeline.catalogue.splits import PARTS
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards import open_shards, verify_shards, write_shards

@@ -15,7 +15,8 @@ import webdataset as wds
 from PIL import Image
 
 from lens_pipeline.catalogue.build import build_dataset
-from lens_pipeline.catalogue.dataset import PARTS, Dataset, open_dataset
+from lens_pipeline.catalogue.dataset import Dataset, open_dataset
+from lens_pipeline.catalogue.splits import PARTS
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards import open_shards, verify_shards, write_shards
