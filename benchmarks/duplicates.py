@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks._harness import Row, Target, options, report
+from lens_pipeline.catalogue.cutout import SIGMA_UNITS
 from lens_pipeline.catalogue.duplicates import (
     MIN_CORRELATION,
     PAIRS,
@@ -21,7 +22,6 @@ from lens_pipeline.catalogue.duplicates import (
     perceptual_hash,
     phase_correlation,
 )
-from lens_pipeline.catalogue.images import SIGMA_UNITS
 
 SIZE, MARGIN = 48, 4  # pixels
 EACH = 200  # copies of a kind

@@ -17,6 +17,13 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.columns import image_columns
+from lens_pipeline.catalogue.cutout import (
+    COMPOSITE,
+    COMPOSITE_BANDS,
+    SIGMA_UNITS,
+    Cutout,
+    CutoutError,
+)
 from lens_pipeline.catalogue.dataset import (
     NEAR_DUPLICATES,
     REJECT_COLUMNS,
@@ -28,14 +35,7 @@ from lens_pipeline.catalogue.dataset import (
     unnamed,
 )
 from lens_pipeline.catalogue.duplicates import find_near_duplicates
-from lens_pipeline.catalogue.images import (
-    COMPOSITE,
-    COMPOSITE_BANDS,
-    SIGMA_UNITS,
-    Cutout,
-    CutoutError,
-    file_of,
-)
+from lens_pipeline.catalogue.images import file_of
 from lens_pipeline.catalogue.positions import positions_by_other_names
 from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.splits import PARTS, assign_splits, check_splits, class_counts

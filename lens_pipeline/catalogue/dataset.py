@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.lib import format as npy
 from numpy.typing import ArrayLike, NDArray
 
-from lens_pipeline.catalogue.images import COMPOSITE_BANDS, PIXELS, Cutout, CutoutError
+from lens_pipeline.catalogue.cutout import COMPOSITE_BANDS, PIXELS, Cutout, CutoutError
 from lens_pipeline.catalogue.splits import SPLITS, check_part, torn_groups
 from lens_pipeline.errors import InputError
 

@@ -19,7 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import fft
 
-from lens_pipeline.catalogue.images import SIGMA_UNITS
+from lens_pipeline.catalogue.cutout import SIGMA_UNITS
 from lens_pipeline.catalogue.splits import SPLITS
 from lens_pipeline.progress import progress_bar
 

@@ -14,6 +14,7 @@ from astropy.utils.exceptions import AstropyWarning
 from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.background import background_sigma
+from lens_pipeline.catalogue.cutout import MIDDLE
 
 # `VIS_FLUX`, `VIS_RMS`, `VIS_PSF`: an extension of another role goes with the image of its band;
 # `SCI`, `ERR`: those of a band without a name.
@@ -40,7 +41,6 @@ _PLAIN = ""  # the band of an extension that is named by its role alone
 _PLANE = "MP_"
 _BAD_PLANES = ("BAD", "SAT", "CR", "NO_DATA", "UNMASKEDNAN")
 WEIGHTS_FIT = 3.0  # the noise that they state is at most so many times what is measured, or less
-MIDDLE = 8  # of a cutout: this part of its side
 _ZERO_POINTS = ("MAGZERO", "MAGZPT", "MAGZP", "ZEROPNT", "PHOTZP", "ZP")
 
 

@@ -16,8 +16,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from lens_pipeline.catalogue.cutout import Cutout, CutoutError
 from lens_pipeline.catalogue.fits_images import strict_fits
-from lens_pipeline.catalogue.images import Cutout, CutoutError, read_cutout
+from lens_pipeline.catalogue.images import read_cutout
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.progress import progress_bar
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lens_pipeline.catalogue.cutout import SIGMA_UNITS
 from lens_pipeline.catalogue.dataset import CutoutFormat
-from lens_pipeline.catalogue.images import SIGMA_UNITS
 from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.models.names import network_libraries
 from lens_pipeline.steps import PACKAGE, source_hashes

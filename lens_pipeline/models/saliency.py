@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lens_pipeline.catalogue.images import SIGMA_UNITS
+from lens_pipeline.catalogue.cutout import SIGMA_UNITS
 from lens_pipeline.models.system import LitLensSystem, stretch
 
 DRAWS = 8

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lens_pipeline.catalogue.images import SIGMA_UNITS
+from lens_pipeline.catalogue.cutout import SIGMA_UNITS
 from lens_pipeline.choices import Loss, Schedule
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.architectures import build_backbone

@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from lens_pipeline.catalogue.cutout import CutoutError
 from lens_pipeline.catalogue.dataset import counted_reasons
-from lens_pipeline.catalogue.images import CutoutError
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.commit import code_commit
 from lens_pipeline.ensemble.system import BATCH, LensEnsemble

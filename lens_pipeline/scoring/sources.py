@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from lens_pipeline.catalogue.cutout import CutoutError
 from lens_pipeline.catalogue.dataset import CutoutFormat
-from lens_pipeline.catalogue.images import CutoutError, file_of, read_image
+from lens_pipeline.catalogue.images import file_of, read_image
 from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.errors import InputError, masked

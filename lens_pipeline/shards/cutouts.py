@@ -12,6 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import ArrayLike, NDArray
 
 from lens_pipeline.catalogue.build import LIBRARIES, build_dataset
+from lens_pipeline.catalogue.cutout import central
 from lens_pipeline.catalogue.dataset import (
     REJECTS,
     CutoutFormat,
@@ -21,7 +22,7 @@ from lens_pipeline.catalogue.dataset import (
     open_dataset,
     rejects_in_words,
 )
-from lens_pipeline.catalogue.images import central, files_fingerprint
+from lens_pipeline.catalogue.images import files_fingerprint
 from lens_pipeline.catalogue.table import read_catalogue, source_fingerprint
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings, absolute

@@ -10,7 +10,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image
 
-from lens_pipeline.catalogue.images import FLOAT16_MAX, SIGMA_UNITS
+from lens_pipeline.catalogue.cutout import FLOAT16_MAX, SIGMA_UNITS
 from lens_pipeline.errors import InputError
 
 ENCODINGS = ("float16", "float32", "png16", "jpg")

@@ -13,6 +13,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from lens_pipeline.catalogue.cutout import (
+    COMPOSITE,
+    COMPOSITE_BANDS,
+    FLUX,
+    SIGMA_UNITS,
+    Cutout,
+    CutoutError,
+    usable_cutout,
+)
 from lens_pipeline.catalogue.dataset import (
     CutoutFormat,
     Empty,
@@ -20,16 +29,7 @@ from lens_pipeline.catalogue.dataset import (
     places_of,
     unnamed,
 )
-from lens_pipeline.catalogue.images import (
-    COMPOSITE,
-    COMPOSITE_BANDS,
-    FLUX,
-    SIGMA_UNITS,
-    Cutout,
-    CutoutError,
-    decode_image,
-    usable_cutout,
-)
+from lens_pipeline.catalogue.images import decode_image
 from lens_pipeline.errors import InputError
 from lens_pipeline.progress import progress_bar
 from lens_pipeline.shards.cache import mapped

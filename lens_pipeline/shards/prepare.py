@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lens_pipeline.catalogue.build import build_dataset
+from lens_pipeline.catalogue.cutout import COMPOSITE
 from lens_pipeline.catalogue.dataset import REJECTS, open_dataset
-from lens_pipeline.catalogue.images import COMPOSITE
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.encoding import Encoding

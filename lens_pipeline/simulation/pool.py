@@ -21,7 +21,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.columns import numbers, refuse
-from lens_pipeline.catalogue.images import COMPOSITE, Cutout, CutoutError
+from lens_pipeline.catalogue.cutout import COMPOSITE, Cutout, CutoutError
 from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.table import Catalogue, read_catalogue
 from lens_pipeline.errors import InputError, told_of

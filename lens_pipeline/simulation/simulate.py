@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lens_pipeline.catalogue.cutout import SIGMA_UNITS
 from lens_pipeline.catalogue.dataset import CutoutFormat
-from lens_pipeline.catalogue.images import SIGMA_UNITS
 from lens_pipeline.catalogue.joined import joined_format
 from lens_pipeline.errors import InputError
 from lens_pipeline.progress import progress_bar

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from lens_pipeline.catalogue import build_dataset, read_catalogue
+from lens_pipeline.catalogue.cutout import Cutout, CutoutError
 from lens_pipeline.catalogue.dataset import CutoutFormat, Dataset, open_dataset
-from lens_pipeline.catalogue.images import Cutout, CutoutError
 from lens_pipeline.catalogue.splits import PARTS, assign_splits
 from lens_pipeline.errors import InputError
 

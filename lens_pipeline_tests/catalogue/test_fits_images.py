@@ -7,7 +7,8 @@ import pytest
 from astropy.io import fits
 
 from lens_pipeline.catalogue.background import background_sigma
-from lens_pipeline.catalogue.images import CutoutError, read_cutout, read_image
+from lens_pipeline.catalogue.cutout import CutoutError
+from lens_pipeline.catalogue.images import read_cutout, read_image
 from lens_pipeline_tests.catalogue.by_hand import NOISE
 
 

@@ -1,8 +1,7 @@
-"""From files to pixels: formats, units, and images that cannot be used."""
+"""From files to pixels: formats and their units."""
 
 import io
 import threading
-from contextlib import nullcontext
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,21 +15,12 @@ from PIL import Image
 from scipy import ndimage
 
 from lens_pipeline.catalogue.background import background_sigma
-from lens_pipeline.catalogue.images import CutoutError, read_cutout, read_image
+from lens_pipeline.catalogue.cutout import CutoutError
+from lens_pipeline.catalogue.images import read_cutout, read_image
 from lens_pipeline.simulation import simulate
 from lens_pipeline_tests.catalogue.by_hand import NOISE, write_png
 
 RNG = np.random.default_rng(0)
-
-
-def test_linear_flux_is_in_background_sigma(tmp_path: Path) -> None:
-    scaled = NOISE * np.array([1, 10, 0.1], np.float32)[:, None, None]
-    np.save(tmp_path / "a.npy", scaled)
-    cutout = read_cutout([str(tmp_path / "a.npy")], 40)
-    assert cutout.units == "background_sigma"
-    corner = cutout.pixels[:, :15, :]
-    np.testing.assert_allclose(corner.std(axis=(1, 2)), 1, atol=0.1)
-    np.testing.assert_allclose(cutout.pixels[0], NOISE[0] / background_sigma(NOISE[0]), rtol=1e-5)
 
 
 def test_a_compressed_file_is_read_as_what_it_holds(tmp_path: Path) -> None:
@@ -105,12 +95,6 @@ def test_a_signed_url_is_of_the_file_that_it_names(tmp_path: Path) -> None:
         server.shutdown()
 
 
-def test_stated_background_sigma_is_left_alone(tmp_path: Path) -> None:
-    np.save(tmp_path / "a.npy", NOISE)
-    cutout = read_cutout([str(tmp_path / "a.npy")], 40, "background_sigma")
-    np.testing.assert_array_equal(cutout.pixels, NOISE)
-
-
 def test_background_sigma_is_blind_to_galaxies() -> None:
     with_galaxy = NOISE[0].copy()
     with_galaxy[10:25, 10:25] += 1000
@@ -175,57 +159,6 @@ def test_colour_composite_has_three_bands(tmp_path: Path) -> None:
     )
 
 
-def test_the_middle_is_kept(tmp_path: Path) -> None:
-    np.save(tmp_path / "a.npy", NOISE)
-    pixels = read_cutout([str(tmp_path / "a.npy")], 20, "background_sigma").pixels
-    np.testing.assert_array_equal(pixels, NOISE[:, 10:30, 10:30])
-
-
-def test_a_few_nans_become_the_median(tmp_path: Path) -> None:
-    holed = NOISE.copy()
-    holed[1, :2, :5] = np.nan
-    np.save(tmp_path / "a.npy", holed)
-    cutout = read_cutout([str(tmp_path / "a.npy")], 40, "background_sigma")
-    assert cutout.nan_fraction == pytest.approx(10 / 1600)
-    assert (cutout.pixels[1, :2, :5] == np.nanmedian(holed[1])).all()
-
-
-def test_small_images_are_padded_with_the_median_where_asked_for(tmp_path: Path) -> None:
-    np.save(tmp_path / "a.npy", NOISE[:, :30])
-    with pytest.raises(CutoutError, match="40 x 30 pixels"):
-        read_cutout([str(tmp_path / "a.npy")], 36, "background_sigma")
-    cutout = read_cutout([str(tmp_path / "a.npy")], 36, "background_sigma", pad=True)
-    np.testing.assert_array_equal(cutout.pixels[:, 3:33], NOISE[:, :30, 2:38])
-    assert (cutout.pixels[:, :3] == np.median(NOISE[:, :30], axis=(1, 2))[:, None, None]).all()
-    assert (cutout.pixels[:, 33:] == cutout.pixels[:, :1, :1]).all()
-    assert cutout.padded_fraction == pytest.approx(1 / 6)
-    assert cutout.nan_fraction == 0
-
-
-def _all_nan() -> np.ndarray:
-    array = NOISE.copy()
-    array[2] = np.nan
-    return array
-
-
-@pytest.mark.parametrize(
-    ("array", "reason"),
-    [
-        (_all_nan(), "no finite pixel"),
-        (np.where(np.arange(40) < 20, np.nan, NOISE), "50% of a band's pixels"),
-        (NOISE[:, :20, :20], "20 x 20 pixels"),
-        (np.zeros((3, 40, 40), np.float32), "no noise to measure"),
-        (NOISE * 1j, "not real numbers"),
-        (NOISE[None, None], "is needed"),
-        (np.array([{"a": 1}], dtype=object), "cannot be read"),
-    ],
-)
-def test_unusable_pixels(tmp_path: Path, array: np.ndarray, reason: str) -> None:
-    np.save(tmp_path / "a.npy", array, allow_pickle=True)
-    with pytest.raises(CutoutError, match=reason):
-        read_cutout([str(tmp_path / "a.npy")], 32)
-
-
 def test_damaged_and_missing_files(tmp_path: Path) -> None:
     fits.PrimaryHDU(NOISE).writeto(tmp_path / "a.fits")
     Image.fromarray((NOISE[0] % 255).astype(np.uint8)).save(tmp_path / "a.png")
@@ -282,24 +215,6 @@ def test_flux_comes_through_every_format_to_the_last_bit(tmp_path: Path, suffix:
     np.testing.assert_array_equal(found.pixels, NOISE)
     assert found.units == "flux"
     assert found.bands == (("g", "r", "i") if suffix == "npz" else None)
-
-
-@pytest.mark.parametrize("hole", [np.nan, 0.0])
-def test_a_galaxy_without_its_middle_is_refused_as_one_whose_mask_covers_it(
-    tmp_path: Path, hole: float
-) -> None:
-    """Saturated cores are written so; two pixels of a cosmic ray are filled in."""
-    for side, refused in ((2, False), (6, True)):
-        image = NOISE[0] + 100
-        middle = slice(20 - side // 2, 20 + side // 2)
-        image[middle, middle] = hole
-        np.save(tmp_path / "a.npy", image)
-        with (
-            pytest.raises(CutoutError, match="the middle, where the object is, is not finite")
-            if refused
-            else nullcontext()
-        ):
-            read_cutout([str(tmp_path / "a.npy")], 40)
 
 
 def test_compressed_tiff_is_read(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from astropy.io import fits
 from PIL import Image
 
 from lens_pipeline.catalogue.background import background_sigma
-from lens_pipeline.catalogue.images import CutoutError, read_cutout, read_image
+from lens_pipeline.catalogue.cutout import CutoutError
+from lens_pipeline.catalogue.images import read_cutout, read_image
 from lens_pipeline_tests.catalogue.by_hand import (
     RNG,
     SIZE,
@@ -48,7 +49,8 @@ def test_a_damaged_picture_of_sixteen_bits_does_not_end_the_process(tmp_path: Pa
     path.write_bytes(content)
     script = (
         "import sys\n"
-        "from lens_pipeline.catalogue.images import CutoutError, read_image\n"
+        "from lens_pipeline.catalogue.cutout import CutoutError\n"
+        "from lens_pipeline.catalogue.images import read_image\n"
         "try:\n"
         "    read_image(sys.argv[1])\n"
         "except CutoutError as reason:\n"

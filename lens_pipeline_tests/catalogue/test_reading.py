@@ -15,8 +15,8 @@ import pytest
 
 from lens_pipeline.catalogue import reading
 from lens_pipeline.catalogue.build import build_dataset
+from lens_pipeline.catalogue.cutout import Cutout
 from lens_pipeline.catalogue.dataset import CutoutFormat
-from lens_pipeline.catalogue.images import Cutout
 from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.table import Catalogue, read_catalogue, source_fingerprint
 from lens_pipeline.storage import locate

@@ -9,14 +9,8 @@ from astropy.io import fits
 from PIL import Image
 
 from lens_pipeline.catalogue.background import background_sigma
-from lens_pipeline.catalogue.images import (
-    Cutout,
-    CutoutError,
-    central,
-    read_cutout,
-    read_image,
-    usable_cutout,
-)
+from lens_pipeline.catalogue.cutout import Cutout, CutoutError, central, usable_cutout
+from lens_pipeline.catalogue.images import read_cutout, read_image
 from lens_pipeline_tests.catalogue.by_hand import Cube, picture, pixels_by_hand, sky
 
 SIDE = 60

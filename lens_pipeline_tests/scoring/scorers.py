@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lens_pipeline.catalogue.cutout import CutoutError
 from lens_pipeline.catalogue.dataset import CutoutFormat
-from lens_pipeline.catalogue.images import CutoutError
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.scoring.parts import ROWS, ScoredFile, score_to_file

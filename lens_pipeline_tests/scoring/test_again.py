@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lens_pipeline.catalogue.cutout import CutoutError
 from lens_pipeline.catalogue.dataset import CutoutFormat
-from lens_pipeline.catalogue.images import CutoutError
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
 from lens_pipeline.scoring.parts import score_to_file
