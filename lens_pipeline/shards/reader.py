@@ -21,16 +21,10 @@ from lens_pipeline.catalogue.dataset import CutoutFormat, Empty, Split, places_o
 from lens_pipeline.catalogue.splits import check_part
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
-from lens_pipeline.shards.cache import (
-    Ahead,
-    CacheFolder,
-    Fetched,
-    ShardCache,
-    ShardMemory,
-    mapped,
-)
+from lens_pipeline.shards.cache import CacheFolder, mapped
 from lens_pipeline.shards.checked import checked_folder
 from lens_pipeline.shards.encoding import Encoding
+from lens_pipeline.shards.fetched import Ahead, Fetched, ShardCache, ShardMemory
 from lens_pipeline.shards.manifest import INDEX, Manifest
 from lens_pipeline.shards.memory import ShardContent, copy_from, stacked
 from lens_pipeline.shards.store import Store, no_manifest
