@@ -21,7 +21,7 @@ from lens_pipeline.errors import NoAnswerError
 from lens_pipeline.runner import open_instance, settings_of_home
 from lens_pipeline.scoring.predictor import score_dataset
 from lens_pipeline.settings import Settings
-from lens_pipeline.shards import publish_shards, read_manifest, store, verify_shards
+from lens_pipeline.shards import patience, publish_shards, read_manifest, verify_shards
 from lens_pipeline.shards.versions import newest_version
 from lens_pipeline_tests.object_stores import S3Server, sign_in
 
@@ -204,7 +204,7 @@ def test_assets_are_defined_while_the_store_of_the_source_is_away(
     of_shards, of_cutouts = assets("shards", "one"), assets("cutouts", "other")
     assert of_shards < of_cutouts
     s3_server.kill()
-    monkeypatch.setattr(store, "PATIENCE", 0.1)
+    monkeypatch.setattr(patience, "PATIENCE", 0.1)
     assert assets("shards", "one") == of_shards
     assert assets("cutouts", "other") == of_cutouts
     with pytest.raises(NoAnswerError, match="LENS_SOURCE: "):

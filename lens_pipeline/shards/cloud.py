@@ -18,7 +18,8 @@ from lens_pipeline.errors import InputError, first_of
 from lens_pipeline.settings import publishable
 from lens_pipeline.shards.checked import CheckedFolder, checked_folder
 from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest
-from lens_pipeline.shards.store import Store, StoreError, read_manifest
+from lens_pipeline.shards.patience import StoreError
+from lens_pipeline.shards.store import Store, read_manifest
 from lens_pipeline.shards.transfers import transfer
 from lens_pipeline.shards.versions import LATEST, Latest
 

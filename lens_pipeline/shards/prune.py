@@ -14,7 +14,8 @@ from lens_pipeline.errors import InputError, first_of
 from lens_pipeline.shards.checked import RECORD
 from lens_pipeline.shards.cloud import AT_WORK
 from lens_pipeline.shards.manifest import MANIFEST, Listed
-from lens_pipeline.shards.store import RefusedError, Store, written_at
+from lens_pipeline.shards.patience import RefusedError
+from lens_pipeline.shards.store import Store, written_at
 from lens_pipeline.shards.transfers import transfer
 from lens_pipeline.shards.versions import LATEST, Latest
 

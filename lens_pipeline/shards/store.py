@@ -1,7 +1,6 @@
 """Places for shards: a folder, or a prefix in a bucket, through fsspec.
 
-Whatever a store raises becomes a message that names the object and the cause. What may pass, such
-as a server that restarts, is tried again for some time.
+Requests are made with patience, and what a store raises is told in words: see `patience`.
 """
 
 import errno
@@ -10,10 +9,8 @@ import json
 import logging
 import os
 import posixpath
-import random
 import shutil
 import threading
-import time
 import uuid
 import weakref
 from collections.abc import Callable, Mapping
@@ -27,30 +24,15 @@ import filelock
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from lens_pipeline.errors import FULL, InputError, NoAnswerError, words_of
+from lens_pipeline.errors import InputError, words_of
 from lens_pipeline.shards.checksums import PART, Checksums
 from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest, difference
+from lens_pipeline.shards.patience import RefusedError, code_of, is_precondition, patiently
 from lens_pipeline.steps import file_aside, write_aside
-from lens_pipeline.storage import (
-    FINAL,
-    PASSING,
-    blames_the_request,
-    lacks_credentials,
-    locate,
-    protocol_of,
-    state_of,
-)
+from lens_pipeline.storage import locate, protocol_of, state_of
 
 T = TypeVar("T")
-PATIENCE = 60.0  # seconds for which a request is tried again
-FIRST_PAUSE = 0.25
 BEHIND_THE_END = ("InvalidRange", "416")
-NOT_SHOWN = (403, 410)  # what web servers may answer for what is not there
-BAD_SIGNATURE = (
-    *("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken", "ExpiredToken"),
-    "401",
-)
-SPOILT_ON_THE_WAY = ("BadDigest", "IncompleteBody")  # what of S3's blames is no request's fault
 BLOCK = 2**26  # bytes that are asked for at once: what a lost connection costs
 
 log = logging.getLogger(__name__)
@@ -76,14 +58,6 @@ def _keep_inherited() -> None:
 
 
 os.register_at_fork(after_in_child=_keep_inherited)
-
-
-class StoreError(NoAnswerError):
-    """A store that failed, in spite of all patience; the message names the object and the cause."""
-
-
-class RefusedError(InputError):
-    """A store that will not do what it was asked for: the message names the object and says why."""
 
 
 def read_manifest(
@@ -219,7 +193,7 @@ class Store:
             try:
                 return self._reader.cat_file(self.at(name), start=start, end=start + n_bytes)
             except Exception as problem:
-                if _code(problem) in BEHIND_THE_END:
+                if code_of(problem) in BEHIND_THE_END:
                     return b""
                 raise
 
@@ -324,7 +298,7 @@ class Store:
                 else:
                     self.filesystem.pipe_file(path, content)
             except Exception as problem:
-                if _is_precondition(problem):
+                if is_precondition(problem):
                     return False
                 if getattr(problem, "errno", None) != errno.ENOSYS:
                     raise
@@ -361,63 +335,7 @@ class Store:
         return dict(self.filesystem.info(self.at(name)))
 
     def _again(self, request: Callable[[], T], name: str, refused: str = "may not be read") -> T:
-        """What a request gives, tried for PATIENCE seconds. Raises StoreError after that; at once
-        what trying again does not change: RefusedError, with `refused` in its message, where the
-        store blames the request."""
-        until, pause = time.monotonic() + PATIENCE, FIRST_PAUSE
-        place = posixpath.join(self.url, name).rstrip("/")
-        while True:
-            try:
-                return request()
-            except InputError:
-                raise
-            except (TypeError, ValueError) as problem:  # of the client, which was not made
-                raise InputError(
-                    f"{self.url}: cannot be used ({words_of(problem)}); correct the address, or "
-                    "LENS_STORAGE_OPTIONS"
-                ) from None
-            except Exception as problem:
-                if getattr(problem, "status", None) in NOT_SHOWN:
-                    raise FileNotFoundError(name) from None
-                if _is_refusal(problem):
-                    if _code(problem) in BAD_SIGNATURE:
-                        refused += ", for credentials are refused"
-                    raise RefusedError(f"{place}: {refused} ({words_of(problem)})") from None
-                if isinstance(problem, FINAL) or getattr(problem, "errno", None) in FULL:
-                    raise
-                if lacks_credentials(problem):
-                    raise InputError(
-                        f"{self.url}: there are no credentials for it ({words_of(problem)}); "
-                        "give them through the environment, as the provider's tools take them"
-                    ) from None
-                if self.is_local and getattr(problem, "errno", None) not in PASSING:
-                    raise InputError(
-                        f"{place}: cannot be used ({words_of(problem)}); correct the path"
-                    ) from None
-                if time.monotonic() + pause > until:
-                    raise StoreError(f"{place}: {words_of(problem)}") from None
-                log.info("%s: %s; once more", place, words_of(problem))
-            time.sleep(pause * random.uniform(0.5, 1.5))
-            pause = min(2 * pause, 10)
-
-
-def _code(problem: Exception) -> str:
-    """What a store calls the reason, `AccessDenied` or `412`; empty where it does not say."""
-    answer = getattr(problem.__cause__, "response", None)  # of an S3 store
-    if isinstance(answer, Mapping):
-        return str(answer.get("Error", {}).get("Code", ""))
-    return str(getattr(problem, "code", ""))
-
-
-def _is_refusal(problem: Exception) -> bool:
-    """Whether a store answers the same however often it is asked: 401, 403, and other statuses that
-    blame the request. s3fs and gcsfs make errors of some that do not carry them."""
-    if isinstance(problem, PermissionError) or str(problem).startswith("Forbidden:"):
-        return True
-    code, number = _code(problem), getattr(problem, "errno", None)
-    if number == errno.EINVAL:
-        return code not in ("", *SPOILT_ON_THE_WAY)
-    return number == errno.ENOSYS or blames_the_request(problem)
+        return patiently(request, self.url, name, refused, local=self.is_local)
 
 
 def written_at(info: Mapping[str, Any]) -> datetime:
@@ -426,9 +344,3 @@ def written_at(info: Mapping[str, Any]) -> datetime:
     if isinstance(changed, datetime):
         return changed.astimezone(UTC)
     return datetime.now(UTC) if changed is None else datetime.fromtimestamp(changed, UTC)
-
-
-def _is_precondition(problem: Exception) -> bool:
-    """Whether a conditional put was refused because the object has changed meanwhile."""
-    conflicts = ("PreconditionFailed", "ConditionalRequestConflict", "412")
-    return isinstance(problem, FileExistsError) or _code(problem) in conflicts

@@ -12,7 +12,8 @@ from lens_pipeline.progress import progress_bar
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards.checked import checked_folder
 from lens_pipeline.shards.manifest import INDEX, Listed, Manifest, Shard
-from lens_pipeline.shards.store import RefusedError, Store, read_manifest
+from lens_pipeline.shards.patience import RefusedError
+from lens_pipeline.shards.store import Store, read_manifest
 
 
 def verify_shards(

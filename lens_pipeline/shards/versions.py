@@ -10,7 +10,8 @@ from typing import Any, Self
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.manifest import MANIFEST
-from lens_pipeline.shards.store import RefusedError, Store
+from lens_pipeline.shards.patience import RefusedError
+from lens_pipeline.shards.store import Store
 
 LATEST = "latest.json"
 

@@ -18,7 +18,7 @@ from lens_pipeline.definitions import make_definitions
 from lens_pipeline.errors import InputError
 from lens_pipeline.runner import open_instance
 from lens_pipeline.settings import Settings
-from lens_pipeline.shards import store
+from lens_pipeline.shards import patience
 from lens_pipeline.shards.cloud import publish_shards
 from lens_pipeline_tests.defs.conftest import Webhook
 from lens_pipeline_tests.defs.ticks import RESOURCES, SURVEYS, Sensor
@@ -244,7 +244,7 @@ def test_a_store_that_does_not_answer_is_told_and_costs_no_retraining(
     shutil.copy(simulated_catalogue, source)
     assert [len(sensor.tick()) for _ in range(2)] == [0, 1]
     loaded = make_definitions(Settings.load())
-    monkeypatch.setattr(store, "PATIENCE", 0.1)
+    monkeypatch.setattr(patience, "PATIENCE", 0.1)
     for name in ("lenses", "lenses/catalogue.csv"):
         monkeypatch.setenv("LENS_SOURCE", f"http://127.0.0.1:9/{name}")
         (request,) = scheduled(instance, loaded)  # whose first step asks again

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lens_pipeline import LensDataModule, storage
-from lens_pipeline.shards import open_shards, publish_shards, read_manifest, store, verify_shards
-from lens_pipeline.shards.store import RefusedError, StoreError
+from lens_pipeline.shards import open_shards, patience, publish_shards, read_manifest, verify_shards
+from lens_pipeline.shards.patience import RefusedError, StoreError
 from lens_pipeline.shards.versions import newest_version
 from lens_pipeline_tests.object_stores import GCSServer, S3Server
 from lens_pipeline_tests.shards.published import Proxies, names, publisher, wait_for_an_object
@@ -55,7 +55,7 @@ def test_cloud_that_stalls_or_is_gone_is_an_error_that_names_the_object(
 ) -> None:
     url = f"{s3_bucket}/lenses"
     before = publish_shards(shards_folder, url, storage_options=s3_server.storage_options())
-    monkeypatch.setattr(store, "PATIENCE", 3.0)
+    monkeypatch.setattr(patience, "PATIENCE", 3.0)
     monkeypatch.setattr(storage, "CONNECT_LIMIT", 1)
     monkeypatch.setattr(storage, "READ_LIMIT", 0.5)
     proxy = faulty_proxy(s3_server)
@@ -81,7 +81,7 @@ def test_cloud_that_stalls_is_given_up_on_gcs_too(
     faulty_proxy: Proxies,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(store, "PATIENCE", 1.0)
+    monkeypatch.setattr(patience, "PATIENCE", 1.0)
     monkeypatch.setattr(storage, "READ_LIMIT", 0.5)
     proxy = faulty_proxy(gcs_server)
     proxy.stall()
@@ -105,7 +105,7 @@ def test_cloud_is_verified_though_some_requests_fail_and_an_object_that_cannot_b
     proxy.reset_after(1000, times=7, only=r"GET .*train-000001\.tar")
     assert verify_shards(url) == []
     assert proxy.faults == 7  # s3fs by itself gives up at the fifth
-    monkeypatch.setattr(store, "PATIENCE", 0.0)
+    monkeypatch.setattr(patience, "PATIENCE", 0.0)
     for status, kind in ((403, RefusedError), (500, StoreError)):
         proxy.every(1, status=status, only=r"train-000001\.tar")
         with pytest.raises(kind, match=rf"{url}/train-000001\.tar: "):

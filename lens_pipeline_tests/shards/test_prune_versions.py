@@ -14,15 +14,16 @@ import pytest
 from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards import (
+    patience,
     prune,
     prune_versions,
     publish_shards,
     read_manifest,
-    store,
     verify_shards,
     write_shards,
 )
-from lens_pipeline.shards.store import Store, StoreError
+from lens_pipeline.shards.patience import StoreError
+from lens_pipeline.shards.store import Store
 from lens_pipeline.shards.versions import newest_version
 from lens_pipeline_tests.object_stores import S3Server, sign_in
 from lens_pipeline_tests.shards.published import (
@@ -205,7 +206,7 @@ def test_cloud_prune_that_is_stopped_leaves_nothing_that_looks_whole(
     url, options = f"{s3_bucket}/lenses", s3_server.storage_options()
     old, newest = publish_versions(own_shards, url, options, 2)
     monkeypatch.setattr(prune, "YOUNG", timedelta(0))
-    monkeypatch.setattr(store, "PATIENCE", 0.5)
+    monkeypatch.setattr(patience, "PATIENCE", 0.5)
     proxy = faulty_proxy(s3_server)
     proxy.every(1, status=503, only=r"DELETE .*\.tar")
     through = s3_server.storage_options(proxy.url)

@@ -19,10 +19,10 @@ from lens_pipeline.catalogue.dataset import Dataset, Split
 from lens_pipeline.errors import InputError, NoAnswerError
 from lens_pipeline.shards import (
     open_shards,
+    patience,
     publish_shards,
     read_manifest,
     reader,
-    store,
     verify_shards,
 )
 from lens_pipeline.shards.as_dataset import shards_as_dataset
@@ -119,7 +119,7 @@ def test_a_spoilt_file_is_named(own_shards: Path, name: str, spoil, what: str) -
 def test_a_store_that_does_not_answer_is_no_damage_of_its_shards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(store, "PATIENCE", 0.1)
+    monkeypatch.setattr(patience, "PATIENCE", 0.1)
     with pytest.raises(NoAnswerError, match=r"^http://127\.0\.0\.1:9/lenses/manifest\.json: "):
         verify_shards("http://127.0.0.1:9/lenses")
 

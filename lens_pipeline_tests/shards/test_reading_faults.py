@@ -12,8 +12,8 @@ import torch
 
 from lens_pipeline import LensDataModule, LensWebDatasetDataModule, storage
 from lens_pipeline.errors import InputError
-from lens_pipeline.shards import open_shards, publish_shards, read_manifest, store
-from lens_pipeline.shards.store import StoreError
+from lens_pipeline.shards import open_shards, patience, publish_shards, read_manifest
+from lens_pipeline.shards.patience import StoreError
 from lens_pipeline.steps import file_sha256
 from lens_pipeline_tests.object_stores import S3Server, sign_in
 from lens_pipeline_tests.shards.published import SHARDS, N, Proxies, flipped, gets, numbers, spoil
@@ -142,7 +142,7 @@ def test_cloud_that_stalls_is_an_error_that_names_the_object_and_the_next_epoch_
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(store, "PATIENCE", 1.0)
+    monkeypatch.setattr(patience, "PATIENCE", 1.0)
     monkeypatch.setattr(storage, "READ_LIMIT", 0.5)
     proxy = faulty_proxy(s3_server)
     data = LensDataModule(

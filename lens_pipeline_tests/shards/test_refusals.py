@@ -9,8 +9,8 @@ import pytest
 
 from lens_pipeline import LensDataModule, LensWebDatasetDataModule
 from lens_pipeline.errors import InputError
-from lens_pipeline.shards import open_shards, publish_shards, store
-from lens_pipeline.shards.store import RefusedError
+from lens_pipeline.shards import open_shards, patience, publish_shards
+from lens_pipeline.shards.patience import RefusedError
 from lens_pipeline.shards.versions import newest_version
 from lens_pipeline_tests.object_stores import S3Server, sign_in
 from lens_pipeline_tests.shards.published import Proxies, publish_versions
@@ -72,7 +72,7 @@ def test_cloud_that_refuses_is_not_asked_again(
 ) -> None:
     """And it is told what it has refused."""
     server, bucket = (request.getfixturevalue(f"{kind}_{what}") for what in ("server", "bucket"))
-    monkeypatch.setattr(store, "PATIENCE", 5.0)
+    monkeypatch.setattr(patience, "PATIENCE", 5.0)
     proxy = faulty_proxy(server)
     proxy.every(1, status=status, code=code, only=only)
     with pytest.raises(RefusedError, match=said):
@@ -110,7 +110,7 @@ def test_cloud_without_conditional_puts_is_published_to(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     url = f"{s3_bucket}/lenses"
-    monkeypatch.setattr(store, "PATIENCE", 5.0)
+    monkeypatch.setattr(patience, "PATIENCE", 5.0)
     proxy = faulty_proxy(s3_server)
     proxy.every(1, status=501, code="NotImplemented", only="(?i)\nif-(none-)?match:")
     options = s3_server.storage_options(proxy.url)
