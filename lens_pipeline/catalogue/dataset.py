@@ -5,7 +5,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -56,6 +56,19 @@ class CutoutFormat:
         """The bands where the catalogue or its files named them, else None."""
         made_up = (COMPOSITE_BANDS, unnamed(len(self.bands)))
         return None if self.bands in made_up else self.bands
+
+    def differences(self, other: Self) -> list[tuple[str, str, str]]:
+        """Of each field in which another format differs: its name, and what both have, in words."""
+
+        def said(value: Any) -> str:
+            return ", ".join(value) if isinstance(value, tuple) else str(value)
+
+        mine, theirs = asdict(self), asdict(other)
+        return [
+            (name, said(mine[name]), said(theirs[name]))
+            for name in mine
+            if mine[name] != theirs[name]
+        ]
 
     def fitted(self, cutout: Cutout) -> Cutout:
         """A cutout, its bands in this order. Raises CutoutError where it cannot be.

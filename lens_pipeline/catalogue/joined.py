@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,20 +30,15 @@ def joined_format(formats: Mapping[str, CutoutFormat]) -> CutoutFormat:
     """
     (first, form), *others = formats.items()
     for name, other in others:
-        for what, value in asdict(replace(other, pixel_scale=form.pixel_scale)).items():
-            if value != (wanted := asdict(form)[what]):
-                raise InputError(
-                    f"{name}: {what}: the cutouts have {_shown(value)}, those of {first} "
-                    f"{_shown(wanted)}, and a network takes one of both; choose bands that all "
-                    "have (LENS_BANDS), or surveys that are alike"
-                )
+        for what, mine, theirs in form.differences(replace(other, pixel_scale=form.pixel_scale)):
+            raise InputError(
+                f"{name}: {what}: the cutouts have {theirs}, those of {first} {mine}, and a "
+                "network takes one of both; choose bands that all have (LENS_BANDS), or surveys "
+                "that are alike"
+            )
         if other.pixel_scale != form.pixel_scale:
             form = replace(form, pixel_scale=None)
     return form
-
-
-def _shown(value: Any) -> str:
-    return ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
 def joined_content(contents: Mapping[str, str]) -> str:

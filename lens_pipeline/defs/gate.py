@@ -1,8 +1,9 @@
 """Whether an ensemble may become champion: against the registry as it is now."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.scored import Source
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from mlflow.entities.model_registry import ModelVersion
 
+    from lens_pipeline.catalogue.dataset import CutoutFormat
     from lens_pipeline.ensemble.system import LensEnsemble
     from lens_pipeline.evaluation.gates import GateDecision
 
@@ -39,6 +41,7 @@ def decide(
     take, which is scored on the test split of today; version: its own in the registry, where it has
     one.
     """
+    from lens_pipeline.catalogue.dataset import CutoutFormat
     from lens_pipeline.ensemble.calibration import at_mixture
     from lens_pipeline.ensemble.description import read_description, read_groups
     from lens_pipeline.evaluation.gates import GateDecision, champion_gate, refused
@@ -74,7 +77,7 @@ def decide(
         raise  # it says nothing of the champion
     except InputError as problem:
         return refused(f"the champion, version {number}, cannot be compared: {problem}")
-    if differing := _other_cutouts(own["format"], theirs):
+    if differing := _other_cutouts(CutoutFormat.from_dict(own["format"]), theirs):
         return refused(
             f"the champion, version {number}, is not comparable: {differing}; if the new one is "
             "to replace it, promote it by hand"
@@ -103,18 +106,13 @@ def decide(
     return read_evaluation(evaluation).in_each_part(decision, settings.gate)
 
 
-def _other_cutouts(form: dict[str, Any], champion: "LensEnsemble") -> str:
+def _other_cutouts(form: "CutoutFormat", champion: "LensEnsemble") -> str:
     """How the champion's cutouts differ from these; empty where they do not."""
-    theirs = champion.facts["format"]
-
-    def said(value: Any) -> str:
-        return ", ".join(value) if isinstance(value, list | tuple) else str(value)
-
+    theirs = champion.format
+    if _alike(theirs.pixel_scale, form.pixel_scale):
+        theirs = replace(theirs, pixel_scale=form.pixel_scale)
     return "; ".join(
-        f"{name} {said(theirs[name])}, here {said(form[name])}"
-        for name in form
-        if theirs[name] != form[name]
-        and not (name == "pixel_scale" and _alike(theirs[name], form[name]))
+        f"{name} {has}, here {needed}" for name, needed, has in form.differences(theirs)
     )
 
 
