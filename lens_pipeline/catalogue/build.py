@@ -5,7 +5,7 @@ import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -78,6 +78,52 @@ class _Stack:
         self.file.close()
 
 
+class _Collected:
+    """What is kept of the cutouts of a catalogue, by their places in it; split: of each of these.
+
+    kept: the places of a split's cutouts, in the order of its stack; rejects: places, and why.
+    """
+
+    def __init__(self, folder: Path, form: CutoutFormat, split: pd.Series) -> None:
+        self.form, self.split = form, split
+        self.kept: dict[str, list[int]] = {part: [] for part in PARTS}
+        self.rejects: list[tuple[int, CutoutError]] = []
+        self._stacks = {part: _Stack(folder / f"{part}.npy", form.shape) for part in PARTS}
+        self._nan_fraction = np.zeros(len(split), dtype=np.float32)
+        self._padded_fraction = np.zeros(len(split), dtype=np.float32)
+        self._background = np.full((len(split), len(form.bands)), np.nan, dtype=np.float32)
+
+    def put(self, place: int, cutout: Cutout | CutoutError) -> None:
+        try:
+            if isinstance(cutout, CutoutError):
+                raise cutout
+            cutout = self.form.fitted(cutout)
+        except CutoutError as reason:
+            self.rejects.append((place, reason))
+            return
+        part = self.split.iloc[place]
+        self._stacks[part].append(cutout.pixels)
+        self.kept[part].append(place)
+        self._nan_fraction[place] = cutout.nan_fraction
+        self._padded_fraction[place] = cutout.padded_fraction
+        if cutout.zero_point and cutout.units == SIGMA_UNITS:
+            self._background[place] = cutout.background_magnitude
+
+    def close(self) -> None:
+        for stack in self._stacks.values():
+            stack.close()
+
+    def measured(self, pad: bool) -> dict[str, NDArray[np.float32]]:
+        """Columns of the tables: a value for each place."""
+        columns = {"nan_fraction": self._nan_fraction}
+        if pad:
+            columns["padded_fraction"] = self._padded_fraction
+        for band, magnitudes in zip(self.form.bands, self._background.T, strict=True):
+            if np.isfinite(magnitudes).any():
+                columns[f"background_magnitude_{band}"] = magnitudes
+        return columns
+
+
 def build_dataset(
     catalogue: Catalogue,
     out: str | Path,
@@ -109,67 +155,27 @@ def build_dataset(
     if image_size < 1:
         raise InputError(f"image_size {image_size}: at least 1 is needed")
     with filling(out) as folder:
-        table = catalogue.table
+        table, source = catalogue.table, catalogue.source
         split = assign_splits(table, split_seed)
         if whole:
-            check_splits(split, table["label"], catalogue.source)
+            check_splits(split, table["label"], source)
         stream = read_cutouts(catalogue, image_size, bands=bands, pad=pad, options=options)
         first = _first(stream, int(max_reject_fraction * len(table)))
         form = _common_format(catalogue, first, image_size, bands)
-        stacks = {part: _Stack(folder / f"{part}.npy", form.shape) for part in PARTS}
-        kept: dict[str, list[int]] = {part: [] for part in PARTS}
-        nan_fraction = np.zeros(len(table), dtype=np.float32)
-        padded_fraction = np.zeros(len(table), dtype=np.float32)
-        background = np.full((len(table), len(form.bands)), np.nan, dtype=np.float32)
-        rejects: list[tuple[int, CutoutError]] = []
+        collected = _Collected(folder, form, split)
         for place, cutout in chain(first, stream):
-            try:
-                if isinstance(cutout, CutoutError):
-                    raise cutout
-                cutout = form.fitted(cutout)
-            except CutoutError as reason:
-                rejects.append((place, reason))
-                continue
-            part = split.iloc[place]
-            stacks[part].append(cutout.pixels)
-            kept[part].append(place)
-            nan_fraction[place] = cutout.nan_fraction
-            padded_fraction[place] = cutout.padded_fraction
-            if cutout.zero_point and cutout.units == SIGMA_UNITS:
-                background[place] = cutout.background_magnitude
-        for stack in stacks.values():
-            stack.close()
+            collected.put(place, cutout)
+        collected.close()
 
-        listed = _rejects(catalogue, rejects)
-        check_rejects(listed, len(table), max_reject_fraction, catalogue.source)
-        used = table.drop(listed["row"])
+        listed = _rejects(catalogue, collected.rejects)
+        check_rejects(listed, len(table), max_reject_fraction, source)
         if whole:
-            try:
-                check_splits(split[used.index], used["label"], catalogue.source)
-            except InputError as problem:
-                if listed.empty:
-                    raise
-                why = counted_reasons(listed["reason"])
-                raise InputError(f"{problem}; {len(listed)} cannot be used: {why}") from None
+            _check_without(listed, split, table["label"], source)
         listed.to_parquet(folder / REJECTS, index=False)
-        measured: dict[str, Any] = {"row": table.index, "nan_fraction": nan_fraction}
-        if pad:
-            measured["padded_fraction"] = padded_fraction
-        for band, magnitudes in zip(form.bands, background.T, strict=True):
-            if np.isfinite(magnitudes).any():
-                measured[f"background_magnitude_{band}"] = magnitudes
-        if replaced := [name for name in measured if name in table]:
-            log.warning(
-                "%s: a dataset has columns of its own named %s, and those of the catalogue are not "
-                "carried along; rename them to keep them", catalogue.source, ", ".join(replaced),
-            )  # fmt: skip
-        if other_names := positions_by_other_names(table):
-            log.warning(
-                "%s: no column ra or dec tells where the cutouts lie; if %s do, in degrees, call "
-                "them so", catalogue.source, ", ".join(other_names),
-            )  # fmt: skip
+        measured: dict[str, Any] = {"row": table.index, **collected.measured(pad)}
+        _tell_of_columns(table, measured, source)
         table = table.assign(split=split, **measured)
-        for part, places in kept.items():
+        for part, places in collected.kept.items():
             table.iloc[places].to_parquet(folder / f"{part}.parquet", index=False)
         duplicates, not_compared = find_near_duplicates(Dataset(folder, form, {}))
         duplicates.to_parquet(folder / NEAR_DUPLICATES, index=False)
@@ -182,11 +188,40 @@ def build_dataset(
             "n_rejects": len(listed),
             "n_near_duplicates": len(duplicates),
             "n_alike_not_compared": not_compared,
-            "splits": {part: class_counts(table["label"].iloc[kept[part]]) for part in PARTS},
+            "splits": {
+                part: class_counts(table["label"].iloc[places])
+                for part, places in collected.kept.items()
+            },
             "content": _content(folder),
         }
         (folder / "dataset.json").write_text(json.dumps(facts, indent=1, sort_keys=True))
     return open_dataset(out)
+
+
+def _check_without(rejects: pd.DataFrame, split: pd.Series, label: pd.Series, source: str) -> None:
+    """Raises InputError where a split lacks a class without the cutouts that were rejected."""
+    try:
+        check_splits(split.drop(rejects["row"]), label.drop(rejects["row"]), source)
+    except InputError as problem:
+        if rejects.empty:
+            raise
+        why = counted_reasons(rejects["reason"])
+        raise InputError(f"{problem}; {len(rejects)} cannot be used: {why}") from None
+
+
+def _tell_of_columns(table: pd.DataFrame, measured: Mapping[str, Any], source: str) -> None:
+    """Warns of what becomes of a catalogue's columns: of those that give way to what is measured,
+    and of positions that nobody looks for under their names."""
+    if replaced := [name for name in measured if name in table]:
+        log.warning(
+            "%s: a dataset has columns of its own named %s, and those of the catalogue are not "
+            "carried along; rename them to keep them", source, ", ".join(replaced),
+        )  # fmt: skip
+    if other_names := positions_by_other_names(table):
+        log.warning(
+            "%s: no column ra or dec tells where the cutouts lie; if %s do, in degrees, call them "
+            "so", source, ", ".join(other_names),
+        )  # fmt: skip
 
 
 def _content(folder: Path) -> str:
