@@ -199,10 +199,11 @@ def _run(options: argparse.Namespace) -> int:
     changes = _training_changes(options.set, [m.name for m in chosen_members(settings)])
     with interruptible():
         from lens_pipeline.registry import answering
-        from lens_pipeline.runner import run_pipeline
+        from lens_pipeline.runner import prepare_home, run_pipeline
         from lens_pipeline.tracking import Tracking, keep_waits_short
 
         keep_waits_short()
+        prepare_home(settings)
         with answering("MLFLOW_TRACKING_URI"):
             _ = Tracking(settings).client  # before hours of work are done for it
         run_pipeline(settings, changes, options.verbose)

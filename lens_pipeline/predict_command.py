@@ -1,11 +1,14 @@
 """`lens-pipeline predict`: the scores of a survey's cutouts."""
 
 import argparse
+import logging
 from pathlib import Path
 
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, masked
 from lens_pipeline.settings import Settings, absolute
 from lens_pipeline.terminal import interruptible, local_path
+
+log = logging.getLogger(__name__)
 
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +72,8 @@ def _predict(options: argparse.Namespace) -> int:
         storage_options=settings.storage_options,
     )
     ensemble, uri = load_registered(registry, options.model)
+    if settings.tracking_uri:
+        log.info("model: %s of MLFLOW_TRACKING_URI, %s", uri, masked(settings.mlflow_uri))
     with interruptible():
         scored = score_to_file(
             ensemble,

@@ -34,8 +34,8 @@ def load_registered(registry: Registry, uri: str | None = None) -> tuple["LensEn
     """
     if uri is not None and not uri.startswith("models:/"):
         raise InputError(
-            f"{uri!r} is no model of this registry, which are models:/{MODEL}@alias and "
-            f"models:/{MODEL}/version (a model is code, so no other place is trusted)"
+            f"{uri!r} is no model of this registry, which are models:/{MODEL}@{CHAMPION}, say, and "
+            f"models:/{MODEL}/3 (a model is code, so no other place is trusted)"
         )
     registry.require()
     with answering(f"{uri or MODEL} cannot be loaded"):

@@ -187,14 +187,17 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
 
 
 def _tell_of_source(settings: Settings) -> None:
-    """Says what is read; warns where the home's last run has read something else."""
+    """Says what is read; warns where that is the simulation and the home's last run has read a
+    catalogue, as where LENS_SOURCE was forgotten."""
     log.info("source: %s", masked(settings.source))
     kept = settings.home / KEPT
-    before = json.loads(kept.read_text()).get("source", SIMULATION) if kept.is_file() else None
-    if before not in (None, settings.source):
+    before = (
+        json.loads(kept.read_text()).get("source", SIMULATION) if kept.is_file() else SIMULATION
+    )
+    if settings.is_simulated and before != SIMULATION:
         log.warning(
-            "LENS_SOURCE: the last run of %s read %s; if that is meant, interrupt this one, and "
-            "name it again", settings.home, masked(before),
+            "LENS_SOURCE: the last run of %s read %s; if the simulation is not meant, interrupt "
+            "this one, and name that again", settings.home, masked(before),
         )  # fmt: skip
 
 
@@ -222,7 +225,9 @@ def _tell_of_checks(evaluations: Iterable[dg.AssetCheckEvaluation]) -> None:
         ]
         said = check.description or ", ".join(figures[:3])
         asset = check.asset_key.to_user_string()
-        log.warning("  check failed: %s of %s%s", check.check_name, asset, said and f" ({said})")
+        how = "failed" if check.severity == dg.AssetCheckSeverity.ERROR else "warns"
+        told = said and f" ({said})"
+        log.warning("  check %s: %s of %s%s", how, check.check_name, asset, told)
 
 
 @contextmanager

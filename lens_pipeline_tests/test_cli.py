@@ -209,18 +209,32 @@ def test_a_cloud_that_cannot_be_used_is_named(
     assert "error: LENS_CLOUD_URL: nosuch://bucket" in capsys.readouterr().err
 
 
-def test_a_run_says_what_it_reads_and_that_the_last_one_read_something_else(
-    own_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_run_says_what_it_reads_and_where_it_simulates_that_the_last_one_did_not(
+    own_home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As where LENS_SOURCE was forgotten: its model would stand beside those of the survey."""
+    """Where LENS_SOURCE was forgotten: its model would stand beside those of the survey."""
     source = tmp_path / "other.csv"
     source.write_text("name\na\n")
-    for read in ("simulation", source):
-        assert main(["run", "--source", str(source), "--home", str(own_home)]) == 2
+    monkeypatch.setenv("LENS_CLOUD_URL", "nosuch://bucket")  # nothing is trained here
+    for named, warned in (("simulation", False), (str(source), False), ("simulation", True)):
+        assert main(["run", "--source", named, "--home", str(own_home), "--preset", "tiny"]) == 2
         told = capsys.readouterr().err
-        assert f"source: {source}" in told
-        warned = f"LENS_SOURCE: the last run of {own_home} read {read}; if that is meant"
-        assert (warned in told) == (read != source)
+        assert f"source: {named}" in told
+        said = f"LENS_SOURCE: the last run of {own_home} read {source}; if the simulation is not"
+        assert (said in told) == warned
+
+
+def test_a_home_that_cannot_be_made_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["run", "--preset", "tiny", "--home", str(tmp_path / "file" / "home")]) == 2
+    assert f"error: LENS_HOME: {tmp_path}/file/home/dagster cannot be made" in (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("flags", [["simulate", "--out"], ["prepare", "--output-dir"]])
@@ -295,7 +309,7 @@ def test_a_few_bad_images_are_listed_and_the_run_goes_on(
     assert "lastro" in told.out
     assert "4 of 120 cutouts cannot be used, see " in told.err
     assert "once: the file is missing" in told.err
-    assert "check failed: every_split_holds_both_classes of processed_dataset (only " in told.err
+    assert "check warns: every_split_holds_both_classes of processed_dataset (only " in told.err
     # The same catalogue elsewhere is the same one.
     moved = tmp_path / "moved"
     shutil.copytree(catalogue.parent, moved)

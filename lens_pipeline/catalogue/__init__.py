@@ -8,5 +8,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "table": ["Catalogue", "read_catalogue"],
         "build": ["build_dataset"],
         "dataset": ["Dataset", "open_dataset"],
+        "images": ["read_cutout"],
     },
 )

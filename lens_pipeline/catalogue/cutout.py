@@ -127,7 +127,10 @@ def usable_cutout(cutout: Cutout, size: int, *, pad: bool = False) -> Cutout:
         raise CutoutError("the image holds no pixel")
     height, width = cutout.pixels.shape[1:]
     if min(height, width) < size and not pad:
-        raise CutoutError(f"{width} x {height} pixels; at least {size} x {size} are needed")
+        raise CutoutError(
+            f"{width} x {height} pixels; at least {size} x {size} are needed (LENS_IMAGE_SIZE), or "
+            "LENS_PAD"
+        )
     pixels, units, sigma = cutout.pixels, cutout.units, cutout.sigma
     if units == FLUX:
         pixels = np.where(_filled(pixels), np.float32(np.nan), pixels)

@@ -76,7 +76,7 @@ def check_splits(split: pd.Series, label: pd.Series, source: str) -> None:
     """Raises InputError, naming the class and the split, where a split lacks a class."""
     if label.isna().all():
         raise InputError(
-            f"{source}: no row has a label; training needs a column label of 1s and 0s"
+            f"{source}: no row has a label; training needs a column called label, of 1s and 0s"
         )
     for value, name in ((1, "lenses"), (0, "non-lenses")):
         if not (label == value).any():

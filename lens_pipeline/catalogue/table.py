@@ -37,6 +37,7 @@ from lens_pipeline.storage import (
     without_query,
 )
 
+COARSEST = 10.0  # arcsec/pixel: in coarser ones nobody looks for lenses, and milliarcsec look so
 FINEST = 1e-3  # arcsec/pixel: no camera of the sky has finer pixels, and in degrees most have
 FRAME = "the DataFrame"  # what messages call one
 
@@ -223,7 +224,7 @@ def _validated(table: pd.DataFrame, source: str, folder: str) -> pd.DataFrame:
     for name in ("id", *images):
         table[name] = as_text(table[name])
         refuse(source, table, table[name].isna(), name, "is empty")
-    refuse(source, table, table["id"].duplicated(), "id", "is there twice; ids must be unique")
+    _check_unique(table, source)
     if "label" in table:
         table["label"] = zero_or_one(table, "label", source)
     else:
@@ -239,6 +240,7 @@ def _validated(table: pd.DataFrame, source: str, folder: str) -> pd.DataFrame:
         scale = table["pixel_scale"]
         refuse(source, table, scale <= 0, "pixel_scale", "must be above 0")
         refuse(source, table, scale < FINEST, "pixel_scale", "must be in arcsec, not degrees")
+        refuse(source, table, scale > COARSEST, "pixel_scale", "must be in arcsec, not milliarcsec")
     for name in images:
         table[name] = [_join(folder, path) for path in table[name]]
     table["split"] = stripped(table["split"]) if "split" in table else pd.array([None] * len(table))
@@ -255,6 +257,14 @@ def _validated(table: pd.DataFrame, source: str, folder: str) -> pd.DataFrame:
     torn = (given["split"] != split_of_group).reindex(table.index, fill_value=False)
     refuse(source, table, torn, "split", "differs from that of another row of its group")
     return table
+
+
+def _check_unique(table: pd.DataFrame, source: str) -> None:
+    again = table["id"].duplicated()
+    if again.any():
+        first = int(np.argmax(table["id"] == table["id"][again].iloc[0])) + 1
+        what = f"is there twice, first in row {first}; ids must be unique"
+        refuse(source, table, again, "id", what)
 
 
 def _join(folder: str, path: str) -> str:

@@ -132,7 +132,7 @@ def checkpoint_stage(member: Member, defaults: TrainConfig) -> Stage:
                     metadata={
                         "AUROC": auroc["value"],
                         "lower 95 % bound": auroc["low"],
-                        "above": CHANCE,
+                        "must exceed": CHANCE,
                     },
                 ),
             ),

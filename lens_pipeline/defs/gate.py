@@ -51,7 +51,7 @@ def decide(
 
     settings = lens.settings
     if champion is not None and champion.tags.get(STEP_KEY) == key:
-        return GateDecision(True, (), {})
+        return GateDecision(True, (), read_evaluation(evaluation).gate(settings.gate).figures)
     if version is not None and ROLLED_BACK in version.tags:
         return refused(f"version {version.version} was rolled back; promote it by hand")
     if champion is None:

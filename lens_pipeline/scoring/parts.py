@@ -135,7 +135,7 @@ def score_to_file(
         if rejects.total() > may_fail:
             if not share and not rows.n_scored:
                 _remove(folder)
-            _refuse_rejects(rejects, source, max_reject_fraction, may_fail)
+            _refuse_rejects(rows, source, max_reject_fraction, may_fail)
         if share:
             _take_parts(rows, folder, ensemble.columns)
             listed, gallery, stays = None, None, True
@@ -263,16 +263,20 @@ def _names(folder: Path, share: Share | None) -> Iterator[Path]:
 
 
 def _refuse_rejects(
-    reasons: Counter[str], source: CutoutSource, fraction: float, may_fail: int
+    rows: ScoredRows, source: CutoutSource, fraction: float, may_fail: int
 ) -> NoReturn:
     """Raises InputError; what was scored is kept, and what could not be read is tried again."""
-    n = len(source.catalogue.table)
-    why = counted_reasons(reasons.elements())
+    ids, reasons = source.catalogue.table["id"], rows.reasons
+    n, first = len(ids), int(np.argmax(rows.rejected))
+    why = (
+        f"{counted_reasons(reasons.elements())}; the first is row {first + 1}, id {ids.iloc[first]}"
+    )
     if reasons.total() == n:
         raise InputError(f"{source.catalogue.source}: none of its {n} cutouts can be used: {why}")
     raise InputError(
-        f"{source.catalogue.source}: {reasons.total()} of {n} cutouts cannot be used, or more; "
-        f"LENS_MAX_REJECT_FRACTION={fraction:g} allows {may_fail}: {why}"
+        f"{source.catalogue.source}: at least {reasons.total()} of {n} cutouts cannot be used, and "
+        f"LENS_MAX_REJECT_FRACTION={fraction:g} allows {may_fail}: {why}. With "
+        "LENS_MAX_REJECT_FRACTION=1 the scores list all of them, with their reject_reason"
     )
 
 

@@ -73,9 +73,10 @@ def test_no_band_is_lost_where_columns_of_paths_are_not_written_alike(tmp_path: 
         read_catalogue(tmp_path / "t.csv")
 
 
-def test_a_pixel_scale_in_degrees_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_text(f"id,path,pixel_scale\na,a.npy,{0.25 / 3600}\n")
-    with pytest.raises(InputError, match="row 1, column pixel_scale: .* in arcsec, not degrees"):
+@pytest.mark.parametrize(("scale", "unit"), [(0.25 / 3600, "degrees"), (250, "milliarcsec")])
+def test_a_pixel_scale_in_another_unit_is_refused(tmp_path: Path, scale: float, unit: str) -> None:
+    (tmp_path / "t.csv").write_text(f"id,path,pixel_scale\na,a.npy,{scale}\n")
+    with pytest.raises(InputError, match=f"row 1, column pixel_scale: .* in arcsec, not {unit}"):
         read_catalogue(tmp_path / "t.csv")
 
 
@@ -109,7 +110,10 @@ def test_a_signed_url_ends_before_its_query(tmp_path: Path) -> None:
         ("id,path,label\n", "no rows"),
         ("path,label\na.npy,1\n", "column id is missing"),
         ("id,label\na,1\n", "column path .* is missing"),
-        ("id,path\na,a.npy\nb,b.npy\na,c.npy\n", "row 3, column id: 'a' is there twice"),
+        (
+            "id,path\na,a.npy\nb,b.npy\na,c.npy\n",
+            "row 3, column id: 'a' is there twice, first in row 1; ids",
+        ),
         ("id,path\na,a.npy\n,b.npy\n", "row 2, column id: is empty"),
         ("id,path\na,a.npy\nb,\n", "row 2, column path: is empty"),
         ("id,path,label\na,a.npy,1\nb,b.npy,2\n", "row 2, column label: '2' must be 1, 0 or empty"),

@@ -85,7 +85,7 @@ def test_a_network_is_judged_by_what_chance_leaves_of_its_auroc(home: Path) -> N
     low = np.percentile([roc_auc_score(label[rows], logit[rows]) for rows in draws], 2.5)
     assert check.metadata["AUROC"].value == pytest.approx(auroc)
     assert check.metadata["lower 95 % bound"].value == pytest.approx(low, abs=0.04)
-    assert check.metadata["above"].value == 0.5
+    assert check.metadata["must exceed"].value == 0.5
     assert low < 0.5
     assert not check.passed
     assert check.severity == dg.AssetCheckSeverity.WARN

@@ -236,7 +236,9 @@ def test_a_limit_holds_for_what_was_done_before(
         during.setattr("lens_pipeline.scoring.parts.write_scores", interrupt)
         with pytest.raises(KeyboardInterrupt):
             score_to_file(ensemble, source, out, model="mine")
-    with pytest.raises(InputError, match=rf"23 of {N} cutouts cannot be used, or more; LENS_MAX"):
+    with pytest.raises(
+        InputError, match=rf"at least 23 of {N} cutouts cannot be used, and LENS_MAX"
+    ):
         score_to_file(ensemble, source, out, model="mine", max_reject_fraction=0.01)
     assert score_to_file(ensemble, source, out, model="mine").n_scored == N - 23
 
@@ -270,8 +272,9 @@ def test_scores_are_not_replaced_by_none(
     images.rename(tmp_path / "away")
     assert main(command(home, catalogue, out)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"{ROWS} of {3 * ROWS} cutouts cannot be used, or more; " in error
+    assert f"at least {ROWS} of {3 * ROWS} cutouts cannot be used, and " in error
     assert f"=0.1 allows {3 * ROWS // 10}: {ROWS} times: the file is" in error
+    assert f"the first is row {ROWS + 1}, id J{ROWS:06d}. With" in error
     assert out.read_bytes() == before
     (tmp_path / "away").rename(images)
     assert main(command(home, catalogue, out)) == 0
