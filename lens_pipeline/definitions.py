@@ -26,6 +26,7 @@ from lens_pipeline.defs.source import source_is_published
 from lens_pipeline.defs.stages import freshness
 from lens_pipeline.defs.tuning import tuning
 from lens_pipeline.errors import InputError
+from lens_pipeline.locations import protocol_of
 from lens_pipeline.presets import chosen_members
 from lens_pipeline.settings import Settings
 
@@ -48,7 +49,7 @@ def make_definitions(settings: Settings, retries: bool = True) -> dg.Definitions
             "LENS_SURVEY: shards that are published (LENS_SOURCE) are taken whole; unset it"
         )
     members = chosen_members(settings)
-    remote = "://" in (settings.source if published else settings.cloud)
+    remote = bool(protocol_of(settings.source if published else settings.cloud))
     stages = [
         *(() if published else (cutout_catalogue, processed_dataset, lens_shards, cloud_shards)),
         *checkpoint_stages(settings),

@@ -5,7 +5,8 @@ import logging
 from pathlib import Path
 
 from lens_pipeline.errors import InputError, masked
-from lens_pipeline.settings import Settings, absolute
+from lens_pipeline.locations import absolute
+from lens_pipeline.settings import Settings
 from lens_pipeline.terminal import interruptible, local_path
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ import filelock
 from lens_pipeline.commit import code_commit
 from lens_pipeline.errors import InputError, NoAnswerError, words_of
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import digest
+from lens_pipeline.steps import LOCKS, digest
 from lens_pipeline.tracking import (
     DAGSTER_RUN,
     DATASET_VERSION,
@@ -72,7 +72,7 @@ class Registry:
 
         MLflow itself has no lock: of homes that share a server, let one promote.
         """
-        return filelock.FileLock(self.settings.home / ".locks" / "registry.lock")
+        return filelock.FileLock(self.settings.home / LOCKS / "registry.lock")
 
     def versions(self) -> list["ModelVersion"]:
         """Every version of the registered model, newest first; none where there is no model."""

@@ -17,7 +17,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from lens_pipeline.choices import Choice, Method
-from lens_pipeline.errors import SECRET, InputError
+from lens_pipeline.errors import InputError
+from lens_pipeline.locations import absolute, meant_as_url, publishable, written_down
 from lens_pipeline.settings_files import first_wrong
 
 # Variables of the deployment, the code server, the tests, and of commands that a step has started,
@@ -34,46 +35,8 @@ SERVED = ".served"  # in DAGSTER_HOME, by `lens-pipeline show`, which locks it m
 HOST, DAGSTER_PORT, MLFLOW_PORT = "127.0.0.1", 3000, 5000
 
 
-def absolute(location: str) -> str:
-    """A path made absolute; a URL (``scheme://``) as it is.
-
-    Raises InputError for a URL with a password, which would be written down with every result, for
-    one that lacks a slash, and for a bucket's without a bucket.
-    """
-    if re.match("[a-z][a-z0-9+]+:/(?!/)", location):  # a path of that name is not meant
-        raise InputError(f"{location}: a URL has two slashes behind the colon")
-    if re.match("(s3a?|gs|gcs):///*$", location):
-        raise InputError(f"{location}: names no bucket")
-    if "://" in location:
-        if urlsplit(location).password:
-            raise InputError(
-                f"{location}: a URL must not carry a password; give credentials through "
-                "the environment, as its provider's tools take them"
-            )
-        return location
-    return str(Path(location).expanduser().resolve())
-
-
-def written_down(location: str) -> str:
-    """`absolute`, of a location that results name. Raises InputError for a URL that is signed."""
-    if "://" in location and SECRET.search(urlsplit(location).query):
-        raise InputError(
-            f"{location}: a URL must not carry a signature or token, for results name it; give "
-            "credentials through the environment, as its provider's tools take them"
-        )
-    return absolute(location)
-
-
-def publishable(location: str) -> str:
-    """`written_down`, of where shards are published. Raises InputError for braces, which in the
-    URLs of shards stand for their numbers."""
-    if set("{}") & set(location):
-        raise InputError(f"{location}: where shards are published must not hold braces")
-    return written_down(location)
-
-
 def _on_this_machine(path: str | Path) -> str:
-    if re.match("[a-z][a-z0-9+]+:/", str(path)):
+    if meant_as_url(str(path)):
         raise ValueError(f"{path} is a URL; name a folder on this machine")
     return absolute(str(path))
 

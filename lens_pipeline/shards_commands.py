@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.settings import Settings, absolute, publishable
+from lens_pipeline.locations import absolute, publishable
+from lens_pipeline.settings import Settings
 from lens_pipeline.steps import folder_aside
 from lens_pipeline.terminal import interruptible, local_path
 

@@ -14,6 +14,7 @@ from typing import Any
 import fsspec
 
 from lens_pipeline.errors import InputError, NoAnswerError, words_of
+from lens_pipeline.locations import protocol_of
 
 CONNECT_LIMIT, READ_LIMIT = 10, 15  # seconds
 CLAIM = ".filling"  # in a folder while somebody writes into it
@@ -22,8 +23,6 @@ WORTH_LISTING = 20  # files of one folder
 AT_A_TIME = 16  # files that a store is asked for
 ASKED_TOGETHER = 1000  # files whose answers are held in memory
 FEW = 100  # files that a server that is no bucket can be asked for before anything is read
-TABLES = (".csv", ".parquet", ".fits", ".fit", ".vot", ".votable", ".xml")  # of a catalogue
-_SYNONYMS = {"s3a": "s3", "gcs": "gs"}
 # What a store raises of a thing that is as it is; all else may be over in a while.
 FINAL = (
     *(FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError),
@@ -121,16 +120,6 @@ def locate(
             f"{location}: cannot be connected to ({type(problem).__name__}); correct {names}, as "
             "LENS_STORAGE_OPTIONS or the environment gives them"
         ) from None
-
-
-def without_query(location: str) -> str:
-    """A path as it is; a URL without what follows `?`, where it is signed."""
-    return location.partition("?")[0] if "://" in location else location
-
-
-def names_table(location: str) -> bool:
-    """Whether a path or URL ends as a catalogue's does."""
-    return without_query(location).lower().endswith(TABLES)
 
 
 def state_of(info: Mapping[str, Any]) -> str | None:
@@ -269,9 +258,3 @@ def _defaults(protocol: str) -> dict[str, Any]:
         limit = aiohttp.ClientTimeout(sock_connect=CONNECT_LIMIT, sock_read=READ_LIMIT)
         return {"requests_timeout": limit, "use_listings_cache": False}
     return {}
-
-
-def protocol_of(location: str) -> str:
-    """`s3`, `gs`, ...; empty of a local path."""
-    protocol, separator, _ = location.partition("://")
-    return _SYNONYMS.get(protocol, protocol) if separator else ""

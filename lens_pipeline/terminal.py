@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from lens_pipeline.errors import masked
+from lens_pipeline.locations import meant_as_url
 
 INTERRUPTED = 130
 GRACE = 8  # seconds that an interrupted run has for an orderly end
@@ -47,7 +47,7 @@ def prepare_environment() -> None:
 
 def local_path(text: str) -> Path:
     """Of a flag: a path on this machine, made absolute. A URL is none."""
-    if re.match("[a-z][a-z0-9+]+:/", text):
+    if meant_as_url(text):
         raise argparse.ArgumentTypeError(f"{text} is a URL; name a place on this machine")
     return Path(text).absolute()
 

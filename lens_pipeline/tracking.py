@@ -19,6 +19,7 @@ import filelock
 
 from lens_pipeline.errors import InputError, masked
 from lens_pipeline.settings import Settings
+from lens_pipeline.steps import LOCKS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,7 +113,7 @@ class Tracking:
         mlflow.set_registry_uri(uri)
         if self.settings.tracking_uri is None and not self.settings.mlflow_database.exists():
             # Two processes that create one SQLite file at once would trip over each other.
-            locks = self.settings.home / ".locks"
+            locks = self.settings.home / LOCKS
             locks.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(locks / "mlflow.lock"):
                 _create_database(self.settings.mlflow_database)
@@ -129,7 +130,7 @@ class Tracking:
     @cached_property
     def experiment_id(self) -> str:
         """The experiment, created with an absolute artifact location."""
-        with filelock.FileLock(self.settings.home / ".locks" / "experiment.lock"):
+        with filelock.FileLock(self.settings.home / LOCKS / "experiment.lock"):
             found = self.client.get_experiment_by_name(EXPERIMENT)
             if found is not None:
                 return str(found.experiment_id)
@@ -186,7 +187,7 @@ class Tracking:
     def reopened_run(self, name: str, key: str) -> str:
         """The run of something that goes on, or a new one; those with the tag PARENT are nested in
         it."""
-        with filelock.FileLock(self.settings.home / ".locks" / f"run-{key[:32]}.lock"):
+        with filelock.FileLock(self.settings.home / LOCKS / f"run-{key[:32]}.lock"):
             return self.start_run(name, key, {}, goes_on=True)
 
     def logger(self, run_id: str | None) -> "MLFlowLogger":

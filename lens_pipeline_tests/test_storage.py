@@ -13,17 +13,8 @@ from typing import Any
 import pytest
 
 from lens_pipeline.errors import InputError, NoAnswerError
-from lens_pipeline.storage import (
-    FEW,
-    READ_LIMIT,
-    asking,
-    filling,
-    known_states,
-    locate,
-    names_table,
-    states_of,
-    without_query,
-)
+from lens_pipeline.locations import names_table, without_query
+from lens_pipeline.storage import FEW, READ_LIMIT, asking, filling, known_states, locate, states_of
 from lens_pipeline_tests.faulty_proxy import FaultyProxy
 from lens_pipeline_tests.object_stores import S3Server, sign_in
 

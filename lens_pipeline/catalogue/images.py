@@ -30,7 +30,8 @@ from lens_pipeline.catalogue.cutout import (
 from lens_pipeline.catalogue.fits_images import read_fits
 from lens_pipeline.catalogue.pictures import read_picture
 from lens_pipeline.errors import NoAnswerError, words_of
-from lens_pipeline.storage import asking, locate, states_of, without_query
+from lens_pipeline.locations import protocol_of, without_query
+from lens_pipeline.storage import asking, locate, states_of
 
 STACKS = 8  # local ones that are open at a time, in each process
 NPY_HEAD = 4096  # bytes: more than the head of a NumPy file
@@ -69,7 +70,7 @@ def read_image(
     name = without_query(path).lower()
     try:
         if row:
-            read = _remote_row if "://" in path else _local_row
+            read = _remote_row if protocol_of(path) else _local_row
             return _of_array(read(path, int(row["row"]), options), flux_unit)
         content = _content(path, options)
         if name.endswith(".gz"):

@@ -20,6 +20,7 @@ from lens_pipeline.catalogue.cutout import Cutout, CutoutError
 from lens_pipeline.catalogue.fits_images import strict_fits
 from lens_pipeline.catalogue.images import read_cutout
 from lens_pipeline.catalogue.table import Catalogue
+from lens_pipeline.locations import protocol_of
 from lens_pipeline.progress import progress_bar
 
 CHUNK = 64  # rows that are read at a time
@@ -83,7 +84,7 @@ def _read_chunk(sources: list[Source], **how: Any) -> list[Read]:
             return row, reason
 
     with strict_fits():
-        if not any("://" in path for _, paths, *_ in sources for path in paths):
+        if not any(protocol_of(path) for _, paths, *_ in sources for path in paths):
             return list(map(read, sources))
         with ThreadPoolExecutor(REQUESTS) as pool:
             return list(pool.map(read, sources))

@@ -28,14 +28,8 @@ from lens_pipeline.catalogue.folders import CLASS_FOLDERS, layout, read_folder
 from lens_pipeline.catalogue.splits import SPLITS, assign_splits
 from lens_pipeline.catalogue.table_files import named, read_table
 from lens_pipeline.errors import InputError, words_of
-from lens_pipeline.storage import (
-    asking,
-    locate,
-    names_table,
-    protocol_of,
-    states_of,
-    without_query,
-)
+from lens_pipeline.locations import names_table, protocol_of, without_query
+from lens_pipeline.storage import asking, locate, states_of
 
 COARSEST = 10.0  # arcsec/pixel: in coarser ones nobody looks for lenses, and milliarcsec look so
 FINEST = 1e-3  # arcsec/pixel: no camera of the sky has finer pixels, and in degrees most have
@@ -268,4 +262,4 @@ def _check_unique(table: pd.DataFrame, source: str) -> None:
 
 
 def _join(folder: str, path: str) -> str:
-    return path if "://" in path else posixpath.join(folder, path)
+    return path if protocol_of(path) else posixpath.join(folder, path)

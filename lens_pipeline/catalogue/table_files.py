@@ -17,7 +17,8 @@ from lens_pipeline.catalogue.columns import (
     with_text,
 )
 from lens_pipeline.errors import InputError, first_of
-from lens_pipeline.storage import TABLES, asking, locate, names_table, without_query
+from lens_pipeline.locations import TABLES, names_table, without_query
+from lens_pipeline.storage import asking, locate
 
 if TYPE_CHECKING:
     from astropy.table import Table

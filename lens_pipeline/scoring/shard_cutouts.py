@@ -17,6 +17,7 @@ from lens_pipeline.catalogue.splits import PARTS
 from lens_pipeline.catalogue.table import Catalogue, read_catalogue
 from lens_pipeline.ensemble.system import BATCH
 from lens_pipeline.errors import InputError, masked
+from lens_pipeline.locations import names_table
 from lens_pipeline.scoring.sources import (
     CatalogueCutouts,
     CutoutSource,
@@ -27,7 +28,6 @@ from lens_pipeline.scoring.sources import (
 from lens_pipeline.shards.as_dataset import ShardsAsDataset, shards_as_dataset
 from lens_pipeline.shards.reader import FetchedSplit
 from lens_pipeline.shards.versions import published_at
-from lens_pipeline.storage import names_table
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
+from lens_pipeline.steps import LOCKS
 
 GB = 10**9
 OF_A_VERSION = re.compile(r"[0-9a-f]{32}")  # folders of a cache's own
@@ -85,7 +86,7 @@ class CacheFolder:
 
         Raises InputError where it cannot be locked.
         """
-        locks = path.parent / ".locks"
+        locks = path.parent / LOCKS
         lock = filelock.FileLock(locks / f"{path.name}.lock", poll_interval=0.01)
         try:
             locks.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lens_pipeline.errors import InputError, first_of
-from lens_pipeline.settings import publishable
+from lens_pipeline.locations import publishable
 from lens_pipeline.shards.checked import CheckedFolder, checked_folder
 from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest
 from lens_pipeline.shards.patience import StoreError

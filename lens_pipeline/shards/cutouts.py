@@ -25,7 +25,8 @@ from lens_pipeline.catalogue.dataset import (
 from lens_pipeline.catalogue.images import files_fingerprint
 from lens_pipeline.catalogue.table import read_catalogue, source_fingerprint
 from lens_pipeline.errors import InputError
-from lens_pipeline.settings import Settings, absolute
+from lens_pipeline.locations import absolute
+from lens_pipeline.settings import Settings
 from lens_pipeline.shards.manifest import MANIFEST
 from lens_pipeline.shards.prepare import IMAGE_SIZE
 from lens_pipeline.shards.reader import FetchedSplit, ShardSplit, shards_at

@@ -25,11 +25,12 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from lens_pipeline.errors import InputError, words_of
+from lens_pipeline.locations import protocol_of
 from lens_pipeline.shards.checksums import PART, Checksums
 from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest, difference
 from lens_pipeline.shards.patience import RefusedError, code_of, is_precondition, patiently
 from lens_pipeline.steps import file_aside, write_aside
-from lens_pipeline.storage import locate, protocol_of, state_of
+from lens_pipeline.storage import locate, state_of
 
 T = TypeVar("T")
 BEHIND_THE_END = ("InvalidRange", "416")

@@ -12,7 +12,7 @@ from braceexpand import braceexpand
 
 from lens_pipeline.catalogue.dataset import CutoutFormat, Split
 from lens_pipeline.errors import InputError
-from lens_pipeline.settings import absolute
+from lens_pipeline.locations import absolute
 from lens_pipeline.shards.cache import CacheFolder
 from lens_pipeline.shards.cutouts import cropped
 from lens_pipeline.shards.foreign import ImageDecoder, index_tars

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from scipy.special import ndtr, ndtri
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.locations import protocol_of
 from lens_pipeline.settings_files import first_wrong, read_yaml
 from lens_pipeline.simulation.decoy_kinds import KEEP_HOST, MIXTURE
 from lens_pipeline.simulation.surveys import Survey, find_survey, of_bands
@@ -212,6 +213,6 @@ def load_config(survey: str, file: str | Path | None = None) -> SimulationConfig
 
 def _beside(file: str | Path, path: Any) -> Any:
     """A path in a YAML file is relative to the file; a URL, or what is no text, stays as it is."""
-    if not isinstance(path, str) or "://" in path:
+    if not isinstance(path, str) or protocol_of(path):
         return path
     return str(Path(file).parent / path)
