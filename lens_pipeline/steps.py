@@ -26,6 +26,8 @@ from uuid import uuid4
 
 import filelock
 
+from lens_pipeline.errors import NoAnswerError
+
 PACKAGE = "lens_pipeline"
 COMPLETE = "complete.json"
 LOCKS, HOLDER = ".locks", ".holder"
@@ -259,6 +261,13 @@ def run_step(
     with locked(root / LOCKS / f"{recipe.key}.lock"):
         found = _reuse(folder, recipe, verify) or _make(folder, recipe, build, goes_on)
     return replace(found, seconds=time.perf_counter() - begun)
+
+
+def check_unchanged(source: str, before: object, after: object) -> None:
+    """Raises NoAnswerError where what a step's inputs were hashed from is not what it was: what was
+    read would be kept as that, and taken for it again."""
+    if after != before:
+        raise NoAnswerError(f"{source}: changed while it was read; try again once it rests")
 
 
 def _reuse(folder: Path, recipe: Recipe, verify: bool) -> Step | None:

@@ -13,9 +13,9 @@ from lens_pipeline.defs.dataset_checks import no_position_is_in_two_splits
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.shown import FIRST, column_schema, table
 from lens_pipeline.defs.stages import CATALOGUE, result, run_stage, stage
-from lens_pipeline.errors import InputError, NoAnswerError
+from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import Recipe, digest
+from lens_pipeline.steps import Recipe, check_unchanged, digest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,12 +99,6 @@ def make_catalogue(settings: Settings, recipe: Recipe, out: Path) -> None:
         catalogue = read_catalogue(settings.source, settings.storage_options)
         catalogue.table.to_parquet(out / "catalogue.parquet", index=False)
     check_unchanged(settings.source, recipe.key, catalogue_recipe(settings).key)
-
-
-def check_unchanged(source: str, before: str, after: str) -> None:
-    """Else what was read would be kept as what was there before, and taken for that again."""
-    if after != before:
-        raise NoAnswerError(f"{source}: changed while it was read; try again once it rests")
 
 
 def catalogue_of(settings: Settings, folder: Path, survey: str | None = None) -> "Catalogue":

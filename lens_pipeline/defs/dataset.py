@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from lens_pipeline import presets
-from lens_pipeline.defs.catalogue import catalogue_of, check_unchanged, counts_table
+from lens_pipeline.defs.catalogue import catalogue_of, counts_table
 from lens_pipeline.defs.dataset_checks import (
     FEW,
     STATISTICS,
@@ -23,7 +23,7 @@ from lens_pipeline.defs.dataset_checks import (
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.shown import FIRST, drawn, picture, table
 from lens_pipeline.defs.stages import CATALOGUE, DATASET, made, result, run_stage, stage
-from lens_pipeline.steps import Recipe
+from lens_pipeline.steps import Recipe, check_unchanged
 
 if TYPE_CHECKING:
     from lens_pipeline.catalogue.dataset import Dataset

@@ -32,7 +32,7 @@ from lens_pipeline.shards.prepare import IMAGE_SIZE
 from lens_pipeline.shards.reader import FetchedSplit, ShardSplit, shards_at
 from lens_pipeline.shards.store import Store
 from lens_pipeline.shards.versions import version_at
-from lens_pipeline.steps import Recipe, run_step
+from lens_pipeline.steps import Recipe, check_unchanged, run_step
 from lens_pipeline.storage import locate
 
 log = logging.getLogger(__name__)
@@ -161,15 +161,19 @@ def _processed(
     catalogue = read_catalogue(source, options)
     if settings.survey:
         catalogue = catalogue.of_surveys(settings.survey, settings.seed)
+
+    def inputs() -> dict[str, str]:
+        return {
+            "source": source_fingerprint(source, options),
+            "images": files_fingerprint(catalogue.references, options),
+            **({"surveys": ",".join(settings.survey)} if settings.survey else {}),
+        }
+
     recipe = Recipe(
         stage="processed_dataset",
         modules=(build_dataset.__module__,),
         libraries=LIBRARIES,
-        inputs={
-            "source": source_fingerprint(source, options),
-            "images": files_fingerprint(catalogue.references, options),
-            **({"surveys": ",".join(settings.survey)} if settings.survey else {}),
-        },
+        inputs=inputs(),
         settings={
             "image_size": image_size,
             "bands": settings.bands,
@@ -179,11 +183,12 @@ def _processed(
             "origin": source,
         },
     )
-    step = run_step(
-        recipe,
-        cache,
-        lambda out: build_dataset(catalogue, out, options=options, **recipe.settings),
-    )
+
+    def build(out: Path) -> None:
+        build_dataset(catalogue, out, options=options, **recipe.settings)
+        check_unchanged(source, recipe.inputs, inputs())
+
+    step = run_step(recipe, cache, build)
     dataset = open_dataset(step.folder)
     if not step.reused and len(rejects := dataset.rejects()):
         file = dataset.folder / REJECTS

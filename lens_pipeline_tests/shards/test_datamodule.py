@@ -17,9 +17,10 @@ from PIL import Image
 from pytorch_lightning import Trainer
 
 from lens_pipeline import LensDataModule, LitLensSystem
+from lens_pipeline.catalogue.build import build_dataset
 from lens_pipeline.catalogue.dataset import Dataset
-from lens_pipeline.errors import InputError
-from lens_pipeline.shards import open_shards
+from lens_pipeline.errors import InputError, NoAnswerError
+from lens_pipeline.shards import cutouts, open_shards
 from lens_pipeline_tests.conftest import as_in
 from lens_pipeline_tests.served import until
 
@@ -157,6 +158,26 @@ def test_a_catalogue_is_read_once(
     time = kept[0].stat().st_mtime_ns
     assert LensDataModule(simulated_catalogue, image_size=24).split("val").ids.tolist()
     assert [p.stat().st_mtime_ns for p in tmp_path.glob("home/cache/*/dataset.json")] == [time]
+
+
+def test_a_catalogue_that_changes_while_it_is_read_is_not_kept_as_what_it_was(
+    simulated_catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pd.read_parquet(simulated_catalogue)
+    table["path"] = [str(simulated_catalogue.parent / path) for path in table["path"]]
+    table.to_parquet(tmp_path / "catalogue.parquet")
+
+    def meanwhile(*given: Any, **named: Any) -> Dataset:
+        table[:150].to_parquet(tmp_path / "catalogue.parquet")
+        return build_dataset(*given, **named)
+
+    how: dict[str, Any] = {"image_size": 32, "cache_dir": tmp_path / "cache"}
+    with monkeypatch.context() as during:
+        during.setattr(cutouts, "build_dataset", meanwhile)
+        with pytest.raises(NoAnswerError, match=r"catalogue\.parquet: changed while it was read"):
+            LensDataModule(tmp_path / "catalogue.parquet", **how).split("val")
+    data = LensDataModule(tmp_path / "catalogue.parquet", **how)
+    assert sum(len(data.split(split)) for split in ("train", "val", "test")) == 150
 
 
 def test_of_a_catalogue_of_several_surveys_those_that_the_settings_name(
