@@ -14,13 +14,15 @@ import pandas as pd
 import pytest
 
 from lens_pipeline.cli import main
-from lens_pipeline.defs.gate import decide
+from lens_pipeline.defs.gate import Candidate
 from lens_pipeline.defs.registry import _promoted_if_passed
 from lens_pipeline.defs.scored import Source
 from lens_pipeline.errors import InputError, NoAnswerError
 from lens_pipeline.evaluation.gates import GateDecision
+from lens_pipeline.registered import load_registered
 from lens_pipeline.registry import Registry
 from lens_pipeline.settings import Settings
+from lens_pipeline.tracking import STEP_KEY
 from lens_pipeline_tests.conftest import client_of
 
 MODEL = "lens_ensemble"
@@ -241,12 +243,26 @@ def test_what_was_replaced_by_hand_stays_so(own_home: Path) -> None:
 
     def judged() -> GateDecision:
         champion, version = registry.aliased("champion"), registry.version("2")
-        return decide(lens, "key", own_home, own_home, source, champion, version)
+        return Candidate(lens, "key", own_home, own_home, source).against(champion, version)
 
     assert judged().reasons == (
         "version 2 was replaced by hand with the older version 1; promote it by hand",
     )
     assert aliases(own_home)["champion"] == "1"
+
+
+def test_the_champion_itself_is_judged_by_figures_again(own_home: Path) -> None:
+    """The page of a run that found everything made has them, too."""
+    registry = Registry(Settings.load(home=own_home))
+    registry.promote("1")
+    champion = registry.version("1")
+    lens = SimpleNamespace(settings=registry.settings, registry=registry)
+    evaluation = next((own_home / "reports").glob("*/metrics.json")).parent
+    key, source = champion.tags[STEP_KEY], Source({}, lambda: (None, None))
+    decision = Candidate(lens, key, own_home, evaluation, source).against(champion, champion)
+    assert decision.passed
+    n = json.loads((evaluation / "metrics.json").read_text())["ensemble"]["n_lens"]
+    assert decision.figures["n_lens"] == n
 
 
 def test_the_registry_says_what_it_does_not_have(
@@ -338,7 +354,7 @@ def test_a_registry_that_cannot_be_asked_decides_nothing(
         gone = Settings.load(home=own_home)
         lens = SimpleNamespace(settings=gone, registry=Registry(gone))
         with pytest.raises(NoAnswerError, match="models:/lens_ensemble/1 cannot be loaded") as told:
-            decide(lens, "key", folder, folder, source, champion)
+            Candidate(lens, "key", folder, folder, source).against(champion)
         server.shutdown()
     assert "pa55word" not in str(told.value)
 
@@ -356,7 +372,7 @@ def test_a_model_whose_store_is_unwell_is_no_verdict_on_it(
         place = f"http://127.0.0.1:{server.server_port}/api/2.0/mlflow-artifacts/artifacts/models"
         version = client.create_model_version(MODEL, place, first.run_id).version
         with pytest.raises(NoAnswerError, match=f"models:/{MODEL}/{version} cannot be loaded"):
-            Registry(Settings.load(home=own_home)).load(f"models:/{MODEL}/{version}")
+            load_registered(Registry(Settings.load(home=own_home)), f"models:/{MODEL}/{version}")
         server.shutdown()
 
 
@@ -367,4 +383,4 @@ def test_an_ensemble_of_another_dataset_is_not_decided_on(own_home: Path) -> Non
     source = Source({}, lambda: (dataset, None))
     champion = client_of(own_home).get_model_version(MODEL, "1")
     with pytest.raises(InputError, match="dataset/other: is not the dataset that the ensemble"):
-        decide(SimpleNamespace(settings=None), "key", folder, folder, source, champion)
+        Candidate(SimpleNamespace(settings=None), "key", folder, folder, source).against(champion)

@@ -11,7 +11,7 @@ import dagster as dg
 from lens_pipeline.catalogue.column_help import COLUMNS as CATALOGUE_COLUMNS
 from lens_pipeline.commit import code_commit
 from lens_pipeline.defs.checkpoints import member_libraries
-from lens_pipeline.defs.gate import GATE_CHECK, decide
+from lens_pipeline.defs.gate import GATE_CHECK, Candidate
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.scored import AS_DATASET, scored_source
 from lens_pipeline.defs.shown import column_schema, linked_table, picture, table
@@ -221,14 +221,8 @@ def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
         step = run_stage(EVALUATION, recipe, settings.reports, build, settings)
         evaluation = read_evaluation(step.folder)
         key = registry_key(ensemble.content)
-        decision = decide(
-            lens,
-            key,
-            ensemble.folder,
-            step.folder,
-            source,
-            lens.registry.aliased(CHAMPION),
-            lens.registry.find_version(key),
+        decision = Candidate(lens, key, ensemble.folder, step.folder, source).against(
+            lens.registry.aliased(CHAMPION), lens.registry.find_version(key)
         )
         scores = pq.ParquetFile(step.folder / SCORES)
         columns = scores.schema_arrow.empty_table().to_pandas()

@@ -1,9 +1,9 @@
 """Whether an ensemble may become champion: against the registry as it is now."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.scored import Source
@@ -15,8 +15,10 @@ from lens_pipeline.steps import Recipe, digest, run_step
 from lens_pipeline.tracking import STEP_KEY
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
     from mlflow.entities.model_registry import ModelVersion
+    from numpy.typing import NDArray
 
     from lens_pipeline.catalogue.dataset import CutoutFormat
     from lens_pipeline.ensemble.system import LensEnsemble
@@ -26,84 +28,118 @@ GATE_CHECK = "passes_the_gate"
 RESCORE = "lens_pipeline.scoring.rescore"
 
 
-def decide(
-    lens: LensHome,
-    key: str,
-    ensemble: Path,
-    evaluation: Path,
-    source: Source,
-    champion: "ModelVersion | None",
-    version: "ModelVersion | None" = None,
-) -> "GateDecision":
-    """The decision on an ensemble and its evaluation (folders), with its reasons.
+@dataclass(frozen=True)
+class Candidate:
+    """An ensemble that may become champion, and its evaluation (both are folders), of `source`.
 
-    key: of the ensemble, as its version in the registry has it; champion: whose place it would
-    take, which is scored on the test split of today; version: its own in the registry, where it has
-    one.
+    key: of the ensemble, as its version in the registry has it.
     """
-    from lens_pipeline.catalogue.dataset import CutoutFormat
-    from lens_pipeline.ensemble.calibration import at_mixture
-    from lens_pipeline.ensemble.description import read_description, read_groups
-    from lens_pipeline.evaluation.gates import GateDecision, champion_gate, refused
-    from lens_pipeline.evaluation.origins import REAL, by_origin
-    from lens_pipeline.evaluation.result import SCORES, read_evaluation
-    from lens_pipeline.evaluation.standing import lens_fraction
 
-    settings = lens.settings
-    if champion is not None and champion.tags.get(STEP_KEY) == key:
-        return GateDecision(True, (), read_evaluation(evaluation).gate(settings.gate).figures)
-    if version is not None and ROLLED_BACK in version.tags:
-        return refused(f"version {version.version} was rolled back; promote it by hand")
-    if champion is None:
-        return read_evaluation(evaluation).gate(settings.gate)
-    if version is not None and int(version.version) < int(champion.version):
-        return refused(f"version {version.version} is older than the champion")
-    if version is not None and champion.tags.get(REPLACED) == str(version.version):
-        return refused(
-            f"version {version.version} was replaced by hand with the older version "
-            f"{champion.version}; promote it by hand"
-        )
-    own = read_description(ensemble)
-    dataset = source.opened()[0]
-    if own["dataset"] != dataset.facts["content"]:
-        raise InputError(
-            f"{dataset.folder}: is not the dataset that the ensemble in {ensemble} was evaluated "
-            "on; materialise what lies between them first"
-        )
-    number = str(champion.version)
-    try:
-        theirs, _ = load_registered(lens.registry, f"models:/{MODEL}/{number}")
-    except NoAnswerError:
-        raise  # it says nothing of the champion
-    except InputError as problem:
-        return refused(f"the champion, version {number}, cannot be compared: {problem}")
-    if differing := _other_cutouts(CutoutFormat.from_dict(own["format"]), theirs):
-        return refused(
-            f"the champion, version {number}, is not comparable: {differing}; if the new one is "
-            "to replace it, promote it by hand"
-        )
-    import pandas as pd
+    lens: LensHome
+    key: str
+    ensemble: Path
+    evaluation: Path
+    source: Source
 
-    test = pd.read_parquet(evaluation / SCORES, filters=[("split", "==", "test")])
-    test = test[test["probability"].notna()]
-    if read_evaluation(evaluation).on_real_ones(settings.gate):
-        test = by_origin(test, dataset.facts["origin"] == "simulation")[REAL]
-    probability = _scored_by(theirs, source, lens).reindex(test["id"])
-    if probability.isna().any():
-        return refused(f"the champion, version {number}, gives no score for some of the test split")
-    log.info("  comparing with the champion, version %s", number)
-    label = test["label"].to_numpy(int)
-    seen = test["group"].isin(read_groups(ensemble) | theirs.groups).to_numpy()
-    decision = champion_gate(
-        label,
-        at_mixture(test["probability"], label[~seen], lens_fraction(own)),
-        probability.to_numpy(),
-        group=test["group"].to_numpy(str),
-        seen=seen,
-        **settings.gate,
-        **settings.gate_against_champion,
-    )
-    return read_evaluation(evaluation).in_each_part(decision, settings.gate)
+    def against(
+        self, champion: "ModelVersion | None", version: "ModelVersion | None" = None
+    ) -> "GateDecision":
+        """The decision, with its reasons.
+
+        champion: whose place it would take, which is scored on the test split of today; version:
+        its own in the registry, where it has one.
+        """
+        from lens_pipeline.evaluation.gates import GateDecision, refused
+        from lens_pipeline.evaluation.result import read_evaluation
+
+        if champion is not None and champion.tags.get(STEP_KEY) == self.key:
+            alone = read_evaluation(self.evaluation).gate(self.lens.settings.gate)
+            return GateDecision(True, (), alone.figures)
+        if version is not None and ROLLED_BACK in version.tags:
+            return refused(f"version {version.version} was rolled back; promote it by hand")
+        if champion is None:
+            return read_evaluation(self.evaluation).gate(self.lens.settings.gate)
+        if version is not None and int(version.version) < int(champion.version):
+            return refused(f"version {version.version} is older than the champion")
+        if version is not None and champion.tags.get(REPLACED) == str(version.version):
+            return refused(
+                f"version {version.version} was replaced by hand with the older version "
+                f"{champion.version}; promote it by hand"
+            )
+        return self._compared(str(champion.version))
+
+    def _compared(self, number: str) -> "GateDecision":
+        """With the champion, of that version, if it takes cutouts like these."""
+        from lens_pipeline.catalogue.dataset import CutoutFormat
+        from lens_pipeline.ensemble.description import read_description
+        from lens_pipeline.evaluation.gates import refused
+
+        own, dataset = read_description(self.ensemble), self.source.opened()[0]
+        if own["dataset"] != dataset.facts["content"]:
+            raise InputError(
+                f"{dataset.folder}: is not the dataset that the ensemble in {self.ensemble} was "
+                "evaluated on; materialise what lies between them first"
+            )
+        try:
+            theirs, _ = load_registered(self.lens.registry, f"models:/{MODEL}/{number}")
+        except NoAnswerError:
+            raise  # it says nothing of the champion
+        except InputError as problem:
+            return refused(f"the champion, version {number}, cannot be compared: {problem}")
+        if differing := _other_cutouts(CutoutFormat.from_dict(own["format"]), theirs):
+            return refused(
+                f"the champion, version {number}, is not comparable: {differing}; if the new one "
+                "is to replace it, promote it by hand"
+            )
+        scores = _scored_by(theirs, self.source, self.lens)
+        test = self._test_split(simulated=dataset.facts["origin"] == "simulation")
+        if scores.reindex(test["id"]).isna().any():
+            return refused(
+                f"the champion, version {number}, gives no score for some of the test split"
+            )
+        log.info("  comparing with the champion, version %s", number)
+        return self._judged(test, own, scores.reindex(test["id"]).to_numpy(), theirs.groups)
+
+    def _test_split(self, simulated: bool) -> "pd.DataFrame":
+        """The scores of what is judged by: of the real cutouts alone where they are enough."""
+        import pandas as pd
+
+        from lens_pipeline.evaluation.origins import REAL, by_origin
+        from lens_pipeline.evaluation.result import SCORES, read_evaluation
+
+        test = pd.read_parquet(self.evaluation / SCORES, filters=[("split", "==", "test")])
+        test = test[test["probability"].notna()]
+        on_real_ones = read_evaluation(self.evaluation).on_real_ones(self.lens.settings.gate)
+        return by_origin(test, simulated)[REAL] if on_real_ones else test
+
+    def _judged(
+        self,
+        test: "pd.DataFrame",
+        own: dict[str, Any],
+        champions: "NDArray[np.float64]",
+        learnt: frozenset[str],
+    ) -> "GateDecision":
+        """own: the ensemble's description; champions: the champion's probabilities of the cutouts
+        of `test`; learnt: the groups that it knows."""
+        from lens_pipeline.ensemble.calibration import at_mixture
+        from lens_pipeline.ensemble.description import read_groups
+        from lens_pipeline.evaluation.gates import champion_gate
+        from lens_pipeline.evaluation.result import read_evaluation
+        from lens_pipeline.evaluation.standing import lens_fraction
+
+        settings = self.lens.settings
+        label = test["label"].to_numpy(int)
+        seen = test["group"].isin(read_groups(self.ensemble) | learnt).to_numpy()
+        decision = champion_gate(
+            label,
+            at_mixture(test["probability"], label[~seen], lens_fraction(own)),
+            champions,
+            group=test["group"].to_numpy(str),
+            seen=seen,
+            **settings.gate,
+            **settings.gate_against_champion,
+        )
+        return read_evaluation(self.evaluation).in_each_part(decision, settings.gate)
 
 
 def _other_cutouts(form: "CutoutFormat", champion: "LensEnsemble") -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from lens_pipeline.defs.gate import decide
+from lens_pipeline.defs.gate import Candidate
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.scored import scored_source
 from lens_pipeline.defs.shown import link, linked_table
@@ -78,12 +78,9 @@ def registry_stage(published: bool) -> Stage:
             if challenger is None or int(challenger.version) < int(number):
                 registry.set_alias(CHALLENGER, number)
         source = scored_source(context, settings, published)
-
-        def against(champion: "ModelVersion | None", version: "ModelVersion") -> "GateDecision":
-            return decide(lens, key, ensemble.folder, folder, source, champion, version)
-
         champion = registry.aliased(CHAMPION)
-        decision = _promoted_if_passed(registry, number, against)
+        candidate = Candidate(lens, key, ensemble.folder, folder, source)
+        decision = _promoted_if_passed(registry, number, candidate.against)
         if champion is None or champion.version != version.version or GATE not in champion.tags:
             registry.judge(number, decision.reasons)  # a champion is not compared with itself
         aliases = registry.all_aliases().get(number, [])
