@@ -111,15 +111,12 @@ def score_to_file(
     with claimed(folder, _of_parts(about), share):
         rows = ScoredRows(ensemble, source)
         before = about_intact(out) if out.exists() else None
-        in_file = np.zeros(n, dtype=bool)
-        # Of another catalogue's file the scores of rows that are not in this one are nowhere else.
-        others, n_others = False, 0
+        in_file, n_others = np.zeros(n, dtype=bool), 0
         if before is not None:
+            # Of another catalogue's file the scores of other rows than here are nowhere else.
             others = before["catalogue"]["source"] != about["catalogue"]["source"]
-            _tell_of_untold(rows, catalogue.source)
-            for stored in stored_scores(out, ensemble.columns):
-                in_file[rows.take(stored, of_a_stopped_command=False)] = True
-                n_others += int((~stored["id"].isin(catalogue.table["id"])).sum()) if others else 0
+            taken, unknown = _take_file(rows, out, source, ensemble.columns)
+            in_file[taken], n_others = True, unknown if others else 0
         in_parts, n_gone = _take_parts(rows, folder, ensemble.columns)
         in_file[in_parts] = False
         if n_gone and not share:
@@ -142,16 +139,11 @@ def score_to_file(
         else:
             stays = before is not None and bool(in_file.all()) and about.items() <= before.items()
             if not stays:
-                made = {
-                    "dataset_version": ensemble.facts["dataset_version"],
-                    "code_version": importlib.metadata.version("lens-pipeline"),
-                    "code_commit": code_commit(),
-                }
                 if out.exists() and (before is None or n_others):
                     what = f"{n_others} scores of other rows" if n_others else "other values"
                     log.warning("%s holds %s: as it was it is kept as %s", out, what, keep(out))
                 aside = folder / f"whole{out.suffix}"
-                write_scores(out, aside, rows.tables(), schema, about | made)
+                write_scores(out, aside, rows.tables(), schema, about | _made_by(ensemble))
             listed, gallery = (
                 show_best(ensemble, source, rows.logit, out, top) if top else (None,) * 2
             )
@@ -160,13 +152,30 @@ def score_to_file(
     return ScoredFile(out, n, rows.n_scored, n_left, rows.reasons, not stays, listed, gallery)
 
 
-def _tell_of_untold(rows: ScoredRows, source: str) -> None:
+def _take_file(
+    rows: ScoredRows, out: Path, source: CutoutSource, columns: list[str]
+) -> tuple[NDArray[np.integer], int]:
+    """(the rows that a file of scores has; how many of its own are none of the source's)."""
     if rows.n_untold:
         log.info(
             "%s: of %d of %d rows it is not known whether their images have changed, and they are "
             "scored again: their store does not tell, or is a server that would have to be asked "
-            "for more than %d files", source, rows.n_untold, len(rows.known), FEW,
+            "for more than %d files", source.catalogue.source, rows.n_untold, len(rows.known), FEW,
         )  # fmt: skip
+    taken, unknown = [np.zeros(0, int)], 0
+    for stored in stored_scores(out, columns):
+        taken.append(rows.take(stored, of_a_stopped_command=False))
+        unknown += int((~stored["id"].isin(source.catalogue.table["id"])).sum())
+    return np.concatenate(taken), unknown
+
+
+def _made_by(ensemble: LensEnsemble) -> dict[str, Any]:
+    """What `about_scores` tells, and decides on no score."""
+    return {
+        "dataset_version": ensemble.facts["dataset_version"],
+        "code_version": importlib.metadata.version("lens-pipeline"),
+        "code_commit": code_commit(),
+    }
 
 
 def _of_parts(about: dict[str, Any]) -> dict[str, Any]:
