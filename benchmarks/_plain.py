@@ -41,12 +41,8 @@ def run(folder: Path, n: int) -> None:
 
     with stage("processed_dataset", folder) as made:
         from lens_pipeline.catalogue.build import build_dataset
-        from lens_pipeline.evaluation.plots import (
-            first_cutouts_sheet,
-            jpeg_bytes,
-            learning_curves_figure,
-            png_bytes,
-        )
+        from lens_pipeline.evaluation.plots import jpeg_bytes, learning_curves_figure, png_bytes
+        from lens_pipeline.evaluation.sheets import first_cutouts_sheet
 
         dataset = build_dataset(catalogue, made, image_size=size, origin="simulation")
         dataset.groups_in_two_splits()

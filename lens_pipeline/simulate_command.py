@@ -34,14 +34,13 @@ def _simulate(options: argparse.Namespace) -> int:
     out: Path = options.out
     if out.exists():
         raise InputError(f"--out {out}: exists already; name a folder that does not")
-    from lens_pipeline.simulation import DEFAULT_SURVEY, load_config
+    from lens_pipeline.simulation import load_configs
     from lens_pipeline.simulation.simulate import simulate_surveys
 
     settings = Settings.load(
         home=options.home, survey=options.survey, simulation=options.config and str(options.config)
     )
-    names = settings.survey or (DEFAULT_SURVEY,)
-    configs = [load_config(name, settings.simulation) for name in names]
+    configs = load_configs(settings.survey, settings.simulation)
     with interruptible(), folder_aside(out) as aside:
         simulate_surveys(
             aside,
@@ -70,7 +69,8 @@ def _draw_kinds(folder: Path) -> None:
     import numpy as np
     import pandas as pd
 
-    from lens_pipeline.evaluation.plots import PER_KIND, jpeg_bytes, kinds_sheet
+    from lens_pipeline.evaluation.plots import jpeg_bytes
+    from lens_pipeline.evaluation.sheets import PER_KIND, kinds_sheet
 
     table = pd.read_parquet(folder / "catalogue.parquet", columns=["path", "kind", "survey"])
     turn = table.groupby(["survey", "kind"]).cumcount().sort_values(kind="stable").index

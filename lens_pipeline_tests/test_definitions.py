@@ -148,10 +148,11 @@ def test_every_asset_says_what_it_is() -> None:
 
 
 def test_a_change_of_a_plot_makes_no_data_and_no_network_again() -> None:
-    plots = "lens_pipeline.evaluation.plots"
-    assert plots in source_hashes(["lens_pipeline.scoring.evaluate"])
-    for stage in (dataset.BUILD, shards.WRITER, checkpoints.TRAIN, ensemble.SYSTEM):
-        assert plots not in source_hashes([stage])
+    for drawn in (checkpoints.PLOTS, dataset.SHEETS):
+        assert drawn in source_hashes(["lens_pipeline.scoring.evaluate"])
+        for stage in (dataset.BUILD, shards.WRITER, checkpoints.TRAIN, ensemble.SYSTEM):
+            assert drawn not in source_hashes([stage])
+    assert dataset.SHEETS not in source_hashes([checkpoints.PLOTS])
 
 
 def test_near_duplicates_are_warned_of_and_stop_nothing(

@@ -13,7 +13,6 @@ from lens_pipeline.defs.dataset_checks import no_position_is_in_two_splits
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.shown import FIRST, column_schema, table
 from lens_pipeline.defs.stages import CATALOGUE, result, run_stage, stage
-from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Recipe, check_unchanged, digest
 
@@ -21,24 +20,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lens_pipeline.catalogue.table import Catalogue
-    from lens_pipeline.simulation.config import SimulationConfig
 
 SIMULATE = "lens_pipeline.simulation.simulate"
 TABLE = "lens_pipeline.catalogue.table"
-
-
-def simulated(settings: Settings) -> "list[SimulationConfig]":
-    """What is simulated: one configuration a survey, which differ by nothing but the survey."""
-    from lens_pipeline.simulation import DEFAULT_SURVEY, load_config
-
-    names = settings.survey or (DEFAULT_SURVEY,)
-    configs = [load_config(name, settings.simulation) for name in names]
-    for name, config in zip(settings.surveys, configs, strict=False):
-        if config.survey.name != name:
-            raise InputError(
-                f"LENS_SURVEY: {name}: the simulation calls it {config.survey.name}; name it so"
-            )
-    return configs
 
 
 def catalogue_recipe(settings: Settings) -> Recipe:
@@ -46,10 +30,11 @@ def catalogue_recipe(settings: Settings) -> Recipe:
 
     if settings.is_simulated:
         from lens_pipeline.catalogue.images import files_fingerprint
+        from lens_pipeline.simulation import load_configs
         from lens_pipeline.simulation.pool import pool_catalogue
 
         preset = presets.chosen(settings)
-        configs = simulated(settings)
+        configs = load_configs(settings.survey, settings.simulation)
         config = configs[0]
         inputs = {}
         for number, psf in enumerate(config.survey.psfs):
@@ -89,9 +74,11 @@ def table_recipe(settings: Settings, source: str) -> Recipe:
 def make_catalogue(settings: Settings, recipe: Recipe, out: Path) -> None:
     """Raises NoAnswerError where what was read is not what `recipe` says."""
     if settings.is_simulated:
+        from lens_pipeline.simulation import load_configs
         from lens_pipeline.simulation.simulate import simulate_surveys
 
-        arguments = recipe.settings | {"configs": simulated(settings)}
+        configs = load_configs(settings.survey, settings.simulation)
+        arguments = recipe.settings | {"configs": configs}
         simulate_surveys(out, **arguments, storage_options=settings.storage_options)
     else:
         from lens_pipeline.catalogue.table import read_catalogue

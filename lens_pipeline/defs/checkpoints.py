@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lens_pipeline.training.member import TrainedMember
 
 TRAIN = "lens_pipeline.training.train"
+PLOTS = "lens_pipeline.evaluation.plots"
 POOL = "gpu"
 EPOCHS_SHOWN = 100
 
@@ -109,7 +110,7 @@ def checkpoint_stage(member: Member, defaults: TrainConfig) -> Stage:
         root = settings.home / "checkpoints" / member.name
         step = run_stage(key, recipe, root, build, settings, goes_on=True)
         trained = _trained(step)
-        curves = drawn("curves.png", step, lambda: draw_curves(trained), settings)
+        curves = drawn("curves.png", step, lambda: draw_curves(trained), PLOTS, settings)
         run_id = _record(lens.tracking, member, step, trained, curves, upstream, context.run_id)
         auroc = trained.val_metrics["auroc"]
         epochs = trained.curves.tail(EPOCHS_SHOWN)

@@ -29,13 +29,15 @@ if TYPE_CHECKING:
     from lens_pipeline.catalogue.dataset import Dataset
 
 BUILD = "lens_pipeline.catalogue.build"
+SHEETS = "lens_pipeline.evaluation.sheets"
 log = logging.getLogger(__name__)
 
 
 def draw_training_cutouts(dataset: "Dataset") -> bytes:
     """Or others, where a survey has none to train on."""
     from lens_pipeline.catalogue.splits import PARTS
-    from lens_pipeline.evaluation.plots import first_cutouts_sheet, jpeg_bytes
+    from lens_pipeline.evaluation.plots import jpeg_bytes
+    from lens_pipeline.evaluation.sheets import first_cutouts_sheet
 
     part = next(part for part in PARTS if len(dataset.images(part)))
     images, table = dataset.images(part), dataset.table(part)
@@ -147,7 +149,7 @@ def processed_dataset(
     root = settings.home / "dataset"
     step = run_stage(DATASET, recipe, root, build, settings, survey=survey)
     dataset = open_dataset(step.folder)
-    sheet = drawn("cutouts.jpg", step, lambda: draw_training_cutouts(dataset), settings)
+    sheet = drawn("cutouts.jpg", step, lambda: draw_training_cutouts(dataset), SHEETS, settings)
     pixels = pixels_of(dataset, step.content, settings)
     rejects = dataset.rejects()
     # It may have been made when more were allowed.

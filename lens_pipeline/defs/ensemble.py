@@ -184,7 +184,7 @@ def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
         """
         import pyarrow.parquet as pq
 
-        from lens_pipeline.evaluation.result import FUSED, SCORES, read_evaluation
+        from lens_pipeline.evaluation.result import FUSED, REPORT, SCORES, read_evaluation
         from lens_pipeline.evaluation.tables import (
             NOTHING_TO_EXPECT,
             forecast_table,
@@ -250,7 +250,7 @@ def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
                 **({"surveys": table(surveys_table(surveys))} if surveys else {}),
                 **({"kinds": table(kinds_table(evaluation.kinds))} if evaluation.kinds else {}),
                 **figures,
-                "report": dg.MetadataValue.path(str(step.folder / "report.html")),
+                "report": dg.MetadataValue.path(str(step.folder / REPORT)),
                 "dagster/row_count": scores.metadata.num_rows,
                 "dagster/column_schema": column_schema(columns, COLUMNS | of_members),
             },

@@ -57,7 +57,7 @@ def registry_stage(published: bool) -> Stage:
         thresholds alone, any other against the champion, scored anew on the same cutouts.
         """
         from lens_pipeline.evaluation.card import model_card
-        from lens_pipeline.evaluation.result import FUSED, REPORT, read_evaluation
+        from lens_pipeline.evaluation.result import FUSED, REPORT, SCORES, read_evaluation
 
         ended = begun(REGISTERED)
         settings, registry = lens.settings, lens.registry
@@ -100,7 +100,7 @@ def registry_stage(published: bool) -> Stage:
             "gate": asdict(decision),
             "stages": stages,
             "report": str(folder / REPORT),
-            "scores": str(folder / "scores.parquet"),
+            "scores": str(folder / SCORES),
         }
         write_aside(settings.reports / "summary.json", json.dumps(summary, indent=1))
         page, report, run_id = lens.tracking.run_page, folder / REPORT, str(version.run_id)

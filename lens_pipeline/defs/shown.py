@@ -81,13 +81,12 @@ def _shown(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else masked(str(value))
 
 
-def drawn(name: str, of: Step, draw: Callable[[], bytes], settings: Settings) -> Path:
-    """The PNG or JPEG file `name`, drawn from what a step made by a function of `plots`.
+def drawn(name: str, of: Step, draw: Callable[[], bytes], module: str, settings: Settings) -> Path:
+    """The PNG or JPEG file `name`, drawn from what a step made by a function of a module.
 
     With another colour it is drawn again, and no network trained again.
     """
-    plots = "lens_pipeline.evaluation.plots"
-    return derived("pictures", name, of.content, draw, settings, (plots,), ("matplotlib",))
+    return derived("pictures", name, of.content, draw, settings, (module,), ("matplotlib",))
 
 
 def derived(

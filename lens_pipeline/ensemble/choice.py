@@ -132,7 +132,6 @@ def compare(
     deviation: Array,
     label: NDArray[np.integer],
     group: NDArray[Any],
-    seed: int = 0,
 ) -> pd.DataFrame:
     """What each strategy is worth on validation cutouts that it was not fitted to.
 
@@ -145,7 +144,7 @@ def compare(
     """
     check_validation(logits, label)
     group = independent_groups(label, group)
-    fold = _folds(label, group, seed)
+    fold = _folds(label, group)
     scores: dict[str, Array] = {}
     for strategy in get_args(Strategy):
         score = np.empty(len(label))
@@ -154,7 +153,7 @@ def compare(
             fitted = fit(strategy, method, logits[~out], deviation[~out], label[~out])
             score[out] = expit(fitted(logits[out], deviation[out]))
         scores[strategy] = score
-    metric, drawn = ranked_bootstrap(label, scores, group, seed)
+    metric, drawn = ranked_bootstrap(label, scores, group)
     rows = []
     for name, score in scores.items():
         plain = lens_metrics(label, score, bootstrap=0)
@@ -192,12 +191,12 @@ def _calibrated(
     return centre, ((high - low) / 2) ** 2
 
 
-def _folds(label: NDArray[np.integer], group: NDArray[Any], seed: int) -> NDArray[np.integer]:
+def _folds(label: NDArray[np.integer], group: NDArray[Any]) -> NDArray[np.integer]:
     """A fold for each cutout, that of its group; of groups with lenses and of those without each
     fold has its share."""
     _, member = np.unique(group, return_inverse=True)
     with_lens = np.bincount(member, weights=label == 1) > 0
-    random, fold = np.random.default_rng(seed), np.empty(len(with_lens), dtype=int)
+    random, fold = np.random.default_rng(0), np.empty(len(with_lens), dtype=int)
     for stratum in (~with_lens, with_lens):
         places = random.permutation(np.flatnonzero(stratum))
         fold[places] = np.arange(len(places)) % FOLDS

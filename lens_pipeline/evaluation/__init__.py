@@ -7,11 +7,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "gates": ["GateDecision", "first_model_gate"],
         "metrics": ["lens_metrics", "paired_bootstrap", "roc", "threshold_at_fpr"],
-        "plots": ["contact_sheet", "learning_curves_figure"],
+        "forecast": ["forecast"],
+        "plots": ["learning_curves_figure"],
         "score_plots": [
             *("precision_recall_figure", "purity_figure", "reliability_figure", "roc_figure"),
             "score_histogram_figure",
         ],
-        "selection": ["forecast", "selection_function"],
+        "selection": ["selection_function"],
+        "sheets": ["contact_sheet"],
     },
 )

@@ -143,7 +143,6 @@ def paired_bootstrap(
     *,
     group: ArrayLike | None = None,
     times: int = 1000,
-    seed: int = 0,
 ) -> dict[str, Array]:
     """A metric of several scores of the same cutouts, resampled together: {name: (times,)}.
 
@@ -157,7 +156,7 @@ def paired_bootstrap(
     groups = np.arange(len(lens)) if group is None else np.asarray(group)
     found = {name: np.full(times, np.nan) for name in scores}
     ranked = {name: _ranked(score) for name, (_, score) in checked.items()}
-    for draw, weight in enumerate(_drawn_groups(lens, groups, times, seed)):
+    for draw, weight in enumerate(_drawn_groups(lens, groups, times, seed=0)):
         for name in scores:
             value = _metrics(_counted(lens, ranked[name], weight))[metric]()
             found[name][draw] = np.nan if value is None else value
@@ -165,14 +164,14 @@ def paired_bootstrap(
 
 
 def ranked_bootstrap(
-    label: ArrayLike, scores: Mapping[str, ArrayLike], group: ArrayLike, seed: int = 0
+    label: ArrayLike, scores: Mapping[str, ArrayLike], group: ArrayLike
 ) -> tuple[str, dict[str, Array]]:
     """(metric, {name: resamplings}), see `paired_bootstrap`: of `ranking_metric`, or of the AUROC
     where more than a twentieth of the resamplings, which have fewer non-lenses, cannot resolve it.
     Those of the others that cannot are left out of all."""
     n_nonlens = int(np.count_nonzero(np.asarray(label) == 0))
     for metric in (ranking_metric(n_nonlens), "auroc"):
-        drawn = paired_bootstrap(label, scores, metric, group=group, seed=seed)
+        drawn = paired_bootstrap(label, scores, metric, group=group)
         resolved = np.isfinite(list(drawn.values())).all(axis=0)
         if resolved.mean() >= RESOLVED:
             break

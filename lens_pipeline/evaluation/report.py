@@ -19,6 +19,10 @@ BESIDE_A_CHAMPION = (
     "Where there is a champion, the comparison with it decides, too: see the run's last lines, "
     "<code>summary.json</code>, or the check <code>passes_the_gate</code>."
 )
+TPR_AT_COUNTS = (
+    "TPR0 and TPR10: the largest share of the lenses that can be found with no false positive, and "
+    "with fewer than ten."
+)
 LONG = 20  # rows of a table that is folded up
 
 _STYLE = """
@@ -91,6 +95,7 @@ def write_report(
             _metrics(of_models),
             f"<p>{html.escape(counts_text(of_models, MORE_COLUMNS))}</p>",
         ]
+    parts.append(f"<p>{TPR_AT_COUNTS}</p>")
     parts += ["<h2>Gate of a first model</h2>", _gate(gate), f"<p>{BESIDE_A_CHAMPION}</p>"]
     for section in sections:
         parts.append(f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>")

@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
+from lens_pipeline.evaluation.forecast import threshold_curve
 from lens_pipeline.evaluation.fractions import jeffreys
 from lens_pipeline.evaluation.metrics import roc
 from lens_pipeline.evaluation.plots import COLOURS, FONT, column_figure, literal, plain
-from lens_pipeline.evaluation.selection import threshold_curve
 
 LENS, NONLENS = COLOURS[1], COLOURS[0]
 DASHES = ("--", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))  # nor by colour alone

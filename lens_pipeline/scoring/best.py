@@ -65,7 +65,8 @@ def _draw_gallery(
 ) -> Path | None:
     """The first cutouts of a table of `show_best`, up to DRAWN, with their ranks, probabilities
     (on the sky below) and ids."""
-    from lens_pipeline.evaluation.plots import contact_sheet, jpeg_bytes
+    from lens_pipeline.evaluation.plots import jpeg_bytes
+    from lens_pipeline.evaluation.sheets import contact_sheet
 
     images, captions = [], []
     best = best.head(DRAWN)

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lens_pipeline.catalogue.splits import PARTS
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.ensemble.calibration import at_mixture
-from lens_pipeline.ensemble.system import load_ensemble
+from lens_pipeline.ensemble.system import LensEnsemble, load_ensemble
 from lens_pipeline.errors import InputError
+from lens_pipeline.evaluation.forecast import PREVALENCE, forecast
 from lens_pipeline.evaluation.metrics import ece_by_chance, lens_metrics, ranking_metric
 from lens_pipeline.evaluation.origins import SIMULATED, basis, by_origin, described
-from lens_pipeline.evaluation.plots import contact_sheet
 from lens_pipeline.evaluation.report import Picture, Section, write_report
 from lens_pipeline.evaluation.result import FILES, FUSED, REPORT, SCORES, Evaluation
 from lens_pipeline.evaluation.sections import (
@@ -25,12 +26,8 @@ from lens_pipeline.evaluation.sections import (
     selection_sections,
     survey_sections,
 )
-from lens_pipeline.evaluation.selection import (
-    PREVALENCE,
-    false_positives_by_kind,
-    forecast,
-    selection_function,
-)
+from lens_pipeline.evaluation.selection import false_positives_by_kind, selection_function
+from lens_pipeline.evaluation.sheets import contact_sheet
 from lens_pipeline.evaluation.standing import lens_fraction
 from lens_pipeline.evaluation.surveys import by_survey
 from lens_pipeline.evaluation.tables import cutouts_table, format_text
@@ -62,30 +59,9 @@ def evaluate_ensemble(
     ensemble was trained on another dataset, and for a prevalence that is not between 0 and 1.
     """
     ensemble = load_ensemble(ensemble_folder)
-    if ensemble.facts["dataset"] != dataset.facts["content"]:
-        raise InputError(
-            f"{dataset.folder}: is not the dataset that the ensemble in {ensemble_folder} was "
-            "trained on; its test split may hold what the ensemble has seen. Make the shards, "
-            "checkpoints and lens_ensemble again"
-        )
-    scores = score_dataset(ensemble, dataset, catalogue)
-    without = scores["probability"].isna() & scores["reject_reason"].isna()
-    if without.any():
-        raise InputError(
-            f"{ensemble_folder}: gives no number for {int(without.sum())} cutouts, the first is "
-            f"{scores.loc[without, 'id'].iloc[0]}; train its members again"
-        )
+    scores = _scores(ensemble, ensemble_folder, dataset, catalogue)
     scores.to_parquet(out / SCORES, index=False)
-    test = scores[(scores["split"] == "test") & scores["probability"].notna()]
-    # By weights that a member started from, which were trained on another split.
-    seen = test["group"].isin(ensemble.groups)
-    test = test[~seen].astype({"label": np.int8})
-    if test["label"].nunique() < 2 and seen.any():
-        raise InputError(
-            f"{ensemble_folder}: members start from weights that have seen {int(seen.sum())} of "
-            "the test split's cutouts, and those that are left are no test; split as then "
-            "(LENS_SEED), or start from other weights"
-        )
+    test, n_seen = _unseen_test(ensemble, ensemble_folder, scores)
     columns = {name: f"probability_{name}" for name in ensemble.members}
     columns |= {FUSED: "probability"}
     parts = by_origin(test, dataset.facts["origin"] == "simulation")
@@ -142,7 +118,7 @@ def evaluate_ensemble(
         out / REPORT,
         title="Lens ensemble",
         facts=({} if made is None else {"Made": made})
-        | _facts(dataset, ensemble.facts["dataset_version"], scores, parts, int(seen.sum())),
+        | _facts(dataset, ensemble.facts["dataset_version"], scores, parts, n_seen),
         metrics={**by_part, "all of the test split": evaluation.metrics},
         gate=evaluation.gate(gate),
         sections=sections,
@@ -164,6 +140,43 @@ def _metrics(
     return found
 
 
+def _scores(
+    ensemble: LensEnsemble, folder: Path, dataset: ScoredDataset, catalogue: Catalogue
+) -> pd.DataFrame:
+    """See `score_dataset`; of the dataset that it has learnt from, and a number for each cutout."""
+    if ensemble.facts["dataset"] != dataset.facts["content"]:
+        raise InputError(
+            f"{dataset.folder}: is not the dataset that the ensemble in {folder} was trained on; "
+            "its test split may hold what the ensemble has seen. Make the shards, checkpoints and "
+            "lens_ensemble again"
+        )
+    scores = score_dataset(ensemble, dataset, catalogue)
+    without = scores["probability"].isna() & scores["reject_reason"].isna()
+    if without.any():
+        raise InputError(
+            f"{folder}: gives no number for {int(without.sum())} cutouts, the first is "
+            f"{scores.loc[without, 'id'].iloc[0]}; train its members again"
+        )
+    return scores
+
+
+def _unseen_test(
+    ensemble: LensEnsemble, folder: Path, scores: pd.DataFrame
+) -> tuple[pd.DataFrame, int]:
+    """(the test split's scores; of how many more cutouts, which weights that a member started from
+    have learnt, as they were trained on another split)."""
+    test = scores[(scores["split"] == "test") & scores["probability"].notna()]
+    seen = test["group"].isin(ensemble.groups)
+    n_seen, test = int(seen.sum()), test[~seen].astype({"label": np.int8})
+    if n_seen and test["label"].nunique() < 2:
+        raise InputError(
+            f"{folder}: members start from weights that have seen {n_seen} of the test split's "
+            "cutouts, and those that are left are no test; split as then (LENS_SEED), or start "
+            "from other weights"
+        )
+    return test, n_seen
+
+
 def _facts(
     dataset: ScoredDataset,
     version: str,
@@ -183,6 +196,7 @@ def _facts(
         tested += f"; {n_seen:,} more were seen by weights that members started from"
     if SIMULATED in parts:
         tested += ". What a test on simulated cutouts says of the sky is limited"
+    n_of = dataset.facts["splits"]
     surveys = sorted(scores["survey"].dropna().astype(str).unique()) if "survey" in scores else []
     return {
         "Tested on": tested,
@@ -190,7 +204,7 @@ def _facts(
         **({"Survey": ", ".join(surveys)} if surveys else {}),
         "Cutouts": format_text(asdict(dataset.format)),
         "Scored": f"{int(scores['probability'].notna().sum())} of {len(scores)} cutouts",
-        "Splits": ", ".join(f"{k} {v['n']}" for k, v in dataset.facts["splits"].items()),
+        "Splits": ", ".join(f"{part} {n_of[part]['n']}" for part in PARTS if part in n_of),
         "Dataset version": version,
     }
 

@@ -13,7 +13,7 @@ Plain pydantic, and written by hand in a YAML file where the defaults are not wa
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -26,7 +26,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.locations import protocol_of
 from lens_pipeline.settings_files import first_wrong, read_yaml
 from lens_pipeline.simulation.decoy_kinds import KEEP_HOST, MIXTURE
-from lens_pipeline.simulation.surveys import Survey, find_survey, of_bands
+from lens_pipeline.simulation.surveys import DEFAULT_SURVEY, Survey, find_survey, of_bands
 
 Array = NDArray[np.float64]
 
@@ -209,6 +209,21 @@ def load_config(survey: str, file: str | Path | None = None) -> SimulationConfig
             near = difflib.get_close_matches(place[-1], known, 1, cutoff=0.0)
             said = f"there is no such key; did you mean {known[near[0]]}?"
         raise InputError(": ".join(filter(None, (str(file), ".".join(place), said)))) from None
+
+
+def load_configs(
+    surveys: Sequence[str] | None, file: str | Path | None = None
+) -> list[SimulationConfig]:
+    """`load_config` of each survey, DEFAULT_SURVEY where none is named; of several, each must be
+    called as it was named."""
+    names = surveys or (DEFAULT_SURVEY,)
+    configs = [load_config(name, file) for name in names]
+    for name, config in zip(names, configs, strict=True):
+        if len(names) > 1 and config.survey.name != name:
+            raise InputError(
+                f"LENS_SURVEY: {name}: the simulation calls it {config.survey.name}; name it so"
+            )
+    return configs
 
 
 def _beside(file: str | Path, path: Any) -> Any:

@@ -1,5 +1,6 @@
 """What a survey's camera and sky do to a cutout."""
 
+import difflib
 from typing import Annotated, Any, Self
 
 import numpy as np
@@ -171,4 +172,8 @@ def find_survey(name: str) -> Survey:
     try:
         return SURVEYS[name.lower()]
     except KeyError:
-        raise InputError(f"survey: unknown {name!r}; there are {', '.join(SURVEYS)}") from None
+        near = difflib.get_close_matches(name.lower(), SURVEYS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(
+            f"survey: unknown {name!r}; {hint}there are {', '.join(SURVEYS)}"
+        ) from None

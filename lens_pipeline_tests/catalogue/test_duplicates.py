@@ -25,7 +25,7 @@ from lens_pipeline.catalogue.duplicates import (
     phase_correlation,
     turned,
 )
-from lens_pipeline.evaluation.plots import colour_composite
+from lens_pipeline.evaluation.sheets import colour_composite
 from lens_pipeline.simulation import simulate
 from lens_pipeline.simulation.simulate import Simulation
 

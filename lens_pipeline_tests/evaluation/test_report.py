@@ -9,13 +9,7 @@ import pytest
 
 from lens_pipeline.evaluation.gates import GateDecision
 from lens_pipeline.evaluation.metrics import lens_metrics
-from lens_pipeline.evaluation.plots import (
-    contact_sheet,
-    first_cutouts_sheet,
-    kinds_sheet,
-    learning_curves_figure,
-    png_bytes,
-)
+from lens_pipeline.evaluation.plots import learning_curves_figure, png_bytes
 from lens_pipeline.evaluation.report import Picture, Section, write_report
 from lens_pipeline.evaluation.score_plots import (
     agreement_figure,
@@ -24,6 +18,7 @@ from lens_pipeline.evaluation.score_plots import (
     roc_figure,
     score_histogram_figure,
 )
+from lens_pipeline.evaluation.sheets import contact_sheet, first_cutouts_sheet, kinds_sheet
 from lens_pipeline.evaluation.tables import cutouts_table, format_metrics_table, metric_text
 
 LABEL = np.repeat([1, 0], 40)

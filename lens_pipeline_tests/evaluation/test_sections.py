@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from scipy.special import expit
 from scipy.stats import spearmanr
 
+from lens_pipeline.evaluation.forecast import forecast
 from lens_pipeline.evaluation.gates import GateDecision
 from lens_pipeline.evaluation.metrics import lens_metrics
 from lens_pipeline.evaluation.origins import basis, by_origin
@@ -28,11 +29,7 @@ from lens_pipeline.evaluation.sections import (
     score_sections,
     selection_sections,
 )
-from lens_pipeline.evaluation.selection import (
-    false_positives_by_kind,
-    forecast,
-    selection_function,
-)
+from lens_pipeline.evaluation.selection import false_positives_by_kind, selection_function
 from lens_pipeline.evaluation.selection_plots import completeness_figure, completeness_map_figure
 from lens_pipeline.evaluation.tables import completeness_table, forecast_table, kinds_table
 from lens_pipeline_tests.evaluation.test_report import Elements

@@ -9,15 +9,13 @@ from scipy.special import ndtr, ndtri
 from scipy.stats import beta, norm
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.evaluation.forecast import forecast, purity, threshold_curve
 from lens_pipeline.evaluation.fractions import fraction
 from lens_pipeline.evaluation.metrics import lens_metrics, threshold_at_fpr
 from lens_pipeline.evaluation.selection import (
     QUANTITIES,
     false_positives_by_kind,
-    forecast,
-    purity,
     selection_function,
-    threshold_curve,
     working_fpr,
 )
 from lens_pipeline.evaluation.tables import threshold_text

@@ -17,7 +17,8 @@ from lens_pipeline.catalogue.images import read_cutout
 from lens_pipeline.catalogue.splits import assign_splits
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.errors import InputError
-from lens_pipeline.evaluation.plots import kinds_sheet, png_bytes
+from lens_pipeline.evaluation.plots import png_bytes
+from lens_pipeline.evaluation.sheets import kinds_sheet
 from lens_pipeline.simulation import Simulation, SimulationConfig, load_config, simulate
 from lens_pipeline.simulation.decoy_kinds import KEEP_HOST, MIXTURE
 from lens_pipeline.simulation.decoys import draw_decoys

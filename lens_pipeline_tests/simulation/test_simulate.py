@@ -199,6 +199,19 @@ def test_bad_settings_are_named(arguments: dict[str, object], message: str) -> N
         simulate(**arguments)  # type: ignore[arg-type]
 
 
+def test_of_several_surveys_none_is_renamed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The cutouts of both would be of one survey, and of two depths."""
+    (tmp_path / "deeper.yaml").write_text("survey: {name: deeper}")
+    arguments = ["simulate", "--n", "20", "--config", str(tmp_path / "deeper.yaml"), "--survey"]
+    assert main([*arguments, "des,hsc", "--out", str(tmp_path / "two")]) == 2
+    assert "LENS_SURVEY: des: the simulation calls it deeper; name it so" in capsys.readouterr().err
+    assert not (tmp_path / "two").exists()
+    with pytest.raises(InputError, match="unknown 'dess'; did you mean des"):
+        simulate("dess", 10)
+
+
 def test_the_command_writes_the_same_files_each_time(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
