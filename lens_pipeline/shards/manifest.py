@@ -6,6 +6,7 @@ It is written last, so that who sees one sees a whole dataset; its sha256 is the
 import hashlib
 import json
 import posixpath
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -64,12 +65,10 @@ class Manifest:
 
     def patterns(self, location: str) -> dict[str, str]:
         """{split: path or URL with braces of all its shards, as WebDataset takes it}."""
-        found: dict[str, list[str]] = {}
-        for shard in self.shards:
-            found.setdefault(shard.split, []).append(shard.name)
+        counts = Counter(shard.split for shard in self.shards)
         return {
-            split: posixpath.join(location, f"{split}-{{{0:06d}..{len(names) - 1:06d}}}.tar")
-            for split, names in found.items()
+            split: posixpath.join(location, shard_name(split, 0, n - 1))
+            for split, n in counts.items()
         }
 
     @cached_property
@@ -114,8 +113,10 @@ def check_shard_size(cutouts: int) -> None:
         raise InputError(f"shard_size {cutouts}: at least 1 is needed")
 
 
-def shard_name(split: str, number: int) -> str:
-    return f"{split}-{number:06d}.tar"
+def shard_name(split: str, number: int, last: int | None = None) -> str:
+    """Of one tar; with `last`, in braces, of all up to that one."""
+    numbers = f"{number:06d}" if last is None else f"{{{number:06d}..{last:06d}}}"
+    return f"{split}-{numbers}.tar"
 
 
 def write_manifest(
