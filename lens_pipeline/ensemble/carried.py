@@ -18,7 +18,7 @@ from lens_pipeline.steps import PACKAGE, source_hashes
 MODEL_FILE = Path(__file__).with_name("pyfunc_model.py")
 # What the carried modules import when they are loaded.
 LIBRARIES = (
-    *("astropy", "fsspec", "lazy-loader", "mlflow", "numpy", "pandas", "pytorch-lightning"),
+    *("astropy", "lazy-loader", "mlflow", "numpy", "pandas", "pytorch-lightning"),
     *("pydantic", "scipy", "torch", "torchmetrics", "torchvision"),
 )
 
