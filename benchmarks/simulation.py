@@ -23,7 +23,8 @@ from lenstronomy.Util import param_util
 from benchmarks._harness import Row, Target, options, report
 from lens_pipeline.simulation import load_config
 from lens_pipeline.simulation.population import COLUMNS, candidates, magnitudes
-from lens_pipeline.simulation.render import Renderer, moffat
+from lens_pipeline.simulation.psf import moffat
+from lens_pipeline.simulation.render import Renderer
 from lens_pipeline.simulation.sources import SersicDiscs
 from lens_pipeline.simulation.surveys import Survey
 

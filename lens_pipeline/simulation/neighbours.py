@@ -20,7 +20,8 @@ from lens_pipeline.simulation.population import (
     source_redshift,
     star_snr,
 )
-from lens_pipeline.simulation.render import PSF_RADIUS, Renderer, add_in_order
+from lens_pipeline.simulation.psf import PSF_RADIUS
+from lens_pipeline.simulation.render import Renderer, add_in_order
 from lens_pipeline.simulation.streams import Purpose, stream
 
 # Per square arcsec, of the magnitudes that `source_i_magnitude` draws, 20 to 27 (one cutout in ten

@@ -28,7 +28,8 @@ from lens_pipeline.errors import InputError, told_of
 from lens_pipeline.simulation.config import Array, SimulationConfig
 from lens_pipeline.simulation.moments import BRIGHT, Shape, moments_of_psf, shape_of
 from lens_pipeline.simulation.population import may_lens
-from lens_pipeline.simulation.render import Renderer, point_spread
+from lens_pipeline.simulation.psf import point_spread
+from lens_pipeline.simulation.render import Renderer
 from lens_pipeline.simulation.sources import SersicDiscs
 from lens_pipeline.simulation.surveys import Survey
 

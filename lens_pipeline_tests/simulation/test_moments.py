@@ -8,7 +8,7 @@ from astropy.io import fits
 from scipy.signal import fftconvolve
 
 from lens_pipeline.simulation.moments import moments_of_psf, shape_of
-from lens_pipeline.simulation.render import moffat
+from lens_pipeline.simulation.psf import moffat
 
 SIDE = 128
 

@@ -9,7 +9,8 @@ from astropy.cosmology import FlatLambdaCDM
 
 from lens_pipeline.simulation import Simulation, load_config, neighbours, simulate
 from lens_pipeline.simulation.neighbours import draw_neighbours
-from lens_pipeline.simulation.render import PSF_RADIUS, Renderer
+from lens_pipeline.simulation.psf import PSF_RADIUS
+from lens_pipeline.simulation.render import Renderer
 from lens_pipeline.simulation.sources import SersicDiscs
 
 DES = load_config("des").survey

@@ -1,0 +1,66 @@
+"""The point spread functions of a survey: Moffat's profiles, or images of the user's own."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lens_pipeline.errors import InputError
+from lens_pipeline.simulation.surveys import Survey
+
+PSF_RADIUS = 24  # pixels: the wings of a bright star end in noise
+MAX_OFF_CENTRE = 0.5  # pixels, of a user's own
+
+
+def moffat(fwhm: float, beta: float, device: str) -> Tensor:
+    """A point spread function of unit sum, (2*PSF_RADIUS+1) pixels a side; fwhm in pixels."""
+    square = torch.arange(-PSF_RADIUS, PSF_RADIUS + 1, device=device, dtype=torch.float32) ** 2
+    scale = fwhm / (2 * (2 ** (1 / beta) - 1) ** 0.5)
+    kernel = (1 + (square + square[:, None]) / scale**2) ** -beta
+    return kernel / kernel.sum()
+
+
+def point_spread(survey: Survey, device: str) -> Tensor:
+    """The survey's point spread functions (1 or bands, side, side): its own images, or the Moffat
+    profiles of its seeing; one where all bands have the same."""
+    if survey.psfs:
+        return torch.stack([read_psf(path) for path in survey.psfs]).to(device)
+    widths = [fwhm / survey.pixel_scale for fwhm in survey.seeings]
+    if len(set(widths)) == 1:
+        del widths[1:]
+    return torch.stack([moffat(width, survey.moffat_beta, device) for width in widths])
+
+
+def read_psf(path: str) -> Tensor:
+    """The image in a FITS file, of unit sum, cut or padded to 2 PSF_RADIUS + 1 pixels a side.
+
+    Raises InputError, naming the file, where there is none of odd sides and finite pixels, or where
+    its centroid, weighted by flux squared, is more than MAX_OFF_CENTRE from the middle: all that is
+    drawn would be moved.
+    """
+    from astropy.io import fits
+
+    try:
+        image = np.asarray(fits.getdata(path), dtype=np.float32)
+    except (OSError, TypeError, IndexError) as problem:
+        raise InputError(f"survey.psf: {path} cannot be read ({problem})") from None
+    if image.ndim != 2 or image.shape[0] != image.shape[1] or image.shape[0] % 2 == 0:
+        raise InputError(
+            f"survey.psf: {path} has the shape {image.shape}; a square of odd side is needed"
+        )
+    if not np.isfinite(image).all() or image.sum() <= 0:
+        raise InputError(f"survey.psf: {path} has pixels that are not finite, or no light")
+    y, x = np.mgrid[: len(image), : len(image)] - (len(image) - 1) / 2
+    # By the square of the flux, the peak counts, and neither noise nor wings far away.
+    weight = image.astype(np.float64) ** 2
+    off_x, off_y = (float((weight * axis).sum() / weight.sum()) for axis in (x, y))
+    if np.hypot(off_x, off_y) > MAX_OFF_CENTRE:
+        raise InputError(
+            f"survey.psf: {path} has its centroid {off_x:+.1f}, {off_y:+.1f} pixels (x, y) from "
+            "the middle of the image; centre it"
+        )
+    side = 2 * PSF_RADIUS + 1
+    spare = max(0, (side - len(image)) // 2)
+    image = np.pad(image, spare)
+    low = (len(image) - side) // 2
+    image = image[low : low + side, low : low + side]
+    return torch.from_numpy(image / image.sum())
