@@ -21,8 +21,8 @@ from lens_pipeline.registry import MODEL
 from lens_pipeline.runner import prepare_home
 from lens_pipeline.settings import Settings
 from lens_pipeline_tests.conftest import client_of
+from lens_pipeline_tests.deployed import documented
 from lens_pipeline_tests.served import Served, until
-from lens_pipeline_tests.test_deployment import documented
 
 EPOCHS = 100  # so long a training that each kill is sure to meet it
 SENSORS = """
