@@ -1,5 +1,6 @@
 """Shared fixtures: a clean environment, small real datasets, and one home that a run has filled."""
 
+import json
 import os
 import secrets
 import shutil
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -257,3 +258,8 @@ def client_of(home: Path) -> "MlflowClient":
 
     database = f"sqlite:///{home / 'mlflow.db'}"
     return MlflowClient(database, database)
+
+
+def summary_of(home: Path) -> dict[str, Any]:
+    """What the last run of a home says it has made."""
+    return json.loads((home / "reports" / "summary.json").read_text())

@@ -1,6 +1,5 @@
 """What the command says to bad input: one line, the place, the way out, and nothing registered."""
 
-import json
 import multiprocessing
 import os
 import re
@@ -20,7 +19,7 @@ from lens_pipeline.errors import InputError, NoAnswerError, NoRoomError
 from lens_pipeline.runner import prepare_home
 from lens_pipeline.settings import Settings
 from lens_pipeline.training.launch import raise_told
-from lens_pipeline_tests.conftest import client_of, program_says
+from lens_pipeline_tests.conftest import client_of, program_says, summary_of
 
 NOBODY = 65534  # the number of a user who owns nothing
 
@@ -315,6 +314,6 @@ def test_a_few_bad_images_are_listed_and_the_run_goes_on(
     shutil.copytree(catalogue.parent, moved)
     elsewhere = [str(moved / catalogue.name) if one == str(catalogue) else one for one in arguments]
     assert main([*elsewhere, "--archs", "lastro"]) == 0
-    again = json.loads((home / "reports" / "summary.json").read_text())["stages"]
+    again = summary_of(home)["stages"]
     assert not again["processed_dataset"]["reused"]
     assert again["checkpoints/lastro"]["reused"]

@@ -23,6 +23,7 @@ from lens_pipeline.scoring.predictor import score_dataset
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards import patience, publish_shards, read_manifest, verify_shards
 from lens_pipeline.shards.versions import newest_version
+from lens_pipeline_tests.conftest import summary_of
 from lens_pipeline_tests.object_stores import S3Server, sign_in
 
 
@@ -38,7 +39,7 @@ def test_the_main_job_trains_from_the_cloud(
     monkeypatch.setenv("LENS_CLOUD_URL", url)
     monkeypatch.setenv("LENS_STORAGE_OPTIONS", json.dumps(options))
     assert main(["run", "--preset", "tiny", "--home", str(home)]) == 0
-    summary = json.loads((home / "reports" / "summary.json").read_text())
+    summary = summary_of(home)
     newest = newest_version(url, options)
     assert newest == f"{url}/{summary['dataset_version']}"
     assert verify_shards(newest, options) == []
@@ -47,7 +48,7 @@ def test_the_main_job_trains_from_the_cloud(
     assert not (home / "cloud").exists()
 
     assert main(["run", "--preset", "tiny", "--home", str(home)]) == 0
-    summary = json.loads((home / "reports" / "summary.json").read_text())
+    summary = summary_of(home)
     assert all(stage["reused"] for stage in summary["stages"].values())
 
     secret = os.environ["AWS_SECRET_ACCESS_KEY"].encode()
@@ -83,7 +84,7 @@ def own_copy(shards: Path, out: Path, **changes: str) -> Path:
 
 
 def scores_of(home: Path) -> pd.DataFrame:
-    summary = json.loads((home / "reports" / "summary.json").read_text())
+    summary = summary_of(home)
     return pd.read_parquet(summary["scores"])
 
 
@@ -104,7 +105,7 @@ def test_another_deployment_trains_from_the_cloud_alone(
     run = ["run", "--preset", "tiny", "--archs", "lastro", "--home", str(other)]
     assert main([*run, "--source", url]) == 0
 
-    summary = json.loads((other / "reports" / "summary.json").read_text())
+    summary = summary_of(other)
     assert summary["dataset_version"] == published.dataset_version
     assert summary["model"]["version"] == "1"
     assert set(summary["stages"]) == {

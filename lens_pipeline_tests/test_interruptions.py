@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from lens_pipeline_tests.conftest import LENS_PIPELINE, client_of
+from lens_pipeline_tests.conftest import LENS_PIPELINE, client_of, summary_of
 from lens_pipeline_tests.served import Served
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("LENS_", "MLFLOW_"))}
@@ -57,7 +57,7 @@ def finish(
 ) -> dict[str, object]:
     job = Job(home, *more, environment=environment)
     assert job.process.wait(timeout=300) == 0, job.text()
-    return json.loads((home / "reports" / "summary.json").read_text())
+    return summary_of(home)
 
 
 # So long a training that the kill is sure to meet it; it holds the only slot of the pool.
@@ -93,7 +93,7 @@ def test_killed_at_five_moments_a_run_completes_with_the_same_result(
             for name, entry in json.loads(done.read_text())["files"].items():
                 assert (done.parent / name).stat().st_size == entry["bytes"]
     ours = finish(mine)
-    undisturbed = json.loads((home / "reports" / "summary.json").read_text())
+    undisturbed = summary_of(home)
     assert ours["ensemble"] == undisturbed["ensemble"]
     assert ours["members"] == undisturbed["members"]
     # What was finished before the last kill was not done again.

@@ -23,7 +23,7 @@ from lens_pipeline.registered import load_registered
 from lens_pipeline.registry import Registry
 from lens_pipeline.settings import Settings
 from lens_pipeline.tracking import STEP_KEY
-from lens_pipeline_tests.conftest import client_of
+from lens_pipeline_tests.conftest import client_of, summary_of
 
 MODEL = "lens_ensemble"
 
@@ -85,7 +85,7 @@ def test_a_better_model_becomes_champion_a_worse_one_never_and_the_former_comes_
         assert main(["run", "--preset", "tiny", "--home", str(home), *how]) == 0
         for name in settings:
             monkeypatch.delenv(name)
-        return json.loads((home / "reports" / "summary.json").read_text())
+        return summary_of(home)
 
     right = cutouts.catalogue("right.csv")
     first = run(right, little)
@@ -319,7 +319,7 @@ def test_a_champion_that_cannot_be_loaded_is_kept_and_said(
     assert main(["promote", str(broken.version), "--home", str(own_home)]) == 0
     how = ("--set", "lastro.training.learning_rate=7e-4")
     assert main(["run", "--preset", "tiny", "--home", str(own_home), *how]) == 0
-    summary = json.loads((own_home / "reports" / "summary.json").read_text())
+    summary = summary_of(own_home)
     (reason,) = summary["gate"]["reasons"]
     assert reason.startswith("the champion, version 2, cannot be compared: ")
     assert aliases(own_home) == {"challenger": "3", "champion": "2"}

@@ -22,7 +22,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.registered import load_registered
 from lens_pipeline.registry import MODEL, Registry
 from lens_pipeline.settings import Settings
-from lens_pipeline_tests.conftest import program_says
+from lens_pipeline_tests.conftest import program_says, summary_of
 from lens_pipeline_tests.object_stores import free_ports
 from lens_pipeline_tests.served import DIRECT
 
@@ -100,7 +100,7 @@ def test_the_model_says_what_it_takes_and_gives(
     assert (taken.type, taken.shape) == (np.dtype(np.float32), (-1, 3, 32, 32))
     assert found.signature.outputs.input_names() == ensemble.columns
     assert found.load_input_example(str(model)).shape == (1, 3, 32, 32)
-    summary = json.loads((home / "reports" / "summary.json").read_text())
+    summary = summary_of(home)
     assert found.metadata == {
         "units": "background_sigma",
         "bands": ["g", "r", "i"],

@@ -9,7 +9,6 @@ import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import dagster as dg
 import pandas as pd
@@ -35,7 +34,7 @@ from lens_pipeline.runner import (
 from lens_pipeline.scoring.evaluate import evaluate_ensemble
 from lens_pipeline.settings import Settings
 from lens_pipeline.tracking import Tracking
-from lens_pipeline_tests.conftest import client_of
+from lens_pipeline_tests.conftest import client_of, summary_of
 from lens_pipeline_tests.served import until
 
 MEMBERS = ["light_transformer", "lastro"]
@@ -49,10 +48,6 @@ ASSETS = [
     "ensemble_evaluation",
     "registered_ensemble",
 ]
-
-
-def summary_of(home: Path) -> dict[str, Any]:
-    return json.loads((home / "reports" / "summary.json").read_text())
 
 
 def run(home: Path, *more: str) -> int:

@@ -15,6 +15,7 @@ from lens_pipeline.cli import main
 from lens_pipeline.errors import InputError, masked
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards import verify_shards
+from lens_pipeline_tests.conftest import summary_of
 from lens_pipeline_tests.object_stores import S3Server, free_ports, sign_in
 
 PASSWORD = "pa55-w/rd@of:lens"
@@ -95,7 +96,7 @@ def test_no_secret_is_left_by_a_run(
     command = ["run", "--preset", "tiny", "--home", str(own_home), "--archs", "lastro"]
     assert main([*command, "--set", "training.learning_rate=2e-3", "--verbose"]) == 0
     printed = capfd.readouterr()
-    summary = json.loads((own_home / "reports" / "summary.json").read_text())
+    summary = summary_of(own_home)
     assert summary["stages"]["checkpoints/lastro"]["reused"] is False
     published = f"{s3_bucket}/lenses/{summary['dataset_version']}"
     assert verify_shards(published, options) == []

@@ -20,6 +20,7 @@ from lens_pipeline.runner import open_instance
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards import open_shards, read_manifest
 from lens_pipeline.shards.cutouts import newest_shards
+from lens_pipeline_tests.conftest import summary_of
 
 SURVEYS = ["des", "hsc"]
 BY_SURVEY = {"processed_dataset", "lens_shards"}
@@ -70,7 +71,7 @@ def of_partitions(key: str) -> dict[str, dg.AssetMaterialization]:
 def test_data_are_made_by_survey_and_models_of_all(source: Path, tmp_path: Path) -> None:
     home, catalogue = tmp_path / "home", pd.read_parquet(source)
     assert main(["run"]) == 0
-    summary = json.loads((home / "reports" / "summary.json").read_text())
+    summary = summary_of(home)
 
     datasets = of_partitions("processed_dataset")
     for survey, event in datasets.items():
@@ -143,7 +144,7 @@ def test_data_are_made_by_survey_and_models_of_all(source: Path, tmp_path: Path)
             "des": True,
             "hsc": False,
         }
-    now = json.loads((home / "reports" / "summary.json").read_text())
+    now = summary_of(home)
     assert now["dataset_version"] != summary["dataset_version"]
     assert "one-more" in set(pd.read_parquet(now["scores"])["id"])
 

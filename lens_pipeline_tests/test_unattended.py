@@ -1,6 +1,5 @@
 """Schedules and sensors launch runs that nobody asked for; whatever is killed comes back."""
 
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ from mlflow.exceptions import MlflowException
 from lens_pipeline.registry import MODEL
 from lens_pipeline.runner import prepare_home
 from lens_pipeline.settings import Settings
-from lens_pipeline_tests.conftest import client_of
+from lens_pipeline_tests.conftest import client_of, summary_of
 from lens_pipeline_tests.deployed import documented
 from lens_pipeline_tests.served import Served, until
 
@@ -171,7 +170,7 @@ def test_what_is_killed_comes_back_and_a_training_goes_on_where_it_was(tmp_path:
         until(lambda: served.log.count("is started again") == 3, 60, served.log)
         until(lambda: served.answers(), 60, "the pages answer again")
         assert served.ended(third, 900)["status"] == "SUCCESS", served.messages(third)
-    summary = json.loads((home / "reports" / "summary.json").read_text())
+    summary = summary_of(home)
     assert summary["model"]["version"] == "1"
     curves = pd.read_csv(next(home.glob("checkpoints/lastro/[!.]*/curves.csv")))
     assert curves["epoch"].tolist() == list(range(EPOCHS))

@@ -5,7 +5,6 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import dagster as dg
 import numpy as np
@@ -20,6 +19,7 @@ from lens_pipeline.registry import Registry
 from lens_pipeline.runner import open_instance
 from lens_pipeline.settings import Settings
 from lens_pipeline.tracking import Tracking
+from lens_pipeline_tests.conftest import summary_of
 
 PAGES = "http://mlflow.example:5000"
 MODE = "?workflowType=machine_learning"  # else MLflow shows an experiment as one of language models
@@ -43,10 +43,6 @@ def shown_of(home: Path, asset: str) -> Mapping[str, dg.MetadataValue]:
     assert event is not None
     assert event.asset_materialization is not None
     return event.asset_materialization.metadata
-
-
-def summary_of(home: Path) -> dict[str, Any]:
-    return json.loads((home / "reports" / "summary.json").read_text())
 
 
 def markdown_rows(value: dg.MetadataValue) -> list[dict[str, str]]:
