@@ -1,13 +1,7 @@
 """The main job: what it leaves, what it reuses, what it says."""
 
-import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
-import uuid
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dagster as dg
@@ -15,27 +9,16 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from lens_pipeline import runner
 from lens_pipeline.catalogue import read_catalogue
 from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.cli import main
 from lens_pipeline.definitions import make_definitions
-from lens_pipeline.defs.checkpoints import POOL
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation import standing
-from lens_pipeline.processes import HOST, PID, RUN, process_tags, sign_of_life
-from lens_pipeline.runner import (
-    open_instance,
-    prepare_home,
-    release_dead_runs,
-    run_pipeline,
-    settings_of_home,
-)
+from lens_pipeline.runner import open_instance
 from lens_pipeline.scoring.evaluate import evaluate_ensemble
 from lens_pipeline.settings import Settings
-from lens_pipeline.tracking import Tracking
 from lens_pipeline_tests.conftest import client_of, summary_of
-from lens_pipeline_tests.served import until
 
 MEMBERS = ["light_transformer", "lastro"]
 ASSETS = [
@@ -237,101 +220,6 @@ def test_an_ensemble_is_never_scored_on_another_datasets_test_split(
         )
 
 
-def test_dead_and_ended_runs_give_their_slots_back_and_a_live_one_keeps_its(own_home: Path) -> None:
-    settings = Settings.load(home=own_home)
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    dead = {PID: str(ended.pid)}
-    ended.wait()
-    with open_instance(settings) as instance:
-        job = make_definitions(settings).resolve_job_def("full_pipeline")
-        cases = {
-            "dead": (dead, dg.DagsterRunStatus.STARTED),
-            "dead and canceling": (dead, dg.DagsterRunStatus.CANCELING),
-            "cancelled": (dead, dg.DagsterRunStatus.CANCELED),
-            "alive": ({}, dg.DagsterRunStatus.STARTED),
-            "tried again": (dead | {RUN: "the first"}, dg.DagsterRunStatus.STARTING),
-        }
-        instance.event_log_storage.set_concurrency_slots(POOL, len(cases))
-        runs = {name: str(uuid.uuid4()) for name in cases}
-        for name, (tags, status) in cases.items():
-            run_id = runs[name]
-            instance.create_run_for_job(
-                job, run_id=run_id, tags=process_tags(run_id) | tags, status=status
-            )
-        for run_id in runs.values():
-            claim = instance.event_log_storage.claim_concurrency_slot(POOL, run_id, "step")
-            assert claim.is_claimed
-        assert set(release_dead_runs(instance)) == {runs["dead"], runs["dead and canceling"]}
-        info = instance.event_log_storage.get_concurrency_info(POOL)
-        assert info.active_run_ids == {runs["alive"], runs["tried again"]}
-        canceled = instance.get_run_by_id(runs["dead and canceling"])
-        assert canceled is not None
-        assert canceled.status == dg.DagsterRunStatus.CANCELED  # not tried again
-
-
-@pytest.mark.parametrize("its_turn", [False, True])
-def test_a_run_that_died_while_it_waited_for_the_pool_keeps_no_other_waiting(
-    its_turn: bool, tmp_path: Path
-) -> None:
-    """Whether its turn came before anybody saw that it had died, or after."""
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    with open_instance(Settings.load(home=tmp_path)) as instance:
-        storage = instance.event_log_storage
-        storage.initialize_concurrency_limit_to_default(POOL)
-
-        def begun(**tags: str) -> str:
-            run_id = str(uuid.uuid4())
-            tags = process_tags(run_id) | tags
-            job, status = dg.GraphDefinition("trains").to_job(), dg.DagsterRunStatus.STARTED
-            return instance.create_run_for_job(job, run_id=run_id, tags=tags, status=status).run_id
-
-        def claims(run_id: str) -> bool:
-            return storage.claim_concurrency_slot(POOL, run_id, "step").is_claimed
-
-        first, dead, last = begun(), begun(**{PID: str(ended.pid)}), begun()
-        assert [claims(run_id) for run_id in (first, dead)] == [True, False]
-        if its_turn:
-            storage.free_concurrency_slots_for_run(first)
-        assert release_dead_runs(instance) == [dead]
-        storage.free_concurrency_slots_for_run(first)
-        assert claims(last)
-
-
-def test_a_run_that_waits_for_one_of_another_host_goes_on_when_that_dies(
-    own_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(runner, "PATIENCE", 1)
-    settings = Settings.load(home=own_home, preset="tiny")
-    settings.export()
-    held = str(uuid.uuid4())
-    sign = sign_of_life(settings.dagster_home, held)
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[sign]
-    )
-    os.close(sign)
-    with open_instance(settings) as instance:
-        instance.create_run_for_job(
-            make_definitions(settings).resolve_job_def("full_pipeline"),
-            run_id=held,
-            tags=process_tags(held, holder.pid) | {HOST: "elsewhere"},
-            status=dg.DagsterRunStatus.STARTED,
-        )
-        instance.event_log_storage.initialize_concurrency_limit_to_default(POOL)
-        assert instance.event_log_storage.claim_concurrency_slot(POOL, held, "step").is_claimed
-    with ThreadPoolExecutor(1) as other:
-        waiting = f"held by run {held[:8]} (process {holder.pid} on elsewhere)"
-
-        def ends_once_it_is_named() -> None:
-            until(lambda: waiting in caplog.text, 120, waiting)
-            holder.communicate(b"\n")
-
-        ended = other.submit(ends_once_it_is_named)
-        run_pipeline(settings, {})
-        ended.result()
-    assert list((own_home / "dagster" / ".alive").iterdir()) == []
-
-
 def test_no_ensemble_is_made_of_members_of_older_shards(
     own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,55 +235,6 @@ def test_no_ensemble_is_made_of_members_of_older_shards(
         job = definitions.resolve_job_def("evaluation_and_registration")
         with pytest.raises(InputError, match="checkpoints/.* was trained on the dataset"):
             job.execute_in_process(instance=instance)
-
-
-def test_the_instance_settings_of_a_former_version_are_replaced_and_edited_ones_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = Settings.load(home=tmp_path)
-    prepare_home(settings)
-    file = tmp_path / "dagster" / "dagster.yaml"
-    shipped = file.read_text()
-    for content, kept in (("telemetry: {enabled: false}\n", False), ("# mine\n", True)):
-        file.write_text(content)
-        if not kept:
-            former = hashlib.sha256(file.read_bytes()).hexdigest()
-            monkeypatch.setattr(runner, "FORMER", {former})
-        prepare_home(settings)
-        assert file.read_text() == (content if kept else shipped)
-
-
-def test_a_run_of_another_home_on_the_same_server_is_left_alone(tmp_path: Path) -> None:
-    server = f"sqlite:///{tmp_path / 'shared.db'}"
-    one, two = (
-        Tracking(Settings.load(home=tmp_path / name, MLFLOW_TRACKING_URI=server))
-        for name in ("one", "two")
-    )
-    first = one.start_run("lastro", "key", {})
-    assert two.find_run("key") is None
-    second = two.start_run("lastro", "key", {})
-    assert one.client.get_run(first).info.status == "RUNNING"
-    one.finish_run(first, {"epochs": 1})
-    third = two.start_run("lastro", "key", {})  # the second was left unfinished
-    status = {run: one.client.get_run(run).info.status for run in (first, second, third)}
-    assert status == {first: "FINISHED", second: "FAILED", third: "RUNNING"}
-
-
-def test_parameters_that_a_run_has_are_kept_and_others_added(tmp_path: Path) -> None:
-    tracking = Tracking(Settings.load(home=tmp_path))
-    run = tracking.start_run("lastro", "key", {})
-    tracking.tell_parameters(run, {"training": {"epochs": 3}})
-    tracking.finish_run(run, {"training": {"epochs": 4, "batch_size": 8}})
-    params = tracking.client.get_run(run).data.params
-    assert params == {"training.epochs": "3", "training.batch_size": "8"}
-
-
-def test_who_looks_at_a_home_sees_the_graph_of_its_last_run(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert settings_of_home(str(home)).preset == "tiny"
-    monkeypatch.setenv("LENS_PRESET", "full")
-    assert settings_of_home(str(home)).preset == "full"
 
 
 @pytest.mark.slow
