@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.forkserver import _forkserver
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from pytorch_lightning.callbacks import Callback
 from lens_pipeline import LensDataModule
 from lens_pipeline.training import train
 from lens_pipeline.training.config import TrainConfig
+from lens_pipeline_tests.training.small import small_config
 
 # Installed: the server looks neither into the working directory, where PYTHONSAFEPATH is set, nor
 # where this process does.
 PRELOADED = "lens_pipeline.training.train"
+# With something to go on from early on.
+saving_config = partial(small_config, epochs=3, save_every_n_steps=3)
 
 
 class KillAt(Callback):

@@ -18,10 +18,11 @@ from lens_pipeline import LensDataModule, LitEnsembleSystem, LitLensSystem
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.system import load_system
 from lens_pipeline.shards.prefetch import gathered_ahead
-from lens_pipeline.training import TrainedMember, train
+from lens_pipeline.training import TrainedMember
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.devices import resolved_precision
 from lens_pipeline_tests.training.killed import in_a_process
+from lens_pipeline_tests.training.small import small_config, train_on
 
 pytestmark = pytest.mark.gpu
 
@@ -34,14 +35,7 @@ sys.exit(main(["train", "--arch", "lastro", "--epochs", sys.argv[3],
 
 
 def _config(arch: str = "lastro", **sections: Any) -> TrainConfig:
-    training = {"epochs": 12, "batch_size": 16, "monitor": "val/auroc"}
-    model = {"arch": arch} | sections.pop("model", {})
-    training |= sections.pop("training", {})
-    return TrainConfig.parse({"model": model, "training": training, **sections}, "test")
-
-
-def _train(config: TrainConfig, shards: Path, out: Path, **how: Any) -> TrainedMember:
-    return train(config, LensDataModule(shards), out, **how)
+    return small_config(arch, epochs=12, monitor="val/auroc").with_changes(sections, "test")
 
 
 def _images(shards: Path) -> torch.Tensor:
@@ -63,7 +57,7 @@ def test_what_a_gpu_has_learnt_a_cpu_scores_alike(
     arch: str, how: dict[str, Any], uneven_shards: Path, tmp_path: Path
 ) -> None:
     config = _config(arch, **how).with_changes({"training": {"epochs": 41}}, "test")
-    trained = _train(config, uneven_shards, tmp_path)
+    trained = train_on(config, uneven_shards, tmp_path)
     assert trained.curves["val/auroc"].max() > 0.9
     checkpoint = torch.load(trained.checkpoint, weights_only=True)
     assert {value.dtype for value in checkpoint["state_dict"].values()} <= {
@@ -89,7 +83,7 @@ def test_compiled_it_learns_the_same(arch: str, uneven_shards: Path, tmp_path: P
     """In the first steps; later, rounding has made two trainings of them."""
     how = {"epochs": 1, "batch_size": 32, "learning_rate": 1e-5, "augment": False}
     members = {
-        compiled: _train(
+        compiled: train_on(
             _config(arch, model={"compile_model": compiled, "dropout_rate": 0.0}, training=how),
             uneven_shards,
             tmp_path / str(compiled),
@@ -134,7 +128,7 @@ def test_batches_wait_in_pinned_memory(uneven_shards: Path) -> None:
 def test_more_gpus_than_there_are(uneven_shards: Path, tmp_path: Path) -> None:
     there = torch.cuda.device_count()
     with pytest.raises(InputError, match=rf"hardware\.devices {there + 1}: this machine has"):
-        _train(_config(hardware={"devices": there + 1}), uneven_shards, tmp_path)
+        train_on(_config(hardware={"devices": there + 1}), uneven_shards, tmp_path)
 
 
 @pytest.fixture
@@ -146,7 +140,7 @@ def little_memory(uneven_shards: Path, tmp_path: Path) -> Iterator[None]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         how = {"epochs": 1, "batch_size": size}
-        _train(_config("resnet50", training=how), uneven_shards, tmp_path / f"room{size}")
+        train_on(_config("resnet50", training=how), uneven_shards, tmp_path / f"room{size}")
         needed.append(torch.cuda.max_memory_allocated())
     gc.collect()
     torch.cuda.empty_cache()
@@ -159,11 +153,11 @@ def little_memory(uneven_shards: Path, tmp_path: Path) -> Iterator[None]:
 def test_too_little_memory(little_memory: None, uneven_shards: Path, tmp_path: Path) -> None:
     how = {"epochs": 1, "batch_size": 64}
     with pytest.raises(InputError, match=r"training\.batch_size 64: .*accumulate_grad_batches"):
-        _train(_config("resnet50", training=how), uneven_shards, tmp_path / "told")
+        train_on(_config("resnet50", training=how), uneven_shards, tmp_path / "told")
     gc.collect()
     torch.cuda.empty_cache()
     found = _config("resnet50", training=how | {"find_batch_size": True})
-    trained = _train(found, uneven_shards, tmp_path / "found")
+    trained = train_on(found, uneven_shards, tmp_path / "found")
     assert 8 <= trained.config.training.batch_size < 64
     assert len(trained.curves) == 1
 
@@ -192,7 +186,7 @@ def test_two_trainings_take_turns_on_one_gpu(uneven_shards: Path, tmp_path: Path
 
 def test_an_ensemble_scores_alike_on_gpu_and_cpu(uneven_shards: Path, tmp_path: Path) -> None:
     config = _config(model={"model_type": "ensemble", "architectures": ["lastro", "b=lastro@1"]})
-    trained = _train(config, uneven_shards, tmp_path, system_type=LitEnsembleSystem)
+    trained = train_on(config, uneven_shards, tmp_path, system_type=LitEnsembleSystem)
     data = LensDataModule(uneven_shards)  # which brings a trainer's batches to its GPU
     Trainer(logger=False, limit_train_batches=1, max_epochs=1).fit(LitLensSystem("lastro"), data)
     loader = data.test_dataloader()

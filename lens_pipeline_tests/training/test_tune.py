@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,10 @@ from lens_pipeline.training.space import SearchSpace
 from lens_pipeline.training.study import TunedStudy
 from lens_pipeline.training.tune import tune
 from lens_pipeline_tests.training.killed import forked
+from lens_pipeline_tests.training.small import small_config
 
 RATES = {"learning_rate": {"low": 1e-6, "high": 3e-2, "log": True}}
-
-
-def _config(**training: Any) -> TrainConfig:
-    small = {"epochs": 2, "batch_size": 16, "monitor": "val/average_precision"}
-    values = {"model": {"arch": "lastro"}, "training": small | training}
-    return TrainConfig.parse(values, "test")
+_config = partial(small_config, monitor="val/average_precision")
 
 
 def _space(config: TrainConfig, **sections: Any) -> SearchSpace:
