@@ -185,7 +185,9 @@ def test_two_trainings_take_turns_on_one_gpu(uneven_shards: Path, tmp_path: Path
 
 
 def test_an_ensemble_scores_alike_on_gpu_and_cpu(uneven_shards: Path, tmp_path: Path) -> None:
-    config = _config(model={"model_type": "ensemble", "architectures": ["lastro", "b=lastro@1"]})
+    two = {"model_type": "ensemble", "architectures": ["lastro", "b=lastro@1"]}
+    training = {"epochs": 12, "batch_size": 16, "monitor": "val/auroc"}
+    config = TrainConfig.parse({"model": two, "training": training}, "test")
     trained = train_on(config, uneven_shards, tmp_path, system_type=LitEnsembleSystem)
     data = LensDataModule(uneven_shards)  # which brings a trainer's batches to its GPU
     Trainer(logger=False, limit_train_batches=1, max_epochs=1).fit(LitLensSystem("lastro"), data)
