@@ -4,7 +4,6 @@ import errno
 import gc
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from lens_pipeline import LensDataModule, LensWebDatasetDataModule
 from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards import open_shards, publish_shards, write_shards
+from lens_pipeline_tests.disks import small_disk
 from lens_pipeline_tests.object_stores import S3Server
 from lens_pipeline_tests.shards.published import SHARDS, N, Proxies, flipped, gets, numbers
 
@@ -80,19 +80,6 @@ def test_cloud_epochs_keep_within_the_bound(
     assert sorted(numbers(data.val_dataloader())) == list(range(40))
 
 
-@contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    folder.mkdir()
-    mounted = os.geteuid() == 0 and shutil.which("mount") is not None
-    command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
-    if not mounted or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("a small disk cannot be mounted here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def test_cloud_into_a_cache_whose_disk_is_full(
     published: str, s3_server: S3Server, tmp_path: Path
 ) -> None:
@@ -106,7 +93,7 @@ def test_cloud_into_a_cache_whose_disk_is_full(
         except InputError as problem:
             return str(problem)
 
-    with small_disk(tmp_path / "disk") as disk:
+    with small_disk(tmp_path / "disk", 6) as disk:
         full = rf"{disk}/.*{os.strerror(errno.ENOSPC)}.*LENS_CACHE_GB"
         assert re.match(rf"{published}/train-\d*\.tar: .*{full}", str(epoch(disk, 1)))
         until = time.monotonic() + 30

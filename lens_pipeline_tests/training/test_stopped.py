@@ -1,6 +1,5 @@
 """Trainings that cannot go on: what they say, and what they keep."""
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from pytorch_lightning.callbacks import Callback
 
 from lens_pipeline import LitLensSystem
 from lens_pipeline.errors import InputError, NoRoomError
+from lens_pipeline_tests.disks import small_disk
 from lens_pipeline_tests.training.small import small_config, train_on
 
 
@@ -119,49 +119,41 @@ def test_too_little_memory_for_the_scores_ends_with_a_way_to_go_on(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of a hundred megabytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(folder)], check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", 100) as folder:
+        yield folder
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(uneven_shards: Path, small_disk: Path) -> None:
-    out = small_disk / "out"
+def test_a_full_disk_keeps_the_last_checkpoint(uneven_shards: Path, disk: Path) -> None:
+    out = disk / "out"
     config = small_config(save_every_n_steps=1, epochs=1)
 
     class Fill(Callback):
         def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
             if trainer.global_step == 3:
                 with pytest.raises(OSError, match="No space"):
-                    (small_disk / "others").write_bytes(bytes(110_000_000))
+                    (disk / "others").write_bytes(bytes(110_000_000))
 
     with pytest.raises(InputError, match=rf"{out}\S*: there is no room on its disk"):
         train_on(config, uneven_shards, out, Fill())
     kept = torch.load(out / "last.ckpt", weights_only=True)
     assert kept["global_step"] in (2, 3)
-    (small_disk / "others").unlink()
+    (disk / "others").unlink()
     assert len(train_on(config, uneven_shards, out).curves) == 1
 
 
 def test_a_disk_that_is_full_when_the_training_has_ended_is_told_too(
-    uneven_shards: Path, small_disk: Path
+    uneven_shards: Path, disk: Path
 ) -> None:
-    out = small_disk / "out"
+    out = disk / "out"
     config = small_config(epochs=1)
 
     class Fill(Callback):
         def on_fit_end(self, trainer: Trainer, *_: Any) -> None:
             with pytest.raises(OSError, match="No space"):
-                (small_disk / "others").write_bytes(bytes(110_000_000))
+                (disk / "others").write_bytes(bytes(110_000_000))
 
     with pytest.raises(NoRoomError, match=rf"{out}\S*: there is no room on its disk"):
         train_on(config, uneven_shards, out, Fill())
-    (small_disk / "others").unlink()
+    (disk / "others").unlink()
     assert len(train_on(config, uneven_shards, out).curves) == 1
