@@ -28,21 +28,12 @@ from lens_pipeline_tests.catalogue.by_hand import (
     write_cube,
     write_png,
 )
+from lens_pipeline_tests.payload import Payload
 
 
 def cut_short(path: Path, share: float) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-
-
-class _Bomb:
-    """Unpickled, it leaves a file: whoever reads one has run what a stranger wrote."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Callable[..., None], tuple[Path]]:
-        return Path.touch, (self.mark,)
 
 
 # Each kind of bad image: (writes the number-th of them into a folder and says its path, reason).
@@ -218,7 +209,7 @@ def _no_numbers(folder: Path, i: int) -> str:
 
 @kind("a pickle", "the file cannot be read .+")
 def _pickled(folder: Path, i: int) -> str:
-    bombs = np.full((1, 3, SIZE, SIZE), _Bomb(folder / "EXPLODED"), dtype=object)
+    bombs = np.full((1, 3, SIZE, SIZE), Payload(folder / "EXPLODED"), dtype=object)
     name = f"pickle{i}.{suffix_of(i, 'npy', 'npy', 'npy', 'npz')}"
     path = folder / name
     if i % 4 == 1:

@@ -16,6 +16,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.models.architectures import build_backbone
 from lens_pipeline.models.pretrained import average_bands, interpolate_positions, read_weights
 from lens_pipeline.models.system import LitLensSystem
+from lens_pipeline_tests.payload import Payload
 
 
 @pytest.fixture
@@ -305,22 +306,18 @@ def test_the_names_of_parameters_do_not_depend_on_where_they_come_from(
 
 
 def test_a_file_that_would_run_code_is_refused_by_name(tmp_path: Path) -> None:
-    class Payload:
-        def __reduce__(self) -> tuple[object, tuple[Path]]:
-            return (Path.touch, (tmp_path / "executed",))
-
-    path = tmp_path / "poisoned.pth"
-    torch.save({"state_dict": {"conv1.weight": Payload()}}, path)
+    path, payload = tmp_path / "poisoned.pth", Payload(tmp_path / "executed")
+    torch.save({"state_dict": {"conv1.weight": payload}}, path)
     with pytest.raises(
         InputError, match="poisoned.pth: refused.*it carries a pickle payload \\(getattr"
     ):
         build_backbone("resnet18", 3, 64, pretrained=path)
-    path.write_bytes(pickle.dumps(Payload(), protocol=2))
+    path.write_bytes(pickle.dumps(payload, protocol=2))
     with pytest.raises(
         InputError, match="poisoned.pth: refused.*it carries a pickle payload \\(getattr"
     ):
         build_backbone("resnet18", 3, 64, pretrained=path)
-    assert not (tmp_path / "executed").exists()
+    assert not payload.mark.exists()
 
 
 def test_a_whole_network_is_refused_with_what_it_carries(tmp_path: Path) -> None:

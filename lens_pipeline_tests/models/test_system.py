@@ -17,6 +17,7 @@ from lens_pipeline import LitEnsembleSystem
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.metrics import StageMetrics
 from lens_pipeline.models.system import LitLensSystem, load_system, stretch
+from lens_pipeline_tests.payload import Payload
 
 
 def test_the_stretch_is_the_same_for_every_image() -> None:
@@ -44,15 +45,11 @@ def test_dropout_is_in_the_head_alone() -> None:
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    class Payload:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return (Path.touch, (tmp_path / "executed",))  # type: ignore[return-value]
-
-    path = tmp_path / "best.ckpt"
-    torch.save({"state_dict": Payload()}, path)
+    path, payload = tmp_path / "best.ckpt", Payload(tmp_path / "executed")
+    torch.save({"state_dict": payload}, path)
     with pytest.raises(InputError, match=f"{path}: refused"):
         load_system(path)
-    assert not (tmp_path / "executed").exists()
+    assert not payload.mark.exists()
 
 
 def test_the_entry_point_of_the_library_makes_a_network_of_an_architecture() -> None:
