@@ -1,6 +1,5 @@
 """The table for the terminal and the file for the browser."""
 
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -20,29 +19,10 @@ from lens_pipeline.evaluation.score_plots import (
 )
 from lens_pipeline.evaluation.sheets import contact_sheet, kinds_sheet
 from lens_pipeline.evaluation.tables import cutouts_table, format_metrics_table, metric_text
+from lens_pipeline_tests.evaluation.pages import Elements
 
 LABEL = np.repeat([1, 0], 40)
 SCORE = np.linspace(1, 0, 80) ** 2
-
-
-class Elements(HTMLParser):
-    """Which elements a page opens, what they load and link to, and its text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.sources: list[str] = []
-        self.links: list[str] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.links += [value or "" for name, value in attrs if (tag, name) == ("a", "href")]
-        loading = {"src"} if tag == "a" else {"src", "href"}
-        self.sources += [value or "" for name, value in attrs if name in loading]
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def page(path: Path, name: str, *, passed: bool) -> Elements:
@@ -62,9 +42,7 @@ def page(path: Path, name: str, *, passed: bool) -> Elements:
             )
         ],
     )
-    elements = Elements()
-    elements.feed(path.read_text())
-    return elements
+    return Elements(path)
 
 
 def test_names_of_users_are_text_in_the_report_and_never_markup(tmp_path: Path) -> None:
@@ -96,8 +74,7 @@ def test_the_report_says_what_its_dashes_and_its_k_are(tmp_path: Path) -> None:
         gate=GateDecision(True, (), {}),
         sections=[],
     )
-    elements = Elements()
-    elements.feed((tmp_path / "report.html").read_text())
+    elements = Elements(tmp_path / "report.html")
     said = "95 % intervals by bootstrap. k: the 40 highest-scored. –: too few cutouts to tell."
     assert said in elements.text
 
@@ -125,8 +102,7 @@ def test_a_cutout_of_a_gallery_can_be_traced(tmp_path: Path) -> None:
         gate=GateDecision(True, (), {}),
         sections=[Section("", "", pictures=[Picture("missed", "", sheet, papers, table)])],
     )
-    elements = Elements()
-    elements.feed((tmp_path / "report.html").read_text())
+    elements = Elements(tmp_path / "report.html")
     assert elements.text.split()[-18:] == [
         *("order", "id", "kind", "probability", "ra", "dec"),
         *("1", "b", "–", "0.9877", "150.12346", "-2.00000"),
@@ -243,7 +219,6 @@ def test_a_long_table_is_folded_up_and_a_short_one_is_not(tmp_path: Path) -> Non
         gate=GateDecision(True, (), {}),
         sections=[Section("Selection", "", {"short": short, "long": long}, [])],
     )
-    elements = Elements()
-    elements.feed((tmp_path / "report.html").read_text())
+    elements = Elements(tmp_path / "report.html")
     assert elements.tags.count("details") == 1
     assert "21 rows" in elements.text

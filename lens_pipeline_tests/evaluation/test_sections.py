@@ -32,7 +32,7 @@ from lens_pipeline.evaluation.sections import (
 from lens_pipeline.evaluation.selection import false_positives_by_kind, selection_function
 from lens_pipeline.evaluation.selection_plots import completeness_figure, completeness_map_figure
 from lens_pipeline.evaluation.tables import completeness_table, forecast_table, kinds_table
-from lens_pipeline_tests.evaluation.test_report import Elements
+from lens_pipeline_tests.evaluation.pages import Elements
 from lens_pipeline_tests.evaluation.test_selection import sample
 
 
@@ -102,10 +102,8 @@ def test_nothing_that_a_catalogue_holds_becomes_markup(tmp_path: Path) -> None:
         gate=GateDecision(False, (evil,), {}),
         sections=sections_of(table, evil),
     )
-    page = (tmp_path / "report.html").read_text()
-    assert evil not in page
-    elements = Elements()
-    elements.feed(page)
+    assert evil not in (tmp_path / "report.html").read_text()
+    elements = Elements(tmp_path / "report.html")
     assert "script" not in elements.tags
     assert elements.tags.count("img") == 7
     assert all(source.startswith("data:image/png;base64,") for source in elements.sources)

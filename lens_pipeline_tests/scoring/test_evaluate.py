@@ -4,7 +4,6 @@ import json
 import shutil
 import warnings
 from dataclasses import dataclass, replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from lens_pipeline.evaluation.metrics import ece_by_chance, lens_metrics
 from lens_pipeline.evaluation.result import Evaluation, read_evaluation
 from lens_pipeline.models.system import LitLensSystem
 from lens_pipeline.scoring.evaluate import evaluate_ensemble
+from lens_pipeline_tests.evaluation.pages import Elements
 
 SIZE = 16
 FORM = CutoutFormat(("g", "r", "i"), SIZE, "background_sigma", 0.26)
@@ -111,19 +111,6 @@ def evaluate(ensemble: Path, cutouts: Cutouts, out: Path, **more: Any) -> Evalua
     return evaluate_ensemble(ensemble, cutouts, cutouts.catalogue, out, gate=GATE, **more)
 
 
-class Tags(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.text: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-
 @pytest.fixture(scope="module")
 def mixed(ensemble: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     """Of 60 simulated and 60 real cutouts."""
@@ -133,10 +120,8 @@ def mixed(ensemble: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluatio
     return evaluate(ensemble, Cutouts(table, origin=EVIL), out, prevalence=0.01)
 
 
-def page_of(evaluation: Evaluation) -> Tags:
-    page = Tags()
-    page.feed((evaluation.folder / "report.html").read_text())
-    return page
+def page_of(evaluation: Evaluation) -> Elements:
+    return Elements(evaluation.folder / "report.html")
 
 
 def test_real_cutouts_come_first_and_carry_the_forecast(mixed: Evaluation) -> None:
@@ -153,7 +138,7 @@ def test_real_cutouts_come_first_and_carry_the_forecast(mixed: Evaluation) -> No
                 assert found == pytest.approx(by_hand[metric]), metric
     assert mixed.forecast["rests_on"] == "real"
     assert mixed.forecast["prevalence"] == 0.01
-    assert [text for text in page_of(mixed).text if text.startswith("Metrics: ")] == [
+    assert [text for text in page_of(mixed).texts if text.startswith("Metrics: ")] == [
         "Metrics: real cutouts: 20 lenses, 40 non-lenses",
         "Metrics: simulated cutouts: 20 lenses, 40 non-lenses",
         "Metrics: all of the test split",
@@ -207,7 +192,7 @@ def test_what_weights_had_seen_before_is_no_test(ensemble: Path, tmp_path: Path)
     (tmp_path / "out").mkdir()
     evaluation = evaluate(folder, Cutouts(table), tmp_path / "out")
     assert evaluation.metrics["ensemble"]["n_lens"] == 20
-    assert "60 more were seen by weights" in " ".join(page_of(evaluation).text)
+    assert "60 more were seen by weights" in page_of(evaluation).text
     assert len(pd.read_parquet(evaluation.folder / "scores.parquet")) == 120
     (folder / "groups.json").write_text(json.dumps(table["group"].tolist()))
     with pytest.raises(InputError, match="seen 120 of the test split's cutouts"):
@@ -225,7 +210,7 @@ def test_nothing_that_a_catalogue_holds_becomes_markup(mixed: Evaluation) -> Non
     scores = pd.read_parquet(mixed.folder / "scores.parquet")
     mistaken = scores[scores["label"] == 0].nlargest(16, "probability")
     # The source, a kind, and that of each of these.
-    assert page.text.count(EVIL) == 2 + (mistaken["kind"] == EVIL).sum()
+    assert page.texts.count(EVIL) == 2 + (mistaken["kind"] == EVIL).sum()
 
 
 def test_each_cutout_of_the_galleries_is_named_in_their_order(mixed: Evaluation) -> None:
@@ -233,7 +218,7 @@ def test_each_cutout_of_the_galleries_is_named_in_their_order(mixed: Evaluation)
     missed = scores[scores["label"] == 1].nsmallest(16, "probability")
     mistaken = scores[scores["label"] == 0].nlargest(16, "probability")
     ids = set(scores["id"])
-    listed = [text for text in page_of(mixed).text if text in ids]
+    listed = [text for text in page_of(mixed).texts if text in ids]
     assert listed == [*missed["id"], *mistaken["id"]]
 
 
@@ -241,8 +226,8 @@ def test_the_report_begins_with_what_it_is_of(ensemble: Path, tmp_path: Path) ->
     made = "2026-01-02 03:04 UTC, lens-pipeline 1.0, commit 0123"
     table = rows().assign(survey=["hsc", "des"] * 60)
     evaluation = evaluate(ensemble, Cutouts(table), tmp_path, made=made)
-    text = page_of(evaluation).text
-    begins = text[: text.index("Metrics: all of the test split")]
+    texts = page_of(evaluation).texts
+    begins = texts[: texts.index("Metrics: all of the test split")]
     for name, fact in (
         ("Made", made),
         ("Source", "survey.csv"),
@@ -271,7 +256,7 @@ def test_why_cutouts_were_rejected_stands_in_the_report(
 ) -> None:
     page = page_of(evaluate(ensemble, Spoilt(rows()), tmp_path))
     assert "Rejected cutouts" not in page_of(mixed).text
-    said = page.text[page.text.index("Rejected cutouts") :]
+    said = page.texts[page.texts.index("Rejected cutouts") :]
     assert said[1].startswith("2 of 120 cutouts of all splits could not be used")
     assert said[said.index(EVIL) - 2] == "2"
     assert "script" not in page.tags
