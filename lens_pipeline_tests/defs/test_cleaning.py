@@ -13,8 +13,8 @@ from lens_pipeline.defs.stages import result
 from lens_pipeline.runner import open_instance
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Recipe, Step, run_step
+from lens_pipeline_tests.defs.ticks import SURVEYS
 
-SURVEYS = ("des", "hsc")
 AGO = time.time() - 40 * 86400
 
 

@@ -4,7 +4,7 @@ import importlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,6 @@ from lens_pipeline_tests.object_stores import GCSServer, S3Server
 Proxies = Callable[[S3Server | GCSServer], FaultyProxy]
 N = 90
 STAGES = (cutout_catalogue, processed_dataset)
-
-
-@pytest.fixture
-def instance() -> Iterator[dg.DagsterInstance]:
-    with dg.instance_for_test() as persistent:  # another thread looks at it
-        yield persistent
 
 
 @pytest.fixture
