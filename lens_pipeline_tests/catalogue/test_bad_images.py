@@ -39,6 +39,7 @@ def cut_short(path: Path, share: float) -> None:
 # Each kind of bad image: (writes the number-th of them into a folder and says its path, reason).
 Writer = Callable[[Path, int], str]
 KINDS: dict[str, tuple[Writer, str]] = {}
+TOO_SMALL = r"pixels; at least 40 x 40 are needed \(LENS_IMAGE_SIZE\), or LENS_PAD"
 
 
 def kind(name: str, reason: str, among: dict[str, tuple[Writer, str]] = KINDS) -> Callable:
@@ -119,7 +120,7 @@ def _ragged(folder: Path, i: int) -> str:
     return name
 
 
-@kind("too small", r"(39 x 40|40 x 39|20 x 20) pixels; at least 40 x 40 are needed")
+@kind("too small", rf"(39 x 40|40 x 39|20 x 20) {TOO_SMALL}")
 def _small(folder: Path, i: int) -> str:
     name = f"small{i}.{suffix_of(i, 'fits', 'npy', 'npz', 'tif')}"
     write_cube(folder / name, sky(3, *[(39, 40), (40, 39), (20, 20)][i % 3]))
@@ -384,7 +385,7 @@ def _grey(folder: Path, i: int) -> str:
     return name
 
 
-@kind("too small", "39 x 39 pixels; at least 40 x 40 are needed", OF_PICTURES)
+@kind("too small", rf"39 x 39 {TOO_SMALL}", OF_PICTURES)
 def _small_picture(folder: Path, i: int) -> str:
     name = suffix_of(i, f"small{i}.png", f"small{i}.jpg", f"small{i}.tif", f"deepsmall{i}.png")
     picture(folder / name, size=39)
