@@ -91,14 +91,14 @@ class Candidate:
                 f"the champion, version {number}, is not comparable: {differing}; if the new one "
                 "is to replace it, promote it by hand"
             )
-        scores = _scored_by(theirs, self.source, self.lens)
         test = self._test_split(simulated=dataset.facts["origin"] == "simulation")
-        if scores.reindex(test["id"]).isna().any():
+        champions = _scored_by(theirs, self.source, self.lens).reindex(test["id"])
+        if champions.isna().any():
             return refused(
                 f"the champion, version {number}, gives no score for some of the test split"
             )
         log.info("  comparing with the champion, version %s", number)
-        return self._judged(test, own, scores.reindex(test["id"]).to_numpy(), theirs.groups)
+        return self._judged(test, own, champions.to_numpy(), theirs.groups)
 
     def _test_split(self, simulated: bool) -> "pd.DataFrame":
         """The scores of what is judged by: of the real cutouts alone where they are enough."""
