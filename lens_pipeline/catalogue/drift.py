@@ -1,6 +1,6 @@
-"""What the pixels of a dataset are like, and whether those of a new version are like the last's."""
+"""What the pixels of cutouts are like, and whether those of others are like them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ BLANK = 12  # pixels: the side of the patches whose darkest tenth is taken for e
 LAG = 4  # pixels, beyond which no noise is taken to be correlated
 BRIGHT = 0.99  # the quantile that tells of the galaxies, where the median tells of the sky
 
-# The most that a band may change from one version to the next, each with its scale.
+# The most that a band may differ between cutouts of one kind, each with its scale.
 MOST: Mapping[str, float] = {
     # Of the noise. What sky subtraction leaves differs by less from one night to another.
     "median": 0.25,
@@ -49,12 +49,13 @@ def pixel_statistics(dataset: Dataset) -> dict[str, Any]:
         "non_finite": {part: _non_finite(dataset, part) for part in PARTS},
         "bands": list(dataset.format.bands),
         "units": dataset.format.units,
-        "statistics": {
-            name: band_statistics(train[drawn, number])
-            for number, name in enumerate(dataset.format.bands)
-            if len(train)
-        },
+        "statistics": statistics_of(train[drawn], dataset.format.bands) if len(train) else {},
     }
+
+
+def statistics_of(images: Array, bands: Sequence[str]) -> dict[str, dict[str, float]]:
+    """{band: its `band_statistics`} of images (n, bands, height, width)."""
+    return {name: band_statistics(images[:, number]) for number, name in enumerate(bands)}
 
 
 def band_statistics(pixels: Array) -> dict[str, float]:
@@ -123,16 +124,16 @@ def other_format(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> pd.DataFrame:
-    """How far the bands of two `pixel_statistics` of one format differ: one row for each band and
-    statistic.
+    """How far the bands of two `statistics_of` cutouts of one format differ: one row for each band
+    and statistic.
 
     `band`, `statistic`, `before`, `now`, and `change`: the difference of these two in units of the
     larger `sigma` for a median, of the larger of both for what is a width, and as it is for a
     correlation; `at_most`, see MOST.
     """
     rows = []
-    for band, statistics in now["statistics"].items():
-        was = before["statistics"].get(band)
+    for band, statistics in now.items():
+        was = before.get(band)
         if was is None:  # there were no cutouts to train on
             continue
         for name, most in MOST.items():

@@ -133,7 +133,7 @@ def bands_are_as_in_the_last_version(
         return judged(True, compared="there is no earlier version to compare with")
     if differing := other_format(before, pixels):
         return judged(False, compared=differing)
-    found = changes(before, pixels)
+    found = changes(before["statistics"], pixels["statistics"])
     if found.empty:
         return judged(True, compared="one of both versions has no cutouts to train on")
     worst = found.iloc[int((found["change"] / found["at_most"]).to_numpy().argmax())]

@@ -38,6 +38,7 @@ from lens_pipeline.steps import Recipe, inputs_of
 from lens_pipeline.tracking import Tracking
 
 SYSTEM = "lens_pipeline.ensemble.system"
+LIKENESS = "lens_pipeline.scoring.likeness"
 EVALUATE = "lens_pipeline.scoring.evaluate"
 # Of an evaluation, by their titles; those of the selection function only where truths are known.
 PICTURES = {
@@ -66,7 +67,7 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
 
     @stage(
         ENSEMBLE,
-        modules=(SYSTEM, AS_DATASET),
+        modules=(SYSTEM, LIKENESS, AS_DATASET),
         by_chance=remote,
         deps=[*keys.values(), CLOUD],
         group_name="ensemble",
@@ -80,10 +81,7 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
         """
         import pandas as pd
 
-        from lens_pipeline.catalogue.dataset import CutoutFormat
         from lens_pipeline.evaluation.standing import idle_members, members_table
-        from lens_pipeline.shards.as_dataset import read_rows
-        from lens_pipeline.shards.store import read_manifest
         from lens_pipeline.training.member import TrainedMember
 
         settings = lens.settings
@@ -102,7 +100,7 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
                 )
         recipe = Recipe(
             stage="lens_ensemble",
-            modules=(SYSTEM, AS_DATASET),
+            modules=(SYSTEM, LIKENESS, AS_DATASET),
             libraries=(*member_libraries(members), "numpy", "scipy"),
             inputs={name: part.content for name, part in upstream.items()},
             settings={"dataset_version": shards.content, **chosen},
@@ -111,26 +109,30 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
         def build(out: Path) -> None:
             from lens_pipeline.ensemble.system import assemble
             from lens_pipeline.evaluation.origins import SIMULATED, by_origin, described
+            from lens_pipeline.scoring.likeness import learnt_pixels
+            from lens_pipeline.shards.as_dataset import shards_as_dataset
 
             trained = {name: TrainedMember(part.folder) for name, part in upstream.items()}
             parts = {name: (t.checkpoint, t.val_scores) for name, t in trained.items()}
-            manifest = read_manifest(shards.location, settings.storage_options)
-            rows = read_rows(shards.location, manifest, settings.storage_options)
+            dataset = shards_as_dataset(
+                shards.location, cache=settings.cache, storage_options=settings.storage_options
+            )
+            manifest, rows = dataset.shards.manifest, dataset.rows
             learnt = rows[rows["split"].isin(["train", "val"])]
             seen = set(learnt["group"])
             for member in trained.values():
                 seen |= groups_behind(member.config.model.pretrained)
             parts_of = by_origin(learnt, manifest.simulated)
-            form = CutoutFormat.from_dict(manifest.format)
             steps = {name: part.folder.name for name, part in upstream.items()}
             facts = {
                 "dataset": manifest.dataset,
                 "dataset_version": manifest.dataset_version,
                 "simulated": SIMULATED in parts_of,
                 "learnt_from": "; ".join(described(p, o) for o, p in parts_of.items()),
+                "learnt_pixels": learnt_pixels(dataset, manifest.simulated),
                 "member_steps": steps,
             }
-            assemble(parts, form, out, facts, seen, **chosen)
+            assemble(parts, dataset.format, out, facts, seen, **chosen)
 
         step = run_stage(ENSEMBLE, recipe, settings.home / "ensemble", build, settings)
         description = read_description(step.folder)

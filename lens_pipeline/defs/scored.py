@@ -12,7 +12,7 @@ from lens_pipeline.settings import Settings
 
 if TYPE_CHECKING:
     from lens_pipeline.catalogue.table import Catalogue
-    from lens_pipeline.scoring.predictor import ScoredDataset
+    from lens_pipeline.scoring.sources import ScoredDataset
 
 AS_DATASET = "lens_pipeline.shards.as_dataset"
 

@@ -33,7 +33,8 @@ from lens_pipeline.evaluation.surveys import by_survey
 from lens_pipeline.evaluation.tables import cutouts_table, format_text
 from lens_pipeline.models.saliency import smooth_grad
 from lens_pipeline.models.system import LitLensSystem
-from lens_pipeline.scoring.predictor import ScoredDataset, score_dataset
+from lens_pipeline.scoring.predictor import score_dataset
+from lens_pipeline.scoring.sources import ScoredDataset
 
 GALLERY = 16
 

@@ -30,6 +30,7 @@ from lens_pipeline.ensemble.system import BATCH, LensEnsemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.scoring.best import show_best
 from lens_pipeline.scoring.claim import LOCK, Share, claimed
+from lens_pipeline.scoring.likeness import tell_of_unlike
 from lens_pipeline.scoring.predictor import score_batches, scoring, tell_of_replaced
 from lens_pipeline.scoring.score_files import (
     FINGERPRINT,
@@ -223,8 +224,10 @@ def _score(
 ) -> Counter[str]:
     """Score what is left of some rows, each part into a file of the next name, until more than
     `may_fail` of all cannot be used. Returns why how many cannot."""
-    whole, others = _whole_batches(mine[~rows.known[mine]], len(rows.known))
-    done = len(mine) - len(whole) - len(others)
+    left = mine[~rows.known[mine]]
+    tell_of_unlike(ensemble, source, left)
+    whole, others = _whole_batches(left, len(rows.known))
+    done = len(mine) - len(left)
     if 0 < done < len(mine):
         log.info("%s: goes on, %d of %d rows are done", source.catalogue.source, done, len(mine))
     rejects = rows.reasons

@@ -4,45 +4,22 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.cutout import CutoutError
-from lens_pipeline.catalogue.dataset import CutoutFormat, Split
 from lens_pipeline.catalogue.splits import PARTS
 from lens_pipeline.catalogue.table import Catalogue, read_catalogue
 from lens_pipeline.ensemble.system import BATCH, LensEnsemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.progress import progress_bar
-from lens_pipeline.scoring.sources import CatalogueCutouts, CutoutSource
+from lens_pipeline.scoring.likeness import tell_of_unlike
+from lens_pipeline.scoring.sources import CatalogueCutouts, CutoutSource, ScoredDataset
 
 log = logging.getLogger(__name__)
-
-
-class ScoredDataset(Protocol):
-    """What is scored: a processed dataset (see `Dataset`), or shards seen as one.
-
-    folder: where it lies, a path or a URL; split: `train`, `val`, `test` or `unlabelled`; table:
-    the catalogue's rows of its cutouts, in their order, each with its number `row`.
-    """
-
-    @property
-    def folder(self) -> Path | str: ...
-
-    @property
-    def format(self) -> CutoutFormat: ...
-
-    @property
-    def facts(self) -> dict[str, Any]: ...
-
-    def split(self, part: str, /) -> Split: ...
-
-    def table(self, part: str, /) -> pd.DataFrame: ...
-
-    def rejects(self) -> pd.DataFrame: ...
 
 
 def score_dataset(
@@ -94,6 +71,7 @@ def score_catalogue(
     source = CatalogueCutouts(catalogue, options or {}, pad)
     source.check(ensemble.format)
     rows = np.arange(len(catalogue.table))
+    tell_of_unlike(ensemble, source, rows)
     with scoring(len(rows)) as progress:
         batches = []
         for batch in score_batches(ensemble, source, rows):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from lens_pipeline.ensemble.system import BATCH, LensEnsemble
-from lens_pipeline.scoring.predictor import ScoredDataset
+from lens_pipeline.scoring.sources import ScoredDataset
 
 SCORES = "test_scores.parquet"
 

@@ -60,6 +60,14 @@ class ShardCutouts:
         order = np.argsort(rows["row"].to_numpy(), kind="stable")
         return rows["split"].to_numpy(dtype=object)[order], place.to_numpy()[order]
 
+    def sample(self, rows: NDArray[np.integer], n: int) -> NDArray[np.integer]:
+        # Of a split's that follow on each other, and so lie in a shard or two: these hold them in a
+        # random order.
+        split, place = (values[rows] for values in self._places)
+        names, sizes = np.unique(split.astype(str), return_counts=True)
+        mine = np.flatnonzero(split == names[np.argmax(sizes)])
+        return np.sort(rows[mine[np.argsort(place[mine])][:n]])
+
     def check(self, form: CutoutFormat) -> None:
         mine, where = self.dataset.format, self.dataset.folder
         check_bands(form, mine.named_bands, where)

@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.cutout import CutoutError
-from lens_pipeline.catalogue.dataset import CutoutFormat
+from lens_pipeline.catalogue.dataset import CutoutFormat, Split
 from lens_pipeline.catalogue.images import file_of, read_image
 from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.table import Catalogue
@@ -24,6 +25,29 @@ TOLERANCE = 0.01
 ROUNDING = 1e-5  # of scales that are the same, one written with fewer digits
 
 log = logging.getLogger(__name__)
+
+
+class ScoredDataset(Protocol):
+    """What is scored: a processed dataset (see `Dataset`), or shards seen as one.
+
+    folder: where it lies, a path or a URL; split: `train`, `val`, `test` or `unlabelled`; table:
+    the catalogue's rows of its cutouts, in their order, each with its number `row`.
+    """
+
+    @property
+    def folder(self) -> Path | str: ...
+
+    @property
+    def format(self) -> CutoutFormat: ...
+
+    @property
+    def facts(self) -> dict[str, Any]: ...
+
+    def split(self, part: str, /) -> Split: ...
+
+    def table(self, part: str, /) -> pd.DataFrame: ...
+
+    def rejects(self) -> pd.DataFrame: ...
 
 
 class CutoutSource(Protocol):
@@ -40,6 +64,10 @@ class CutoutSource(Protocol):
     def row_hashes(self) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
         """Of each row: a hash of its id and of what its pixels come of, its files as they are now
         and how they are read; and whether its store tells that these have not changed."""
+        ...
+
+    def sample(self, rows: NDArray[np.integer], n: int, /) -> NDArray[np.integer]:
+        """Up to n of these rows, always the same, that tell of all and are cheap to read."""
         ...
 
     def check(self, form: CutoutFormat, /) -> None:
@@ -92,6 +120,9 @@ class CatalogueCutouts:
             told &= found.notna().to_numpy(dtype=bool)
             read[f"path {number}"], read[f"state {number}"] = paths.to_numpy(), found.to_numpy()
         return hashed(read), told
+
+    def sample(self, rows: NDArray[np.integer], n: int) -> NDArray[np.integer]:
+        return np.sort(np.random.default_rng(0).permutation(rows)[:n])
 
     def check(self, form: CutoutFormat) -> None:
         if self.catalogue.table.empty:

@@ -1,0 +1,175 @@
+"""What is said of cutouts that are unlike those that an ensemble has learnt from."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lens_pipeline.catalogue import read_catalogue
+from lens_pipeline.catalogue.build import build_dataset
+from lens_pipeline.ensemble.system import LensEnsemble, load_ensemble
+from lens_pipeline.scoring import open_cutout_source, score_catalogue, score_to_file
+from lens_pipeline.scoring.likeness import learnt_pixels
+from lens_pipeline.scoring.sources import CatalogueCutouts
+from lens_pipeline.shards import write_shards
+from lens_pipeline.simulation import simulate
+
+UNLIKE = "the cutouts are unlike"
+
+
+@pytest.fixture
+def ensemble(home: Path) -> LensEnsemble:
+    return load_ensemble(next((home / "ensemble").iterdir()))
+
+
+@pytest.fixture(scope="session")
+def drawn_anew() -> np.ndarray:
+    """Other cutouts of the survey and the population that the ensemble has learnt from."""
+    return simulate("des", 200, seed=5, image_size=32).images
+
+
+def catalogue_of(images: np.ndarray, folder: Path) -> Path:
+    np.save(folder / "images.npy", images.astype(np.float32))
+    rows = [f"images.npy#{row}" for row in range(len(images))]
+    table = pd.DataFrame({"id": rows, "path": rows, "bands": "g,r,i"})
+    table.assign(flux_unit="background_sigma", pixel_scale=0.263).to_csv(
+        folder / "catalogue.csv", index=False
+    )
+    return folder / "catalogue.csv"
+
+
+def said(
+    ensemble: LensEnsemble, images: np.ndarray, folder: Path, caplog: pytest.LogCaptureFixture
+) -> str:
+    """What scoring says of likeness."""
+    catalogue = catalogue_of(images, folder)
+    with caplog.at_level(logging.WARNING):
+        scores = score_catalogue(ensemble, catalogue)
+    assert scores["reject_reason"].isna().all()  # it is told, and they are scored
+    return "\n".join(message for message in caplog.messages if UNLIKE in message)
+
+
+def test_cutouts_of_the_same_kind_are_scored_without_a_word(
+    ensemble: LensEnsemble,
+    drawn_anew: np.ndarray,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert said(ensemble, drawn_anew, tmp_path, caplog) == ""
+
+
+def test_resampled_cutouts_are_told_with_the_correlation_of_their_noise(
+    ensemble: LensEnsemble,
+    drawn_anew: np.ndarray,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A mean of two pixels along each axis, of which neighbours have one in common: 0.5."""
+    noise = np.random.default_rng(0).normal(size=drawn_anew.shape)
+    mean = (noise + np.roll(noise, 1, axis=-1)) / 2
+    mean = (mean + np.roll(mean, 1, axis=-2)) / 2
+    found = said(ensemble, drawn_anew + 6 * mean, tmp_path, caplog)
+    assert str(tmp_path / "catalogue.csv") in found
+    assert "unlike the simulated cutouts of des" in found
+    named = found.partition("correlation of adjacent pixels' noise of ")[2]
+    assert float(named.split()[1]) == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("factor", "what"), [((1, 3, 1), "of r"), ((1, 1, 0.2), "of i")], ids=["brighter", "fainter"]
+)
+def test_the_band_that_differs_is_named_alone(
+    factor: tuple[float, ...],
+    what: str,
+    ensemble: LensEnsemble,
+    drawn_anew: np.ndarray,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As of another zero point, or of a unit that was not the stated one."""
+    moved = drawn_anew * np.array(factor)[:, None, None]
+    found = said(ensemble, moved, tmp_path, caplog)
+    differences = found.rpartition("them: ")[2].split(", ")
+    assert any("brightness" in one for one in differences)
+    assert all(what in one for one in differences)
+
+
+def test_of_a_few_cutouts_nothing_is_told(
+    ensemble: LensEnsemble,
+    drawn_anew: np.ndarray,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert said(ensemble, 9 * drawn_anew[:40], tmp_path, caplog) == ""
+
+
+def test_a_file_of_scores_is_told_of_before_it_is_written(
+    ensemble: LensEnsemble,
+    drawn_anew: np.ndarray,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    source = CatalogueCutouts(read_catalogue(catalogue_of(9 * drawn_anew, tmp_path)))
+    out = tmp_path / "scores.parquet"
+
+    class Unwell(LensEnsemble):
+        def predict(self, images: Any) -> pd.DataFrame:
+            raise MemoryError
+
+    with caplog.at_level(logging.WARNING), pytest.raises(MemoryError):
+        score_to_file(Unwell(**vars(ensemble)), source, out, model="models:/lens_ensemble/1")
+    assert UNLIKE in caplog.text
+    assert not out.exists()
+
+
+def test_an_ensemble_of_an_earlier_release_says_nothing(
+    ensemble: LensEnsemble,
+    drawn_anew: np.ndarray,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    facts = {name: fact for name, fact in ensemble.facts.items() if name != "learnt_pixels"}
+    earlier = replace(ensemble, facts=facts)
+    assert said(earlier, 9 * drawn_anew, tmp_path, caplog) == ""
+
+
+def test_each_survey_is_compared_with_its_own_cutouts(
+    ensemble: LensEnsemble,
+    simulated_surveys: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of DES and HSC together neither is: an r band of HSC is twice as bright as one of DES."""
+    both = build_dataset(read_catalogue(simulated_surveys), tmp_path / "both", image_size=32)
+    learnt = learnt_pixels(both, simulation=True)
+    assert [one["cutouts"] for one in learnt] == [
+        "simulated cutouts of des",
+        "simulated cutouts of hsc",
+    ]
+    images, table = both.images("train"), both.table("train")
+    of_hsc = np.asarray(images[(table["survey"] == "hsc").to_numpy()])
+    assert learnt[1]["statistics"]["r"]["median"] == pytest.approx(np.median(of_hsc[:, 1]))
+    of_both = replace(ensemble, facts=ensemble.facts | {"learnt_pixels": learnt})
+    other = simulate("hsc", 120, seed=6, image_size=32).images
+    assert said(of_both, other, tmp_path, caplog) == ""
+    alone = replace(ensemble, facts=ensemble.facts | {"learnt_pixels": learnt[:1]})
+    assert "simulated cutouts of des" in said(alone, other, tmp_path, caplog)
+
+
+def test_a_sample_of_shards_lies_in_the_first_of_them(
+    simulated_catalogue: Path, tmp_path: Path
+) -> None:
+    """Others need not be fetched for it."""
+    dataset = build_dataset(read_catalogue(simulated_catalogue), tmp_path / "d", image_size=32)
+    shards = tmp_path / "shards"
+    write_shards(dataset, shards, shard_size=50)
+    source = open_cutout_source(shards, cache=tmp_path / "cache")
+    rows = source.sample(np.arange(200), 50)
+    index = pd.read_parquet(shards / "index.parquet").set_index("id")
+    ids = source.catalogue.table["id"].iloc[rows]
+    assert len(ids) == 50
+    assert index.loc[ids, "shard"].nunique() == 1
