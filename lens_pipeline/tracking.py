@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import filelock
 
-from lens_pipeline.errors import InputError, masked
+from lens_pipeline.errors import InputError, NoAnswerError, masked
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import LOCKS
 
@@ -38,6 +38,7 @@ HOME = "lens.home"
 DATASET_VERSION = "lens.dataset_version"
 DAGSTER_RUN = "lens.dagster_run_id"
 PARENT = "mlflow.parentRunId"
+CONNECT_WITHIN = 10  # seconds
 RECORDED = "lens.recorded"  # a run that holds all it should
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,26 @@ def _create_database(path: Path) -> None:
         left.unlink()
     mlflow.MlflowClient(f"sqlite:///{aside}").search_experiments(max_results=1)
     aside.replace(path)
+
+
+def _check_postgresql(uri: str) -> None:
+    """Raises InputError where a PostgreSQL server does not let us in, and NoAnswerError where it
+    gives no answer: MLflow would ask either for minutes, and then tell what its driver said."""
+    if not uri.startswith("postgresql"):
+        return
+    import sqlalchemy
+
+    try:
+        engine = sqlalchemy.create_engine(uri, connect_args={"connect_timeout": CONNECT_WITHIN})
+        with engine.connect():
+            pass
+    except sqlalchemy.exc.OperationalError as problem:
+        said = " ".join(str(problem.orig).split())
+        refused = any(words in said for words in ("authentication failed", "does not exist"))
+        kind, what = (
+            (InputError, "does not let us in") if refused else (NoAnswerError, "gives no answer")
+        )
+        raise kind(f"MLFLOW_TRACKING_URI: {masked(uri)} {what} ({said})") from None
 
 
 def flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -103,7 +124,8 @@ class Tracking:
     def client(self) -> "MlflowClient":
         """The client; MLflow's global URIs are set to the same server.
 
-        Raises InputError where the driver of its database is not installed.
+        Raises InputError where the driver of its database is not installed, or the database does
+        not let us in; NoAnswerError where it gives no answer.
         """
         import mlflow
 
@@ -118,6 +140,7 @@ class Tracking:
             with filelock.FileLock(locks / "mlflow.lock"):
                 _create_database(self.settings.mlflow_database)
         try:
+            _check_postgresql(uri)
             client = mlflow.MlflowClient(uri, uri)
             client.search_experiments(max_results=1)
         except ModuleNotFoundError as problem:
@@ -133,6 +156,12 @@ class Tracking:
         with filelock.FileLock(self.settings.home / LOCKS / "experiment.lock"):
             found = self.client.get_experiment_by_name(EXPERIMENT)
             if found is not None:
+                if found.lifecycle_stage == "deleted":
+                    self.client.restore_experiment(found.experiment_id)
+                    log.warning(
+                        "MLflow: the experiment %s was deleted; it is restored, for its name can "
+                        "be given to no other", EXPERIMENT,
+                    )  # fmt: skip
                 return str(found.experiment_id)
             served = self.settings.mlflow_uri.startswith("http")
             location = None if served else self.settings.artifact_location

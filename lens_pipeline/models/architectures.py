@@ -54,6 +54,12 @@ def build_backbone(
     if pretrained:
         if pretrained is True:
             weights, source = published_weights(found), f"published weights of {found.name}"
+        elif str(pretrained).startswith("models:/"):
+            raise InputError(
+                f"pretrained {pretrained}: `lens-pipeline train --pretrained` fetches a registered "
+                "model; here, name a member's checkpoint, as members/resnet18.ckpt among its "
+                "artifacts"
+            )
         else:
             weights, source = read_weights(Path(pretrained)), str(pretrained)
         load_weights(

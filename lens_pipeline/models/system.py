@@ -1,5 +1,6 @@
 """The Lightning system of one member: network, loss, optimiser, metrics."""
 
+import inspect
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,7 +102,9 @@ class LensClassifier(pl.LightningModule):
         target = (label * (1 - smoothing) + smoothing / 2)[:, None].expand_as(logits)
         weight = torch.where(label == 1, self.hparams["pos_weight"], 1.0)[:, None]
         if self.hparams["loss"] == "focal":
-            away = (target - logits.sigmoid()).abs() ** self.hparams["focal_gamma"]
+            away = (target - logits.sigmoid()).abs()
+            # At 0 a power below 1 has no slope that is a number.
+            away = away.clamp_min(torch.finfo(away.dtype).eps) ** self.hparams["focal_gamma"]
             found = away * functional.binary_cross_entropy_with_logits(
                 logits, target, reduction="none"
             )
@@ -230,24 +233,38 @@ class LensClassifier(pl.LightningModule):
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: str | Path, map_location: Any = "cpu", **changes: Any
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = "cpu",
+        *,
+        strict: bool = True,
+        weights_only: bool = True,
+        **changes: Any,
     ) -> Self:
-        """A trained system; `changes` of its arguments. Executes no code of the file.
+        """A trained system; `changes` of its arguments. Executes no code of the file, and so
+        `weights_only` is always true; strict: whether it must hold all weights, and no others.
 
         Raises InputError, naming the file, where it is no checkpoint of such a system, or carries
-        more than numbers and settings.
+        more than numbers and settings; and for a change of what is no argument.
         """
+        if not weights_only:
+            raise InputError(
+                "weights_only=False: no code of a checkpoint is executed; leave it out"
+            )
         found = read_checkpoint(Path(checkpoint_path))
         if not isinstance(found, dict) or "state_dict" not in found:
             raise InputError(f"{checkpoint_path}: is no checkpoint of a {cls.__name__}")
         try:
             system = cls(**(found.get("hyper_parameters", {}) | changes))
-        except TypeError as problem:  # settings of another kind of system
+        except TypeError as problem:
+            if unknown := changes.keys() - inspect.signature(cls).parameters.keys():
+                raise InputError(f"{min(unknown)}: {cls.__name__} has no such argument") from None
+            # Settings of another kind of system.
             raise InputError(
                 f"{checkpoint_path}: is no checkpoint of a {cls.__name__} ({problem})"
             ) from None
         try:
-            system.load_state_dict(found["state_dict"])
+            system.load_state_dict(found["state_dict"], strict=strict)
         except RuntimeError as problem:
             first = str(problem).splitlines()[1].strip()
             raise InputError(
@@ -262,6 +279,11 @@ class LensClassifier(pl.LightningModule):
         fused = not (mixed and self.trainer.gradient_clip_val)
         optimiser = adamw(self, wanted["lr"], wanted["weight_decay"], fused)
         steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf") and math.isfinite(self.trainer.num_training_batches):
+            raise InputError(
+                "how many epochs there will be is not known, and so no schedule of the learning "
+                "rate; give max_epochs or max_steps, beside max_time"
+            )
         if steps == float("inf"):
             raise InputError(
                 "how many batches the tars hold is not known, and so no schedule of the learning "

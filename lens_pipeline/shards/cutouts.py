@@ -100,7 +100,10 @@ def cut_to(form: CutoutFormat, size: int | None, name: str) -> CutoutFormat:
     if size is not None and size < 1:
         raise InputError(f"image_size {size}: at least 1 is needed")
     if size is not None and size > form.image_size:
-        raise InputError(f"image_size {size}: the cutouts of {name} have {form.image_size} pixels")
+        raise InputError(
+            f"image_size {size}: the cutouts of {name} have {form.image_size} pixels; leave it out "
+            "(a network resizes them for itself), or make them larger: LENS_IMAGE_SIZE"
+        )
     return replace(form, image_size=size or form.image_size)
 
 

@@ -3,9 +3,17 @@
 import logging
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, Checkpoint, EarlyStopping, WeightAveraging
+from pytorch_lightning.callbacks import (
+    Callback,
+    Checkpoint,
+    EarlyStopping,
+    TQDMProgressBar,
+    WeightAveraging,
+)
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from lens_pipeline.errors import InputError, first_of
@@ -25,8 +33,9 @@ class StepSeeds(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.fit_loop.total_batch_idx
-        seed = ((self.seed << 32) + (step << 10) + trainer.global_rank) % 2**64
+        drawn = [self.seed, trainer.fit_loop.total_batch_idx, trainer.global_rank]
+        # 32 bits, spread over all three: a CPU's generator takes no more.
+        seed = int(np.random.SeedSequence(drawn).generate_state(1)[0])
         # torch.manual_seed would keep a note for each device that has not been used yet, at every
         # step.
         torch.default_generator.manual_seed(seed)
@@ -76,8 +85,11 @@ class FiniteLoss(Callback):
     before its validation; or whose `monitor` is none, by which no epoch could be chosen.
 
     The loss of a step leaves a GPU behind it, and is read when the next step has been given to the
-    GPU, which so never waits for the reader.
+    GPU, which so never waits for the reader. So it is at hand for people: `last`, and in the
+    trainer's loggers, as often as it logs, as `train/loss_step`.
     """
+
+    last: float | None = None
 
     def __init__(self, monitor: str | None) -> None:
         self.monitor = monitor
@@ -98,27 +110,30 @@ class FiniteLoss(Callback):
         self._look(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._look(trainer)
-        self._look_at_weights(trainer, pl_module)
+        self._look_at_all(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.monitor is None:
             return
-        value = trainer.callback_metrics[self.monitor]
-        if not value.isfinite():
-            raise InputError(
-                f"epoch {trainer.current_epoch}: {self.monitor} is {float(value)}, by which no "
-                "epoch can be chosen; look for cutouts of the validation split whose pixels are no "
-                "numbers, or set another training.monitor"
-            )
+        for name in (self.monitor, "val/loss"):  # which a metric at a threshold does not follow
+            value = trainer.callback_metrics[name]
+            if not value.isfinite():
+                raise InputError(
+                    f"epoch {trainer.current_epoch}: {name} is {float(value)}, by which no epoch "
+                    "can be chosen; look for cutouts of the validation split whose pixels are no "
+                    "numbers, or set another training.monitor"
+                )
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._look(trainer)
-        self._look_at_weights(trainer, pl_module)
+        self._look_at_all(trainer, pl_module)
 
-    def _look_at_weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _look_at_all(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look(trainer)
+        # A rank whose own loss is a number has the weights of one whose loss is none; that one is
+        # to tell, which knows the cutouts.
+        trainer.strategy.barrier("losses")
         finite = torch.stack([p.detach().isfinite().all() for p in pl_module.parameters()])
         if not finite.all():
             raise InputError(
@@ -139,13 +154,48 @@ class FiniteLoss(Callback):
                 f"last good checkpoint is kept; look at {_cutouts(trainer, index)}, or lower "
                 "training.learning_rate"
             )
+        self.last = float(loss)
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            _log(trainer, self.last)
+
+
+@rank_zero_only
+def _log(trainer: pl.Trainer, loss: float) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics({"train/loss_step": loss}, step=trainer.global_step)
 
 
 def _cutouts(trainer: pl.Trainer, index: Tensor | None) -> str:
     if index is None:
         return "its cutouts"
-    ids = trainer.datamodule.split("train").ids[index.cpu().numpy()]  # type: ignore[attr-defined]
-    return f"the cutouts {first_of(ids)}"
+    split, places = trainer.datamodule.split("train"), index.cpu().numpy()  # type: ignore[attr-defined]
+    pixels = np.abs(split.gather(places).astype(np.float32)).reshape(len(places), -1)
+    # What is no number first: the sort leaves it behind all others.
+    extreme = np.argsort(pixels.max(axis=1), kind="stable")[::-1]
+    return f"the cutouts {first_of(split.ids[places][extreme])} (the most extreme pixels first)"
+
+
+class LossBar(TQDMProgressBar):
+    """Lightning's, with the loss of the last step that was read; epochs count from 1, as elsewhere.
+
+    Lightning's own `prog_bar` would wait for the GPU at every step.
+    """
+
+    def __init__(self, losses: FiniteLoss) -> None:
+        super().__init__()
+        self._losses = losses
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        epochs = f"{trainer.current_epoch + 1}/{trainer.max_epochs}"
+        self.train_progress_bar.set_description(f"epoch {epochs}")
+
+    def get_metrics(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        shown = super().get_metrics(trainer, pl_module)
+        shown.pop("v_num", None)
+        return shown if self._losses.last is None else shown | {"loss": f"{self._losses.last:.3f}"}
 
 
 class PeakMemory(Callback):

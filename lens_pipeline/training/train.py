@@ -4,7 +4,6 @@ import gc
 import json
 import logging
 import shutil
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,7 @@ import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import (
-    Callback,
-    LearningRateMonitor,
-    ProgressBar,
-    TQDMProgressBar,
-)
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -28,17 +22,9 @@ from lens_pipeline.evaluation.metrics import FPRS, ranking_metric
 from lens_pipeline.models.metrics import RANKED
 from lens_pipeline.models.pretrained import read_checkpoint
 from lens_pipeline.models.system import LensClassifier, LitLensSystem
-from lens_pipeline.progress import in_notebook, shows_progress
 from lens_pipeline.shards.datamodule import CutoutModule
 from lens_pipeline.steps import file_aside, write_aside
-from lens_pipeline.training.callbacks import (
-    Curves,
-    FiniteLoss,
-    MovingAverage,
-    Patience,
-    PeakMemory,
-    StepSeeds,
-)
+from lens_pipeline.training.callbacks import Curves
 from lens_pipeline.training.checkpoints import (
     BestCheckpoints,
     LastCheckpoint,
@@ -47,7 +33,7 @@ from lens_pipeline.training.checkpoints import (
     telling_of_a_full_disk,
 )
 from lens_pipeline.training.config import TrainConfig
-from lens_pipeline.training.devices import check_devices, device, on_gpu, resolved_precision
+from lens_pipeline.training.devices import check_devices, device, resolved_precision
 from lens_pipeline.training.inputs import START, hashed_inputs, other_inputs, recorded_inputs
 from lens_pipeline.training.loggers import end, file_loggers
 from lens_pipeline.training.member import (
@@ -61,18 +47,12 @@ from lens_pipeline.training.member import (
     TOP,
     TrainedMember,
 )
+from lens_pipeline.training.trainer import chosen_callbacks, make_trainer, no_news
 from lens_pipeline.training.undisturbed import process_left_as_it_was
 
 COMPUTED_ON = "device and precision"
 WEIGHTS = ("state_dict", "hyper_parameters", "epoch", "global_step", "pytorch-lightning_version")
 BATCH = 256
-NO_NEWS = (  # of Lightning and torch, by patterns
-    ".*does not have many workers.*",  # few are meant: batches are gathered from mapped memory
-    ".*exists and is not empty.*",
-    ".*LeafSpec.*",
-    ".*recommended to use `self.log.*",  # each rank has computed them over all
-    ".*smaller than the logging interval.*",
-)
 
 log = logging.getLogger(__name__)
 
@@ -202,6 +182,8 @@ def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> tuple[TrainCon
     inputs = hashed_inputs(config, data)
     here = f"{device(config)}, {resolved_precision(config)}"
     last = out / LAST
+    if config.training.fast_dev_run:  # which reads and writes nothing there
+        return config, None
     if last.exists() or (out / SCORES).exists():
         before = TrainConfig.read(out / SETTINGS)
         if config.training.find_batch_size:
@@ -233,9 +215,8 @@ def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> tuple[TrainCon
                     "bit, those of a training on either alone",
                     *(there, here),
                 )
-    if not config.training.fast_dev_run:
-        write_aside(out / INPUTS, json.dumps(inputs | {COMPUTED_ON: here}, indent=1))
-        write_aside(out / SETTINGS, config.yaml)
+    write_aside(out / INPUTS, json.dumps(inputs | {COMPUTED_ON: here}, indent=1))
+    write_aside(out / SETTINGS, config.yaml)
     return config, last if last.exists() else None
 
 
@@ -295,13 +276,12 @@ def _fit(
     files, curves = RenamedCheckpoints(), Curves()
     # Behind the others, whose state it keeps.
     last = LastCheckpoint(out / LAST, how.save_every_n_steps, best, files)
-    chosen = [*_callbacks(config, monitor, mode, callbacks, curves), best]
+    chosen = [*chosen_callbacks(config, monitor, mode, callbacks, curves), best]
     into_files = [] if how.fast_dev_run else file_loggers(config, out)
-    with warnings.catch_warnings():
-        for message in NO_NEWS:
-            warnings.filterwarnings("ignore", message=message)
-        trainer = _trainer(
+    with no_news():
+        trainer = make_trainer(
             config,
+            data,
             logger=[*into_files, *loggers],
             callbacks=chosen if how.fast_dev_run else [*chosen, last],
             plugins=[files],
@@ -324,60 +304,6 @@ def _fit(
         with telling_of_a_full_disk(out):
             pd.DataFrame(curves.rows).to_csv(out / CURVES, index=False)
             write_aside(out / FITTED, Path(best.best_model_path).name)
-
-
-def _callbacks(
-    config: TrainConfig, monitor: str, mode: str, given: Sequence[Callback], curves: Curves
-) -> list[Callback]:
-    """Those of a training, and among them the ones that were given, but for its checkpoints."""
-    how = config.training
-    finite = FiniteLoss(None if how.fast_dev_run else monitor)
-    chosen: list[Callback] = [StepSeeds(how.seed), finite, *given, curves]
-    if how.ema:
-        # It is asked for before the network is on its device.
-        chosen.append(MovingAverage(how.ema, device(config)))
-    if how.patience:
-        chosen.append(Patience(monitor, how.min_delta, how.patience, mode=mode))
-    if not how.fast_dev_run:
-        chosen.append(LearningRateMonitor("step"))
-    if on_gpu(config):
-        chosen.append(PeakMemory())
-    if in_notebook() and not _has_bar(given):
-        chosen.append(TQDMProgressBar())  # Lightning would take rich's, which needs ipywidgets
-    return chosen
-
-
-def _has_bar(callbacks: Sequence[Callback]) -> bool:
-    return any(isinstance(one, ProgressBar) for one in callbacks)
-
-
-def _trainer(config: TrainConfig, *, callbacks: list[Callback], **more: Any) -> pl.Trainer:
-    how, hardware = config.training, config.hardware
-    repeats = hardware.deterministic or not on_gpu(config)
-    return pl.Trainer(
-        max_epochs=how.epochs,
-        # Lightning's `auto` takes others, too, which have no float64.
-        accelerator="gpu" if on_gpu(config) else "cpu",
-        devices=hardware.devices,
-        strategy="ddp" if hardware.devices > 1 else hardware.strategy,
-        precision=resolved_precision(config),
-        callbacks=callbacks,
-        gradient_clip_val=how.gradient_clip or None,
-        accumulate_grad_batches=how.accumulate_grad_batches,
-        fast_dev_run=how.fast_dev_run,
-        limit_train_batches=how.limit_train_batches,
-        limit_val_batches=how.limit_val_batches,
-        sync_batchnorm=hardware.devices > 1 and on_gpu(config),
-        deterministic="warn" if repeats else False,
-        # cuDNN's fastest convolutions for these sizes, which it finds by trying.
-        benchmark=not repeats,
-        # A step of a GPU takes milliseconds; a line in MLflow, some ten.
-        log_every_n_steps=200 if on_gpu(config) else 50,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        enable_progress_bar=_has_bar(callbacks) or shows_progress(),
-        **more,
-    )
 
 
 def _finish(

@@ -1,0 +1,99 @@
+"""Lightning's trainer, and what watches it, as a configuration has them."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ProgressBar
+
+from lens_pipeline.progress import shows_progress
+from lens_pipeline.shards.datamodule import CutoutModule
+from lens_pipeline.training.callbacks import (
+    Curves,
+    FiniteLoss,
+    LossBar,
+    MovingAverage,
+    Patience,
+    PeakMemory,
+    StepSeeds,
+)
+from lens_pipeline.training.config import TrainConfig
+from lens_pipeline.training.devices import device, on_gpu, resolved_precision
+
+NO_NEWS = (  # of Lightning and torch, by patterns
+    ".*does not have many workers.*",  # few are meant: batches are gathered from mapped memory
+    ".*exists and is not empty.*",
+    ".*LeafSpec.*",
+    ".*recommended to use `self.log.*",  # each rank has computed them over all
+    ".*smaller than the logging interval.*",
+)
+
+
+@contextmanager
+def no_news() -> Iterator[None]:
+    """Without the warnings that tell nobody anything."""
+    with warnings.catch_warnings():
+        for message in NO_NEWS:
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+def chosen_callbacks(
+    config: TrainConfig, monitor: str, mode: str, given: Sequence[Callback], curves: Curves
+) -> list[Callback]:
+    """Those of a training, and among them the ones that were given, but for its checkpoints."""
+    how = config.training
+    finite = FiniteLoss(None if how.fast_dev_run else monitor)
+    chosen: list[Callback] = [StepSeeds(how.seed), finite, *given, curves]
+    if how.ema:
+        # It is asked for before the network is on its device.
+        chosen.append(MovingAverage(how.ema, device(config)))
+    if how.patience:
+        chosen.append(Patience(monitor, how.min_delta, how.patience, mode=mode))
+    if not how.fast_dev_run:
+        chosen.append(LearningRateMonitor("step"))
+    if on_gpu(config):
+        chosen.append(PeakMemory())
+    if shows_progress() and not _has_bar(given):
+        chosen.append(LossBar(finite))
+    return chosen
+
+
+def _has_bar(callbacks: Sequence[Callback]) -> bool:
+    return any(isinstance(one, ProgressBar) for one in callbacks)
+
+
+def make_trainer(
+    config: TrainConfig, data: CutoutModule, *, callbacks: list[Callback], **more: Any
+) -> pl.Trainer:
+    """Lightning's, as the configuration has it; more: of its arguments."""
+    how, hardware = config.training, config.hardware
+    cutouts = how.batch_size * hardware.devices * how.accumulate_grad_batches
+    steps = len(data.split("train")) // cutouts
+    repeats = hardware.deterministic or not on_gpu(config)
+    return pl.Trainer(
+        max_epochs=how.epochs,
+        # Lightning's `auto` takes others, too, which have no float64.
+        accelerator="gpu" if on_gpu(config) else "cpu",
+        devices=hardware.devices,
+        strategy="ddp" if hardware.devices > 1 else hardware.strategy,
+        precision=resolved_precision(config),
+        callbacks=callbacks,
+        gradient_clip_val=how.gradient_clip or None,
+        accumulate_grad_batches=how.accumulate_grad_batches,
+        fast_dev_run=how.fast_dev_run,
+        limit_train_batches=how.limit_train_batches,
+        limit_val_batches=how.limit_val_batches,
+        sync_batchnorm=hardware.devices > 1 and on_gpu(config),
+        deterministic="warn" if repeats else False,
+        # cuDNN's fastest convolutions for these sizes, which it finds by trying.
+        benchmark=not repeats,
+        # A step of a GPU takes milliseconds; a line in MLflow, some ten. Once an epoch at least.
+        log_every_n_steps=max(1, min(200 if on_gpu(config) else 50, steps)),
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        enable_progress_bar=_has_bar(callbacks),
+        **more,
+    )
