@@ -1,9 +1,62 @@
 """MLflow runs of trainings: whose they are, and what is written into them."""
 
+import time
 from pathlib import Path
 
+import pytest
+
+from lens_pipeline.cli import main
 from lens_pipeline.settings import Settings
-from lens_pipeline.tracking import Tracking
+from lens_pipeline.tracking import EXPERIMENT, Tracking
+from lens_pipeline_tests.object_stores import free_ports
+from lens_pipeline_tests.postgres import PASSWORD
+
+
+def _says(home: Path, uri: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What `promote` says of a registry in a database, which it refuses in a few seconds."""
+    begun = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert main(["promote", "1", "--home", str(home)]) == 2
+    assert time.monotonic() - begun < 30
+    return capsys.readouterr().err
+
+
+def test_a_database_that_lets_nobody_in_is_told_at_once(
+    postgresql: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = postgresql.replace(PASSWORD, "another-word")
+    said = _says(tmp_path, wrong, capsys)
+    assert "MLFLOW_TRACKING_URI: postgresql://" in said
+    assert "does not let us in" in said
+    assert "password authentication failed" in said
+    assert "another-word" not in said
+    said = _says(tmp_path, postgresql.replace("/postgres", "/none_such"), capsys)
+    assert "none_such" in said
+    assert "does not exist" in said
+
+
+def test_a_database_that_is_not_there_is_told_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (port,) = free_ports(1)
+    said = _says(tmp_path, f"postgresql://lens:{PASSWORD}@127.0.0.1:{port}/mlflow", capsys)
+    assert "gives no answer" in said
+    assert str(port) in said
+    assert PASSWORD not in said
+
+
+def test_an_experiment_that_was_deleted_is_restored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its name can be given to no other, and a run in it would fail after hours of training."""
+    settings = Settings.load(home=tmp_path)
+    first = Tracking(settings)
+    first.client.delete_experiment(first.experiment_id)
+    again = Tracking(settings)
+    assert again.experiment_id == first.experiment_id
+    assert f"the experiment {EXPERIMENT} was deleted; it is restored" in caplog.text
+    again.start_run("lastro", "key", {})
 
 
 def test_a_run_of_another_home_on_the_same_server_is_left_alone(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ class FiniteLoss(Callback):
 
     def __init__(self, monitor: str | None) -> None:
         self.monitor = monitor
-        self.waiting: tuple[Tensor, torch.cuda.Event | None, Any, int] | None = None
+        self.waiting: tuple[Tensor, torch.cuda.Event | None, dict[str, Tensor], int] | None = None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, n: int
@@ -104,7 +104,7 @@ class FiniteLoss(Callback):
         if loss.is_cuda:
             loss = loss.to("cpu", non_blocking=True)
             arrived = torch.cuda.current_stream().record_event()
-        self.waiting = loss, arrived, batch.get("index"), n
+        self.waiting = loss, arrived, batch, n
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._look(trainer)
@@ -145,13 +145,13 @@ class FiniteLoss(Callback):
     def _look(self, trainer: pl.Trainer) -> None:
         if self.waiting is None:
             return
-        (loss, arrived, index, number), self.waiting = self.waiting, None
+        (loss, arrived, batch, number), self.waiting = self.waiting, None
         if arrived is not None:
             arrived.synchronize()
         if not bool(loss.isfinite()):
             raise InputError(
                 f"epoch {trainer.current_epoch}, batch {number}: the loss is {float(loss)}; the "
-                f"last good checkpoint is kept; look at {_cutouts(trainer, index)}, or lower "
+                f"last good checkpoint is kept; look at {_cutouts(trainer, batch)}, or lower "
                 "training.learning_rate"
             )
         self.last = float(loss)
@@ -165,14 +165,13 @@ def _log(trainer: pl.Trainer, loss: float) -> None:
         logger.log_metrics({"train/loss_step": loss}, step=trainer.global_step)
 
 
-def _cutouts(trainer: pl.Trainer, index: Tensor | None) -> str:
-    if index is None:
+def _cutouts(trainer: pl.Trainer, batch: dict[str, Tensor]) -> str:
+    if "index" not in batch:
         return "its cutouts"
-    split, places = trainer.datamodule.split("train"), index.cpu().numpy()  # type: ignore[attr-defined]
-    pixels = np.abs(split.gather(places).astype(np.float32)).reshape(len(places), -1)
-    # What is no number first: the sort leaves it behind all others.
-    extreme = np.argsort(pixels.max(axis=1), kind="stable")[::-1]
-    return f"the cutouts {first_of(split.ids[places][extreme])} (the most extreme pixels first)"
+    ids = trainer.datamodule.split("train").ids[batch["index"].cpu().numpy()]  # type: ignore[attr-defined]
+    largest = batch["image"].abs().flatten(1).amax(dim=1)
+    extreme = largest.nan_to_num(nan=torch.inf).argsort(descending=True, stable=True).cpu().numpy()
+    return f"the cutouts {first_of(ids[extreme])} (those with the most extreme pixels first)"
 
 
 class LossBar(TQDMProgressBar):

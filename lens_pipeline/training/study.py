@@ -9,6 +9,7 @@ import pandas as pd
 from lens_pipeline.settings_files import read_yaml
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.member import TrainedMember
+from lens_pipeline.training.space import OF_THE_LOSS
 
 DATABASE = "study.db"
 CONFIG = "config.yaml"  # what the trials change
@@ -46,7 +47,7 @@ class TunedStudy:
     @property
     def ranked(self) -> pd.DataFrame:
         """The trials, the completed ones first, the best of them at the top; of equal values, that
-        with the lower loss."""
+        with the lower loss, or the earlier, where the loss is not the same function in all."""
         return ranked(self.trials, self.base.training.monitor == "val/loss")
 
     @property
@@ -75,5 +76,8 @@ class TunedStudy:
 
 def ranked(trials: pd.DataFrame, lowest: bool) -> pd.DataFrame:
     """See `TunedStudy.ranked`. lowest: whether a lower value is the better one."""
-    found = trials.sort_values(["value", LOSS], ascending=[lowest, True], kind="stable")
+    by = {"value": lowest}
+    if not trials.columns.isin(OF_THE_LOSS).any():
+        by[LOSS] = True
+    found = trials.sort_values([*by], ascending=[*by.values()], kind="stable")
     return found.sort_values("state", key=lambda s: s != "complete", kind="stable")

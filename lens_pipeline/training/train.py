@@ -81,7 +81,8 @@ def train(
     out = Path(out)
     check_devices(config)
     config, going_on = _begin(config, data, out)
-    if (out / SCORES).exists():
+    trial = config.training.fast_dev_run
+    if (out / SCORES).exists() and not trial:
         if not (out / BEST).exists():
             raise InputError(
                 f"{out / BEST}: is not there any more, which the training in this folder has left; "
@@ -90,14 +91,14 @@ def train(
         log.info("  %s holds this training with its scores: nothing is trained again", out)
         (out / FITTED).unlink(missing_ok=True)  # of a process that was killed just there
         return TrainedMember(out)
-    while not (out / FITTED).exists():
+    while trial or not (out / FITTED).exists():
         try:
             _fit(config, data, out, going_on, loggers, callbacks, system_type)
             break
         except torch.OutOfMemoryError:
             half = config.training.batch_size // 2
             # It was not too large for whole epochs: somebody else has the memory.
-            begun = going_on or any((out / TOP).glob("*.ckpt"))
+            begun = going_on or (not trial and any((out / TOP).glob("*.ckpt")))
             if begun and config.training.find_batch_size:
                 raise InputError(
                     f"training.batch_size {config.training.batch_size}: the GPU has too little "
@@ -112,12 +113,13 @@ def train(
                 ) from None
             log.warning("training.batch_size: too little memory; trying %d", half)
         config = config.with_changes({"training": {"batch_size": half}}, "training")
-        (out / LAST).unlink(missing_ok=True)
-        shutil.rmtree(out / TOP, ignore_errors=True)
+        if not trial:
+            (out / LAST).unlink(missing_ok=True)
+            shutil.rmtree(out / TOP, ignore_errors=True)
         gc.collect()  # a trainer and its system know each other
         torch.cuda.empty_cache()
         config, going_on = _begin(config, data, out)
-    if rank_zero_only.rank == 0 and not config.training.fast_dev_run:  # type: ignore[attr-defined]
+    if rank_zero_only.rank == 0 and not trial:  # type: ignore[attr-defined]
         try:
             with telling_of_a_full_disk(out):
                 _finish(config, data, out, system_type)

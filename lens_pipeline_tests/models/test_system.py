@@ -199,6 +199,17 @@ def test_the_losses_are_those_of_their_formulas() -> None:
     assert focal.loss(logit, label).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_of_a_lens_that_is_certain_the_focal_loss_has_a_slope(gamma: float) -> None:
+    """In 32 bits the score of a logit of 20 is 1, and a power below 1 is steep at 0."""
+    system = LitLensSystem("lastro", loss="focal", focal_gamma=gamma)
+    logit = torch.tensor([[20.0], [100.0], [-20.0], [3.0]], requires_grad=True)
+    system.loss(logit, torch.tensor([1.0, 1.0, 0.0, 1.0])).backward()
+    assert logit.grad is not None
+    assert logit.grad.isfinite().all()
+    assert logit.grad[3] < 0
+
+
 @pytest.mark.parametrize("loss", ["bce", "focal"])
 def test_a_smoothed_label_is_where_the_loss_is_lowest(loss: str) -> None:
     system = LitLensSystem("lastro", loss=loss, label_smoothing=0.1).train()
@@ -387,3 +398,21 @@ def test_members_of_other_seeds_begin_with_other_weights() -> None:
     assert not torch.equal(first[name], second[name])
     assert torch.equal(both["members.b.head.weight"], second[name])
     assert torch.equal(both[name], weights("lastro")[name])
+
+
+def test_lightnings_own_arguments_of_loading_are_known(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    system = LitLensSystem("lastro", image_size=32)
+    state = {"state_dict": system.state_dict(), "hyper_parameters": dict(system.hparams)}
+    torch.save(state, path)
+    LitLensSystem.load_from_checkpoint(path, strict=True, weights_only=True)
+    with pytest.raises(InputError, match="weights_only=False: no code"):
+        LitLensSystem.load_from_checkpoint(path, weights_only=False)
+    with pytest.raises(InputError, match="^dropout: LitLensSystem has no such argument"):
+        LitLensSystem.load_from_checkpoint(path, dropout=0.1)
+    name, value = state["state_dict"].popitem()
+    torch.save(state, path)
+    with pytest.raises(InputError, match=name):
+        LitLensSystem.load_from_checkpoint(path)
+    loaded = LitLensSystem.load_from_checkpoint(path, strict=False)
+    assert loaded.state_dict()[name].shape == value.shape

@@ -26,7 +26,7 @@ class _Spoil(Callback):
         self, trainer: Trainer, module: LightningModule, batch: Any, number: int
     ) -> None:
         if trainer.fit_loop.total_batch_idx == self.at:
-            batch["image"][0] = torch.nan
+            batch["image"][11, 0, 3, 4] = torch.nan
             self.ids = trainer.datamodule.split("train").ids[batch["index"]]  # type: ignore[attr-defined]
 
 
@@ -35,12 +35,29 @@ def test_a_loss_that_is_no_number_names_the_cutouts(uneven_shards: Path, tmp_pat
     spoil = _Spoil(6)
     with pytest.raises(InputError, match=r"epoch 1, batch 1: the loss is nan") as said:
         train_on(config, uneven_shards, tmp_path, spoil)
-    assert spoil.ids[0] in str(said.value)
+    assert f"the cutouts {spoil.ids[11]}, " in str(said.value)
+    assert f" and {len(spoil.ids) - 5} more" in str(said.value)
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 6  # the last good one
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
     # With good pixels it goes on from there.
     assert len(train_on(config, uneven_shards, tmp_path).curves) == 2
+
+
+@pytest.mark.parametrize("monitor", ["val/accuracy", "val/auroc"])
+def test_a_validation_whose_pixels_are_no_numbers_ends_it(
+    monitor: str, uneven_shards: Path, tmp_path: Path
+) -> None:
+    """Of a metric at a threshold it does not show: a score that is no number is below it."""
+
+    class Break(Callback):
+        def on_validation_batch_start(
+            self, trainer: Trainer, module: LightningModule, batch: Any, *_: Any
+        ) -> None:
+            batch["image"][0] = torch.nan
+
+    with pytest.raises(InputError, match="epoch 0: val/.* is nan"):
+        train_on(small_config(monitor=monitor), uneven_shards, tmp_path, Break())
 
 
 def test_weights_that_are_no_numbers_are_not_kept(uneven_shards: Path, tmp_path: Path) -> None:

@@ -98,6 +98,77 @@ def test_accelerators_that_are_not_supported_are_not_taken(
     assert seen == ["cuda" if torch.cuda.is_available() else "cpu"]
 
 
+def test_a_trial_of_one_batch_leaves_the_training_in_its_folder_alone(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    train_on(small_config(epochs=1), uneven_shards, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    ran: list[int] = []
+
+    class Count(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            ran.append(1)
+
+    train_on(small_config(epochs=3, fast_dev_run=True), uneven_shards, tmp_path, Count())
+    assert len(ran) == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_two_seeds_turn_cutouts_and_drop_features_otherwise(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    """Members of one architecture (`@1`, `@2`) differ in these, too. A CPU's generator takes 32
+    bits of a seed."""
+
+    class Draws(Callback):
+        def __init__(self) -> None:
+            self.states: list[bytes] = []
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            self.states.append(torch.get_rng_state().numpy().tobytes())
+
+    drawn = []
+    for number, seed in enumerate((1, 2, 1, 2**32 - 1)):
+        draws = Draws()
+        config = small_config(epochs=1, seed=seed)
+        train_on(config, uneven_shards, tmp_path / str(number), draws)
+        assert len(set(draws.states)) == len(draws.states)  # each step draws something else
+        drawn.append(draws.states)
+    assert drawn[0] == drawn[2]
+    assert not {*drawn[0]} & {*drawn[1]}
+    assert not {*drawn[0]} & {*drawn[3]}
+
+
+def test_an_epoch_of_a_few_steps_tells_its_loss_and_rate(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    """Five steps: far fewer than lie between two lines of a long training."""
+    train_on(small_config(), uneven_shards, tmp_path)
+    (file,) = tmp_path.rglob("metrics.csv")
+    told = pd.read_csv(file)
+    assert told["train/loss_step"].notna().sum() == 2
+    rates = told.filter(like="lr-").stack().dropna()
+    assert len(rates) >= 2
+    assert rates.between(0, 1e-3).all()
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+def test_gradients_are_clipped_to_the_norm_that_is_asked_for(
+    clip: float, uneven_shards: Path, tmp_path: Path
+) -> None:
+    norms: list[float] = []
+
+    class Norm(Callback):
+        def on_before_zero_grad(self, trainer: Trainer, module: LightningModule, _: Any) -> None:
+            grads = [p.grad for p in module.parameters() if p.grad is not None]
+            if grads:
+                norms.append(float(torch.nn.utils.get_total_norm(grads)))
+
+    train_on(small_config(epochs=1, gradient_clip=clip), uneven_shards, tmp_path, Norm())
+    assert norms
+    assert (max(norms) <= 1e-3 * (1 + 1e-5)) == bool(clip)
+
+
 def test_the_same_settings_file_gives_the_same_weights(uneven_shards: Path, tmp_path: Path) -> None:
     """`lens-pipeline train --config` on what a run has saved repeats it to the last bit."""
     first, second = tmp_path / "first", tmp_path / "second"

@@ -215,6 +215,20 @@ def test_of_trials_with_equal_values_the_one_with_the_lower_loss_is_best(
     assert found["number"] == best
 
 
+def test_of_trials_with_losses_of_two_kinds_these_are_not_compared(tmp_path: Path) -> None:
+    """The focal loss is lower than the cross-entropy of the same scores."""
+    table = {
+        "number": range(3),
+        "state": "complete",
+        "value": [0.5, 1.0, 1.0],
+        "validation_loss": [0.2, 0.7, 0.02],
+        "training.loss": ["focal", "bce", "focal"],
+    }
+    (tmp_path / "config.yaml").write_text(_config(monitor="val/recall").yaml)
+    pd.DataFrame(table).to_csv(tmp_path / "trials.csv", index=False)
+    assert TunedStudy(tmp_path).ranked["number"].tolist() == [1, 2, 0]
+
+
 def test_a_folder_holds_one_study(uneven_shards: Path, shards_folder: Path, tmp_path: Path) -> None:
     config = _config(epochs=1, limit_train_batches=1)
     rates = {"learning_rate": [1e-3, 1e-2]}
