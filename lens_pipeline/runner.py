@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from dagster._core.storage.tags import REPOSITORY_LABEL_TAG
 
 from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.checkpoints import POOL
-from lens_pipeline.defs.gate import GATE_CHECK
+from lens_pipeline.defs.checks import said_of_checks
 from lens_pipeline.defs.sensors import made_by
 from lens_pipeline.defs.surveys import every_survey
 from lens_pipeline.errors import InputError, masked
@@ -182,7 +182,8 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
                 )
             except dg.DagsterExecutionInterruptedError:
                 raise KeyboardInterrupt from None
-        _tell_of_checks(done.get_asset_check_evaluations())
+        for said in said_of_checks(done.get_asset_check_evaluations()):
+            log.warning("  %s", said)
     return run_id
 
 
@@ -209,25 +210,6 @@ def _tell_of_pages(settings: Settings) -> None:
             "LENS_HOME: the pages of lens-pipeline show are open with the settings of when it was "
             "begun, and these are others; end it and begin it again to launch runs with them"
         )
-
-
-def _tell_of_checks(evaluations: Iterable[dg.AssetCheckEvaluation]) -> None:
-    """Warns of each check that has failed, with what it has counted. The gate speaks for itself."""
-    for check in evaluations:
-        if check.passed or check.check_name == GATE_CHECK:
-            continue
-        figures = [
-            f"{name} {value.value:.3g}"
-            if isinstance(value.value, float)
-            else f"{name} {value.value}"
-            for name, value in check.metadata.items()
-            if isinstance(value.value, int | float)
-        ]
-        said = check.description or ", ".join(figures[:3])
-        asset = check.asset_key.to_user_string()
-        how = "failed" if check.severity == dg.AssetCheckSeverity.ERROR else "warns"
-        told = said and f" ({said})"
-        log.warning("  check %s: %s of %s%s", how, check.check_name, asset, told)
 
 
 @contextmanager

@@ -1,16 +1,17 @@
-"""What is watched: the source, the registry, and runs that fail."""
+"""What is watched: the source, the registry, runs that fail and checks that warn."""
 
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Literal, TypeAlias
 
 import dagster as dg
 
 from lens_pipeline.alerts import alert
 from lens_pipeline.defs.automation import data
+from lens_pipeline.defs.checks import said_of_checks
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.source import source_glance, source_state
 from lens_pipeline.defs.stages import REGISTERED, newest_first
@@ -22,9 +23,10 @@ from lens_pipeline.steps import digest
 from lens_pipeline.tracking import keep_waits_short
 
 WILL_RETRY = "dagster/will_retry"
-FAILURE: Final = dg.DagsterEventType.RUN_FAILURE
+RunEnd: TypeAlias = Literal[dg.DagsterEventType.RUN_FAILURE, dg.DagsterEventType.RUN_SUCCESS]
+Tell: TypeAlias = Callable[[dg.DagsterRun, dg.EventLogEntry, dg.DagsterInstance, Settings], None]
 LOOK = 3600  # seconds between looks at all cutouts of a catalogue that has not changed
-AT_ONCE = 20  # failures that a tick tells of
+AT_ONCE = 20  # runs that a tick tells of
 BY_CLICK = "__ASSET_JOB"  # Dagster's name for the job of what is materialised asset by asset
 
 
@@ -185,27 +187,48 @@ def _of_champion(champion: int | None, former: int | None) -> str:
 def failed_runs(
     context: dg.SensorEvaluationContext, lens: LensHome
 ) -> dg.SensorResult | dg.SkipReason:
-    # Dagster's own sensor of failures would go on behind one that the webhook has not taken. The
-    # cursor is as its is, for instances where it was at work.
+    return _tell_of_runs(context, lens.settings, dg.DagsterEventType.RUN_FAILURE, _tell_of_failure)
+
+
+@dg.sensor(
+    minimum_interval_seconds=30,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Tells the log and LENS_WEBHOOK_URL of each run that came to its end with checks "
+    "that warn: of bands that have changed, say, or of cutouts in two splits.",
+)
+def warning_checks(
+    context: dg.SensorEvaluationContext, lens: LensHome
+) -> dg.SensorResult | dg.SkipReason:
+    return _tell_of_runs(context, lens.settings, dg.DagsterEventType.RUN_SUCCESS, _tell_of_checks)
+
+
+def _tell_of_runs(
+    context: dg.SensorEvaluationContext, settings: Settings, ended: RunEnd, tell: Tell
+) -> dg.SensorResult | dg.SkipReason:
+    """Call `tell` of each run that has ended so since the last tick.
+
+    Dagster's own sensors of runs would go on behind one that the webhook has not taken. The cursor
+    is as theirs is, for instances where one was at work.
+    """
     instance = context.instance
     if context.cursor is None:
-        newest = instance.fetch_run_status_changes(FAILURE, limit=1).records
-        return _told_up_to(newest[0].storage_id if newest else 0, "tells of what fails from now on")
+        newest = instance.fetch_run_status_changes(ended, limit=1).records
+        return _told_up_to(newest[0].storage_id if newest else 0, "tells of runs from now on")
     later = dg.RunStatusChangeRecordsFilter(
-        FAILURE, after_storage_id=json.loads(context.cursor)["record_id"]
+        ended, after_storage_id=json.loads(context.cursor)["record_id"]
     )
     told: list[int] = []
-    for failure in instance.fetch_run_status_changes(later, AT_ONCE, ascending=True).records:
-        run = instance.get_run_by_id(failure.run_id)
+    for end in instance.fetch_run_status_changes(later, AT_ONCE, ascending=True).records:
+        run = instance.get_run_by_id(end.run_id)
         try:
             if run is not None and _is_ours(run, context):
-                _tell_of_failure(run, failure.event_log_entry, context.instance, lens.settings)
+                tell(run, end.event_log_entry, instance, settings)
         except InputError:
             if not told:
                 raise
             break  # what has been told is not told again, and this one is at the next tick
-        told.append(failure.storage_id)
-    return _told_up_to(told[-1], "told") if told else dg.SkipReason("no run has failed since")
+        told.append(end.storage_id)
+    return _told_up_to(told[-1], "told") if told else dg.SkipReason("no run has ended so since")
 
 
 def _told_up_to(record_id: int, reason: str) -> dg.SensorResult:
@@ -234,6 +257,19 @@ def _tell_of_failure(
         run=run.run_id,
         job=run.job_name,
     )
+
+
+def _tell_of_checks(
+    run: dg.DagsterRun, end: dg.EventLogEntry, instance: dg.DagsterInstance, settings: Settings
+) -> None:
+    found = instance.get_records_for_run(
+        run.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION
+    )
+    events = [record.event_log_entry.get_dagster_event() for record in found.records]
+    said = said_of_checks(event.asset_check_evaluation_data for event in events)
+    if said:
+        text = f"run {run.run_id[:8]} of {made_by(run)}: {'; '.join(said)}"
+        alert(settings, text, run=run.run_id, job=run.job_name)
 
 
 def made_by(run: dg.DagsterRun) -> str:

@@ -148,6 +148,45 @@ def test_a_failed_run_that_the_webhook_does_not_take_is_told_later(
     assert [told["run"] for told in webhook.posted] == [third, fourth]
 
 
+def test_checks_that_warn_are_told_of_runs_that_ended_well(
+    instance: dg.DagsterInstance, webhook: Webhook
+) -> None:
+    """What unattended runs find is on the pages alone otherwise."""
+    names = ("drifts", "sound", "passes_the_gate")
+
+    @dg.asset(check_specs=[dg.AssetCheckSpec(name, asset="processed_dataset") for name in names])
+    def processed_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        failing = () if context.run.tags.get("sky") == "clear" else ("drifts", "passes_the_gate")
+        results = [
+            dg.AssetCheckResult(
+                check_name=name,
+                passed=name not in failing,
+                severity=dg.AssetCheckSeverity.WARN,
+                metadata={"largest change": 0.41234, "of": "sigma of r"},
+            )
+            for name in names
+        ]
+        return dg.MaterializeResult(check_results=results)
+
+    job = dg.Definitions([processed_dataset]).resolve_implicit_global_asset_job_def()
+
+    def run(**tags: str) -> str:
+        key = [dg.AssetKey("processed_dataset")]
+        return job.execute_in_process(instance=instance, asset_selection=key, tags=tags).run_id
+
+    run()  # before anyone was watching
+    sensor = Sensor("warning_checks", instance)
+    sensor.tick()
+    run(sky="clear")
+    told = run()
+    for _ in range(2):
+        sensor.tick()
+    assert webhook.texts == [
+        f"run {told[:8]} of processed_dataset: check warns: drifts of processed_dataset "
+        "(largest change 0.412)"
+    ]
+
+
 @dataclass
 class Versions:
     """A real registry of versions without models, in LENS_HOME."""
