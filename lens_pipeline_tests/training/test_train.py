@@ -152,6 +152,19 @@ def test_an_epoch_of_a_few_steps_tells_its_loss_and_rate(
     assert rates.between(0, 1e-3).all()
 
 
+def test_the_bar_shows_the_epoch_and_the_loss(
+    uneven_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    train_on(small_config(), uneven_shards, tmp_path)
+    shown = "".join(capsys.readouterr())
+    assert re.search(r"epoch 1/2: .*4/\d .*loss=0\.\d{3}", shown)
+    assert "epoch 2/2: " in shown
+
+
 @pytest.mark.parametrize("clip", [0.0, 1e-3])
 def test_gradients_are_clipped_to_the_norm_that_is_asked_for(
     clip: float, uneven_shards: Path, tmp_path: Path
