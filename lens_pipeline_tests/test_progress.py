@@ -41,7 +41,7 @@ def test_a_notebook_shows_progress(
     assert "simulating: 100%" in said
     values = {"model": {"arch": "lastro"}, "training": {"epochs": 1, "batch_size": 16}}
     train(TrainConfig.parse(values, "test"), LensDataModule(uneven_shards), tmp_path)
-    assert "Epoch 0: 100%" in capsys.readouterr().out
+    assert "epoch 1/1: 100%" in capsys.readouterr().out
 
 
 def test_a_bar_that_was_asked_for_is_shown_to_a_file_too(

@@ -164,7 +164,9 @@ def test_prune_stops_where_a_version_is_published_again_and_tells_what_it_lacks(
     monkeypatch.setattr(Store, "remove", remove_late)
     found = {one.version: one for one in prune_versions(url, 1, referred={})}
     assert published == [going]
-    assert (found[going].kept, found[going].reason) == (True, "latest.json names it")
+    assert found[going].kept
+    # Another thread may look when the manifest lies there already, and `latest.json` does not.
+    assert found[going].reason in ("latest.json names it", "is being published again")
     listed = {listed.name for listed in read_manifest(shards).files}
     lost = listed - names(f"{url}/{going}", {})
     assert 0 < len(lost) <= 8 < len(listed)
