@@ -262,7 +262,7 @@ def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
                     passed=decision.passed,
                     severity=dg.AssetCheckSeverity.WARN,
                     metadata={
-                        "reasons": "; ".join(decision.reasons),
+                        "reasons": "; ".join(decision.reasons) or "none, it passed",
                         **{name: n for name, n in decision.figures.items() if n is not None},
                     },
                 ),
