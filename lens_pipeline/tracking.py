@@ -39,6 +39,7 @@ DATASET_VERSION = "lens.dataset_version"
 DAGSTER_RUN = "lens.dagster_run_id"
 PARENT = "mlflow.parentRunId"
 CONNECT_WITHIN = 10  # seconds
+FOR_A_WHILE = ("starting up", "shutting down", "recovery", "too many")  # of a server's words
 RECORDED = "lens.recorded"  # a run that holds all it should
 log = logging.getLogger(__name__)
 
@@ -64,17 +65,23 @@ def _check_postgresql(uri: str) -> None:
         return
     import sqlalchemy
 
+    url = sqlalchemy.make_url(uri)
+    # Of libpq; another driver has names of its own, and the user may have said how long.
+    asked = url.get_driver_name().startswith("psycopg") and "connect_timeout" not in url.query
+    within = {"connect_timeout": CONNECT_WITHIN} if asked else {}
+    engine = sqlalchemy.create_engine(url, connect_args=within, poolclass=sqlalchemy.NullPool)
     try:
-        engine = sqlalchemy.create_engine(uri, connect_args={"connect_timeout": CONNECT_WITHIN})
         with engine.connect():
             pass
     except sqlalchemy.exc.OperationalError as problem:
         said = " ".join(str(problem.orig).split())
-        refused = any(words in said for words in ("authentication failed", "does not exist"))
-        kind, what = (
-            (InputError, "does not let us in") if refused else (NoAnswerError, "gives no answer")
-        )
-        raise kind(f"MLFLOW_TRACKING_URI: {masked(uri)} {what} ({said})") from None
+        if "FATAL:" in said and not any(words in said for words in FOR_A_WHILE):
+            raise InputError(
+                f"MLFLOW_TRACKING_URI: {masked(uri)} does not let us in ({said})"
+            ) from None
+        raise NoAnswerError(
+            f"MLFLOW_TRACKING_URI: {masked(uri)} gives no answer ({said})"
+        ) from None
 
 
 def flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -156,12 +163,6 @@ class Tracking:
         with filelock.FileLock(self.settings.home / LOCKS / "experiment.lock"):
             found = self.client.get_experiment_by_name(EXPERIMENT)
             if found is not None:
-                if found.lifecycle_stage == "deleted":
-                    self.client.restore_experiment(found.experiment_id)
-                    log.warning(
-                        "MLflow: the experiment %s was deleted; it is restored, for its name can "
-                        "be given to no other", EXPERIMENT,
-                    )  # fmt: skip
                 return str(found.experiment_id)
             served = self.settings.mlflow_uri.startswith("http")
             location = None if served else self.settings.artifact_location
@@ -198,7 +199,14 @@ class Tracking:
         """A new run of a step; the caller holds the step's lock, so an unfinished one is dead.
 
         goes_on: with what another has left, and so in its run, the newest, if there is one.
+        An experiment that somebody has deleted is restored.
         """
+        if self.client.get_experiment(self.experiment_id).lifecycle_stage == "deleted":
+            self.client.restore_experiment(self.experiment_id)
+            log.warning(
+                "MLflow: the experiment %s was deleted; it is restored, for its name can be given "
+                "to no other", EXPERIMENT,
+            )  # fmt: skip
         left = self._find_runs(step_key) if goes_on else []
         if left:
             run_id = str(left[0].info.run_id)

@@ -55,8 +55,8 @@ def test_an_experiment_that_was_deleted_is_restored(
     first.client.delete_experiment(first.experiment_id)
     again = Tracking(settings)
     assert again.experiment_id == first.experiment_id
-    assert f"the experiment {EXPERIMENT} was deleted; it is restored" in caplog.text
     again.start_run("lastro", "key", {})
+    assert f"the experiment {EXPERIMENT} was deleted; it is restored" in caplog.text
 
 
 def test_a_run_of_another_home_on_the_same_server_is_left_alone(tmp_path: Path) -> None:

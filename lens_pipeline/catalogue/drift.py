@@ -15,6 +15,7 @@ Array = NDArray[np.floating]
 
 SAMPLE = 2**22  # pixels of a band that its statistics are of: a thousand cutouts of 64 x 64
 BLOCK = 2**24  # bytes that are read at a time
+BLOCKS = 8  # parts of a sample, of which its standard errors are
 BLANK = 12  # pixels: the side of the patches whose darkest tenth is taken for empty sky
 LAG = 4  # pixels, beyond which no noise is taken to be correlated
 BRIGHT = 0.99  # the quantile that tells of the galaxies, where the median tells of the sky
@@ -54,8 +55,26 @@ def pixel_statistics(dataset: Dataset) -> dict[str, Any]:
 
 
 def statistics_of(images: Array, bands: Sequence[str]) -> dict[str, dict[str, float]]:
-    """{band: its `band_statistics`} of images (n, bands, height, width)."""
-    return {name: band_statistics(images[:, number]) for number, name in enumerate(bands)}
+    """{band: its `band_statistics`} of images (n, bands, height, width); without a band that has no
+    finite pixel."""
+    return {
+        name: band_statistics(images[:, number])
+        for number, name in enumerate(bands)
+        if np.isfinite(images[:, number]).any()
+    }
+
+
+def standard_errors(images: Array, bands: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Of `statistics_of` the same images, by how these differ among BLOCKS parts of them."""
+    parts = [statistics_of(part, bands) for part in np.array_split(images, BLOCKS)]
+    return {
+        band: {
+            name: float(np.std([one[band][name] for one in parts if band in one], ddof=1))
+            / BLOCKS**0.5
+            for name in MOST
+        }
+        for band in parts[0]
+    }
 
 
 def band_statistics(pixels: Array) -> dict[str, float]:
@@ -102,6 +121,8 @@ def noise_correlation(pixels: Array) -> float:
     for along in (noise, noise.swapaxes(1, 2)):
         products = along[:, 1:] * along[:, :-1]
         known = np.isfinite(products)
+        if not known.any():
+            return 0.0
         power = (along[:, 1:][known] ** 2).mean() * (along[:, :-1][known] ** 2).mean()
         found.append(products[known].mean() / np.sqrt(power))
     return float(np.mean(found))

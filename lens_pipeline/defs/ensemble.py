@@ -38,7 +38,7 @@ from lens_pipeline.steps import Recipe, inputs_of
 from lens_pipeline.tracking import Tracking
 
 SYSTEM = "lens_pipeline.ensemble.system"
-LIKENESS = "lens_pipeline.scoring.likeness"
+LEARNT = "lens_pipeline.ensemble.learnt"
 EVALUATE = "lens_pipeline.scoring.evaluate"
 # Of an evaluation, by their titles; those of the selection function only where truths are known.
 PICTURES = {
@@ -67,7 +67,7 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
 
     @stage(
         ENSEMBLE,
-        modules=(SYSTEM, LIKENESS, AS_DATASET),
+        modules=(SYSTEM, LEARNT, AS_DATASET),
         by_chance=remote,
         deps=[*keys.values(), CLOUD],
         group_name="ensemble",
@@ -100,16 +100,16 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
                 )
         recipe = Recipe(
             stage="lens_ensemble",
-            modules=(SYSTEM, LIKENESS, AS_DATASET),
+            modules=(SYSTEM, LEARNT, AS_DATASET),
             libraries=(*member_libraries(members), "numpy", "scipy"),
             inputs={name: part.content for name, part in upstream.items()},
             settings={"dataset_version": shards.content, **chosen},
         )
 
         def build(out: Path) -> None:
+            from lens_pipeline.ensemble.learnt import LEARNT_PIXELS, learnt_pixels
             from lens_pipeline.ensemble.system import assemble
             from lens_pipeline.evaluation.origins import SIMULATED, by_origin, described
-            from lens_pipeline.scoring.likeness import learnt_pixels
             from lens_pipeline.shards.as_dataset import shards_as_dataset
 
             trained = {name: TrainedMember(part.folder) for name, part in upstream.items()}
@@ -129,7 +129,12 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
                 "dataset_version": manifest.dataset_version,
                 "simulated": SIMULATED in parts_of,
                 "learnt_from": "; ".join(described(p, o) for o, p in parts_of.items()),
-                "learnt_pixels": learnt_pixels(dataset, manifest.simulated),
+                LEARNT_PIXELS: learnt_pixels(
+                    dataset.split("train"),
+                    dataset.table("train"),
+                    dataset.format,
+                    manifest.simulated,
+                ),
                 "member_steps": steps,
             }
             assemble(parts, dataset.format, out, facts, seen, **chosen)

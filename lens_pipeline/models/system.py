@@ -237,17 +237,18 @@ class LensClassifier(pl.LightningModule):
         checkpoint_path: str | Path,
         map_location: Any = "cpu",
         *,
-        strict: bool = True,
-        weights_only: bool = True,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
         **changes: Any,
     ) -> Self:
         """A trained system; `changes` of its arguments. Executes no code of the file, and so
-        `weights_only` is always true; strict: whether it must hold all weights, and no others.
+        `weights_only` is always true; strict: whether it must hold all weights, and no others, as
+        by default.
 
         Raises InputError, naming the file, where it is no checkpoint of such a system, or carries
         more than numbers and settings; and for a change of what is no argument.
         """
-        if not weights_only:
+        if weights_only is False:
             raise InputError(
                 "weights_only=False: no code of a checkpoint is executed; leave it out"
             )
@@ -264,7 +265,7 @@ class LensClassifier(pl.LightningModule):
                 f"{checkpoint_path}: is no checkpoint of a {cls.__name__} ({problem})"
             ) from None
         try:
-            system.load_state_dict(found["state_dict"], strict=strict)
+            system.load_state_dict(found["state_dict"], strict=strict is not False)
         except RuntimeError as problem:
             first = str(problem).splitlines()[1].strip()
             raise InputError(

@@ -1,21 +1,21 @@
 """Whether cutouts are like those that an ensemble has learnt from: it has a score for any image."""
 
 import logging
-from typing import Any
+import math
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.cutout import CutoutError
-from lens_pipeline.catalogue.dataset import CutoutFormat
-from lens_pipeline.catalogue.drift import changes, statistics_of
+from lens_pipeline.catalogue.drift import changes, standard_errors, statistics_of
+from lens_pipeline.ensemble.learnt import FEWEST, LEARNT_PIXELS, looked_at, most
 from lens_pipeline.ensemble.system import LensEnsemble
-from lens_pipeline.evaluation.origins import by_origin
-from lens_pipeline.scoring.sources import CutoutSource, ScoredDataset
+from lens_pipeline.scoring.sources import CutoutSource
 
-LOOKED_AT = 2**20  # pixels of a band: 256 cutouts of 64 x 64
-FEWEST = 50  # cutouts: of fewer, single galaxies decide
+Errors = Mapping[str, Mapping[str, float]]  # see `standard_errors`
+SURELY = 3.0
 NAMED = 3  # differences, the largest first
 IN_WORDS = {
     "median": "sky level",
@@ -27,43 +27,34 @@ IN_WORDS = {
 log = logging.getLogger(__name__)
 
 
-def _most(form: CutoutFormat) -> int:
-    return max(FEWEST, LOOKED_AT // form.image_size**2)
-
-
-def learnt_pixels(dataset: ScoredDataset, simulation: bool) -> list[dict[str, Any]]:
-    """What the cutouts of the training split are like, for JSON: of each survey, of real and of
-    simulated ones, `cutouts` (whose, in words) and their `statistics` (see `statistics_of`).
-
-    simulation: all are simulated, see `by_origin`.
-    """
-    split, table = dataset.split("train"), dataset.table("train")
-    found = []
-    for origin, rows in by_origin(table, simulation).items():
-        survey = rows["survey"].fillna("") if "survey" in rows else pd.Series("", rows.index)
-        for name, places in rows.groupby(survey).groups.items():
-            # Beside each other, and so in few shards, which hold cutouts in a random order.
-            images = split.gather(np.asarray(places[: _most(dataset.format)])).astype(np.float32)
-            whose = f"{origin} cutouts of {name}" if name else f"{origin} cutouts"
-            statistics = statistics_of(images, dataset.format.bands)
-            found.append({"cutouts": whose, "statistics": statistics})
-    return found
+def _excess(found: pd.DataFrame, *errors: Errors) -> NDArray[np.float64]:
+    """Of `changes`, how many times what is allowed they surely are: less SURELY standard errors."""
+    names = found[["band", "statistic"]].itertuples(index=False)
+    error = np.array([math.hypot(*(one[band][name] for one in errors)) for band, name in names])
+    difference = (found["now"] - found["before"]).abs().to_numpy()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sure = np.nan_to_num(1 - SURELY * error / difference, neginf=0.0).clip(0)
+    return (sure * found["change"] / found["at_most"]).to_numpy()
 
 
 def tell_of_unlike(ensemble: LensEnsemble, source: CutoutSource, rows: NDArray[np.integer]) -> None:
     """Warns where a sample of some rows of a source differs from all that the ensemble has learnt
-    from by more than `drift.MOST`: the light of its noise or galaxies, band by band."""
-    learnt = ensemble.facts.get("learnt_pixels")  # which an earlier release did not write
+    from by more than `drift.MOST`, and than by chance: the light of its sky, noise or galaxies,
+    band by band."""
+    learnt = ensemble.facts.get(LEARNT_PIXELS)  # which an earlier release did not write
     if not learnt or len(rows) < FEWEST:
         return
     form = ensemble.format
-    read = source.read(form, source.sample(rows, _most(form)))
-    usable = [pixels for pixels in read if not isinstance(pixels, CutoutError)]
+    read = source.read(form, source.sample(rows, most(form)))
+    usable = [looked_at(pixels) for pixels in read if not isinstance(pixels, CutoutError)]
     if len(usable) < FEWEST:
         return
-    now = statistics_of(np.stack(usable), form.bands)
+    images = np.stack(usable)
+    now, errors = statistics_of(images, form.bands), standard_errors(images, form.bands)
     differ = [changes(one["statistics"], now) for one in learnt]
-    excess = [(found["change"] / found["at_most"]).to_numpy() for found in differ]
+    excess = [
+        _excess(found, one["errors"], errors) for found, one in zip(differ, learnt, strict=True)
+    ]
     nearest = int(np.argmin([one.max(initial=0) for one in excess]))
     largest = np.argsort(-excess[nearest], kind="stable")
     far = largest[excess[nearest][largest] > 1]

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.build import LIBRARIES as PIXEL_LIBRARIES
 from lens_pipeline.ensemble.carried import further_libraries
+from lens_pipeline.ensemble.learnt import LEARNT_PIXELS
 from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.scoring.predictor import score_table
 from lens_pipeline.scoring.score_files import FINGERPRINT, ROW_GROUP
@@ -30,7 +31,8 @@ def scoring_program(ensemble: LensEnsemble) -> str:
 
 
 def model_hash(ensemble: LensEnsemble) -> str:
-    return digest(ensemble.facts)[:32]
+    decisive = {name: fact for name, fact in ensemble.facts.items() if name != LEARNT_PIXELS}
+    return digest(decisive)[:32]
 
 
 class ScoredRows:

@@ -1,6 +1,7 @@
 """What watches a training: its seeds, its losses, its memory, its curves, and when it ends."""
 
 import logging
+import math
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,7 @@ class FiniteLoss(Callback):
     def __init__(self, monitor: str | None) -> None:
         self.monitor = monitor
         self.waiting: tuple[Tensor, torch.cuda.Event | None, dict[str, Tensor], int] | None = None
+        self._steps = self._step_ended = 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, n: int
@@ -105,6 +107,8 @@ class FiniteLoss(Callback):
             loss = loss.to("cpu", non_blocking=True)
             arrived = torch.cuda.current_stream().record_event()
         self.waiting = loss, arrived, batch, n
+        self._step_ended = trainer.global_step if trainer.global_step > self._steps else 0
+        self._steps = trainer.global_step
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._look(trainer)
@@ -115,14 +119,18 @@ class FiniteLoss(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.monitor is None:
             return
-        for name in (self.monitor, "val/loss"):  # which a metric at a threshold does not follow
-            value = trainer.callback_metrics[name]
-            if not value.isfinite():
-                raise InputError(
-                    f"epoch {trainer.current_epoch}: {name} is {float(value)}, by which no epoch "
-                    "can be chosen; look for cutouts of the validation split whose pixels are no "
-                    "numbers, or set another training.monitor"
-                )
+        value, loss = (float(trainer.callback_metrics[n]) for n in (self.monitor, "val/loss"))
+        if not math.isfinite(value) and self.monitor != "val/loss":
+            raise InputError(
+                f"epoch {trainer.current_epoch}: {self.monitor} is {value}, by which no epoch can "
+                "be chosen; look for cutouts of the validation split whose pixels are no numbers, "
+                "or set another training.monitor"
+            )
+        if not math.isfinite(loss):  # which a metric at a threshold does not show
+            raise InputError(
+                f"epoch {trainer.current_epoch}: val/loss is {loss}; look for cutouts of the "
+                "validation split whose pixels are no numbers, or lower training.learning_rate"
+            )
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -155,14 +163,16 @@ class FiniteLoss(Callback):
                 "training.learning_rate"
             )
         self.last = float(loss)
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            _log(trainer, self.last)
+        # Of the batch that ended a step, if several make one.
+        step = self._step_ended
+        if step and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            _log(trainer, self.last, step)
 
 
 @rank_zero_only
-def _log(trainer: pl.Trainer, loss: float) -> None:
+def _log(trainer: pl.Trainer, loss: float, step: int) -> None:
     for logger in trainer.loggers:
-        logger.log_metrics({"train/loss_step": loss}, step=trainer.global_step)
+        logger.log_metrics({"train/loss_step": loss}, step=step)
 
 
 def _cutouts(trainer: pl.Trainer, batch: dict[str, Tensor]) -> str:

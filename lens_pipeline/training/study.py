@@ -77,7 +77,8 @@ class TunedStudy:
 def ranked(trials: pd.DataFrame, lowest: bool) -> pd.DataFrame:
     """See `TunedStudy.ranked`. lowest: whether a lower value is the better one."""
     by = {"value": lowest}
-    if not trials.columns.isin(OF_THE_LOSS).any():
+    of_the_loss = trials.columns[trials.columns.isin(OF_THE_LOSS)]
+    if (trials[of_the_loss].nunique() < 2).all():
         by[LOSS] = True
     found = trials.sort_values([*by], ascending=[*by.values()], kind="stable")
     return found.sort_values("state", key=lambda s: s != "complete", kind="stable")

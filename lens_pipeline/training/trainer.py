@@ -70,8 +70,8 @@ def make_trainer(
 ) -> pl.Trainer:
     """Lightning's, as the configuration has it; more: of its arguments."""
     how, hardware = config.training, config.hardware
-    cutouts = how.batch_size * hardware.devices * how.accumulate_grad_batches
-    steps = len(data.split("train")) // cutouts
+    batches = int(data.taking_part("train").sum()) // (how.batch_size * hardware.devices)
+    steps = min(batches, how.limit_train_batches or batches) // how.accumulate_grad_batches
     repeats = hardware.deterministic or not on_gpu(config)
     return pl.Trainer(
         max_epochs=how.epochs,

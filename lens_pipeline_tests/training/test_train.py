@@ -139,14 +139,23 @@ def test_two_seeds_turn_cutouts_and_drop_features_otherwise(
     assert not {*drawn[0]} & {*drawn[3]}
 
 
+@pytest.mark.parametrize(
+    ("how", "steps"),
+    [
+        ({"batch_size": 16}, [4, 8]),  # the last of five steps is of another kind
+        ({"batch_size": 18}, [3, 6]),
+        ({"batch_size": 8, "accumulate_grad_batches": 4}, [2, 4, 6]),
+        ({"batch_size": 4, "limit_train_batches": 3}, [3, 6]),
+    ],
+)
 def test_an_epoch_of_a_few_steps_tells_its_loss_and_rate(
-    uneven_shards: Path, tmp_path: Path
+    how: dict[str, int], steps: list[int], uneven_shards: Path, tmp_path: Path
 ) -> None:
-    """Five steps: far fewer than lie between two lines of a long training."""
-    train_on(small_config(), uneven_shards, tmp_path)
+    """Far fewer than lie between two lines of a long training."""
+    train_on(small_config(**how), uneven_shards, tmp_path)
     (file,) = tmp_path.rglob("metrics.csv")
     told = pd.read_csv(file)
-    assert told["train/loss_step"].notna().sum() == 2
+    assert told.loc[told["train/loss_step"].notna(), "step"].tolist() == steps
     rates = told.filter(like="lr-").stack().dropna()
     assert len(rates) >= 2
     assert rates.between(0, 1e-3).all()
