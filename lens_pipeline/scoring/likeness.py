@@ -15,7 +15,7 @@ from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.scoring.sources import CutoutSource
 
 Errors = Mapping[str, Mapping[str, float]]  # see `standard_errors`
-SURELY = 3.0
+SURELY = 4.0  # standard errors
 NAMED = 3  # differences, the largest first
 IN_WORDS = {
     "median": "sky level",
@@ -28,13 +28,11 @@ log = logging.getLogger(__name__)
 
 
 def _excess(found: pd.DataFrame, *errors: Errors) -> NDArray[np.float64]:
-    """Of `changes`, how many times what is allowed they surely are: less SURELY standard errors."""
+    """Of `changes`, how many times what is allowed they are; 0 of what chance may have made."""
     names = found[["band", "statistic"]].itertuples(index=False)
-    error = np.array([math.hypot(*(one[band][name] for one in errors)) for band, name in names])
-    difference = (found["now"] - found["before"]).abs().to_numpy()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        sure = np.nan_to_num(1 - SURELY * error / difference, neginf=0.0).clip(0)
-    return (sure * found["change"] / found["at_most"]).to_numpy()
+    error = [math.hypot(*(one[band][name] for one in errors)) for band, name in names]
+    surely = (found["now"] - found["before"]).abs() > SURELY * np.array(error)
+    return np.where(surely, found["change"] / found["at_most"], 0.0)
 
 
 def tell_of_unlike(ensemble: LensEnsemble, source: CutoutSource, rows: NDArray[np.integer]) -> None:
