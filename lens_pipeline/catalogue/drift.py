@@ -65,15 +65,16 @@ def statistics_of(images: Array, bands: Sequence[str]) -> dict[str, dict[str, fl
 
 
 def standard_errors(images: Array, bands: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Of `statistics_of` the same images, by how these differ among BLOCKS parts of them."""
+    """Of `statistics_of` the same images, by how these differ among BLOCKS parts of them; without a
+    band that has no finite pixel in one of the parts."""
     parts = [statistics_of(part, bands) for part in np.array_split(images, BLOCKS)]
     return {
         band: {
-            name: float(np.std([one[band][name] for one in parts if band in one], ddof=1))
-            / BLOCKS**0.5
+            name: float(np.std([one[band][name] for one in parts], ddof=1)) / BLOCKS**0.5
             for name in MOST
         }
-        for band in parts[0]
+        for band in bands
+        if all(band in one for one in parts)
     }
 
 

@@ -30,7 +30,10 @@ log = logging.getLogger(__name__)
 def _excess(found: pd.DataFrame, *errors: Errors) -> NDArray[np.float64]:
     """Of `changes`, how many times what is allowed they are; 0 of what chance may have made."""
     names = found[["band", "statistic"]].itertuples(index=False)
-    error = [math.hypot(*(one[band][name] for one in errors)) for band, name in names]
+    error = [
+        math.hypot(*(one[band][name] if band in one else math.inf for one in errors))
+        for band, name in names
+    ]
     surely = (found["now"] - found["before"]).abs() > SURELY * np.array(error)
     return np.where(surely, found["change"] / found["at_most"], 0.0)
 

@@ -188,7 +188,21 @@ def test_a_band_without_a_pixel_is_not_compared(
     table = pd.DataFrame({"id": range(len(spoilt)), "label": 0})
     (found,) = learnt_pixels(DatasetSplit(table, spoilt), table, ensemble.format, simulation=False)
     assert found["cutouts"] == "real cutouts"
-    assert list(found["statistics"]) == ["g", "i"]
+    assert list(found["statistics"]) == list(found["errors"]) == ["g", "i"]
+
+
+def test_a_band_that_a_part_of_the_cutouts_lacks_does_not_stop_the_scoring(
+    ensemble: LensEnsemble,
+    drawn_anew: np.ndarray,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    spoilt = drawn_anew.copy()
+    spoilt[:60, 1] = np.nan
+    table = pd.DataFrame({"id": range(len(spoilt)), "label": 0})
+    learnt = learnt_pixels(DatasetSplit(table, spoilt), table, ensemble.format, simulation=False)
+    of_these = replace(ensemble, facts=ensemble.facts | {LEARNT_PIXELS: learnt})
+    assert "of r" not in said(of_these, 9 * drawn_anew, tmp_path, caplog)
 
 
 def test_what_was_learnt_from_decides_on_no_score(ensemble: LensEnsemble) -> None:
