@@ -122,10 +122,13 @@ def test_two_seeds_turn_cutouts_and_drop_features_otherwise(
 
     class Draws(Callback):
         def __init__(self) -> None:
-            self.states: list[bytes] = []
+            self.states: list[float] = []
 
         def on_train_batch_start(self, *_: Any) -> None:
-            self.states.append(torch.get_rng_state().numpy().tobytes())
+            # What would be drawn: the state itself holds the seed that was given, too.
+            copy = torch.Generator()
+            copy.set_state(torch.get_rng_state())
+            self.states.append(float(torch.rand((), generator=copy, dtype=torch.float64)))
 
     drawn = []
     for number, seed in enumerate((1, 2, 1, 2**32 - 1)):
