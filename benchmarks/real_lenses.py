@@ -5,7 +5,8 @@ grade 2 and above, and look-alikes that volunteers flagged and experts rejected,
 Simulated cutouts are drawn as those are: by the stretch of Space Warps (HumVI, after Lupton et al.
 2004), in 8 bits, and then moved by a part of a pixel, bilinearly, which the noise of the files
 shows. Beside it, in five folds of the real ones: the same network after a fine-tuning on the other
-four, and one that has seen those four alone.
+four, and one that has seen those four alone. Each scores the cutouts as they are, and by test-time
+augmentation.
 """
 
 import argparse
@@ -26,12 +27,14 @@ from tqdm import tqdm
 from benchmarks._harness import SCRATCH, Row, Target, options, report
 from lens_pipeline import LensDataModule
 from lens_pipeline.evaluation.metrics import lens_metrics
+from lens_pipeline.evaluation.tables import metric_text
+from lens_pipeline.models.split_scores import split_scores
 from lens_pipeline.models.system import load_system
 from lens_pipeline.simulation import load_config
 from lens_pipeline.simulation.simulate import simulate_catalogue
 from lens_pipeline.simulation.surveys import Survey
 from lens_pipeline.training.config import TrainConfig
-from lens_pipeline.training.train import split_scores, train
+from lens_pipeline.training.train import train
 
 GRADED = Path(__file__).parents[2] / "shared" / "data" / "cfhtls_graded" / "catalogue.csv"
 FOLDS = 5
@@ -77,8 +80,8 @@ def simulated(folder: Path, n: int) -> pd.DataFrame:
 
 
 def scored(rows: pd.DataFrame, folder: Path, **settings: Any) -> tuple[pd.DataFrame, Path]:
-    """The rows of the split `test`, with the score of a network that was trained on `train`, and
-    its checkpoint."""
+    """The rows of the split `test`, with the scores of a network that was trained on `train` (with
+    test-time augmentation `augmented`), and its checkpoint."""
     catalogue = folder / "catalogue.csv"
     rows.to_csv(catalogue, index=False)
     model = {"arch": "resnet18", "pretrained": settings.pop("pretrained", "none")}
@@ -86,8 +89,10 @@ def scored(rows: pd.DataFrame, folder: Path, **settings: Any) -> tuple[pd.DataFr
     data = LensDataModule(str(catalogue))
     checkpoint = train(config, data, folder / "training").checkpoint
     test = data.split("test")
-    logit = split_scores(load_system(checkpoint), test)["logit"]
-    return pd.DataFrame({"id": test.ids, "label": test.labels, "score": expit(logit)}), checkpoint
+    scores = pd.DataFrame({"id": test.ids, "label": test.labels})
+    for column, how in {"score": {}, "augmented": {"test_time_augmentation": True}}.items():
+        scores[column] = expit(split_scores(load_system(checkpoint, **how), test)["logit"])
+    return scores, checkpoint
 
 
 def folds(real: pd.DataFrame) -> Iterator[pd.DataFrame]:
@@ -103,12 +108,14 @@ def folds(real: pd.DataFrame) -> Iterator[pd.DataFrame]:
 
 def measured(learned_from: str, scores: pd.DataFrame) -> Row:
     """A row of the table."""
-    metrics = lens_metrics(scores["label"], scores["score"])
-    auroc = metrics["auroc"]
+    auroc = {
+        title: metric_text(lens_metrics(scores["label"], scores[column])["auroc"])
+        for title, column in {"AUROC": "score", "AUROC, augmented": "augmented"}.items()
+    }
     lens = scores["label"] == 1
     return {
         "learned from": learned_from,
-        "AUROC": f"{auroc['value']:.3f} ({auroc['low']:.3f}-{auroc['high']:.3f})",
+        **auroc,
         "median score of lenses": scores.loc[lens, "score"].median(),
         "of look-alikes": scores.loc[~lens, "score"].median(),
     }

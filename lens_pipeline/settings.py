@@ -191,6 +191,11 @@ class Settings(BaseSettings):
         description="How logits become probabilities, on the validation set: `platt`, "
         "`temperature` or `isotonic`.",
     )
+    test_time_augmentation: bool = Field(
+        default=False,
+        description="A network's score is the mean over a cutout's eight turns and flips: it ranks "
+        "better, at eight times the work. Nothing is trained again for it.",
+    )
     prevalence: float = Field(
         default=1e-3,
         gt=0,

@@ -1,10 +1,12 @@
 """The main job: what it leaves, what it reuses, what it says."""
 
+import html
 import json
 import re
 from pathlib import Path
 
 import dagster as dg
+import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
@@ -13,11 +15,15 @@ from lens_pipeline.catalogue import read_catalogue
 from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.cli import main
 from lens_pipeline.definitions import make_definitions
+from lens_pipeline.ensemble.description import read_description
+from lens_pipeline.ensemble.system import load_ensemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation import standing
+from lens_pipeline.models.system import load_system
 from lens_pipeline.runner import open_instance
 from lens_pipeline.scoring.evaluate import evaluate_ensemble
 from lens_pipeline.settings import Settings
+from lens_pipeline.shards import open_shards
 from lens_pipeline_tests.conftest import client_of, summary_of
 
 MEMBERS = ["light_transformer", "lastro"]
@@ -191,6 +197,43 @@ def test_other_epochs_of_one_member_train_that_one_alone(own_home: Path) -> None
     assert len(versions) == 2
     newest = client_of(own_home).get_model_version_by_alias("lens_ensemble", "challenger")
     assert str(newest.version) == "2"
+
+
+def test_test_time_augmentation_makes_a_new_version_without_training(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = pd.read_parquet(summary_of(own_home)["scores"])
+    monkeypatch.setenv("LENS_TEST_TIME_AUGMENTATION", "true")
+    assert run(own_home) == 0
+    summary = summary_of(own_home)
+    made = {name for name, stage in summary["stages"].items() if not stage["reused"]}
+    assert made == {"lens_ensemble", "ensemble_evaluation", "registered_ensemble"}
+    version = client_of(own_home).get_model_version_by_alias("lens_ensemble", "challenger")
+    assert str(version.version) == "2"
+    for text in (version.description, Path(summary["report"]).read_text()):
+        assert "mean of those of a cutout's eight turns and flips" in html.unescape(text)
+    after = pd.read_parquet(summary["scores"])
+    assert not np.allclose(after["logit"], before["logit"])
+    described = [path.parent for path in (own_home / "ensemble").glob("[!.]*/ensemble.json")]
+    (folder,) = (one for one in described if read_description(one)["test_time_augmentation"])
+    shards = open_shards(next((own_home / "cloud").glob("*/manifest.json")).parent)
+    # The scores are those of the cutouts however they are turned.
+    test, model = shards.split("test"), load_ensemble(folder)
+    images = test.gather(np.arange(len(test)))
+    found = model.predict(np.rot90(images, axes=(2, 3))[..., ::-1])["probability"]
+    np.testing.assert_allclose(found, model.predict(images)["probability"], atol=1e-5)
+    expected = after.set_index("id").loc[list(test.ids), "probability"]
+    np.testing.assert_allclose(found, expected, atol=2e-3)  # shards hold 16 bits
+    # And what it was calibrated and compared by.
+    val = shards.split("val")
+    images = val.gather(np.arange(len(val)))
+    views = [np.rot90(one, k, (2, 3)) for one in (images, images[..., ::-1]) for k in range(4)]
+    standing_of = read_description(folder)["standing"]
+    for name in MEMBERS:
+        system = load_system(folder / "members" / f"{name}.ckpt")
+        logit = np.mean([system.scored(one)[0] for one in views], axis=0)
+        by_hand = roc_auc_score(val.labels, logit)
+        assert standing_of[name]["auroc"]["value"] == pytest.approx(by_hand, abs=1e-3)
 
 
 def test_a_damaged_step_is_made_again(own_home: Path, caplog: pytest.LogCaptureFixture) -> None:

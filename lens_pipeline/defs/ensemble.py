@@ -103,7 +103,11 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
             modules=(SYSTEM, LEARNT, AS_DATASET),
             libraries=(*member_libraries(members), "numpy", "scipy"),
             inputs={name: part.content for name, part in upstream.items()},
-            settings={"dataset_version": shards.content, **chosen},
+            settings={
+                "dataset_version": shards.content,
+                "test_time_augmentation": settings.test_time_augmentation,
+                **chosen,
+            },
         )
 
         def build(out: Path) -> None:
@@ -137,7 +141,8 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
                 ),
                 "member_steps": steps,
             }
-            assemble(parts, dataset.format, out, facts, seen, **chosen)
+            augmented = dataset.split("val") if settings.test_time_augmentation else None
+            assemble(parts, dataset.format, out, facts, seen, **chosen, augmented=augmented)
 
         step = run_stage(ENSEMBLE, recipe, settings.home / "ensemble", build, settings)
         description = read_description(step.folder)

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import TypeAdapter
 from scipy.special import expit
 
-from lens_pipeline.catalogue.dataset import CutoutFormat
+from lens_pipeline.catalogue.dataset import CutoutFormat, Split
 from lens_pipeline.choices import Choice, Method
 from lens_pipeline.ensemble.calibration import Calibration, prior_shift
 from lens_pipeline.ensemble.choice import FittedFusion, choose
@@ -29,9 +29,9 @@ from lens_pipeline.ensemble.fusion import Fused, Fusion
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import lens_metrics
 from lens_pipeline.evaluation.standing import lens_fraction
+from lens_pipeline.models.split_scores import BATCH, split_scores
 from lens_pipeline.models.system import LitLensSystem, load_system
 
-BATCH = 256
 Masked = np.ma.MaskedArray[Any, Any]
 _CALIBRATION: TypeAdapter[Calibration] = TypeAdapter(Calibration)
 _FUSION: TypeAdapter[Fusion] = TypeAdapter(Fusion)
@@ -119,19 +119,26 @@ def assemble(
     fusion: Choice = "best",
     calibration: Method = "platt",
     prevalence: float = 1e-3,
+    augmented: Split | None = None,
 ) -> LensEnsemble:
     """Write an ensemble into `out` and return it.
 
     members: {name: (checkpoint, validation scores, see `TrainedMember.val_scores`)};
     groups: those of the cutouts that they trained and validated on; fusion: see `choose`;
     calibration: see `fit_calibration`; prevalence: the fraction of lenses among the cutouts of the
-    sky, for `sky_probability`. In ensemble.json `comparison` is what the choice was made by, and
-    `standing` what each member is on the validation set: its `auroc`, and its `share` in the score
-    (see `moved_by`).
+    sky, for `sky_probability`; augmented: the validation split, where scores shall be by test-time
+    augmentation (see `LitLensSystem`), which those of the trainings are not. In ensemble.json
+    `comparison` is what the choice was made by, and `standing` what each member is on the
+    validation set: its `auroc`, and its `share` in the score (see `moved_by`).
     Raises InputError where two members were validated on different cutouts, or one takes other
     cutouts than `form`.
     """
     scores = {name: table for name, (_, table) in members.items()}
+    if augmented is not None:
+        scores = {
+            name: split_scores(_member(Path(checkpoint), test_time_augmentation=True), augmented)
+            for name, (checkpoint, _) in members.items()
+        }
     label, group = _common_labels(scores)
     logits, deviation = (
         np.stack([table[column].to_numpy() for table in scores.values()], axis=1)
@@ -158,6 +165,7 @@ def assemble(
         "comparison": comparison.to_dict("records"),
         "validation": {"n_lens": n_lens, "n_nonlens": len(label) - n_lens},
         "prevalence": prevalence,
+        "test_time_augmentation": augmented is not None,
         "format": asdict(form),
         **facts,
     }
@@ -200,6 +208,14 @@ def _check_member(name: str, system: LitLensSystem, form: CutoutFormat) -> None:
             )
 
 
+def _member(checkpoint: Path, **how: Any) -> LitLensSystem:
+    """A trained network, to score with: on a GPU where there is one; how: see `load_system`."""
+    if torch.cuda.is_available():
+        return load_system(checkpoint, map_location="cuda", **how)
+    # Whatever it was trained in: on a CPU convolutions are up to twice as fast in this layout.
+    return load_system(checkpoint, channels_last=True, **how)
+
+
 def load_ensemble(folder: str | Path) -> LensEnsemble:
     """The ensemble in a folder, in eval mode, on a GPU where there is one.
 
@@ -207,11 +223,9 @@ def load_ensemble(folder: str | Path) -> LensEnsemble:
     """
     folder = Path(folder)
     facts = read_description(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    # Whatever it was trained in: on a CPU convolutions are up to twice as fast in this layout.
-    layout: dict[str, Any] = {"channels_last": True} if device == "cpu" else {}
+    augmented = facts.get("test_time_augmentation", False)  # a former version did not know it
     members = {
-        name: load_system(folder / "members" / f"{name}.ckpt", map_location=device, **layout)
+        name: _member(folder / "members" / f"{name}.ckpt", test_time_augmentation=augmented)
         for name in facts["members"]
     }
     form = CutoutFormat.from_dict(facts["format"])

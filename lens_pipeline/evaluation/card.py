@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lens_pipeline.evaluation.result import FUSED, Evaluation
-from lens_pipeline.evaluation.standing import idle_members, lens_fraction
+from lens_pipeline.evaluation.standing import idle_members, lens_fraction, of_turns
 from lens_pipeline.evaluation.tables import MORE_COLUMNS, format_text, metric_text
 
 LONGEST = 5000  # characters that the registry keeps
@@ -35,8 +35,8 @@ def model_card(facts: Mapping[str, Any], evaluation: Evaluation) -> str:
         *_parts("survey", evaluation.surveys),
         *_parts("origin", evaluation.origins),
         "## Scores",
-        f"Fusion: {facts['fusion']['strategy'].replace('_', ' ')}. `probability` holds where "
-        f"{lens_fraction(facts):.2g} of the cutouts are lenses, as in "
+        f"{of_turns(facts)}Fusion: {facts['fusion']['strategy'].replace('_', ' ')}. "
+        f"`probability` holds where {lens_fraction(facts):.2g} of the cutouts are lenses, as in "
         f"the validation split; `sky_probability` where {facts['prevalence']:g} are. `std`: what "
         "members and dropout draws differ by; `entropy`: how undecided they are each.",
         "## Limits",

@@ -20,7 +20,7 @@ from lens_pipeline.evaluation.score_plots import (
     score_histogram_figure,
 )
 from lens_pipeline.evaluation.selection_plots import completeness_figure, completeness_map_figure
-from lens_pipeline.evaluation.standing import idle_members, members_table
+from lens_pipeline.evaluation.standing import idle_members, members_table, of_turns
 from lens_pipeline.evaluation.tables import (
     NOTHING_TO_EXPECT,
     completeness_table,
@@ -166,7 +166,7 @@ def fusion_section(
 
 def _chosen(facts: Mapping[str, Any]) -> str:
     """Which fusion it is, and why."""
-    text = f"Fusion: {facts['fusion']['strategy'].replace('_', ' ')}"
+    text = f"{of_turns(facts)}Fusion: {facts['fusion']['strategy'].replace('_', ' ')}"
     validation = facts["validation"]
     if not facts["comparison"]:
         return f"{text}; the validation split is too small to compare others with it."

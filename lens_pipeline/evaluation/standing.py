@@ -43,6 +43,16 @@ def idle_members(facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def of_turns(facts: Mapping[str, Any]) -> str:
+    """A sentence, where networks score more than the cutout as it is; else nothing."""
+    if not facts.get("test_time_augmentation"):
+        return ""
+    return (
+        "A network's logit is the mean of those of a cutout's eight turns and flips (test-time "
+        "augmentation). "
+    )
+
+
 def _standing(facts: Mapping[str, Any]) -> Mapping[str, Any]:
     """Nothing of what a former version has assembled."""
     return cast("Mapping[str, Any]", facts.get("standing", {}))

@@ -2,6 +2,7 @@
 its device, before any stretch."""
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -39,6 +40,13 @@ def random_dihedral(images: Tensor) -> Tensor:
     places = _orientations(images.shape[-1], images.device)[chosen]
     pixels = images.flatten(2)
     return pixels.gather(2, places[:, None].expand_as(pixels)).view_as(images)
+
+
+def all_dihedral(images: Tensor) -> Iterator[Tensor]:
+    """Square images (n, bands, height, width) in each of their eight turns and flips, the first as
+    they are."""
+    for places in _orientations(images.shape[-1], images.device):
+        yield images.flatten(2)[..., places].view_as(images)
 
 
 @lru_cache(maxsize=8)

@@ -18,7 +18,7 @@ from lens_pipeline.catalogue.cutout import SIGMA_UNITS
 from lens_pipeline.choices import Loss, Schedule
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.architectures import build_backbone
-from lens_pipeline.models.augmentation import augment
+from lens_pipeline.models.augmentation import all_dihedral, augment
 from lens_pipeline.models.metrics import StageMetrics
 from lens_pipeline.models.optimiser import adamw, parameter_groups
 from lens_pipeline.models.pretrained import read_checkpoint, read_head
@@ -320,7 +320,9 @@ class LitLensSystem(LensClassifier):
     compile_model: by `torch.compile`; channels_last: the layout that convolutions prefer; units:
     `background_sigma` or `composite`; pos_weight, loss, focal_gamma, label_smoothing: see
     `LensClassifier.loss`; schedule, warmup, decay, decay_epochs: see `schedule`; augment: turn and
-    flip in training; shift and noise: see `augment`.
+    flip in training; shift and noise: see `augment`; test_time_augmentation: in eval mode the
+    features are the mean over a cutout's eight turns and flips, so that its logit, by a head that
+    is linear, is the mean of theirs, and the same however it is turned; eight times the work.
     Raises InputError for noise on composites, and for a loss or schedule that there is not.
     """
 
@@ -347,6 +349,7 @@ class LitLensSystem(LensClassifier):
         augment: bool = True,
         shift: float = 0.0,
         noise: float = 0.0,
+        test_time_augmentation: bool = False,
     ) -> None:
         super().__init__()
         check_choice("loss", loss, get_args(Loss))
@@ -374,9 +377,15 @@ class LitLensSystem(LensClassifier):
     def features(self, images: Tensor) -> Tensor:
         """The backbone's output (n, features), float32 or what autocast makes of it."""
         images = stretch(widened(images), self.hparams["units"])
+        if self.training or not self.hparams["test_time_augmentation"]:
+            return self._of_backbone(images)
+        found = [self._of_backbone(turned).float() for turned in all_dihedral(images)]
+        return torch.stack(found).mean(dim=0)
+
+    def _of_backbone(self, stretched: Tensor) -> Tensor:
         if self.hparams["channels_last"]:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return self.backbone(images)
+            stretched = stretched.contiguous(memory_format=torch.channels_last)
+        return self.backbone(stretched)
 
     def member_logits(self, images: Tensor) -> Tensor:
         features = self.features(images)

@@ -26,8 +26,9 @@ from lens_pipeline.catalogue.cutout import CutoutError
 from lens_pipeline.catalogue.dataset import counted_reasons
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.commit import code_commit
-from lens_pipeline.ensemble.system import BATCH, LensEnsemble
+from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.errors import InputError
+from lens_pipeline.models.split_scores import BATCH
 from lens_pipeline.scoring.best import show_best
 from lens_pipeline.scoring.claim import LOCK, Share, claimed
 from lens_pipeline.scoring.likeness import tell_of_unlike

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from lens_pipeline.catalogue.cutout import CutoutError
 from lens_pipeline.catalogue.splits import PARTS
 from lens_pipeline.catalogue.table import Catalogue, read_catalogue
-from lens_pipeline.ensemble.system import BATCH, LensEnsemble
+from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.errors import InputError
+from lens_pipeline.models.split_scores import BATCH
 from lens_pipeline.progress import progress_bar
 from lens_pipeline.scoring.likeness import tell_of_unlike
 from lens_pipeline.scoring.sources import CatalogueCutouts, CutoutSource, ScoredDataset

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch
@@ -16,11 +15,11 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
-from lens_pipeline.catalogue.dataset import Split
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import FPRS, ranking_metric
 from lens_pipeline.models.metrics import RANKED
 from lens_pipeline.models.pretrained import read_checkpoint
+from lens_pipeline.models.split_scores import BATCH, split_scores
 from lens_pipeline.models.system import LensClassifier, LitLensSystem
 from lens_pipeline.shards.datamodule import CutoutModule
 from lens_pipeline.steps import file_aside, write_aside
@@ -52,7 +51,6 @@ from lens_pipeline.training.undisturbed import process_left_as_it_was
 
 COMPUTED_ON = "device and precision"
 WEIGHTS = ("state_dict", "hyper_parameters", "epoch", "global_step", "pytorch-lightning_version")
-BATCH = 256
 
 log = logging.getLogger(__name__)
 
@@ -324,10 +322,8 @@ def _finish(
             save_aside(weights, out / BEST)
     system = system_type.load_from_checkpoint(out / BEST, device(config), compile_model=False)
     split = data.split("val")
-    labels = pd.DataFrame({"id": split.ids, "label": split.labels, "group": split.groups})
     # What a step had memory for, this has, too.
-    found = split_scores(system, split, min(BATCH, config.training.batch_size))
-    scores = pd.concat([labels, found], axis=1)
+    scores = split_scores(system, split, min(BATCH, config.training.batch_size))
     # Where this was trained is no part of what was: the same training leaves the same bytes.
     checkpoint = read_checkpoint(out / LAST)
     save_aside(checkpoint | {"callbacks": {}}, out / LAST)
@@ -337,17 +333,3 @@ def _finish(
     with file_aside(out / SCORES) as file:
         scores.to_parquet(file, index=False)
     (out / FITTED).unlink()
-
-
-def split_scores(system: LensClassifier, split: Split, batch_size: int = BATCH) -> pd.DataFrame:
-    """`logit` and `logit_std` (n,) of a split, in its order, on the system's device.
-
-    logit_std: the standard deviation of the logit under dropout, see `dropout_draws`.
-    """
-    system = system.eval()
-    logits, deviations = [], []
-    for images in split.in_order(batch_size):
-        logit, drawn = system.scored(images)
-        logits.append(logit)
-        deviations.append(drawn.std(axis=1))
-    return pd.DataFrame({"logit": np.concatenate(logits), "logit_std": np.concatenate(deviations)})

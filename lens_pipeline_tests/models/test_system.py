@@ -416,3 +416,45 @@ def test_lightnings_own_arguments_of_loading_are_known(tmp_path: Path) -> None:
         LitLensSystem.load_from_checkpoint(path)
     loaded = LitLensSystem.load_from_checkpoint(path, strict=False)
     assert loaded.state_dict()[name].shape == value.shape
+
+
+@pytest.mark.parametrize("arch", ["lastro", "resnet18", "light_transformer"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_by_test_time_augmentation_a_logit_is_the_mean_over_turns_and_flips(
+    arch: str, channels_last: bool
+) -> None:
+    torch.manual_seed(0)
+    plain = LitLensSystem(arch, image_size=32, channels_last=channels_last).eval()
+    with torch.no_grad():
+        plain.head.weight *= 100  # an untrained network has hardly an opinion
+    augmented = LitLensSystem(
+        arch, image_size=32, channels_last=channels_last, test_time_augmentation=True
+    ).eval()
+    augmented.load_state_dict(plain.state_dict())
+    images = np.random.default_rng(0).normal(0, 3, (3, 3, 32, 32)).astype(np.float32)
+    turned = [
+        np.rot90(flipped, turns, axes=(2, 3))
+        for flipped in (images, images[..., ::-1])
+        for turns in range(4)
+    ]
+    alone = [plain.scored(one) for one in turned]
+    assert np.ptp([logit for logit, _ in alone], axis=0).min() > 1e-3  # no network is blind to it
+    by_hand = np.mean([logit for logit, _ in alone], axis=0)
+    drawn_by_hand = np.mean([drawn for _, drawn in alone], axis=0)
+    for one in turned:
+        logit, drawn = augmented.scored(one)
+        np.testing.assert_allclose(logit, by_hand, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(drawn, drawn_by_hand, rtol=1e-4, atol=1e-4)
+        with torch.inference_mode():
+            found = augmented(torch.from_numpy(one.copy()))
+        np.testing.assert_allclose(found, by_hand, rtol=1e-4, atol=1e-4)
+
+
+def test_training_sees_each_cutout_once_whatever_scores_are_made_of() -> None:
+    system = LitLensSystem("resnet18", image_size=32, test_time_augmentation=True)
+    seen = []
+    system.backbone.register_forward_hook(lambda *_: seen.append(system.training))
+    system.train()(torch.zeros(2, 3, 32, 32))
+    assert seen == [True]
+    system.eval()(torch.zeros(2, 3, 32, 32))
+    assert seen == [True] + 8 * [False]
