@@ -28,7 +28,7 @@ from lens_pipeline.catalogue.dataset import CutoutFormat, open_dataset
 from lens_pipeline.ensemble.system import BATCH, LensEnsemble
 from lens_pipeline.models.system import LitLensSystem, load_system
 from lens_pipeline.models.uncertainty import DRAWS
-from lens_pipeline.scoring.predictor import score_batches
+from lens_pipeline.scoring.score_tables import score_batches
 from lens_pipeline.scoring.shard_cutouts import open_cutout_source
 from lens_pipeline.shards import write_shards
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:  # importing `typing` takes twice as long as all of this
 _attached, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        *("catalogue", "ensemble", "evaluation", "models", "shards", "simulation", "training"),
+        *("catalogue", "ensemble", "evaluation", "models"),
+        *("scoring", "shards", "simulation", "training"),
     ],
     submod_attrs={
         "ensemble.lit_system": ["LitEnsembleSystem"],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
-from lens_pipeline.errors import InputError, masked
+from lens_pipeline.errors import InputError, masked, told_of
 from lens_pipeline.registry import (
     CHALLENGER,
     CHAMPION,
@@ -41,9 +41,9 @@ def load_registered(registry: Registry, uri: str | None = None) -> tuple["LensEn
     with answering(f"{uri or MODEL} cannot be loaded"):
         _ = registry.client  # sets MLflow's URIs
         uri = _numbered(registry, uri or _default_uri(registry))
-        # MLflow would leave what it fetches where it lies; the ensemble is in memory then.
         if not uri.startswith(f"models:/{MODEL}/"):
             raise InputError(f"{uri} is another model; a lens finder is {MODEL}")
+        # MLflow would leave what it fetches where it lies; the ensemble is in memory then.
         with import_path_kept(), TemporaryDirectory() as fetched:
             model = _loaded(uri, fetched)
             _tell_of_other_code(uri, Path(fetched))
@@ -137,7 +137,7 @@ def _loaded(uri: str, folder: str) -> Any:
     try:
         return mlflow.pyfunc.load_model(uri, dst_path=folder)
     except InputError as problem:
-        raise InputError(f"--model: {uri}: {problem}") from None
+        raise told_of(uri, problem) from None
 
 
 def _tell_of_other_code(uri: str, folder: Path) -> None:

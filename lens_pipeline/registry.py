@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import filelock
 
 from lens_pipeline.commit import code_commit
-from lens_pipeline.errors import InputError, NoAnswerError, words_of
+from lens_pipeline.errors import InputError, NoAnswerError
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import LOCKS, digest
 from lens_pipeline.tracking import (
@@ -82,25 +82,20 @@ class Registry:
     def dataset_versions(self) -> dict[str, str]:
         """{dataset version: the registered versions that refer to it}, of all models.
 
-        Raises InputError where the registry cannot be asked.
+        Raises NoAnswerError where the registry cannot be asked.
         """
         self.require()
         import mlflow
 
         referring: dict[str, list[str]] = {}
-        try:
+        with answering(
+            "MLFLOW_TRACKING_URI: which dataset versions its models refer to is not known"
+        ):
             _ = self.client  # sets MLflow's URIs
             for version in mlflow.search_model_versions():
                 if DATASET_VERSION in version.tags:
                     name = f"{version.name} version {version.version}"
                     referring.setdefault(version.tags[DATASET_VERSION], []).append(name)
-        except InputError:
-            raise
-        except Exception as problem:  # noqa: BLE001  (each kind of registry has errors of its own)
-            raise InputError(
-                f"MLFLOW_TRACKING_URI: the registry at {self.settings.mlflow_uri} cannot be asked "
-                f"which dataset versions its models refer to ({words_of(problem)})"
-            ) from None
         return {dataset: ", ".join(names) for dataset, names in referring.items()}
 
     def find_version(self, step_key: str) -> "ModelVersion | None":

@@ -20,7 +20,7 @@ from lens_pipeline.defs.checkpoints import POOL
 from lens_pipeline.defs.checks import said_of_checks
 from lens_pipeline.defs.sensors import made_by
 from lens_pipeline.defs.surveys import every_survey
-from lens_pipeline.errors import InputError, masked
+from lens_pipeline.errors import InputError, masked, told_of
 from lens_pipeline.launcher import DEPLOYMENT, forget_ended_runs
 from lens_pipeline.processes import (
     HOST,
@@ -84,12 +84,22 @@ def keep_settings(settings: Settings) -> None:
 def settings_of_home(home: str | None) -> Settings:
     """The settings; what the environment leaves open is as in the home's last run."""
     settings = Settings.load(home=home)
-    kept = settings.home / KEPT
-    if not kept.is_file():
-        return settings
-    values = json.loads(kept.read_text())
     stated = settings.model_fields_set
-    return Settings.load(home=home, **{k: v for k, v in values.items() if k not in stated})
+    try:
+        return Settings.load(
+            home=home, **{k: v for k, v in _kept(settings).items() if k not in stated}
+        )
+    except InputError as problem:
+        raise told_of(f"{settings.home / KEPT}, of the last run", problem) from None
+
+
+def _kept(settings: Settings) -> dict[str, Any]:
+    """What the last run of a home has left of its settings; nothing where there was none."""
+    file = settings.home / KEPT
+    try:
+        return dict(json.loads(file.read_text())) if file.is_file() else {}
+    except (ValueError, TypeError):
+        raise InputError(f"{file}: is damaged; remove it") from None
 
 
 @contextmanager
@@ -191,10 +201,7 @@ def _tell_of_source(settings: Settings) -> None:
     """Says what is read; warns where that is the simulation and the home's last run has read a
     catalogue, as where LENS_SOURCE was forgotten."""
     log.info("source: %s", masked(settings.source))
-    kept = settings.home / KEPT
-    before = (
-        json.loads(kept.read_text()).get("source", SIMULATION) if kept.is_file() else SIMULATION
-    )
+    before = _kept(settings).get("source", SIMULATION)
     if settings.is_simulated and before != SIMULATION:
         log.warning(
             "LENS_SOURCE: the last run of %s read %s; if the simulation is not meant, interrupt "
@@ -230,6 +237,7 @@ def _naming_the_holder(instance: dg.DagsterInstance, run_id: str) -> Iterator[No
     done = threading.Event()
 
     def watch() -> None:
+        told = None
         while not done.wait(PATIENCE):
             info = instance.event_log_storage.get_concurrency_info(POOL)
             if run_id in info.pending_run_ids:
@@ -241,6 +249,9 @@ def _naming_the_holder(instance: dg.DagsterInstance, run_id: str) -> Iterator[No
                     for r in holders
                     if r is not None
                 ]
+                if named == told:
+                    continue
+                told = named
                 log.warning(
                     "waiting for pool %s, held by %s; should that be gone, force its termination "
                     "on its page (lens-pipeline show)", POOL, ", ".join(named) or "no run",

@@ -18,7 +18,7 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
         "--config", type=Path, help="a YAML file that changes the simulation (LENS_SIMULATION)"
     )
     parser.add_argument("--n", type=int, default=1000, help="cutouts (default 1000)")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
+    parser.add_argument("--seed", type=int, help="of all that is drawn (LENS_SEED, else 0)")
     parser.add_argument("--image-size", type=int, default=64, help="pixels, 32 to 512 (default 64)")
     parser.add_argument("--device", default="cpu", help="a torch device (default cpu)")
     parser.add_argument(
@@ -38,7 +38,10 @@ def _simulate(options: argparse.Namespace) -> int:
     from lens_pipeline.simulation.simulate import simulate_surveys
 
     settings = Settings.load(
-        home=options.home, survey=options.survey, simulation=options.config and str(options.config)
+        home=options.home,
+        survey=options.survey,
+        simulation=options.config and str(options.config),
+        seed=options.seed,
     )
     configs = load_configs(settings.survey, settings.simulation)
     with interruptible(), folder_aside(out) as aside:
@@ -46,7 +49,7 @@ def _simulate(options: argparse.Namespace) -> int:
             aside,
             configs,
             options.n,
-            options.seed,
+            settings.seed,
             device=options.device,
             image_size=options.image_size,
             compiled=options.compile,
@@ -69,6 +72,7 @@ def _draw_kinds(folder: Path) -> None:
     import numpy as np
     import pandas as pd
 
+    from lens_pipeline.catalogue.cutout import SIGMA_UNITS
     from lens_pipeline.evaluation.plots import jpeg_bytes
     from lens_pipeline.evaluation.sheets import PER_KIND, kinds_sheet
 
@@ -77,5 +81,5 @@ def _draw_kinds(folder: Path) -> None:
     shown = table.loc[turn].groupby("kind", sort=False).head(PER_KIND)
     places = [path.split("#") for path in shown["path"]]
     images = np.stack([np.load(folder / name, mmap_mode="r")[int(row)] for name, row in places])
-    figure = kinds_sheet(images, shown["kind"].tolist(), "background_sigma")
+    figure = kinds_sheet(images, shown["kind"].tolist(), SIGMA_UNITS)
     (folder / "kinds.jpg").write_bytes(jpeg_bytes(figure))

@@ -241,6 +241,13 @@ def locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
+def last_used(folder: Path) -> float:
+    """When a step's folder was last made or reused, in seconds since 1970; 0 of what no step has
+    made."""
+    holder = folder.parent / LOCKS / f"{folder.name}{HOLDER}"
+    return holder.stat().st_mtime if holder.exists() else 0.0
+
+
 def run_step(
     recipe: Recipe,
     root: Path,

@@ -58,8 +58,8 @@ def train_command(options: argparse.Namespace) -> int:
 
 
 def asked_config(options: argparse.Namespace, settings: Settings) -> TrainConfig:
-    """What the file and the flags say, with the places of data and weights for another working
-    directory and another day (of published shards, the version that is the newest now), and with a
+    """What the file and the flags say, with the places of data for another working directory and
+    another day (of published shards, the version that is the newest now), and with a
     file in the place of a registered model. Raises InputError for what this machine does not have,
     too."""
     config = TrainConfig.read(options.config) if options.config else TrainConfig()
@@ -193,10 +193,7 @@ def _places(config: TrainConfig, settings: Settings) -> dict[str, dict[str, Any]
     if "data_root" in found:
         found["data_root"] = version_at(found["data_root"], settings.storage_options)
     urls = {name: url for name, url in found.items() if name.endswith("_urls")}
-    found |= in_versions(urls, settings.storage_options)
-    if not config.starts_from_a_file:
-        return {"data": found}
-    return {"data": found, "model": {"pretrained": written_down(config.model.pretrained)}}
+    return {"data": found | in_versions(urls, settings.storage_options)}
 
 
 def _tell(trained: "TrainedMember", config: TrainConfig) -> None:

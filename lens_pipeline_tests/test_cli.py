@@ -131,6 +131,7 @@ def test_the_help_names_variables_that_are_settings(
         (["train", "--data-root", "/nowhere"], "/nowhere: there is no such file or folder"),
         (["train", "--learnig-rate", "1e-3"], "--learnig-rate; did you mean --learning-rate"),
         (["tune", "--trails=3"], "--trails=3; did you mean --trials"),
+        (["train", "--batch", "32"], "--batch; did you mean --batch-size"),  # no name is cut short
         (["train", "--lr", "0.1"], "--lr; did you mean --learning-rate"),
         (["train", "--gpus=4"], "--gpus=4; did you mean --devices"),
         (["predict", "--catalogue", "c.csv"], "--out"),

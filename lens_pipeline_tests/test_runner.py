@@ -14,6 +14,7 @@ import pytest
 from lens_pipeline import runner
 from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.checkpoints import POOL
+from lens_pipeline.errors import InputError
 from lens_pipeline.processes import HOST, PID, RUN, process_tags, sign_of_life
 from lens_pipeline.runner import (
     open_instance,
@@ -135,6 +136,22 @@ def test_the_instance_settings_of_a_former_version_are_replaced_and_edited_ones_
             monkeypatch.setattr(runner, "FORMER", {former})
         prepare_home(settings)
         assert file.read_text() == (content if kept else shipped)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "is damaged; remove it"),
+        ("3", "is damaged; remove it"),
+        ('{"preset": "huge"}', "of the last run: LENS_PRESET: "),
+    ],
+)
+def test_what_a_home_remembers_is_not_blamed_on_the_environment(
+    content: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(InputError, match=f"{tmp_path}/settings.json.*{said}"):
+        settings_of_home(str(tmp_path))
 
 
 def test_who_looks_at_a_home_sees_the_graph_of_its_last_run(

@@ -164,7 +164,7 @@ def usable_cutout(cutout: Cutout, size: int, *, pad: bool = False) -> Cutout:
     if flat.all() or (units == SIGMA_UNITS and flat.any()):
         raise CutoutError("the image is constant" if flat.all() else "a band is constant")
     if not np.abs(pixels).max() <= FLOAT16_MAX:
-        raise CutoutError("a pixel is brighter than 65504 background sigma")
+        raise CutoutError("a pixel is more than 65504 background sigma from zero")
     padded_fraction = 1 - pixels[0].size / size**2
     if padded_fraction:
         canvas = np.broadcast_to(filler, (len(pixels), size, size)).copy()

@@ -5,6 +5,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -105,22 +106,22 @@ class Dataset:
         is no such split, or its file is not whole.
         """
         check_part(part)
-        path = self.folder / f"{part}.npy"
-        try:
+        with _whole(self.folder / f"{part}.npy") as path:
             return np.load(path, mmap_mode="c", allow_pickle=False)
-        except (OSError, ValueError) as problem:
-            raise InputError(f"{path}: is not whole ({problem}); make the dataset again") from None
 
     def open_images(self, part: str) -> "ImageFile":
         """The same, to be read in blocks: unlike pages of a file that is mapped, they do not add
-        up in memory."""
+        up in memory. Raises InputError as `images`."""
         check_part(part)
-        return ImageFile(self.folder / f"{part}.npy")
+        with _whole(self.folder / f"{part}.npy") as path:
+            return ImageFile(path)
 
     def table(self, part: str) -> pd.DataFrame:
-        """One row an image, in their order; `row` is the row of the catalogue, from 0."""
+        """One row an image, in their order; `row` is the row of the catalogue, from 0. Raises
+        InputError as `images`."""
         check_part(part)
-        return pd.read_parquet(self.folder / f"{part}.parquet")
+        with _whole(self.folder / f"{part}.parquet") as path:
+            return pd.read_parquet(path)
 
     def split(self, part: str) -> "DatasetSplit":
         """`train`, `val`, `test` or `unlabelled`, for reading batches."""
@@ -134,19 +135,30 @@ class Dataset:
 
     def rejects(self) -> pd.DataFrame:
         """Cutouts that could not be used: id, row (from 0), file, column, reason."""
-        return pd.read_parquet(self.folder / REJECTS)
+        with _whole(self.folder / REJECTS) as path:
+            return pd.read_parquet(path)
 
     def near_duplicates(self) -> pd.DataFrame:
         """Pairs of cutouts of the same sky in two splits, the most alike first.
 
         id, split, other_id, other_split, correlation, mirrored, rotated (see `duplicates`).
         """
-        return pd.read_parquet(self.folder / NEAR_DUPLICATES)
+        with _whole(self.folder / NEAR_DUPLICATES) as path:
+            return pd.read_parquet(path)
 
     def groups_in_two_splits(self) -> list[str]:
         """Groups of which two splits hold a labelled cutout: none, if the splits are sound."""
         tables = [self.table(part)[["group", "split", "label"]] for part in SPLITS]
         return torn_groups(pd.concat(tables))
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file of a dataset, to be opened. Raises InputError where it cannot be."""
+    try:
+        yield path
+    except (OSError, ValueError) as problem:
+        raise InputError(f"{path}: is not whole ({problem}); make the dataset again") from None
 
 
 class ImageFile:
@@ -283,8 +295,11 @@ def open_dataset(folder: str | Path) -> Dataset:
     path = Path(folder) / "dataset.json"
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; {folder} is not a processed dataset")
-    facts = json.loads(path.read_text())
-    return Dataset(Path(folder), CutoutFormat.from_dict(facts), facts)
+    try:
+        facts = json.loads(path.read_text())
+        return Dataset(Path(folder), CutoutFormat.from_dict(facts), facts)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: is damaged; make the dataset again") from None
 
 
 def counted_reasons(reasons: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ import hashlib
 import io
 import math
 import re
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -35,6 +36,9 @@ from lens_pipeline.storage import asking, locate, states_of
 
 STACKS = 8  # local ones that are open at a time, in each process
 NPY_HEAD = 4096  # bytes: more than the head of a NumPy file
+# The head of a NumPy file is a Python literal; CPython before 3.11.8 and 3.12.2 reads these in one
+# thread at a time, and another fails with a SystemError now and then (gh-106905).
+_LITERALS = threading.Lock()
 STACK_ROW = re.compile(r"^(?P<file>.*\.npy(\?[^#]*)?)#(?P<row>\d+)$", re.IGNORECASE)
 
 
@@ -89,7 +93,9 @@ def decode_image(content: bytes, suffix: str, flux_unit: str | None = None) -> C
     linear = _linear(flux_unit)
     try:
         if suffix == "npy":
-            return _of_array(np.load(io.BytesIO(content), allow_pickle=False), flux_unit)
+            with _LITERALS:
+                array = np.load(io.BytesIO(content), allow_pickle=False)
+            return _of_array(array, flux_unit)
         if suffix in ("fits", "fit", "fz"):
             found = read_fits(io.BytesIO(content))
             cube = _as_cube(found.pixels)
@@ -140,7 +146,7 @@ def _unreadable(problem: Exception) -> CutoutError:
 
 def _read_npz(content: bytes, flux_unit: str | None) -> Cutout:
     """One cube, or one image for each band, named by it."""
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+    with _LITERALS, np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         names = arrays.files
         if len(names) == 1:
             return _of_array(arrays[names[0]], flux_unit)
@@ -174,7 +180,8 @@ def _remote_row(path: str, row: int, options: dict[str, Any] | None) -> NDArray[
     """A row of a stack in a store, of which nothing else is fetched but its head."""
     head = io.BytesIO(_content(path, options, 0, NPY_HEAD))
     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-    shape, by_columns, dtype = read[npy.read_magic(head)](head)
+    with _LITERALS:
+        shape, by_columns, dtype = read[npy.read_magic(head)](head)
     _check_row(row, shape)
     if by_columns or dtype.hasobject:
         raise CutoutError("a stack must be of numbers, row after row (C order)")

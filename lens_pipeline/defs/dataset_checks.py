@@ -26,6 +26,9 @@ FEW = 10
 LOPSIDED = 0.1  # the share of the rarer class among cutouts of one origin, which then tells it
 
 
+PIXEL_LIBRARIES = ("astropy", "numpy")  # of `drift`
+
+
 def pixels_of(dataset: "Dataset", content: str, settings: Settings) -> dict[str, Any]:
     """The `pixel_statistics` of a dataset with that content, of which every pixel is read once."""
     from lens_pipeline.catalogue.drift import pixel_statistics
@@ -33,7 +36,9 @@ def pixels_of(dataset: "Dataset", content: str, settings: Settings) -> dict[str,
     def measured() -> bytes:
         return json.dumps(pixel_statistics(dataset), indent=1).encode()
 
-    file = derived("statistics", "pixels.json", content, measured, settings, (PIXELS,), ("numpy",))
+    file = derived(
+        "statistics", "pixels.json", content, measured, settings, (PIXELS,), PIXEL_LIBRARIES
+    )
     return json.loads(file.read_text())
 
 

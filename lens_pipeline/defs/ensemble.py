@@ -11,6 +11,7 @@ import dagster as dg
 from lens_pipeline.catalogue.column_help import COLUMNS as CATALOGUE_COLUMNS
 from lens_pipeline.commit import code_commit
 from lens_pipeline.defs.checkpoints import member_libraries
+from lens_pipeline.defs.dataset_checks import PIXEL_LIBRARIES
 from lens_pipeline.defs.gate import GATE_CHECK, Candidate
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.scored import AS_DATASET, scored_source
@@ -101,7 +102,7 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
         recipe = Recipe(
             stage="lens_ensemble",
             modules=(SYSTEM, LEARNT, AS_DATASET),
-            libraries=(*member_libraries(members), "numpy", "scipy"),
+            libraries=(*member_libraries(members), *PIXEL_LIBRARIES, "scipy"),
             inputs={name: part.content for name, part in upstream.items()},
             settings={
                 "dataset_version": shards.content,
@@ -125,7 +126,8 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
             learnt = rows[rows["split"].isin(["train", "val"])]
             seen = set(learnt["group"])
             for member in trained.values():
-                seen |= groups_behind(member.config.model.pretrained)
+                if member.config.starts_from_a_file:
+                    seen |= groups_behind(member.config.model.pretrained)
             parts_of = by_origin(learnt, manifest.simulated)
             steps = {name: part.folder.name for name, part in upstream.items()}
             facts = {

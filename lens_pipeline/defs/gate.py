@@ -123,9 +123,9 @@ class Candidate:
         of `test`; learnt: the groups that it knows."""
         from lens_pipeline.ensemble.calibration import at_mixture
         from lens_pipeline.ensemble.description import read_groups
+        from lens_pipeline.evaluation.fractions import lens_fraction
         from lens_pipeline.evaluation.gates import champion_gate
         from lens_pipeline.evaluation.result import read_evaluation
-        from lens_pipeline.evaluation.standing import lens_fraction
 
         settings = self.lens.settings
         label = test["label"].to_numpy(int)

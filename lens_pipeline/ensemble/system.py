@@ -27,8 +27,8 @@ from lens_pipeline.ensemble.description import (
 )
 from lens_pipeline.ensemble.fusion import Fused, Fusion
 from lens_pipeline.errors import InputError
+from lens_pipeline.evaluation.fractions import lens_fraction
 from lens_pipeline.evaluation.metrics import lens_metrics
-from lens_pipeline.evaluation.standing import lens_fraction
 from lens_pipeline.models.split_scores import BATCH, split_scores
 from lens_pipeline.models.system import LitLensSystem, load_system
 

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lens_pipeline.evaluation.fractions import lens_fraction
 from lens_pipeline.evaluation.result import FUSED, Evaluation
-from lens_pipeline.evaluation.standing import idle_members, lens_fraction, of_turns
+from lens_pipeline.evaluation.standing import OF_SIMULATIONS, idle_members, of_turns
 from lens_pipeline.evaluation.tables import MORE_COLUMNS, format_text, metric_text
 
 LONGEST = 5000  # characters that the registry keeps
@@ -62,8 +63,7 @@ def _limits(facts: Mapping[str, Any], evaluation: Evaluation) -> list[str]:
     if facts["simulated"]:
         limits.append(
             "- It has learnt from simulations. On real images expect less than on them: "
-            "networks that were trained on simulations alone fell from 92 % to 24 % purity in "
-            "Euclid's Q1."
+            f"{OF_SIMULATIONS}."
         )
     unresolved = [
         title

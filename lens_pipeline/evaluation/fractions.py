@@ -1,5 +1,6 @@
 """Fractions of cutouts, with what their number, and their groups, leave open."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -75,3 +76,10 @@ def fraction_of(
 def upper_limit(n: ArrayLike) -> Array:
     """The 95 % upper limit of a rate of which n trials show no case (Clopper & Pearson 1934)."""
     return np.asarray(betaincinv(1, n, LIMIT))
+
+
+def lens_fraction(facts: Mapping[str, Any]) -> float:
+    """Of the validation split's cutouts: where lenses are as frequent, `probability` holds. facts:
+    `ensemble.json`."""
+    counts = facts["validation"]
+    return float(counts["n_lens"] / sum(counts.values()))

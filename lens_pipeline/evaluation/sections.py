@@ -20,7 +20,7 @@ from lens_pipeline.evaluation.score_plots import (
     score_histogram_figure,
 )
 from lens_pipeline.evaluation.selection_plots import completeness_figure, completeness_map_figure
-from lens_pipeline.evaluation.standing import idle_members, members_table, of_turns
+from lens_pipeline.evaluation.standing import OF_SIMULATIONS, idle_members, members_table, of_turns
 from lens_pipeline.evaluation.tables import (
     NOTHING_TO_EXPECT,
     completeness_table,
@@ -34,8 +34,7 @@ from lens_pipeline.evaluation.tables import (
 
 WARNING = (
     "Lenses are here those that the simulation makes, wide and bright enough to be seen, and the "
-    "prevalence is theirs. Simulated cutouts promise too much: networks that were trained on "
-    "simulations alone fell from 92 % to 24 % purity on real images of Euclid (Euclid Q1)."
+    f"prevalence is theirs. Simulated cutouts promise too much: {OF_SIMULATIONS}."
 )
 REASONS = 10  # against cutouts that are told
 SHARE = (

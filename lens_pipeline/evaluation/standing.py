@@ -9,12 +9,10 @@ from lens_pipeline.evaluation.tables import metric_text
 
 LITTLE = 0.05  # of the score: who has less hardly counts
 CHANCE = 0.5  # AUROC
-
-
-def lens_fraction(facts: Mapping[str, Any]) -> float:
-    """Of the validation split's cutouts: where lenses are as frequent, `probability` holds."""
-    counts = facts["validation"]
-    return float(counts["n_lens"] / sum(counts.values()))
+OF_SIMULATIONS = (
+    "networks that were trained on simulations alone fell from 92 % to 24 % purity on real images "
+    "of Euclid (Euclid Q1)"
+)
 
 
 def members_table(facts: Mapping[str, Any]) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lens_pipeline.catalogue.cutout import SIGMA_UNITS
-from lens_pipeline.choices import Loss, Schedule
+from lens_pipeline.choices import BOUNDS, Loss, Schedule, check_bounds
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.architectures import build_backbone
 from lens_pipeline.models.augmentation import all_dihedral, augment
@@ -258,7 +258,7 @@ class LensClassifier(pl.LightningModule):
         try:
             system = cls(**(found.get("hyper_parameters", {}) | changes))
         except TypeError as problem:
-            if unknown := changes.keys() - inspect.signature(cls).parameters.keys():
+            if unknown := changes.keys() - cls._arguments():
                 raise InputError(f"{min(unknown)}: {cls.__name__} has no such argument") from None
             # Settings of another kind of system.
             raise InputError(
@@ -272,6 +272,13 @@ class LensClassifier(pl.LightningModule):
                 f"{checkpoint_path}: is no checkpoint of this {cls.__name__} ({first})"
             ) from None
         return system.to(map_location)
+
+    @classmethod
+    def _arguments(cls) -> set[str]:
+        """Those of its own, and the members' where it has some."""
+        own = inspect.signature(cls).parameters
+        variable = any(one.kind is one.VAR_KEYWORD for one in own.values())
+        return {*own, *(inspect.signature(LitLensSystem).parameters if variable else ())}
 
     def configure_optimizers(self) -> Any:
         wanted = self.hparams
@@ -323,7 +330,8 @@ class LitLensSystem(LensClassifier):
     flip in training; shift and noise: see `augment`; test_time_augmentation: in eval mode the
     features are the mean over a cutout's eight turns and flips, so that its logit, by a head that
     is linear, is the mean of theirs, and the same however it is turned; eight times the work.
-    Raises InputError for noise on composites, and for a loss or schedule that there is not.
+    Raises InputError for noise on composites, for a loss or schedule that there is not, and for a
+    number out of its BOUNDS.
     """
 
     def __init__(
@@ -359,6 +367,9 @@ class LitLensSystem(LensClassifier):
         # Of a trained network only its own weights count; the whole configuration is logged
         # elsewhere.
         self.save_hyperparameters(ignore=["pretrained"], logger=False)
+        check_bounds("lr", lr, "learning_rate")
+        for name in BOUNDS.keys() & self.hparams.keys():
+            check_bounds(name, self.hparams[name])
         start = NAMED_STARTS.get(str(pretrained), pretrained)
         self.backbone, n_features = build_backbone(arch, bands, image_size, start)
         self.dropout = nn.Dropout(dropout_rate)

@@ -15,6 +15,7 @@ from lens_pipeline.ensemble.calibration import at_mixture
 from lens_pipeline.ensemble.system import LensEnsemble, load_ensemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.forecast import PREVALENCE, forecast
+from lens_pipeline.evaluation.fractions import lens_fraction
 from lens_pipeline.evaluation.metrics import ece_by_chance, lens_metrics, ranking_metric
 from lens_pipeline.evaluation.origins import SIMULATED, basis, by_origin, described
 from lens_pipeline.evaluation.report import Picture, Section, write_report
@@ -28,7 +29,6 @@ from lens_pipeline.evaluation.sections import (
 )
 from lens_pipeline.evaluation.selection import false_positives_by_kind, selection_function
 from lens_pipeline.evaluation.sheets import contact_sheet
-from lens_pipeline.evaluation.standing import lens_fraction
 from lens_pipeline.evaluation.surveys import by_survey
 from lens_pipeline.evaluation.tables import cutouts_table, format_text
 from lens_pipeline.models.saliency import smooth_grad
@@ -218,7 +218,8 @@ def _best_member(metrics: Mapping[str, Mapping[str, Any]]) -> str:
 def _galleries(
     dataset: ScoredDataset, test: pd.DataFrame, member: str, system: LitLensSystem
 ) -> Section:
-    position = pd.Series(np.arange(len(dataset.table("test"))), index=dataset.table("test")["row"])
+    rows = dataset.table("test")["row"]
+    position = pd.Series(np.arange(len(rows)), index=rows)
 
     def gallery(rows: pd.DataFrame, name: str, caption: str) -> Picture:
         first = rows.head(GALLERY)

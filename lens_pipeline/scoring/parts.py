@@ -32,7 +32,6 @@ from lens_pipeline.models.split_scores import BATCH
 from lens_pipeline.scoring.best import show_best
 from lens_pipeline.scoring.claim import LOCK, Share, claimed
 from lens_pipeline.scoring.likeness import tell_of_unlike
-from lens_pipeline.scoring.predictor import score_batches, scoring, tell_of_replaced
 from lens_pipeline.scoring.score_files import (
     FINGERPRINT,
     about_intact,
@@ -42,6 +41,7 @@ from lens_pipeline.scoring.score_files import (
     write_scores,
     written,
 )
+from lens_pipeline.scoring.score_tables import score_batches, scoring, tell_of_replaced
 from lens_pipeline.scoring.scored_rows import ScoredRows, model_hash, scoring_program
 from lens_pipeline.scoring.sources import CutoutSource
 from lens_pipeline.storage import FEW

@@ -1,26 +1,20 @@
-"""Score tables: one row per catalogue row, in its order."""
+"""The scores of a dataset, or of a catalogue that memory holds."""
 
-import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from lens_pipeline.catalogue.cutout import CutoutError
 from lens_pipeline.catalogue.splits import PARTS
 from lens_pipeline.catalogue.table import Catalogue, read_catalogue
 from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.split_scores import BATCH
-from lens_pipeline.progress import progress_bar
 from lens_pipeline.scoring.likeness import tell_of_unlike
-from lens_pipeline.scoring.sources import CatalogueCutouts, CutoutSource, ScoredDataset
-
-log = logging.getLogger(__name__)
+from lens_pipeline.scoring.score_tables import score_batches, score_table, scoring
+from lens_pipeline.scoring.sources import CatalogueCutouts, ScoredDataset
 
 
 def score_dataset(
@@ -82,56 +76,3 @@ def score_catalogue(
     own = replace(catalogue, table=catalogue.table.reset_index(drop=True))
     table = score_table(own, ensemble.columns, scores, scores["reject_reason"])
     return table.set_axis(catalogue.table.index)
-
-
-def score_batches(
-    ensemble: LensEnsemble, source: CutoutSource, rows: NDArray[np.integer]
-) -> Iterator[pd.DataFrame]:
-    """Scores of some rows of a source (from 0), BATCH at a time and in this order: the columns of
-    the ensemble and `reject_reason`, indexed by row.
-
-    What else is in its batch may move the last digits of a score.
-    """
-    cutouts = source.read(ensemble.format, rows)
-    for start in range(0, len(rows), BATCH):
-        some = rows[start : start + BATCH].tolist()
-        good: dict[int, NDArray[np.float32]] = {}
-        rejects: dict[int, str] = {}
-        for row, cutout in zip(some, cutouts, strict=False):
-            if isinstance(cutout, CutoutError):
-                rejects[row] = str(cutout)
-            else:
-                good[row] = cutout
-        scores = (
-            ensemble.predict(np.stack(list(good.values()))).set_index(pd.Index(good))
-            if good
-            else pd.DataFrame(columns=ensemble.columns, dtype=float)
-        )
-        reasons = pd.Series(rejects, dtype=object).reindex(some)
-        yield scores.reindex(some).assign(reject_reason=reasons)
-
-
-def score_table(
-    catalogue: Catalogue, columns: list[str], scores: pd.DataFrame, rejects: pd.Series
-) -> pd.DataFrame:
-    """The table of `score_catalogue`; scores and rejects are indexed as the catalogue is."""
-    own = catalogue.table
-    tell_of_replaced(catalogue, [*columns, "reject_reason"])
-    table = pd.concat([own[["id", "label"]], scores[columns].reindex(own.index)], axis=1)
-    table["reject_reason"] = rejects.reindex(own.index)
-    return pd.concat([table, own.drop(columns=table.columns, errors="ignore")], axis=1)
-
-
-def tell_of_replaced(catalogue: Catalogue, ours: list[str]) -> None:
-    """Warns of columns of a catalogue that its scores have, too, unless it is a score file."""
-    replaced = [name for name in ours if name in catalogue.table]
-    if replaced and not {"probability", "reject_reason"} <= {*replaced}:
-        log.warning(
-            "%s: the scores have columns of their own named %s, and those of the catalogue are not "
-            "carried along; rename them to keep them", catalogue.source, ", ".join(replaced),
-        )  # fmt: skip
-
-
-def scoring(total: int, done: int = 0, what: str = "scoring") -> Any:
-    """See `progress_bar`."""
-    return progress_bar(total=total, initial=done, desc=what, unit="cutout")

@@ -12,12 +12,12 @@ from lens_pipeline.catalogue.build import LIBRARIES as PIXEL_LIBRARIES
 from lens_pipeline.ensemble.carried import further_libraries
 from lens_pipeline.ensemble.learnt import LEARNT_PIXELS
 from lens_pipeline.ensemble.system import LensEnsemble
-from lens_pipeline.scoring.predictor import score_table
 from lens_pipeline.scoring.score_files import FINGERPRINT, ROW_GROUP
+from lens_pipeline.scoring.score_tables import score_table
 from lens_pipeline.scoring.sources import CutoutSource, hashed
 from lens_pipeline.steps import digest, source_hashes
 
-_MODULES = ("lens_pipeline.scoring.predictor", "lens_pipeline.scoring.shard_cutouts")
+_MODULES = ("lens_pipeline.scoring.score_tables", "lens_pipeline.scoring.shard_cutouts")
 # Of reasons against a cutout: a disk that fails or goes away for a while, or a right that lacks,
 # does not show in its file.
 _MAY_PASS = ("the file cannot be read", "the file is missing")

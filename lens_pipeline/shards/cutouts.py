@@ -32,7 +32,7 @@ from lens_pipeline.shards.prepare import IMAGE_SIZE
 from lens_pipeline.shards.reader import FetchedSplit, ShardSplit, shards_at
 from lens_pipeline.shards.store import Store
 from lens_pipeline.shards.versions import version_at
-from lens_pipeline.steps import Recipe, check_unchanged, run_step
+from lens_pipeline.steps import Recipe, check_unchanged, last_used, run_step
 from lens_pipeline.storage import locate
 
 log = logging.getLogger(__name__)
@@ -146,9 +146,10 @@ def open_cutouts(
 
 
 def newest_shards(home: Path) -> Path:
-    """Raises InputError where the home has none."""
+    """Those that were last made, or reused: who goes back to former settings means the shards of
+    these. Raises InputError where the home has none."""
     whole = (home / "shards").glob(f"[!.]*/{MANIFEST}")  # of a hidden one, not all may be there
-    found = sorted(whole, key=lambda path: path.stat().st_mtime)
+    found = sorted(whole, key=lambda path: (last_used(path.parent), path.stat().st_mtime))
     if not found:
         raise InputError(
             f"{home}: holds no shards; name a data_root, or make some: lens-pipeline run"

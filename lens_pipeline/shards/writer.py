@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.columns import image_columns
-from lens_pipeline.catalogue.dataset import Dataset, open_dataset
+from lens_pipeline.catalogue.dataset import Dataset, ImageFile, open_dataset
 from lens_pipeline.catalogue.splits import PARTS, class_counts
 from lens_pipeline.progress import progress_bar
 from lens_pipeline.shards.encoding import Encoding
@@ -61,9 +61,12 @@ def write_shards(
     with filling(out) as folder:
         with (
             progress_bar(total=total, desc="writing shards", unit="cutout") as progress,
+            ExitStack() as stack,
             _a_thread_a_core() as pool,
         ):
-            portions = _portions(source, mixed, shard_size)
+            # Opened here, and not by threads: see `catalogue.images`.
+            files = {part: stack.enter_context(source.open_images(part)) for part in PARTS}
+            portions = _portions(source, files, mixed, shard_size)
             for shard, table in pool.map(lambda portion: portion.write(folder, stored), portions):
                 shards.append(shard)
                 tables.append(table)
@@ -98,13 +101,15 @@ def _a_thread_a_core() -> Iterator[ThreadPoolExecutor]:
 class _Portion:
     """The cutouts of one shard; `first` is the number of the first in its split.
 
-    table: their rows, whose index says where they lie in the dataset.
+    images: of the split, which its shards share; table: their rows, whose index says where they lie
+    in it.
     """
 
     name: str
     split: str
     first: int
-    dataset: Dataset
+    images: ImageFile
+    bands: tuple[str, ...]
     shape: tuple[int, ...]
     table: pd.DataFrame
 
@@ -115,15 +120,12 @@ class _Portion:
         step = max(1, PART // (4 * int(np.prod(self.shape))))
         block = np.empty((step, *self.shape), np.float32)
         scratch = np.empty(2 * PART, np.uint8)
-        others = _others(self.table, encoding.stated(self.dataset.format.bands, self.shape))
-        with (
-            self.dataset.open_images(self.split) as images,
-            (folder / self.name).open("wb", buffering=0) as file,
-        ):
+        others = _others(self.table, encoding.stated(self.bands, self.shape))
+        with (folder / self.name).open("wb", buffering=0) as file:
             for start in range(0, len(self.table), step):
                 rows = slice(start, min(start + step, len(self.table)))
                 n = rows.stop - start
-                cutouts = images.gather(self.table.index[rows].to_numpy(), block)
+                cutouts = self.images.gather(self.table.index[rows].to_numpy(), block)
                 pixels = _pixels(cutouts, self.shape, encoding)
                 members = [pixels, *(member.part(rows) for member in others)]
                 part, places = tar_part(self.first + start, n, members, scratch)
@@ -209,10 +211,14 @@ def _mixed(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _portions(
-    dataset: Dataset, tables: Mapping[str, pd.DataFrame], shard_size: int
+    dataset: Dataset,
+    files: Mapping[str, ImageFile],
+    tables: Mapping[str, pd.DataFrame],
+    shard_size: int,
 ) -> Iterator[_Portion]:
     for split, table in tables.items():
         shape = dataset.images(split).shape[1:]
         for number, first in enumerate(range(0, len(table), shard_size)):
             rows = table.iloc[first : first + shard_size]
-            yield _Portion(shard_name(split, number), split, first, dataset, shape, rows)
+            name = shard_name(split, number)
+            yield _Portion(name, split, first, files[split], dataset.format.bands, shape, rows)

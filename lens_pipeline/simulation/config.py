@@ -13,7 +13,7 @@ Plain pydantic, and written by hand in a YAML file where the defaults are not wa
 """
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -44,6 +44,12 @@ class Uniform(_Part):
     distribution: Literal["uniform"]
     low: float
     high: float
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.low > self.high:
+            raise ValueError("low must not be above high")
+        return self
 
     def __call__(self, u: Array) -> Array:
         return self.low + (self.high - self.low) * u
@@ -90,6 +96,17 @@ class Constant(_Part):
         return np.full_like(u, self.value)
 
 
+# What values of a population can be, and how it is said.
+POSSIBLE: Mapping[str, tuple[str, Callable[[Array], NDArray[np.bool_]]]] = {
+    "lens_redshift": ("above 0", lambda z: z > 0),
+    "velocity_dispersion": ("above 0 km/s", lambda sigma: sigma > 0),
+    "lens_axis_ratio": ("above 0, and at most 1", lambda q: (q > 0) & (q <= 1)),
+    "shear": ("at least 0, and below 1", lambda gamma: (gamma >= 0) & (gamma < 1)),
+    "source_redshift": ("above 0", lambda z: z > 0),
+    "source_axis_ratio": ("above 0, and at most 1", lambda q: (q > 0) & (q <= 1)),
+}
+LOOKED_AT = np.array([0.001, 0.5, 0.999])  # quantiles
+
 Distribution = Annotated[
     Uniform | Normal | LogNormal | Constant, Field(discriminator="distribution")
 ]
@@ -120,6 +137,24 @@ class Population(_Part):
     min_arc_contrast: float = Field(
         default=0.1, ge=0, description="over the galaxy's light, see `Renderer.contrast`"
     )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.min_einstein_radius >= self.max_einstein_radius:
+            raise ValueError(
+                f"min_einstein_radius: must be below max_einstein_radius, which is "
+                f"{self.max_einstein_radius:g} arcsec"
+            )
+        for name, (said, possible) in POSSIBLE.items():
+            if (replacement := getattr(self, name)) is None:
+                continue
+            drawn = replacement(LOOKED_AT)
+            if not (fits := possible(drawn)).all():
+                raise ValueError(
+                    f"{name}: must be {said}, and {drawn[~fits][0]:.3g} is drawn; a normal one is "
+                    "cut at low and high"
+                )
+        return self
 
     @model_validator(mode="after")
     def _of_galaxies(self) -> Self:

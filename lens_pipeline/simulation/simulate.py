@@ -154,7 +154,7 @@ def simulate_catalogue(
     table = pd.concat(tables, ignore_index=True)
     paths = [f"images-{row // STACK_ROWS:05d}.npy#{row % STACK_ROWS}" for row in range(n)]
     table.insert(1, "path", paths)
-    table["flux_unit"] = "background_sigma"
+    table["flux_unit"] = SIGMA_UNITS
     table["bands"] = ",".join(config.survey.bands)
     table["simulated"] = True  # it may be put together with one of real cutouts
     about = {

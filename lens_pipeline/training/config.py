@@ -15,8 +15,9 @@ from pydantic import (
     model_validator,
 )
 
-from lens_pipeline.choices import Loss, Schedule, Together
+from lens_pipeline.choices import BOUNDS, Loss, Schedule, Together, within
 from lens_pipeline.errors import InputError
+from lens_pipeline.locations import written_down
 from lens_pipeline.models.names import parse_members
 from lens_pipeline.settings_files import first_wrong, read_yaml
 from lens_pipeline.steps import file_sha256
@@ -58,15 +59,20 @@ class _Section(BaseModel):
 
 
 def _start(value: Any) -> Any:
-    return {"true": "published", "false": "none"}.get(str(value).lower(), value)
+    """A file by its absolute path: what names it may be read in another folder."""
+    start = {"true": "published", "false": "none"}.get(str(value).lower(), value)
+    return written_down(start) if isinstance(start, str) and _is_file(start) else start
+
+
+def _is_file(start: str) -> bool:
+    return start not in ("none", "published") and not start.startswith("models:/")
 
 
 def _bounded(default: Any, description: str, **bounds: Any) -> Any:
     """A field whose description ends with its bounds, which are as pydantic takes them."""
-    words = {"gt": "above {:,}", "ge": "{:,}", "lt": "below {:,}", "le": "{:,}"}
-    said = [words[name].format(bound) for name, bound in bounds.items()]
-    within = " to ".join(said) if len(said) == 2 else f"at least {said[0]}"
-    return Field(default=default, description=f"{description.rstrip('.')}, {within}.", **bounds)
+    return Field(
+        default=default, description=f"{description.rstrip('.')}, {within(bounds)}.", **bounds
+    )
 
 
 class ModelSection(_Section):
@@ -90,7 +96,9 @@ class ModelSection(_Section):
         description="Weights to start from: `none`, `published` (or true), a file, or a registered "
         "model of ours, as `models:/lens_ensemble@champion`.",
     )
-    dropout_rate: float = _bounded(default=0.3, ge=0, lt=1, description="Dropout in the head.")
+    dropout_rate: float = _bounded(
+        default=0.3, **BOUNDS["dropout_rate"], description="Dropout in the head."
+    )
     compile_model: bool = Field(default=False, description="Compile the network; worth it on GPUs.")
 
 
@@ -104,41 +112,48 @@ class TrainingSection(_Section):
     find_batch_size: bool = Field(
         default=False, description="Halve the batch size where memory is short, and begin again."
     )
-    learning_rate: float = _bounded(default=1e-3, gt=0, le=1, description="Peak of the schedule.")
+    learning_rate: float = _bounded(
+        default=1e-3, **BOUNDS["learning_rate"], description="Peak of the schedule."
+    )
     weight_decay: float = _bounded(
         default=1e-2,
-        ge=0,
-        le=1,
+        **BOUNDS["weight_decay"],
         description="AdamW's, of layers' weights; none of biases, norms, tokens and positions.",
     )
     schedule: Schedule = Field(
         default="cosine", description="Of the learning rate, after its warm-up."
     )
     warmup: float = _bounded(
-        default=0.1, ge=0, lt=1, description="Fraction of all steps in which the rate rises."
+        default=0.1,
+        **BOUNDS["warmup"],
+        description="Fraction of all steps in which the rate rises.",
     )
     decay: float = _bounded(
-        default=0.1, gt=0, lt=1, description="Factor of a `step`, or at a `plateau`."
+        default=0.1, **BOUNDS["decay"], description="Factor of a `step`, or at a `plateau`."
     )
     decay_epochs: int = _bounded(
-        default=10, ge=1, description="Epochs of a `step`, or without gain before a `plateau`."
+        default=10,
+        **BOUNDS["decay_epochs"],
+        description="Epochs of a `step`, or without gain before a `plateau`.",
     )
     loss: Loss = Field(default="bce", description="Binary cross-entropy, or the focal loss.")
     focal_gamma: float = _bounded(
-        default=2.0, ge=0, le=10, description="How much the focal loss leaves easy cutouts out."
+        default=2.0,
+        **BOUNDS["focal_gamma"],
+        description="How much the focal loss leaves easy cutouts out.",
     )
     balance: bool = Field(
         default=True, description="Weigh lenses by non-lenses / lenses in the training set."
     )
     label_smoothing: float = _bounded(
-        default=0.0, ge=0, lt=0.5, description="Moves labels by half of it."
+        default=0.0, **BOUNDS["label_smoothing"], description="Moves labels by half of it."
     )
     augment: bool = Field(default=True, description="Turn and flip cutouts at random.")
     shift: float = _bounded(
-        default=0.0, ge=0, le=16, description="Cutouts are moved by up to so many pixels."
+        default=0.0, **BOUNDS["shift"], description="Cutouts are moved by up to so many pixels."
     )
     noise: float = _bounded(
-        default=0.0, ge=0, le=2, description="And get up to so much more noise, in sigma."
+        default=0.0, **BOUNDS["noise"], description="And get up to so much more noise, in sigma."
     )
     gradient_clip: float = _bounded(
         default=0.0, ge=0, description="Largest norm of the gradient; 0 does not clip."
@@ -356,8 +371,7 @@ class TrainConfig(_Section):
 
     @property
     def starts_from_a_file(self) -> bool:
-        start = self.model.pretrained
-        return start not in ("none", "published") and not start.startswith("models:/")
+        return _is_file(self.model.pretrained)
 
     @property
     def start(self) -> str:

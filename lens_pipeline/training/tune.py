@@ -76,8 +76,8 @@ def tune(
     (Bergstra et al. 2011), seeded by `training.seed` and the number of the trial. pruner: `median`
     stops a trial whose value after an epoch is below the median of the others there, `hyperband`
     (Li et al. 2018) gives more epochs to fewer. system_type: as for `train`. Raises InputError
-    where the folder holds another study, where optuna is not installed, and where the first three
-    trials fail.
+    where the folder holds another study, where optuna is not installed, and where three trials
+    fail before one has ended.
     """
     if find_spec("optuna") is None:
         raise InputError("tuning needs the package optuna; install lens-pipeline[tune]")
@@ -98,7 +98,7 @@ def tune(
             failed.append(study.run(trial, record, system_type))
         study.write_down()
         if len(failed) == HOPELESS and all(failed):
-            raise InputError(f"the first {HOPELESS} trials have failed; the last: {failed[-1]}")
+            raise InputError(f"{HOPELESS} trials in a row have failed; the last: {failed[-1]}")
     study.write_down()  # of what another was killed before
     return TunedStudy(out)
 

@@ -182,7 +182,7 @@ def _composite(folder: Path, i: int) -> str:
     return name
 
 
-@kind("too bright for a float16", "a pixel is brighter than 65504 background sigma")
+@kind("too bright for a float16", "a pixel is more than 65504 background sigma from zero")
 def _bright(folder: Path, i: int) -> str:
     name = f"bright{i}.{suffix_of(i, 'fits', 'npy', 'tif')}"
     cube = sky() / np.float32(1000)

@@ -263,6 +263,37 @@ def test_what_fails_leaves_room_for_the_next_attempt(tmp_path: Path) -> None:
     build_dataset(read_catalogue(path), out, image_size=20, max_reject_fraction=0.5)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("dataset.json", b"{"),
+        ("dataset.json", b"{}"),
+        ("dataset.json", b"[]"),
+        ("train.parquet", b"PAR1"),
+        ("train.parquet", None),
+        ("train.npy", b"\x93NUMPY"),
+        ("train.npy", None),
+        ("rejects.parquet", None),
+    ],
+)
+def test_a_damaged_dataset_names_the_file(
+    dataset: Dataset, tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    folder = Path(shutil.copytree(dataset.folder, tmp_path / "dataset"))
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+
+    def read() -> None:
+        damaged = open_dataset(folder)
+        with damaged.open_images("train"):
+            damaged.split("train")
+        damaged.rejects()
+
+    with pytest.raises(InputError, match=f"{folder / name}: is "):
+        read()
+
+
 def test_a_dataset_that_was_cut_is_named(dataset: Dataset, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(dataset.folder, tmp_path / "dataset"))
     images = folder / "train.npy"

@@ -69,7 +69,7 @@ def test_the_card_says_what_the_scores_are_of_and_what_they_are_worth() -> None:
         "`sky_probability` where 0.001 are",
         "too small to tell: TPR at FPR 1e-3",
         "kind0 (AUROC 0.500), kind1 (AUROC 0.501), kind2 (AUROC 0.502).",
-        "purity in Euclid",
+        "purity on real images of Euclid",
     ):
         assert part in card, part
 

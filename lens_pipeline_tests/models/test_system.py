@@ -65,10 +65,13 @@ def test_the_entry_point_of_the_library_makes_a_network_of_an_architecture() -> 
     [
         ({"loss": "focl"}, "loss 'focl': is none of bce, focal"),
         ({"schedule": "linear"}, "schedule 'linear': is none of cosine, step, plateau, constant"),
+        ({"label_smoothing": 2}, "label_smoothing 2: must be 0 to below 0.5"),
+        ({"lr": -1.0}, "lr -1.0: must be above 0 to 1"),
+        ({"decay_epochs": 0}, "decay_epochs 0: must be at least 1"),
         ({"ensemble_strategy": "max"}, "'max': is none of mean, uncertainty_weighted"),
     ],
 )
-def test_choices_that_there_are_not_are_named(how: dict[str, Any], said: str) -> None:
+def test_what_cannot_be_chosen_is_named(how: dict[str, Any], said: str) -> None:
     make = LitEnsembleSystem if "ensemble_strategy" in how else LitLensSystem
     with pytest.raises(InputError, match=said):
         make(**how)
@@ -108,7 +111,9 @@ def test_a_checkpoint_of_another_kind_of_system_is_refused(tmp_path: Path) -> No
         settings = dict(system.hparams)
         torch.save({"state_dict": system.state_dict(), "hyper_parameters": settings}, path)
         with pytest.raises(InputError, match=f"{path}: is no checkpoint of a {other.__name__}"):
-            other.load_from_checkpoint(path)
+            other.load_from_checkpoint(path, compile_model=False)
+    with pytest.raises(InputError, match="^dropout: LitEnsembleSystem has no such argument"):
+        LitEnsembleSystem.load_from_checkpoint(path, dropout=0.1)
 
 
 def test_other_weights_are_refused_by_name(tmp_path: Path) -> None:

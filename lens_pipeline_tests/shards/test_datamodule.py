@@ -21,6 +21,8 @@ from lens_pipeline.catalogue.build import build_dataset
 from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.errors import InputError, NoAnswerError
 from lens_pipeline.shards import cutouts, open_shards
+from lens_pipeline.shards.cutouts import newest_shards
+from lens_pipeline.steps import Recipe, run_step
 from lens_pipeline_tests.conftest import as_in
 from lens_pipeline_tests.served import until
 
@@ -239,6 +241,21 @@ def test_without_a_place_the_newest_shards_of_the_home_are_read(
         LensDataModule().train_dataloader()
     shutil.copytree(shards_folder, tmp_path / "shards" / "one")
     assert len(LensDataModule().split("train")) == len(LensDataModule(shards_folder).split("train"))
+
+
+def test_the_newest_shards_are_those_that_were_last_made_or_reused(tmp_path: Path) -> None:
+    """Who goes back to former settings trains on the shards of these."""
+
+    def used(n: int) -> Path:
+        def build(out: Path) -> None:
+            (out / "manifest.json").write_text(str(n))
+
+        recipe = Recipe("lens_shards", modules=(), libraries=(), settings={"n": n})
+        return run_step(recipe, tmp_path / "shards", build).folder
+
+    one, other = used(1), used(2)
+    assert newest_shards(tmp_path) == other
+    assert used(1) == one == newest_shards(tmp_path)
 
 
 def test_the_loaders_arguments(shards_folder: Path) -> None:

@@ -86,6 +86,17 @@ def test_a_users_file_chooses_decoys_sources_and_seeing(tmp_path: Path) -> None:
         ("survey: {zero_point: [25]}", "zero_point: has 1 values for the bands g, r, i"),
         ("survey: {bands: [VIS]}", "sky_brightness: has 3 values for the bands VIS; give one"),
         ("survey: {bands: [g]}\npopulation: {shear: {distribution: flat}}", "population.shear"),
+        ("population: {min_einstein_radius: 4}", "must be below max_einstein_radius, which is 3"),
+        (
+            "population: {shear: {distribution: uniform, low: 0.1, high: 0}}",
+            "low must not be above",
+        ),
+        ("population: {shear: {distribution: constant, value: 1.2}}", "shear: must be at least 0"),
+        (
+            "population: {lens_axis_ratio: {distribution: normal, mean: 0.8, std: 0.2}}",
+            "lens_axis_ratio: must be above 0, and at most 1, and 1.42 is drawn",
+        ),
+        ("population: {source_redshift: {distribution: constant, value: 0}}", "above 0, and 0 is"),
         ("population: {min_magnification: [3]}", "population.min_magnification"),
     ],
 )

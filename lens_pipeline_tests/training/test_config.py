@@ -81,7 +81,13 @@ def test_weights_to_start_from_decide_by_what_they_are(tmp_path: Path) -> None:
     assert deciding[0] != deciding[2]
 
 
-@pytest.mark.parametrize(("said", "meant"), [("true", "published"), (False, "none"), ("w", "w")])
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        *(("true", "published"), (False, "none"), ("models:/a/1", "models:/a/1")),
+        ("w.ckpt", str(Path.cwd() / "w.ckpt")),  # another process may have another folder
+    ],
+)
 def test_pretrained_may_be_said_as_yaml_or_a_flag_says_it(said: object, meant: str) -> None:
     assert TrainConfig.parse({"model": {"pretrained": said}}, "test").model.pretrained == meant
 
