@@ -8,7 +8,7 @@ import math
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +39,7 @@ DATASET_VERSION = "lens.dataset_version"
 DAGSTER_RUN = "lens.dagster_run_id"
 PARENT = "mlflow.parentRunId"
 CONNECT_WITHIN = 10  # seconds
+LOCK = 1_819_634_291  # an advisory lock of PostgreSQL: any number that others do not take
 FOR_A_WHILE = ("starting up", "shutting down", "recovery", "too many")  # of a server's words
 RECORDED = "lens.recorded"  # a run that holds all it should
 log = logging.getLogger(__name__)
@@ -58,10 +59,16 @@ def _create_database(path: Path) -> None:
     aside.replace(path)
 
 
-def _check_postgresql(uri: str) -> None:
-    """Raises InputError where a PostgreSQL server does not let us in, and NoAnswerError where it
-    gives no answer: MLflow would ask either for minutes, and then tell what its driver said."""
+@contextmanager
+def _database_alone(uri: str) -> Iterator[None]:
+    """Of a PostgreSQL server, around MLflow's first look at a database, which makes its tables
+    where it is empty: one process at a time, for two would trip over each other.
+
+    Raises InputError where the server does not let us in, and NoAnswerError where it gives no
+    answer: MLflow would ask either for minutes, and then tell what its driver said.
+    """
     if not uri.startswith("postgresql"):
+        yield
         return
     import sqlalchemy
 
@@ -70,18 +77,21 @@ def _check_postgresql(uri: str) -> None:
     asked = url.get_driver_name().startswith("psycopg") and "connect_timeout" not in url.query
     within = {"connect_timeout": CONNECT_WITHIN} if asked else {}
     engine = sqlalchemy.create_engine(url, connect_args=within, poolclass=sqlalchemy.NullPool)
-    try:
-        with engine.connect():
-            pass
-    except sqlalchemy.exc.OperationalError as problem:
-        said = " ".join(str(problem.orig).split())
-        if "FATAL:" in said and not any(words in said for words in FOR_A_WHILE):
-            raise InputError(
-                f"MLFLOW_TRACKING_URI: {masked(uri)} does not let us in ({said})"
+    with ExitStack() as stack:
+        try:
+            connection = stack.enter_context(engine.begin())
+            # It ends with the transaction, also where a pooler deals out the server's sessions.
+            connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_xact_lock(LOCK)))
+        except sqlalchemy.exc.OperationalError as problem:
+            said = " ".join(str(problem.orig).split())
+            if "FATAL:" in said and not any(words in said for words in FOR_A_WHILE):
+                raise InputError(
+                    f"MLFLOW_TRACKING_URI: {masked(uri)} does not let us in ({said})"
+                ) from None
+            raise NoAnswerError(
+                f"MLFLOW_TRACKING_URI: {masked(uri)} gives no answer ({said})"
             ) from None
-        raise NoAnswerError(
-            f"MLFLOW_TRACKING_URI: {masked(uri)} gives no answer ({said})"
-        ) from None
+        yield
 
 
 def flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -147,9 +157,9 @@ class Tracking:
             with filelock.FileLock(locks / "mlflow.lock"):
                 _create_database(self.settings.mlflow_database)
         try:
-            _check_postgresql(uri)
-            client = mlflow.MlflowClient(uri, uri)
-            client.search_experiments(max_results=1)
+            with _database_alone(uri):
+                client = mlflow.MlflowClient(uri, uri)
+                client.search_experiments(max_results=1)
         except ModuleNotFoundError as problem:
             raise InputError(
                 f"MLFLOW_TRACKING_URI: {masked(uri)} needs the package {problem.name}; for "
@@ -160,14 +170,21 @@ class Tracking:
     @cached_property
     def experiment_id(self) -> str:
         """The experiment, created with an absolute artifact location."""
-        with filelock.FileLock(self.settings.home / LOCKS / "experiment.lock"):
-            found = self.client.get_experiment_by_name(EXPERIMENT)
-            if found is not None:
-                return str(found.experiment_id)
-            served = self.settings.mlflow_uri.startswith("http")
-            location = None if served else self.settings.artifact_location
-            tags = {"mlflow.note.content": ABOUT}  # its description
+        from mlflow.exceptions import MlflowException
+
+        found = self.client.get_experiment_by_name(EXPERIMENT)
+        if found is not None:
+            return str(found.experiment_id)
+        served = self.settings.mlflow_uri.startswith("http")
+        location = None if served else self.settings.artifact_location
+        tags = {"mlflow.note.content": ABOUT}  # its description
+        try:
             return str(self.client.create_experiment(EXPERIMENT, location, tags))
+        except MlflowException:  # another process, or another home, was faster
+            found = self.client.get_experiment_by_name(EXPERIMENT)
+            if found is None:
+                raise
+            return str(found.experiment_id)
 
     def run_page(self, run_id: str, artifact: str | None = None) -> str | None:
         """The address of a run's page, or of an artifact's on it; None where MLflow serves none."""
