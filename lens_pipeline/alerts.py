@@ -25,10 +25,13 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 def alert(settings: Settings, text: str, **facts: str | None) -> None:
     """Log a text, in one line, and post it with its facts, as JSON with the key `text` (which
-    Slack, Mattermost and others show), to the webhook where there is one.
+    Slack, Mattermost and others show), to the webhook where there is one. The text ends with the
+    address of the page of `run`, the id of a run of Dagster, where that is among the facts.
 
     Raises InputError where the webhook cannot be told.
     """
+    page = settings.run_page(run) if (run := facts.get("run")) else None
+    text = f"{text}; see {page}" if page else text
     content = {"text": text, "deployment": settings.deployment, **facts}
     content = {name: value and without_secrets(value) for name, value in content.items()}
     log.warning("%s%s", MARK, " ".join(str(content["text"]).split()))

@@ -135,7 +135,11 @@ def pages(
     environment["PYTHONPATH"] = os.pathsep.join([FIRST, *_python_path()])
     environment["MLFLOW_BACKEND_STORE_URI"] = settings.mlflow_uri
     environment["LENS_MLFLOW_PAGE"] = settings.mlflow_page or addresses["MLflow"]
-    about = {"mlflow_page": environment["LENS_MLFLOW_PAGE"], "settings": settings.kept}
+    about = {
+        "dagster_page": addresses["Dagster"],
+        "mlflow_page": environment["LENS_MLFLOW_PAGE"],
+        "settings": settings.kept,
+    }
     with open_instance(settings) as instance, _alone(settings, about) as lock:
         # Asking creates the database before two servers would.
         addresses["MLflow"] = experiment_page(addresses["MLflow"], Tracking(settings).experiment_id)

@@ -146,6 +146,12 @@ class Settings(BaseSettings):
         "MLFLOW_TRACKING_URI, where it is a server's, or of `lens-pipeline show`, where it is not "
         "set.",
     )
+    dagster_page: str | None = Field(
+        default=None,
+        pattern="^https?://[^@?]+$",
+        description="Address of Dagster's pages, for links to runs in alerts; by default that of "
+        "`lens-pipeline show`.",
+    )
     deployment: Literal["local", "staging", "production"] = Field(
         default="local",
         description="`local`, `staging` or `production`: tagged on every run, and how many of its "
@@ -330,10 +336,15 @@ class Settings(BaseSettings):
         address = self.mlflow_page or served or shown
         return address and address.rstrip("/")
 
+    def run_page(self, run_id: str) -> str | None:
+        """The address of a run's page in Dagster; None where it is not known."""
+        address = self.dagster_page or self.shown.get("dagster_page")
+        return address and f"{address.rstrip('/')}/runs/{run_id}"
+
     @property
     def shown(self) -> dict[str, Any]:
         """What the last `lens-pipeline show` of this home has written into SERVED: where its
-        `mlflow_page` is, and the `settings` (see `kept`) that it began with."""
+        `dagster_page` and `mlflow_page` are, and the `settings` (see `kept`) that it began with."""
         try:
             return dict(json.loads((self.dagster_home / SERVED).read_bytes()))
         except (OSError, ValueError, TypeError):
@@ -381,7 +392,7 @@ class Settings(BaseSettings):
     @property
     def kept(self) -> dict[str, Any]:
         """What a home remembers of its last run: `decisive`, and what else its graph is made by."""
-        places = {"home", "storage_options", "tracking_uri", "mlflow_page"}
+        places = {"home", "storage_options", "tracking_uri", "mlflow_page", "dagster_page"}
         operation = {
             *("git_commit", "verify", "keep_days"),
             *("retrain_cron", "time_zone", "webhook_url"),

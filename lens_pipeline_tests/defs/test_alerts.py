@@ -41,6 +41,18 @@ def test_an_alert_reaches_the_webhook_and_carries_no_secret(
         assert secret not in caplog.text
 
 
+def test_an_alert_ends_with_the_page_of_its_run(
+    webhook: Webhook, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    alert(Settings.load(), "a run failed", run="4ce1")
+    monkeypatch.setenv("LENS_DAGSTER_PAGE", "https://dagster.example/lenses/")
+    alert(Settings.load(), "a run failed", run="4ce1")
+    alert(Settings.load(), "no run")
+    link = "a run failed; see https://dagster.example/lenses/runs/4ce1"
+    assert [content["text"] for content in webhook.posted] == ["a run failed", link, "no run"]
+    assert f"alert: {link}" in caplog.text
+
+
 def test_a_webhook_that_cannot_be_told_is_an_error_that_does_not_show_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
