@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,14 +17,18 @@ import psutil
 import pytest
 import torch
 from dagster import DagsterEventType, DagsterInstance
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import Callback
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from lens_pipeline import LensDataModule
 from lens_pipeline.cli import main
+from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import lens_metrics
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards import read_manifest
 from lens_pipeline.tracking import Tracking
-from lens_pipeline.training import TrainedMember
+from lens_pipeline.training import TrainedMember, train
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.launch import launch
 from lens_pipeline_tests.conftest import LENS_PIPELINE
@@ -174,6 +179,49 @@ def test_the_metrics_of_all_processes_outlive_a_kill(uneven_shards: Path, tmp_pa
     undisturbed = curves(tmp_path / "undisturbed", None)
     killed = curves(tmp_path / "killed", 7, None)
     pd.testing.assert_frame_equal(killed, undisturbed)
+
+
+class _SpoilOne(Callback):
+    """The pixels of a cutout of one process alone are no numbers, at one batch."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, number: int
+    ) -> None:
+        if trainer.global_rank == 1 and trainer.fit_loop.total_batch_idx == 3:
+            batch["image"][2, 0, 3, 4] = torch.nan
+
+
+def _spoilt(config: TrainConfig, shards: Path, out: Path) -> None:
+    try:
+        train(config, LensDataModule(shards), out, callbacks=[_SpoilOne()])
+    except InputError as problem:
+        out.with_name(f"said by {os.environ['RANK']}").write_text(str(problem))
+        raise
+
+
+@pytest.mark.slow
+def test_of_a_loss_that_is_no_number_the_process_tells_that_knows_the_cutouts(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    """The others have its weights, which are no numbers by then, and know of no cutout."""
+    config = TrainConfig.parse(
+        {
+            "model": {"arch": "trans_enc_s"},
+            "training": {"epochs": 1, "batch_size": 8, "save_every_n_steps": 1},
+            "hardware": {"devices": 2, "accelerator": "cpu"},
+        },
+        "test",
+    )
+    with pytest.raises(ChildFailedError):
+        launch(_spoilt, (config, uneven_shards, tmp_path / "out"), 2)
+    (said,) = tmp_path.glob("said by *")
+    assert said.name == "said by 1"
+    assert re.match(
+        r"epoch 0, batch 3: the loss is nan.* the cutouts train\d\d, ", said.read_text()
+    )
+    kept = torch.load(tmp_path / "out" / "last.ckpt", weights_only=True)
+    assert kept["global_step"] == 3
+    assert all(value.isfinite().all() for value in kept["state_dict"].values())
 
 
 @pytest.mark.slow

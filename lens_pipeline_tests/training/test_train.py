@@ -25,6 +25,7 @@ from lens_pipeline.scoring import open_cutout_source, score_to_file
 from lens_pipeline.shards import open_shards, publish_shards
 from lens_pipeline.training import train
 from lens_pipeline.training.config import TrainConfig
+from lens_pipeline.training.train import build_system
 from lens_pipeline_tests.training.small import best_epochs, small_config, train_on
 
 
@@ -257,6 +258,25 @@ def test_more_processes_than_cores_are_not_begun(uneven_shards: Path, tmp_path: 
     with pytest.raises(InputError, match=r"hardware\.devices 1024: this machine has \d+ cores"):
         train_on(small_config().with_changes(many, "test"), uneven_shards, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_rarer_class_weighs_as_much_as_the_other(uneven_shards: Path, tmp_path: Path) -> None:
+    rows = pd.DataFrame(
+        [
+            {"id": f"{split}{k}", "path": f"{split}{k}.npy", "label": k % 5 == 0, "split": split}
+            for split, n in (("train", 50), ("val", 20), ("test", 20))
+            for k in range(n)
+        ]
+    )
+    random = np.random.default_rng(0)
+    for path in rows["path"]:
+        np.save(tmp_path / path, random.normal(size=(3, 32, 32)).astype(np.float32))
+    rows.astype({"label": int}).to_csv(tmp_path / "catalogue.csv", index=False)
+    data = LensDataModule(str(tmp_path / "catalogue.csv"), image_size=32)
+    assert build_system(small_config(), data).hparams["pos_weight"] == 40 / 10
+    assert build_system(small_config(balance=False), data).hparams["pos_weight"] == 1
+    balanced = LensDataModule(uneven_shards)
+    assert build_system(small_config(), balanced).hparams["pos_weight"] == 36 / 35
 
 
 def test_checkpoints_take_little_of_the_time_of_short_epochs(
