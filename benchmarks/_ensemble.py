@@ -8,7 +8,8 @@ import pandas as pd
 import torch
 
 from lens_pipeline.catalogue.dataset import CutoutFormat
-from lens_pipeline.ensemble.system import LensEnsemble, assemble
+from lens_pipeline.ensemble.assembly import assemble
+from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.models.system import LitLensSystem
 
 

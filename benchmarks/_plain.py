@@ -87,7 +87,7 @@ def run(folder: Path, n: int) -> None:
             (made / "curves.png").write_bytes(png_bytes(learning_curves_figure(trained.curves)))
 
     with stage("lens_ensemble", folder) as ensemble:
-        from lens_pipeline.ensemble.system import assemble
+        from lens_pipeline.ensemble.assembly import assemble
 
         parts = {name: (t.checkpoint, t.val_scores) for name, t in members.items()}
         facts = {"dataset": dataset.facts["content"], "dataset_version": published.dataset_version}

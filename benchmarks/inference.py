@@ -25,8 +25,8 @@ from benchmarks._cutouts import BANDS, SIZE, make_dataset
 from benchmarks._ensemble import make_ensemble
 from benchmarks._harness import SCRATCH, Row, Target, options, report
 from lens_pipeline.catalogue.dataset import CutoutFormat, open_dataset
-from lens_pipeline.ensemble.system import BATCH, LensEnsemble
-from lens_pipeline.models.system import LitLensSystem, load_system
+from lens_pipeline.ensemble.system import LensEnsemble
+from lens_pipeline.models.system import BATCH, LitLensSystem, load_system
 from lens_pipeline.models.uncertainty import DRAWS
 from lens_pipeline.scoring.score_tables import score_batches
 from lens_pipeline.scoring.shard_cutouts import open_cutout_source

@@ -38,7 +38,7 @@ from lens_pipeline.registry import CHAMPION, registry_key
 from lens_pipeline.steps import Recipe, inputs_of
 from lens_pipeline.tracking import Tracking
 
-SYSTEM = "lens_pipeline.ensemble.system"
+ASSEMBLY = "lens_pipeline.ensemble.assembly"
 LEARNT = "lens_pipeline.ensemble.learnt"
 EVALUATE = "lens_pipeline.scoring.evaluate"
 # Of an evaluation, by their titles; those of the selection function only where truths are known.
@@ -68,7 +68,7 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
 
     @stage(
         ENSEMBLE,
-        modules=(SYSTEM, LEARNT, AS_DATASET),
+        modules=(ASSEMBLY, LEARNT, AS_DATASET),
         by_chance=remote,
         deps=[*keys.values(), CLOUD],
         group_name="ensemble",
@@ -101,7 +101,7 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
                 )
         recipe = Recipe(
             stage="lens_ensemble",
-            modules=(SYSTEM, LEARNT, AS_DATASET),
+            modules=(ASSEMBLY, LEARNT, AS_DATASET),
             libraries=(*member_libraries(members), *PIXEL_LIBRARIES, "scipy"),
             inputs={name: part.content for name, part in upstream.items()},
             settings={
@@ -112,8 +112,8 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
         )
 
         def build(out: Path) -> None:
+            from lens_pipeline.ensemble.assembly import assemble
             from lens_pipeline.ensemble.learnt import LEARNT_PIXELS, learnt_pixels
-            from lens_pipeline.ensemble.system import assemble
             from lens_pipeline.evaluation.origins import SIMULATED, by_origin, described
             from lens_pipeline.shards.as_dataset import shards_as_dataset
 

@@ -1,9 +1,6 @@
-"""The ensemble on disk and in memory: members, their calibration, fusion."""
+"""The ensemble, loaded: members, their calibration, fusion."""
 
-import json
-import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +11,17 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import TypeAdapter
 from scipy.special import expit
 
-from lens_pipeline.catalogue.dataset import CutoutFormat, Split
-from lens_pipeline.choices import Choice, Method
+from lens_pipeline.catalogue.dataset import CutoutFormat
 from lens_pipeline.ensemble.calibration import Calibration, prior_shift
-from lens_pipeline.ensemble.choice import FittedFusion, choose
+from lens_pipeline.ensemble.choice import FittedFusion
 from lens_pipeline.ensemble.description import (
-    DESCRIPTION,
-    GROUPS,
-    SCHEMA,
     read_description,
     read_groups,
 )
 from lens_pipeline.ensemble.fusion import Fused, Fusion
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.fractions import lens_fraction
-from lens_pipeline.evaluation.metrics import lens_metrics
-from lens_pipeline.models.split_scores import BATCH, split_scores
-from lens_pipeline.models.system import LitLensSystem, load_system
+from lens_pipeline.models.system import BATCH, LitLensSystem, load_system
 
 Masked = np.ma.MaskedArray[Any, Any]
 _CALIBRATION: TypeAdapter[Calibration] = TypeAdapter(Calibration)
@@ -109,92 +100,6 @@ def _filled(images: Masked) -> NDArray[np.float32]:
     return np.asarray(pixels.filled(np.nan))
 
 
-def assemble(
-    members: Mapping[str, tuple[str | Path, pd.DataFrame]],
-    form: CutoutFormat,
-    out: str | Path,
-    facts: Mapping[str, Any],
-    groups: Iterable[str],
-    *,
-    fusion: Choice = "best",
-    calibration: Method = "platt",
-    prevalence: float = 1e-3,
-    augmented: Split | None = None,
-) -> LensEnsemble:
-    """Write an ensemble into `out` and return it.
-
-    members: {name: (checkpoint, validation scores, see `TrainedMember.val_scores`)};
-    groups: those of the cutouts that they trained and validated on; fusion: see `choose`;
-    calibration: see `fit_calibration`; prevalence: the fraction of lenses among the cutouts of the
-    sky, for `sky_probability`; augmented: the validation split, where scores shall be by test-time
-    augmentation (see `LitLensSystem`), which those of the trainings are not. In ensemble.json
-    `comparison` is what the choice was made by, and `standing` what each member is on the
-    validation set: its `auroc`, and its `share` in the score (see `moved_by`).
-    Raises InputError where two members were validated on different cutouts, or one takes other
-    cutouts than `form`.
-    """
-    scores = {name: table for name, (_, table) in members.items()}
-    if augmented is not None:
-        scores = {
-            name: split_scores(_member(Path(checkpoint), test_time_augmentation=True), augmented)
-            for name, (checkpoint, _) in members.items()
-        }
-    label, group = _common_labels(scores)
-    logits, deviation = (
-        np.stack([table[column].to_numpy() for table in scores.values()], axis=1)
-        for column in ("logit", "logit_std")
-    )
-    fitted, comparison = choose(fusion, calibration, logits, deviation, label, group)
-    out = Path(out)
-    (out / "members").mkdir(parents=True)
-    for name, (checkpoint, _) in members.items():
-        shutil.copyfile(checkpoint, out / "members" / f"{name}.ckpt")
-    n_lens = int(np.count_nonzero(label == 1))
-    shares = dict(zip(members, fitted.shares, strict=True))
-    ranked = {
-        name: lens_metrics(label, expit(own(one)), group=group)["auroc"]
-        for name, own, one in zip(members, fitted.members, logits.T, strict=True)
-    }
-    description = {
-        "schema": SCHEMA,
-        "asked_for": fusion,
-        "fusion": asdict(fitted.fusion),
-        "members": {n: asdict(one) for n, one in zip(members, fitted.members, strict=True)},
-        "calibration": asdict(fitted.calibration),
-        "standing": {n: {"auroc": ranked[n], "share": share} for n, share in shares.items()},
-        "comparison": comparison.to_dict("records"),
-        "validation": {"n_lens": n_lens, "n_nonlens": len(label) - n_lens},
-        "prevalence": prevalence,
-        "test_time_augmentation": augmented is not None,
-        "format": asdict(form),
-        **facts,
-    }
-    (out / GROUPS).write_text(json.dumps(sorted(set(groups))))
-    (out / DESCRIPTION).write_text(json.dumps(description, indent=1))
-    return load_ensemble(out)
-
-
-def _common_labels(
-    scores: Mapping[str, pd.DataFrame],
-) -> tuple[NDArray[np.int8], NDArray[np.object_]]:
-    """(labels, groups) of the validation cutouts, which all members have in one order."""
-    (first, reference), *others = scores.items()
-    for name, table in scores.items():
-        if "group" not in table:
-            raise InputError(
-                f"member {name}: its validation scores name no groups, as an older version left "
-                f"them; train it again (checkpoints/{name})"
-            )
-    for name, table in others:
-        for column in ("id", "label", "group"):
-            if table[column].tolist() != reference[column].tolist():
-                raise InputError(
-                    f"members {first} and {name}: the column {column} of their validation scores "
-                    "differs; train both on one dataset"
-                )
-    return reference["label"].to_numpy(np.int8), reference["group"].to_numpy(object)
-
-
 def _check_member(name: str, system: LitLensSystem, form: CutoutFormat) -> None:
     for what, theirs, ours in (
         ("bands", system.hparams["bands"], len(form.bands)),
@@ -208,7 +113,7 @@ def _check_member(name: str, system: LitLensSystem, form: CutoutFormat) -> None:
             )
 
 
-def _member(checkpoint: Path, **how: Any) -> LitLensSystem:
+def load_member(checkpoint: Path, **how: Any) -> LitLensSystem:
     """A trained network, to score with: on a GPU where there is one; how: see `load_system`."""
     if torch.cuda.is_available():
         return load_system(checkpoint, map_location="cuda", **how)
@@ -225,7 +130,7 @@ def load_ensemble(folder: str | Path) -> LensEnsemble:
     facts = read_description(folder)
     augmented = facts.get("test_time_augmentation", False)  # a former version did not know it
     members = {
-        name: _member(folder / "members" / f"{name}.ckpt", test_time_augmentation=augmented)
+        name: load_member(folder / "members" / f"{name}.ckpt", test_time_augmentation=augmented)
         for name in facts["members"]
     }
     form = CutoutFormat.from_dict(facts["format"])

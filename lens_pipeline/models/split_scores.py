@@ -4,10 +4,8 @@ import numpy as np
 import pandas as pd
 
 from lens_pipeline.catalogue.dataset import Split
-from lens_pipeline.models.system import LensClassifier
+from lens_pipeline.models.system import BATCH, LensClassifier
 from lens_pipeline.progress import progress_bar
-
-BATCH = 256  # cutouts that networks score at a time
 
 
 def split_scores(system: LensClassifier, split: Split, batch_size: int = BATCH) -> pd.DataFrame:

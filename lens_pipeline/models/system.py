@@ -29,6 +29,7 @@ from lens_pipeline.models.uncertainty import dropout_draws
 # logarithmic over galaxies; a composite has been stretched by whoever made it.
 SOFTENING_SIGMA = 2.0
 METRIC_STATE = "train_metrics"  # in a checkpoint
+BATCH = 256  # cutouts that networks score at a time
 COMPILED = 64  # codes of one network that torch may keep, for all in a process: it has 8 by default
 
 

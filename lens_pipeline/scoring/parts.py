@@ -28,7 +28,7 @@ from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.commit import code_commit
 from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.errors import InputError
-from lens_pipeline.models.split_scores import BATCH
+from lens_pipeline.models.system import BATCH
 from lens_pipeline.scoring.best import show_best
 from lens_pipeline.scoring.claim import LOCK, Share, claimed
 from lens_pipeline.scoring.likeness import tell_of_unlike

@@ -11,7 +11,7 @@ from lens_pipeline.catalogue.splits import PARTS
 from lens_pipeline.catalogue.table import Catalogue, read_catalogue
 from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.errors import InputError
-from lens_pipeline.models.split_scores import BATCH
+from lens_pipeline.models.system import BATCH
 from lens_pipeline.scoring.likeness import tell_of_unlike
 from lens_pipeline.scoring.score_tables import score_batches, score_table, scoring
 from lens_pipeline.scoring.sources import CatalogueCutouts, ScoredDataset

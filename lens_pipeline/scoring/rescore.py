@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from lens_pipeline.ensemble.system import LensEnsemble
-from lens_pipeline.models.split_scores import BATCH
+from lens_pipeline.models.system import BATCH
 from lens_pipeline.scoring.sources import ScoredDataset
 
 SCORES = "test_scores.parquet"

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lens_pipeline.errors import FULL, InputError, NoRoomError
-from lens_pipeline.models.split_scores import BATCH
+from lens_pipeline.models.system import BATCH
 from lens_pipeline.steps import file_aside, file_sha256, write_aside
 
 ROW_GROUP = 256 * BATCH

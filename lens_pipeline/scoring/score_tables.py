@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lens_pipeline.catalogue.cutout import CutoutError
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.ensemble.system import LensEnsemble
-from lens_pipeline.models.split_scores import BATCH
+from lens_pipeline.models.system import BATCH
 from lens_pipeline.progress import progress_bar
 from lens_pipeline.scoring.sources import CutoutSource
 

@@ -17,7 +17,7 @@ from lens_pipeline.catalogue.splits import PARTS
 from lens_pipeline.catalogue.table import Catalogue, read_catalogue
 from lens_pipeline.errors import InputError, masked
 from lens_pipeline.locations import names_table
-from lens_pipeline.models.split_scores import BATCH
+from lens_pipeline.models.system import BATCH
 from lens_pipeline.scoring.sources import (
     CatalogueCutouts,
     CutoutSource,

@@ -19,8 +19,8 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import FPRS, ranking_metric
 from lens_pipeline.models.metrics import RANKED
 from lens_pipeline.models.pretrained import read_checkpoint
-from lens_pipeline.models.split_scores import BATCH, split_scores
-from lens_pipeline.models.system import LensClassifier, LitLensSystem
+from lens_pipeline.models.split_scores import split_scores
+from lens_pipeline.models.system import BATCH, LensClassifier, LitLensSystem
 from lens_pipeline.shards.datamodule import CutoutModule
 from lens_pipeline.steps import file_aside, write_aside
 from lens_pipeline.training.callbacks import Curves

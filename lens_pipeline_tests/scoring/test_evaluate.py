@@ -15,8 +15,9 @@ import torch
 from lens_pipeline.catalogue.dataset import CutoutFormat, DatasetSplit
 from lens_pipeline.catalogue.splits import PARTS
 from lens_pipeline.catalogue.table import Catalogue
+from lens_pipeline.ensemble.assembly import assemble
 from lens_pipeline.ensemble.description import groups_behind
-from lens_pipeline.ensemble.system import assemble, load_ensemble
+from lens_pipeline.ensemble.system import load_ensemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import ece_by_chance, lens_metrics
 from lens_pipeline.evaluation.result import Evaluation, read_evaluation

@@ -14,8 +14,9 @@ import pytest
 
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
-from lens_pipeline.ensemble.system import BATCH, LensEnsemble
+from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.errors import InputError
+from lens_pipeline.models.system import BATCH
 from lens_pipeline.scoring.claim import Share
 from lens_pipeline.scoring.parts import ROWS, score_to_file
 from lens_pipeline.scoring.score_files import written
