@@ -50,7 +50,8 @@ class _Parser(argparse.ArgumentParser):
             flags = re.findall(r"--[a-z][a-z-]+", command.format_help())
             flag = unknown[0].partition("=")[0]
             meant = "--" + ABBREVIATED.get(flag.strip("-"), "").replace("_", "-")
-            near = [meant] if meant in flags else difflib.get_close_matches(flag, flags, 1)
+            begun = [one for one in flags if one.startswith(flag)]
+            near = [meant] if meant in flags else begun or difflib.get_close_matches(flag, flags, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             if options.command == "run":
                 hint = _elsewhere(flag.lstrip("-").replace("-", "_")) or hint

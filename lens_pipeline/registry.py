@@ -89,7 +89,8 @@ class Registry:
 
         referring: dict[str, list[str]] = {}
         with answering(
-            "MLFLOW_TRACKING_URI: which dataset versions its models refer to is not known"
+            f"MLFLOW_TRACKING_URI: the registry at {self.settings.mlflow_uri} cannot be asked "
+            "which dataset versions its models refer to"
         ):
             _ = self.client  # sets MLflow's URIs
             for version in mlflow.search_model_versions():
