@@ -28,8 +28,9 @@ def smooth_grad(
     on one pixel's noise cancels (SmoothGrad; Smilkov et al. 2017, arXiv:1706.03825), and its
     absolute value, summed over bands. (By the stored flux instead, every map would first of all
     show the stretch: no galaxy, only its sky.) Needs no layer of a certain kind, and so is the same
-    for convolutions and transformers. It says where a network is sensitive, not what it takes for
-    an arc.
+    for convolutions and transformers. It is of the cutout as it lies, also where scores are by
+    test-time augmentation, which would take eight times as long. It says where a network is
+    sensitive, not what it takes for an arc.
 
     The system is in eval mode; no weight, gradient of a weight or buffer of it changes.
     """
@@ -46,10 +47,10 @@ def smooth_grad(
         batch = torch.from_numpy(np.array(images[start : start + BATCH], dtype=np.float32))
         total = torch.zeros_like(batch)
         for deviate in deviates:
-            noisy = (batch + noise * deviate).to(system.device).requires_grad_()
+            noisy = (batch + noise * deviate).to(system.device)
+            stretched = stretch(noisy, units).requires_grad_()
             with torch.enable_grad():
-                logit, stretched = system(noisy).sum(), stretch(noisy, units).sum()
-            slope = torch.autograd.grad(stretched, noisy)[0]  # pixel by pixel, as the stretch is
-            total += (torch.autograd.grad(logit, noisy)[0] / slope).cpu()
+                logit = system.head(system.of_stretched(stretched)).sum()
+            total += torch.autograd.grad(logit, stretched)[0].cpu()
         maps.append((total / draws).abs().sum(dim=1).numpy())
     return np.concatenate(maps) if maps else np.zeros((0, *images.shape[2:]), np.float32)

@@ -390,11 +390,12 @@ class LitLensSystem(LensClassifier):
         """The backbone's output (n, features), float32 or what autocast makes of it."""
         images = stretch(widened(images), self.hparams["units"])
         if self.training or not self.hparams["test_time_augmentation"]:
-            return self._of_backbone(images)
-        found = [self._of_backbone(turned).float() for turned in all_dihedral(images)]
+            return self.of_stretched(images)
+        found = [self.of_stretched(turned).float() for turned in all_dihedral(images)]
         return torch.stack(found).mean(dim=0)
 
-    def _of_backbone(self, stretched: Tensor) -> Tensor:
+    def of_stretched(self, stretched: Tensor) -> Tensor:
+        """The backbone's output for images in its own units (see `stretch`), as they lie."""
         if self.hparams["channels_last"]:
             stretched = stretched.contiguous(memory_format=torch.channels_last)
         return self.backbone(stretched)

@@ -98,3 +98,10 @@ def test_a_map_does_not_depend_on_the_cutouts_beside_it() -> None:
 def test_a_system_in_training_is_refused() -> None:
     with pytest.raises(ValueError, match="eval"):
         smooth_grad(system_of("lastro").train(), IMAGES)
+
+
+def test_it_is_of_the_cutout_as_it_lies() -> None:
+    plain, augmented = (
+        system_of("light_transformer", test_time_augmentation=it) for it in (False, True)
+    )
+    np.testing.assert_array_equal(smooth_grad(augmented, IMAGES), smooth_grad(plain, IMAGES))
