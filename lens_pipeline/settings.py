@@ -200,7 +200,7 @@ class Settings(BaseSettings):
     test_time_augmentation: bool = Field(
         default=False,
         description="A network's score is the mean over a cutout's eight turns and flips: it ranks "
-        "better, at eight times the work. Nothing is trained again for it.",
+        "simulated cutouts better, at eight times the work, and nothing is trained again for it.",
     )
     prevalence: float = Field(
         default=1e-3,
