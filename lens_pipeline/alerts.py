@@ -30,7 +30,7 @@ def alert(settings: Settings, text: str, **facts: str | None) -> None:
 
     Raises InputError where the webhook cannot be told.
     """
-    page = settings.run_page(run) if (run := facts.get("run")) else None
+    page = settings.dagster_run_page(run) if (run := facts.get("run")) else None
     text = f"{text}; see {page}" if page else text
     content = {"text": text, "deployment": settings.deployment, **facts}
     content = {name: value and without_secrets(value) for name, value in content.items()}

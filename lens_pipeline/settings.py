@@ -336,7 +336,7 @@ class Settings(BaseSettings):
         address = self.mlflow_page or served or shown
         return address and address.rstrip("/")
 
-    def run_page(self, run_id: str) -> str | None:
+    def dagster_run_page(self, run_id: str) -> str | None:
         """The address of a run's page in Dagster; None where it is not known."""
         address = self.dagster_page or self.shown.get("dagster_page")
         return address and f"{address.rstrip('/')}/runs/{run_id}"

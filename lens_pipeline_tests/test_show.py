@@ -75,7 +75,7 @@ def test_links_lead_where_people_are_told_to_find_mlflow(tmp_path: Path) -> None
                 assert f"MLflow   {shown}/#/experiments/1/runs" in served.log
                 (daemon,) = served.processes("dagster._daemon")
                 assert told.items() <= daemon.environ().items()
-                page = Settings.load(home=served.home).run_page("4ce1f47a")
+                page = Settings.load(home=served.home).dagster_run_page("4ce1f47a")
                 assert page == f"{served.dagster}/runs/4ce1f47a"
 
 
