@@ -85,10 +85,9 @@ def settings_of_home(home: str | None) -> Settings:
     """The settings; what the environment leaves open is as in the home's last run."""
     settings = Settings.load(home=home)
     stated = settings.model_fields_set
+    left_open = {name: v for name, v in _kept(settings).items() if name not in stated}
     try:
-        return Settings.load(
-            home=home, **{k: v for k, v in _kept(settings).items() if k not in stated}
-        )
+        return Settings.load(home=home, **left_open)
     except InputError as problem:
         raise told_of(f"{settings.home / KEPT}, of the last run", problem) from None
 
