@@ -150,7 +150,7 @@ def test_every_asset_says_what_it_is() -> None:
 def test_a_change_of_a_plot_makes_no_data_and_no_network_again() -> None:
     for drawn in (checkpoints.PLOTS, dataset.SHEETS):
         assert drawn in source_hashes(["lens_pipeline.scoring.evaluate"])
-        for stage in (dataset.BUILD, shards.WRITER, checkpoints.TRAIN, ensemble.SYSTEM):
+        for stage in (dataset.BUILD, shards.WRITER, checkpoints.TRAIN, ensemble.ASSEMBLY):
             assert drawn not in source_hashes([stage])
     assert dataset.SHEETS not in source_hashes([checkpoints.PLOTS])
 
