@@ -48,6 +48,21 @@ def trials(settings: Settings) -> None:
         shutil.copyfile(Path(name, "trials.png"), FOLDER / "trials.png")
 
 
+def candidates(settings: Settings) -> None:
+    """The page of the best of a simulated field, with some grades."""
+    with tempfile.TemporaryDirectory() as name:
+        field, scores = Path(name, "field"), Path(name, "scores.parquet")
+        main(["simulate", "--n", "300", "--seed", "9", "--out", str(field)])
+        of_field = ["--catalogue", str(field / "catalogue.parquet"), "--out", str(scores)]
+        main(["predict", "--home", str(settings.home), *of_field, "--top", "60"])
+        with browser(1300, 640) as page:
+            page.goto(Path(name, "scores.top.html").as_uri())
+            for grade in "ABAXC":
+                page.keyboard.press(grade)
+            page.wait_for_timeout(1000)  # until all is drawn
+            page.screenshot(path=FOLDER / "inspection.png")
+
+
 @contextmanager
 def browser(width: int, height: int) -> Iterator[Page]:
     with sync_playwright() as playwright:
@@ -86,6 +101,7 @@ if __name__ == "__main__":
     contact_sheet(settings)
     kinds()
     trials(settings)
+    candidates(settings)
     with pages(settings, 3000, 5000) as served:
         asset_graph(served.addresses["Dagster"])
         checks(served.addresses["Dagster"])

@@ -26,7 +26,7 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="list and draw the N highest-scored, too; drawn are a thousand at most",
+        help="list the N highest-scored, too, with a page to grade them on, a thousand at most",
     )
     parser.add_argument(
         "--share",
@@ -45,7 +45,7 @@ def _predict(options: argparse.Namespace) -> int:
     from lens_pipeline.catalogue.dataset import counted_reasons
     from lens_pipeline.registered import load_registered
     from lens_pipeline.registry import Registry
-    from lens_pipeline.scoring.best import DRAWN, files_of_best
+    from lens_pipeline.scoring.best import SHOWN, files_of_best
     from lens_pipeline.scoring.claim import Share
     from lens_pipeline.scoring.parts import score_to_file
     from lens_pipeline.scoring.score_files import check_out
@@ -58,11 +58,6 @@ def _predict(options: argparse.Namespace) -> int:
     if options.out.resolve() == Path(source).resolve():
         raise InputError(f"--out {options.out}: is the catalogue; name another file")
     check_out(options.out)
-    if options.top and options.out.resolve().is_relative_to(Path(source).resolve()):
-        raise InputError(
-            f"--out {options.out}: lies in the folder that is scored, where the picture of --top "
-            "would be a cutout next time; name a file elsewhere"
-        )
     keep_waits_short()
     registry = Registry(settings)
     registry.require()
@@ -97,10 +92,11 @@ def _predict(options: argparse.Namespace) -> int:
         said = counted_reasons(scored.rejects.elements())
         print(f"the column reject_reason says why others are not: {said}")
     if scored.top:
-        all_drawn = min(options.top, scored.n_scored) <= DRAWN
-        whose = "their picture" if all_drawn else f"the picture of the first {DRAWN}"
-        drawn = f"; {scored.gallery}: {whose}" if scored.gallery else ""
-        print(f"{scored.top}: the highest-scored, the best first{drawn}")
+        all_shown = min(options.top, scored.n_scored) <= SHOWN
+        print(f"{scored.top}: the highest-scored, the best first")
+        if scored.page:
+            whom = "them" if all_shown else f"the first {SHOWN}"
+            print(f"{scored.page}: open it in a browser to look at {whom} and grade them")
     elif scored.written and (former := files_of_best(scored.path)[0]).is_file():
         print(f"{former}: is of former scores; --top makes it anew")
     return 0

@@ -22,6 +22,7 @@ from lens_pipeline.catalogue.joined import JoinedDataset
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
 from lens_pipeline.shards.prepare import prepare_shards
+from lens_pipeline_tests.browser import page
 from lens_pipeline_tests.faulty_proxy import FaultyProxy
 from lens_pipeline_tests.object_stores import GCSServer, S3Server, sign_in
 from lens_pipeline_tests.postgres import postgresql
@@ -29,7 +30,7 @@ from lens_pipeline_tests.postgres import postgresql
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["postgresql"]
+__all__ = ["page", "postgresql"]
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 LENS_PIPELINE = str(Path(sys.executable).with_name("lens-pipeline"))  # the installed command

@@ -1,4 +1,4 @@
-"""The pages as people use them, in a real browser. Screenshots go to build/screenshots."""
+"""The pages as people use them, in a real browser."""
 
 import re
 import shutil
@@ -7,27 +7,18 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from lens_pipeline.cli import main
 from lens_pipeline_tests.object_stores import free_ports
 from lens_pipeline_tests.served import Served, until
 
-CHROMIUM = shutil.which("chromium")
-QUIET = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
-SCREENSHOTS = Path(__file__).parents[1] / "build" / "screenshots"
 GROUPS = {
     "data": ["cutout_catalogue", "processed_dataset", "lens_shards", "cloud_shards"],
     "training": ["checkpoints/light_transformer", "checkpoints/lastro"],
     "ensemble": ["lens_ensemble", "ensemble_evaluation", "registered_ensemble"],
 }
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
-]
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +30,6 @@ def served(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
         assert f"Dagster  {found.dagster}" in found.log
         assert f"MLflow   {found.mlflow}" in found.log
         yield found
-
-
-@pytest.fixture
-def page(request: pytest.FixtureRequest) -> Iterator[Page]:
-    """A page, photographed at the end of the test."""
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        found = browser.new_page(viewport={"width": 1500, "height": 1000})
-        found.set_default_timeout(90_000)
-        expect.set_options(timeout=90_000)
-        yield found
-        found.screenshot(path=SCREENSHOTS / f"{request.node.name}.png")
-        browser.close()
 
 
 def test_a_home_is_served_once(served: Served, capsys: pytest.CaptureFixture[str]) -> None:

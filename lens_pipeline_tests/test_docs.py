@@ -76,7 +76,7 @@ def test_the_code_that_adds_what_was_graded_runs(simulated_catalogue: Path, tmp_
     torn = field["group"].isin(table["group"][:150])  # which would take known rows to another split
     graded = pd.DataFrame({"id": field["id"][~torn][:9], "label": [1, 0, None] * 3})
     more = pd.DataFrame({"id": field["id"][torn][:1], "label": [1]})
-    pd.concat([graded, more]).to_csv(tmp_path / "graded.csv", index=False)
+    pd.concat([graded, more]).to_csv(tmp_path / "scores.graded.csv", index=False)
     exec(code[1].replace("/survey", str(tmp_path)), {})
     catalogue = read_catalogue(tmp_path / "training_2.parquet")
     dataset = build_dataset(catalogue, tmp_path / "dataset", image_size=32)

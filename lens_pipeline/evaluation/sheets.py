@@ -41,7 +41,7 @@ def colour_composite(images: NDArray[np.floating], units: str) -> NDArray[np.flo
     return rgb / np.hypot(1, rgb.max(axis=-1, keepdims=True))
 
 
-def _upright(pictures: NDArray[np.float64], units: str) -> NDArray[np.float64]:
+def upright(pictures: NDArray[np.floating], units: str) -> NDArray[np.floating]:
     """The rows of flux run upwards, as those of FITS files; a picture's run downwards."""
     return pictures if units == COMPOSITE else pictures[:, ::-1]
 
@@ -60,7 +60,7 @@ def contact_sheet(
     if maps is not None:
         most = maps.max(axis=(1, 2), keepdims=True)
         parts.append(colormaps["cividis"](maps / np.where(most > 0, most, 1))[..., :3])
-    tiles = np.concatenate([_upright(part, units) for part in parts], axis=1)
+    tiles = np.concatenate([upright(part, units) for part in parts], axis=1)
     rows = max(1, -(-len(tiles) // COLUMNS))
     height, width = tiles.shape[1:3]
     lines = max((caption.count("\n") + 1 for caption in captions), default=1)
@@ -110,7 +110,7 @@ def kinds_sheet(images: NDArray[np.floating], kinds: Sequence[str], units: str) 
     mosaic = np.ones((len(names) * step - gap, PER_KIND * step - gap, 3))
     for row, name in enumerate(names):
         chosen = of_kind[name][:PER_KIND]
-        pictures = _upright(colour_composite(images[chosen], units), units)
+        pictures = upright(colour_composite(images[chosen], units), units)
         for column, picture in enumerate(pictures):
             top = row * step
             left = column * step

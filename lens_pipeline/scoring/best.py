@@ -1,4 +1,4 @@
-"""The highest-scored cutouts of a survey: a table and a picture beside its scores."""
+"""The highest-scored cutouts of a survey: a table, and a page to grade them on."""
 
 import logging
 from pathlib import Path
@@ -11,8 +11,7 @@ from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.scoring.score_files import keep, written
 from lens_pipeline.scoring.sources import CutoutSource
 
-DRAWN = 1000  # of the highest-scored: a JPEG is no higher than 65,500 pixels
-CAPTION = 17  # characters of an id that fit over a cutout
+SHOWN = 1000  # of the highest-scored: some 20 kilobytes of the page for a cutout of three bands
 PLACE = ["id", "ra", "dec"]  # by which a cutout is found again
 COLUMNS = ("rank", *PLACE, "probability", "sky_probability", "logit")
 
@@ -20,37 +19,43 @@ log = logging.getLogger(__name__)
 
 
 def files_of_best(out: Path) -> tuple[Path, Path]:
-    """(the table of the highest-scored cutouts, their picture) beside a file of scores."""
-    listed, gallery = (out.with_name(f"{out.stem}.top.{suffix}") for suffix in ("csv", "jpg"))
-    return listed, gallery
+    """(the table of the highest-scored cutouts, the page of them) beside a file of scores."""
+    listed, page = (out.with_name(f"{out.stem}.top.{suffix}") for suffix in ("csv", "html"))
+    return listed, page
 
 
 def show_best(
-    ensemble: LensEnsemble, source: CutoutSource, logit: pd.Series, out: Path, top: int
+    ensemble: LensEnsemble,
+    source: CutoutSource,
+    logit: pd.Series,
+    out: Path,
+    top: int,
+    model: str,
 ) -> tuple[Path | None, Path | None]:
-    """(the table of the highest-scored cutouts, the best first; their picture). Where both are
+    """(the table of the highest-scored cutouts, the best first; the page of them). Where both are
     there already, and of the same cutouts and scores, they stay.
 
-    logit: of each row, missing where it has none; out: the file of the scores.
+    logit: of each row, missing where it has none; out: the file of the scores; model: as in
+    `score_to_file`.
     """
     best = logit.dropna().nlargest(top)
     if best.empty:
         return None, None
-    listed, gallery = files_of_best(out)
+    listed, page = files_of_best(out)
     named = source.catalogue.table.iloc[best.index].set_axis(best.index).reindex(columns=PLACE)
     table = pd.DataFrame({"rank": range(1, len(best) + 1)}, index=best.index)
     table = table.join(named.dropna(axis=1, how="all"))
     on_sky = ensemble.sky_probability(best.to_numpy())
     table = table.assign(probability=expit(best), sky_probability=on_sky, logit=best)
     content = table.to_csv(index=False).encode()
-    if gallery.is_file() and listed.is_file() and listed.read_bytes() == content:
-        return listed, gallery
+    if page.is_file() and listed.is_file() and listed.read_bytes() == content:
+        return listed, page
     if listed.is_file() and not _is_ours(listed):
         log.warning("%s has columns of yours: as it was it is kept as %s", listed, keep(listed))
-    gallery.unlink(missing_ok=True)  # of other cutouts
+    page.unlink(missing_ok=True)  # of other cutouts
     with written(listed) as file:
         file.write(content)
-    return listed, _draw_gallery(ensemble, source, table, gallery)
+    return listed, _write_page(ensemble, source, table, page, f"{out.name} by {model}")
 
 
 def _is_ours(listed: Path) -> bool:
@@ -60,33 +65,30 @@ def _is_ours(listed: Path) -> bool:
     return {*names} <= {name.encode() for name in COLUMNS}
 
 
-def _draw_gallery(
-    ensemble: LensEnsemble, source: CutoutSource, best: pd.DataFrame, out: Path
+def _write_page(
+    ensemble: LensEnsemble, source: CutoutSource, best: pd.DataFrame, out: Path, about: str
 ) -> Path | None:
-    """The first cutouts of a table of `show_best`, up to DRAWN, with their ranks, probabilities
-    (on the sky below) and ids."""
-    from lens_pipeline.evaluation.plots import jpeg_bytes
-    from lens_pipeline.evaluation.sheets import contact_sheet
+    """Of the first cutouts of a table of `show_best`, up to SHOWN."""
+    from lens_pipeline.evaluation.inspection import inspection_page
 
-    images, captions = [], []
-    best = best.head(DRAWN)
+    best = best.head(SHOWN)
     read = source.read(ensemble.format, best.index.to_numpy())
-    for cutout, row in zip(read, best.itertuples(), strict=True):
-        if isinstance(cutout, np.ndarray):  # else its file has gone since it was scored
-            images.append(cutout)
-            captions.append(
-                f"#{row.rank}  {row.probability:.3f}\nsky {row.sky_probability:.2g}\n"
-                f"{_short(str(row.id))}"
-            )
-    if not images:
+    found = {
+        row: cutout
+        for row, cutout in zip(best.index, read, strict=True)
+        if isinstance(cutout, np.ndarray)
+    }
+    if not found:  # their files have gone since they were scored
         return None
-    figure = contact_sheet(np.stack(images), captions, ensemble.format.units)
+    form = ensemble.format
+    page = inspection_page(
+        out.name.removesuffix(".top.html"),
+        about,
+        best.loc[list(found)].drop(columns="logit"),
+        np.stack(list(found.values())),
+        form.units,
+        form.bands,
+    )
     with written(out) as file:
-        file.write(jpeg_bytes(figure))
+        file.write(page.encode())
     return out
-
-
-def _short(name: str) -> str:
-    """An id that fits over a cutout: of a long one the ends, where ids differ."""
-    half = CAPTION // 2
-    return name if len(name) <= CAPTION else f"{name[:half]}…{name[-half:]}"

@@ -57,7 +57,7 @@ class ScoredFile:
     and are not done yet; rejects: how many cutouts could not be used, by reason.
 
     written: whether the file was: not where it is all that it would be, nor of a share. top: the
-    table of those with the highest scores, gallery: their picture; both where they were asked for.
+    table of those with the highest scores, page: shows them; both where they were asked for.
     """
 
     path: Path
@@ -67,7 +67,7 @@ class ScoredFile:
     rejects: Counter[str]
     written: bool
     top: Path | None
-    gallery: Path | None
+    page: Path | None
 
 
 def score_to_file(
@@ -83,7 +83,7 @@ def score_to_file(
     """Write the score table of a source to a .parquet or .csv file; see `score_catalogue`.
 
     model: where the ensemble comes from, for people; top: how many of the highest-scored cutouts a
-    table and a picture beside the file show; max_reject_fraction: of cutouts that cannot be used;
+    table and a page beside the file show; max_reject_fraction: of cutouts that cannot be used;
     share: score these rows alone, and leave the file, and the top, to a call without one.
 
     Rows that the file has already, and those of a call that did not end, are not scored again: the
@@ -137,7 +137,7 @@ def score_to_file(
             _refuse_rejects(rows, source, max_reject_fraction, may_fail)
         if share:
             _take_parts(rows, folder, ensemble.columns)
-            listed, gallery, stays = None, None, True
+            listed, page, stays = None, None, True
         else:
             stays = before is not None and bool(in_file.all()) and about.items() <= before.items()
             if not stays:
@@ -146,12 +146,12 @@ def score_to_file(
                     log.warning("%s holds %s: as it was it is kept as %s", out, what, keep(out))
                 aside = folder / f"whole{out.suffix}"
                 write_scores(out, aside, rows.tables(), schema, about | _made_by(ensemble))
-            listed, gallery = (
-                show_best(ensemble, source, rows.logit, out, top) if top else (None,) * 2
+            listed, page = (
+                show_best(ensemble, source, rows.logit, out, top, model) if top else (None,) * 2
             )
             _remove(folder)
     n_left = int((~rows.known).sum())
-    return ScoredFile(out, n, rows.n_scored, n_left, rows.reasons, not stays, listed, gallery)
+    return ScoredFile(out, n, rows.n_scored, n_left, rows.reasons, not stays, listed, page)
 
 
 def _take_file(

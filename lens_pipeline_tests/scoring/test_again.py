@@ -46,12 +46,12 @@ def test_the_same_command_again_leaves_the_file_as_it_is(
             assert not out.with_name(f"{name}.parts").exists()
             if more:
                 assert len(pd.read_csv(tmp_path / "scores.top.csv")) == int(more[1])
-        drawn = (tmp_path / "scores.top.jpg").stat()
+        drawn = (tmp_path / "scores.top.html").stat()
         assert main([*arguments, "--top", "2"]) == 0
-        assert os.path.samestat((tmp_path / "scores.top.jpg").stat(), drawn)
-        (tmp_path / "scores.top.jpg").unlink()
+        assert os.path.samestat((tmp_path / "scores.top.html").stat(), drawn)
+        (tmp_path / "scores.top.html").unlink()
         assert main([*arguments, "--top", "2"]) == 0
-        assert (tmp_path / "scores.top.jpg").exists()
+        assert (tmp_path / "scores.top.html").exists()
         assert "former" not in capsys.readouterr().out
         pd.read_parquet(tmp_path / "few.parquet")[:-1].to_parquet(tmp_path / "few.parquet")
         assert main(arguments) == 0

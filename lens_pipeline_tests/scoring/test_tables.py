@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
@@ -115,18 +114,24 @@ def test_a_csv_is_the_same_table(
     assert about_scores(out) == about_scores(undisturbed)
 
 
-def test_the_top_is_listed_and_drawn(
+def shown_on(page: Path) -> pd.DataFrame:
+    """The candidates of a page of the best."""
+    data = page.read_text().partition("<script type=application/json id=data>")[2]
+    return pd.DataFrame(json.JSONDecoder().raw_decode(data)[0]["candidates"])
+
+
+def test_the_top_is_listed_and_shown(
     home: Path, survey: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = pd.read_parquet(survey)[:40].assign(RA=np.linspace(0, 359, 40), dec=-1.5)
     table.to_parquet(tmp_path / "few.parquet")
     out = tmp_path / "scores.parquet"
     assert main([*command(home, tmp_path / "few.parquet", out), "--top", "10"]) == 0
-    picture, listed = tmp_path / "scores.top.jpg", tmp_path / "scores.top.csv"
-    said = f"{listed}: the highest-scored, the best first; {picture}: their picture"
-    assert capsys.readouterr().out.splitlines()[-1] == said
-    with Image.open(picture) as image:
-        assert image.width > 500
+    page, listed = tmp_path / "scores.top.html", tmp_path / "scores.top.csv"
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"{listed}: the highest-scored, the best first",
+        f"{page}: open it in a browser to look at them and grade them",
+    ]
     best = pd.read_parquet(out).nlargest(10, "logit")
     top = pd.read_csv(listed)
     columns = ["rank", "id", "ra", "dec", "probability", "sky_probability", "logit"]
@@ -137,16 +142,16 @@ def test_the_top_is_listed_and_drawn(
     np.testing.assert_allclose(top["logit"], best["logit"], rtol=1e-12)
     for column in ("probability", "sky_probability"):
         np.testing.assert_allclose(top[column], best[column], rtol=1e-12)
+    pd.testing.assert_frame_equal(shown_on(page)[columns[:-1]], top[columns[:-1]])
 
 
-def test_of_a_long_list_the_first_are_drawn_and_the_scores_do_not_wait_for_it(
+def test_of_a_long_list_the_first_are_shown_and_the_scores_do_not_wait_for_it(
     home: Path,
     survey: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A JPEG is no higher than 65,500 pixels."""
     pd.read_parquet(survey)[:40].to_parquet(tmp_path / "few.parquet")
     out, listed = tmp_path / "scores.parquet", tmp_path / "scores.top.csv"
     arguments = [*command(home, tmp_path / "few.parquet", out), "--top", "30"]
@@ -155,13 +160,13 @@ def test_of_a_long_list_the_first_are_drawn_and_the_scores_do_not_wait_for_it(
     assert f"error: {listed}: cannot be written" in capsys.readouterr().err
     assert len(pd.read_parquet(out)) == 40
     listed.rmdir()
-    monkeypatch.setattr(best, "DRAWN", 8)  # a row
+    monkeypatch.setattr(best, "SHOWN", 8)
     assert main(arguments) == 0
-    picture = tmp_path / "scores.top.jpg"
-    assert f"; {picture}: the picture of the first 8" in capsys.readouterr().out
+    page = tmp_path / "scores.top.html"
+    said = f"{page}: open it in a browser to look at the first 8 and grade them"
+    assert capsys.readouterr().out.splitlines()[-1] == said
     assert len(pd.read_csv(listed)) == 30
-    with Image.open(picture) as image:
-        assert image.height < image.width / 2
+    assert shown_on(page)["rank"].tolist() == list(range(1, 9))
 
 
 def test_without_positions_the_top_is_listed_by_ids_alone(
@@ -330,11 +335,11 @@ def test_a_plain_folder_of_cutouts_is_scored(
     scores = pd.read_parquet(out)
     assert scores["id"].tolist() == ["a.npy", "b.npy"]
     assert scores["probability"].notna().all()
-    # The picture of the best would be a cutout next time.
+    # What is written there is no cutout next time.
     inside = command(home, tmp_path / "field", tmp_path / "field" / "scores.parquet")
-    assert main([*inside, "--top", "1"]) == 2
-    assert "lies in the folder that is scored" in capsys.readouterr().err
-    assert main(inside) == 0
+    for _ in range(2):
+        assert main([*inside, "--top", "1"]) == 0
+        assert "2 of 2 cutouts scored" in capsys.readouterr().out
 
 
 def test_shards_in_a_bucket_are_scored_as_those_in_a_folder(
