@@ -10,6 +10,7 @@ from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from lens_pipeline.cores import n_cores
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 from lens_pipeline.settings_files import read_yaml
@@ -190,7 +191,7 @@ def _worker(
     # The epochs of several trials at once are too much to follow.
     logging.getLogger("lens_pipeline.training").setLevel(logging.WARNING)
     logging.getLogger("lens_pipeline.training.tune").setLevel(logging.INFO)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // n))
+    torch.set_num_threads(max(1, n_cores() // n))
     if torch.cuda.device_count():
         gpus = visible_gpus()
         os.environ[VISIBLE] = gpus[index % len(gpus)]

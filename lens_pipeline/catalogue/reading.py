@@ -20,6 +20,7 @@ from lens_pipeline.catalogue.cutout import Cutout, CutoutError
 from lens_pipeline.catalogue.fits_images import strict_fits
 from lens_pipeline.catalogue.images import read_cutout
 from lens_pipeline.catalogue.table import Catalogue
+from lens_pipeline.cores import n_cores
 from lens_pipeline.locations import protocol_of
 from lens_pipeline.progress import progress_bar
 
@@ -70,7 +71,7 @@ def read_cutouts(
         first = list(map(read, islice(chunks, 2)))
         done = sum(map(len, first))
         left = (time.perf_counter() - begun) / max(1, done) * (len(table) - done)
-        for part in chain(first, _mapped(read, chunks, min(_cores(), int(left / WORTH)))):
+        for part in chain(first, _mapped(read, chunks, min(n_cores(), int(left / WORTH)))):
             yield from part
             bar.update(len(part))
 
@@ -121,7 +122,3 @@ def _begin() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

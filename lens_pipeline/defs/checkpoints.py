@@ -26,7 +26,7 @@ from lens_pipeline.registered import with_local_weights
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Recipe, Step, write_aside
 from lens_pipeline.tracking import DAGSTER_RUN, DATASET_VERSION, Tracking
-from lens_pipeline.training.config import TrainConfig
+from lens_pipeline.training.config import Limit, TrainConfig
 from lens_pipeline.training.launch import FAILURE, train_argv
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def dagster_config(defaults: BaseModel, without: Iterable[str] = ()) -> type[dg.
             section = dagster_config(value, presets.DECIDED.get(name, ()))
             fields[name] = (section, section())
         else:
-            kind = Any if info.annotation is float else info.annotation
+            kind = Any if info.annotation in (float, Limit) else info.annotation
             fields[name] = (kind, Field(default=value, description=info.description))
     return create_model(type(defaults).__name__, __base__=(dg.Config,), **fields)
 

@@ -10,7 +10,7 @@ from lens_pipeline.errors import InputError, first_of
 
 @dataclass(frozen=True)
 class Architecture:
-    """Who builds a network, under which name of theirs, and what it is.
+    """Who builds a network, under which name of theirs.
 
     `efficientnet` is timm's network with the weights of a package of its own, and an extra of that
     name.
@@ -18,39 +18,16 @@ class Architecture:
 
     library: str  # torchvision, timm, efficientnet or lens_pipeline
     name: str
-    description: str = ""
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "resnet18": Architecture("torchvision", "resnet18", "ResNet-18 (He et al. 2016)"),
-    "resnet34": Architecture("torchvision", "resnet34", "ResNet-34"),
-    "resnet50": Architecture("torchvision", "resnet50", "ResNet-50"),
-    "vit_b_16": Architecture(
-        "torchvision", "vit_b_16", "Vision Transformer B/16 (Dosovitskiy et al. 2021)"
-    ),
-    "light_transformer": Architecture(
-        "lens_pipeline",
-        "light_transformer",
-        "compact convolutional transformer (Hassani et al. 2021) for cutouts",
-    ),
-    "trans_enc_s": Architecture(
-        "lens_pipeline",
-        "trans_enc_s",
-        "small plain transformer encoder over patches of 8 pixels, for cutouts",
-    ),
-    "deeplens": Architecture(
-        "lens_pipeline", "deeplens", "CMU DeepLens, the field's baseline (Lanusse et al. 2018)"
-    ),
-    "lastro": Architecture(
-        "lens_pipeline",
-        "lastro",
-        "EPFL-LASTRO's plain convolutional network (Schaefer et al. 2018)",
-    ),
-    "efficientnet_lite0": Architecture(
-        "efficientnet",
-        "tf_efficientnet_lite0",
-        "EfficientNet-Lite0 (Tan & Le 2019), pretrained without a network",
-    ),
+    **{name: Architecture("torchvision", name) for name in ("resnet18", "resnet34", "resnet50")},
+    "vit_b_16": Architecture("torchvision", "vit_b_16"),
+    **{
+        name: Architecture("lens_pipeline", name)
+        for name in ("light_transformer", "trans_enc_s", "deeplens", "lastro")
+    },
+    "efficientnet_lite0": Architecture("efficientnet", "tf_efficientnet_lite0"),
 }
 RESERVED = "ensemble"
 LIBRARIES = ("torchvision", "timm")  # any of their classifiers, as `timm:convnext_atto`

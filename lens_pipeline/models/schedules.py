@@ -13,15 +13,16 @@ def schedule(
     optimiser: Optimizer,
     name: str,
     *,
-    steps: int,
-    per_epoch: int,
+    steps: float,
+    per_epoch: float,
     warmup: float,
     decay: float,
     decay_epochs: int,
 ) -> list[dict[str, Any]]:
     """Lightning's schedulers for a rate that rises for `warmup` of all steps, to the optimiser's.
 
-    steps: of the training; per_epoch: of an epoch.
+    steps: of the training; per_epoch: of an epoch; infinite where that is not known, which a cosine
+    and a warm-up need, and a `step`.
     name: `cosine` then falls to zero (Loshchilov & Hutter 2017); `step` falls by the factor `decay`
     every `decay_epochs` epochs from then on, `plateau` when the validation loss has not fallen for
     as many; `constant` stays.
@@ -42,6 +43,8 @@ def schedule(
         if name == "cosine":
             done = min(1.0, (step - rising) / max(1, steps - rising))
             return (1 + math.cos(math.pi * done)) / 2
-        return decay ** ((step - rising) // per_epoch // decay_epochs) if name == "step" else 1.0
+        if name == "step":
+            return decay ** ((step - rising) // max(1, math.ceil(per_epoch)) // decay_epochs)
+        return 1.0
 
     return [{"scheduler": LambdaLR(optimiser, factor), "interval": "step"}]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import IterableDataset
 
 from lens_pipeline.catalogue.cutout import SIGMA_UNITS
 from lens_pipeline.choices import BOUNDS, Loss, Schedule, check_bounds
@@ -114,18 +115,20 @@ class LensClassifier(pl.LightningModule):
             logits, target, weight=weight.expand_as(logits)
         )
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """loss: what Lightning is to follow; mean_loss: of the batch's cutouts."""
         how = self.hparams
         images = augment(widened(batch["image"]), how["shift"], how["noise"], turn=how["augment"])
-        loss = self._step("train", images, batch["label"])
+        loss = mean_loss = self._step("train", images, batch["label"])
         if self.trainer.world_size > 1 and self.trainer.is_last_batch:
             # Of a last batch that does not divide evenly, each rank has another number of cutouts,
             # and DDP takes the mean over ranks.
             mine = torch.tensor(float(len(images)), device=loss.device)
             loss = loss * mine / self.trainer.strategy.reduce(mine.clone(), reduce_op="mean")
-        return loss * self._missing_of_a_step(batch_idx)
+        scaled = loss * self._scale_of_a_part_step(batch_idx)
+        return {"loss": scaled, "mean_loss": mean_loss.detach()}
 
-    def _missing_of_a_step(self, batch_idx: int) -> float:
+    def _scale_of_a_part_step(self, batch_idx: int) -> float:
         """Lightning divides the loss by how many batches make a step; at the end of an epoch there
         may be fewer, and it takes a step with these."""
         batches, together = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
@@ -173,8 +176,11 @@ class LensClassifier(pl.LightningModule):
                 scheduler.step(self.trainer.callback_metrics["val/loss"])
 
     def _check_all_batches_came(self) -> None:
-        """Raises InputError where an epoch was shorter than it was said to be: Lightning would wait
-        for its last batch to validate, and never do."""
+        """Raises InputError where an epoch of a stream was shorter than it was said to be:
+        Lightning would wait for its last batch to validate, and never do."""
+        data = getattr(self.trainer.train_dataloader, "dataset", None)
+        if not isinstance(data, IterableDataset):  # the end of others is known
+            return
         loop, wanted = self.trainer.fit_loop, self.trainer.num_training_batches
         came = loop.epoch_loop.batch_progress.current.completed
         ended = self.trainer.should_stop or self.trainer.global_step == self.trainer.max_steps
@@ -287,27 +293,31 @@ class LensClassifier(pl.LightningModule):
         mixed = str(self.trainer.precision).endswith("-mixed")
         fused = not (mixed and self.trainer.gradient_clip_val)
         optimiser = adamw(self, wanted["lr"], wanted["weight_decay"], fused)
+        self.trainer.fit_loop.setup_data()  # one that ends by steps or time has not looked yet
         steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf") and math.isfinite(self.trainer.num_training_batches):
-            raise InputError(
-                "how many epochs there will be is not known, and so no schedule of the learning "
-                "rate; give max_epochs or max_steps, beside max_time"
+        n_batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        if math.isinf(steps) and (wanted["warmup"] or wanted["schedule"] == "cosine"):
+            what, give = (
+                ("batches the tars hold", "limit_train_batches or max_steps, or name a cache_dir")
+                if math.isinf(n_batches)
+                else ("epochs there will be", "max_epochs or max_steps, beside max_time")
             )
-        if steps == float("inf"):
             raise InputError(
-                "how many batches the tars hold is not known, and so no schedule of the learning "
-                "rate; give limit_train_batches or max_steps, or name a cache_dir"
+                f"how many {what} is not known, and so no schedule of the learning rate; give "
+                f"{give}, or take another schedule than cosine, with warmup 0"
+            )
+        if wanted["schedule"] == "step" and math.isinf(min(n_batches, steps)):
+            raise InputError(
+                "how many batches the tars hold is not known, and so not when a schedule in steps "
+                "of epochs falls; give limit_train_batches or max_steps, or name a cache_dir"
             )
         if wanted["schedule"] == "plateau" and not self.trainer.limit_val_batches:
             raise InputError("schedule plateau: follows val/loss, and nothing is validated")
-        if math.isinf(self.trainer.num_training_batches):  # one that ends by steps has not looked
-            self.trainer.fit_loop.setup_data()
-        n_batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         schedulers = schedule(
             optimiser,
             wanted["schedule"],
-            steps=int(steps),
-            per_epoch=max(1, math.ceil(min(n_batches, steps))),
+            steps=steps,
+            per_epoch=min(n_batches, steps),
             **{name: wanted[name] for name in ("warmup", "decay", "decay_epochs")},
         )
         return [optimiser], schedulers

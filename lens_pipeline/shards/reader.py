@@ -95,6 +95,10 @@ class LocalSplit(ShardSplit):
             self._mapped.pop(name, None)
         return wanted
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the maps, which another process makes for itself."""
+        return {name: value for name, value in vars(self).items() if name != "_mapped"}
+
     def _map(self, name: str) -> ShardContent:
         return ShardContent(mapped(self.folder / name, self._least[name]))
 

@@ -54,7 +54,8 @@ class EpochBatches(DistributedSampler[list[int]]):
     Training (shuffle): the places in an order that (seed, epoch) decides, cut into global batches
     of `batch_size` x ranks, of which every rank takes its part; so each has the same number of
     batches, and a global batch holds the same cutouts for any number of ranks. Where too few are
-    left for the last one, they wait for another epoch; InputError where that are all. Evaluation:
+    left for the last one, two for each rank, they wait for another epoch; InputError where that
+    are all. Evaluation:
     every place exactly once, over all ranks together.
     windows: of shards that are fetched, an order that needs them one after the other; other epochs,
     and other splits, are shuffled as a whole.

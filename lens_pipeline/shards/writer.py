@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from lens_pipeline.catalogue.columns import image_columns
 from lens_pipeline.catalogue.dataset import Dataset, ImageFile, open_dataset
 from lens_pipeline.catalogue.splits import PARTS, class_counts
+from lens_pipeline.cores import n_cores
 from lens_pipeline.progress import progress_bar
 from lens_pipeline.shards.encoding import Encoding
 from lens_pipeline.shards.manifest import (
@@ -90,7 +90,7 @@ def _a_thread_a_core() -> Iterator[ThreadPoolExecutor]:
     before = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(
-            os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)
+            n_cores(), initializer=torch.set_num_threads, initargs=(1,)
         ) as pool:
             yield pool
     finally:

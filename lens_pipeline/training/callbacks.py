@@ -101,7 +101,7 @@ class FiniteLoss(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, n: int
     ) -> None:
         self._look(trainer)
-        loss = outputs["loss"].detach()
+        loss = outputs["mean_loss"]
         arrived = None
         if loss.is_cuda:
             loss = loss.to("cpu", non_blocking=True)
@@ -222,11 +222,6 @@ class PeakMemory(Callback):
 
 class Patience(EarlyStopping):
     """Early stopping that a training which goes on from its last checkpoint has not forgotten."""
-
-    @property
-    def state_key(self) -> str:
-        """As in checkpoints that Lightning's own has written."""
-        return super().state_key.replace(type(self).__qualname__, EarlyStopping.__qualname__)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.wait_count >= self.patience:

@@ -42,11 +42,6 @@ class BestCheckpoints(ModelCheckpoint):
         self.surpassed: list[str] = []
         self.losses: dict[str, float] = {}  # of those that are kept
 
-    @property
-    def state_key(self) -> str:
-        """As in checkpoints that Lightning's own has written."""
-        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__)
-
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"losses": self.losses}
 
@@ -61,15 +56,9 @@ class BestCheckpoints(ModelCheckpoint):
             name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path")
         }
         best = {here(path): value for path, value in state_dict["best_k_models"].items()}
-        losses = {here(path): loss for path, loss in state_dict.get("losses", {}).items()}
-        # Lightning's own keeps no losses: of equal epochs those are the worst.
-        kept = {
-            "best_k_models": best,
-            "losses": {path: losses.get(path, math.inf) for path in best},
-        }
-        state_dict = {**state_dict, **paths, **kept, "dirpath": self.dirpath}
-        super().load_state_dict(state_dict)
-        self.losses = state_dict["losses"]
+        kept = {"best_k_models": best, "dirpath": self.dirpath}
+        super().load_state_dict({**state_dict, **paths, **kept})
+        self.losses = {here(path): loss for path, loss in state_dict["losses"].items()}
         surpassed = self._ranked()[self.save_top_k :]
         self.surpassed += surpassed
         for path in surpassed:

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -22,7 +23,11 @@ from lens_pipeline.models.names import parse_members
 from lens_pipeline.settings_files import first_wrong, read_yaml
 from lens_pipeline.steps import file_sha256
 
-Precision = Literal["auto", "32-true", "16-mixed", "bf16-mixed"]
+PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}  # what Lightning takes, too
+Precision = Annotated[
+    Literal["auto", "32-true", "16-mixed", "bf16-mixed"],
+    BeforeValidator(lambda said: PRECISIONS.get(str(said), said)),
+]
 Monitor = Literal[
     "val/loss",
     "val/accuracy",
@@ -73,6 +78,26 @@ def _bounded(default: Any, description: str, **bounds: Any) -> Any:
     return Field(
         default=default, description=f"{description.rstrip('.')}, {within(bounds)}.", **bounds
     )
+
+
+def _limit(value: Any) -> int | float:
+    """As Lightning takes it: a number of batches, or as a float the fraction of all."""
+    with suppress(ValueError):
+        text = str(value)
+        number = float(text) if "." in text else int(text)
+        if (0 < number <= 1) if isinstance(number, float) else number >= 1:
+            return number
+    raise ValueError("must be a whole number from 1 on, or a fraction of all, as 0.25")
+
+
+Limit = Annotated[int | float, BeforeValidator(_limit)] | None
+
+
+def limited(n: int, limit: int | float | None) -> int:
+    """How many of n batches a limit leaves, as Lightning counts them."""
+    if limit is None:
+        return n
+    return int(n * limit) if isinstance(limit, float) else min(n, limit)
 
 
 class ModelSection(_Section):
@@ -186,11 +211,13 @@ class TrainingSection(_Section):
         default=0, ge=0, description="Steps between writings of last.ckpt; 0: every minute."
     )
     fast_dev_run: bool = Field(default=False, description="One batch of each kind, as a trial.")
-    limit_train_batches: int | None = _bounded(
-        default=None, ge=1, description="Batches of an epoch; by default all."
+    limit_train_batches: Limit = Field(
+        default=None,
+        description="Batches of an epoch, or the fraction of them, as 0.25; by default all.",
     )
-    limit_val_batches: int | None = _bounded(
-        default=None, ge=1, description="Batches of a validation; by default all."
+    limit_val_batches: Limit = Field(
+        default=None,
+        description="Batches of a validation, or the fraction of them; by default all.",
     )
     loggers: tuple[LoggerName, ...] = Field(
         default=("csv",), description="csv (always), tensorboard, wandb, mlflow."
@@ -377,7 +404,8 @@ class TrainConfig(_Section):
     def start(self) -> str:
         """The weights to start from: sha256 of a file, else `none`, `published` or the model."""
         file = Path(self.model.pretrained)
-        return file_sha256(file) if file.is_file() else self.model.pretrained
+        known = self.starts_from_a_file and file.is_file()
+        return file_sha256(file) if known else self.model.pretrained
 
     @property
     def yaml(self) -> str:

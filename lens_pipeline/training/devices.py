@@ -13,6 +13,7 @@ from typing import Any
 import filelock
 import torch
 
+from lens_pipeline.cores import n_cores
 from lens_pipeline.errors import InputError
 from lens_pipeline.training.config import HardwareSection, TrainConfig
 
@@ -30,9 +31,9 @@ def check_devices(config: TrainConfig) -> None:
             f"hardware.devices {wanted.devices}: this machine has {has} set hardware.accelerator "
             "to cpu"
         )
-    if not on_gpus and wanted.devices > (n_cores := os.cpu_count() or 1):
+    if not on_gpus and wanted.devices > (cores := n_cores()):
         raise InputError(
-            f"hardware.devices {wanted.devices}: this machine has {n_cores} cores, and each device "
+            f"hardware.devices {wanted.devices}: this process has {cores} cores, and each device "
             "would be a process of its own; name fewer"
         )
     if wanted.precision == "16-mixed" and not on_gpus:

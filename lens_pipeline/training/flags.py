@@ -6,7 +6,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from lens_pipeline.training.config import TrainConfig
+from lens_pipeline.training.config import Limit, TrainConfig
 
 OTHER_NAMES = {"architectures": "--archs"}
 
@@ -56,7 +56,7 @@ def _metavar(info: FieldInfo) -> str:
     choices = get_args(kind)
     if choices and all(isinstance(choice, str) for choice in choices) and len(choices) < 5:
         return "|".join(choices)
-    return "N" if kind in (int, int | None) else "X" if kind is float else "NAME"
+    return "N" if kind in (int, int | None, Limit) else "X" if kind is float else "NAME"
 
 
 def _shown(default: Any) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lens_pipeline.cores import n_cores
 from lens_pipeline.errors import InputError, NoAnswerError, NoRoomError
 from lens_pipeline.steps import write_aside
 
@@ -70,7 +71,7 @@ def launch(entry: Callable[..., None], arguments: tuple[Any, ...], devices: int)
     for name in QUIET:  # it tells of a failure with a page of its own
         logging.getLogger(name).setLevel(logging.CRITICAL)
     # Together the processes use the cores that there are.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, n_cores() // devices)))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from lens_pipeline.training.checkpoints import (
     save_aside,
     telling_of_a_full_disk,
 )
-from lens_pipeline.training.config import TrainConfig
+from lens_pipeline.training.config import TrainConfig, limited
 from lens_pipeline.training.devices import check_devices, device, resolved_precision
 from lens_pipeline.training.inputs import START, hashed_inputs, other_inputs, recorded_inputs
 from lens_pipeline.training.loggers import end, file_loggers
@@ -78,6 +79,9 @@ def train(
     """
     out = Path(out)
     check_devices(config)
+    if config.hardware.devices == 1:
+        # Whatever Slurm, say, calls this process: it is all of its training.
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]
     config, going_on = _begin(config, data, out)
     trial = config.training.fast_dev_run
     if (out / SCORES).exists() and not trial:
@@ -188,6 +192,8 @@ def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> tuple[TrainCon
         before = TrainConfig.read(out / SETTINGS)
         if config.training.find_batch_size:
             found = {"batch_size": before.training.batch_size}
+            if found["batch_size"] != config.training.batch_size:
+                log.info("  training.batch_size: %d, as this training has found", *found.values())
             config = config.with_changes({"training": found}, "training")
         changed = before.differences(config)
         if changed:
@@ -228,7 +234,8 @@ def deciding_metric(config: TrainConfig, data: CutoutModule) -> str:
     metric = wanted.removeprefix("val/")
     labels = data.split("val").labels
     if limit is not None:
-        labels = labels[: limit * config.training.batch_size * config.hardware.devices]
+        at_once = config.training.batch_size * config.hardware.devices
+        labels = labels[: limited(math.ceil(len(labels) / at_once), limit) * at_once]
     n_nonlens = int((labels == 0).sum())
     if metric in RANKED and n_nonlens in (0, len(labels)) and not config.training.fast_dev_run:
         among = "" if limit is None else f"within training.limit_val_batches {limit}, "
@@ -282,6 +289,7 @@ def _fit(
         trainer = make_trainer(
             config,
             data,
+            out,
             logger=[*into_files, *loggers],
             callbacks=chosen if how.fast_dev_run else [*chosen, last],
             plugins=[files],

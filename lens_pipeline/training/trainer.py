@@ -3,10 +3,12 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ProgressBar
+from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from lens_pipeline.progress import shows_progress
 from lens_pipeline.shards.datamodule import CutoutModule
@@ -19,7 +21,7 @@ from lens_pipeline.training.callbacks import (
     PeakMemory,
     StepSeeds,
 )
-from lens_pipeline.training.config import TrainConfig
+from lens_pipeline.training.config import TrainConfig, limited
 from lens_pipeline.training.devices import device, on_gpu, resolved_precision
 
 NO_NEWS = (  # of Lightning and torch, by patterns
@@ -66,13 +68,21 @@ def _has_bar(callbacks: Sequence[Callback]) -> bool:
 
 
 def make_trainer(
-    config: TrainConfig, data: CutoutModule, *, callbacks: list[Callback], **more: Any
+    config: TrainConfig,
+    data: CutoutModule,
+    out: Path,
+    *,
+    callbacks: list[Callback],
+    plugins: Sequence[Any],
+    **more: Any,
 ) -> pl.Trainer:
     """Lightning's, as the configuration has it; more: of its arguments."""
     how, hardware = config.training, config.hardware
     batches = int(data.taking_part("train").sum()) // (how.batch_size * hardware.devices)
-    steps = min(batches, how.limit_train_batches or batches) // how.accumulate_grad_batches
+    steps = limited(batches, how.limit_train_batches) // how.accumulate_grad_batches
     repeats = hardware.deterministic or not on_gpu(config)
+    if hardware.devices == 1:  # though Slurm may have started others beside it
+        plugins = [*plugins, LightningEnvironment()]
     return pl.Trainer(
         max_epochs=how.epochs,
         # Lightning's `auto` takes others, too, which have no float64.
@@ -81,6 +91,9 @@ def make_trainer(
         strategy="ddp" if hardware.devices > 1 else hardware.strategy,
         precision=resolved_precision(config),
         callbacks=callbacks,
+        plugins=[*plugins],
+        # Where it looks for a checkpoint of a job that Slurm has stopped, unasked.
+        default_root_dir=out,
         gradient_clip_val=how.gradient_clip or None,
         accumulate_grad_batches=how.accumulate_grad_batches,
         fast_dev_run=how.fast_dev_run,

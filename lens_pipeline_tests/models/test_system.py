@@ -133,6 +133,7 @@ def _rates(total: int, **how: object) -> list[float]:
         limit_val_batches=1.0,
         accumulate_grad_batches=1,
         precision="32-true",
+        fit_loop=SimpleNamespace(setup_data=lambda: None),
     )
     (optimiser,), schedules = system.configure_optimizers()
     rates = []
@@ -261,6 +262,7 @@ def _optimiser(system: LitLensSystem) -> torch.optim.Optimizer:
         num_training_batches=10,
         accumulate_grad_batches=1,
         precision="32-true",
+        fit_loop=SimpleNamespace(setup_data=lambda: None),
         gradient_clip_val=None,
     )
     (optimiser,), _ = system.configure_optimizers()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 import resource
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,6 +40,14 @@ def test_gather_in_any_order(dataset: Dataset, shards_folder: Path) -> None:
     images, table = as_in(split, dataset, "train")
     np.testing.assert_array_equal(split.gather(order), images.astype(np.float16)[order])
     assert split.labels.tolist() == table["label"].tolist()
+
+
+def test_a_split_that_has_been_read_goes_to_another_process(shards_folder: Path) -> None:
+    """As a loader's workers, where they are not forked."""
+    split = open_shards(shards_folder).split("train")
+    images = split.gather([0, 1])
+    copy = pickle.loads(pickle.dumps(split))
+    np.testing.assert_array_equal(copy.gather([0, 1]), images)
 
 
 @pytest.mark.parametrize("kind", ["shards", "dataset", "cropped", "tars"])

@@ -81,6 +81,31 @@ def test_weights_to_start_from_decide_by_what_they_are(tmp_path: Path) -> None:
     assert deciding[0] != deciding[2]
 
 
+def test_a_file_that_is_called_as_no_weights_are_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("none", "published"):
+        Path(name).touch()
+        changed = small_config().with_changes({"model": {"pretrained": name}}, "test")
+        assert changed.start == name
+
+
+@pytest.mark.parametrize("limit", [0, 0.0, 1.5, -1, True, "many", [1]])
+def test_a_limit_is_a_number_of_batches_or_a_fraction(limit: object) -> None:
+    said = "file: training.limit_val_batches: must be a whole number from 1 on, or a fraction"
+    with pytest.raises(InputError, match=said):
+        TrainConfig.parse({"training": {"limit_val_batches": limit}}, "file")
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"), [(32, "32-true"), ("16", "16-mixed"), ("bf16", "bf16-mixed")]
+)
+def test_a_precision_may_be_said_as_lightning_takes_it(said: object, meant: str) -> None:
+    parsed = TrainConfig.parse({"hardware": {"precision": said}}, "file")
+    assert parsed.hardware.precision == meant
+
+
 @pytest.mark.parametrize(
     ("said", "meant"),
     [

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.system import LitLensSystem
@@ -19,7 +19,6 @@ from lens_pipeline.settings import Settings
 from lens_pipeline.shards.datamodule import LensDataModule
 from lens_pipeline.tracking import Tracking
 from lens_pipeline.training import TrainedMember, checkpoints, train
-from lens_pipeline.training.callbacks import Patience
 from lens_pipeline.training.checkpoints import BestCheckpoints
 from lens_pipeline_tests.conftest import LENS_PIPELINE
 from lens_pipeline_tests.training.killed import in_a_process, saving_config
@@ -196,23 +195,6 @@ def test_a_checkpoint_that_is_due_at_the_end_of_an_epoch_is_written_after_it(
     config = saving_config(save_every_n_steps=per_epoch, epochs=3)
     train(config, LensDataModule(shards_folder), tmp_path, callbacks=[SlowDisk()])
     assert {per_epoch, 2 * per_epoch, 3 * per_epoch} <= set(written)
-
-
-def test_what_lightnings_own_callbacks_have_written_is_understood() -> None:
-    """Lightning finds the state of a callback by the name of its class."""
-    assert Patience("val/loss").state_key == EarlyStopping("val/loss").state_key
-    ours, theirs = (
-        kind(dirpath="folder", monitor="val/loss", save_top_k=3)
-        for kind in (BestCheckpoints, ModelCheckpoint)
-    )
-    assert ours.state_key == theirs.state_key
-    theirs.best_k_models = {"folder/0.ckpt": torch.tensor(0.3), "folder/1.ckpt": torch.tensor(0.2)}
-    theirs.best_model_path = "folder/1.ckpt"
-    ours.load_state_dict(theirs.state_dict())
-    assert ours.best_k_models.keys() == {
-        str(Path("folder", name).absolute()) for name in ("0.ckpt", "1.ckpt")
-    }
-    assert Path(ours.best_model_path).name == "1.ckpt"
 
 
 def test_a_training_that_has_stopped_early_does_not_go_on(

@@ -13,7 +13,13 @@ import pandas as pd
 import pytest
 import torch
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import (
+    Callback,
+    EarlyStopping,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from pytorch_lightning.utilities import rank_zero_only
 from sklearn.metrics import roc_auc_score
 
 from lens_pipeline import LensDataModule, LitEnsembleSystem, LitLensSystem
@@ -178,6 +184,74 @@ def test_the_bar_shows_the_epoch_and_the_loss(
     assert "epoch 2/2: " in shown
 
 
+def test_the_loss_of_a_step_is_that_of_its_cutouts_however_many_batches_make_one(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    """Lightning divides it among them. The 82 cutouts are 10 batches of 8 and one of 2."""
+    losses: list[float] = []
+
+    class Losses(LitLensSystem):
+        def loss(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+            found = super().loss(logits, label)
+            if self.training:
+                losses.append(float(found))
+            return found
+
+    config = small_config(epochs=1, batch_size=8, accumulate_grad_batches=4)
+    train_on(config, uneven_shards, tmp_path, system_type=Losses)
+    (file,) = tmp_path.rglob("metrics.csv")
+    told = pd.read_csv(file).set_index("step")["train/loss_step"].dropna()
+    assert told.index.tolist() == [2]
+    assert told[2] == pytest.approx(losses[7])
+
+
+def test_of_several_processes_that_slurm_has_started_each_trains_its_own(
+    uneven_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep, say: two tasks of one node. Nor is it another's checkpoint that one begins from."""
+    tasks = {"NTASKS": "2", "NTASKS_PER_NODE": "2", "NNODES": "1", "PROCID": "1", "LOCALID": "1"}
+    for name, value in {**tasks, "JOB_ID": "7", "JOB_NAME": "sweep", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)  # as Lightning reads it there
+    monkeypatch.chdir(tmp_path)
+    alone = train_on(small_config(), uneven_shards, tmp_path / "alone")
+    shutil.copy(alone.folder / "last.ckpt", "hpc_ckpt_1.ckpt")
+    again = train_on(small_config(), uneven_shards, tmp_path / "again")
+    for trained in (alone, again):
+        assert len(trained.curves) == 2
+        assert len(trained.val_scores) == 40
+        assert [*trained.folder.rglob("metrics.csv")]
+
+
+def test_callbacks_of_lightnings_own_go_beside_a_trainings(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    """Of the same monitor, too; and those that make another plan of the epochs."""
+    own = ModelCheckpoint(dirpath=tmp_path / "own", monitor="val/auroc", mode="max")
+    others = [EarlyStopping("val/auroc", mode="max"), StochasticWeightAveraging(1e-4)]
+    config = small_config(epochs=3, monitor="val/auroc", patience=3)
+    trained = train_on(config, uneven_shards, tmp_path / "out", own, *others)
+    assert len(trained.curves) >= 2
+    assert Path(own.best_model_path).exists()
+
+
+def test_limits_are_numbers_of_batches_or_fractions_of_them(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    steps: dict[float, int] = {}
+
+    class Steps(Callback):
+        def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+            steps[limit] = trainer.global_step
+
+    for limit in (2, 0.5, 1.0):
+        how = {"limit_train_batches": limit, "limit_val_batches": limit, "monitor": "val/loss"}
+        config = small_config(epochs=1, batch_size=8, **how)
+        train_on(config, uneven_shards, tmp_path / str(limit), Steps())
+    n = len(LensDataModule(uneven_shards, batch_size=8).train_dataloader())
+    assert steps == {2: 2, 0.5: n // 2, 1.0: n}
+
+
 @pytest.mark.parametrize("clip", [0.0, 1e-3])
 def test_gradients_are_clipped_to_the_norm_that_is_asked_for(
     clip: float, uneven_shards: Path, tmp_path: Path
@@ -255,7 +329,7 @@ def test_other_pixels_in_the_same_place_are_trained_on_by_the_same_command(
 
 def test_more_processes_than_cores_are_not_begun(uneven_shards: Path, tmp_path: Path) -> None:
     many = {"hardware": {"devices": 1024, "accelerator": "cpu"}}
-    with pytest.raises(InputError, match=r"hardware\.devices 1024: this machine has \d+ cores"):
+    with pytest.raises(InputError, match=r"hardware\.devices 1024: this process has \d+ cores"):
         train_on(small_config().with_changes(many, "test"), uneven_shards, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -359,7 +433,7 @@ def test_what_this_machine_cannot_do_is_said_before_training(
         assert re.search(f"^error: .*{said}", capsys.readouterr().err, re.MULTILINE)
 
 
-def test_a_plateau_without_a_validation_and_steps_without_epochs(uneven_shards: Path) -> None:
+def test_what_a_schedule_must_know_is_asked_for(uneven_shards: Path) -> None:
     """As a Trainer of the user's own may ask for."""
     quiet: dict[str, Any] = {
         **{"accelerator": "cpu", "logger": False, "enable_checkpointing": False},
@@ -376,6 +450,15 @@ def test_a_plateau_without_a_validation_and_steps_without_epochs(uneven_shards: 
     Trainer(**quiet, max_epochs=-1, max_steps=steps).fit(system, data)
     for group in system.optimizers().optimizer.param_groups:  # type: ignore[union-attr]
         assert group["lr"] == pytest.approx(1e-3 * 0.5**2)
+    for name, warmup in (("cosine", 0.0), ("constant", 0.1), ("plateau", 0.1)):
+        system = LitLensSystem("lastro", image_size=32, schedule=name, warmup=warmup)
+        with pytest.raises(InputError, match="how many epochs .*give max_epochs or max_steps"):
+            Trainer(**quiet, max_epochs=-1, max_time="00:00:00:01").fit(system, data)
+    for name in ("constant", "plateau", "step"):
+        system = LitLensSystem("lastro", image_size=32, schedule=name, warmup=0)
+        trainer = Trainer(**quiet, max_epochs=-1, max_time="00:00:00:01")
+        trainer.fit(system, data)
+        assert trainer.global_step > 0
 
 
 @pytest.mark.slow
