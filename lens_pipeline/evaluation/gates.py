@@ -15,6 +15,7 @@ from lens_pipeline.evaluation.metrics import (
 )
 
 WORST = 5  # percentile: a loss beyond the tolerance is ruled out at 95 %
+BEST = 95  # below zero a loss is certain at 95 %
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,9 @@ def champion_gate(
     in FEWEST_GROUPS groups each. The challenger must pass as a first model would, its `ece` must
     not exceed `max_ece`, and by `ranking_metric` it must not be worse than the champion by
     `tolerance` or more: by the lower 95 % bound, of one side, of the difference over resamplings of
-    both together, see `ranked_bootstrap`. Of the `ece`, what chance alone makes does not count.
+    both together, see `ranked_bootstrap`. Nor, by the upper one, for certain: losses that are each
+    within the tolerance would add up from version to version. Of the `ece`, what chance alone makes
+    does not count.
     """
     new = ~np.asarray(seen, dtype=bool)
     label, challenger, champion, groups = (
@@ -116,19 +119,23 @@ def champion_gate(
     scores = {"challenger": challenger, "champion": champion}
     metric, drawn = ranked_bootstrap(label, scores, groups)
     gain = drawn["challenger"] - drawn["champion"]
-    lowest = float(np.percentile(gain, WORST))
+    lowest, highest = (float(bound) for bound in np.percentile(gain, [WORST, BEST]))
     theirs = lens_metrics(label, champion, bootstrap=0)[metric]["value"]
+    both = f"{metric} is {metrics[metric]['value']:.3f}, the champion's {theirs:.3f}"
     if lowest <= -tolerance:
         reasons.append(
-            f"{metric} is {metrics[metric]['value']:.3f}, the champion's {theirs:.3f}; a loss of "
-            f"{-lowest:.3f} cannot be ruled out at 95 %, {tolerance:g} is tolerated"
+            f"{both}; a loss of {-lowest:.3f} cannot be ruled out at 95 %, {tolerance:g} is "
+            "tolerated"
         )
+    elif highest < 0:
+        reasons.append(f"{both}; it is worse, by {-highest:.3f} or more at 95 %")
     figures |= {
         "metric": metric,
         "challenger": metrics[metric]["value"],
         "champion": theirs,
         "gain": float(gain.mean()),
         "gain_low": lowest,
+        "gain_high": highest,
         "auroc_low": metrics["auroc"]["low"],
         "ece": ece,
         "ece_by_chance": by_chance,

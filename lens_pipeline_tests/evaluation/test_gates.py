@@ -1,5 +1,6 @@
 """The gates: of the first model, and of a challenger against a champion."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,6 +91,20 @@ def test_the_same_model_again_passes_and_little_evidence_does_not() -> None:
     (reason,) = decision.reasons
     assert "cannot be ruled out at 95 %, 0.05 is tolerated" in reason
     assert champion_gate(**cutouts(n=220), **AGAINST | {"tolerance": 0.9}).passed
+
+
+def test_a_small_loss_that_is_certain_is_refused() -> None:
+    """Within the tolerance: from version to version such losses would add up."""
+    test = cutouts(n=8000)
+    odds = np.log(test["champion"] / (1 - test["champion"]))
+    test["challenger"] = expit(odds - 0.1 * test["label"])
+    decision = champion_gate(**test, **AGAINST)
+    assert -AGAINST["tolerance"] < decision.figures["gain_low"]
+    assert decision.figures["gain_high"] < 0
+    (reason,) = decision.reasons
+    assert re.search(
+        r"is 0\.\d+, the champion's 0\.\d+; it is worse, by 0\.0\d+ or more at 95", reason
+    )
 
 
 def test_only_groups_that_neither_model_has_seen_count() -> None:

@@ -144,6 +144,16 @@ def test_what_is_graded_is_hidden_when_asked(page: Page, tmp_path: Path) -> None
     assert page.locator("[aria-current] b").inner_text().strip() == "#3"
 
 
+def test_a_slider_has_its_arrows_and_no_other_key(page: Page, tmp_path: Path) -> None:
+    page.goto(written_page(tmp_path))
+    page.locator("#stretch").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#stretch").input_value() == "0.25"
+    assert page.locator("[aria-current] b").inner_text().strip() == "#1"
+    page.keyboard.press("X")
+    assert marked(page) == {"#1": "X"}
+
+
 def drawn(page: Page, canvas: str) -> np.ndarray:
     """The picture on a canvas, (height, width, 3) from 0 to 255."""
     page.wait_for_function(

@@ -208,8 +208,8 @@ def test_the_loss_of_a_step_is_that_of_its_cutouts_however_many_batches_make_one
 def test_of_several_processes_that_slurm_has_started_each_trains_its_own(
     uneven_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sweep, say: two tasks of one node. Nor is it another's checkpoint that one begins from."""
-    tasks = {"NTASKS": "2", "NTASKS_PER_NODE": "2", "NNODES": "1", "PROCID": "1", "LOCALID": "1"}
+    """A sweep, say: `--ntasks=2`. Nor is it another's checkpoint that one begins from."""
+    tasks = {"NTASKS": "2", "NNODES": "1", "PROCID": "1", "LOCALID": "1"}
     for name, value in {**tasks, "JOB_ID": "7", "JOB_NAME": "sweep", "NODEID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setattr(rank_zero_only, "rank", 1)  # as Lightning reads it there
@@ -245,7 +245,7 @@ def test_limits_are_numbers_of_batches_or_fractions_of_them(
             steps[limit] = trainer.global_step
 
     for limit in (2, 0.5, 1.0):
-        how = {"limit_train_batches": limit, "limit_val_batches": limit, "monitor": "val/loss"}
+        how = {"limit_train_batches": limit, "limit_val_batches": limit, "monitor": "val/auroc"}
         config = small_config(epochs=1, batch_size=8, **how)
         train_on(config, uneven_shards, tmp_path / str(limit), Steps())
     n = len(LensDataModule(uneven_shards, batch_size=8).train_dataloader())
