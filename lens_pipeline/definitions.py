@@ -20,7 +20,13 @@ from lens_pipeline.defs.dataset import BUILD, processed_dataset
 from lens_pipeline.defs.ensemble import EVALUATE, ensemble_stage, evaluation_stage
 from lens_pipeline.defs.registry import registry_stage
 from lens_pipeline.defs.resources import LensHome
-from lens_pipeline.defs.sensors import failed_runs, new_challenger, source_changed, warning_checks
+from lens_pipeline.defs.sensors import (
+    failed_runs,
+    failed_ticks,
+    new_challenger,
+    source_changed,
+    warning_checks,
+)
 from lens_pipeline.defs.shards import cloud_shards, lens_shards, observed_shards
 from lens_pipeline.defs.source import source_is_published
 from lens_pipeline.defs.stages import freshness
@@ -63,7 +69,9 @@ def make_definitions(settings: Settings, retries: bool = True) -> dg.Definitions
         assets=[*([observed_shards()] if published else []), *with_follow_up(made)],
         jobs=[full_pipeline, data, training, evaluation_and_registration, tuning, cleaning],
         schedules=planned,
-        sensors=[source_changed, new_challenger, failed_runs, warning_checks, follow_up],
+        sensors=[
+            *(source_changed, new_challenger, failed_runs, failed_ticks, warning_checks, follow_up)
+        ],
         resources={"lens": LensHome()},
         executor=_executor(AT_A_TIME[settings.deployment]),
     )

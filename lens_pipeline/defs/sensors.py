@@ -8,6 +8,10 @@ from itertools import islice
 from typing import Any, Literal, TypeAlias
 
 import dagster as dg
+from dagster._core.definitions.run_request import InstigatorType
+from dagster._core.remote_origin import RemoteRepositoryOrigin
+from dagster._core.scheduler.instigation import InstigatorState, TickStatus
+from dagster._utils.error import SerializableErrorInfo
 
 from lens_pipeline.alerts import alert
 from lens_pipeline.defs.automation import data
@@ -202,6 +206,47 @@ def warning_checks(
     return _tell_of_runs(context, lens.settings, dg.DagsterEventType.RUN_SUCCESS, _tell_of_checks)
 
 
+@dg.sensor(
+    minimum_interval_seconds=60,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Tells the log and LENS_WEBHOOK_URL of each schedule whose last tick failed, and "
+    "of each sensor whose last two did, once until it works again.",
+)
+def failed_ticks(
+    context: dg.SensorEvaluationContext, lens: LensHome
+) -> dg.SensorResult | dg.SkipReason:
+    told: list[str] = json.loads(context.cursor or "[]")
+    reasons = {
+        state.name: reason
+        for state in context.instance.all_instigator_state()
+        if _are_ours(state.origin.repository_origin, context)
+        and state.is_running
+        and (reason := _failing(state, context.instance))
+    }
+    for name in reasons.keys() - set(told):
+        alert(lens.settings, reasons[name])
+    return dg.SensorResult(
+        cursor=json.dumps(sorted(reasons)),
+        skip_reason="; ".join(reasons.values()) or "all schedules and sensors work",
+    )
+
+
+def _failing(state: InstigatorState, instance: dg.DagsterInstance) -> str | None:
+    """Why a schedule or a sensor does not work, in a line; None where it does. A sensor's next tick
+    is soon: what has failed once may be by chance."""
+    kind = state.instigator_type.value.lower()
+    ticks = instance.get_ticks(
+        state.instigator_origin_id,
+        state.selector_id,
+        limit=1 if state.instigator_type is InstigatorType.SCHEDULE else 2,
+        statuses=[TickStatus.SUCCESS, TickStatus.SKIPPED, TickStatus.FAILURE],
+    )
+    if not ticks or any(tick.status is not TickStatus.FAILURE for tick in ticks):
+        return None
+    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(ticks[0].timestamp))
+    return f"the {kind} {state.name} failed at its tick of {when}: {_first_cause(ticks[0].error)}"
+
+
 def _tell_of_runs(
     context: dg.SensorEvaluationContext, settings: Settings, ended: RunEnd, tell: Tell
 ) -> dg.SensorResult | dg.SkipReason:
@@ -237,10 +282,13 @@ def _told_up_to(record_id: int, reason: str) -> dg.SensorResult:
 
 def _is_ours(run: dg.DagsterRun, context: dg.SensorEvaluationContext) -> bool:
     """Not of other code that the same Dagster serves."""
-    theirs, ours = run.remote_job_origin, context.code_location_origin
-    if theirs is None or ours is None:
-        return True
-    return theirs.repository_origin.code_location_origin.location_name == ours.location_name
+    theirs = run.remote_job_origin
+    return theirs is None or _are_ours(theirs.repository_origin, context)
+
+
+def _are_ours(definitions: RemoteRepositoryOrigin, context: dg.SensorEvaluationContext) -> bool:
+    ours = context.code_location_origin
+    return ours is None or definitions.code_location_origin.location_name == ours.location_name
 
 
 def _tell_of_failure(
@@ -280,13 +328,17 @@ def made_by(run: dg.DagsterRun) -> str:
 
 
 def _reason(event: dg.DagsterEvent) -> str:
-    """What a step raised, in a line that begins with the step, or its asset: the first cause,
-    without Dagster's own wrapping. Bad input says itself what it is, of another error its class
-    does."""
+    """What a step raised, in a line that begins with the step, or its asset, without Dagster's own
+    wrapping."""
     where = (event.step_key or "").replace("__", "/")  # as in the key of the asset
-    error = event.step_failure_data.error
+    said = _first_cause(event.step_failure_data.error) or " ".join((event.message or "").split())
+    return f"{where}: {said.removeprefix(f'{where}: ')}"
+
+
+def _first_cause(error: SerializableErrorInfo | None) -> str:
+    """What was raised first, in a line. Bad input says itself what it is, of another error its
+    class does."""
     while error is not None and error.cause is not None:
         error = error.cause
-    said = " ".join((error.message if error is not None else event.message or "").split())
-    said = re.sub(rf"^{re.escape(InputError.__module__)}\.\w+: ", "", said)
-    return f"{where}: {said.removeprefix(f'{where}: ')}"
+    said = " ".join(error.message.split()) if error is not None else ""
+    return re.sub(rf"^{re.escape(InputError.__module__)}\.\w+: ", "", said)

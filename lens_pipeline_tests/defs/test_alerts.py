@@ -7,6 +7,16 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.definitions.run_request import InstigatorType
+from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteRepositoryOrigin
+from dagster._core.scheduler.instigation import (
+    InstigatorState,
+    InstigatorStatus,
+    ScheduleInstigatorData,
+    TickData,
+    TickStatus,
+)
+from dagster._utils.error import SerializableErrorInfo
 from mlflow.exceptions import MlflowException
 
 from lens_pipeline.alerts import TRIES, alert
@@ -75,6 +85,59 @@ def test_a_webhook_that_has_moved_is_one_that_cannot_be_told(webhook: Webhook) -
     with pytest.raises(InputError, match=r"LENS_WEBHOOK_URL: cannot be told \(HTTP Error 302"):
         alert(Settings.load(), "anything")
     assert webhook.posted == []
+
+
+def test_schedules_and_sensors_that_fail_are_told_of_until_they_work(
+    instance: dg.DagsterInstance, webhook: Webhook
+) -> None:
+    """A schedule at once, for its next tick is in a week; a sensor when it fails again."""
+    moment = 1_790_000_000.0  # 2026-09-21 14:13 UTC
+
+    def ended(name: str, status: TickStatus) -> None:
+        nonlocal moment
+        moment += 60
+        kind = InstigatorType.SCHEDULE if name.endswith("ing") else InstigatorType.SENSOR
+        code = RegisteredCodeLocationOrigin("lens_pipeline")
+        origin = RemoteRepositoryOrigin(code, "__repository__").get_instigator_origin(name)
+        data = ScheduleInstigatorData("0 3 * * 1") if kind is InstigatorType.SCHEDULE else None
+        state = InstigatorState(origin, kind, InstigatorStatus.RUNNING, data)
+        if instance.get_instigator_state(origin.get_id(), state.selector_id) is None:
+            instance.add_instigator_state(state)
+        error = None
+        if status is TickStatus.FAILURE:
+            first = SerializableErrorInfo(
+                "lens_pipeline.errors.InputError: no\n source\n", [], None
+            )
+            error = SerializableErrorInfo("Error in config", [], None, cause=first)
+        instance.create_tick(
+            TickData(
+                *(origin.get_id(), name, kind, status, moment),
+                run_ids=[],
+                error=error,
+                selector_id=state.selector_id,
+            )
+        )
+
+    sensor = Sensor("failed_ticks", instance)
+    sensor.tick()
+    for name in ("weekly_retraining", "source_changed", "follow_up"):
+        ended(name, TickStatus.SKIPPED)
+    ended("weekly_retraining", TickStatus.FAILURE)
+    ended("source_changed", TickStatus.FAILURE)
+    for _ in range(2):
+        sensor.tick()
+    first = "the schedule weekly_retraining failed at its tick of 2026-09-21 14:17 UTC: no source"
+    assert [content["text"] for content in webhook.posted] == [first]
+    ended("source_changed", TickStatus.FAILURE)
+    ended("weekly_retraining", TickStatus.SUCCESS)
+    for _ in range(2):
+        sensor.tick()
+    ended("source_changed", TickStatus.SUCCESS)
+    ended("weekly_retraining", TickStatus.FAILURE)
+    sensor.tick()
+    told = [content["text"].partition(" failed")[0] for content in webhook.posted]
+    both = "the schedule weekly_retraining", "the sensor source_changed"
+    assert told == [*both, both[0]]
 
 
 @pytest.fixture
