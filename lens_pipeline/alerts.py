@@ -6,9 +6,10 @@ import logging
 import os
 import time
 import urllib.request
+from contextlib import suppress
 from typing import Any
 
-from lens_pipeline.errors import SECRET, InputError, masked
+from lens_pipeline.errors import InputError, masked, secrets_in
 from lens_pipeline.settings import Settings
 
 TRIES = 3
@@ -54,9 +55,15 @@ def alert(settings: Settings, text: str, **facts: str | None) -> None:
 
 
 def without_secrets(text: str) -> str:
-    """A text without passwords of URLs, and without what secret-looking variables of the
-    environment hold."""
-    for name, value in os.environ.items():
-        if SECRET.search(name) and len(value) >= 6:
+    """A text without passwords of URLs, and without what variables of the environment, and the
+    options in LENS_STORAGE_OPTIONS, hold under names that look secret."""
+    with suppress(KeyError, ValueError):
+        text = _without(text, json.loads(os.environ["LENS_STORAGE_OPTIONS"]))
+    return masked(_without(text, dict(os.environ)))
+
+
+def _without(text: str, options: Any) -> str:
+    for _, value in secrets_in(options):
+        if len(value) >= 6:
             text = text.replace(value, "***")
-    return masked(text)
+    return text

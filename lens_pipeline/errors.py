@@ -3,10 +3,13 @@ a secret in a URL."""
 
 import errno
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 # In names of what must not be shown.
-SECRET = re.compile("sig|token|key|secret|password|credential", re.IGNORECASE)
+SECRET = re.compile(
+    "sig(?!nature_version)|token|key|secret|password|credential|connection_string", re.IGNORECASE
+)
 _PASSWORD = re.compile(r"(://[^\s/:@]*:)\S*@")
 _QUERY = re.compile(r"(://[^\s?]*\?)\S*[^\s:;,.)\]'\"]")
 # Of a URL without its beginning, as clients tell of it.
@@ -16,6 +19,19 @@ _VALUE = re.compile(rf"([?&][\w-]*(?:{SECRET.pattern})[\w-]*=)[^\s&'\")]+", re.I
 def masked(text: str) -> str:
     """A text with the passwords and queries (`?X-Amz-Signature=...`) of its URLs as ``***``."""
     return _VALUE.sub(r"\1***", _QUERY.sub(r"\1***", _PASSWORD.sub(r"\1***@", text)))
+
+
+def secrets_in(options: Any, name: str | None = None) -> Iterator[tuple[str, str]]:
+    """(name, value) of what nested options hold under names that look secret; name: what they are
+    under themselves, if that looks so."""
+    if isinstance(options, dict):
+        for key, value in options.items():
+            yield from secrets_in(value, name or (key if SECRET.search(str(key)) else None))
+    elif isinstance(options, list):
+        for value in options:
+            yield from secrets_in(value, name)
+    elif name is not None:
+        yield name, str(options)
 
 
 def words_of(problem: BaseException, most: int = 300) -> str:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ FIRST = str(Path(sys.executable).parent)
 PATIENCE = 3  # seconds that the daemon, then the other servers, have for an orderly end
 # Seconds for a schedule or sensor to look at the source: a store may hold many cutouts.
 LOOKING = {f"DAGSTER_{kind}_GRPC_TIMEOUT_SECONDS": "600" for kind in ("SENSOR", "SCHEDULE")}
+SAID = 10 << 20  # bytes of what former servers have written that are kept
 LASTED = 30  # seconds; what ends before would do so again
 log = logging.getLogger(__name__)
 
@@ -96,16 +97,25 @@ class Messages:
 
 @dataclass(frozen=True)
 class Pages:
-    """addresses: {"Dagster": URL, "MLflow": URL}; servers: what is behind them; messages: what they
-    write, None where that is on the terminal."""
+    """addresses: {"Dagster": URL, "MLflow": URL}; servers: the daemon, and what is behind these;
+    messages: what they write, None where that is on the terminal."""
 
     addresses: dict[str, str]
     servers: tuple[Server, ...]
     messages: Messages | None
+    given_up: list[Server] = field(default_factory=list)
 
     def revive(self) -> None:
-        for server in self.servers:
-            server.revive()
+        """Start again what has ended; of the pages, what ended as soon as it had begun is given up.
+        Raises RuntimeError where the daemon did so."""
+        daemon, *shown = (one for one in self.servers if one not in self.given_up)
+        daemon.revive()
+        for page in shown:
+            try:
+                page.revive()
+            except RuntimeError as problem:
+                log.error("%s; it is left so, and all else goes on", problem)
+                self.given_up.append(page)
 
 
 @contextmanager
@@ -144,14 +154,15 @@ def pages(
         # Asking creates the database before two servers would.
         addresses["MLflow"] = experiment_page(addresses["MLflow"], Tracking(settings).experiment_id)
         release_dead_runs(instance)
-        messages = None if verbose else Messages(settings.dagster_home / "servers.log")
+        messages = None if verbose else Messages(_shortened(settings.dagster_home / "servers.log"))
         servers: list[Server] = []
         try:
             for command in commands:
                 servers.append(Server(command, environment, lock, messages))
             found = Pages(addresses, tuple(servers), messages)
             while not all(_answers(port) for port in ports.values()):
-                found.revive()
+                for server in servers:
+                    server.revive()
                 time.sleep(0.2)
             yield found
         finally:
@@ -160,6 +171,13 @@ def pages(
                 end_launched_runs(instance)
             finally:
                 _end(servers)
+
+
+def _shortened(file: Path) -> Path:
+    """A file that has grown for years: what it said last."""
+    if file.exists() and file.stat().st_size > SAID:
+        file.write_bytes(file.read_bytes()[-SAID:])
+    return file
 
 
 def _python_path() -> list[str]:

@@ -5,13 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, secrets_in
 from lens_pipeline.locations import absolute, publishable
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import folder_aside
 from lens_pipeline.terminal import interruptible, local_path
-
-SECRET_WORDS = ("key", "secret", "token", "password", "credential")
 
 
 def add_prepare(parser: argparse.ArgumentParser) -> None:
@@ -121,19 +119,11 @@ def _storage_options(text: str) -> dict[str, Any]:
         options = None
     if not isinstance(options, dict):
         raise InputError('--storage-options: must be a JSON object, as {"anon": true}')
-    waiting: list[Any] = [options]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            for name in value:
-                if any(word in name.lower() for word in SECRET_WORDS):
-                    raise InputError(
-                        f"--storage-options: {name} looks secret, and everybody reads a command's "
-                        "arguments; give it through the environment, as the provider's tools do"
-                    )
-            waiting += value.values()
-        elif isinstance(value, list):
-            waiting += value
+    for name, _ in secrets_in(options):
+        raise InputError(
+            f"--storage-options: {name} looks secret, and everybody reads a command's arguments; "
+            "give it through the environment, as the provider's tools do"
+        )
     return options
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,6 +184,31 @@ def test_a_source_that_is_one_version_of_published_shards(
     )
     (event,) = done.get_asset_observation_events()
     assert event.asset_observation_data.asset_observation.metadata["location"].value == old.url
+
+
+def test_assets_are_defined_while_the_disk_of_the_source_is_away(
+    shards_folder: Path, tmp_path: Path
+) -> None:
+    """Where one is mounted there is an empty folder; it may come back as it was."""
+    published = tmp_path / "disk" / "published"
+    publish_shards(shards_folder, str(published))
+    (tmp_path / "home").mkdir()
+
+    def assets() -> set[dg.AssetKey]:
+        settings = Settings.load(home=tmp_path / "home", source=str(published))
+        return set(make_definitions(settings).resolve_asset_graph().get_all_asset_keys())
+
+    of_shards = assets()
+    (tmp_path / "disk").rename(tmp_path / "unmounted")
+    assert assets() == of_shards
+    published.mkdir(parents=True)
+    assert assets() == of_shards
+    shutil.rmtree(tmp_path / "disk")
+    (tmp_path / "unmounted").rename(tmp_path / "disk")
+    assert assets() == of_shards
+    shutil.rmtree(published)
+    (published / "lens").mkdir(parents=True)  # it is another source now
+    assert assets() > of_shards
 
 
 def test_assets_are_defined_while_the_store_of_the_source_is_away(

@@ -1,5 +1,6 @@
 """What `lens-pipeline show` says on its terminal, and which code it runs."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,9 @@ import pytest
 from lens_pipeline.cli import main
 from lens_pipeline.defs.stages import EVALUATION
 from lens_pipeline.runner import open_instance
+from lens_pipeline.serve import Messages, Pages, Server
 from lens_pipeline.settings import Settings
+from lens_pipeline_tests.object_stores import free_ports
 from lens_pipeline_tests.served import Served, until
 
 ALERT = """
@@ -110,8 +113,31 @@ def test_a_run_of_the_command_line_is_on_the_pages_that_are_open(
     assert "begin it again" not in capfd.readouterr().err
 
 
+def test_a_page_that_cannot_live_ends_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither the daemon nor the runs that it has launched."""
+    with (tmp_path / "lock").open("w") as lock:
+        how = (dict(os.environ), lock.fileno(), Messages(tmp_path / "log"))
+        daemon = Server(("http.server", str(free_ports(1)[0])), *how)
+        page = Server(("this",), *how)  # prints, and has ended
+        shown = Pages({}, (daemon, page), None)
+        page.process.wait()
+        for _ in range(2):
+            shown.revive()
+        assert caplog.text.count("this ended as soon as it had begun") == 1
+        assert daemon.process.poll() is None
+        daemon.process.kill()
+        daemon.process.wait()
+        with pytest.raises(RuntimeError, match=r"http\.server ended as soon as it had begun"):
+            shown.revive()
+
+
 @pytest.mark.slow
 def test_pages_that_are_told_twice_to_end_leave_no_server(tmp_path: Path) -> None:
+    log = tmp_path / "home" / "dagster" / "servers.log"
+    log.parent.mkdir(parents=True)
+    log.write_bytes(b"from years ago\n" * 1_000_000)
     served = Served(tmp_path / "home", tmp_path / "log").__enter__()
     servers = [
         process
@@ -123,4 +149,5 @@ def test_pages_that_are_told_twice_to_end_leave_no_server(tmp_path: Path) -> Non
         served.server.send_signal(signal.SIGTERM)
         time.sleep(0.3)
     served.server.wait(60)
+    assert log.stat().st_size < 11 << 20
     until(lambda: not any(server.is_running() for server in servers), 30, "all servers end")

@@ -2,13 +2,14 @@
 
 import datetime
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 
 import dagster as dg
 
 from lens_pipeline.defs.resources import LensHome
-from lens_pipeline.defs.stages import CLOUD, LOCATION, PUBLISHED_FROM, log, tries_of
+from lens_pipeline.defs.stages import CLOUD, LOCATION, PUBLISHED_FROM, log, newest_first, tries_of
 from lens_pipeline.steps import Removed, remove_unused
 
 ENDED = [
@@ -29,14 +30,18 @@ MANY = 1000  # versions that were published while one run was under way
 
 
 def _last_made(instance: dg.DagsterInstance) -> Iterator[dg.EventLogRecord]:
-    """What was last made of each asset, and of each survey of it."""
+    """What was last made of each asset, and of each survey of it; and where that is only what
+    somebody has reported on Dagster's pages, what the pipeline has left."""
     for record in instance.get_asset_records():
-        if record.asset_entry.last_materialization_record is not None:
-            yield record.asset_entry.last_materialization_record
         key = record.asset_entry.asset_key
-        for survey in instance.get_materialized_partitions(key):
-            of_survey = dg.AssetRecordsFilter(asset_key=key, asset_partitions=[survey])
-            yield from instance.fetch_materializations(of_survey, limit=1).records
+        for survey in (None, *instance.get_materialized_partitions(key)):
+            surveys = None if survey is None else [survey]
+            which = dg.AssetRecordsFilter(asset_key=key, asset_partitions=surveys)
+            of_which = newest_first(instance.fetch_materializations, which)
+            if (newest := next(of_which, None)) is not None:
+                yield newest
+                ours = (one for one in chain([newest], of_which) if _left(one) is not None)
+                yield from islice(ours, 1)
 
 
 def shards_in_use(instance: dg.DagsterInstance) -> dict[str, str]:
@@ -51,19 +56,19 @@ def shards_in_use(instance: dg.DagsterInstance) -> dict[str, str]:
     before = dg.AssetRecordsFilter(asset_key=CLOUD, before_timestamp=begun)
     used: dict[str, str] = {}
     for fetch in (instance.fetch_materializations, instance.fetch_observations):
-        records = [*fetch(since, limit=MANY).records, *fetch(before, limit=1).records]
-        contents = list(_contents(records))  # the newest first
+        later = filter(None, map(_left, fetch(since, limit=MANY).records))
+        earlier = filter(None, map(_left, newest_first(fetch, before)))
+        contents = [*later, *islice(earlier, 1)]  # the newest first
         used = dict.fromkeys(contents[1:], "a run under way") | used
         used |= dict.fromkeys(contents[:1], f"{CLOUD.to_user_string()} of this home")
     return used
 
 
-def _contents(records: Iterable[dg.EventLogRecord]) -> Iterator[str]:
-    """The content hashes of what was made or seen."""
-    for record in records:
-        about = record.asset_materialization or record.asset_observation
-        if about is not None:
-            yield str(about.metadata["content"].value)
+def _left(record: dg.EventLogRecord) -> str | None:
+    """The content hash of what was made or seen; None of what was only reported to be."""
+    about = record.asset_materialization or record.asset_observation
+    content = about.metadata.get("content") if about is not None else None
+    return None if content is None else str(content.value)
 
 
 def _begin_of_days(lens: LensHome) -> datetime.datetime:

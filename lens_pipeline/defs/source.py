@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lens_pipeline.defs.catalogue import catalogue_recipe, table_recipe
 from lens_pipeline.errors import InputError, NoAnswerError, told_of
-from lens_pipeline.locations import names_table
+from lens_pipeline.locations import names_table, protocol_of
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import digest, write_aside
 
@@ -35,10 +35,18 @@ def source_is_published(settings: Settings) -> bool:
             raise told_of("LENS_SOURCE", problem) from None
         log.warning("LENS_SOURCE: %s; what it was before is assumed", problem)
         return before[source]
+    if before.get(source) and not now[source] and _is_away(settings.source):
+        log.warning("LENS_SOURCE: nothing is at %s; what it was before is assumed", settings.source)
+        return True
     if now != before:
         with suppress(OSError):  # there is no home yet, or it can only be read
             write_aside(kept, json.dumps(now))
     return now[source]
+
+
+def _is_away(source: str) -> bool:
+    """Whether there is nothing at a path, as where a disk is not mounted."""
+    return not protocol_of(source) and not any(Path(source).glob("*"))
 
 
 def _published(kept: Path) -> dict[str, bool]:

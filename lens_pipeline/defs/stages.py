@@ -185,7 +185,9 @@ def made(context: dg.AssetExecutionContext, key: dg.AssetKey, survey: str | None
     for record in chain(in_tries, newest_first(fetch, before)):
         entry = record.event_log_entry
         event = entry.asset_observation or entry.asset_materialization
-        if event is not None and (event.asset_key, event.partition) == (key, survey):
+        if event is None or LOCATION not in event.metadata:
+            continue  # somebody has reported it by hand, on Dagster's pages
+        if (event.asset_key, event.partition) == (key, survey):
             return Made(*(str(event.metadata[name].value) for name in (LOCATION, "content")))
     todo = "observed before this run; observe" if observed else "made before this run; materialise"
     of = f" of {survey}" if survey else ""

@@ -1,5 +1,6 @@
 """What people are told of runs that fail and of new versions."""
 
+import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,18 +37,21 @@ def test_an_alert_reaches_the_webhook_and_carries_no_secret(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://lens:pw-of-lens@db/mlflow")
     monkeypatch.setenv("LENS_DEPLOYMENT", "staging")
+    options = {"anon": False, "token": {"private": ["of-the-token"]}, "secret": "of-options"}
+    monkeypatch.setenv("LENS_STORAGE_OPTIONS", json.dumps(options))
     alert(
         Settings.load(),
-        "refused wJalrXUtnFEMI at postgresql://lens:pw-of-lens@db/mlflow",
+        "refused wJalrXUtnFEMI, of-the-token and of-options at "
+        "postgresql://lens:pw-of-lens@db/mlflow",
         run="https://store/x?X-Amz-Signature=abcdef",
     )
     (content,) = webhook.posted
     assert content == {
-        "text": "refused *** at postgresql://lens:***@db/mlflow",
+        "text": "refused ***, *** and *** at postgresql://lens:***@db/mlflow",
         "deployment": "staging",
         "run": "https://store/x?***",
     }
-    for secret in ("wJalrXUtnFEMI", "pw-of-lens", "t0ps3cret"):
+    for secret in ("wJalrXUtnFEMI", "pw-of-lens", "t0ps3cret", "of-the-token", "of-options"):
         assert secret not in caplog.text
 
 

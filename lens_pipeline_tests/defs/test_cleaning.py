@@ -118,6 +118,8 @@ def test_cleaning_removes_folders_that_nothing_has_used_but_none_that_holds_what
     for file in root.rglob("*"):
         os.utime(file, (AGO, AGO))
     step(4)
+    # As by "Report materialization" on Dagster's pages.
+    instance.report_runless_asset_event(dg.AssetMaterialization("thing", partition="hsc"))
     monkeypatch.setenv("LENS_KEEP_DAYS", "30")
     cleaning = make_definitions(Settings.load()).resolve_job_def("cleaning")
 
