@@ -96,16 +96,23 @@ def _remove_all(aside: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def _source(module: str) -> bytes:
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(module)
+    return Path(spec.origin).read_bytes()
+
+
+_first_source = cache(_source)
+
+
 @cache
-def _imports(module: str) -> tuple[str, frozenset[str]]:
+def _imports(source: bytes) -> tuple[str, frozenset[str]]:
     """sha256 of what a module does, and the modules of this package that it imports anywhere.
 
     Of its syntax tree, without docstrings: a comment makes nothing again.
     """
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(module)
-    tree = ast.parse(Path(spec.origin).read_bytes())
+    tree = ast.parse(source)
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -127,14 +134,16 @@ def _is_module_file(name: str) -> bool:
     return path.is_file()
 
 
-def source_hashes(modules: Iterable[str]) -> dict[str, str]:
-    """{module: sha256 of its code} of these modules and all of this package that they import."""
+def source_hashes(modules: Iterable[str], anew: bool = False) -> dict[str, str]:
+    """{module: sha256 of its code} of these modules and all of this package that they import; as it
+    was when it was first asked for, unless `anew`."""
+    read = _source if anew else _first_source
     hashes: dict[str, str] = {}
     waiting = list(modules)
     while waiting:
         module = waiting.pop()
         if module not in hashes:
-            hashes[module], imported = _imports(module)
+            hashes[module], imported = _imports(read(module))
             waiting.extend(imported)
     return hashes
 
@@ -277,6 +286,20 @@ def check_unchanged(source: str, before: object, after: object) -> None:
         raise NoAnswerError(f"{source}: changed while it was read; try again once it rests")
 
 
+def _check_code(recipe: Recipe) -> None:
+    """Raises NoAnswerError where a step's code is not what its key was hashed from: modules are
+    imported where they are used, maybe hours later, and what new ones make would be kept as made by
+    the old."""
+    try:
+        now = source_hashes(recipe.modules, anew=True)
+    except (ImportError, OSError, SyntaxError):  # one is gone, or half written
+        now = {}
+    if now != recipe.parts["code"]:
+        raise NoAnswerError(
+            f"{recipe.stage}: the code changed while it ran; the same command again makes it"
+        )
+
+
 def _reuse(folder: Path, recipe: Recipe, verify: bool) -> Step | None:
     complete = _whole(folder, verify)
     if complete is None:
@@ -285,6 +308,7 @@ def _reuse(folder: Path, recipe: Recipe, verify: bool) -> Step | None:
 
 
 def _make(folder: Path, recipe: Recipe, build: Callable[[Path], object], goes_on: bool) -> Step:
+    _check_code(recipe)  # else what is tried again would be made in vain
     begun = time.perf_counter()
     aside = _partial(folder)
     if not goes_on:
@@ -292,6 +316,7 @@ def _make(folder: Path, recipe: Recipe, build: Callable[[Path], object], goes_on
     aside.mkdir(parents=True, exist_ok=goes_on)
     (aside / COMPLETE).unlink(missing_ok=True)  # of one that died before it could be renamed
     build(aside)
+    _check_code(recipe)
     content = _seal(aside, recipe, time.perf_counter() - begun)
     shutil.rmtree(folder, ignore_errors=True)  # damaged: `_reuse` has refused it
     aside.rename(folder)

@@ -10,9 +10,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
+from lens_pipeline.errors import NoAnswerError
 from lens_pipeline.steps import Recipe, folder_aside, remove_unused, run_step, source_hashes
 
 RECIPE = Recipe(stage="test", modules=("lens_pipeline.errors",), settings={"n": 1})
@@ -71,6 +73,31 @@ def test_what_is_said_of_code_is_none_of_it(
         found.append(sha256)
     assert found[0] == found[1]
     assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize("change", ["x + x", "x +", None])
+def test_what_was_made_while_the_code_changed_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str | None
+) -> None:
+    """As by `git pull` during a run: the key is of the old code, and some of the new has run."""
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"pulled_{uuid4().hex}"
+    file, code = tmp_path / f"{name}.py", "def twice(x):\n    return {}\n"
+    file.write_text(code.format("2 * x"))
+    recipe = Recipe("test", (name,))
+
+    def build(out: Path) -> None:
+        _write(out)
+        if change is None:
+            file.unlink()
+        else:
+            file.write_text(code.format(change))
+
+    for refused in (build, lambda out: pytest.fail("built in vain")):
+        with pytest.raises(NoAnswerError, match="test: the code changed while it ran; the same"):
+            run_step(recipe, tmp_path / "steps", refused)
+    file.write_text("# Why.\n" + code.format("2 * x"))
+    assert not run_step(recipe, tmp_path / "steps", _write).reused
 
 
 def test_content_is_of_the_files_alone(tmp_path: Path) -> None:
