@@ -105,7 +105,8 @@ follow_up = dg.AutomationConditionSensorDefinition(
 
 def retraining_inputs(settings: Settings) -> str:
     """A hash of all that a retraining depends on: the source, the settings, the code, and the
-    libraries that networks learn with."""
+    libraries that networks learn with. A registered model that networks start from counts by its
+    name: each retraining from the champion would else be a reason for the next."""
     code = source_hashes(["lens_pipeline.definitions"])
     members = chosen_members(settings)
     configs = [member_config(settings, member).deciding for member in members]
