@@ -14,12 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
+from uuid import uuid4
 
 import filelock
 
 from lens_pipeline.errors import InputError, NoAnswerError, masked
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import LOCKS
+from lens_pipeline.steps import LOCKS, write_aside
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +35,8 @@ ABOUT = (
     "run of Dagster that made it."
 )
 STEP_KEY = "lens.step_key"
-HOME = "lens.home"
+HOME, HOME_ID = "lens.home", "lens.home_id"  # for people, and by which a home knows its runs
+ID = "id"  # in LENS_HOME
 DATASET_VERSION = "lens.dataset_version"
 DAGSTER_RUN = "lens.dagster_run_id"
 PARENT = "mlflow.parentRunId"
@@ -196,15 +198,30 @@ class Tracking:
 
     @property
     def _home(self) -> str:
-        """Which home a run is of: another may make the same step on the same server."""
         return f"{socket.gethostname()}:{self.settings.home}"
+
+    @cached_property
+    def _home_id(self) -> str:
+        """Which home a run is of: another may make the same step on the same server. Not by its
+        path on this host: a shared file system has others on other hosts."""
+        file, locks = self.settings.home / ID, self.settings.home / LOCKS
+        locks.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(locks / "id.lock"):
+            if not file.exists():
+                write_aside(file, str(uuid4()))
+        return file.read_text()
 
     def _find_runs(self, step_key: str, *also: str) -> "list[Run]":
         """This home's runs of a step, the newest first; also: further conditions."""
         wanted = " and ".join((f"tags.`{STEP_KEY}` = '{step_key}'", *also))
         found = self.client.search_runs([self.experiment_id], wanted)
-        # Not asked for: a path may hold what ends a text there.
-        return [run for run in found if run.data.tags.get(HOME) == self._home]
+        # Not asked for: a path, of a run that a former version has made, may hold what ends a text
+        # there.
+        return [
+            run
+            for run in found
+            if run.data.tags.get(HOME_ID, run.data.tags.get(HOME)) in (self._home_id, self._home)
+        ]
 
     def find_run(self, step_key: str) -> "Run | None":
         """This home's newest run of a step that has not failed."""
@@ -228,14 +245,13 @@ class Tracking:
         if left:
             run_id = str(left[0].info.run_id)
             self.client.update_run(run_id, "RUNNING")
-            for tag, value in tags.items():
+            for tag, value in {HOME_ID: self._home_id, **tags}.items():
                 self.client.set_tag(run_id, tag, value)
             return run_id
         for dead in self._find_runs(step_key, "attributes.status = 'RUNNING'"):
             self.client.set_terminated(dead.info.run_id, "FAILED")
-        run = self.client.create_run(
-            self.experiment_id, tags={STEP_KEY: step_key, HOME: self._home, **tags}, run_name=name
-        )
+        of = {STEP_KEY: step_key, HOME: self._home, HOME_ID: self._home_id}
+        run = self.client.create_run(self.experiment_id, tags={**of, **tags}, run_name=name)
         return str(run.info.run_id)
 
     def reopened_run(self, name: str, key: str) -> str:

@@ -1,5 +1,7 @@
 """MLflow runs of trainings: whose they are, and what is written into them."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 
 from lens_pipeline.cli import main
 from lens_pipeline.settings import Settings
-from lens_pipeline.tracking import EXPERIMENT, Tracking
+from lens_pipeline.tracking import EXPERIMENT, HOME_ID, Tracking
 from lens_pipeline_tests.object_stores import free_ports
 from lens_pipeline_tests.postgres import PASSWORD
 
@@ -73,6 +75,55 @@ def test_a_run_of_another_home_on_the_same_server_is_left_alone(tmp_path: Path) 
     third = two.start_run("lastro", "key", {})  # the second was left unfinished
     status = {run: one.client.get_run(run).info.status for run in (first, second, third)}
     assert status == {first: "FINISHED", second: "FAILED", third: "RUNNING"}
+
+
+def test_a_home_on_a_shared_file_system_knows_its_runs_on_each_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that a former version has made, which named the host and the path alone."""
+    settings = Settings.load(home=tmp_path / "home")
+    monkeypatch.setattr("socket.gethostname", lambda: "node01")
+    first = Tracking(settings).start_run("lastro", "key", {})
+    older = Tracking(settings).start_run("lastro", "older", {})
+    Tracking(settings).client.delete_tag(older, HOME_ID)
+    assert Tracking(settings).start_run("lastro", "older", {}, goes_on=True) == older
+    monkeypatch.setattr("socket.gethostname", lambda: "node02")
+    there = Tracking(settings)
+    assert there.start_run("lastro", "key", {}, goes_on=True) == first
+    found = there.find_run("older")
+    assert found is not None
+    assert found.info.run_id == older
+
+
+FIRST_USE = """
+import sys
+from pathlib import Path
+from lens_pipeline.settings import Settings
+from lens_pipeline.tracking import Tracking
+
+print("ready", flush=True)
+sys.stdin.readline()
+print(Tracking(Settings.load(home=Path(sys.argv[1])))._home_id)
+"""
+
+
+def test_processes_that_first_use_a_home_together_know_it_as_one(tmp_path: Path) -> None:
+    pipe = subprocess.PIPE
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", FIRST_USE, str(tmp_path)], stdin=pipe, stdout=pipe, text=True
+        )
+        for _ in range(4)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert len({process.communicate(timeout=60)[0] for process in processes}) == 1
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["id"]
 
 
 def test_parameters_that_a_run_has_are_kept_and_others_added(tmp_path: Path) -> None:
