@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -17,12 +17,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-import filelock
-
 from lens_pipeline.commit import code_commit
 from lens_pipeline.errors import InputError, NoAnswerError
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import LOCKS, digest
+from lens_pipeline.steps import LOCKS, digest, locked
 from lens_pipeline.tracking import (
     DAGSTER_RUN,
     DATASET_VERSION,
@@ -67,12 +65,12 @@ class Registry:
         """See `Tracking.client`."""
         return Tracking(self.settings).client
 
-    def lock(self) -> filelock.BaseFileLock:
+    def lock(self) -> AbstractContextManager[None]:
         """One process of this home at a time looks for a version, registers one, moves aliases.
 
         MLflow itself has no lock: of homes that share a server, let one promote.
         """
-        return filelock.FileLock(self.settings.home / LOCKS / "registry.lock")
+        return locked(self.settings.home / LOCKS / "registry.lock")
 
     def versions(self) -> list["ModelVersion"]:
         """Every version of the registered model, newest first; none where there is no model."""

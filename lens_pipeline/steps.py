@@ -31,6 +31,7 @@ from lens_pipeline.errors import NoAnswerError
 PACKAGE = "lens_pipeline"
 COMPLETE = "complete.json"
 LOCKS, HOLDER = ".locks", ".holder"
+PATIENCE = 10  # seconds of waiting for a lock before its holder is named
 log = logging.getLogger(__name__)
 
 
@@ -238,7 +239,7 @@ def locked(path: Path) -> Iterator[None]:
     holder = path.with_suffix(HOLDER)
     lock = filelock.FileLock(path)
     try:
-        lock.acquire(timeout=10)
+        lock.acquire(timeout=PATIENCE)
     except filelock.Timeout:
         who = holder.read_text() if holder.exists() else "an unknown process"
         log.warning("waiting for %s, held by %s", path.stem, who)

@@ -2,10 +2,12 @@
 
 import json
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
 from types import SimpleNamespace
 from typing import Any
 
@@ -206,6 +208,34 @@ def test_a_registry_that_fails_in_the_middle_leaves_the_champion(
         assert main(["promote", number, *where]) == 0
     assert main(["rollback", *where]) == 0
     assert aliases(own_home)["champion"] == "2"
+
+
+HOLDS = """
+import sys
+from lens_pipeline.registry import Registry
+from lens_pipeline.settings import Settings
+
+with Registry(Settings.load(home=sys.argv[1])).lock():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_who_waits_for_another_process_is_told_for_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may be registering a model for minutes."""
+    monkeypatch.setattr("lens_pipeline.steps.PATIENCE", 0.1)
+    _ = Registry(Settings.load(home=tmp_path)).client
+    command, pipe = [sys.executable, "-c", HOLDS, str(tmp_path)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        Timer(2, holder.kill).start()
+        assert main(["rollback", "--home", str(tmp_path)]) == 2
+    waited, refused = capsys.readouterr().err.splitlines()[-2:]
+    assert f"waiting for registry, held by process {holder.pid} on " in waited
+    assert "has no champion" in refused
 
 
 def test_what_was_rolled_back_during_the_comparison_stays_down(own_home: Path) -> None:
