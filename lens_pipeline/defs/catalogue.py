@@ -13,6 +13,7 @@ from lens_pipeline.defs.dataset_checks import no_position_is_in_two_splits
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.shown import FIRST, column_schema, table
 from lens_pipeline.defs.stages import CATALOGUE, result, run_stage, stage
+from lens_pipeline.defs.surveys import check_surveys_named
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Recipe, check_unchanged, digest
 
@@ -116,13 +117,14 @@ def catalogue_of(settings: Settings, folder: Path, survey: str | None = None) ->
         )
     ],
 )
-def cutout_catalogue(lens: LensHome) -> dg.MaterializeResult:
+def cutout_catalogue(context: dg.AssetExecutionContext, lens: LensHome) -> dg.MaterializeResult:
     """Which galaxies there are, and which of them are lenses: a validated table, one row a cutout.
 
     The user's own (LENS_SOURCE), or the simulator's, with every parameter of what it drew.
     """
     from lens_pipeline.catalogue.splits import PARTS, assign_splits, class_counts
 
+    check_surveys_named(context)
     settings = lens.settings
     recipe = catalogue_recipe(settings)
     root = settings.home / "catalogue"

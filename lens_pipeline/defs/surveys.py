@@ -40,6 +40,20 @@ def every_survey(settings: Settings) -> dict[str, str]:
     return {ASSET_PARTITION_RANGE_START_TAG: first, ASSET_PARTITION_RANGE_END_TAG: last}
 
 
+def check_surveys_named(context: dg.AssetExecutionContext) -> None:
+    """Raises InputError where a run makes anything survey by survey, and names none: also before
+    what takes long and is of no survey."""
+    if context.has_partition_key or context.has_partition_key_range:
+        return
+    assets = context.job_def.asset_layer
+    for key in assets.asset_graph.toposorted_asset_keys:
+        if key in assets.selected_asset_keys and assets.asset_graph.get(key).partitions_def:
+            raise InputError(
+                f"{key.to_user_string()}: is made survey by survey, and this run names none; "
+                "choose its partitions"
+            )
+
+
 def over_surveys(
     body: Callable[..., dg.MaterializeResult],
 ) -> Callable[..., dg.MaterializeResult]:
@@ -49,11 +63,7 @@ def over_surveys(
     def every(context: dg.AssetExecutionContext, lens: LensHome) -> dg.MaterializeResult:
         if not context.assets_def.partitions_def:
             return body(context, lens, None)
-        if not (context.has_partition_key or context.has_partition_key_range):
-            raise InputError(
-                f"{context.asset_key.to_user_string()}: is made survey by survey, and this run "
-                "names none; choose its partitions"
-            )
+        check_surveys_named(context)
         results = {survey: body(context, lens, survey) for survey in context.partition_keys}
         for survey, result in results.items():
             context.add_asset_metadata(result.metadata or {}, partition_key=survey)
