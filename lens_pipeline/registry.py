@@ -117,9 +117,12 @@ class Registry:
         except MlflowException as problem:
             if problem.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
                 raise
+            way_out = f"on the page of {MODEL} in MLflow give {alias} to another, or remove it"
+            if alias == CHAMPION:
+                way_out = "`lens-pipeline promote` makes another version champion"
             raise InputError(
                 f"{MODEL}: the alias {alias} points to version {number}, which is not there; "
-                "`lens-pipeline promote` makes another version champion"
+                f"{way_out}"
             ) from None
 
     def all_aliases(self) -> dict[str, list[str]]:

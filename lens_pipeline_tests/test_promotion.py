@@ -339,6 +339,27 @@ def test_an_alias_that_points_nowhere_is_named_and_promote_mends_it(
     assert aliases(own_home)["champion"] == "1"
 
 
+@pytest.mark.parametrize(
+    ("alias", "way_out"),
+    [
+        ("champion", "`lens-pipeline promote` makes another version champion"),
+        ("challenger", "on the page of lens_ensemble in MLflow give challenger to another, or rem"),
+    ],
+)
+def test_what_to_do_about_an_alias_that_points_nowhere_is_what_helps(
+    tmp_path: Path, alias: str, way_out: str
+) -> None:
+    """`promote` moves no challenger."""
+    registry = Registry(Settings.load(home=tmp_path))
+    registry.client.create_registered_model(MODEL)
+    registry.client.create_model_version(MODEL, "somewhere")
+    registry.set_alias(alias, "1")
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+        database.execute("DELETE FROM model_versions")
+    with pytest.raises(InputError, match=f"alias {alias} points to version 1, .*; {way_out}"):
+        registry.aliased(alias)
+
+
 def test_a_champion_that_cannot_be_loaded_is_kept_and_said(
     own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
