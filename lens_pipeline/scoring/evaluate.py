@@ -29,7 +29,7 @@ from lens_pipeline.evaluation.sections import (
 )
 from lens_pipeline.evaluation.selection import false_positives_by_kind, selection_function
 from lens_pipeline.evaluation.sheets import contact_sheet
-from lens_pipeline.evaluation.surveys import by_survey
+from lens_pipeline.evaluation.surveys import by_survey, of_same_surveys
 from lens_pipeline.evaluation.tables import cutouts_table, format_text
 from lens_pipeline.models.saliency import smooth_grad
 from lens_pipeline.models.system import LitLensSystem
@@ -69,7 +69,7 @@ def evaluate_ensemble(
     rests_on, shown = basis(parts)
     validated = scores[(scores["split"] == "val") & scores["probability"].notna()]
     surveys = by_survey(test)
-    of_surveys = by_survey(validated)
+    of_surveys = of_same_surveys(validated, surveys)
     expected = forecast(
         shown["label"], shown["probability"], prevalence=prevalence, group=shown["group"]
     )
@@ -77,7 +77,7 @@ def evaluate_ensemble(
 
     def metrics(table: pd.DataFrame, survey: str | None = None) -> dict[str, dict[str, Any]]:
         # A network sees whose image it is, and has learnt how frequent lenses are there.
-        share = of_surveys[survey]["label"].mean() if survey in of_surveys else fitted_at
+        share = fitted_at if survey is None else of_surveys[survey]["label"].astype(float).mean()
         return _metrics(table, columns, share if 0 < share < 1 else fitted_at)
 
     selection = selection_function(test)

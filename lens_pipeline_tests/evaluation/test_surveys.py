@@ -5,7 +5,7 @@ import pandas as pd
 
 from lens_pipeline.evaluation.metrics import lens_metrics
 from lens_pipeline.evaluation.sections import survey_sections
-from lens_pipeline.evaluation.surveys import MOST, UNSTATED, by_survey
+from lens_pipeline.evaluation.surveys import MOST, UNSTATED, by_survey, of_same_surveys
 from lens_pipeline.evaluation.tables import format_surveys, surveys_table
 
 
@@ -28,6 +28,21 @@ def test_of_many_surveys_the_largest_are_told_apart() -> None:
     parts = by_survey(table([*names], [0] * len(names)))
     assert list(parts) == ["others", *(f"s{n}" for n in range(30 - MOST + 1, 30))]
     assert sum(map(len, parts.values())) == len(names)
+
+
+def test_another_table_is_divided_as_the_first_is() -> None:
+    """Whichever surveys are large in it; of some it may have nothing."""
+    test = [f"s{n:02d}" for n in range(12) for _ in range(20 - n)] + [None]
+    val = [f"s{n:02d}" for n in range(12) for _ in range(9 + n)] + ["unseen", None]
+    parts = by_survey(table([*test], [0] * len(test)))
+    found = of_same_surveys(table([*val], [0] * len(val)), parts)
+    assert list(found) == list(parts)
+    assert set(found["others"]["survey"].dropna()) == {"s09", "s10", "s11"}
+    assert found["others"]["survey"].isna().sum() == 1
+    assert sum(map(len, found.values())) == len(val) - 1
+    assert found["s00"]["survey"].tolist() == ["s00"] * 9
+    (of_one,) = of_same_surveys(table(["des"], [1]), {"hsc": table(["hsc"], [1])}).values()
+    assert of_one.empty
 
 
 def test_one_survey_alone_is_no_comparison() -> None:

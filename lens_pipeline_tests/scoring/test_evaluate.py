@@ -146,6 +146,15 @@ def test_real_cutouts_come_first_and_carry_the_forecast(mixed: Evaluation) -> No
     ]
 
 
+def ece_where_as_frequent(test: pd.DataFrame, val: pd.DataFrame) -> float:
+    """The calibration error of what an ensemble of `ensemble` gives, at the share of lenses in
+    `val`, where that of `test` is another."""
+    label, share = test["label"].astype(int), val["label"].mean()
+    odds = label.mean() / (1 - label.mean()) * (1 - share) / share
+    odds *= test["probability"] / (1 - test["probability"])
+    return float(lens_metrics(label, odds / (1 + odds), bootstrap=0)["ece"]["value"])
+
+
 def test_each_survey_is_calibrated_where_its_own_lenses_are_as_frequent_as_in_validation(
     ensemble: Path, tmp_path: Path
 ) -> None:
@@ -158,14 +167,32 @@ def test_each_survey_is_calibrated_where_its_own_lenses_are_as_frequent_as_in_va
     scores = pd.read_parquet(tmp_path / "scores.parquet")
     shares = {}
     for survey, part in scores.groupby("survey"):
-        test = part[part["split"] == "test"]
-        label, share = test["label"].astype(int), part[part["split"] == "val"]["label"].mean()
-        odds = label.mean() / (1 - label.mean()) * (1 - share) / share
-        odds *= test["probability"] / (1 - test["probability"])
-        by_hand = lens_metrics(label, odds / (1 + odds), bootstrap=0)["ece"]["value"]
+        test, val = part[part["split"] == "test"], part[part["split"] == "val"]
+        by_hand = ece_where_as_frequent(test, val)
         assert found.surveys[survey]["ensemble"]["ece"]["value"] == pytest.approx(by_hand)
-        shares[survey] = share
+        shares[survey] = val["label"].mean()
     assert shares["deep"] < 0.8 * shares["wide"]
+
+
+def test_small_surveys_together_are_calibrated_by_the_same_ones(
+    ensemble: Path, tmp_path: Path
+) -> None:
+    """Though others are small in the validation split."""
+    of_test = [f"s{n:02d}" for n in range(12) for _ in range(20 - n)]
+    of_val = [f"s{n:02d}" for n in range(12) for _ in range(9 + n)]
+    table = rows(len(of_test + of_val))
+    table["survey"] = of_test + of_val
+    table["split"] = ["test"] * len(of_test) + ["val"] * len(of_val)
+    small = table["survey"] >= "s09"
+    rare = small & (table["split"] == "val") & (table["label"] == 1) & (table.index % 2 == 0)
+    table = table[~rare].reset_index(drop=True)
+    found = evaluate(ensemble, Cutouts(table), tmp_path)
+    scores = pd.read_parquet(tmp_path / "scores.parquet")
+    others = scores[scores["survey"] >= "s09"]
+    test, val = others[others["split"] == "test"], others[others["split"] == "val"]
+    of_others = found.surveys["others"]["ensemble"]
+    assert of_others["n_lens"] == test["label"].sum()
+    assert of_others["ece"]["value"] == pytest.approx(ece_where_as_frequent(test, val))
 
 
 def test_the_rest_is_of_the_whole_test_split(mixed: Evaluation) -> None:
