@@ -210,34 +210,6 @@ def test_a_registry_that_fails_in_the_middle_leaves_the_champion(
     assert aliases(own_home)["champion"] == "2"
 
 
-HOLDS = """
-import sys
-from lens_pipeline.registry import Registry
-from lens_pipeline.settings import Settings
-
-with Registry(Settings.load(home=sys.argv[1])).lock():
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_who_waits_for_another_process_is_told_for_which(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """It may be registering a model for minutes."""
-    monkeypatch.setattr("lens_pipeline.steps.PATIENCE", 0.1)
-    _ = Registry(Settings.load(home=tmp_path)).client
-    command, pipe = [sys.executable, "-c", HOLDS, str(tmp_path)], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"held\n"
-        Timer(2, holder.kill).start()
-        assert main(["rollback", "--home", str(tmp_path)]) == 2
-    waited, refused = capsys.readouterr().err.splitlines()[-2:]
-    assert f"waiting for registry, held by process {holder.pid} on " in waited
-    assert "has no champion" in refused
-
-
 def test_what_was_rolled_back_during_the_comparison_stays_down(own_home: Path) -> None:
     client = client_of(own_home)
     first = client.get_model_version(MODEL, "1")
@@ -339,27 +311,6 @@ def test_an_alias_that_points_nowhere_is_named_and_promote_mends_it(
     assert aliases(own_home)["champion"] == "1"
 
 
-@pytest.mark.parametrize(
-    ("alias", "way_out"),
-    [
-        ("champion", "`lens-pipeline promote` makes another version champion"),
-        ("challenger", "on the page of lens_ensemble in MLflow give challenger to another, or rem"),
-    ],
-)
-def test_what_to_do_about_an_alias_that_points_nowhere_is_what_helps(
-    tmp_path: Path, alias: str, way_out: str
-) -> None:
-    """`promote` moves no challenger."""
-    registry = Registry(Settings.load(home=tmp_path))
-    registry.client.create_registered_model(MODEL)
-    registry.client.create_model_version(MODEL, "somewhere")
-    registry.set_alias(alias, "1")
-    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
-        database.execute("DELETE FROM model_versions")
-    with pytest.raises(InputError, match=f"alias {alias} points to version 1, .*; {way_out}"):
-        registry.aliased(alias)
-
-
 def test_a_champion_that_cannot_be_loaded_is_kept_and_said(
     own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -435,3 +386,52 @@ def test_an_ensemble_of_another_dataset_is_not_decided_on(own_home: Path) -> Non
     champion = client_of(own_home).get_model_version(MODEL, "1")
     with pytest.raises(InputError, match="dataset/other: is not the dataset that the ensemble"):
         Candidate(SimpleNamespace(settings=None), "key", folder, folder, source).against(champion)
+
+
+HOLDS = """
+import sys
+from lens_pipeline.registry import Registry
+from lens_pipeline.settings import Settings
+
+with Registry(Settings.load(home=sys.argv[1])).lock():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_who_waits_for_another_process_is_told_for_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may be registering a model for minutes."""
+    monkeypatch.setattr("lens_pipeline.steps.PATIENCE", 0.1)
+    _ = Registry(Settings.load(home=tmp_path)).client
+    command, pipe = [sys.executable, "-c", HOLDS, str(tmp_path)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        Timer(2, holder.kill).start()
+        assert main(["rollback", "--home", str(tmp_path)]) == 2
+    waited, refused = capsys.readouterr().err.splitlines()[-2:]
+    assert f"waiting for registry, held by process {holder.pid} on " in waited
+    assert "has no champion" in refused
+
+
+@pytest.mark.parametrize(
+    ("alias", "way_out"),
+    [
+        ("champion", "`lens-pipeline promote` makes another version champion"),
+        ("challenger", "on the page of lens_ensemble in MLflow give challenger to another, or rem"),
+    ],
+)
+def test_what_to_do_about_an_alias_that_points_nowhere_is_what_helps(
+    tmp_path: Path, alias: str, way_out: str
+) -> None:
+    """`promote` moves no challenger."""
+    registry = Registry(Settings.load(home=tmp_path))
+    registry.client.create_registered_model(MODEL)
+    registry.client.create_model_version(MODEL, "somewhere")
+    registry.set_alias(alias, "1")
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+        database.execute("DELETE FROM model_versions")
+    with pytest.raises(InputError, match=f"alias {alias} points to version 1, .*; {way_out}"):
+        registry.aliased(alias)
