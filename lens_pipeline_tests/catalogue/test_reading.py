@@ -59,7 +59,7 @@ def test_each_row_may_name_its_bands_in_an_order_of_its_own(tmp_path: Path) -> N
 def test_processes_change_nothing(catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
     here = list(read_cutouts(catalogue, 32))
     monkeypatch.setattr(reading, "WORTH", 1e-6)
-    monkeypatch.setattr(reading, "_cores", lambda: 2)
+    monkeypatch.setattr(reading, "n_cores", lambda: 2)
     apart, workers = [], set()
     for number, found in enumerate(read_cutouts(catalogue, 32)):
         apart.append(found)
@@ -83,7 +83,7 @@ from lens_pipeline.catalogue import reading
 from lens_pipeline.catalogue.table import read_catalogue
 
 if __name__ == "__main__":
-    reading.WORTH, reading._cores = 1e-6, lambda: 2
+    reading.WORTH, reading.n_cores = 1e-6, lambda: 2
     for row, _ in reading.read_cutouts(read_catalogue(sys.argv[1]), 32):
         if row == 500:
             print("reading", flush=True)
