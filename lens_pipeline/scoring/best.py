@@ -11,7 +11,7 @@ from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.scoring.score_files import keep, written
 from lens_pipeline.scoring.sources import CutoutSource
 
-SHOWN = 1000  # of the highest-scored: some 20 kilobytes of the page for a cutout of three bands
+SHOWN = 1000  # of the highest-scored: of 64 pixels and three bands the page has 13 MB then
 PLACE = ["id", "ra", "dec"]  # by which a cutout is found again
 COLUMNS = ("rank", *PLACE, "probability", "sky_probability", "logit")
 
