@@ -101,7 +101,8 @@ class FiniteLoss(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, n: int
     ) -> None:
         self._look(trainer)
-        loss = outputs["mean_loss"]
+        # A step of the user's own may tell no other than what is followed.
+        loss = outputs.get("mean_loss", outputs["loss"]).detach()
         arrived = None
         if loss.is_cuda:
             loss = loss.to("cpu", non_blocking=True)

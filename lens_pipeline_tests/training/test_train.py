@@ -205,6 +205,18 @@ def test_the_loss_of_a_step_is_that_of_its_cutouts_however_many_batches_make_one
     assert told[2] == pytest.approx(losses[7])
 
 
+def test_a_step_of_the_users_own_may_tell_its_loss_alone(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    class Own(LitLensSystem):
+        def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx)["loss"]
+
+    config = small_config(epochs=1)
+    trained = train_on(config, uneven_shards, tmp_path, system_type=Own)
+    assert len(trained.curves) == 1
+
+
 def test_of_several_processes_that_slurm_has_started_each_trains_its_own(
     uneven_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
