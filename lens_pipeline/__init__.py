@@ -4,11 +4,18 @@ Heavy imports stay lazy: ``import lens_pipeline`` is instant, and the names belo
 need when they are first used.
 """
 
+import os
+
 import lazy_loader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing `typing` takes twice as long as all of this
     from typing import Any
+
+# OpenMP reads it once, when PyTorch is loaded. By default its threads spin while they wait for each
+# other, which is a little faster as long as nothing else runs; two trainings on the same cores, or
+# a training and `predict`, then take many times as long as one after the other.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _attached, __dir__, __all__ = lazy_loader.attach(
     __name__,

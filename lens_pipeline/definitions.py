@@ -64,7 +64,8 @@ def make_definitions(settings: Settings, retries: bool = True) -> dg.Definitions
         registry_stage(published),
     ]
     planned = schedules(settings)  # raises where there is no such time
-    made = [one.asset(retries, settings.surveys, freshness(settings)) for one in stages]
+    overdue = freshness(settings)
+    made = [one.asset(retries, settings.surveys, overdue) for one in stages]
     return dg.Definitions(
         assets=[*([observed_shards()] if published else []), *with_follow_up(made)],
         jobs=[full_pipeline, data, training, evaluation_and_registration, tuning, cleaning],
