@@ -1,5 +1,7 @@
 """Settings that people write into YAML files, and what is wrong with them."""
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +33,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path}: must hold keys and their values")
     return {key: value for key, value in values.items() if value is not None}
+
+
+def no_such_key(key: str, known: Iterable[str]) -> str:
+    """What to say of a key that is none of the known ones, all with their sections: the one that is
+    most like it by its name, wherever it stands, or those beside it where none is like it."""
+    section, _, name = key.rpartition(".")
+    names = {one: one.rpartition(".")[2] for one in known}
+    near = difflib.get_close_matches(name, names.values(), n=1)
+    beside = [one for one in names if one.rpartition(".")[0] == section]
+    if near:
+        same = [one for one in names if names[one] == near[0]]
+        meant = next((one for one in same if one in beside), same[0])
+        return f"there is no such key; did you mean {meant}?"
+    return f"there is no such key; there are {', '.join(names[one] for one in beside)}"
 
 
 def first_wrong(problem: ValidationError) -> Wrong:

@@ -12,7 +12,6 @@ Plain pydantic, and written by hand in a YAML file where the defaults are not wa
       min_arc_snr: 30
 """
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -24,7 +23,7 @@ from scipy.special import ndtr, ndtri
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.locations import protocol_of
-from lens_pipeline.settings_files import first_wrong, read_yaml
+from lens_pipeline.settings_files import first_wrong, no_such_key, read_yaml
 from lens_pipeline.simulation.decoy_kinds import KEEP_HOST, MIXTURE
 from lens_pipeline.simulation.surveys import DEFAULT_SURVEY, Survey, find_survey, of_bands
 
@@ -237,12 +236,11 @@ def load_config(survey: str, file: str | Path | None = None) -> SimulationConfig
     except ValidationError as problem:
         place, said, unknown = first_wrong(problem)
         if unknown and len(place) <= 2:
-            known = {name: name for name in SimulationConfig.model_fields}
+            known = [*SimulationConfig.model_fields]
             for section in ("survey", "population"):
                 inside = SimulationConfig.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
-                known |= {name: f"{section}.{name}" for name in inside}
-            near = difflib.get_close_matches(place[-1], known, 1, cutoff=0.0)
-            said = f"there is no such key; did you mean {known[near[0]]}?"
+                known += [f"{section}.{name}" for name in inside]
+            said = no_such_key(".".join(place), known)
         raise InputError(": ".join(filter(None, (str(file), ".".join(place), said)))) from None
 
 

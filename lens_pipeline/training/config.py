@@ -1,6 +1,5 @@
 """All that decides how a network is trained. Plain pydantic: importing it is light."""
 
-import difflib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ from lens_pipeline.choices import BOUNDS, Loss, Schedule, Together, within
 from lens_pipeline.errors import InputError
 from lens_pipeline.locations import written_down
 from lens_pipeline.models.names import parse_members
-from lens_pipeline.settings_files import first_wrong, read_yaml
+from lens_pipeline.settings_files import first_wrong, no_such_key, read_yaml
 from lens_pipeline.steps import file_sha256
 
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}  # what Lightning takes, too
@@ -302,27 +301,22 @@ class TrainConfig(_Section):
         except ValidationError as problem:
             wrong = first_wrong(problem)
             path = ".".join(wrong.place)
-            hint = f"; did you mean {cls._nearest(path)}?" if wrong.unknown else ""
-            where = f"{source}: {path}" if path else source
-            raise InputError(f"{where}: {wrong.said}{hint}") from None
+            said = wrong.said
+            if wrong.unknown:
+                *section, name = wrong.place
+                written_out = ".".join([*section, ABBREVIATED.get(name, name)])
+                said = no_such_key(written_out, cls._keys())
+            raise InputError(": ".join(filter(None, (source, path, said)))) from None
 
     @classmethod
-    def _nearest(cls, path: str) -> str:
-        """The valid key that is most like one that is not: by its name, wherever it stands."""
-        section, _, name = path.rpartition(".")
-        fields = {
-            f"{section}.{field}": field
+    def _keys(cls) -> list[str]:
+        """The sections, and all keys within them."""
+        within = [
+            f"{section}.{field}"
             for section, info in cls.model_fields.items()
             for field in info.annotation.model_fields  # type: ignore[union-attr]
-        }
-        if not section:
-            fields |= {one: one for one in cls.model_fields}
-        name = ABBREVIATED.get(name, name)
-        near = difflib.get_close_matches(name, fields.values(), n=1)
-        if near:
-            same = [key for key, field in fields.items() if field == near[0]]
-            return next((key for key in same if key.startswith(f"{section}.")), same[0])
-        return difflib.get_close_matches(path, fields, n=1, cutoff=0.0)[0]
+        ]
+        return [*cls.model_fields, *within]
 
     @model_validator(mode="after")
     def _together(self) -> Self:

@@ -76,6 +76,7 @@ def test_a_users_file_chooses_decoys_sources_and_seeing(tmp_path: Path) -> None:
         ("source: hubble", "source: there is no such key; did you mean sources?"),
         ("min_arc_snr: 30", "there is no such key; did you mean population.min_arc_snr?"),
         ("survey: {seing: 1}", "survey.seing: there is no such key; did you mean survey.seeing?"),
+        ("survey: {filter: r}", "survey.filter: there is no such key; there are name, "),
         ("sources: keck", "sources"),
         ("decoys: {planet: 1}", "planet is none of"),
         ("decoys: {ring: 0}", "at least one weight"),

@@ -19,6 +19,7 @@ from lens_pipeline_tests.training.small import small_config
         ({"training": {"lr": 3}}, "training.lr: .*did you mean training.learning_rate"),
         ({"model": {"batchsize": 3}}, "model.batchsize: .*did you mean training.batch_size"),
         ({"trainings": {}}, "file: trainings: .*did you mean training?"),
+        ({"training": {"betas": 3}}, "training.betas: there is no such key; there are epochs, "),
         ({"training": {"learning_rate": 2}}, "training.learning_rate: .*less than or equal to 1"),
         ({"model": {"pretrained": 3}}, "model.pretrained: .*valid string"),
         (
