@@ -7,12 +7,13 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 from uuid import uuid4
 
@@ -133,6 +134,28 @@ def flat_metrics(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, floa
     return found
 
 
+class _Whole:
+    """A client whose calls are not cut short where this process is interrupted: each is made by a
+    thread of its own, for Python raises interruptions in the first one alone.
+
+    One that is cut short within a transaction of SQLite leaves its database locked, for all
+    processes, for as long as this one lives.
+    """
+
+    def __init__(self, client: "MlflowClient") -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("_"):  # of Python's protocols, which look for what is not there
+            raise AttributeError(name)
+        return partial(_uninterrupted, getattr(self._client, name))
+
+
+def _uninterrupted(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    with ThreadPoolExecutor(1) as thread:  # whose end is waited for
+        return thread.submit(call, *arguments, **named).result()
+
+
 @dataclass(frozen=True)
 class Tracking:
     """The tracking server that the settings name."""
@@ -167,7 +190,7 @@ class Tracking:
                 f"MLFLOW_TRACKING_URI: {masked(uri)} needs the package {problem.name}; for "
                 "PostgreSQL install lens-pipeline[postgresql]"
             ) from None
-        return client
+        return cast("MlflowClient", _Whole(client))
 
     @cached_property
     def experiment_id(self) -> str:
@@ -265,7 +288,10 @@ class Tracking:
         nothing."""
         from pytorch_lightning.loggers import MLFlowLogger
 
-        return MLFlowLogger(run_id=run_id, tracking_uri=self.settings.mlflow_uri, log_model=False)
+        found = MLFlowLogger(run_id=run_id, tracking_uri=self.settings.mlflow_uri, log_model=False)
+        # Private, but all that it tells goes through it.
+        found._mlflow_client = cast("MlflowClient", _Whole(found._mlflow_client))
+        return found
 
     @contextmanager
     def recorded(self, run_id: str, parameters: Mapping[str, Any]) -> "Iterator[MLFlowLogger]":

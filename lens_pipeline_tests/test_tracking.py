@@ -1,11 +1,15 @@
 """MLflow runs of trainings: whose they are, and what is written into them."""
 
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from mlflow.entities import Metric
 
 from lens_pipeline.cli import main
 from lens_pipeline.settings import Settings
@@ -46,6 +50,39 @@ def test_a_database_that_is_not_there_is_told_at_once(
     assert "gives no answer" in said
     assert str(port) in said
     assert PASSWORD not in said
+
+
+@pytest.mark.parametrize("by", ["the client", "the logger"])
+def test_an_interruption_while_something_is_written_locks_no_database(
+    by: str, tmp_path: Path
+) -> None:
+    """Else the end of the run waits for itself, and other runs of the home for it."""
+    tracking = Tracking(Settings.load(home=tmp_path))
+    run_id = tracking.start_run("lastro", "key", {})
+    logger, when = tracking.logger(run_id), int(time.time() * 1000)
+    names = [f"val/{i}" for i in range(12)]
+    main_thread = threading.get_ident()
+
+    def write(step: int) -> None:
+        if by == "the logger":
+            logger.log_metrics(dict.fromkeys(names, 0.5), step)
+        else:
+            metrics = [Metric(name, 0.5, when, step) for name in names]
+            tracking.client.log_batch(run_id, metrics=metrics)
+
+    def interrupted(step: int, seconds: float) -> None:
+        threading.Timer(seconds, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
+        write(step)
+        time.sleep(10)  # where it comes too late
+
+    write(0)  # which makes its connections
+    begun = time.perf_counter()
+    write(1)
+    within = np.random.default_rng(0).uniform(0, time.perf_counter() - begun, 10)
+    for step, seconds in enumerate(within, start=2):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(step, seconds)
+        tracking.client.set_tag(run_id, "interrupted", str(step))  # raises where it is locked
 
 
 def test_an_experiment_that_was_deleted_is_restored(
