@@ -33,7 +33,7 @@ test: install  ## the tests, without the slow ones
 
 .PHONY: test-slow
 test-slow: install  ## the slow tests: kill trials, the default job
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "slow and not gpu"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --no-loadscope-reorder -m "slow and not gpu"
 
 .PHONY: lint
 lint: install  ## style, types, which floor may import which, and the deployment's files

@@ -34,6 +34,7 @@ __all__ = ["page", "postgresql"]
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 LENS_PIPELINE = str(Path(sys.executable).with_name("lens-pipeline"))  # the installed command
+LONGEST = ("test_unattended", "test_distributed", "test_run")  # files, of the slow tests
 NO_SKIP = os.environ.get("LENS_NO_SKIP") == "1"
 # gcsfs reads it when it is imported, for the whole process; see GCSServer.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
@@ -68,6 +69,11 @@ def pytest_configure() -> None:
     # does all that the tests start and mean to end.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Begun last, they would be waited for with nothing beside them.
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
