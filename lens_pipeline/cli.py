@@ -1,6 +1,7 @@
 """The command `lens-pipeline`."""
 
 import argparse
+import atexit
 import difflib
 import importlib.metadata
 import json
@@ -160,7 +161,10 @@ def _port(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns 0, or 1 (failure), 2 (bad input), 130 (interrupted)."""
+    """Run a command; returns 0, or 1 (failure), 2 (bad input), 130 (interrupted).
+
+    Without `argv` it is the program itself, and when it is interrupted the process ends here.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     verbose = "--verbose" in arguments
     configure_logging(verbose)
@@ -176,7 +180,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             leave_word(Path(os.environ[TOLD]), problem)
         status, message = _outcome(problem, verbose, getattr(options, "after_interrupt", ""))
     print(f"error: {' '.join(masked(message).split())}", file=sys.stderr)
+    if status == INTERRUPTED and argv is None:
+        _end_at_once(status)
     return status
+
+
+def _end_at_once(status: int) -> NoReturn:
+    """Orderly, but without Python's last search for what nothing refers to: it takes seconds where
+    large libraries are loaded, and somebody waits."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _outcome(problem: BaseException, verbose: bool, after_interrupt: str) -> tuple[int, str]:
