@@ -270,8 +270,8 @@ def test_a_study_that_was_killed_ends_with_the_trials_of_an_undisturbed_one(
     config = _config(save_every_n_steps=2)
     expected = _tune(config, uneven_shards, undisturbed, 4, "none", training=RATES)
     assert forked(_killed, config, uneven_shards, killed, 4, 1) == -signal.SIGKILL
-    caplog.clear()
-    found = _tune(config, uneven_shards, killed, 4, "none", training=RATES)
+    with caplog.at_level("INFO", logger="lens_pipeline"):
+        found = _tune(config, uneven_shards, killed, 4, "none", training=RATES)
     assert f"goes on from {killed / 'trials' / '0001' / 'last.ckpt'}" in caplog.text
     pd.testing.assert_frame_equal(
         expected.trials.drop(columns="seconds"), found.trials.drop(columns="seconds")
