@@ -17,12 +17,13 @@ import torch
 torch.manual_seed(0)
 system = LitLensSystem("resnet18", image_size=64)
 optimiser = torch.optim.AdamW(system.parameters())
-image, label = torch.randn(32, 3, 64, 64), torch.arange(32) % 2
+image, label = torch.randn(32, 3, 64, 64), torch.arange(32) % 2.0
+loss = torch.nn.BCEWithLogitsLoss()
 
 
 def step():
     optimiser.zero_grad()
-    system.training_step({{"image": image, "label": label}}, 0)["loss"].backward()
+    loss(system(image), label).backward()
     optimiser.step()
 
 
