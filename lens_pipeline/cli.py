@@ -10,13 +10,14 @@ import os
 import re
 import sys
 import textwrap
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lens_pipeline.errors import InputError, masked
 from lens_pipeline.predict_command import add_predict
-from lens_pipeline.registry_commands import add_promote, add_rollback
+from lens_pipeline.registry_commands import add_promote, add_retire, add_rollback
 from lens_pipeline.settings import DAGSTER_PORT, MLFLOW_PORT, Settings
 from lens_pipeline.shards_commands import add_prepare, add_prune
 from lens_pipeline.simulate_command import add_simulate
@@ -146,6 +147,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_rollback(rollback)
 
+    retire = commands.add_parser(
+        "retire", parents=[common], help="remove old versions of the registered ensemble"
+    )
+    add_retire(retire)
+
     show = commands.add_parser("show", parents=[common], help="open the Dagster and MLflow UIs")
     for name, port in (("dagster", DAGSTER_PORT), ("mlflow", MLFLOW_PORT)):
         show.add_argument(f"--{name}-port", type=_port, default=port, help=f"[{port}]")
@@ -163,9 +169,15 @@ def _port(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns 0, or 1 (failure), 2 (bad input), 130 (interrupted).
 
-    Without `argv` it is the program itself, and when it is interrupted the process ends here.
+    Without `argv` it is the program itself, and the process ends here.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    status = _status(list(sys.argv[1:] if argv is None else argv))
+    if argv is None:
+        _end_at_once(status)
+    return status
+
+
+def _status(arguments: Sequence[str]) -> int:
     verbose = "--verbose" in arguments
     configure_logging(verbose)
     prepare_environment()
@@ -180,16 +192,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             leave_word(Path(os.environ[TOLD]), problem)
         status, message = _outcome(problem, verbose, getattr(options, "after_interrupt", ""))
     print(f"error: {' '.join(masked(message).split())}", file=sys.stderr)
-    if status == INTERRUPTED and argv is None:
-        _end_at_once(status)
     return status
 
 
 def _end_at_once(status: int) -> NoReturn:
     """Orderly, but without Python's last search for what nothing refers to: it takes seconds where
     large libraries are loaded, and somebody waits."""
+    if status != INTERRUPTED:
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python would
     atexit._run_exitfuncs()
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError as problem:  # a full disk, or nobody who reads
+        print(f"error: what was printed is not whole: {problem}", file=sys.stderr)
+        status = status or FAILURE
     sys.stderr.flush()
     os._exit(status)
 

@@ -8,7 +8,7 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -45,6 +45,7 @@ REPLACED = "lens.replaced"  # the champion before this one
 ROLLED_BACK = "lens.rolled_back"  # when; such a version is promoted by hand alone
 GATE = "lens.gate"  # what the last decision on a version was
 PASSED = "passed"
+LOGGED = "models:/m-"  # a source that is a model itself, and no other version
 log = logging.getLogger(__name__)
 
 
@@ -235,6 +236,49 @@ class Registry:
             self.client.set_model_version_tag(MODEL, number, ROLLED_BACK, when)
             self.set_alias(CHAMPION, former)
         return former, number
+
+    def needed(self, keep: int) -> dict[str, str]:
+        """{version: why it stays}: the `keep` newest, those with an alias, and the one that a
+        rollback would make champion. Raises InputError for keep < 1."""
+        if keep < 1:
+            raise InputError(f"keep {keep}: at least 1 is needed")
+        reasons = {number: list(aliases) for number, aliases in self.all_aliases().items()}
+        champion = self.aliased(CHAMPION)
+        if champion is not None and REPLACED in champion.tags:
+            before = champion.tags[REPLACED]
+            reasons.setdefault(before, []).append("a rollback would make it champion")
+        for version in self.versions()[:keep]:
+            reasons.setdefault(str(version.version), []).append(f"of the newest {keep}")
+        return {number: "; ".join(why) for number, why in reasons.items()}
+
+    def retire(self, numbers: Collection[str]) -> None:
+        """Remove versions, with the models and MLflow runs that no version which stays is of, of
+        any model. The caller holds the lock.
+
+        MLflow lists these no more, and keeps their files until `mlflow gc`.
+        """
+        staying = [
+            one
+            for one in self.client.search_model_versions()
+            if one.name != MODEL or str(one.version) not in numbers
+        ]
+        # Copies of a version have its files, and each a source of its own.
+        files = {self._files(one) for one in staying}
+        runs = {one.run_id for one in staying}
+        for number in numbers:
+            version = self.version(number)
+            its_files, model = self._files(version), version.source or ""
+            self.client.delete_model_version(MODEL, number)  # first: nothing leads to what is left
+            if its_files not in files and model.startswith(LOGGED):
+                self.client.delete_logged_model(model.removeprefix("models:/"))
+            if version.run_id and version.run_id not in runs:
+                self.client.delete_run(version.run_id)
+            files.add(its_files)
+            runs.add(version.run_id)
+
+    def _files(self, version: "ModelVersion") -> str:
+        """Where they lie."""
+        return self.client.get_model_version_download_uri(version.name, version.version)
 
     def require(self) -> None:
         """Raises InputError, naming the home, where there is no registry yet."""

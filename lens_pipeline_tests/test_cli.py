@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -322,3 +324,44 @@ def test_a_few_bad_images_are_listed_and_the_run_goes_on(
     again = summary_of(home)["stages"]
     assert not again["processed_dataset"]["reused"]
     assert again["checkpoints/lastro"]["reused"]
+
+
+def test_a_command_waits_for_its_threads_and_for_no_search_of_what_is_left(tmp_path: Path) -> None:
+    """Which takes seconds at the end of a process that has loaded large libraries."""
+    program = """
+import atexit, sys, threading, time
+from lens_pipeline.cli import main
+
+class Left:
+    def __del__(self):
+        print("searched")
+
+left = Left()
+atexit.register(print, "registered")
+threading.Thread(target=lambda: (time.sleep(0.5), print("thread"))).start()
+print("begun")
+main()
+"""
+    command = [sys.executable, "-c", program, "promote", "3", "--home", str(tmp_path / "none")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.stdout.split() == ["begun", "thread", "registered"]
+    assert ended.returncode == 2
+    assert "has no model registry" in ended.stderr
+
+
+def test_what_could_not_be_printed_is_a_failure(home: Path) -> None:
+    """As where the disk is full to which the output goes."""
+    command = [sys.executable, "-m", "lens_pipeline.cli", "retire", "--keep", "1", "--dry-run"]
+    buffered = {name: v for name, v in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [*command, "--home", str(home)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=buffered,
+        )
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        "error: what was printed is not whole: [Errno 28] No space left on device\n"
+    )

@@ -36,8 +36,8 @@ def aliases(home: Path) -> dict[str, str]:
 
 
 class Cutouts:
-    """Noise of two bands and 32 pixels; lenses have a faint ring. One image a cutout, of which
-    catalogues are made."""
+    """Noise of two bands and 32 pixels, of two surveys; lenses have a faint ring. One image a
+    cutout, of which catalogues are made."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -57,6 +57,7 @@ class Cutouts:
                 "label": self.label,
                 "split": self.split,
                 "bands": "g,r",
+                "survey": np.where(np.arange(1400) % 4 < 2, "des", "hsc"),
             }
         ).assign(**columns)
         table.to_csv(self.folder / name, index=False)
@@ -75,6 +76,7 @@ def test_a_better_model_becomes_champion_a_worse_one_never_and_the_former_comes_
 ) -> None:
     home, cutouts = tmp_path / "home", Cutouts(tmp_path)
     monkeypatch.setenv("LENS_ARCHS", "lastro")
+    monkeypatch.setenv("LENS_SURVEY", "des,hsc")
 
     little, much = (1, "3e-4"), (4, "3e-3")  # epochs, learning rate
 
@@ -99,7 +101,11 @@ def test_a_better_model_becomes_champion_a_worse_one_never_and_the_former_comes_
         worse = run(cutouts.catalogue("shuffled.csv", label=cutouts.shuffled()), little)
         assert aliases(home) == {"challenger": "2", "champion": "1"}
         assert not worse["gate"]["passed"]
-        assert "cannot be ruled out" in worse["gate"]["reasons"][-1]
+        of_all, *of_surveys = (r for r in worse["gate"]["reasons"] if "the champion's" in r)
+        assert "cannot be ruled out" in of_all
+        for survey, reason in zip(("des", "hsc"), of_surveys, strict=True):
+            assert reason.startswith(f"{survey}: ")
+            assert "it is worse, by" in reason
         assert worse["gate"]["figures"]["n_lens"] == 300
         assert worse["gate"]["figures"]["n_seen"] == 0
 
@@ -435,3 +441,58 @@ def test_what_to_do_about_an_alias_that_points_nowhere_is_what_helps(
         database.execute("DELETE FROM model_versions")
     with pytest.raises(InputError, match=f"alias {alias} points to version 1, .*; {way_out}"):
         registry.aliased(alias)
+
+
+def test_old_versions_are_removed_and_what_others_need_stays(
+    own_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client, where = client_of(own_home), ("--home", str(own_home))
+    registry = Registry(Settings.load(home=own_home))
+    first = client.get_model_version(MODEL, "1")
+    (made,) = (own_home / "ensemble").glob("*/ensemble.json")
+    runs = {n: client.create_run(client.get_run(first.run_id).info.experiment_id) for n in "23"}
+    for run in runs.values():
+        registry.register(made.parent, run.info.run_id, {})
+    client.create_registered_model("published")
+    client.copy_model_version(f"models:/{MODEL}/3", "published")
+    client.create_model_version(MODEL, first.source, first.run_id)  # version 4
+    for number in "14":
+        assert main(["promote", number, *where]) == 0
+    capsys.readouterr()
+
+    def folder_of(model: str, number: str) -> Path:
+        uri = client.get_model_version_download_uri(model, number)
+        return Path(uri.removeprefix("file://"))
+
+    def retired(*options: str) -> list[str]:
+        """The lines about versions, without their dates."""
+        assert main(["retire", *where, *options]) == 0
+        *lines, last = capsys.readouterr().out.splitlines()
+        assert last.startswith(f"{MODEL}: 2 of 4 versions ")
+        words = (line.split() for line in lines)
+        return [" ".join((number, *rest)) for _, number, _, *rest in words]
+
+    def states() -> list[str]:
+        """Of the runs of versions 1, 2, 3."""
+        ids = (first.run_id, *(run.info.run_id for run in runs.values()))
+        return [client.get_run(run).info.lifecycle_stage for run in ids]
+
+    second = folder_of(MODEL, "2")
+    assert second.is_dir()
+    newest, oldest = (
+        "4 kept champion; of the newest 1",
+        "1 kept challenger; a rollback would make it champion",
+    )
+    asked = [newest, "3 would go is older", "2 would go is older", oldest]
+    assert retired("--keep", "1", "--dry-run") == asked
+    assert [v.version for v in registry.versions()] == [4, 3, 2, 1]
+    assert retired("--keep", "1") == [newest, "3 removed is older", "2 removed is older", oldest]
+    assert [v.version for v in registry.versions()] == [4, 1]
+    assert states() == ["active", "deleted", "active"]
+    # What MLflow then removes for good is version 2 alone.
+    uri = f"sqlite:///{own_home / 'mlflow.db'}"
+    command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", uri]
+    subprocess.run([*command, "--tracking-uri", uri], check=True, capture_output=True)
+    assert not second.exists()
+    assert folder_of("published", "1").is_dir()
+    assert load_registered(registry, f"models:/{MODEL}/1")[0].members

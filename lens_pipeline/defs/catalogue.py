@@ -32,7 +32,6 @@ def catalogue_recipe(settings: Settings) -> Recipe:
     if settings.is_simulated:
         from lens_pipeline.catalogue.images import files_fingerprint
         from lens_pipeline.simulation import load_configs
-        from lens_pipeline.simulation.pool import pool_catalogue
 
         preset = presets.chosen(settings)
         configs = load_configs(settings.survey, settings.simulation)
@@ -41,6 +40,8 @@ def catalogue_recipe(settings: Settings) -> Recipe:
         for number, psf in enumerate(config.survey.psfs):
             inputs[f"psf {number}"] = source_fingerprint(psf)
         if config.hosts is not None:
+            from lens_pipeline.simulation.pool import pool_catalogue  # loads torch and astropy
+
             options = settings.storage_options
             images = pool_catalogue(config.hosts, options).references
             inputs["hosts"] = source_fingerprint(config.hosts, options)

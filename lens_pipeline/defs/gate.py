@@ -126,6 +126,7 @@ class Candidate:
         from lens_pipeline.evaluation.fractions import lens_fraction
         from lens_pipeline.evaluation.gates import champion_gate
         from lens_pipeline.evaluation.result import read_evaluation
+        from lens_pipeline.evaluation.surveys import told_apart
 
         settings = self.lens.settings
         label = test["label"].to_numpy(int)
@@ -136,6 +137,7 @@ class Candidate:
             champions,
             group=test["group"].to_numpy(str),
             seen=seen,
+            survey=told_apart(test).to_numpy(str),
             **settings.gate,
             **settings.gate_against_champion,
         )

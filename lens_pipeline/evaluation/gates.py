@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
 
 from lens_pipeline.evaluation.metrics import (
@@ -16,6 +17,7 @@ from lens_pipeline.evaluation.metrics import (
 
 WORST = 5  # percentile: a loss beyond the tolerance is ruled out at 95 %
 BEST = 95  # below zero a loss is certain at 95 %
+CHALLENGER, CHAMPION = "challenger", "champion"
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,29 @@ class GateDecision:
     passed: bool
     reasons: tuple[str, ...]
     figures: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Of a challenger with the champion, by `metric`: what each has, and the mean and the bounds of
+    the gain over resamplings of both together (`ranked_bootstrap`)."""
+
+    metric: str
+    challenger: float
+    champion: float
+    gain: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.metric} is {self.challenger:.3f}, the champion's {self.champion:.3f}"
+
+    @property
+    def certain_loss(self) -> list[str]:
+        """A reason, where the challenger is worse for certain, however little."""
+        if self.high >= 0:
+            return []
+        return [f"{self}; it is worse, by {-self.high:.3f} or more at 95 %"]
 
 
 def refused(reason: str) -> GateDecision:
@@ -62,6 +87,7 @@ def champion_gate(
     *,
     group: Sequence[str] | ArrayLike,
     seen: ArrayLike,
+    survey: Sequence[str] | ArrayLike,
     min_lens: int,
     min_nonlens: int,
     min_auroc_low: float,
@@ -72,7 +98,7 @@ def champion_gate(
 
     label (n,): 1 lens, 0 not, of the current test set; challenger, champion: probabilities (n,) of
     the same cutouts, both scored now; group (n,): what is drawn whole, see `paired_bootstrap`; seen
-    (n,): whether either model has trained or validated on the group.
+    (n,): whether either model has trained or validated on the group; survey (n,): of which each is.
 
     Only what neither has seen counts. Of that there must be `min_lens` and `min_nonlens` cutouts,
     in FEWEST_GROUPS groups each. The challenger must pass as a first model would, its `ece` must
@@ -81,66 +107,94 @@ def champion_gate(
     both together, see `ranked_bootstrap`. Nor, by the upper one, for certain: losses that are each
     within the tolerance would add up from version to version. Of the `ece`, what chance alone makes
     does not count.
+
+    Of several surveys, none that has as many cutouts and groups may be worse for certain, either:
+    what a large one gains would hide what a small one loses. They share the 5 % of doubt.
     """
-    new = ~np.asarray(seen, dtype=bool)
-    label, challenger, champion, groups = (
-        np.asarray(values)[new] for values in (label, challenger, champion, group)
-    )
-    n_lens, n_nonlens = (int(np.count_nonzero(label == value)) for value in (1, 0))
+    known = np.asarray(seen, dtype=bool)
+    scored = {"label": label, CHALLENGER: challenger, CHAMPION: champion}
+    new = pd.DataFrame(scored | {"group": group, "survey": survey})[~known]
     figures: dict[str, Any] = {
-        "n_lens": n_lens,
-        "n_nonlens": n_nonlens,
-        "n_seen": int(np.count_nonzero(~new)),
-        "n_groups": len(np.unique(groups)),
+        **_counts(new),
+        "n_seen": int(known.sum()),
+        "n_groups": new["group"].nunique(),
     }
     kept = (
         f"in groups that neither model has seen ({figures['n_seen']} cutouts of the test split are "
         "of others) there are"
     )
-    shortages = _shortages(figures, kept, min_lens, min_nonlens) or [
-        f"{kept} {n} groups with {name}, and at least {FEWEST_GROUPS} are needed"
-        for value, name in ((1, "lenses"), (0, "non-lenses"))
-        if (n := len(np.unique(groups[label == value]))) < FEWEST_GROUPS
-    ]
-    if shortages:
+    if shortages := _too_few(new, kept, min_lens, min_nonlens):
         return GateDecision(False, tuple(shortages), figures)
-    metrics = lens_metrics(label, challenger, group=groups)
+    metrics = lens_metrics(new["label"], new[CHALLENGER], group=new["group"])
     reasons = list(
         first_model_gate(
             metrics, min_lens=min_lens, min_nonlens=min_nonlens, min_auroc_low=min_auroc_low
         ).reasons
     )
-    ece, by_chance = metrics["ece"]["value"], ece_by_chance(challenger)
+    ece, by_chance = metrics["ece"]["value"], ece_by_chance(new[CHALLENGER])
     if ece - by_chance > max_ece:
         reasons.append(
             f"the calibration error is {ece:.3f}, of which chance makes {by_chance:.3f}; at most "
             f"{max_ece:g} beside it is allowed"
         )
-    scores = {"challenger": challenger, "champion": champion}
-    metric, drawn = ranked_bootstrap(label, scores, groups)
-    gain = drawn["challenger"] - drawn["champion"]
-    lowest, highest = (float(bound) for bound in np.percentile(gain, [WORST, BEST]))
-    theirs = lens_metrics(label, champion, bootstrap=0)[metric]["value"]
-    both = f"{metric} is {metrics[metric]['value']:.3f}, the champion's {theirs:.3f}"
-    if lowest <= -tolerance:
+    of_all = _compared(new)
+    if of_all.low <= -tolerance:
         reasons.append(
-            f"{both}; a loss of {-lowest:.3f} cannot be ruled out at 95 %, {tolerance:g} is "
+            f"{of_all}; a loss of {-of_all.low:.3f} cannot be ruled out at 95 %, {tolerance:g} is "
             "tolerated"
         )
-    elif highest < 0:
-        reasons.append(f"{both}; it is worse, by {-highest:.3f} or more at 95 %")
+    else:
+        reasons += of_all.certain_loss
+    judged = {
+        str(name): rows
+        for name, rows in new.groupby("survey")
+        if len(rows) < len(new) and not _too_few(rows, "", min_lens, min_nonlens)
+    }
+    for name, rows in judged.items():
+        of_one = _compared(rows, parts=len(judged))
+        figures[f"gain_{name}"] = of_one.gain
+        reasons += [f"{name}: {reason}" for reason in of_one.certain_loss]
     figures |= {
-        "metric": metric,
-        "challenger": metrics[metric]["value"],
-        "champion": theirs,
-        "gain": float(gain.mean()),
-        "gain_low": lowest,
-        "gain_high": highest,
+        "metric": of_all.metric,
+        "challenger": of_all.challenger,
+        "champion": of_all.champion,
+        "gain": of_all.gain,
+        "gain_low": of_all.low,
+        "gain_high": of_all.high,
         "auroc_low": metrics["auroc"]["low"],
         "ece": ece,
         "ece_by_chance": by_chance,
     }
     return GateDecision(not reasons, tuple(reasons), figures)
+
+
+def _compared(cutouts: pd.DataFrame, parts: int = 1) -> _Comparison:
+    """parts: that are each looked at for a loss, and share the doubt that its bound leaves."""
+    label, scores = cutouts["label"], {name: cutouts[name] for name in (CHALLENGER, CHAMPION)}
+    metric, drawn = ranked_bootstrap(label, scores, cutouts["group"])
+    value = {
+        name: float(lens_metrics(label, score, bootstrap=0)[metric]["value"])
+        for name, score in scores.items()
+    }
+    gain = drawn[CHALLENGER] - drawn[CHAMPION]
+    low, high = (float(bound) for bound in np.percentile(gain, [WORST, 100 - (100 - BEST) / parts]))
+    return _Comparison(metric, **value, gain=float(gain.mean()), low=low, high=high)
+
+
+def _counts(cutouts: pd.DataFrame) -> dict[str, int]:
+    return {
+        f"n_{name}": int((cutouts["label"] == value).sum())
+        for name, value in (("lens", 1), ("nonlens", 0))
+    }
+
+
+def _too_few(cutouts: pd.DataFrame, where: str, min_lens: int, min_nonlens: int) -> list[str]:
+    """Why models cannot be compared on these cutouts."""
+    return _shortages(_counts(cutouts), where, min_lens, min_nonlens) or [
+        f"{where} {n} groups with {name}, and at least {FEWEST_GROUPS} are needed"
+        for value, name in ((1, "lenses"), (0, "non-lenses"))
+        if (n := cutouts.loc[cutouts["label"] == value, "group"].nunique()) < FEWEST_GROUPS
+    ]
 
 
 def _shortages(counts: Mapping[str, Any], where: str, min_lens: int, min_nonlens: int) -> list[str]:

@@ -11,13 +11,21 @@ MOST = 10  # that are told apart
 def by_survey(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """{survey: its rows}, by name, from the column `survey`; empty where there are not several. Of
     many, those with the fewest rows are together, `others`."""
-    if "survey" not in table or table["survey"].nunique() < 2:
+    survey = told_apart(table)
+    if survey.nunique() < 2:
         return {}
+    return {str(name): rows for name, rows in table.groupby(survey)}
+
+
+def told_apart(table: pd.DataFrame) -> pd.Series:
+    """Of each row the survey as `by_survey` has it; of all the same where there are not several."""
+    if "survey" not in table or table["survey"].nunique() < 2:
+        return pd.Series(UNSTATED, index=table.index)
     survey = _names(table)
     counts = survey.value_counts()
     if len(counts) > MOST:
         survey = survey.where(survey.isin(counts.index[: MOST - 1]), OTHERS)
-    return {str(name): rows for name, rows in table.groupby(survey)}
+    return survey
 
 
 def of_same_surveys(

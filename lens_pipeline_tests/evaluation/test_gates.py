@@ -68,6 +68,7 @@ def cutouts(
         "challenger": calibrated(gain),
         "group": np.arange(n) // 2,
         "seen": np.zeros(n, dtype=bool),
+        "survey": np.repeat("des", n),
     }
 
 
@@ -105,6 +106,44 @@ def test_a_small_loss_that_is_certain_is_refused() -> None:
     assert re.search(
         r"is 0\.\d+, the champion's 0\.\d+; it is worse, by 0\.0\d+ or more at 95", reason
     )
+
+
+def of_surveys(**parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Cutouts of several surveys, whose groups are their own."""
+    together = {
+        name: np.concatenate([part[name] for part in parts.values()])
+        for name in next(iter(parts.values()))
+    }
+    n = len(together["label"])
+    names = np.repeat(list(parts), [len(part["label"]) for part in parts.values()])
+    return together | {"group": np.arange(n) // 2, "survey": names}
+
+
+def test_what_one_survey_gains_hides_no_loss_of_another() -> None:
+    """The larger one gains more than the smaller one loses; of a third there is too little."""
+    test = of_surveys(
+        des=cutouts(n=3000, gain=0.3),
+        hsc=cutouts(n=800, seed=1, gain=-0.3),
+        lsst=cutouts(n=80, seed=2, gain=-0.5),
+    )
+    assert champion_gate(**test | {"survey": np.repeat("des", 3880)}, **AGAINST).passed
+    decision = champion_gate(**test, **AGAINST)
+    (reason,) = decision.reasons
+    assert re.match(r"hsc: tpr_at_fpr_1e-2 is 0\.\d+, the champion's 0\.\d+; it is worse", reason)
+    assert decision.figures["gain_low"] > 0  # of all together
+    assert decision.figures["gain_des"] > 0 > decision.figures["gain_hsc"]
+    assert "gain_lsst" not in decision.figures
+    # What neither model has seen is what counts, in each.
+    assert champion_gate(**test | {"seen": test["survey"] == "hsc"}, **AGAINST).passed
+
+
+def test_what_is_certain_of_one_survey_alone_may_be_chance_among_five() -> None:
+    limits = AGAINST | {"tolerance": 0.9}
+    loss = cutouts(n=200, gain=-0.03)
+    (reason,) = champion_gate(**loss, **limits).reasons
+    assert "it is worse, by 0.010 or more at 95 %" in reason
+    others = {f"other {n}": cutouts(n=200, seed=n, gain=0.1) for n in range(10, 14)}
+    assert champion_gate(**of_surveys(loss=loss, **others), **limits).passed
 
 
 def test_only_groups_that_neither_model_has_seen_count() -> None:
@@ -170,6 +209,7 @@ def test_where_resamplings_do_not_resolve_the_rate_the_auroc_decides() -> None:
         "champion": champion,
         "group": random.integers(60, size=n),
         "seen": np.zeros(n, dtype=bool),
+        "survey": np.repeat("des", n),
     }
     same, refused = (
         champion_gate(**test, challenger=challenger, **AGAINST | {"max_ece": 1.0})
@@ -193,6 +233,7 @@ def test_what_chance_makes_of_the_calibration_error_does_not_count() -> None:
         "champion": p,
         "group": np.arange(n),
         "seen": np.zeros(n, dtype=bool),
+        "survey": np.repeat("des", n),
     }
     right = champion_gate(**test, challenger=p, **AGAINST | {"max_ece": 0.06})
     assert right.figures["ece"] > 0.06
