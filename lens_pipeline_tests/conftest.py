@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pytest
+from filelock import FileLock
 
+from lens_pipeline import tracking
 from lens_pipeline.catalogue.build import build_dataset
 from lens_pipeline.catalogue.dataset import Dataset, Split
 from lens_pipeline.catalogue.joined import JoinedDataset
@@ -107,6 +109,32 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what one process of these tests makes, and the others take."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tables_of_mlflow(of_all_workers: Path) -> Iterator[None]:
+    """MLflow takes seconds for the tables of each database: those that it has made once are
+    copied. Programs that the tests start make their own."""
+    made, make = of_all_workers / "mlflow.db", tracking._create_database
+
+    def copied(path: Path) -> None:
+        with FileLock(of_all_workers / "mlflow.db.lock"):
+            make(made)
+        if not path.exists():
+            aside = path.with_name(".copied.db")
+            shutil.copy(made, aside)
+            aside.replace(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracking, "_create_database", copied)
+        yield
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real telescope images."""
     if not SHARED_DATA.is_dir():
@@ -188,12 +216,14 @@ def own_shards(shards_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(of_all_workers: Path) -> Path:
     """A home that the main job has filled, in the preset for tests. Only to look at."""
-    path = tmp_path_factory.mktemp("run") / "home"
+    path = of_all_workers / "home"
     before = dict(os.environ)
     try:
-        assert main(["run", "--preset", "tiny", "--home", str(path)]) == 0
+        with FileLock(of_all_workers / "home.lock"):
+            if not (path / "reports" / "summary.json").is_file():
+                assert main(["run", "--preset", "tiny", "--home", str(path)]) == 0
     finally:
         os.environ.clear()
         os.environ.update(before)

@@ -187,9 +187,9 @@ def test_a_member_that_says_the_same_of_all_counts_for_nothing(method: str) -> N
     logits, deviation, label = members(4000, 0)
     logits = np.column_stack([logits, np.zeros(4000)])
     deviation = np.column_stack([deviation, np.zeros(4000)])
+    assert len(compare(method, logits, deviation, label, np.arange(4000))) == len(STRATEGIES)
     for strategy in sorted(STRATEGIES):
-        fitted, table = choose(strategy, method, logits, deviation, label, np.arange(4000))
-        assert len(table) == len(STRATEGIES)
+        fitted = fit(strategy, method, logits, deviation, label)
         without = fit(strategy, method, logits[:, :3], deviation[:, :3], label)
         score, expected = fitted(logits, deviation), without(logits[:, :3], deviation[:, :3])
         assert np.isfinite(score).all()
