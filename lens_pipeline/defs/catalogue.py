@@ -30,7 +30,6 @@ def catalogue_recipe(settings: Settings) -> Recipe:
     from lens_pipeline.catalogue.table import source_fingerprint
 
     if settings.is_simulated:
-        from lens_pipeline.catalogue.images import files_fingerprint
         from lens_pipeline.simulation import load_configs
 
         preset = presets.chosen(settings)
@@ -40,7 +39,9 @@ def catalogue_recipe(settings: Settings) -> Recipe:
         for number, psf in enumerate(config.survey.psfs):
             inputs[f"psf {number}"] = source_fingerprint(psf)
         if config.hosts is not None:
-            from lens_pipeline.simulation.pool import pool_catalogue  # loads torch and astropy
+            # They load torch and astropy.
+            from lens_pipeline.catalogue.images import files_fingerprint
+            from lens_pipeline.simulation.pool import pool_catalogue
 
             options = settings.storage_options
             images = pool_catalogue(config.hosts, options).references

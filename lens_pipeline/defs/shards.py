@@ -66,7 +66,11 @@ def lens_shards(
     """
     from lens_pipeline.shards.store import read_manifest
     from lens_pipeline.shards.verify import verify_shards
-    from lens_pipeline.shards.writer import write_shards
+
+    def write(out: Path) -> None:
+        from lens_pipeline.shards.writer import write_shards  # loads torch
+
+        write_shards(upstream.folder, out)
 
     upstream = made(context, DATASET, survey)
     check_not_refused(upstream, lens.settings)
@@ -80,7 +84,7 @@ def lens_shards(
         SHARDS,
         recipe,
         lens.settings.home / "shards",
-        lambda out: write_shards(upstream.folder, out),
+        write,
         lens.settings,
         survey=survey,
     )
