@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -198,15 +199,19 @@ def _status(arguments: Sequence[str]) -> int:
 def _end_at_once(status: int) -> NoReturn:
     """Orderly, but without Python's last search for what nothing refers to: it takes seconds where
     large libraries are loaded, and somebody waits."""
-    if status != INTERRUPTED:
-        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python would
-    atexit._run_exitfuncs()
     try:
-        sys.stdout.flush()
-    except OSError as problem:  # a full disk, or nobody who reads
-        print(f"error: what was printed is not whole: {problem}", file=sys.stderr)
-        status = status or FAILURE
-    sys.stderr.flush()
+        if status != INTERRUPTED:
+            threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python does
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    atexit._run_exitfuncs()
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # one that is closed is None
+        try:
+            stream.flush()
+        except OSError as problem:  # a full disk, or nobody who reads
+            status = status or FAILURE
+            with suppress(OSError):
+                print(f"error: what was printed is not whole: {problem}", file=sys.stderr)
     os._exit(status)
 
 

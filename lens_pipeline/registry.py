@@ -8,11 +8,11 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -32,6 +32,7 @@ from lens_pipeline.tracking import (
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+    from mlflow.exceptions import MlflowException
 
 MODEL = "lens_ensemble"
 ABOUT = (
@@ -109,14 +110,13 @@ class Registry:
     def aliased(self, alias: str) -> "ModelVersion | None":
         """The version with an alias, None where there is none. Raises InputError where the alias
         points to a version that is gone."""
-        from mlflow.exceptions import ErrorCode, MlflowException
-        from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
+        from mlflow.exceptions import MlflowException
 
         number = self._numbers().get(alias)
         try:
             return self.client.get_model_version(MODEL, number) if number else None
         except MlflowException as problem:
-            if problem.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            if not _is_absent(problem):
                 raise
             way_out = f"on the page of {MODEL} in MLflow give {alias} to another, or remove it"
             if alias == CHAMPION:
@@ -238,43 +238,59 @@ class Registry:
         return former, number
 
     def needed(self, keep: int) -> dict[str, str]:
-        """{version: why it stays}: the `keep` newest, those with an alias, and the one that a
-        rollback would make champion. Raises InputError for keep < 1."""
+        """{version: why it stays}: the `keep` newest, those with an alias, the one that a rollback
+        would make champion, and those that were rolled back, which would come back by themselves
+        where nothing tells of it. Raises InputError for keep < 1."""
         if keep < 1:
             raise InputError(f"keep {keep}: at least 1 is needed")
-        reasons = {number: list(aliases) for number, aliases in self.all_aliases().items()}
-        champion = self.aliased(CHAMPION)
+        reasons = self.all_aliases()
+        champion, versions = self.aliased(CHAMPION), self.versions()
         if champion is not None and REPLACED in champion.tags:
             before = champion.tags[REPLACED]
             reasons.setdefault(before, []).append("a rollback would make it champion")
-        for version in self.versions()[:keep]:
-            reasons.setdefault(str(version.version), []).append(f"of the newest {keep}")
+        for place, version in enumerate(versions):
+            number = str(version.version)
+            if ROLLED_BACK in version.tags:
+                reasons.setdefault(number, []).append("was rolled back")
+            if place < keep:
+                reasons.setdefault(number, []).append(f"of the newest {keep}")
         return {number: "; ".join(why) for number, why in reasons.items()}
 
     def retire(self, numbers: Collection[str]) -> None:
-        """Remove versions, with the models and MLflow runs that no version which stays is of, of
-        any model. The caller holds the lock.
+        """Remove versions, each with its model and MLflow run, unless a version that stays, of any
+        model, is of them. The caller holds the lock. Stopped anywhere, it can be done again.
 
         MLflow lists these no more, and keeps their files until `mlflow gc`.
         """
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        _ = self.client  # sets MLflow's URIs
         staying = [
             one
-            for one in self.client.search_model_versions()
+            for one in mlflow.search_model_versions()
             if one.name != MODEL or str(one.version) not in numbers
         ]
         # Copies of a version have its files, and each a source of its own.
-        files = {self._files(one) for one in staying}
+        copies = [one for one in staying if one.name == MODEL or _source(one).startswith("models:")]
+        files = {*map(_source, staying), *map(self._files, copies)}
         runs = {one.run_id for one in staying}
         for number in numbers:
             version = self.version(number)
-            its_files, model = self._files(version), version.source or ""
-            self.client.delete_model_version(MODEL, number)  # first: nothing leads to what is left
-            if its_files not in files and model.startswith(LOGGED):
-                self.client.delete_logged_model(model.removeprefix("models:/"))
+            model = _source(version)
+            left: list[Callable[[], None]] = []
+            if model.startswith(LOGGED) and self._files(version) not in files:
+                name = model.removeprefix("models:/")
+                left.append(partial(self.client.delete_logged_model, name))
             if version.run_id and version.run_id not in runs:
-                self.client.delete_run(version.run_id)
-            files.add(its_files)
-            runs.add(version.run_id)
+                left.append(partial(self.client.delete_run, version.run_id))
+            for delete in left:  # the version last, which alone leads to them
+                try:
+                    delete()
+                except MlflowException as problem:  # it may be gone, by hand
+                    if not _is_absent(problem):
+                        raise
+            self.client.delete_model_version(MODEL, number)
 
     def _files(self, version: "ModelVersion") -> str:
         """Where they lie."""
@@ -287,6 +303,18 @@ class Registry:
                 f"{self.settings.home}: this home has no model registry; "
                 "name another with --home or LENS_HOME, or make one with `lens-pipeline run`"
             )
+
+
+def _source(version: "ModelVersion") -> str:
+    return version.source or ""
+
+
+def _is_absent(problem: "MlflowException") -> bool:
+    """Whether MLflow has not got what it was asked for."""
+    from mlflow.exceptions import ErrorCode
+    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
+
+    return bool(problem.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST))
 
 
 @contextmanager

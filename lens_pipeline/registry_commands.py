@@ -1,6 +1,7 @@
 """`lens-pipeline promote`, `rollback` and `retire`: who is champion, and who is there, by hand."""
 
 import argparse
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from lens_pipeline.errors import InputError
@@ -19,9 +20,20 @@ def add_rollback(parser: argparse.ArgumentParser) -> None:
 
 
 def add_retire(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--keep", type=int, required=True, help="how many of the newest stay")
+    parser.add_argument("versions", nargs="*", help="those to remove; or else --keep")
+    parser.add_argument("--keep", type=int, help="how many of the newest stay")
     parser.add_argument("--dry-run", action="store_true", help="only say what would go")
     parser.set_defaults(do=_retire, after_interrupt="the same command goes on")
+
+
+def _check_known(command: str, number: str, known: Sequence[str]) -> None:
+    if number not in known:
+        from lens_pipeline.registry import MODEL
+
+        raise InputError(
+            f"{command} {number}: give the number of a version; {MODEL} has "
+            f"{', '.join(known) or 'none'}"
+        )
 
 
 def _promote(options: argparse.Namespace) -> int:
@@ -33,11 +45,7 @@ def _promote(options: argparse.Namespace) -> int:
     registry.require()
     with answering(f"promote {options.version}"), registry.lock():
         known = [str(version.version) for version in registry.versions()]
-        if options.version not in known:
-            raise InputError(
-                f"promote {options.version}: give the number of a version; {MODEL} has "
-                f"{', '.join(known) or 'none'}"
-            )
+        _check_known("promote", options.version, known)
         verdict = registry.version(options.version).tags.get(GATE, PASSED)
         registry.promote(options.version)
         if not verdict.startswith(BY_HAND):
@@ -64,19 +72,29 @@ def _retire(options: argparse.Namespace) -> int:
     from lens_pipeline.registry import MODEL, Registry, answering
     from lens_pipeline.tracking import keep_waits_short
 
+    if bool(options.versions) == (options.keep is not None):
+        raise InputError("retire: name versions, or say with --keep how many of the newest stay")
     keep_waits_short()
     registry = Registry(Settings.load(home=options.home))
     registry.require()
     with answering("retire"), registry.lock():
-        needed, versions = registry.needed(options.keep), registry.versions()
-        old = [number for v in versions if (number := str(v.version)) not in needed]
+        versions = {str(version.version): version for version in registry.versions()}
+        for number in options.versions:
+            _check_known("retire", number, [*versions])
+            if aliases := registry.all_aliases().get(number):
+                raise InputError(
+                    f"retire {number}: it is {' and '.join(aliases)}; give the alias to another "
+                    "version first"
+                )
+        needed = registry.needed(options.keep) if options.keep is not None else {}
+        old = options.versions or [number for number in versions if number not in needed]
         if not options.dry_run:
             registry.retire(old)
     gone = "would go" if options.dry_run else "removed"
-    for version in versions:
-        number, made = str(version.version), version.creation_timestamp / 1000
-        state = "kept" if number in needed else gone
-        why = needed.get(number, "is older")
-        print(f"version {number:>4}  {datetime.fromtimestamp(made, UTC):%F}  {state:8}  {why}")
+    for number in options.versions or versions:
+        state, why = ("kept", needed[number]) if number in needed else (gone, "is older")
+        why = "was named" if options.versions else why
+        made = datetime.fromtimestamp(versions[number].creation_timestamp / 1000, UTC)
+        print(f"version {number:>4}  {made:%F}  {state:8}  {why}")
     print(f"{MODEL}: {len(old)} of {len(versions)} versions {gone}")
     return 0

@@ -224,6 +224,7 @@ def home(of_all_workers: Path) -> Path:
         with FileLock(of_all_workers / "home.lock"):
             if not (path / "reports" / "summary.json").is_file():
                 assert main(["run", "--preset", "tiny", "--home", str(path)]) == 0
+                shutil.copytree(path, of_all_workers / "untouched")
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -231,9 +232,10 @@ def home(of_all_workers: Path) -> Path:
 
 
 @pytest.fixture
-def own_home(home: Path, tmp_path: Path) -> Path:
-    """A copy of `home` to change. MLflow's artifacts stay where they are."""
-    return Path(shutil.copytree(home, tmp_path / "home"))
+def own_home(home: Path, of_all_workers: Path, tmp_path: Path) -> Path:
+    """A copy of `home` to change, as it was before anybody looked at it, for a database that is
+    open has files that come and go. MLflow's artifacts stay where they are."""
+    return Path(shutil.copytree(of_all_workers / "untouched", tmp_path / "home"))
 
 
 @pytest.fixture(scope="session")

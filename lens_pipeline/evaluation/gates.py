@@ -152,7 +152,7 @@ def champion_gate(
     }
     for name, rows in judged.items():
         of_one = _compared(rows, parts=len(judged))
-        figures[f"gain_{name}"] = of_one.gain
+        figures[f"gain of {name}"] = of_one.gain
         reasons += [f"{name}: {reason}" for reason in of_one.certain_loss]
     figures |= {
         "metric": of_all.metric,

@@ -131,8 +131,8 @@ def test_what_one_survey_gains_hides_no_loss_of_another() -> None:
     (reason,) = decision.reasons
     assert re.match(r"hsc: tpr_at_fpr_1e-2 is 0\.\d+, the champion's 0\.\d+; it is worse", reason)
     assert decision.figures["gain_low"] > 0  # of all together
-    assert decision.figures["gain_des"] > 0 > decision.figures["gain_hsc"]
-    assert "gain_lsst" not in decision.figures
+    assert decision.figures["gain of des"] > 0 > decision.figures["gain of hsc"]
+    assert "gain of lsst" not in decision.figures
     # What neither model has seen is what counts, in each.
     assert champion_gate(**test | {"seen": test["survey"] == "hsc"}, **AGAINST).passed
 
