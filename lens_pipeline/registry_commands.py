@@ -74,12 +74,13 @@ def _retire(options: argparse.Namespace) -> int:
 
     if bool(options.versions) == (options.keep is not None):
         raise InputError("retire: name versions, or say with --keep how many of the newest stay")
+    named = list(dict.fromkeys(options.versions))
     keep_waits_short()
     registry = Registry(Settings.load(home=options.home))
     registry.require()
     with answering("retire"), registry.lock():
         versions = {str(version.version): version for version in registry.versions()}
-        for number in options.versions:
+        for number in named:
             _check_known("retire", number, [*versions])
             if aliases := registry.all_aliases().get(number):
                 raise InputError(
@@ -87,13 +88,13 @@ def _retire(options: argparse.Namespace) -> int:
                     "version first"
                 )
         needed = registry.needed(options.keep) if options.keep is not None else {}
-        old = options.versions or [number for number in versions if number not in needed]
+        old = named or [number for number in versions if number not in needed]
         if not options.dry_run:
             registry.retire(old)
     gone = "would go" if options.dry_run else "removed"
-    for number in options.versions or versions:
+    for number in named or versions:
         state, why = ("kept", needed[number]) if number in needed else (gone, "is older")
-        why = "was named" if options.versions else why
+        why = "was named" if named else why
         made = datetime.fromtimestamp(versions[number].creation_timestamp / 1000, UTC)
         print(f"version {number:>4}  {made:%F}  {state:8}  {why}")
     print(f"{MODEL}: {len(old)} of {len(versions)} versions {gone}")

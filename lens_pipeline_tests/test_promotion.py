@@ -526,7 +526,7 @@ def test_a_version_is_removed_by_its_number_unless_it_has_an_alias(
     client.set_model_version_tag(MODEL, "2", "lens.rolled_back", "2026-11-29")
     assert main(["retire", "--keep", "1", "--dry-run", *where]) == 0
     assert "a rollback would make it champion; was rolled back" in capsys.readouterr().out
-    assert main(["retire", "2", *where]) == 0
+    assert main(["retire", "2", "2", *where]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"{MODEL}: 1 of 3 versions removed"
     assert [v.version for v in client.search_model_versions(f"name='{MODEL}'")] == [3, 1]
     assert main(["rollback", *where]) == 2
