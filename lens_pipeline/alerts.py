@@ -1,4 +1,5 @@
-"""Messages to people: the log, and the webhook of LENS_WEBHOOK_URL."""
+"""Messages to people: the log, and the webhook of LENS_WEBHOOK_URL; and to the service that tells
+them when none can come any more, LENS_HEARTBEAT_URL."""
 
 import http.client
 import json
@@ -9,6 +10,8 @@ import urllib.request
 from contextlib import suppress
 from typing import Any
 
+from pydantic import SecretStr
+
 from lens_pipeline.errors import InputError, masked, secrets_in
 from lens_pipeline.settings import Settings
 
@@ -18,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """It would be followed by a GET, without the text."""
+    """They would be followed by a GET: without the text, and to a page for people to log in."""
 
     def redirect_request(self, *about: Any) -> None:
         return None
@@ -36,13 +39,20 @@ def alert(settings: Settings, text: str, **facts: str | None) -> None:
     content = {"text": text, "deployment": settings.deployment, **facts}
     content = {name: value and without_secrets(value) for name, value in content.items()}
     log.warning("%s%s", MARK, " ".join(str(content["text"]).split()))
-    if settings.webhook_url is None:
-        return
-    request = urllib.request.Request(
-        settings.webhook_url.get_secret_value(),
-        json.dumps(content).encode(),
-        {"Content-Type": "application/json"},
-    )
+    if settings.webhook_url is not None:
+        _request("LENS_WEBHOOK_URL", settings.webhook_url, json.dumps(content).encode())
+
+
+def beat(address: SecretStr) -> None:
+    """Tell the service at LENS_HEARTBEAT_URL that all is well. Raises InputError where it cannot be
+    told."""
+    _request("LENS_HEARTBEAT_URL", address)
+
+
+def _request(name: str, address: SecretStr, content: bytes | None = None) -> None:
+    """POST JSON to an address, or GET it; name: of the setting that it is from."""
+    headers = {"Content-Type": "application/json"} if content else {}
+    request = urllib.request.Request(address.get_secret_value(), content, headers)
     opener = urllib.request.build_opener(_NoRedirects)
     for after in range(TRIES):
         time.sleep(after)
@@ -51,7 +61,7 @@ def alert(settings: Settings, text: str, **facts: str | None) -> None:
                 return
         except (OSError, http.client.HTTPException) as problem:
             reason = str(problem)
-    raise InputError(f"LENS_WEBHOOK_URL: cannot be told ({without_secrets(reason)})")
+    raise InputError(f"{name}: cannot be told ({without_secrets(reason)})")
 
 
 def without_secrets(text: str) -> str:

@@ -23,6 +23,7 @@ from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.sensors import (
     failed_runs,
     failed_ticks,
+    heartbeat,
     new_challenger,
     source_changed,
     warning_checks,
@@ -71,7 +72,8 @@ def make_definitions(settings: Settings, retries: bool = True) -> dg.Definitions
         jobs=[full_pipeline, data, training, evaluation_and_registration, tuning, cleaning],
         schedules=planned,
         sensors=[
-            *(source_changed, new_challenger, failed_runs, failed_ticks, warning_checks, follow_up)
+            *(source_changed, new_challenger, failed_runs, failed_ticks, warning_checks),
+            *(heartbeat, follow_up),
         ],
         resources={"lens": LensHome()},
         executor=_executor(AT_A_TIME[settings.deployment]),

@@ -46,7 +46,7 @@ def _absolute_source(source: str) -> str:
 
 
 def _web_address(secret: Any) -> Any:
-    """Raises ValueError for what cannot be posted to, and does not show it."""
+    """Raises ValueError for what cannot be requested, and does not show it."""
     value = secret.get_secret_value() if isinstance(secret, SecretStr) else secret
     if value is not None and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", str(value)):
         raise ValueError("is no address that begins with http:// or https://, or holds a space")
@@ -241,6 +241,11 @@ class Settings(BaseSettings):
         description="Receives failed runs, checks that warn, sources that cannot be read, new "
         "challengers and new champions by POST, as JSON with a `text`.",
     )
+    heartbeat_url: Annotated[SecretStr | None, BeforeValidator(_web_address)] = Field(
+        default=None,
+        description="Requested (GET) each minute while schedules and sensors work, for a service "
+        "that tells people when the requests stop, as Healthchecks and Uptime Kuma do.",
+    )
     keep_days: int = Field(
         default=90,
         ge=1,
@@ -395,7 +400,7 @@ class Settings(BaseSettings):
         places = {"home", "storage_options", "tracking_uri", "mlflow_page", "dagster_page"}
         operation = {
             *("git_commit", "verify", "keep_days"),
-            *("retrain_cron", "time_zone", "webhook_url"),
+            *("retrain_cron", "time_zone", "webhook_url", "heartbeat_url"),
         }
         names = self.model_fields_set - places - operation
         return self.model_dump(mode="json", include=names, exclude_defaults=True)
@@ -403,7 +408,8 @@ class Settings(BaseSettings):
     def export(self) -> None:
         """Put what was set into the environment, for the steps and child processes."""
         os.environ["DAGSTER_HOME"] = str(self.dagster_home)
-        for name in {*self.model_fields_set, "home"} - {"tracking_uri", "webhook_url"}:
+        secret = {"tracking_uri", "webhook_url", "heartbeat_url"}
+        for name in {*self.model_fields_set, "home"} - secret:
             value = getattr(self, name)
             if value is not None:
                 text = json.dumps(value) if isinstance(value, dict | bool) else str(value)

@@ -37,7 +37,7 @@ from lens_pipeline_tests.postgres import PASSWORD
 from lens_pipeline_tests.served import until
 
 NEW_PASSWORD = "an0ther-w@rd/%"
-SECRET = re.compile("PASSWORD|WEBHOOK|OPTIONS|TRACKING_URI")
+SECRET = re.compile("PASSWORD|WEBHOOK|HEARTBEAT|OPTIONS|TRACKING_URI")
 
 
 def compose_files() -> list[Path]:

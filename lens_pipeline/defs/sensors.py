@@ -1,4 +1,4 @@
-"""What is watched: the source, the registry, runs that fail and checks that warn."""
+"""What is watched: the source, the registry, runs that fail and checks that warn, and the watch."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from dagster._core.remote_origin import RemoteRepositoryOrigin
 from dagster._core.scheduler.instigation import InstigatorState, TickStatus
 from dagster._utils.error import SerializableErrorInfo
 
-from lens_pipeline.alerts import alert
+from lens_pipeline.alerts import alert, beat
 from lens_pipeline.defs.automation import data
 from lens_pipeline.defs.checks import said_of_checks
 from lens_pipeline.defs.resources import LensHome
@@ -229,6 +229,28 @@ def failed_ticks(
         cursor=json.dumps(sorted(reasons)),
         skip_reason="; ".join(reasons.values()) or "all schedules and sensors work",
     )
+
+
+@dg.sensor(
+    minimum_interval_seconds=60,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Requests LENS_HEARTBEAT_URL while all parts of Dagster's daemon work, for a "
+    "service that tells people when the requests stop: nobody here could.",
+)
+def heartbeat(context: dg.SensorEvaluationContext, lens: LensHome) -> dg.SkipReason:
+    # Of all the daemon's own libraries; loaded in a second, which each step would take, too.
+    from dagster._daemon.controller import get_daemon_statuses
+
+    address = lens.settings.heartbeat_url
+    if address is None:
+        return dg.SkipReason("LENS_HEARTBEAT_URL is not set")
+    needed = context.instance.get_required_daemon_types()
+    found = get_daemon_statuses(context.instance, needed, ignore_errors=True)
+    still = sorted(kind.lower() for kind, status in found.items() if not status.healthy)
+    if still:
+        return dg.SkipReason(f"LENS_HEARTBEAT_URL is not told: {', '.join(still)} has ended")
+    beat(address)
+    return dg.SkipReason("LENS_HEARTBEAT_URL is told that all is well")
 
 
 def _failing(state: InstigatorState, instance: dg.DagsterInstance) -> str | None:

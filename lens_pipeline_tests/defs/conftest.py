@@ -22,9 +22,11 @@ def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
 
 @dataclass
 class Webhook:
-    """`posted`, where it answers with 200; `answers` to the next posts, and then 200."""
+    """`posted`, where it answers with 200; `answers` to the next posts, and then 200; `asked`: the
+    paths that were requested without a text."""
 
     posted: list[dict[str, Any]] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
     answers: list[int] = field(default_factory=lambda: [503])
 
     @property
@@ -34,7 +36,7 @@ class Webhook:
 
 @pytest.fixture
 def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Webhook]:
-    """A real server, at LENS_WEBHOOK_URL."""
+    """A real server, at LENS_WEBHOOK_URL and LENS_HEARTBEAT_URL."""
     found = Webhook()
 
     class Hook(BaseHTTPRequestHandler):
@@ -49,6 +51,7 @@ def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Webhook]:
             self.end_headers()
 
         def do_GET(self) -> None:
+            found.asked.append(self.path)
             self.send_response(200)
             self.end_headers()
 
@@ -61,6 +64,7 @@ def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Webhook]:
     monkeypatch.setenv("no_proxy", "*")
     address = f"http://127.0.0.1:{server.server_port}/hooks/t0ps3cret"
     monkeypatch.setenv("LENS_WEBHOOK_URL", address)
+    monkeypatch.setenv("LENS_HEARTBEAT_URL", address.replace("hooks", "beats"))
     yield found
     server.shutdown()
     thread.join()
