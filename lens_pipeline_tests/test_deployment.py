@@ -12,10 +12,12 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 import dagster as dg
+import pandas as pd
 import psutil
 import pytest
 import yaml
 
+from lens_pipeline.cli import main
 from lens_pipeline.commit import code_commit
 from lens_pipeline.defs.stages import REGISTERED
 from lens_pipeline.runner import open_instance
@@ -222,6 +224,15 @@ def test_the_services_carry_the_main_job_and_a_backup_brings_all_of_it_back(
 
     files = registered("before")
     assert "MLmodel" in files
+
+    new = deployment.here("/data/new_field")
+    assert main(["simulate", "--n", "24", "--out", str(new)]) == 0
+    pd.read_parquet(new / "catalogue.parquet").to_csv(new / "catalogue.csv", index=False)
+    deployment.follow("Score")
+    scores = pd.read_parquet(home / "scores" / "new_field.parquet")
+    assert len(scores) == 24
+    assert scores["probability"].notna().all()
+    assert (home / "scores" / "new_field.top.html").exists()
 
     deployment.follow("Back up")
     deployment.stop(*deployment.running)
