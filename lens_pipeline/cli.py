@@ -41,7 +41,8 @@ GOES_ON = "the same command goes on where it stopped"
 class _Parser(argparse.ArgumentParser):
     """One line on stderr for a command line that is not valid, with the nearest flag that is."""
 
-    commands: Mapping[str, argparse.ArgumentParser] = {}
+    commands: Mapping[str, "_Parser"] = {}
+    given: Sequence[str] = ()
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **kwargs})
@@ -49,19 +50,31 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            command = self.commands[options.command]
-            flags = re.findall(r"--[a-z][a-z-]+", command.format_help())
-            flag = unknown[0].partition("=")[0]
-            meant = "--" + ABBREVIATED.get(flag.strip("-"), "").replace("_", "-")
-            begun = [one for one in flags if one.startswith(flag)]
-            near = [meant] if meant in flags else begun or difflib.get_close_matches(flag, flags, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            if options.command == "run":
-                hint = _elsewhere(flag.lstrip("-").replace("-", "_")) or hint
-            command.error(f"unrecognized argument {unknown[0]}{hint}")
+            self.commands[options.command].refuse(unknown[0])
         return options
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.given = list(args or ())
+        return super().parse_known_args(args, namespace)
+
+    def refuse(self, unknown: str) -> NoReturn:
+        """Raises InputError for an argument that this command does not have."""
+        flags = re.findall(r"--[a-z][a-z-]+", self.format_help())
+        flag = unknown.partition("=")[0]
+        meant = "--" + ABBREVIATED.get(flag.strip("-"), "").replace("_", "-")
+        begun = [one for one in flags if one.startswith(flag)]
+        near = [meant] if meant in flags else begun or difflib.get_close_matches(flag, flags, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        if self.prog.endswith(" run"):
+            hint = _elsewhere(flag.lstrip("-").replace("-", "_")) or hint
+        self.error(f"unrecognized argument {unknown}{hint}")
+
     def error(self, message: str) -> NoReturn:
+        if message.startswith("the following arguments are required"):
+            known = self._option_string_actions
+            for one in self.given:  # one that is misspelt is why another is missing
+                if one.startswith("--") and one.partition("=")[0] not in known:
+                    self.refuse(one)
         wrong = re.match("argument COMMAND: invalid choice: '(.*?)'", message)
         near = difflib.get_close_matches(wrong[1], self.commands, 1) if wrong else []
         if near:
@@ -94,14 +107,17 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--home", help="where everything is written (LENS_HOME)")
     common.add_argument("--verbose", action="store_true", help="logs and tracebacks")
     common.set_defaults(after_interrupt=GOES_ON)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    found = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, about: str, epilog: str | None = None) -> _Parser:
+        said = f"{about[0].upper()}{about[1:]}."
+        return found.add_parser(name, parents=[common], help=about, description=said, epilog=epilog)
 
     flags = ("home", "source", "preset", "archs", "verify")
     others = [Settings.variable(name) for name in Settings.model_fields if name not in flags]
-    run = commands.add_parser(
+    run = command(
         "run",
-        parents=[common],
-        help="the main job: source to registry",
+        "the main job: source to registry",
         epilog=f"Variables of the environment say the rest (docs/settings.md): {', '.join(others)}",
     )
     run.add_argument(
@@ -120,44 +136,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(do=_run)
 
-    simulate = commands.add_parser("simulate", parents=[common], help="a catalogue of simulations")
-    add_simulate(simulate)
+    add_simulate(command("simulate", "make a catalogue of simulated cutouts"))
+    add_prepare(command("prepare", "cutouts to WebDataset shards, here and in the cloud"))
+    add_prune(command("prune", "remove old versions of published shards"))
+    add_train(command("train", "train one network, or several together"))
+    add_tune(command("tune", "search the best training settings"))
+    add_predict(command("predict", "score the cutouts of a survey"))
+    add_promote(command("promote", "make a version of the registered ensemble champion"))
+    add_rollback(command("rollback", "make the champion before this one champion again"))
+    add_retire(command("retire", "remove old versions of the registered ensemble"))
 
-    prepare = commands.add_parser(
-        "prepare", parents=[common], help="cutouts to WebDataset shards, here and in the cloud"
-    )
-    add_prepare(prepare)
-    prune = commands.add_parser(
-        "prune", parents=[common], help="remove old versions of published shards"
-    )
-    add_prune(prune)
-
-    train = commands.add_parser("train", parents=[common], help="one network, or several together")
-    add_train(train)
-
-    tune = commands.add_parser("tune", parents=[common], help="search the best training settings")
-    add_tune(tune)
-
-    predict = commands.add_parser("predict", parents=[common], help="score the cutouts of a survey")
-    add_predict(predict)
-
-    promote = commands.add_parser("promote", parents=[common], help="make a version champion")
-    add_promote(promote)
-    rollback = commands.add_parser(
-        "rollback", parents=[common], help="make the champion before this one champion again"
-    )
-    add_rollback(rollback)
-
-    retire = commands.add_parser(
-        "retire", parents=[common], help="remove old versions of the registered ensemble"
-    )
-    add_retire(retire)
-
-    show = commands.add_parser("show", parents=[common], help="open the Dagster and MLflow UIs")
+    show = command("show", "serve the pages of Dagster and MLflow, until Ctrl-C")
     for name, port in (("dagster", DAGSTER_PORT), ("mlflow", MLFLOW_PORT)):
         show.add_argument(f"--{name}-port", type=_port, default=port, help=f"[{port}]")
     show.set_defaults(do=_show)
-    parser.commands = commands.choices
+    parser.commands = found.choices
     return parser
 
 
@@ -263,8 +256,11 @@ def _training_changes(assignments: Sequence[str], members: Sequence[str]) -> dic
         path, equals, text = assignment.partition("=")
         parts = path.split(".")
         if not equals or len(parts) not in (2, 3):
-            raise InputError(f"--set {assignment}: must be [MEMBER.]SECTION.FIELD=VALUE")
+            hint = _elsewhere(parts[-1])
+            raise InputError(f"--set {assignment}: must be [MEMBER.]SECTION.FIELD=VALUE{hint}")
         *member, section, field = parts
+        if not member and section in members and (hint := _elsewhere(field)):
+            raise InputError(f"--set {assignment}: names no section{hint}")
         if member and member[0] not in members:
             raise InputError(f"--set {assignment}: the members are {', '.join(members)}")
         try:

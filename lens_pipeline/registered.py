@@ -11,7 +11,9 @@ from lens_pipeline.errors import InputError, masked, told_of
 from lens_pipeline.registry import (
     CHALLENGER,
     CHAMPION,
+    GATE,
     MODEL,
+    PASSED,
     Registry,
     answering,
     import_path_kept,
@@ -115,7 +117,11 @@ def _default_uri(registry: Registry) -> str:
         version = registry.aliased(alias)
         if version is not None:
             if alias == CHALLENGER:
-                log.warning("no champion: using the challenger, version %s", version.version)
+                gate = version.tags.get(GATE, PASSED)
+                refused = "" if gate == PASSED else f", which the gate has refused: {gate}"
+                log.warning(
+                    "no champion: using the challenger, version %s%s", version.version, refused
+                )
             return f"models:/{MODEL}/{version.version}"
     known = ", ".join(str(version.version) for version in registry.versions())
     if known:

@@ -170,7 +170,7 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
     if verbose:
         del config["loggers"]
     with open_instance(settings) as instance:
-        _tell_of_source(settings)
+        _tell_of_settings(settings)
         keep_settings(settings)
         _tell_of_pages(settings)
         release_dead_runs(instance)
@@ -196,16 +196,37 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
     return run_id
 
 
-def _tell_of_source(settings: Settings) -> None:
-    """Says what is read; warns where that is the simulation and the home's last run has read a
-    catalogue, as where LENS_SOURCE was forgotten."""
+def _tell_of_settings(settings: Settings) -> None:
+    """Says what is read, and which settings are others than in the home's last run.
+
+    Raises InputError where the source was forgotten: the last run was of a catalogue, and a model
+    of simulated cutouts would stand beside that survey's.
+    """
     log.info("source: %s", masked(settings.source))
-    before = _kept(settings).get("source", SIMULATION)
-    if settings.is_simulated and before != SIMULATION:
-        log.warning(
-            "LENS_SOURCE: the last run of %s read %s; if the simulation is not meant, interrupt "
-            "this one, and name that again", settings.home, masked(before),
-        )  # fmt: skip
+    if not (settings.home / KEPT).is_file():
+        return
+    before, now = _kept(settings), settings.kept
+    was, _ = (one.pop("source", SIMULATION) for one in (before, now))
+    if was != SIMULATION and "source" not in settings.model_fields_set:
+        raise InputError(
+            f"LENS_SOURCE: the last run of {settings.home} was of {was}: name it again, or say "
+            f"--source {SIMULATION}"
+        )
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            log.info(
+                "%s: %s; in the last run here: %s", Settings.variable(name),
+                *(_shown(of.get(name)) for of in (now, before)),
+            )  # fmt: skip
+
+
+def _shown(value: Any) -> str:
+    """The value of a setting as variables hold it."""
+    if value is None:
+        return "not set"
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return masked(value if isinstance(value, str) else json.dumps(value))
 
 
 def _tell_of_pages(settings: Settings) -> None:

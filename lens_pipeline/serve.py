@@ -16,6 +16,7 @@ from typing import Any
 
 from lens_pipeline.alerts import MARK
 from lens_pipeline.errors import InputError
+from lens_pipeline.processes import is_free
 from lens_pipeline.runner import end_launched_runs, open_instance, release_dead_runs
 from lens_pipeline.settings import HOST, SERVED, Settings
 from lens_pipeline.tracking import Tracking, experiment_page
@@ -136,6 +137,8 @@ def pages(
     else:
         addresses["MLflow"] = f"http://{HOST}:{mlflow_port}"
         ports["--mlflow-port"] = mlflow_port
+    if not is_free(settings.dagster_home / SERVED):
+        raise _served_already(settings)
     for option, port in ports.items():
         if _answers(port):
             raise InputError(f"{option} {port}: is in use; name another")
@@ -196,14 +199,20 @@ def _alone(settings: Settings, about: Mapping[str, Any]) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(
-                f"LENS_HOME: {settings.home} is served already; use those pages, or end the "
-                "processes `dagster_webserver`, `dagster._daemon` and `mlflow` first"
-            ) from None
+            raise _served_already(settings) from None
         file.truncate(0)
         file.write(json.dumps(about))
         file.flush()
         yield file.fileno()
+
+
+def _served_already(settings: Settings) -> InputError:
+    page = settings.shown.get("dagster_page", "the address that it has printed")
+    return InputError(
+        f"LENS_HOME: {settings.home} is served already, at {page}; look there, or end that "
+        "`lens-pipeline show` with Ctrl-C first (docs/operations.md, What happens when something "
+        "dies, where it is gone and its servers are not)"
+    )
 
 
 def _end(servers: Sequence[Server]) -> None:

@@ -134,6 +134,7 @@ def test_the_help_names_variables_that_are_settings(
         (["train", "--learnig-rate", "1e-3"], "--learnig-rate; did you mean --learning-rate"),
         (["tune", "--trails=3"], "--trails=3; did you mean --trials"),
         (["train", "--batch", "32"], "--batch; did you mean --batch-size"),  # no name is cut short
+        (["predict", "--catalog", "x.csv"], "argument --catalog; did you mean --catalogue"),
         (["train", "--lr", "0.1"], "--lr; did you mean --learning-rate"),
         (["train", "--gpus=4"], "--gpus=4; did you mean --devices"),
         (["predict", "--catalogue", "c.csv"], "--out"),
@@ -211,7 +212,7 @@ def test_a_cloud_that_cannot_be_used_is_named(
     assert "error: LENS_CLOUD_URL: nosuch://bucket" in capsys.readouterr().err
 
 
-def test_a_run_says_what_it_reads_and_where_it_simulates_that_the_last_one_did_not(
+def test_a_run_says_what_it_reads_and_simulates_after_a_catalogue_only_where_it_is_told_to(
     own_home: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -222,15 +223,41 @@ def test_a_run_says_what_it_reads_and_where_it_simulates_that_the_last_one_did_n
     for path in (first, source):
         path.write_text("name\na\n")
     monkeypatch.setenv("LENS_CLOUD_URL", "nosuch://bucket")  # nothing is trained here
-    warnings = []
-    for named in ("simulation", str(first), str(source), "simulation"):
-        assert main(["run", "--source", named, "--home", str(own_home), "--preset", "tiny"]) == 2
-        told = capsys.readouterr().err
-        assert f"source: {named}" in told
-        warnings.append("LENS_SOURCE: the last run of" in told)
-    assert warnings == [False, False, False, True]
-    said = f"LENS_SOURCE: the last run of {own_home} read {source}; if the simulation is not"
-    assert said in told
+    command = ["run", "--home", str(own_home), "--preset", "tiny"]
+    forgotten = f"error: LENS_SOURCE: the last run of {own_home} was of {source}: name it again, or"
+    told = []
+    for named in (None, str(first), str(source), None, "simulation", None):
+        monkeypatch.delenv("LENS_SOURCE", raising=False)  # of the command before, in this process
+        assert main([*command, *(["--source", named] if named else [])]) == 2
+        told.append(capsys.readouterr().err)
+        assert f"source: {named or 'simulation'}" in told[-1]
+    assert [forgotten in one for one in told] == [False, False, False, True, False, False]
+
+
+def test_a_run_says_which_settings_are_others_than_the_last_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LENS_SOURCE", str(tmp_path / "nowhere.csv"))  # nothing is made here
+    command = ["run", "--home", str(tmp_path / "home"), "--preset"]
+    told = []
+    for changed in (["tiny"], ["full", "--archs", "lastro,deeplens"], ["full"], ["full"]):
+        monkeypatch.delenv("LENS_ARCHS", raising=False)  # of the command before, in this process
+        monkeypatch.setenv("LENS_SEED", str(10 + len(told)))
+        assert main([*command, *changed]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        told.append([line for line in lines if "in the last run here" in line])
+    assert told[1:] == [
+        [
+            "LENS_ARCHS: lastro,deeplens; in the last run here: not set",
+            "LENS_PRESET: full; in the last run here: tiny",
+            "LENS_SEED: 11; in the last run here: 10",
+        ],
+        [
+            "LENS_ARCHS: not set; in the last run here: lastro,deeplens",
+            "LENS_SEED: 12; in the last run here: 11",
+        ],
+        ["LENS_SEED: 13; in the last run here: 12"],
+    ]
 
 
 def test_a_home_that_cannot_be_made_is_named(

@@ -125,11 +125,12 @@ def bands_are_as_in_the_last_version(
 ) -> dg.AssetCheckResult:
     from lens_pipeline.catalogue.drift import changes, other_format
 
-    def judged(passed: bool, **metadata: Any) -> dg.AssetCheckResult:
+    def judged(passed: bool, why: str | None = None, **metadata: Any) -> dg.AssetCheckResult:
         return dg.AssetCheckResult(
             check_name="bands_are_as_in_the_last_version",
             passed=passed,
             severity=dg.AssetCheckSeverity.WARN,
+            description=why,
             metadata={name.replace("_", " "): value for name, value in metadata.items()},
         )
 
@@ -137,7 +138,7 @@ def bands_are_as_in_the_last_version(
     if before is None:
         return judged(True, compared="there is no earlier version to compare with")
     if differing := other_format(before, pixels):
-        return judged(False, compared=differing)
+        return judged(False, differing, compared=differing)
     found = changes(before["statistics"], pixels["statistics"])
     if found.empty:
         return judged(True, compared="one of both versions has no cutouts to train on")

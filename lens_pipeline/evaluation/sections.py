@@ -104,7 +104,7 @@ def score_sections(
                 ),
                 Picture(
                     "histogram",
-                    "Scores of lenses and non-lenses",
+                    "Scores of lenses and non-lenses; above 10 cutouts the axis is logarithmic",
                     score_histogram_figure(label, score),
                 ),
             ],

@@ -81,6 +81,8 @@ def _write_page(
     if not found:  # their files have gone since they were scored
         return None
     form = ensemble.format
+    if form.pixel_scale is not None:
+        about += f"; {form.image_size * form.pixel_scale:.1f} arcsec across"
     page = inspection_page(
         out.name.removesuffix(".top.html"),
         about,

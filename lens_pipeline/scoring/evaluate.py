@@ -16,7 +16,7 @@ from lens_pipeline.ensemble.system import LensEnsemble, load_ensemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.forecast import PREVALENCE, forecast
 from lens_pipeline.evaluation.fractions import lens_fraction
-from lens_pipeline.evaluation.metrics import ece_by_chance, lens_metrics, ranking_metric
+from lens_pipeline.evaluation.metrics import ece_by_chance, lens_metrics
 from lens_pipeline.evaluation.origins import SIMULATED, basis, by_origin, described
 from lens_pipeline.evaluation.report import Picture, Section, write_report
 from lens_pipeline.evaluation.result import FILES, FUSED, REPORT, SCORES, Evaluation
@@ -211,8 +211,9 @@ def _facts(
 
 
 def _best_member(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    by = ranking_metric(metrics[FUSED]["n_nonlens"])
-    return max((name for name in metrics if name != FUSED), key=lambda n: metrics[n][by]["value"])
+    """By AUROC: at small rates of false positives members differ by chance on a small split."""
+    members = (name for name in metrics if name != FUSED)
+    return max(members, key=lambda name: metrics[name]["auroc"]["value"])
 
 
 def _galleries(
@@ -234,8 +235,8 @@ def _galleries(
     return Section(
         "Where it is wrong",
         "Above each cutout its place in the list under the picture, and its probability; below, "
-        f"how much the logit of {member}, of the members the best on this test split, changes with "
-        "the stretched flux in each pixel (SmoothGrad, Smilkov et al. 2017), yellow at the map's "
+        f"how much the logit of {member}, the member with the highest AUROC, changes with the "
+        "stretched flux in each pixel (SmoothGrad, Smilkov et al. 2017), yellow at the map's "
         "own maximum. It shows where the network is sensitive, not why.",
         pictures=[
             gallery(ranked[ranked["label"] == 1], "missed", "The lenses with the lowest scores"),

@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.settings_files import first_wrong
+from lens_pipeline.settings_files import first_wrong, no_such_key
 from lens_pipeline.training.config import TrainConfig
 
 Pruner = Literal["median", "hyperband", "none"]
@@ -126,9 +126,14 @@ class SearchSpace:
 
 
 def _check_tunable(section: str, field: str, source: str) -> None:
-    if field not in TUNABLE.get(section, ()):
-        tunable = ", ".join(f"{s}.{f}" for s, fields in TUNABLE.items() for f in fields)
-        raise InputError(f"{source}: {section}.{field}: is not tuned; these are: {tunable}")
+    if field in TUNABLE.get(section, ()):
+        return
+    key = f"{section}.{field}"
+    tunable = [f"{s}.{f}" for s, fields in TUNABLE.items() for f in fields]
+    part = TrainConfig.model_fields.get(section)
+    if part is None or field not in part.annotation.model_fields:  # type: ignore[union-attr]
+        raise InputError(f"{source}: {key}: {no_such_key(key, tunable)}")
+    raise InputError(f"{source}: {key}: is not tuned; these are: {', '.join(tunable)}")
 
 
 def _values(name: str, given: Any, source: str) -> Range | tuple[Any, ...]:

@@ -234,6 +234,7 @@ def test_other_bands_than_in_the_last_version_are_told(
     check = checks_of(run(noise, instance, monkeypatch))["bands_are_as_in_the_last_version"]
     assert not check.passed
     assert figures(check) == {"compared": "the bands are r, were r, g"}
+    assert check.description == "the bands are r, were r, g"  # which the terminal says, too
 
 
 def test_a_damaged_shard_is_named_and_not_published(

@@ -228,6 +228,6 @@ def test_an_id_is_text(page: Page, tmp_path: Path) -> None:
     page.goto(written_page(tmp_path))
     assert page.locator("b", has_text="bold").count() == 0
     text = page.locator(".candidate .facts").nth(2).inner_text()
-    assert text.splitlines()[1] == IDS[2]
+    assert text.splitlines()[1:] == ["sky 0.010", IDS[2]]
     held = page.locator("#data").text_content()
     assert [one["id"] for one in json.loads(held or "")["candidates"]] == IDS

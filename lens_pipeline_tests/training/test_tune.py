@@ -49,6 +49,7 @@ def _weights(trained: TrainedMember) -> dict[str, torch.Tensor]:
     [
         ({"training": {"epochs": [3, 4]}}, "training.epochs: is not tuned; these are: model.arch"),
         ({"data": {"image_size": [32]}}, "data.image_size: is not tuned"),
+        ({"training": {"learning_rat": [1e-3]}}, "did you mean training.learning_rate?"),
         ({"training": {"learning_rate": {"low": 0.1, "high": 3}}}, "training.learning_rate: Input"),
         ({"training": {"learning_rate": {"low": 1e-2, "high": 1e-3}}}, "0.01 to 0.001 is not low"),
         ({"training": {"ema": {"low": 0, "high": 0.9, "log": True}}}, "is not 0 < low < high"),
