@@ -37,7 +37,7 @@ def test_a_home_is_served_once(served: Served, capsys: pytest.CaptureFixture[str
     ports = [str(port) for port in free_ports(2)]
     command = ["show", "--home", str(served.home)]
     assert main([*command, "--dagster-port", ports[0], "--mlflow-port", ports[1]]) == 2
-    assert f"{served.home} is served already" in capsys.readouterr().err
+    assert f"{served.home} is served already, at {served.dagster}; " in capsys.readouterr().err
     assert served.answers()
 
 

@@ -119,6 +119,8 @@ def test_the_help_names_variables_that_are_settings(
         (["run", "--set", "lastro.training.epochs=0"], "training.epochs"),
         (["run", "--set", "resnet50.training.epochs=3"], "resnet50"),
         (["run", "--set", "training.epochs"], "SECTION.FIELD=VALUE"),
+        (["run", "--set", "epochs=3"], "SECTION.FIELD=VALUE; say --set training.epochs=..."),
+        (["run", "--archs", "lastro", "--set", "lastro.epochs=3"], "say --set training.epochs=..."),
         (["run", "--set", "lastro.model.arch=resnet18"], "model.arch: follows from LENS_ARCHS"),
         (["run", "--set", "training.epochs=["], "training.epochs"),
         (["run", "--set", "training.monitor=nosuch"], "training.monitor"),

@@ -81,7 +81,9 @@ def test_the_champion_is_used_else_the_challenger_and_any_version_by_name(
     assert "champion" not in client.get_registered_model("lens_ensemble").aliases
     assert main(["predict", *arguments]) == 0
     captured = capsys.readouterr()
-    assert "no champion: using the challenger, version 1" in captured.err
+    gate = client.get_model_version("lens_ensemble", "1").tags["lens.gate"]
+    refused = f"no champion: using the challenger, version 1, which the gate has refused: {gate}"
+    assert refused in captured.err
     assert main(["promote", "1", "--home", str(own_home)]) == 0
     assert main(["predict", *arguments]) == 0
     assert "no champion" not in capsys.readouterr().err
