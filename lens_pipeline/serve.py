@@ -137,7 +137,8 @@ def pages(
     else:
         addresses["MLflow"] = f"http://{HOST}:{mlflow_port}"
         ports["--mlflow-port"] = mlflow_port
-    if not is_free(settings.dagster_home / SERVED):
+    served = settings.dagster_home / SERVED
+    if served.exists() and not is_free(served):  # as a port that is in use is likely to be its own
         raise _served_already(settings)
     for option, port in ports.items():
         if _answers(port):
