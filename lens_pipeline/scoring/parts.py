@@ -117,6 +117,8 @@ def score_to_file(
         if before is not None:
             # Of another catalogue's file the scores of other rows than here are nowhere else.
             others = before["catalogue"]["source"] != about["catalogue"]["source"]
+            if (former := before["model"]["uri"]) != model:
+                log.info("%s: scores of %s give way to those of %s", out, former, model)
             taken, unknown = _take_file(rows, out, source, ensemble.columns)
             in_file[taken], n_others = True, unknown if others else 0
         in_parts, n_gone = _take_parts(rows, folder, ensemble.columns)

@@ -122,6 +122,23 @@ def test_another_model_or_way_of_reading_scores_all_again(
     assert scored(counting, few.assign(bands="i,r,g"), out)[1] == 20
 
 
+def test_scores_that_give_way_to_those_of_another_version_are_named(
+    counting: Counting,
+    own_images: pd.DataFrame,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "lens_pipeline")
+    catalogue, out = read_catalogue(own_images[:20]), tmp_path / "scores.csv"
+    said = f"{out}: scores of models:/finder/1 give way to those of models:/finder/2"
+    told = []
+    for number in "1122":
+        score_to_file(counting, CatalogueCutouts(catalogue), out, model=f"models:/finder/{number}")
+        told.append(said in caplog.messages)
+        caplog.clear()
+    assert told == [False, False, True, False]
+
+
 def edit(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     """As who works on a table does: pyarrow keeps what its metadata say."""
     if path.suffix == ".csv":
