@@ -82,7 +82,7 @@ def _write_page(
         return None
     form = ensemble.format
     if form.pixel_scale is not None:
-        about += f"; {form.image_size * form.pixel_scale:.1f} arcsec across"
+        about += f"; cutouts are {form.image_size * form.pixel_scale:.1f} arcsec across"
     page = inspection_page(
         out.name.removesuffix(".top.html"),
         about,
