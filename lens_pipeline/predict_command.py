@@ -42,15 +42,8 @@ def _predict(options: argparse.Namespace) -> int:
     source = absolute(options.catalogue)
     if options.top < 0:
         raise InputError(f"--top {options.top}: must be 0 or more")
-    from lens_pipeline.catalogue.dataset import counted_reasons
-    from lens_pipeline.registered import load_registered
-    from lens_pipeline.registry import Registry
-    from lens_pipeline.scoring.best import SHOWN, files_of_best
     from lens_pipeline.scoring.claim import Share
-    from lens_pipeline.scoring.parts import score_to_file
     from lens_pipeline.scoring.score_files import check_out
-    from lens_pipeline.scoring.shard_cutouts import open_cutout_source
-    from lens_pipeline.tracking import keep_waits_short
 
     share = Share.parse(options.share) if options.share else None
     if share and options.top:
@@ -58,6 +51,15 @@ def _predict(options: argparse.Namespace) -> int:
     if options.out.resolve() == Path(source).resolve():
         raise InputError(f"--out {options.out}: is the catalogue; name another file")
     check_out(options.out)
+    # Torch comes with these, in ten seconds: what is wrong above is said at once.
+    from lens_pipeline.catalogue.dataset import counted_reasons
+    from lens_pipeline.registered import load_registered
+    from lens_pipeline.registry import Registry
+    from lens_pipeline.scoring.best import SHOWN, files_of_best
+    from lens_pipeline.scoring.parts import score_to_file
+    from lens_pipeline.scoring.shard_cutouts import open_cutout_source
+    from lens_pipeline.tracking import keep_waits_short
+
     keep_waits_short()
     registry = Registry(settings)
     registry.require()

@@ -17,10 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lens_pipeline.errors import FULL, InputError, NoRoomError
-from lens_pipeline.models.system import BATCH
 from lens_pipeline.steps import file_aside, file_sha256, write_aside
 
-ROW_GROUP = 256 * BATCH
+ROW_GROUP = 1 << 16  # of whole batches
 SUFFIXES = (".parquet", ".csv")
 FINGERPRINT = "fingerprint"  # of all that decides a row's score: see `ScoredRows`
 _KEY = b"lens_pipeline"  # of a Parquet file's metadata
