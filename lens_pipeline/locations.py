@@ -41,6 +41,14 @@ def absolute(location: str) -> str:
     return str(Path(location).expanduser().resolve())
 
 
+def existing(location: str) -> str:
+    """A location to read from. Raises InputError for a path at which there is nothing; a URL is not
+    asked for."""
+    if not protocol_of(location) and not Path(location).exists():
+        raise InputError(f"{location}: there is no such file or folder")
+    return location
+
+
 def written_down(location: str) -> str:
     """`absolute`, of a location that results name. Raises InputError for a URL that is signed."""
     if protocol_of(location) and SECRET.search(urlsplit(location).query):

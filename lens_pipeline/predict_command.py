@@ -3,11 +3,16 @@
 import argparse
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lens_pipeline.errors import InputError, masked
-from lens_pipeline.locations import absolute
+from lens_pipeline.locations import absolute, existing
 from lens_pipeline.settings import Settings
 from lens_pipeline.terminal import interruptible, local_path
+
+if TYPE_CHECKING:
+    from lens_pipeline.scoring.known import KnownLenses
+    from lens_pipeline.scoring.parts import ScoredFile
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +34,12 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
         help="list the N highest-scored, too, with a page to grade them on, a thousand at most",
     )
     parser.add_argument(
+        "--known",
+        metavar="TABLE",
+        help="a list of known lenses (columns ra, dec, name): says where they rank, and marks "
+        "those of the highest-scored",
+    )
+    parser.add_argument(
         "--share",
         metavar="I/N",
         help="score the I-th of N shares of the rows, as 2/4, for several machines with one --out; "
@@ -39,23 +50,27 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     settings = Settings.load(home=options.home)
-    source = absolute(options.catalogue)
+    source = existing(absolute(options.catalogue))
     if options.top < 0:
         raise InputError(f"--top {options.top}: must be 0 or more")
     from lens_pipeline.scoring.claim import Share
     from lens_pipeline.scoring.score_files import check_out
 
     share = Share.parse(options.share) if options.share else None
-    if share and options.top:
-        raise InputError("--top: goes with the command without --share, which writes the file")
+    for flag, given in (("--top", options.top), ("--known", options.known)):
+        if share and given:
+            raise InputError(f"{flag}: is for the command without --share, which writes the file")
     if options.out.resolve() == Path(source).resolve():
         raise InputError(f"--out {options.out}: is the catalogue; name another file")
     check_out(options.out)
+    known = None
+    if options.known:
+        from lens_pipeline.catalogue.known import read_known_lenses
+
+        known = read_known_lenses(absolute(options.known), settings.storage_options)
     # Torch comes with these, in ten seconds: what is wrong above is said at once.
-    from lens_pipeline.catalogue.dataset import counted_reasons
     from lens_pipeline.registered import load_registered
     from lens_pipeline.registry import Registry
-    from lens_pipeline.scoring.best import SHOWN, files_of_best
     from lens_pipeline.scoring.parts import score_to_file
     from lens_pipeline.scoring.shard_cutouts import open_cutout_source
     from lens_pipeline.tracking import keep_waits_short
@@ -79,6 +94,7 @@ def _predict(options: argparse.Namespace) -> int:
             options.out,
             model=uri,
             top=options.top,
+            known=known,
             max_reject_fraction=settings.max_reject_fraction,
             share=share,
         )
@@ -87,18 +103,47 @@ def _predict(options: argparse.Namespace) -> int:
         print(f"{scored.path}: share {share} is done; {left}")
         print("when every share is done, the same command without --share writes the file")
         return 0
+    _tell(scored, options, uri)
+    return 0
+
+
+def _tell(scored: "ScoredFile", options: argparse.Namespace, model: str) -> None:
+    from lens_pipeline.catalogue.dataset import counted_reasons
+    from lens_pipeline.scoring.best import SHOWN, files_of_best
+    from lens_pipeline.scoring.known import files_of_known
+
     if not scored.written:
         print(f"{scored.path}: nothing has changed since it was written")
-    print(f"{scored.path}: {scored.n_scored} of {scored.n_rows} cutouts scored by {uri}")
+    print(f"{scored.path}: {scored.n_scored} of {scored.n_rows} cutouts scored by {model}")
     if scored.rejects:
         said = counted_reasons(scored.rejects.elements())
         print(f"the column reject_reason says why others are not: {said}")
+    if scored.known:
+        _tell_known(scored.known, options.top)
     if scored.top:
         all_shown = min(options.top, scored.n_scored) <= SHOWN
         print(f"{scored.top}: the highest-scored, the best first")
         if scored.page:
             whom = "them" if all_shown else f"the first {SHOWN}"
             print(f"{scored.page}: open it in a browser to look at {whom} and grade them")
-    elif scored.written and (former := files_of_best(scored.path)[0]).is_file():
-        print(f"{former}: is of former scores; --top makes it anew")
-    return 0
+    for flag, given, (former, _) in (
+        ("--top", options.top, files_of_best(scored.path)),
+        ("--known", options.known, files_of_known(scored.path)),
+    ):
+        if scored.written and not given and former.is_file():
+            print(f"{former}: is of former scores; {flag} makes it anew")
+
+
+def _tell_known(known: "KnownLenses", top: int) -> None:
+    print(f"{known.path}: {known.n_shown} of {known.n_listed} known lenses have a cutout")
+    ranks, n = sorted(known.unseen), len(known.unseen)
+    if not n:
+        if known.n_shown:
+            print("the model has learnt from all of them, so their ranks do not tell what it finds")
+        return
+    others = known.n_shown - n
+    whose = f"of the {n} that the model has not learnt from" if others else f"of these {n}"
+    half = ranks[(n - 1) // 2]
+    within = f"half rank {half:.0f} or higher" if half <= known.n_scored else "most have no score"
+    first = f", and {sum(rank <= top for rank in ranks)} are among the first {top}" if top else ""
+    print(f"{whose} {within} (of {known.n_scored} scored){first}")

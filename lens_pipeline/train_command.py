@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.locations import written_down
+from lens_pipeline.locations import existing, written_down
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import LOCKS, digest, locked
 from lens_pipeline.terminal import configure_logging, local_path
@@ -64,6 +64,8 @@ def asked_config(options: argparse.Namespace, settings: Settings) -> TrainConfig
     too."""
     config = TrainConfig.read(options.config) if options.config else TrainConfig()
     config = config.with_changes(changes(options), options.command)
+    if config.data.data_root is not None:
+        existing(written_down(config.data.data_root))  # before torch is loaded, in ten seconds
     from lens_pipeline.registered import with_local_weights
     from lens_pipeline.registry import Registry
     from lens_pipeline.training.devices import check_devices

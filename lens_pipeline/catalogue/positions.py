@@ -1,8 +1,11 @@
-"""Places on the sky that two splits share: what a network is tested on, it has then seen."""
+"""Places on the sky: of rows that lie close to each other, and those that two splits share, where
+a network is tested on what it has seen."""
 
 from itertools import combinations, repeat
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.splits import SPLITS
 
@@ -28,6 +31,24 @@ def positions_by_other_names(table: pd.DataFrame) -> list[str]:
     return [str(name) for name in table if str(name).lower() in _ELSEWHERE]
 
 
+def pairs_within(
+    one: pd.DataFrame, other: pd.DataFrame, radius: float
+) -> tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.float64]]:
+    """(places in one table, places in the other, separations in arcsec) of all pairs of rows that
+    are no further apart than a radius (arcsec); both have `ra` and `dec` (degrees) in each row."""
+    from astropy import units
+    from astropy.coordinates import SkyCoord, search_around_sky
+
+    if one.empty or other.empty:  # which astropy refuses
+        none = np.zeros(0, dtype=int)
+        return none, none, np.zeros(0)
+    here, there = (
+        SkyCoord(of["ra"].to_numpy(), of["dec"].to_numpy(), unit="deg") for of in (one, other)
+    )
+    first, second, separation, _ = search_around_sky(here, there, radius * units.arcsec)
+    return first, second, separation.arcsec
+
+
 def positions_in_two_splits(table: pd.DataFrame, split: pd.Series) -> pd.DataFrame:
     """Pairs of labelled cutouts within RADIUS of each other, in two splits, the closest first.
 
@@ -35,9 +56,6 @@ def positions_in_two_splits(table: pd.DataFrame, split: pd.Series) -> pd.DataFra
     (arcsec). Of rows of one split at the very same position the first stands for all; rows without
     a position are in no pair.
     """
-    from astropy import units
-    from astropy.coordinates import SkyCoord, search_around_sky
-
     columns = ["id", "split", "other_id", "other_split", "separation"]
     rows = table[with_position(table)]
     if rows.empty:
@@ -48,12 +66,7 @@ def positions_in_two_splits(table: pd.DataFrame, split: pd.Series) -> pd.DataFra
     found: list[tuple[str, str, str, str, float]] = []
     for part, other_part in combinations(SPLITS, 2):
         one, other = of_split[part], of_split[other_part]
-        if one.empty or other.empty:
-            continue
-        places_of, others = (
-            SkyCoord(of["ra"].to_numpy(), of["dec"].to_numpy(), unit="deg") for of in (one, other)
-        )
-        here, there, separation, _ = search_around_sky(places_of, others, RADIUS * units.arcsec)
+        here, there, separation = pairs_within(one, other, RADIUS)
         ids, other_ids = one["id"].to_numpy()[here], other["id"].to_numpy()[there]
-        found += zip(ids, repeat(part), other_ids, repeat(other_part), separation.arcsec)
+        found += zip(ids, repeat(part), other_ids, repeat(other_part), separation)
     return pd.DataFrame(found, columns=columns).sort_values("separation", ignore_index=True)

@@ -26,8 +26,8 @@ from lens_pipeline.catalogue.columns import (
 )
 from lens_pipeline.catalogue.folders import CLASS_FOLDERS, layout, read_folder
 from lens_pipeline.catalogue.splits import SPLITS, assign_splits
-from lens_pipeline.catalogue.table_files import named, read_table
-from lens_pipeline.errors import InputError, words_of
+from lens_pipeline.catalogue.table_files import named, read_table, reading
+from lens_pipeline.errors import InputError
 from lens_pipeline.locations import names_table, protocol_of, without_query
 from lens_pipeline.storage import asking, locate, states_of
 
@@ -137,7 +137,7 @@ def read_catalogue(
 
 def _read(source: str, storage_options: Mapping[str, Any] | None) -> Catalogue:
     options = dict(storage_options or {})
-    try:
+    with reading(source, "a catalogue"):
         filesystem, inside = locate(source, options)
         with asking(source):
             is_folder = filesystem.isdir(inside)
@@ -149,12 +149,6 @@ def _read(source: str, storage_options: Mapping[str, Any] | None) -> Catalogue:
                 raise FileNotFoundError(source)
             table = read_table(source, options)
             folder = posixpath.dirname(without_query(source))
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{source}: there is no such file or folder") from None
-    except Exception as problem:  # noqa: BLE001  (each store and format has errors of its own)
-        raise InputError(f"{source}: cannot be read as a catalogue ({words_of(problem)})") from None
     return Catalogue(_validated(table, source, folder or "."), source)
 
 
@@ -163,15 +157,8 @@ def source_fingerprint(source: str, storage_options: Mapping[str, Any] | None = 
 
     Raises InputError where there is no such file or folder, NoAnswerError where its store fails.
     """
-    try:
-        with asking(source):
-            return _fingerprint(source, storage_options)
-    except FileNotFoundError:
-        raise InputError(f"{source}: there is no such file or folder") from None
-    except InputError:
-        raise
-    except Exception as problem:  # noqa: BLE001  (each store has errors of its own)
-        raise InputError(f"{source}: cannot be read ({words_of(problem)})") from None
+    with reading(source, "a catalogue"), asking(source):
+        return _fingerprint(source, storage_options)
 
 
 def source_glance(source: str, storage_options: Mapping[str, Any] | None = None) -> str | None:

@@ -3,6 +3,8 @@
 import csv
 import io
 import posixpath
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from lens_pipeline.catalogue.columns import (
     with_column_names,
     with_text,
 )
-from lens_pipeline.errors import InputError, first_of
+from lens_pipeline.errors import InputError, first_of, words_of
 from lens_pipeline.locations import TABLES, names_table, without_query
 from lens_pipeline.storage import asking, locate
 
@@ -26,6 +28,19 @@ if TYPE_CHECKING:
 LOOKED_AT = 10_000  # rows, for numbers that are not meant as such
 
 
+@contextmanager
+def reading(source: str, what: str) -> Iterator[None]:
+    """Raises InputError for whatever a store or a format raises; what: that it was to be."""
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{source}: there is no such file or folder") from None
+    except Exception as problem:  # noqa: BLE001  (each store and format has errors of its own)
+        raise InputError(f"{source}: cannot be read as {what} ({words_of(problem)})") from None
+
+
 def read_table(source: str, options: dict[str, Any]) -> pd.DataFrame:
     """A CSV, Parquet, FITS or VOTable file, its columns by their names here.
 
@@ -33,7 +48,7 @@ def read_table(source: str, options: dict[str, Any]) -> pd.DataFrame:
     """
     if not names_table(source):
         raise InputError(
-            f"{source}: a catalogue is a folder or one of {', '.join(TABLES)}; convert it"
+            f"{source}: is no table, which end in {', '.join(TABLES)}, nor a folder; convert it"
         )
     filesystem, inside = locate(source, options)
     with asking(source):

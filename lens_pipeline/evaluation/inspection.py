@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import zlib
 from collections.abc import Sequence
 from importlib.resources import files
@@ -19,6 +20,16 @@ STEP = 1 / 26
 ZERO = 20
 
 
+def _missing(value: Any) -> bool:
+    return bool(pd.api.types.is_scalar(value) and pd.isna(value))
+
+
+def _shown(value: Any) -> Any:
+    """As JSON has it: dates, lists and what is infinite as text."""
+    number = isinstance(value, int | float) and math.isfinite(value)
+    return value if number else str(value)
+
+
 def inspection_page(
     name: str,
     about: str,
@@ -29,8 +40,9 @@ def inspection_page(
 ) -> str:
     """One self-contained HTML file; a file of grades that it saves is called after `name`.
 
-    about: what is said of all; candidates: `id`, `rank`, `probability`, `sky_probability` and,
-    where they are known, `ra` and `dec` (degrees) of each of the images (n, bands, height, width).
+    about: what is said of all; candidates: `id`, `rank`, `probability`, `sky_probability` of each
+    of the images (n, bands, height, width); where there are, `ra` and `dec` (degrees), `known`, the
+    lens that it is already; and whatever else is to be seen of one that is enlarged.
     """
     is_drawn = units == COMPOSITE
     codes = 255 * images if is_drawn else np.arcsinh(images / SOFTENING) / STEP + ZERO
@@ -38,7 +50,7 @@ def inspection_page(
     pixels = codes.round().clip(0, 255).astype(np.uint8, order="C")
     of_each: list[dict[str, Any]] = [
         {
-            **{str(column): value for column, value in row.items() if not pd.isna(value)},
+            **{str(column): _shown(value) for column, value in row.items() if not _missing(value)},
             "pixels": base64.b64encode(zlib.compress(pixels[place].tobytes())).decode(),
         }
         for place, row in enumerate(candidates.to_dict("records"))

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 # Okabe & Ito 2008: told apart by the colour-blind, too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -93,7 +93,6 @@ def learning_curves_figure(curves: pd.DataFrame) -> Figure:
         axes.grid(alpha=0.2)
         axes.legend(frameon=False, fontsize=9)
     right.set(ylim=(0, 1.01))
-    right.yaxis.set_major_formatter(PercentFormatter(1))
     return figure
 
 
@@ -128,6 +127,7 @@ def tuning_figure(trials: pd.DataFrame, settings: Mapping[str, str], monitor: st
     history = panels[0]
     best = trials[trials["state"] == "complete"].set_index("number")["value"]
     best = best.cummin() if monitor == "val/loss" else best.cummax()
+    best = best.reindex(trials["number"].sort_values()).ffill()
     history.step(best.index, best, where="post", color=COLOURS[1], label="best so far")
     history.xaxis.set_major_locator(MaxNLocator(integer=True))
     history.set_ylabel(monitor)

@@ -1,6 +1,7 @@
 """Pictures of labels and scores: ranking, calibration, purity at a threshold."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -233,6 +234,35 @@ def score_histogram_figure(label: ArrayLike, probability: ArrayLike) -> Figure:
     axes.set(xlim=(0, 1), ylim=(0, None))
     above: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2}
     axes.legend(frameon=False, fontsize=FONT, **above)
+    return figure
+
+
+def known_lenses_figure(rank: ArrayLike, n_cutouts: int) -> Figure:
+    """Which fraction of known lenses is among the first candidates, by how many these are.
+
+    rank: of each known lens among the cutouts, from 1 (infinite where it has no score). The band is
+    the 95 % interval of a fraction (see `jeffreys`).
+    """
+    ranks = np.sort(np.asarray(rank, dtype=np.float64))
+    looked_at = np.unique(np.concatenate([[1], ranks[np.isfinite(ranks)], [n_cutouts]]))
+    found = np.searchsorted(ranks, looked_at, side="right")
+    low, high = jeffreys(found, np.full(len(found), len(ranks)))
+    figure = column_figure(3.2)
+    axes = plain(figure.add_subplot(), "candidates looked at", "known lenses among them")
+    axes.fill_between(looked_at, low, high, step="post", color=COLOURS[0], alpha=0.2, linewidth=0)
+    axes.step(
+        looked_at, found / len(ranks), where="post", color=COLOURS[0],
+        label=f"{len(ranks)} known lenses",
+    )  # fmt: skip
+    chance = np.geomspace(1, n_cutouts, 100)
+    axes.plot(chance, chance / n_cutouts, color="0.6", linestyle=(0, (1, 3)), label="chance")
+    axes.set(xscale="log", xlim=(1, max(n_cutouts, 10)), ylim=(0, 1.02))
+    of_all = axes.secondary_xaxis(
+        "top", functions=(partial(np.multiply, 1 / n_cutouts), partial(np.multiply, n_cutouts))
+    )
+    of_all.set_xlabel(f"as a fraction of {n_cutouts:,} cutouts", fontsize=FONT)
+    of_all.tick_params(labelsize=FONT)
+    legend_outside(figure, *axes.get_legend_handles_labels())
     return figure
 
 

@@ -1,21 +1,18 @@
 """The highest-scored cutouts of a survey: a table, and a page to grade them on."""
 
-import logging
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit
 
 from lens_pipeline.ensemble.system import LensEnsemble
-from lens_pipeline.scoring.score_files import keep, written
+from lens_pipeline.scoring.score_files import FINGERPRINT, keep_additions, written
+from lens_pipeline.scoring.scored_rows import ScoredRows
 from lens_pipeline.scoring.sources import CutoutSource
 
 SHOWN = 1000  # of the highest-scored: of 64 pixels and three bands the page has 13 MB then
-PLACE = ["id", "ra", "dec"]  # by which a cutout is found again
-COLUMNS = ("rank", *PLACE, "probability", "sky_probability", "logit")
-
-log = logging.getLogger(__name__)
+# What people look for first, of a table of the highest-scored; `known`: which lens it is already.
+FIRST = ["rank", "id", "ra", "dec", "known"]
 
 
 def files_of_best(out: Path) -> tuple[Path, Path]:
@@ -27,42 +24,34 @@ def files_of_best(out: Path) -> tuple[Path, Path]:
 def show_best(
     ensemble: LensEnsemble,
     source: CutoutSource,
-    logit: pd.Series,
+    rows: ScoredRows,
     out: Path,
     top: int,
     model: str,
+    known: pd.Series,
 ) -> tuple[Path | None, Path | None]:
     """(the table of the highest-scored cutouts, the best first; the page of them). Where both are
     there already, and of the same cutouts and scores, they stay.
 
-    logit: of each row, missing where it has none; out: the file of the scores; model: as in
-    `score_to_file`.
+    rows: of the source; out: the file of the scores; model: as in `score_to_file`; known: names of
+    known lenses, by the row that shows them.
     """
-    best = logit.dropna().nlargest(top)
+    best = rows.logit.dropna().nlargest(top).index
     if best.empty:
         return None, None
     listed, page = files_of_best(out)
-    named = source.catalogue.table.iloc[best.index].set_axis(best.index).reindex(columns=PLACE)
-    table = pd.DataFrame({"rank": range(1, len(best) + 1)}, index=best.index)
-    table = table.join(named.dropna(axis=1, how="all"))
-    on_sky = ensemble.sky_probability(best.to_numpy())
-    table = table.assign(probability=expit(best), sky_probability=on_sky, logit=best)
+    table = rows.table(best.to_numpy()).set_index(best).drop(columns=["reject_reason", FINGERPRINT])
+    table = table.assign(rank=range(1, len(best) + 1), known=known.reindex(best))
+    first = [name for name in FIRST if name in table]
+    table = table[[*first, *table.columns.difference(first, sort=False)]].dropna(axis=1, how="all")
     content = table.to_csv(index=False).encode()
     if page.is_file() and listed.is_file() and listed.read_bytes() == content:
         return listed, page
-    if listed.is_file() and not _is_ours(listed):
-        log.warning("%s has columns of yours: as it was it is kept as %s", listed, keep(listed))
+    keep_additions(listed, [*FIRST, *rows.catalogue.table, *ensemble.columns])
     page.unlink(missing_ok=True)  # of other cutouts
     with written(listed) as file:
         file.write(content)
     return listed, _write_page(ensemble, source, table, page, f"{out.name} by {model}")
-
-
-def _is_ours(listed: Path) -> bool:
-    """Whether a table has the columns of `show_best` alone, whatever else it may be."""
-    with listed.open("rb") as file:
-        names = file.readline().strip().split(b",")
-    return {*names} <= {name.encode() for name in COLUMNS}
 
 
 def _write_page(
@@ -86,7 +75,7 @@ def _write_page(
     page = inspection_page(
         out.name.removesuffix(".top.html"),
         about,
-        best.loc[list(found)].drop(columns="logit"),
+        best.loc[list(found)].drop(columns=source.catalogue.image_columns, errors="ignore"),
         np.stack(list(found.values())),
         form.units,
         form.bands,

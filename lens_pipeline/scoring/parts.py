@@ -31,6 +31,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.models.system import BATCH
 from lens_pipeline.scoring.best import show_best
 from lens_pipeline.scoring.claim import LOCK, Share, claimed
+from lens_pipeline.scoring.known import KnownLenses, show_known
 from lens_pipeline.scoring.likeness import tell_of_unlike
 from lens_pipeline.scoring.score_files import (
     FINGERPRINT,
@@ -57,7 +58,8 @@ class ScoredFile:
     and are not done yet; rejects: how many cutouts could not be used, by reason.
 
     written: whether the file was: not where it is all that it would be, nor of a share. top: the
-    table of those with the highest scores, page: shows them; both where they were asked for.
+    table of those with the highest scores, page: shows them; both, and the known lenses, where they
+    were asked for.
     """
 
     path: Path
@@ -68,6 +70,7 @@ class ScoredFile:
     written: bool
     top: Path | None
     page: Path | None
+    known: KnownLenses | None
 
 
 def score_to_file(
@@ -77,14 +80,16 @@ def score_to_file(
     *,
     model: str,
     top: int = 0,
+    known: pd.DataFrame | None = None,
     max_reject_fraction: float = 1.0,
     share: Share | None = None,
 ) -> ScoredFile:
     """Write the score table of a source to a .parquet or .csv file; see `score_catalogue`.
 
     model: where the ensemble comes from, for people; top: how many of the highest-scored cutouts a
-    table and a page beside the file show; max_reject_fraction: of cutouts that cannot be used;
-    share: score these rows alone, and leave the file, and the top, to a call without one.
+    table and a page beside the file show; known: lenses (see `read_known_lenses`) whose ranks a
+    table and a picture beside it show; max_reject_fraction: of cutouts that cannot be used; share:
+    score these rows alone, and leave the file, and what lies beside it, to a call without one.
 
     Rows that the file has already, and those of a call that did not end, are not scored again: the
     same cutout, as it was, by the same model and program. Its column `fingerprint` is a hash of all
@@ -139,7 +144,7 @@ def score_to_file(
             _refuse_rejects(rows, source, max_reject_fraction, may_fail)
         if share:
             _take_parts(rows, folder, ensemble.columns)
-            listed, page, stays = None, None, True
+            listed, page, lenses, stays = None, None, None, True
         else:
             stays = before is not None and bool(in_file.all()) and about.items() <= before.items()
             if not stays:
@@ -148,12 +153,14 @@ def score_to_file(
                     log.warning("%s holds %s: as it was it is kept as %s", out, what, keep(out))
                 aside = folder / f"whole{out.suffix}"
                 write_scores(out, aside, rows.tables(), schema, about | _made_by(ensemble))
+            lenses = None if known is None else show_known(known, rows, ensemble.groups, out)
+            names = pd.Series(dtype=object) if lenses is None else lenses.names
             listed, page = (
-                show_best(ensemble, source, rows.logit, out, top, model) if top else (None,) * 2
+                show_best(ensemble, source, rows, out, top, model, names) if top else (None,) * 2
             )
             _remove(folder)
     n_left = int((~rows.known).sum())
-    return ScoredFile(out, n, rows.n_scored, n_left, rows.reasons, not stays, listed, page)
+    return ScoredFile(out, n, rows.n_scored, n_left, rows.reasons, not stays, listed, page, lenses)
 
 
 def _take_file(

@@ -1,8 +1,10 @@
 """Files of scores, Parquet or CSV: how they are written, what they say of themselves, and which
 scores they have."""
 
+import csv
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +28,8 @@ _KEY = b"lens_pipeline"  # of a Parquet file's metadata
 _WRITTEN = b"lens_pipeline.written"  # of it, too: a hash of what was written, and of how many bytes
 _SHA256 = "sha256"  # of the CSV file, in what lies beside it
 _FORMER = "former"  # what described the CSV file that is about to be replaced
+
+log = logging.getLogger(__name__)
 
 
 def check_out(out: Path) -> None:
@@ -183,6 +187,17 @@ def keep(path: Path) -> Path:
     with path.open("rb") as kept, written(copy) as file:
         shutil.copyfileobj(kept, file)
     return copy
+
+
+def keep_additions(listed: Path, columns: Iterable[str]) -> None:
+    """Keep a table that is about to be replaced, if it is there, where somebody has added columns
+    to these. It may be of an ensemble with other members."""
+    if not listed.is_file():
+        return
+    with listed.open(encoding="utf-8", errors="replace", newline="") as file:
+        named = next(csv.reader(file), [])
+    if not all(name.startswith("probability_") for name in {*named} - {*columns}):
+        log.warning("%s has columns of yours: as it was it is kept as %s", listed, keep(listed))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.build import LIBRARIES as PIXEL_LIBRARIES
+from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.ensemble.carried import further_libraries
 from lens_pipeline.ensemble.learnt import LEARNT_PIXELS
 from lens_pipeline.ensemble.system import LensEnsemble
@@ -36,9 +37,9 @@ def model_hash(ensemble: LensEnsemble) -> str:
 
 
 class ScoredRows:
-    """fingerprint: int64 (n,), of each row: a hash of all that decides its score (its id, its image
-    files as they are and how they are read, the model, the program). known: bool (n,), whether its
-    score is known, or the reason why it has none.
+    """catalogue: that of the rows. fingerprint: int64 (n,), of each row: a hash of all that decides
+    its score (its id, its image files as they are and how they are read, the model, the program).
+    known: bool (n,), whether its score is known, or the reason why it has none.
 
     A row of another file is the same where its fingerprint is.
     """
@@ -47,8 +48,8 @@ class ScoredRows:
         hashes, self._told = source.row_hashes()
         by = digest([model_hash(ensemble), scoring_program(ensemble)])
         self.fingerprint = hashed(pd.DataFrame({"row": hashes, "by": by})).view(np.int64)
-        self._source, self._columns = source, ensemble.columns
-        self._ids = pd.Index(source.catalogue.table["id"])
+        self.catalogue, self._columns = source.catalogue, ensemble.columns
+        self._ids = pd.Index(self.catalogue.table["id"])
         n = len(self._ids)
         self.known = np.zeros(n, dtype=bool)
         self._values = np.full((n, len(self._columns)), np.nan)
@@ -111,19 +112,22 @@ class ScoredRows:
 
     @property
     def logit(self) -> pd.Series:
-        """NaN where there is none."""
+        """Of each row, from 0; NaN where there is none."""
         return pd.Series(self._values[:, self._columns.index("logit")])
 
+    def table(self, rows: slice | NDArray[np.integer]) -> pd.DataFrame:
+        """The score table (see `score_catalogue`) of some rows, with the fingerprints."""
+        ours = [*self._columns, "reject_reason", FINGERPRINT]
+        own = self.catalogue.table.iloc[rows].drop(columns=ours, errors="ignore")
+        part = Catalogue(own.reset_index(drop=True), self.catalogue.source)
+        scores = pd.DataFrame(self._values[rows], columns=self._columns)
+        reasons = pd.Series(self._reasons[rows], dtype=object)
+        table = score_table(part, self._columns, scores, reasons)
+        place = list(table).index("reject_reason") + 1
+        table.insert(place, FINGERPRINT, self.fingerprint[rows])
+        return table
+
     def tables(self) -> Iterator[pd.DataFrame]:
-        """The score table (see `score_catalogue`), with the fingerprints, some rows at a time."""
-        catalogue = self._source.catalogue
-        own = catalogue.table.drop(columns=FINGERPRINT, errors="ignore")
-        for begin in range(0, len(own), ROW_GROUP):
-            rows = slice(begin, begin + ROW_GROUP)
-            part = type(catalogue)(own.iloc[rows].reset_index(drop=True), catalogue.source)
-            scores = pd.DataFrame(self._values[rows], columns=self._columns)
-            reasons = pd.Series(self._reasons[rows], dtype=object)
-            table = score_table(part, self._columns, scores, reasons)
-            place = list(table).index("reject_reason") + 1
-            table.insert(place, FINGERPRINT, self.fingerprint[rows])
-            yield table
+        """`table` of all rows, some at a time."""
+        for begin in range(0, len(self.known), ROW_GROUP):
+            yield self.table(slice(begin, begin + ROW_GROUP))

@@ -213,8 +213,8 @@ def test_an_enlarged_candidate_is_graded_and_leads_to_its_place_on_the_sky(
     dialog = page.locator("dialog")
     assert "10.00000 -60.00000" in dialog.inner_text()
     links = [link.get_attribute("href") or "" for link in dialog.locator("a").all()]
-    assert len(links) == 2
-    assert all("10.00000%20-60.00000" in link for link in links)
+    assert len(links) == 3
+    assert all("10.00000" in link and "-60.00000" in link for link in links)
     dialog.get_by_text("A", exact=True).click()
     assert "#2 " in dialog.inner_text()
     assert dialog.locator("a").count() == 0  # its place is not known
@@ -222,6 +222,28 @@ def test_an_enlarged_candidate_is_graded_and_leads_to_its_place_on_the_sky(
     assert not dialog.is_visible()
     assert marked(page) == {"#1": "A"}
     assert asked == [here]
+
+
+def test_an_enlarged_candidate_has_all_that_is_known_of_it(page: Page, tmp_path: Path) -> None:
+    table = candidates(IDS[:2]).assign(
+        known=[None, "Cosmic <b>Horseshoe"], std=[0.123456, np.nan], bytes=[3, 4], magnitude=np.inf
+    )
+    table["corner"] = [[1, 2], None]
+    text = inspection_page("a", "", table, images(2), "background_sigma", list("gri"))
+    (tmp_path / "a.html").write_text(text, "utf-8")
+    page.goto((tmp_path / "a.html").as_uri())
+    cards = page.locator(".candidate .facts").all_inner_texts()
+    assert "known" not in cards[0]
+    assert cards[1].splitlines()[2] == "known: Cosmic <b>Horseshoe"
+    page.keyboard.press("Enter")
+    rows = page.locator("dialog dl div")
+    found = {tuple(row.inner_text().split()) for row in rows.all()}
+    assert found == {
+        *(("std", "0.1235"), ("bytes", "3"), ("magnitude", "inf"), ("corner", "[1,", "2]"))
+    }
+    page.keyboard.press("ArrowRight")
+    found = {tuple(row.inner_text().split()) for row in rows.all()}
+    assert found == {("bytes", "4"), ("magnitude", "inf")}
 
 
 def test_an_id_is_text(page: Page, tmp_path: Path) -> None:

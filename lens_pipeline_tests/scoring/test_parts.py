@@ -82,7 +82,7 @@ def test_shares_of_several_machines_make_one_file(
     assert main([*arguments, "--share", "3/2"]) == 2
     assert "error: --share 3/2: must be i/n, as 2/4" in capsys.readouterr().err
     assert main([*arguments, "--share", "1/2", "--top", "9"]) == 2
-    assert "error: --top: goes with the command without --share" in capsys.readouterr().err
+    assert "error: --top: is for the command without --share" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fails", [(), tuple(range(20))])

@@ -15,7 +15,6 @@ from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
 from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.errors import InputError
-from lens_pipeline.scoring import best
 from lens_pipeline.scoring.parts import score_to_file
 from lens_pipeline.scoring.predictor import score_catalogue
 from lens_pipeline.scoring.score_files import about_scores
@@ -112,73 +111,6 @@ def test_a_csv_is_the_same_table(
     assert csv["id"].tolist() == parquet["id"].tolist()
     np.testing.assert_allclose(csv["logit"], parquet["logit"], rtol=1e-15)
     assert about_scores(out) == about_scores(undisturbed)
-
-
-def shown_on(page: Path) -> pd.DataFrame:
-    """The candidates of a page of the best."""
-    data = page.read_text().partition("<script type=application/json id=data>")[2]
-    return pd.DataFrame(json.JSONDecoder().raw_decode(data)[0]["candidates"])
-
-
-def test_the_top_is_listed_and_shown(
-    home: Path, survey: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    table = pd.read_parquet(survey)[:40].assign(RA=np.linspace(0, 359, 40), dec=-1.5)
-    table.to_parquet(tmp_path / "few.parquet")
-    out = tmp_path / "scores.parquet"
-    assert main([*command(home, tmp_path / "few.parquet", out), "--top", "10"]) == 0
-    page, listed = tmp_path / "scores.top.html", tmp_path / "scores.top.csv"
-    assert capsys.readouterr().out.splitlines()[-2:] == [
-        f"{listed}: the highest-scored, the best first",
-        f"{page}: open it in a browser to look at them and grade them",
-    ]
-    best = pd.read_parquet(out).nlargest(10, "logit")
-    top = pd.read_csv(listed)
-    columns = ["rank", "id", "ra", "dec", "probability", "sky_probability", "logit"]
-    assert list(top) == columns
-    assert top["rank"].tolist() == list(range(1, 11))
-    for column in ("id", "ra", "dec"):
-        assert top[column].tolist() == best[column].tolist()
-    np.testing.assert_allclose(top["logit"], best["logit"], rtol=1e-12)
-    for column in ("probability", "sky_probability"):
-        np.testing.assert_allclose(top[column], best[column], rtol=1e-12)
-    pd.testing.assert_frame_equal(shown_on(page)[columns[:-1]], top[columns[:-1]])
-
-
-def test_of_a_long_list_the_first_are_shown_and_the_scores_do_not_wait_for_it(
-    home: Path,
-    survey: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    pd.read_parquet(survey)[:40].to_parquet(tmp_path / "few.parquet")
-    out, listed = tmp_path / "scores.parquet", tmp_path / "scores.top.csv"
-    arguments = [*command(home, tmp_path / "few.parquet", out), "--top", "30"]
-    listed.mkdir()
-    assert main(arguments) == 2
-    assert f"error: {listed}: cannot be written" in capsys.readouterr().err
-    assert len(pd.read_parquet(out)) == 40
-    listed.rmdir()
-    monkeypatch.setattr(best, "SHOWN", 8)
-    assert main(arguments) == 0
-    page = tmp_path / "scores.top.html"
-    said = f"{page}: open it in a browser to look at the first 8 and grade them"
-    assert capsys.readouterr().out.splitlines()[-1] == said
-    assert len(pd.read_csv(listed)) == 30
-    assert shown_on(page)["rank"].tolist() == list(range(1, 9))
-
-
-def test_without_positions_the_top_is_listed_by_ids_alone(
-    ensemble: LensEnsemble, survey: Path, tmp_path: Path
-) -> None:
-    table = pd.read_parquet(survey)[1:4].drop(columns=["ra", "dec"], errors="ignore")
-    table.to_parquet(tmp_path / "few.parquet")
-    source = CatalogueCutouts(read_catalogue(str(tmp_path / "few.parquet")))
-    scored = score_to_file(ensemble, source, tmp_path / "scores.csv", model="a", top=2)
-    assert scored.top == tmp_path / "scores.top.csv"
-    columns = ["rank", "id", "probability", "sky_probability", "logit"]
-    assert list(pd.read_csv(scored.top)) == columns
 
 
 @pytest.mark.parametrize(
