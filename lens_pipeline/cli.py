@@ -14,7 +14,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from lens_pipeline.errors import InputError, masked
 from lens_pipeline.predict_command import add_predict
@@ -75,9 +75,9 @@ class _Parser(argparse.ArgumentParser):
             for one in self.given:  # one that is misspelt is why another is missing
                 if one.startswith("--") and one.partition("=")[0] not in known:
                     self.refuse(one)
-        wrong = re.match("argument COMMAND: invalid choice: '(.*?)'", message)
-        near = difflib.get_close_matches(wrong[1], self.commands, 1) if wrong else []
-        if near:
+        wrong = re.match(r"argument .*: invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        names = re.findall(r"[\w-]+", wrong[2]) if wrong else []
+        if wrong and (near := difflib.get_close_matches(wrong[1], names, 1)):
             message = f"{message}; did you mean {near[0]}?"
         raise InputError(f"{message}; see {self.prog} --help")
 
@@ -124,7 +124,8 @@ def _parser() -> argparse.ArgumentParser:
         "--source",
         help="`simulation`, a catalogue, a folder of cutouts or published shards (LENS_SOURCE)",
     )
-    run.add_argument("--preset", help="tiny, quick or full (LENS_PRESET)")
+    presets = get_args(Settings.model_fields["preset"].annotation)
+    run.add_argument("--preset", choices=presets, help="how large the job is (LENS_PRESET)")
     run.add_argument("--archs", help="members, comma-separated (LENS_ARCHS)")
     run.add_argument("--verify", action="store_true", help="check sha256 of what is reused")
     run.add_argument(

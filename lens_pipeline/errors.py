@@ -10,7 +10,7 @@ from typing import Any
 SECRET = re.compile(
     "sig(?!nature_version)|token|key|secret|password|credential|connection_string", re.IGNORECASE
 )
-_PASSWORD = re.compile(r"(://[^\s/:@]*:)\S*@")
+_PASSWORD = re.compile(r"(://[^\s/:@]*:)(?!\d+/)\S*@")  # and no port, with an @ in the path
 _QUERY = re.compile(r"(://[^\s?]*\?)\S*[^\s:;,.)\]'\"]")
 # Of a URL without its beginning, as clients tell of it.
 _VALUE = re.compile(rf"([?&][\w-]*(?:{SECRET.pattern})[\w-]*=)[^\s&'\")]+", re.IGNORECASE)

@@ -1,6 +1,7 @@
 """Models of the registry, fetched: an ensemble to score with, weights to start from."""
 
 import logging
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -99,17 +100,24 @@ def member_checkpoint(registry: Registry, uri: str, architecture: str) -> Path:
 
 
 def _numbered(registry: Registry, uri: str) -> str:
-    """The URI of the version that an alias points to now: it may move meanwhile."""
-    model, slash, number = uri.removeprefix("models:/").partition("/")
-    if number == "latest":
-        found = registry.client.search_model_versions(f"name = '{model}'")
-        number = str(max((int(one.version) for one in found), default=0))
-    if slash:
-        return f"models:/{model}/{number}"
-    name, at, alias = model.partition("@")
-    if not at:
+    """The URI of the version that an alias points to now: it may move meanwhile. Raises InputError,
+    with those that there are, for what the registry has not got."""
+    name, mark, which = re.fullmatch("models:/([^/@]*)([/@]?)(.*)", uri).groups()  # type: ignore[union-attr]
+    if not mark:
         raise InputError(f"{uri}: says no version; name one, as {uri}@champion or {uri}/3")
-    return f"models:/{name}/{registry.client.get_model_version_by_alias(name, alias).version}"
+    models = registry.client.search_registered_models(f"name = '{name}'")
+    if not models:
+        raise InputError(f"{uri}: no model of this name is registered")
+    found = registry.client.search_model_versions(f"name = '{name}'")
+    numbers = sorted(int(one.version) for one in found)
+    aliases = {alias: str(number) for alias, number in models[0].aliases.items()}
+    last = {"latest": str(numbers[-1])} if numbers else {}
+    known = aliases if mark == "@" else {str(n): str(n) for n in numbers} | last
+    if which not in known:
+        kind = "alias" if mark == "@" else "version"
+        there = ", ".join(name for name in known if name not in last) or "none"
+        raise InputError(f"{uri}: there is no such {kind}; {name} has {there}")
+    return f"models:/{name}/{known[which]}"
 
 
 def _default_uri(registry: Registry) -> str:

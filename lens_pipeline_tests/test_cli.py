@@ -114,7 +114,7 @@ def test_the_help_names_variables_that_are_settings(
     ("arguments", "named"),
     [
         (["run", "--archs", "resnet81"], "resnet81"),
-        (["run", "--preset", "huge"], "LENS_PRESET"),
+        (["run", "--preset", "tinny"], "choose from 'tiny', 'quick', 'full'); did you mean tiny?"),
         (["run", "--set", "lastro.training.epoch=2"], "training.epochs"),
         (["run", "--set", "lastro.training.epochs=0"], "training.epochs"),
         (["run", "--set", "resnet50.training.epochs=3"], "resnet50"),

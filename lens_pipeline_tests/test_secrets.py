@@ -151,6 +151,7 @@ def test_no_secret_is_left_by_a_run_that_fails(
         ("models:/lens_ensemble@champion?", "models:/lens_ensemble@champion?"),
         ("Is it s3://b/c? It is.", "Is it s3://b/c? It is."),
         ("http://127.0.0.1:5000 of a@b", "http://127.0.0.1:5000 of a@b"),
+        ("http://h:5000/#/models/x@champion", "http://h:5000/#/models/x@champion"),
     ],
 )
 def test_what_a_message_shows_of_urls(shown: str, text: str) -> None:

@@ -171,7 +171,9 @@ def purity_figure(
 
 def _probability_ticks(low: float, high: float) -> dict[float, tuple[int, str]]:
     """{place: (decades from 0.5, label)} on a logit axis between these ends: 0.1, 0.01, ... and
-    0.9, 0.99, ..."""
+    0.9, 0.99, ...; of an axis that ends there all tenths."""
+    if low >= 0.1 and high <= 0.9:
+        return {tenth / 10: (0, f"{tenth / 10}") for tenth in range(1, 10)}
     ticks = {0.5: (0, "0.5")}
     for decade in range(1, FINEST + 1):
         least = 10.0**-decade
