@@ -16,22 +16,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+from lens_pipeline.commands.predict import add_predict
+from lens_pipeline.commands.registry import add_promote, add_retire, add_rollback
+from lens_pipeline.commands.shards import add_prepare, add_prune
+from lens_pipeline.commands.simulate import add_simulate
+from lens_pipeline.commands.train import add_train
+from lens_pipeline.commands.tune import add_tune
 from lens_pipeline.errors import InputError, masked
-from lens_pipeline.predict_command import add_predict
-from lens_pipeline.registry_commands import add_promote, add_retire, add_rollback
 from lens_pipeline.settings import DAGSTER_PORT, MLFLOW_PORT, Settings
-from lens_pipeline.shards_commands import add_prepare, add_prune
-from lens_pipeline.simulate_command import add_simulate
 from lens_pipeline.terminal import (
     INTERRUPTED,
     configure_logging,
     interruptible,
     prepare_environment,
 )
-from lens_pipeline.train_command import add_train
 from lens_pipeline.training.config import ABBREVIATED
 from lens_pipeline.training.launch import TOLD, leave_word
-from lens_pipeline.tune_command import add_tune
 
 BAD_INPUT = 2
 FAILURE = 1

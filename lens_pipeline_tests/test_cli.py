@@ -298,7 +298,7 @@ def test_who_has_started_a_command_is_told_why_it_ended(
     def fail(*_: object) -> None:
         raise kind("the disk\nis away")
 
-    monkeypatch.setattr("lens_pipeline.train_command.asked_config", fail)
+    monkeypatch.setattr("lens_pipeline.commands.train.asked_config", fail)
     assert main(["train", "--home", str(tmp_path)]) == 2
     with pytest.raises(InputError, match="the disk\nis away") as told:
         raise_told(file)

@@ -10,18 +10,18 @@ from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from lens_pipeline.commands.train import (
+    asked_config,
+    name_of,
+    reporting,
+    system_type,
+)
 from lens_pipeline.cores import n_cores
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 from lens_pipeline.settings_files import read_yaml
 from lens_pipeline.steps import digest
 from lens_pipeline.terminal import configure_logging, local_path
-from lens_pipeline.train_command import (
-    asked_config,
-    name_of,
-    reporting,
-    system_type,
-)
 from lens_pipeline.training.config import TrainConfig, in_a_line
 from lens_pipeline.training.flags import add_flags
 from lens_pipeline.training.launch import FAILURE, leave_word, raise_told
