@@ -50,9 +50,10 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     settings = Settings.load(home=options.home)
-    source = existing(absolute(options.catalogue))
+    source = absolute(options.catalogue)
     if options.top < 0:
         raise InputError(f"--top {options.top}: must be 0 or more")
+    from lens_pipeline.registry import Registry
     from lens_pipeline.scoring.claim import Share
     from lens_pipeline.scoring.score_files import check_out
 
@@ -63,6 +64,9 @@ def _predict(options: argparse.Namespace) -> int:
     if options.out.resolve() == Path(source).resolve():
         raise InputError(f"--out {options.out}: is the catalogue; name another file")
     check_out(options.out)
+    registry = Registry(settings)
+    registry.require()
+    existing(source)
     known = None
     if options.known:
         from lens_pipeline.catalogue.known import read_known_lenses
@@ -70,14 +74,11 @@ def _predict(options: argparse.Namespace) -> int:
         known = read_known_lenses(absolute(options.known), settings.storage_options)
     # Torch comes with these, in ten seconds: what is wrong above is said at once.
     from lens_pipeline.registered import load_registered
-    from lens_pipeline.registry import Registry
     from lens_pipeline.scoring.parts import score_to_file
     from lens_pipeline.scoring.shard_cutouts import open_cutout_source
     from lens_pipeline.tracking import keep_waits_short
 
     keep_waits_short()
-    registry = Registry(settings)
-    registry.require()
     cutouts = open_cutout_source(
         source,
         cache=settings.cache,

@@ -90,11 +90,19 @@ def test_the_champion_is_used_else_the_challenger_and_any_version_by_name(
     assert main(["predict", *arguments, "--model", "models:/lens_ensemble/1"]) == 0
     assert "models:/lens_ensemble/1" in capsys.readouterr().out
     for uri, named in [
-        ("models:/lens_ensemble/7", "models:/lens_ensemble/7"),
+        (
+            "models:/lens_ensemble/7",
+            "lens_ensemble/7: there is no such version; lens_ensemble has 1",
+        ),
+        ("models:/lens_ensemble@best", "no such alias; lens_ensemble has challenger, champion"),
+        ("models:/lens/1", "models:/lens/1: no model of this name is registered"),
         ("/tmp/a/model", "is no model of this registry"),
     ]:
         assert main(["predict", *arguments, "--model", uri]) == 2
         assert named in capsys.readouterr().err
+    missing = ["--home", str(own_home), "--catalogue", "missing.csv", "--out", out]
+    assert main(["predict", *missing]) == 2
+    assert "missing.csv: there is no such file or folder" in capsys.readouterr().err
     assert main(["promote", "7", "--home", str(own_home)]) == 2
     assert "give the number of a version; lens_ensemble has 1" in capsys.readouterr().err
 
