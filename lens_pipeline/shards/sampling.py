@@ -55,8 +55,8 @@ class EpochBatches(DistributedSampler[list[int]]):
     of `batch_size` x ranks, of which every rank takes its part; so each has the same number of
     batches, and a global batch holds the same cutouts for any number of ranks. Where too few are
     left for the last one, two for each rank, they wait for another epoch; InputError where that
-    are all. Evaluation:
-    every place exactly once, over all ranks together.
+    are all. Evaluation: every place exactly once, over all ranks together; InputError where there
+    is none for some.
     windows: of shards that are fetched, an order that needs them one after the other; other epochs,
     and other splits, are shuffled as a whole.
     among: bool (n,), the places that take part, else all; only they count.
@@ -107,6 +107,10 @@ class EpochBatches(DistributedSampler[list[int]]):
 
     def __len__(self) -> int:
         if not self.shuffle:
+            if 0 < self.n < self.ranks:  # a rank without a batch would not meet the others
+                raise InputError(
+                    f"a split of {self.n} cutouts is too small for {self.ranks} processes"
+                )
             return math.ceil(len(range(self.rank, self.n, self.ranks)) / self.batch_size)
         if self.n < SMALLEST * self.ranks:
             raise InputError(

@@ -232,6 +232,8 @@ def test_too_few_cutouts_to_train_on_are_an_error() -> None:
         with pytest.raises(InputError, match=f"train: {n} cutouts are too few"):
             epoch(n, 4, ranks, shuffle=True)
     assert epoch(8, 4, 4, shuffle=True)
+    with pytest.raises(InputError, match="a split of 3 cutouts is too small for 4 processes"):
+        epoch(3, 4, 4, shuffle=False)
     with pytest.raises(InputError, match="train: 0 cutouts are too few"):
         epoch(0, 4, 1, shuffle=True, windows=Windows(SHARD[:0], 4, always=False))
 
