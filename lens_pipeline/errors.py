@@ -10,7 +10,8 @@ from typing import Any
 SECRET = re.compile(
     "sig(?!nature_version)|token|key|secret|password|credential|connection_string", re.IGNORECASE
 )
-_PASSWORD = re.compile(r"(://[^\s/:@]*:)(?!\d+/)\S*@")  # and no port, with an @ in the path
+# Not of a web address with a port, and an @ in its path.
+_PASSWORD = re.compile(r"((?:(?<!http)(?<!https)|(?=://[^\s/:@]*:(?!\d+/)))://[^\s/:@]*:)\S*@")
 _QUERY = re.compile(r"(://[^\s?]*\?)\S*[^\s:;,.)\]'\"]")
 # Of a URL without its beginning, as clients tell of it.
 _VALUE = re.compile(rf"([?&][\w-]*(?:{SECRET.pattern})[\w-]*=)[^\s&'\")]+", re.IGNORECASE)

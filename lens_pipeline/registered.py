@@ -1,14 +1,13 @@
 """Models of the registry, fetched: an ensemble to score with, weights to start from."""
 
 import logging
-import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import filelock
 
-from lens_pipeline.errors import InputError, masked, told_of
+from lens_pipeline.errors import InputError, first_of, masked, told_of
 from lens_pipeline.registry import (
     CHALLENGER,
     CHAMPION,
@@ -102,20 +101,25 @@ def member_checkpoint(registry: Registry, uri: str, architecture: str) -> Path:
 def _numbered(registry: Registry, uri: str) -> str:
     """The URI of the version that an alias points to now: it may move meanwhile. Raises InputError,
     with those that there are, for what the registry has not got."""
-    name, mark, which = re.fullmatch("models:/([^/@]*)([/@]?)(.*)", uri).groups()  # type: ignore[union-attr]
+    rest = uri.removeprefix("models:/")
+    mark = next((mark for mark in "/@" if mark in rest), "")
     if not mark:
         raise InputError(f"{uri}: says no version; name one, as {uri}@champion or {uri}/3")
-    models = registry.client.search_registered_models(f"name = '{name}'")
+    name, _, which = rest.partition(mark)
+    of_name = f"name = '{name}'"
+    models = registry.client.search_registered_models(of_name) if "'" not in name else []
     if not models:
         raise InputError(f"{uri}: no model of this name is registered")
-    found = registry.client.search_model_versions(f"name = '{name}'")
-    numbers = sorted(int(one.version) for one in found)
-    aliases = {alias: str(number) for alias, number in models[0].aliases.items()}
-    last = {"latest": str(numbers[-1])} if numbers else {}
-    known = aliases if mark == "@" else {str(n): str(n) for n in numbers} | last
+    if mark == "@":
+        known = {alias: str(number) for alias, number in sorted(models[0].aliases.items())}
+    else:
+        found = registry.client.search_model_versions(of_name)
+        numbers = sorted((int(one.version) for one in found), reverse=True)
+        known = {str(number): str(number) for number in numbers}
+        which = str(numbers[0]) if which == "latest" and numbers else which
     if which not in known:
         kind = "alias" if mark == "@" else "version"
-        there = ", ".join(name for name in known if name not in last) or "none"
+        there = first_of([*known], 9) or "none"
         raise InputError(f"{uri}: there is no such {kind}; {name} has {there}")
     return f"models:/{name}/{known[which]}"
 

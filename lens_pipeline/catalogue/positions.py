@@ -14,6 +14,7 @@ RADIUS = 2.0  # arcsec: two surveys place one galaxy closer, and cutouts of two 
 _ELSEWHERE = (
     *("raj2000", "ra_j2000", "alpha_j2000", "right_ascension", "coord_ra", "ra_deg", "radeg"),
     *("dej2000", "dec_j2000", "delta_j2000", "declination", "coord_dec", "dec_deg", "decdeg"),
+    *("_raj2000", "_dej2000", "ra_icrs", "de_icrs", "dedeg", "ra [deg]", "dec [deg]"),
 )
 
 

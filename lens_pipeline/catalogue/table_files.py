@@ -48,7 +48,7 @@ def read_table(source: str, options: dict[str, Any]) -> pd.DataFrame:
     """
     if not names_table(source):
         raise InputError(
-            f"{source}: is no table, which end in {', '.join(TABLES)}, nor a folder; convert it"
+            f"{source}: a table must end in {', '.join(TABLES[:-1])} or {TABLES[-1]}; convert it"
         )
     filesystem, inside = locate(source, options)
     with asking(source):
@@ -86,8 +86,8 @@ def _check_only_table(content: io.BytesIO, source: str) -> None:
         ]
     if len(names) > 1:
         raise InputError(
-            f"{source}: holds {len(names)} tables, {first_of(names)}; write the one that lists the "
-            "cutouts into a file of its own"
+            f"{source}: holds {len(names)} tables, {first_of(names)}; write the one that is meant "
+            "into a file of its own"
         )
 
 
@@ -127,7 +127,9 @@ def read_csv(content: io.BytesIO, source: str) -> pd.DataFrame:
     try:
         return with_column_names(_csv_as_written(content, source), source)
     except pd.errors.EmptyDataError:
-        raise InputError(f"{source}: the file is empty; a header with `id` is needed") from None
+        raise InputError(
+            f"{source}: the file is empty; a header with the names of columns is needed"
+        ) from None
     except UnicodeDecodeError:
         raise InputError(f"{source}: is not text in UTF-8; save it as that") from None
 

@@ -55,23 +55,25 @@ def _predict(options: argparse.Namespace) -> int:
         raise InputError(f"--top {options.top}: must be 0 or more")
     from lens_pipeline.registry import Registry
     from lens_pipeline.scoring.claim import Share
-    from lens_pipeline.scoring.score_files import check_out
+    from lens_pipeline.scoring.score_files import check_out, files_of_best, files_of_known
 
     share = Share.parse(options.share) if options.share else None
     for flag, given in (("--top", options.top), ("--known", options.known)):
         if share and given:
             raise InputError(f"{flag}: is for the command without --share, which writes the file")
-    if options.out.resolve() == Path(source).resolve():
-        raise InputError(f"--out {options.out}: is the catalogue; name another file")
+    written = {options.out, *files_of_best(options.out), *files_of_known(options.out)}
+    for what, given in (("the catalogue", source), ("the list of known lenses", options.known)):
+        if given and Path(given).resolve() in {file.resolve() for file in written}:
+            raise InputError(f"--out {options.out}: {given} is {what}; name another file")
     check_out(options.out)
     registry = Registry(settings)
     registry.require()
     existing(source)
     known = None
-    if options.known:
+    if options.known is not None:
         from lens_pipeline.catalogue.known import read_known_lenses
 
-        known = read_known_lenses(absolute(options.known), settings.storage_options)
+        known = read_known_lenses(existing(absolute(options.known)), settings.storage_options)
     # Torch comes with these, in ten seconds: what is wrong above is said at once.
     from lens_pipeline.registered import load_registered
     from lens_pipeline.scoring.parts import score_to_file
@@ -110,8 +112,8 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _tell(scored: "ScoredFile", options: argparse.Namespace, model: str) -> None:
     from lens_pipeline.catalogue.dataset import counted_reasons
-    from lens_pipeline.scoring.best import SHOWN, files_of_best
-    from lens_pipeline.scoring.known import files_of_known
+    from lens_pipeline.scoring.best import SHOWN
+    from lens_pipeline.scoring.score_files import files_of_best, files_of_known
 
     if not scored.written:
         print(f"{scored.path}: nothing has changed since it was written")
@@ -136,15 +138,24 @@ def _tell(scored: "ScoredFile", options: argparse.Namespace, model: str) -> None
 
 
 def _tell_known(known: "KnownLenses", top: int) -> None:
-    print(f"{known.path}: {known.n_shown} of {known.n_listed} known lenses have a cutout")
-    ranks, n = sorted(known.unseen), len(known.unseen)
+    shown, others = known.n_shown, known.n_in_field - known.n_shown
+    print(
+        f"{known.path}: {shown} of {known.n_listed} known lenses have a cutout; "
+        f"{others} more lie within an arcminute of one"
+    )
+    ranks = sorted(known.unseen)
+    n, n_unusable = len(ranks), sum(rank > known.n_scored for rank in ranks)
+    if shown and not n:
+        print("the model has learnt from all of them, so their ranks do not tell what it finds")
     if not n:
-        if known.n_shown:
-            print("the model has learnt from all of them, so their ranks do not tell what it finds")
         return
-    others = known.n_shown - n
-    whose = f"of the {n} that the model has not learnt from" if others else f"of these {n}"
+    whose = " that the model has not learnt from" if n < shown else ""
     half = ranks[(n - 1) // 2]
-    within = f"half rank {half:.0f} or higher" if half <= known.n_scored else "most have no score"
-    first = f", and {sum(rank <= top for rank in ranks)} are among the first {top}" if top else ""
-    print(f"{whose} {within} (of {known.n_scored} scored){first}")
+    said = [f"half are among the first {half:.0f} of {known.n_scored} scored"]
+    if half > known.n_scored:
+        said = []
+    if top:
+        said.append(f"{sum(rank <= top for rank in ranks)} among the first {top}")
+    if n_unusable:
+        said.append(f"{n_unusable} could not be used")
+    print(f"of the {n}{whose}: {', '.join(said)}")

@@ -100,6 +100,10 @@ def processed_dataset(
 
     float32 (n, bands, height, width) per split (`train`, `val`, `test`, `unlabelled`), in units of
     the background's sigma, each with its table; and the cutouts that were rejected.
+
+    Plotted are, of each band of the training split, `median` (the level of the sky), `sigma` (its
+    noise), `bright` (by how much the 99th percentile exceeds the median: the galaxies) and
+    `noise_correlation` (of adjacent pixels), the first three in that unit.
     """
     from lens_pipeline.catalogue.build import (
         LIBRARIES,

@@ -25,9 +25,10 @@ def _missing(value: Any) -> bool:
 
 
 def _shown(value: Any) -> Any:
-    """As JSON has it: dates, lists and what is infinite as text."""
+    """As JSON has it: dates, lists, what is infinite or no float holds as text."""
     number = isinstance(value, int | float) and math.isfinite(value)
-    return value if number else str(value)
+    whole = isinstance(value, int) and abs(value) > 2**53
+    return value if number and not whole else str(value)
 
 
 def inspection_page(

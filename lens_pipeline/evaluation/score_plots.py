@@ -242,19 +242,19 @@ def score_histogram_figure(label: ArrayLike, probability: ArrayLike) -> Figure:
 def known_lenses_figure(rank: ArrayLike, n_cutouts: int) -> Figure:
     """Which fraction of known lenses is among the first candidates, by how many these are.
 
-    rank: of each known lens among the cutouts, from 1 (infinite where it has no score). The band is
-    the 95 % interval of a fraction (see `jeffreys`).
+    rank: among the cutouts, from 1, of each that the model has not learnt from (infinite where it
+    has no score). The band is the 95 % interval of a fraction (see `jeffreys`).
     """
     ranks = np.sort(np.asarray(rank, dtype=np.float64))
     looked_at = np.unique(np.concatenate([[1], ranks[np.isfinite(ranks)], [n_cutouts]]))
     found = np.searchsorted(ranks, looked_at, side="right")
     low, high = jeffreys(found, np.full(len(found), len(ranks)))
     figure = column_figure(3.2)
-    axes = plain(figure.add_subplot(), "candidates looked at", "known lenses among them")
+    axes = plain(figure.add_subplot(), "candidates looked at", "fraction of known lenses found")
     axes.fill_between(looked_at, low, high, step="post", color=COLOURS[0], alpha=0.2, linewidth=0)
     axes.step(
         looked_at, found / len(ranks), where="post", color=COLOURS[0],
-        label=f"{len(ranks)} known lenses",
+        label=f"{len(ranks)}, none learnt from",
     )  # fmt: skip
     chance = np.geomspace(1, n_cutouts, 100)
     axes.plot(chance, chance / n_cutouts, color="0.6", linestyle=(0, (1, 3)), label="chance")

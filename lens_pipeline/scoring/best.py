@@ -6,19 +6,13 @@ import numpy as np
 import pandas as pd
 
 from lens_pipeline.ensemble.system import LensEnsemble
-from lens_pipeline.scoring.score_files import FINGERPRINT, keep_additions, written
+from lens_pipeline.scoring.score_files import FINGERPRINT, files_of_best, keep_others, written
 from lens_pipeline.scoring.scored_rows import ScoredRows
 from lens_pipeline.scoring.sources import CutoutSource
 
 SHOWN = 1000  # of the highest-scored: of 64 pixels and three bands the page has 13 MB then
 # What people look for first, of a table of the highest-scored; `known`: which lens it is already.
-FIRST = ["rank", "id", "ra", "dec", "known"]
-
-
-def files_of_best(out: Path) -> tuple[Path, Path]:
-    """(the table of the highest-scored cutouts, the page of them) beside a file of scores."""
-    listed, page = (out.with_name(f"{out.stem}.top.{suffix}") for suffix in ("csv", "html"))
-    return listed, page
+FIRST = ["rank", "id", "known", "ra", "dec"]
 
 
 def show_best(
@@ -28,26 +22,28 @@ def show_best(
     out: Path,
     top: int,
     model: str,
-    known: pd.Series,
+    known: pd.Series | None,
 ) -> tuple[Path | None, Path | None]:
     """(the table of the highest-scored cutouts, the best first; the page of them). Where both are
     there already, and of the same cutouts and scores, they stay.
 
     rows: of the source; out: the file of the scores; model: as in `score_to_file`; known: names of
-    known lenses, by the row that shows them.
+    known lenses, by the row that shows them, where there is a list of them.
     """
     best = rows.logit.dropna().nlargest(top).index
     if best.empty:
         return None, None
     listed, page = files_of_best(out)
     table = rows.table(best.to_numpy()).set_index(best).drop(columns=["reject_reason", FINGERPRINT])
-    table = table.assign(rank=range(1, len(best) + 1), known=known.reindex(best))
+    table = table.assign(rank=range(1, len(best) + 1))
+    if known is not None:
+        table["known"] = known.reindex(best)
     first = [name for name in FIRST if name in table]
     table = table[[*first, *table.columns.difference(first, sort=False)]].dropna(axis=1, how="all")
     content = table.to_csv(index=False).encode()
     if page.is_file() and listed.is_file() and listed.read_bytes() == content:
         return listed, page
-    keep_additions(listed, [*FIRST, *rows.catalogue.table, *ensemble.columns])
+    keep_others(listed, [*table])
     page.unlink(missing_ok=True)  # of other cutouts
     with written(listed) as file:
         file.write(content)

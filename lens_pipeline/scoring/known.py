@@ -7,73 +7,89 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lens_pipeline.catalogue.known import rows_of_known_lenses
+from lens_pipeline.catalogue.known import RADIUS, rows_of_known_lenses
 from lens_pipeline.evaluation.plots import png_bytes
 from lens_pipeline.evaluation.score_plots import known_lenses_figure
-from lens_pipeline.scoring.score_files import FINGERPRINT, keep_additions, written
+from lens_pipeline.scoring.score_files import FINGERPRINT, files_of_known, keep_others, written
 from lens_pipeline.scoring.scored_rows import ScoredRows
+
+FEWEST = 10  # scored cutouts, for ranks to be worth a picture
 
 
 @dataclass(frozen=True)
 class KnownLenses:
-    """path: the table of those with a cutout, as `show_known` writes it; names: by the row (from 0)
-    that shows one; n_listed: how many the list has; n_shown: how many of them have a cutout;
-    n_scored: how many cutouts are ranked.
+    """path: the table that `show_known` writes; names: of known lenses by the row (from 0) that
+    shows them; n_listed: how many the list has; n_in_field: how many of them are in the table,
+    n_shown: how many of these have a cutout; n_scored: how many cutouts have a score.
 
-    unseen: the ranks, from 1, of those that no member has learnt from, which alone tell what it
-    finds; infinite of a lens whose cutouts could not be used.
+    unseen: the ranks, from 1, of those with a cutout that no member has learnt from, which alone
+    tell what it finds; infinite of a lens whose cutouts could not be used.
     """
 
     path: Path
     names: pd.Series
     n_listed: int
+    n_in_field: int
     n_shown: int
     n_scored: int
     unseen: NDArray[np.float64]
 
 
-def files_of_known(out: Path) -> tuple[Path, Path]:
-    """(the table of the known lenses, the picture of their ranks) beside a file of scores."""
-    listed, picture = (out.with_name(f"{out.stem}.known.{suffix}") for suffix in ("csv", "png"))
-    return listed, picture
-
-
 def show_known(
     known: pd.DataFrame, rows: ScoredRows, seen: frozenset[str], out: Path
 ) -> KnownLenses:
-    """Write a table of the known lenses that have a cutout, and a picture, beside a file of scores.
+    """Write a table of the known lenses in the field, and a picture, beside a file of scores.
 
     known: see `read_known_lenses`; seen: the groups that the members have learnt from; out: the
-    file of the scores. Of several cutouts of a lens the highest-scored stands for it.
+    file of the scores. Of several cutouts of a lens the highest-scored stands for it; what the list
+    has several times, and is shown by one cutout, is one lens.
 
-    Columns: `name`, `ra`, `dec` as listed, `separation` from the cutout's position (arcsec), `rank`
-    (1: no cutout has a higher score), `learnt_from` (whether the members have trained or validated
-    on its group), then those of the scores; the highest-scored first.
+    Columns: `known`, its names; `rank`, the number of cutouts with its score or a higher one;
+    `known_separation`, from the nearest cutout (arcsec); `learnt_from`, whether the members have
+    trained or validated on the group of one of its cutouts; what the list says, as `known_ra` and
+    so on; then the columns of the scores, where there is a cutout. The highest-scored come first.
     """
-    found = rows_of_known_lenses(rows.catalogue.table, known)
-    # Of ties the first row ranks first, as where the best are listed.
-    ranks = rows.logit.rank(ascending=False, method="first")
-    found = found.assign(rank=ranks.iloc[found["row"]].to_numpy())
-    nearest = found.sort_values("separation", kind="stable").drop_duplicates("row")
-    names = pd.Series(known["name"].to_numpy()[nearest["lens"]], index=nearest["row"], dtype=object)
-    best = found.sort_values(["rank", "separation"], kind="stable").drop_duplicates("lens")
-    scores = rows.table(best["row"].to_numpy())
-    learnt_from = scores["group"].isin(seen)
-    table = known.iloc[best["lens"]].reset_index(drop=True)
-    table = table.assign(
-        separation=best["separation"].to_numpy(),
-        rank=best["rank"].astype("Int64").to_numpy(),
-        learnt_from=learnt_from,
-    )
+    lenses, names = _in_field(known, rows, seen)
+    shown = lenses[lenses["shown"]]
+    said = known.drop(columns="name").iloc[lenses["lens"]].add_prefix("known_")
+    table = lenses[["known", "rank", "known_separation", "learnt_from"]]
+    table = table.join(said.reset_index(drop=True)).astype({"rank": "Int64"})
+    scores = rows.table(shown["row"].to_numpy())
     table = table.join(scores.drop(columns=[*table, FINGERPRINT], errors="ignore"))
     listed, picture = files_of_known(out)
-    keep_additions(listed, [*table, *rows.catalogue.table])
+    keep_others(listed, [*table])
     picture.unlink(missing_ok=True)  # of other scores
     with written(listed) as file:
         table.to_csv(file, index=False)
-    unseen = best["rank"].fillna(np.inf).to_numpy()[~learnt_from.to_numpy()]
-    n_scored = int(ranks.notna().sum())
-    if len(unseen) and n_scored:
+    unseen = shown["rank"].fillna(np.inf).to_numpy()[~shown["learnt_from"].to_numpy()]
+    if len(unseen) and rows.n_scored >= FEWEST:
         with written(picture) as file:
-            file.write(png_bytes(known_lenses_figure(unseen, n_scored)))
-    return KnownLenses(listed, names, len(known), len(table), n_scored, unseen)
+            file.write(png_bytes(known_lenses_figure(unseen, rows.n_scored)))
+    return KnownLenses(listed, names, len(known), len(lenses), len(shown), rows.n_scored, unseen)
+
+
+def _in_field(
+    known: pd.DataFrame, rows: ScoredRows, seen: frozenset[str]
+) -> tuple[pd.DataFrame, pd.Series]:
+    """(the known lenses in the field, those that are `shown` by a cutout first, by their `rank`;
+    `lens` and `row`: their places; what each row is known as)"""
+    found = rows_of_known_lenses(rows.catalogue.table, known)
+    groups = rows.catalogue.table["group"]
+    shown = found["known_separation"] <= RADIUS
+    ranks = rows.logit.rank(ascending=False, method="max")
+    found = found.assign(
+        shown=shown,
+        known=known["name"].iloc[found["lens"]].to_numpy(),
+        rank=ranks.iloc[found["row"]].where(shown.to_numpy()).to_numpy(),
+        learnt_from=groups.iloc[found["row"]].isin(seen).to_numpy() & shown,
+    )
+    found["learnt_from"] = found.groupby("lens")["learnt_from"].transform("any")
+    of_rows = found[shown].sort_values("known_separation").groupby("row")["known"].agg(", ".join)
+    order = found.sort_values(["shown", "rank", "known_separation"], ascending=[False, True, True])
+    lenses = order.drop_duplicates("lens")
+    # What the list has twice is shown by one cutout, and is one lens.
+    one = lenses.groupby(lenses["row"].where(lenses["shown"], -1 - lenses["lens"]), sort=False)
+    lenses = lenses.assign(
+        known=one["known"].transform(", ".join), learnt_from=one["learnt_from"].transform("any")
+    )
+    return lenses[one.cumcount() == 0].reset_index(drop=True), of_rows

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.cutout import CutoutError
 from lens_pipeline.catalogue.dataset import counted_reasons
+from lens_pipeline.catalogue.known import check_placed
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.commit import code_commit
 from lens_pipeline.ensemble.system import LensEnsemble
@@ -96,14 +97,17 @@ def score_to_file(
     that; of what the scores are, `about_scores` tells.
 
     Raises InputError where the file cannot be written, where the source disagrees with the format
-    of the ensemble, where the parts are of another model or source, or another process is writing
-    them; and where more cutouts than that, or all, cannot be used: a file that was there before is
-    as it was, and what could not be read is tried again. NoRoomError: the disk is full.
+    of the ensemble, or says no places to find known lenses at, where the parts are of another model
+    or source, or another process is writing them; and where more cutouts than that, or all, cannot
+    be used: a file that was there before is as it was, and what could not be read is tried again.
+    NoRoomError: the disk is full.
     """
     out = Path(out)
     check_out(out)
     source.check(ensemble.format)
     catalogue = source.catalogue
+    if known is not None:
+        check_placed(catalogue)
     tell_of_replaced(catalogue, [*ensemble.columns, "reject_reason", FINGERPRINT])
     n = len(catalogue.table)
     schema = _schema(catalogue, ensemble.columns)
@@ -154,7 +158,7 @@ def score_to_file(
                 aside = folder / f"whole{out.suffix}"
                 write_scores(out, aside, rows.tables(), schema, about | _made_by(ensemble))
             lenses = None if known is None else show_known(known, rows, ensemble.groups, out)
-            names = pd.Series(dtype=object) if lenses is None else lenses.names
+            names = None if lenses is None else lenses.names
             listed, page = (
                 show_best(ensemble, source, rows, out, top, model, names) if top else (None,) * 2
             )

@@ -1,5 +1,5 @@
-"""Files of scores, Parquet or CSV: how they are written, what they say of themselves, and which
-scores they have."""
+"""Files of scores, Parquet or CSV: how they are written, what they say of themselves, which scores
+they have, and what lies beside them."""
 
 import csv
 import hashlib
@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lens_pipeline.errors import FULL, InputError, NoRoomError
+from lens_pipeline.errors import FULL, InputError, NoRoomError, first_of
 from lens_pipeline.steps import file_aside, file_sha256, write_aside
 
 ROW_GROUP = 1 << 16  # of whole batches
@@ -58,6 +58,16 @@ def _holds_scores(path: Path) -> bool:
     except (OSError, ValueError, pa.ArrowException):
         return False
     return {"id", "probability", "logit"} <= {*names}
+
+
+def files_of_best(out: Path) -> tuple[Path, Path]:
+    """(the table of the highest-scored cutouts, the page of them) beside a file of scores."""
+    return out.with_name(f"{out.stem}.top.csv"), out.with_name(f"{out.stem}.top.html")
+
+
+def files_of_known(out: Path) -> tuple[Path, Path]:
+    """(the table of the known lenses, the picture of their ranks) beside a file of scores."""
+    return out.with_name(f"{out.stem}.known.csv"), out.with_name(f"{out.stem}.known.png")
 
 
 def about_scores(file: str | Path) -> dict[str, Any]:
@@ -189,15 +199,18 @@ def keep(path: Path) -> Path:
     return copy
 
 
-def keep_additions(listed: Path, columns: Iterable[str]) -> None:
-    """Keep a table that is about to be replaced, if it is there, where somebody has added columns
-    to these. It may be of an ensemble with other members."""
+def keep_others(listed: Path, columns: Iterable[str]) -> None:
+    """Keep a table that is about to be replaced, if it is there, where it has other columns than
+    these: somebody may have added them."""
     if not listed.is_file():
         return
     with listed.open(encoding="utf-8", errors="replace", newline="") as file:
-        named = next(csv.reader(file), [])
-    if not all(name.startswith("probability_") for name in {*named} - {*columns}):
-        log.warning("%s has columns of yours: as it was it is kept as %s", listed, keep(listed))
+        others = [name for name in next(csv.reader(file), []) if name not in {*columns}]
+    if others:
+        log.warning(
+            "%s has columns that it will not have (%s): as it was it is kept as %s",
+            listed, first_of(others), keep(listed),
+        )  # fmt: skip
 
 
 @contextmanager

@@ -158,7 +158,7 @@ def test_nan_is_what_other_libraries_write_for_nothing(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("absent.csv", None, "no such file"),
-        ("table.xlsx", b"PK", "is no table, which end in .csv,"),
+        ("table.xlsx", b"PK", "a table must end in .csv, .parquet,"),
         ("table.parquet", b"not parquet", "cannot be read as a catalogue"),
         ("table.fits", b"SIMPLE  =", "cannot be read as a catalogue"),
         ("table.csv", b"\xff\xfe\x00broken", "is not text in UTF-8"),

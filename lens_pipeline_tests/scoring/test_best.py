@@ -84,69 +84,108 @@ def test_without_positions_the_top_is_listed_by_ids_alone(
     assert list(pd.read_csv(scored.top))[:4] == ["rank", "id", "label", "probability"]
 
 
-def test_known_lenses_are_ranked_marked_and_drawn(
-    home: Path,
-    ensemble: LensEnsemble,
-    survey: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Each by its best cutout; one has none, one an image that is missing, one was learnt from."""
+@pytest.fixture
+def field(survey: Path, ensemble: LensEnsemble, tmp_path: Path) -> Path:
+    """40 rows, a degree apart, but for 7, which is at the place of 5; the model has learnt from the
+    group of 7 and 11."""
     table = pd.read_parquet(survey)[:40].assign(ra=np.linspace(0, 39, 40), dec=-1.5)
-    table.loc[7, ["ra", "dec"]] = [5.0, -1.5 + 2 / 3600]  # the same place as row 5
+    table.loc[7, ["ra", "dec"]] = [5.0, -1.5 + 2 / 3600]
     table["group"] = table["id"]
-    table.loc[11, "group"] = min(ensemble.groups)
+    table.loc[[7, 11], "group"] = min(ensemble.groups)
     table.to_parquet(tmp_path / "field.parquet")
-    lenses = pd.DataFrame(
-        {"name": list("abcde"), "ra": [5, 3, 100, 0, 11], "dec": [-1.5 + 1 / 3600, *[-1.5] * 4]}
-    )
-    lenses.to_csv(tmp_path / "lenses.csv", index=False)
-    out = tmp_path / "scores.parquet"
-    arguments = command(home, tmp_path / "field.parquet", out)
-    known = ["--known", str(tmp_path / "lenses.csv")]
-    assert main([*arguments, *known, "--top", "40"]) == 0
-    scores = pd.read_parquet(out)
-    order = scores["logit"].dropna().sort_values(ascending=False, kind="stable").index
-    rank = pd.Series(range(1, len(order) + 1), index=order)
-    a = min(5, 7, key=rank.get)
-    listed = pd.read_csv(tmp_path / "scores.known.csv", index_col="name")
-    assert listed["rank"].sort_values().index.tolist() == listed.index.tolist()
-    assert listed["id"].to_dict() == {
-        name: scores["id"][row] for name, row in {"a": a, "b": 3, "d": 0, "e": 11}.items()
+    return tmp_path / "field.parquet"
+
+
+LENSES = pd.DataFrame(
+    {
+        # Two cutouts; one; listed twice; near a cutout; far away; an image that is missing; learnt
+        # from, and from one of its cutouts.
+        "name": ["two", "one", "one again", "near", "far", "missing", "learnt"],
+        "ra": [5, 3, 3, 20, 100, 0, 11],
+        "dec": [-1.5 + 1 / 3600, -1.5, -1.5 + 1 / 3600, -1.5 + 20 / 3600, -1.5, -1.5, -1.5],
+        "z": [0.5, 0.4, 0.4, 0.3, 0.2, 0.1, 0.6],
     }
-    assert listed["rank"].dropna().to_dict() == {"a": rank[a], "b": rank[3], "e": rank[11]}
-    assert listed["learnt_from"].to_dict() == {"a": False, "b": False, "d": False, "e": True}
-    assert listed["reject_reason"]["d"] == "the file is missing"
-    np.testing.assert_allclose(listed["separation"][["a", "b"]], [1, 0], atol=1e-4)
-    np.testing.assert_allclose(listed["logit"]["b"], scores["logit"][3])
-    half = sorted([rank[a], rank[3], 99])[1]
-    said = capsys.readouterr().out
+)
+
+
+def test_known_lenses_are_ranked_marked_and_drawn(
+    home: Path, field: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By their best cutouts, each once; one was learnt from if any of its cutouts was."""
+    LENSES.to_csv(tmp_path / "lenses.csv", index=False)
+    out = tmp_path / "scores.parquet"
+    known = ["--known", str(tmp_path / "lenses.csv"), "--top", "40"]
+    assert main([*command(home, field, out), *known]) == 0
+    scores = pd.read_parquet(out)
+    logit = scores["logit"]
+    rank = {row: int((logit >= logit[row]).sum()) for row in logit.dropna().index}
+    listed = pd.read_csv(tmp_path / "scores.known.csv", index_col="known")
+    best = max(5, 7, key=logit.get)
+    shown = {"two": best, "one, one again": 3, "learnt": 11, "missing": 0}
+    assert listed["id"].dropna().to_dict() == {n: scores["id"][row] for n, row in shown.items()}
+    ranks = {name: rank[row] for name, row in shown.items() if row}
+    assert listed["rank"].dropna().to_dict() == ranks
+    assert listed["rank"].dropna().is_monotonic_increasing
+    seen = ["two", "learnt"]
+    assert listed["learnt_from"].to_dict() == {n: n in seen for n in (*shown, "near")}
+    assert listed["reject_reason"]["missing"] == "the file is missing"
+    assert listed["known_z"].to_dict() == {
+        **{"two": 0.5, "one, one again": 0.4, "near": 0.3, "missing": 0.1, "learnt": 0.6}
+    }
+    np.testing.assert_allclose(listed["known_separation"][["two", "near"]], [1, 20], atol=1e-4)
+    assert listed.loc["two", ["ra", "known_dec"]].tolist() == [5, LENSES["dec"][0]]
+    np.testing.assert_allclose(listed["logit"]["learnt"], logit[11])
     assert (
-        f"{tmp_path}/scores.known.csv: 4 of 5 known lenses have a cutout\n"
-        f"of the 3 that the model has not learnt from half rank {half} or higher "
-        f"(of {len(order)} scored), and 2 are among the first 40\n"
-    ) in said
+        f"{tmp_path}/scores.known.csv: 4 of 7 known lenses have a cutout; 1 more lie within an "
+        "arcminute of one\n"
+        f"of the 2 that the model has not learnt from: half are among the first {rank[3]} of "
+        f"{len(rank)} scored, 1 among the first 40, 1 could not be used\n"
+    ) in capsys.readouterr().out
     top = pd.read_csv(tmp_path / "scores.top.csv", index_col="id")
-    assert list(top)[:4] == ["rank", "ra", "dec", "known"]
-    names = {scores["id"][row]: name for row, name in ((5, "a"), (7, "a"), (3, "b"), (11, "e"))}
-    assert top["known"].dropna().to_dict() == names
-    assert (
-        shown_on(tmp_path / "scores.top.html").set_index("id")["known"].dropna().to_dict() == names
-    )
+    assert list(top)[:4] == ["rank", "known", "ra", "dec"]
+    marks = {5: "two", 7: "two", 3: "one, one again", 11: "learnt"}
+    expected = {scores["id"][row]: name for row, name in marks.items()}
+    assert top["known"].dropna().to_dict() == expected
+    shown_marks = shown_on(tmp_path / "scores.top.html").set_index("id")["known"]
+    assert shown_marks.dropna().to_dict() == expected
     with Image.open(tmp_path / "scores.known.png") as picture:
         assert picture.width > 600
-    # Without the list what it has left is of other scores.
-    table[:30].to_parquet(tmp_path / "field.parquet")
+
+
+def test_what_known_lenses_do_not_tell_is_said(
+    home: Path, field: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lenses, out = tmp_path / "lenses.csv", tmp_path / "scores.csv"
+    arguments = command(home, field, out)
+    known = [*arguments, "--known", str(lenses)]
+    LENSES.to_csv(lenses, index=False)
+    assert main(known) == 0
+    picture = tmp_path / "scores.known.png"
+    assert picture.exists()
+    listed = pd.read_csv(tmp_path / "scores.known.csv").assign(checked="mine")
+    listed.to_csv(tmp_path / "scores.known.csv", index=False)
+    # Without the list what it has left is of other scores; what was added is kept.
+    pd.read_parquet(field)[:30].to_parquet(field)
     assert main(arguments) == 0
     assert f"{tmp_path}/scores.known.csv: is of former scores" in capsys.readouterr().out
-    (tmp_path / "lenses.csv").write_text("name,ra,dec\nfar,200,50\n")
-    assert main([*arguments, *known, "--top", "3"]) == 0
-    assert "0 of 1 known lenses have a cutout" in capsys.readouterr().out
-    assert not (tmp_path / "scores.known.png").exists()
+    LENSES[-1:].to_csv(lenses, index=False)
+    assert main(known) == 0
+    said = capsys.readouterr()
+    assert "the model has learnt from all of them" in said.out
+    assert "columns that it will not have (checked): as it was it is kept" in said.err
+    assert pd.read_csv(tmp_path / "scores.known.csv.before")["checked"].tolist() == ["mine"] * 5
+    assert not picture.exists()
+    LENSES[4:5].to_csv(lenses, index=False)
+    assert main([*known, "--top", "3"]) == 0
+    assert "0 of 1 known lenses have a cutout; 0 more" in capsys.readouterr().out
     assert "known" not in pd.read_csv(tmp_path / "scores.top.csv")
-    (tmp_path / "lenses.csv").write_text("name,ra,dec\nlearnt,11,-1.5\n")
-    assert main([*arguments, *known]) == 0
-    assert "the model has learnt from all of them" in capsys.readouterr().out
-    (tmp_path / "lenses.csv").write_text("name,ra\nfar,200\n")
-    assert main([*arguments, *known]) == 2
-    assert "lenses.csv: column dec (degrees) is missing" in capsys.readouterr().err
+    for name in ("scores.known.csv", "scores.top.csv"):
+        assert main([*arguments, "--known", str(tmp_path / name)]) == 2
+        assert f"{tmp_path / name} is the list of known lenses; name" in capsys.readouterr().err
+    assert main([*command(home, tmp_path / "scores.top.csv", out), "--top", "1"]) == 2
+    assert "scores.top.csv is the catalogue; name another file" in capsys.readouterr().err
+    pd.read_parquet(field).rename(columns={"ra": "RAJ2000", "dec": "DEJ2000"}).to_parquet(field)
+    assert main(known) == 2
+    assert (
+        "field.parquet: column ra (degrees) is missing: RAJ2000, DEJ2000" in capsys.readouterr().err
+    )

@@ -195,7 +195,7 @@ def test_an_out_may_have_any_name_but_the_catalogues(
     assert main(command(home, catalogue, tmp_path / "part-000000.parquet")) == 0
     assert pd.read_parquet(tmp_path / "part-000000.parquet")["probability"].notna().all()
     assert main(command(home, catalogue, catalogue)) == 2
-    assert f"--out {catalogue}: is the catalogue" in capsys.readouterr().err
+    assert f"--out {catalogue}: {catalogue} is the catalogue" in capsys.readouterr().err
     pd.testing.assert_frame_equal(pd.read_parquet(catalogue), table)
     assert main(command(home, catalogue, Path("s3://bucket/scores.parquet"))) == 2
     assert "scores.parquet is a URL; name a place on this machine" in capsys.readouterr().err
@@ -234,7 +234,7 @@ def test_what_somebody_has_added_to_scores_is_kept(
             assert path.with_name(f"{path.name}.before").read_bytes() == content
             assert "grade" not in pd.read_csv(path)
     assert f"{out} holds other values: as it was it is kept as {out}.before" in caplog.text
-    assert f"{best} has columns of yours: as it was it is kept as {best}.before" in caplog.text
+    assert f"{best} has columns that it will not have (grade): as it was it is kept" in caplog.text
     first = out.read_bytes()
     best.write_bytes("rang;id;Güte\n1;a;gut\n".encode("latin-1"))  # as a spreadsheet may leave it
     assert main(predict) == 0
