@@ -226,9 +226,13 @@ def test_an_enlarged_candidate_is_graded_and_leads_to_its_place_on_the_sky(
 
 def test_an_enlarged_candidate_has_all_that_is_known_of_it(page: Page, tmp_path: Path) -> None:
     table = candidates(IDS[:2]).assign(
-        known=[None, "Cosmic <b>Horseshoe"], std=[0.123456, np.nan], bytes=[3, 4], magnitude=np.inf
+        known=[None, "Cosmic <b>Horseshoe"],
+        std=[0.12345678912, np.nan],
+        bytes=[3, 4],
+        magnitude=np.inf,
     )
     table["corner"] = [[1, 2], None]
+    table["gaia"] = [2719282938293829384, 7]
     text = inspection_page("a", "", table, images(2), "background_sigma", list("gri"))
     (tmp_path / "a.html").write_text(text, "utf-8")
     page.goto((tmp_path / "a.html").as_uri())
@@ -239,11 +243,17 @@ def test_an_enlarged_candidate_has_all_that_is_known_of_it(page: Page, tmp_path:
     rows = page.locator("dialog dl div")
     found = {tuple(row.inner_text().split()) for row in rows.all()}
     assert found == {
-        *(("std", "0.1235"), ("bytes", "3"), ("magnitude", "inf"), ("corner", "[1,", "2]"))
+        *(
+            ("std", "0.12345679"),
+            ("gaia", "2719282938293829384"),
+            ("bytes", "3"),
+            ("magnitude", "inf"),
+            ("corner", "[1,", "2]"),
+        )
     }
     page.keyboard.press("ArrowRight")
     found = {tuple(row.inner_text().split()) for row in rows.all()}
-    assert found == {("bytes", "4"), ("magnitude", "inf")}
+    assert found == {("bytes", "4"), ("magnitude", "inf"), ("gaia", "7")}
 
 
 def test_an_id_is_text(page: Page, tmp_path: Path) -> None:
