@@ -45,15 +45,17 @@ def show_known(
     has several times, and is shown by one cutout, is one lens.
 
     Columns: `known`, its names; `rank`, the number of cutouts with its score or a higher one;
-    `known_separation`, from the nearest cutout (arcsec); `learnt_from`, whether the members have
-    trained or validated on the group of one of its cutouts; what the list says, as `known_ra` and
-    so on; then the columns of the scores, where there is a cutout. The highest-scored come first.
+    `known_separation` (arcsec), from its cutout or else the nearest one; `learnt_from`, whether the
+    members have trained or validated on the group of one of its cutouts; what the list says, as
+    `known_ra` and so on; then the columns of the scores, where there is a cutout. The
+    highest-scored come first.
     """
     lenses, names = _in_field(known, rows, seen)
     shown = lenses[lenses["shown"]]
     said = known.drop(columns="name").iloc[lenses["lens"]].add_prefix("known_")
     table = lenses[["known", "rank", "known_separation", "learnt_from"]]
-    table = table.join(said.reset_index(drop=True)).astype({"rank": "Int64"})
+    said = said.drop(columns=[*table], errors="ignore").reset_index(drop=True)
+    table = table.join(said).astype({"rank": "Int64"})
     scores = rows.table(shown["row"].to_numpy())
     table = table.join(scores.drop(columns=[*table, FINGERPRINT], errors="ignore"))
     listed, picture = files_of_known(out)
