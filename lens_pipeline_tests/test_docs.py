@@ -60,6 +60,23 @@ def test_the_code_that_trains_runs(
     assert found["system"].trainer.current_epoch == 1
 
 
+def test_the_code_that_averages_grades_runs(tmp_path: Path) -> None:
+    section = (ROOT / "docs" / "scoring.md").read_text().partition("Several people can each")[2]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert code is not None
+    (tmp_path / "grades").mkdir()
+    for name, rows in {
+        "anna": "007,1,A\nJ1,0,X\nJ2,,C\nJ3,1,B\n",
+        "ben": "007,1,B\nJ1,,C\nJ2,1,B\n",
+    }.items():
+        (tmp_path / "grades" / f"{name}.csv").write_text(f"id,label,grade\n{rows}")
+    exec(code[1].replace("/survey", str(tmp_path)), {})
+    graded = pd.read_csv(tmp_path / "scores.graded.csv", dtype={"id": str}).set_index("id")
+    assert graded["points"].to_dict() == {"007": 2.5, "J1": 0.5, "J2": 1.5, "J3": 2}
+    assert graded["label"].dropna().to_dict() == {"007": 1, "J1": 0, "J3": 1}
+    assert graded["n"].to_dict() == {"007": 2, "J1": 2, "J2": 2, "J3": 1}
+
+
 def test_the_code_that_adds_what_was_graded_runs(simulated_catalogue: Path, tmp_path: Path) -> None:
     section = (ROOT / "docs" / "scoring.md").read_text().partition("## Train on what was graded")[2]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)
