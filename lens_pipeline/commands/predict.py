@@ -24,14 +24,16 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=local_path, required=True, help="scores, .parquet or .csv")
     parser.add_argument(
         "--model",
-        help="models:/lens_ensemble@alias or /version [champion, else the newest challenger]",
+        help="models:/lens_ensemble@ALIAS or models:/lens_ensemble/VERSION "
+        "[champion, else the newest challenger]",
     )
     parser.add_argument(
         "--top",
         type=int,
         default=0,
         metavar="N",
-        help="list the N highest-scored, too, with a page to grade them on, a thousand at most",
+        help="list the N highest-scored, too, and show the first thousand of them on a page to "
+        "grade them on",
     )
     parser.add_argument(
         "--known",

@@ -75,7 +75,7 @@ def _is_file(start: str) -> bool:
 def _bounded(default: Any, description: str, **bounds: Any) -> Any:
     """A field whose description ends with its bounds, which are as pydantic takes them."""
     return Field(
-        default=default, description=f"{description.rstrip('.')}, {within(bounds)}.", **bounds
+        default=default, description=f"{description.rstrip('.')} ({within(bounds)}).", **bounds
     )
 
 
@@ -277,8 +277,8 @@ class DataSection(_Section):
         default=1.0,
         gt=0,
         le=1,
-        description="The fraction of the training groups to train on, drawn by the seed: members "
-        "that shall differ need other seeds (`@1`, `@2`)",
+        description="The fraction of the training groups to train on, drawn by the seed: networks "
+        "that shall differ need other seeds",
     )
 
 
