@@ -15,7 +15,7 @@ import filelock
 import numpy as np
 import pyarrow as pa
 
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import FULL, InputError
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import LOCKS
 
@@ -92,7 +92,9 @@ class CacheFolder:
             locks.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except OSError as problem:
-            raise InputError(f"{path}: cannot be locked ({_reason(problem)})") from None
+            raise InputError(
+                f"{path}: cannot be locked ({_reason(problem)}); name another cache_dir"
+            ) from None
         try:
             yield
         finally:
@@ -118,7 +120,7 @@ class CacheFolder:
 
     def write(self, path: Path, content: bytes | bytearray, source: str) -> memoryview:
         """Write a file where there is `room`, whole or not at all, and map it. Raises InputError,
-        naming the source, where the disk is full."""
+        naming the source, where it cannot be written."""
         aside = self.path / ".incoming"
         try:
             aside.unlink(missing_ok=True)  # of a process that was killed
@@ -129,9 +131,10 @@ class CacheFolder:
             path.parent.mkdir(exist_ok=True)
             aside.replace(path)
         except OSError as problem:
+            full = "make room there, or lower LENS_CACHE_GB (cache_gb)"
+            way_out = full if problem.errno in FULL else "name another cache_dir"
             raise InputError(
-                f"{source}: cannot be kept at {path} ({_reason(problem)}); make room there, or "
-                "lower LENS_CACHE_GB (cache_gb)"
+                f"{source}: cannot be kept at {path} ({_reason(problem)}); {way_out}"
             ) from None
         finally:
             aside.unlink(missing_ok=True)

@@ -6,11 +6,9 @@ copied since is in another, and is read again.
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from fsspec.implementations.local import LocalFileSystem
 
@@ -29,7 +27,7 @@ _kept: dict[Path, dict[str, Any]] = {}  # of folders where no record may be writ
 
 
 class CheckedFolder:
-    """every_byte: read what is known, too."""
+    """What its block finds whole is known from then on. every_byte: read what is known, too."""
 
     def __init__(self, folder: Path, every_byte: bool = False) -> None:
         self.folder, self.every_byte = folder, every_byte
@@ -57,7 +55,7 @@ class CheckedFolder:
         checksums = Checksums.of(path) if path.is_file() else None
         if checksums is None or checksums.sha256 != listed.sha256:
             wrong = difference(_LOCAL, str(path), listed) or "changes while it is read"
-            raise not_as_listed(path, wrong)
+            raise _not_as_listed(path, wrong)
         self._found[listed.name] = {"state": state, **asdict(checksums)}
         return checksums
 
@@ -65,7 +63,7 @@ class CheckedFolder:
         """Raises InputError where a file is not what the manifest lists."""
         wrong = self.difference(listed)
         if wrong:
-            raise not_as_listed(self.folder / listed.name, wrong)
+            raise _not_as_listed(self.folder / listed.name, wrong)
 
     def _of(self, listed: Listed) -> dict[str, Any] | None:
         """What is known of a file in its present state."""
@@ -83,8 +81,11 @@ class CheckedFolder:
             time.sleep(TICK - age)
         return state if state == _state(path) else None
 
-    def keep(self) -> None:
-        """Write down what was found whole."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Writes down what was found whole, however the block ends."""
         if not self._found:
             return
         known = _recorded(self.folder) | self._found
@@ -94,17 +95,7 @@ class CheckedFolder:
             _kept[self.folder.absolute()] = known
 
 
-@contextmanager
-def checked_folder(folder: Path, every_byte: bool = False) -> Iterator[CheckedFolder]:
-    """Keeps what its block has found, however it ends."""
-    checked = CheckedFolder(folder, every_byte)
-    try:
-        yield checked
-    finally:
-        checked.keep()
-
-
-def not_as_listed(path: Path, wrong: str) -> InputError:
+def _not_as_listed(path: Path, wrong: str) -> InputError:
     return InputError(f"{path}: {wrong}; write the shards again")
 
 

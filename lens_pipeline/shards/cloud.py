@@ -16,7 +16,7 @@ from typing import Any
 
 from lens_pipeline.errors import InputError, first_of
 from lens_pipeline.locations import publishable
-from lens_pipeline.shards.checked import CheckedFolder, checked_folder
+from lens_pipeline.shards.checked import CheckedFolder
 from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest
 from lens_pipeline.shards.patience import StoreError
 from lens_pipeline.shards.store import Store, read_manifest
@@ -129,10 +129,10 @@ class _Copies:
 def _compared(
     shards: Path, place: Store, every_byte: bool = False, states: Mapping[str, str] | None = None
 ) -> Iterator[_Copies]:
-    with checked_folder(shards, every_byte) as here, ExitStack() as stack:
+    with CheckedFolder(shards, every_byte) as here, ExitStack() as stack:
         there = None
         if place.is_local:
-            there = stack.enter_context(checked_folder(Path(place.root), every_byte))
+            there = stack.enter_context(CheckedFolder(Path(place.root), every_byte))
         yield _Copies(here, place, there, states or {})
 
 

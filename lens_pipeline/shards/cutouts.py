@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
-from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import ArrayLike, NDArray
 
 from lens_pipeline.catalogue.build import LIBRARIES, build_dataset
@@ -33,7 +32,6 @@ from lens_pipeline.shards.reader import FetchedSplit, ShardSplit, shards_at
 from lens_pipeline.shards.store import Store
 from lens_pipeline.shards.versions import version_at
 from lens_pipeline.steps import Recipe, check_unchanged, last_used, run_step
-from lens_pipeline.storage import locate
 
 log = logging.getLogger(__name__)
 
@@ -95,22 +93,19 @@ def fetched(split: Split) -> FetchedSplit | None:
     return whole if isinstance(whole, FetchedSplit) else None
 
 
-def cut_to(form: CutoutFormat, size: int | None, name: str) -> CutoutFormat:
-    """The format with another size, if one is asked for. Raises InputError for a larger one."""
-    if size is not None and size < 1:
-        raise InputError(f"image_size {size}: at least 1 is needed")
-    if size is not None and size > form.image_size:
-        raise InputError(
-            f"image_size {size}: the cutouts of {name} have {form.image_size} pixels; leave it out "
-            "(a network resizes them for itself), or make them larger: LENS_IMAGE_SIZE"
-        )
-    return replace(form, image_size=size or form.image_size)
-
-
 def cropped(cutouts: Cutouts, size: int | None, name: str) -> Cutouts:
     """The cutouts, cut to `size` if one is asked for. Raises InputError where they are smaller."""
-    form = cut_to(cutouts.format, size, name)
-    return cutouts if form == cutouts.format else Cropped(cutouts, form.image_size)
+    own = cutouts.format.image_size
+    if size is None or size == own:
+        return cutouts
+    if size < 1:
+        raise InputError(f"image_size {size}: at least 1 is needed")
+    if size > own:
+        raise InputError(
+            f"image_size {size}: the cutouts of {name} have {own} pixels; leave it out "
+            "(a network resizes them for itself), or make them larger: LENS_IMAGE_SIZE"
+        )
+    return Cropped(cutouts, size)
 
 
 def open_cutouts(
@@ -136,12 +131,12 @@ def open_cutouts(
     options = dict(storage_options if storage_options is not None else settings.storage_options)
     named = absolute(str(location)) if location is not None else str(newest_shards(settings.home))
     place = version_at(named, options)
-    shards = shards_at(Store(place, options), cache, cache_gb)
+    store = Store(place, options)
+    shards = shards_at(store, cache, cache_gb)
     if shards is not None:
         return cropped(shards, image_size, place)
-    filesystem, inside = locate(place, options)
-    if isinstance(filesystem, LocalFileSystem) and Path(inside, "dataset.json").is_file():
-        return cropped(open_dataset(inside), image_size, place)
+    if store.is_local and Path(store.root, "dataset.json").is_file():
+        return cropped(open_dataset(store.root), image_size, place)
     return _processed(place, image_size or IMAGE_SIZE, cache, options, settings)
 
 

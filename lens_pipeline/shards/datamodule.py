@@ -212,7 +212,7 @@ class LensDataModule(CutoutModule):
     """Batches of the cutouts in a folder or at a URL: shards, a processed dataset, a catalogue.
 
     data_root, image_size, cache_dir, cache_gb, storage_options: see `open_cutouts`; num_workers: 0
-    gathers in the training process, for a GPU one batch ahead; pin_memory: by default where there
+    gathers in the training process, for a GPU two batches ahead; pin_memory: by default where there
     is a GPU; persistent_workers, prefetch_factor: torch's, of workers. Raises InputError where the
     cutouts are not whole.
 

@@ -18,27 +18,20 @@ from lens_pipeline.shards.memory import ShardContent
 from lens_pipeline.shards.store import Store
 from lens_pipeline.shards.transfers import ahead_of, at_a_time
 
-IN_MEMORY = GB  # bytes of shards that are kept where no folder may be
+KEPT_IN_MEMORY = GB  # bytes of shards that are kept where no folder may be
 
 _LOCAL = LocalFileSystem()
 _verified: set[tuple[int, ...]] = set()  # files whose sha256 has been checked by this process
 
 
-def local_difference(path: Path, listed: Listed) -> str | None:
-    """How a local file differs from what the manifest lists.
-
-    Size always; sha256 once a process for each (inode, size, time of change).
-    """
-    state: tuple[int, ...] = ()
-    with suppress(FileNotFoundError):
-        stat = path.stat()
-        state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if state in _verified:
-            return None
-    wrong = difference(_LOCAL, str(path), listed)
-    if wrong is None:
+def _is_whole(path: Path, listed: Listed) -> bool:
+    """Whether a local file is what the manifest lists; its sha256 is read once a process for each
+    (inode, size, time of change). Raises FileNotFoundError where there is none."""
+    stat = path.stat()
+    state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    if state not in _verified and difference(_LOCAL, str(path), listed) is None:
         _verified.add(state)
-    return wrong
+    return state in _verified
 
 
 class Fetched(ABC):
@@ -143,7 +136,7 @@ class ShardCache(Fetched):
     def _kept(self, listed: Listed) -> memoryview:
         path = self.folder / listed.name
         with suppress(InputError, FileNotFoundError):  # another process may just be making room
-            if local_difference(path, listed) is None:
+            if _is_whole(path, listed):
                 return self.cache.open(path, listed.bytes)
         content = self.store.listed(listed)
         needed = frozenset(self.folder / name for name in self._needed())
@@ -167,7 +160,7 @@ class ShardMemory(Fetched):
         self, url: str, manifest: Manifest, storage_options: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__(url, manifest, storage_options)
-        self.bound = max(IN_MEMORY, 4 * self.largest.bytes)
+        self.bound = max(KEPT_IN_MEMORY, 4 * self.largest.bytes)
         self._locks = {name: threading.Lock() for name in self.listed}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -253,9 +246,9 @@ class Ahead:
             yield name
 
     def _bring(self, name: str) -> int:
-        with self.fetched._lock(name):
+        with suppress(InputError), self.fetched._lock(name):  # nor can lock it who asks for it
             try:
                 return len(self.fetched._brought(name).view)
             except Exception as problem:  # noqa: BLE001 - told when the file is asked for
                 self.failed[name] = problem
-                return 0
+        return 0

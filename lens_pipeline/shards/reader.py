@@ -22,7 +22,7 @@ from lens_pipeline.catalogue.splits import check_part
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards.cache import CacheFolder, mapped
-from lens_pipeline.shards.checked import checked_folder
+from lens_pipeline.shards.checked import CheckedFolder
 from lens_pipeline.shards.encoding import Encoding
 from lens_pipeline.shards.fetched import Ahead, Fetched, ShardCache, ShardMemory
 from lens_pipeline.shards.manifest import INDEX, Manifest
@@ -246,7 +246,7 @@ def shards_at(store: Store, cache: Path | None, cache_gb: float | None) -> Shard
         return None
     if store.is_local:
         folder = Path(store.root)
-        with checked_folder(folder, every_byte=Settings.load().verify) as checked:
+        with CheckedFolder(folder, every_byte=Settings.load().verify) as checked:
             for listed in manifest.files:
                 checked.require(listed)
         return Shards(folder, manifest)

@@ -109,13 +109,14 @@ class EpochBatches(DistributedSampler[list[int]]):
         if not self.shuffle:
             if 0 < self.n < self.ranks:  # a rank without a batch would not meet the others
                 raise InputError(
-                    f"a split of {self.n} cutouts is too small for {self.ranks} processes"
+                    f"a split of {self.n} cutouts is too small for {self.ranks} processes; "
+                    "use fewer"
                 )
             return math.ceil(len(range(self.rank, self.n, self.ranks)) / self.batch_size)
         if self.n < SMALLEST * self.ranks:
             raise InputError(
                 f"train: {self.n} cutouts are too few to train on; each of {self.ranks} processes "
-                f"needs {SMALLEST}"
+                f"needs {SMALLEST}; use fewer processes, or more cutouts"
             )
         whole, left = divmod(self.n, self.batch_size * self.ranks)
         return whole + (left >= SMALLEST * self.ranks)

@@ -30,7 +30,7 @@ from lens_pipeline.shards.checksums import PART, Checksums
 from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest, difference
 from lens_pipeline.shards.patience import RefusedError, code_of, is_precondition, patiently
 from lens_pipeline.steps import file_aside, write_aside
-from lens_pipeline.storage import locate, state_of
+from lens_pipeline.storage import blames_the_request, locate, state_of
 
 T = TypeVar("T")
 BEHIND_THE_END = ("InvalidRange", "416")
@@ -333,7 +333,16 @@ class Store:
         )
 
     def _info(self, name: str) -> dict[str, Any]:
-        return dict(self.filesystem.info(self.at(name)))
+        try:
+            return dict(self.filesystem.info(self.at(name)))
+        except FileNotFoundError as problem:
+            # Of a web server fsspec says so whatever it has answered.
+            cause = problem.__cause__ if self._protocol in ("http", "https") else None
+            if not isinstance(cause, Exception) or isinstance(cause, FileNotFoundError):
+                raise
+            if blames_the_request(cause):
+                raise
+            raise cause from None
 
     def _again(self, request: Callable[[], T], name: str, refused: str = "may not be read") -> T:
         return patiently(request, self.url, name, refused, local=self.is_local)

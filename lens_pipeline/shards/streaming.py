@@ -4,7 +4,7 @@ on the disk."""
 import posixpath
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -95,9 +95,9 @@ class TarStream(IterableDataset[dict[str, Tensor]]):
     decoder: ImageDecoder
     batch_size: int
     shuffle: bool
-    seed: int = 0
-    buffer: int = 1000
-    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int
+    buffer: int
+    storage_options: Mapping[str, Any]
 
     def __post_init__(self) -> None:
         # Epoch, rank, ranks: workers see them change, and do not know them by themselves.

@@ -10,7 +10,7 @@ import numpy as np
 from lens_pipeline.errors import InputError, NoAnswerError, first_of
 from lens_pipeline.progress import progress_bar
 from lens_pipeline.settings import Settings
-from lens_pipeline.shards.checked import checked_folder
+from lens_pipeline.shards.checked import CheckedFolder
 from lens_pipeline.shards.manifest import INDEX, Listed, Manifest, Shard
 from lens_pipeline.shards.patience import RefusedError
 from lens_pipeline.shards.store import Store, read_manifest
@@ -39,7 +39,7 @@ def verify_shards(
     except InputError as problem:
         return [str(problem)]
     if store.is_local and not every_byte:
-        with checked_folder(Path(store.root)) as checked:
+        with CheckedFolder(Path(store.root)) as checked:
             return list(_problems(store, manifest, checked.difference))
     return list(_problems(store, manifest, store.difference))
 

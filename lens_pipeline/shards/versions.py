@@ -77,12 +77,11 @@ def version_at(url: str, storage_options: Mapping[str, Any] | None = None, *name
 
 
 def published_at(url: str, storage_options: Mapping[str, Any] | None = None) -> str | None:
-    """The URL of the newest version at a URL; the URL itself where a manifest lies there; None
-    where there is neither."""
-    newest = newest_version(url, storage_options)
-    if newest is None and Store(url, storage_options).read(MANIFEST) is not None:
-        return url
-    return newest
+    """See `version_at`; None where there is neither a version nor a manifest."""
+    place = version_at(url, storage_options)
+    if place == url and Store(url, storage_options).read(MANIFEST) is None:
+        return None
+    return place
 
 
 def published_version(url: str, storage_options: Mapping[str, Any] | None = None) -> str:
@@ -96,4 +95,10 @@ def published_version(url: str, storage_options: Mapping[str, Any] | None = None
 def is_published(url: str, storage_options: Mapping[str, Any] | None = None) -> bool:
     """Whether shards are published at a URL, even by a `latest.json` that is damaged."""
     store = Store(url, storage_options)
-    return any(store.read(name) is not None for name in (LATEST, MANIFEST))
+    try:
+        return any(store.read(name) is not None for name in (LATEST, MANIFEST))
+    except RefusedError:  # see `version_at`
+        with suppress(RefusedError):
+            if store.read(MANIFEST) is not None:
+                return True
+        raise

@@ -1,7 +1,11 @@
 """Stores that refuse: what is told of them, and what works with fewer rights."""
 
 import os
+import threading
 import time
+from collections import Counter
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,13 @@ from lens_pipeline import LensDataModule, LensWebDatasetDataModule
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards import open_shards, patience, publish_shards
 from lens_pipeline.shards.patience import RefusedError
-from lens_pipeline.shards.versions import newest_version
+from lens_pipeline.shards.store import Store
+from lens_pipeline.shards.versions import (
+    is_published,
+    newest_version,
+    published_at,
+    version_at,
+)
 from lens_pipeline_tests.object_stores import S3Server, sign_in
 from lens_pipeline_tests.shards.published import Proxies, publish_versions
 
@@ -96,9 +106,43 @@ def test_cloud_is_read_by_who_may_not_list(
     assert data.content == version
     tars = LensWebDatasetDataModule(val_urls=f"{url}/val-000000.tar", storage_options=options)
     assert len(tars.split("val")) == len(open_shards(shards_folder).split("val"))
+    proxy.every(1, status=403, code="AccessDenied", only="list-type|latest")
+    of_version = f"{url}/{version}"
+    assert published_at(of_version, options) == version_at(of_version, options) == of_version
+    assert is_published(of_version, options)
     proxy.every(1, status=403, code="AccessDenied", only="lenses/(manifest|latest)")
     with pytest.raises(RefusedError, match=r"lenses/manifest\.json: may not be read"):
         LensDataModule(url, storage_options=options).format  # noqa: B018
+
+
+def test_a_web_server_that_is_unwell_for_a_moment_is_asked_again(
+    shards_folder: Path, tmp_path: Path
+) -> None:
+    """fsspec says of any answer but a good one that there is no such file."""
+    asked: Counter[str] = Counter()
+
+    class Unwell(SimpleHTTPRequestHandler):
+        def send_head(self) -> Any:
+            asked[f"{self.command} {self.path}"] += 1
+            if self.path.endswith(".tar") and asked[f"{self.command} {self.path}"] == 1:
+                self.send_error(503)
+                return None
+            return super().send_head()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    (tar,) = shards_folder.glob("val-*.tar")
+    (tmp_path / "a.tar").write_bytes(tar.read_bytes())
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Unwell, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        store = Store(f"http://127.0.0.1:{server.server_port}")
+        about = store.about("a.tar")
+        assert about is not None
+        assert about["size"] == tar.stat().st_size
+        assert store.about("b.tar") is None
+        server.shutdown()
+    assert asked["HEAD /a.tar"] > 1
 
 
 def test_cloud_without_conditional_puts_is_published_to(
