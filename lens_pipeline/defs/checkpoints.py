@@ -233,6 +233,8 @@ def _record(
     dagster_run: str,
 ) -> str:
     """The finished MLflow run of a checkpoint: that of its training, or one made from its files."""
+    from lens_pipeline.training.member import SETTINGS
+
     run = tracking.find_run(step.key)
     tags = _tags(upstream, member, dagster_run)
     run_id = run.info.run_id if run else tracking.start_run(member.name, step.key, tags)
@@ -240,7 +242,7 @@ def _record(
         run_id,
         trained.config.model_dump(),
         curves=trained.curves,
-        artifacts=(picture, trained.folder / "settings.yaml"),
+        artifacts=(picture, trained.folder / SETTINGS),
     )
     return run_id
 

@@ -19,7 +19,7 @@ from lens_pipeline.models.system import LensClassifier, LitLensSystem, check_cho
 
 class LitEnsembleSystem(LensClassifier):
     """Networks that see the same batches; the loss is the mean of theirs, and so each learns as it
-    would alone.
+    would alone (but for `training.gradient_clip`, which bounds the gradient of all together).
 
     Input and output: as of `LitLensSystem`; the logit is the mean of the members'.
     architectures: members as in LENS_ARCHS; ensemble_strategy: `mean` or

@@ -165,6 +165,17 @@ class LensClassifier(pl.LightningModule):
         # where a schedule asks for the number of steps, that is before it reads the checkpoint.
         self.trainer.fit_loop._load_combined_loader_states()
 
+    # Of an epoch that was cut short, by an interruption, say. One that goes on begins with none of
+    # these, and keeps what its checkpoint has brought.
+    def on_train_epoch_start(self) -> None:
+        self._metrics("train").reset()
+
+    def on_validation_epoch_start(self) -> None:
+        self._metrics("val").reset()
+
+    def on_test_epoch_start(self) -> None:
+        self._metrics("test").reset()
+
     def on_train_epoch_end(self) -> None:
         self._check_all_batches_came()
         self._tell("train")
@@ -221,7 +232,7 @@ class LensClassifier(pl.LightningModule):
                     "the checkpoint holds the optimiser of an earlier version of lens_pipeline; "
                     "begin a new training, which may start from its weights"
                 )
-        if METRIC_STATE in checkpoint and self.global_rank == 0:
+        if METRIC_STATE in checkpoint and fitting and self.global_rank == 0:
             self._metrics("train").restore(checkpoint[METRIC_STATE])
 
     def setup(self, stage: str) -> None:

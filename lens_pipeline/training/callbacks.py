@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class StepSeeds(Callback):
-    """Dropout and augmentation of a step follow from (seed, step, rank) alone.
+    """Dropout and augmentation of a batch follow from (seed, batch, rank) alone.
 
     So a training that goes on after a kill draws what an undisturbed one would.
     """
@@ -96,6 +96,9 @@ class FiniteLoss(Callback):
         self.monitor = monitor
         self.waiting: tuple[Tensor, torch.cuda.Event | None, dict[str, Tensor], int] | None = None
         self._steps = self._step_ended = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._steps = trainer.global_step  # of a training that goes on
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, n: int

@@ -180,7 +180,10 @@ class RenamedCheckpoints(TorchCheckpointIO):
         self._asked: deque[Future[None]] = deque()
 
     def teardown(self) -> None:
-        self._wait_for_all_but(0)
+        try:
+            self._wait_for_all_but(0)
+        finally:
+            self._asked.clear()  # what has failed has for all that follow, and is told once
 
     def remove_checkpoint(self, path: Any) -> None:
         self._ask(super().remove_checkpoint, path)

@@ -368,7 +368,8 @@ class TrainConfig(_Section):
             f"{section}.{name} ({before!r}, now {value!r})"
             for section, fields in now.of_weights.items()
             for name, value in fields.items()
-            if (before := self.of_weights[section][name]) != value
+            # A limit of 1 is one batch, and of 1.0 all of them.
+            if ((before := self.of_weights[section][name]), type(before)) != (value, type(value))
             and (section, name) != ("model", "pretrained")
         ]
 

@@ -96,7 +96,9 @@ class SearchSpace:
                 f"{source}: {of_the_loss[0]}: with it val/loss means another thing in each trial; "
                 "set training.monitor to another metric"
             )
-        if base.training.limit_val_batches and "training.batch_size" in self.settings:
+        limit = base.training.limit_val_batches
+        all_of_them = limit is None or (isinstance(limit, float) and limit == 1)
+        if not all_of_them and "training.batch_size" in self.settings:
             raise InputError(
                 f"{source}: training.batch_size: with training.limit_val_batches each trial would "
                 "be judged by other cutouts; leave one of them out"

@@ -47,7 +47,7 @@ class TunedStudy:
     @property
     def ranked(self) -> pd.DataFrame:
         """The trials, the completed ones first, the best of them at the top; of equal values, that
-        with the lower loss, or the earlier, where the loss is not the same function in all."""
+        with the lower loss, or the earlier, where the trials may have losses of several kinds."""
         return ranked(self.trials, self.base.training.monitor == "val/loss")
 
     @property
@@ -61,9 +61,10 @@ class TunedStudy:
         """The best trial's values of what the trials change, {section: {field: value}}, as
         LENS_TRAINING takes them: without the architecture, which LENS_ARCHS names. Nothing where
         no trial has been completed."""
-        if self.best is None:
+        best = self.best
+        if best is None:
             return {}
-        values = self.trained(int(self.best["number"])).config.model_dump(mode="json")
+        values = self.trained(int(best["number"])).config.model_dump(mode="json")
         return {
             section: {name: values[section][name] for name in fields if name != "arch"}
             for section, fields in read_yaml(self.folder / SPACE).items()
@@ -77,8 +78,9 @@ class TunedStudy:
 def ranked(trials: pd.DataFrame, lowest: bool) -> pd.DataFrame:
     """See `TunedStudy.ranked`. lowest: whether a lower value is the better one."""
     by = {"value": lowest}
-    of_the_loss = trials.columns[trials.columns.isin(OF_THE_LOSS)]
-    if (trials[of_the_loss].nunique() < 2).all():
+    # Whatever those so far have drawn: with another trial the best must not become one whose
+    # weights are gone.
+    if not trials.columns.isin(OF_THE_LOSS).any():
         by[LOSS] = True
     found = trials.sort_values([*by], ascending=[*by.values()], kind="stable")
     return found.sort_values("state", key=lambda s: s != "complete", kind="stable")

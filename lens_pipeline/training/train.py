@@ -82,7 +82,8 @@ def train(
     if config.hardware.devices == 1:
         # Whatever Slurm, say, calls this process: it is all of its training.
         rank_zero_only.rank = 0  # type: ignore[attr-defined]
-    config, going_on = _begin(config, data, out)
+    with telling_of_a_full_disk(out):
+        config, going_on = _begin(config, data, out)
     trial = config.training.fast_dev_run
     if (out / SCORES).exists() and not trial:
         if not (out / BEST).exists():
@@ -93,6 +94,9 @@ def train(
         log.info("  %s holds this training with its scores: nothing is trained again", out)
         (out / FITTED).unlink(missing_ok=True)  # of a process that was killed just there
         return TrainedMember(out)
+    if going_on is None and not trial and not (out / FITTED).exists():
+        # Of a process that was killed before there was anything to go on from.
+        shutil.rmtree(out / TOP, ignore_errors=True)
     while trial or not (out / FITTED).exists():
         try:
             _fit(config, data, out, going_on, loggers, callbacks, system_type)
@@ -120,7 +124,8 @@ def train(
             shutil.rmtree(out / TOP, ignore_errors=True)
         gc.collect()  # a trainer and its system know each other
         torch.cuda.empty_cache()
-        config, going_on = _begin(config, data, out)
+        with telling_of_a_full_disk(out):
+            config, going_on = _begin(config, data, out)
     if rank_zero_only.rank == 0 and not trial:  # type: ignore[attr-defined]
         try:
             with telling_of_a_full_disk(out):
@@ -221,8 +226,9 @@ def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> tuple[TrainCon
                     "bit, those of a training on either alone",
                     *(there, here),
                 )
-    write_aside(out / INPUTS, json.dumps(inputs | {COMPUTED_ON: here}, indent=1))
-    write_aside(out / SETTINGS, config.yaml)
+    if not (out / SCORES).exists():  # else nothing is computed here, nor by these settings
+        write_aside(out / INPUTS, json.dumps(inputs | {COMPUTED_ON: here}, indent=1))
+        write_aside(out / SETTINGS, config.yaml)
     return config, last if last.exists() else None
 
 
@@ -235,7 +241,13 @@ def deciding_metric(config: TrainConfig, data: CutoutModule) -> str:
     labels = data.split("val").labels
     if limit is not None:
         at_once = config.training.batch_size * config.hardware.devices
-        labels = labels[: limited(math.ceil(len(labels) / at_once), limit) * at_once]
+        n_batches = math.ceil(len(labels) / at_once)
+        if limited(n_batches, limit) == 0:
+            raise InputError(
+                f"training.limit_val_batches {limit}: of {n_batches} batches that is none; give a "
+                "larger one, or a number of batches"
+            )
+        labels = labels[: limited(n_batches, limit) * at_once]
     n_nonlens = int((labels == 0).sum())
     if metric in RANKED and n_nonlens in (0, len(labels)) and not config.training.fast_dev_run:
         among = "" if limit is None else f"within training.limit_val_batches {limit}, "
@@ -284,7 +296,8 @@ def _fit(
     # Behind the others, whose state it keeps.
     last = LastCheckpoint(out / LAST, how.save_every_n_steps, best, files)
     chosen = [*chosen_callbacks(config, monitor, mode, callbacks, curves), best]
-    into_files = [] if how.fast_dev_run else file_loggers(config, out)
+    with telling_of_a_full_disk(out):
+        into_files = [] if how.fast_dev_run else file_loggers(config, out)
     with no_news():
         trainer = make_trainer(
             config,

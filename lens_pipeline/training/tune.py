@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 Recorder = Callable[[int, TrainConfig], AbstractContextManager[Sequence[Logger]]]
 NAME = "lens_pipeline"  # of the one study in a database
 REASON, PRUNED = "reason", "pruned"  # of a failure; in which epoch
-HOPELESS = 3  # trials that fail before another ends well
+HOPELESS = 3  # trials in a row that fail
 PATIENCE = 120  # seconds that SQLite waits for another worker's writing
 
 log = logging.getLogger(__name__)
@@ -76,8 +76,8 @@ def tune(
     (Bergstra et al. 2011), seeded by `training.seed` and the number of the trial. pruner: `median`
     stops a trial whose value after an epoch is below the median of the others there, `hyperband`
     (Li et al. 2018) gives more epochs to fewer. system_type: as for `train`. Raises InputError
-    where the folder holds another study, where optuna is not installed, and where three trials
-    fail before one has ended.
+    where the folder holds another study, where optuna is not installed, and where the first three
+    trials fail, or later three in a row by other than their settings.
     """
     if find_spec("optuna") is None:
         raise InputError("tuning needs the package optuna; install lens-pipeline[tune]")
@@ -91,14 +91,19 @@ def tune(
         raise InputError(f"n_trials {n_trials}: at least 1 is needed")
     out = Path(out)
     study = _Study(out, config, space, data, pruner)
-    failed: list[str | None] = []
+    failed: list[Exception | None] = []
     while (begun := study.next_trial(n_trials)) is not None:
         trial, held = begun
         with held:
             failed.append(study.run(trial, record, system_type))
         study.write_down()
-        if len(failed) == HOPELESS and all(failed):
-            raise InputError(f"{HOPELESS} trials in a row have failed; the last: {failed[-1]}")
+        last = [problem for problem in failed[-HOPELESS:] if problem is not None]
+        # Later on settings that cannot be are drawn now and then; what breaks otherwise goes on.
+        outage = not any(isinstance(problem, InputError) for problem in last)
+        if len(last) == HOPELESS and (outage or len(failed) == HOPELESS):
+            raise InputError(
+                f"{HOPELESS} trials in a row have failed; the last: {_in_words(last[-1])}"
+            )
     study.write_down()  # of what another was killed before
     return TunedStudy(out)
 
@@ -193,7 +198,7 @@ class _Study:
                     # What `ask` does with a trial's id, which Optuna tells nowhere else.
                     return optuna.Trial(self._load(trial.number), trial._trial_id), held
                 held.lock.release()  # its worker has told of it just now
-            trials = self._load().get_trials(deepcopy=False)
+            trials = self._trials()
             if len(trials) >= n_trials:
                 return None
             held = self._trial_lock(len(trials)).acquire()
@@ -204,11 +209,11 @@ class _Study:
 
     def run(
         self, trial: "Trial", record: Recorder, system_type: type[LensClassifier]
-    ) -> str | None:
+    ) -> Exception | None:
         """Train with a trial's settings, and tell the study what came of it.
 
-        Returns why it has failed, if it has. Raises NoAnswerError of a store, and NoRoomError: the
-        trial goes on later.
+        Returns what it has failed by, if it has. Raises NoAnswerError of a store, and NoRoomError:
+        the trial goes on later.
         """
         import optuna
 
@@ -240,24 +245,24 @@ class _Study:
             trial.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             log.info("trial %d: pruned", trial.number)
         except Exception as problem:  # of any kind: left as it is, it would be tried for ever
-            is_told = isinstance(problem, InputError)
-            reason = " ".join(
-                f"{'' if is_told else f'{type(problem).__name__}: '}{problem}".split()
-            )
-            log.debug("trial %d", trial.number, exc_info=not is_told)
+            reason = _in_words(problem)
+            log.debug("trial %d", trial.number, exc_info=not isinstance(problem, InputError))
             trial.set_user_attr(REASON, reason)
             trial.study.tell(trial, state=optuna.trial.TrialState.FAIL)
             log.warning("trial %d has failed: %s", trial.number, reason)
-            return reason
+            return problem
         else:
             trial.study.tell(trial, value)
-            best = ranked(self._table(), self.lowest).iloc[0]
+            best = ranked(self._table(self._trials()), self.lowest).iloc[0]
             told = (trial.number, monitor, value, best["value"], best["number"])
             log.info("trial %d: %s %.4g; the best is %.4g of trial %d", *told)
         return None
 
-    def _table(self) -> pd.DataFrame:
-        return pd.DataFrame(map(self._row, self._load().get_trials(deepcopy=False)))
+    def _trials(self) -> "list[FrozenTrial]":
+        return self._load().get_trials(deepcopy=False)
+
+    def _table(self, trials: "Iterable[FrozenTrial]") -> pd.DataFrame:
+        return pd.DataFrame(map(self._row, trials))
 
     def _draw(self, trial: "Trial") -> dict[str, dict[str, Any]]:
         changes: dict[str, dict[str, Any]] = {}
@@ -276,14 +281,15 @@ class _Study:
         """The table, its picture, the best settings; and the end of weights that are not those of
         the best."""
         with self._lock():
-            trials = self._load().get_trials(deepcopy=False)
-            table = self._table()
+            trials = self._trials()
+            table = self._table(trials)
             write_aside(self.out / TABLE, table.to_csv(index=False))
             figure = tuning_figure(table, self.space.scales, self.config.training.monitor)
             with file_aside(self.out / PICTURE) as file:
                 file.write(png_bytes(figure))
             study = TunedStudy(self.out)
-            best = None if study.best is None else int(study.best["number"])
+            row = study.best
+            best = None if row is None else int(row["number"])
             if best is not None:
                 write_aside(self.out / BEST_CONFIG, study.trained(best).config.yaml)
             for trial in trials:
@@ -304,6 +310,12 @@ class _Study:
             **{name: trial.params.get(name) for name in self.space.settings},
             REASON: trial.user_attrs.get(REASON),
         }
+
+
+def _in_words(problem: Exception) -> str:
+    """In one line; of what is no word of ours to the user, with its type."""
+    kind = "" if isinstance(problem, InputError) else f"{type(problem).__name__}: "
+    return " ".join(f"{kind}{problem}".split())
 
 
 class Pruning(Callback):

@@ -2,6 +2,8 @@
 
 import os
 import random
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +17,9 @@ VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG")
 @contextmanager
 def process_left_as_it_was() -> Iterator[None]:
     """Random numbers of Python, NumPy and torch go on after the block as if it had not been; which
-    kernels torch takes, and the environment, are those from before."""
+    kernels torch takes, the environment, and what signals do are those from before."""
+    # Lightning gives signals back last of all, and not where the end of a training fails.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     variables = {name: os.environ.get(name) for name in VARIABLES}
     deterministic = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -37,6 +41,10 @@ def process_left_as_it_was() -> Iterator[None]:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
         torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                if handler is not None and signal.getsignal(number) is not handler:
+                    signal.signal(number, handler)
         for name, value in variables.items():
             if value is None:
                 os.environ.pop(name, None)

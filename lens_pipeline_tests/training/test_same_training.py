@@ -49,12 +49,22 @@ def test_of_a_training_that_has_ended_only_the_same_is_taken_for_it(
     (out / "last.ckpt").unlink()  # the largest file of a training that needs it no more
     start.unlink()
     assert train(config, data, out) == trained
+    # What decides no weights may be another, and is not taken for what was done.
+    assert train(config.with_changes({"training": {"save_top_k": 9}}, "test"), data, out) == trained
+    assert (out / "settings.yaml").read_text() == settings
     with pytest.raises(InputError, match=r"other settings: training\.seed"):
         train(config.with_changes({"training": {"seed": 9}}, "test"), data, out)
     assert (out / "settings.yaml").read_text() == settings
     (out / "best.ckpt").unlink()
     with pytest.raises(InputError, match=r"best\.ckpt: is not there any more"):
         train(config, data, out)
+
+
+def test_one_batch_is_not_all_of_them(shards_folder: Path, tmp_path: Path) -> None:
+    data = LensDataModule(shards_folder)
+    train(saving_config(epochs=1, limit_train_batches=1.0), data, tmp_path)
+    with pytest.raises(InputError, match=r"training\.limit_train_batches \(1\.0, now 1\)"):
+        train(saving_config(epochs=1, limit_train_batches=1), data, tmp_path)
 
 
 def test_another_device_is_gone_on_with_and_told(

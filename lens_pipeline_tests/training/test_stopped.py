@@ -1,5 +1,6 @@
 """Trainings that cannot go on: what they say, and what they keep."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,22 @@ def test_a_batch_size_that_fits_is_found(uneven_shards: Path, tmp_path: Path) ->
     assert len(trained.curves) == 2
 
 
+def test_what_a_killed_training_has_left_is_not_gone_on_with(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    """It was killed after its first epoch, before there was a last.ckpt, in a smaller batch."""
+    config = small_config(find_batch_size=True, epochs=1)
+    (tmp_path / "top").mkdir()
+    (tmp_path / "top" / "epoch_000.ckpt").write_bytes(b"of another batch size")
+    trained = train_on(config, uneven_shards, tmp_path, _SmallMemory(9))
+    assert trained.config.training.batch_size == 8
+
+
+def test_a_limit_that_leaves_no_batch_is_told(uneven_shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"limit_val_batches 0\.1: of 3 batches that is none"):
+        train_on(small_config(limit_val_batches=0.1), uneven_shards, tmp_path)
+
+
 def test_what_was_trained_is_kept_where_memory_runs_out_later(
     uneven_shards: Path, tmp_path: Path
 ) -> None:
@@ -157,6 +174,30 @@ def test_a_full_disk_keeps_the_last_checkpoint(uneven_shards: Path, disk: Path) 
     assert kept["global_step"] in (2, 3)
     (disk / "others").unlink()
     assert len(train_on(config, uneven_shards, out).curves) == 1
+
+
+def test_a_disk_that_is_full_before_the_training_begins(uneven_shards: Path, disk: Path) -> None:
+    with pytest.raises(OSError, match="No space"):
+        (disk / "others").write_bytes(bytes(110_000_000))
+    with pytest.raises(NoRoomError, match=rf"{disk / 'out'}\S*: there is no room on its disk"):
+        train_on(small_config(), uneven_shards, disk / "out")
+
+
+def test_ctrl_c_is_heard_after_one_met_a_full_disk(uneven_shards: Path, disk: Path) -> None:
+    """Lightning ignores further ones while it ends, and would for ever where that fails."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    class Interrupt(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 2:
+                with pytest.raises(OSError, match="No space"):
+                    (disk / "others").write_bytes(bytes(110_000_000))
+                trainer.save_checkpoint(disk / "out" / "more.ckpt")
+                raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, InputError)):
+        train_on(small_config(), uneven_shards, disk / "out", Interrupt())
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def test_a_disk_that_is_full_when_the_training_has_ended_is_told_too(

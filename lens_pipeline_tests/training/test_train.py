@@ -205,6 +205,28 @@ def test_the_loss_of_a_step_is_that_of_its_cutouts_however_many_batches_make_one
     assert told[2] == pytest.approx(losses[7])
 
 
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_what_was_cut_short_counts_in_nothing_else(stage: str, uneven_shards: Path) -> None:
+    """Of an interrupted cell of a notebook, say, whose system is used again."""
+
+    class Cut(Callback):
+        def on_validation_batch_end(self, *_: Any) -> None:
+            raise RuntimeError("cut short")
+
+        on_test_batch_end = on_validation_batch_end
+
+    def metrics(system: LitLensSystem, *callbacks: Callback) -> Any:
+        quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
+        trainer = Trainer(accelerator="cpu", callbacks=[*callbacks], **quiet)
+        return getattr(trainer, stage)(system, LensDataModule(uneven_shards, 16), verbose=False)
+
+    system, fresh = (LitLensSystem("lastro", image_size=32) for _ in range(2))
+    fresh.load_state_dict(system.state_dict())
+    with pytest.raises(RuntimeError, match="cut short"):
+        metrics(system, Cut())
+    np.testing.assert_equal(metrics(system), metrics(fresh))
+
+
 def test_a_step_of_the_users_own_may_tell_its_loss_alone(
     uneven_shards: Path, tmp_path: Path
 ) -> None:

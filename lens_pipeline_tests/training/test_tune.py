@@ -73,6 +73,7 @@ def test_trials_that_could_not_be_compared_are_refused() -> None:
         _space(_config(monitor="val/loss"), training={"loss": ["bce", "focal"]})
     with pytest.raises(InputError, match=r"training\.batch_size: with training\.limit_val_batches"):
         _space(_config(limit_val_batches=2), training={"batch_size": [16, 32]})
+    assert _space(_config(limit_val_batches=1.0), training={"batch_size": [16, 32]})
 
 
 def test_what_no_trial_could_mean_is_refused() -> None:
@@ -174,6 +175,20 @@ def test_a_trial_that_breaks_in_the_library_has_failed_and_is_not_tried_for_ever
     assert study.trials["reason"][0] == "RuntimeError: no kernel image"
 
 
+def test_an_outage_does_not_use_up_the_study(uneven_shards: Path, tmp_path: Path) -> None:
+    @contextmanager
+    def breaks(number: int, config: TrainConfig) -> Iterator[Sequence[Logger]]:
+        if number > 0:
+            raise RuntimeError("the GPU is lost")
+        yield []
+
+    config = _config(epochs=1, limit_train_batches=1)
+    with pytest.raises(InputError, match="3 trials in a row have failed; .*the GPU is lost"):
+        _tune(config, uneven_shards, tmp_path, 9, "none", breaks, training=RATES)
+    states = TunedStudy(tmp_path).trials["state"]
+    assert states.tolist() == ["complete", "failed", "failed", "failed"]
+
+
 @pytest.mark.slow
 def test_hyperband_gives_most_trials_less_than_all_epochs(
     uneven_shards: Path, tmp_path: Path
@@ -227,6 +242,9 @@ def test_of_trials_with_losses_of_two_kinds_these_are_not_compared(tmp_path: Pat
     }
     (tmp_path / "config.yaml").write_text(_config(monitor="val/recall").yaml)
     pd.DataFrame(table).to_csv(tmp_path / "trials.csv", index=False)
+    assert TunedStudy(tmp_path).ranked["number"].tolist() == [1, 2, 0]
+    # Nor where all so far have one: with the next the best would be another, without its weights.
+    pd.DataFrame(table | {"training.loss": "focal"}).to_csv(tmp_path / "trials.csv", index=False)
     assert TunedStudy(tmp_path).ranked["number"].tolist() == [1, 2, 0]
 
 
