@@ -105,7 +105,7 @@ def _mlflow(
         yield []
         return
     from lens_pipeline.tracking import Tracking
-    from lens_pipeline.training.member import LAST
+    from lens_pipeline.training.member import LAST, TrainedMember
 
     tracking = Tracking(settings)
     _ = tracking.client  # makes the registry's database where there is none
@@ -116,8 +116,9 @@ def _mlflow(
     goes_on = (out / LAST).exists()
     key = digest(config.of_weights | {"out": str(out)})
     run_id = tracking.start_run(out.name, key, {}, goes_on=goes_on)
-    with tracking.recorded(run_id, config.model_dump()) as logger:
+    with tracking.recorded(run_id, config.known_before) as logger:
         yield [logger]
+    tracking.tell_parameters(run_id, TrainedMember(out).config.model_dump())
 
 
 def _in_processes(

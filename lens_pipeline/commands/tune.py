@@ -125,11 +125,12 @@ def _share(
 ) -> None:
     """One worker's trials."""
     from lens_pipeline.training.data import data_module
+    from lens_pipeline.training.study import TunedStudy
     from lens_pipeline.training.tune import tune
 
     @contextmanager
     def record(number: int, config: TrainConfig) -> "Iterator[Sequence[Logger]]":
-        with _nested_run(settings, parent, number, config) as logger:
+        with _nested_run(settings, parent, number, config, TunedStudy(out)) as logger:
             yield [logger]
 
     data = data_module(config, settings)
@@ -138,7 +139,7 @@ def _share(
 
 @contextmanager
 def _nested_run(
-    settings: Settings, parent: str, number: int, config: TrainConfig
+    settings: Settings, parent: str, number: int, config: TrainConfig, study: "TunedStudy"
 ) -> "Iterator[Logger]":
     """The MLflow run of a trial: FINISHED, KILLED where it was pruned, or FAILED."""
     import optuna
@@ -150,8 +151,9 @@ def _nested_run(
     # It goes on with what a worker has left that was killed.
     run_id = tracking.start_run(f"trial {number}", key, {PARENT: parent}, goes_on=True)
     try:
-        with tracking.recorded(run_id, config.model_dump()) as logger:
+        with tracking.recorded(run_id, config.known_before) as logger:
             yield logger
+        tracking.tell_parameters(run_id, study.trained(number).config.model_dump())
     except optuna.TrialPruned:
         tracking.client.set_terminated(run_id, "KILLED")
         raise

@@ -179,9 +179,7 @@ def _train(
     tracking = Tracking(settings)
     tags = _tags(upstream, member, context.run_id)
     run_id = tracking.start_run(member.name, recipe.key, tags, goes_on=(out / LAST).exists())
-    # Who looks on sees what is trained; but a batch size that is still to be found.
-    told = {"training": {"batch_size"}} if config.training.find_batch_size else None
-    with tracking.recorded(run_id, config.model_dump(exclude=told)) as logger:
+    with tracking.recorded(run_id, config.known_before) as logger:  # for who looks on
         if config.hardware.devices > 1:
             _train_in_processes(context, settings, config, out, run_id)
         else:

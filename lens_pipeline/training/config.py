@@ -379,6 +379,12 @@ class TrainConfig(_Section):
         return self.model.model_type == "ensemble"
 
     @property
+    def known_before(self) -> dict[str, dict[str, Any]]:
+        """The values by section, but for a batch size that training has still to find."""
+        found = {"training": {"batch_size"}} if self.training.find_batch_size else None
+        return self.model_dump(exclude=found)
+
+    @property
     def of_weights(self) -> dict[str, dict[str, Any]]:
         """The values by section that decide the weights: a training goes on with the same."""
         return self._without(UNDECIDING | BESIDES)

@@ -8,9 +8,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback
 
+from lens_pipeline import LitLensSystem
 from lens_pipeline.cli import main
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
@@ -100,3 +102,24 @@ def test_mlflow_is_told_of_a_training(uneven_shards: Path, tmp_path: Path) -> No
     assert run.data.params["model.arch"] == "lastro"
     history = tracking.client.get_metric_history(run.info.run_id, "val/auroc")
     assert len(history) == 2
+
+
+def test_mlflow_is_told_of_the_batch_size_that_was_found(
+    uneven_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = LitLensSystem.training_step
+
+    def limited(system: LitLensSystem, batch: dict[str, torch.Tensor], number: int) -> Any:
+        if len(batch["image"]) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(system, batch, number)
+
+    monkeypatch.setattr(LitLensSystem, "training_step", limited)
+    home = str(tmp_path / "home")
+    flags = ["--arch", "lastro", "--epochs", "1", "--batch-size", "16", "--find-batch-size"]
+    command = ["train", "--data-root", str(uneven_shards), "--home", home, *flags]
+    assert main([*command, "--loggers", "csv,mlflow"]) == 0
+    tracking = Tracking(Settings.load(home=home))
+    (run,) = tracking.client.search_runs([tracking.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["training.batch_size"] == "8"

@@ -19,6 +19,7 @@ from pytorch_lightning.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from sklearn.metrics import roc_auc_score
 
@@ -203,6 +204,36 @@ def test_the_loss_of_a_step_is_that_of_its_cutouts_however_many_batches_make_one
     told = pd.read_csv(file).set_index("step")["train/loss_step"].dropna()
     assert told.index.tolist() == [2]
     assert told[2] == pytest.approx(losses[7])
+
+
+def test_a_training_that_goes_on_tells_no_step_twice(uneven_shards: Path, tmp_path: Path) -> None:
+    """It goes on in the middle of an epoch, whose first batch is half of a step."""
+
+    class Often(Callback):
+        def on_fit_start(self, trainer: Trainer, *_: Any) -> None:
+            trainer.log_every_n_steps = 1  # type: ignore[attr-defined]
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 2 and not trainer.fit_loop.epoch_loop._should_accumulate():
+                raise KeyboardInterrupt
+
+    config = small_config(epochs=1, batch_size=8, accumulate_grad_batches=2, save_every_n_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        train_on(config, uneven_shards, tmp_path, Stop())
+    told: list[int] = []
+
+    class Told(Logger):
+        name, version = "told", "0"
+
+        def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
+
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            if "train/loss_step" in metrics and step is not None:
+                told.append(step)
+
+    train_on(config, uneven_shards, tmp_path, Often(), loggers=[Told()])
+    assert told == [2, 3, 4, 5]  # the second step was not kept
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
