@@ -92,9 +92,7 @@ class CacheFolder:
             locks.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except OSError as problem:
-            raise InputError(
-                f"{path}: cannot be locked ({_reason(problem)}); name another cache_dir"
-            ) from None
+            raise InputError(f"{path}: cannot be locked ({_reason(problem)})") from None
         try:
             yield
         finally:
@@ -131,10 +129,10 @@ class CacheFolder:
             path.parent.mkdir(exist_ok=True)
             aside.replace(path)
         except OSError as problem:
-            full = "make room there, or lower LENS_CACHE_GB (cache_gb)"
-            way_out = full if problem.errno in FULL else "name another cache_dir"
+            full = "; make room there, or lower LENS_CACHE_GB (cache_gb)"
             raise InputError(
-                f"{source}: cannot be kept at {path} ({_reason(problem)}); {way_out}"
+                f"{source}: cannot be kept at {path} ({_reason(problem)})"
+                + (full if problem.errno in FULL else "")
             ) from None
         finally:
             aside.unlink(missing_ok=True)
