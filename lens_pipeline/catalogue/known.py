@@ -32,7 +32,7 @@ def read_known_lenses(
     row says no place on the sky.
     """
     with reading(source, "a list of lenses"):
-        table = read_table(source, dict(storage_options or {}))
+        table = read_table(source, dict(storage_options or {})).reset_index(drop=True)
     if table.empty:
         raise InputError(f"{source}: the table has no rows")
     _check_place(table, source)
@@ -64,8 +64,9 @@ def _check_place(table: pd.DataFrame, source: str) -> None:
     lacking = [name for name in PLACE if name not in table]
     if lacking:
         others = positions_by_other_names(table)
-        hint = f"{', '.join(others)} seem to be meant; rename them"
-        hint = hint if others else "known lenses are found by it"
+        hint = "known lenses are found by it"
+        if others:
+            hint = f"{', '.join(others)} seem to be meant; rename them"
         raise InputError(f"{source}: column {lacking[0]} (degrees) is missing: {hint}")
 
 

@@ -32,6 +32,9 @@ def test_a_list_is_read_as_others_write_it(tmp_path: Path) -> None:
     ]
     (tmp_path / "ids.csv").write_text("id,ra,dec,Name\n007,1,2,\n008,1,2,J1\n")
     assert read_known_lenses(str(tmp_path / "ids.csv"))["name"].tolist() == ["007", "J1"]
+    some = pd.DataFrame({"name": ["a", None], "ra": [1, 2], "dec": [3, 4]}, index=[7, 9])
+    some.to_parquet(tmp_path / "some.parquet")  # of a table that was filtered
+    assert read_known_lenses(str(tmp_path / "some.parquet"))["name"].tolist() == ["a", "row 2"]
     (tmp_path / "bare.csv").write_text("ra,dec\n1,2\n")
     assert read_known_lenses(str(tmp_path / "bare.csv"))["name"].tolist() == ["row 1"]
 
