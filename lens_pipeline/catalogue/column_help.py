@@ -31,7 +31,7 @@ COLUMNS = {
     "einstein_radius": "Arcsec.",
     "shear": "External shear; no unit.",
     "shear_angle": "Of the shear, radians from +x towards +y.",
-    "magnification": "Of the source's flux, in all its images together.",
+    "magnification": "Of the source's flux, in all its images within the cutout.",
     "arc_snr": "Signal-to-noise ratio of the arcs, in the best band.",
     "arc_contrast": "Of the arcs over the lens galaxy's light, where they are seen best.",
     "source_galaxy": "The name of the real galaxy that is the source; empty where that is smooth.",
@@ -39,8 +39,9 @@ COLUMNS = {
     "source_y": "Of the source before lensing, along rows, arcsec from the lens galaxy.",
     "source_radius": "Half-light radius of the source, unlensed, along sqrt(major x minor axis), "
     "arcsec.",
-    "source_axis_ratio": "Minor over major axis of a smooth source.",
-    "source_angle": "Of the source's major axis, radians from +x towards +y.",
+    "source_axis_ratio": "Minor over major axis of a smooth source; empty of a real galaxy.",
+    "source_angle": "By which the source is turned, radians from +x towards +y: of a smooth one, "
+    "its major axis.",
     "source_magnitude": "Of the source, unlensed, AB, in r.",
     "source_g_r": "Colour g - r of the source, mag.",
     "source_r_i": "Colour r - i of the source, mag.",

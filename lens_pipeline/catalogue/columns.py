@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from lens_pipeline.errors import InputError
 
@@ -50,6 +51,17 @@ def with_column_names(table: pd.DataFrame, source: str) -> pd.DataFrame:
             both = f"{given[names.index(name)]!r} and {given[place]!r}"
             raise InputError(f"{source}: columns {both} are both {name}; drop or rename one")
     return table.set_axis(names, axis=1)
+
+
+def parquet_schema(table: pd.DataFrame, source: str) -> pa.Schema:
+    """Of a file of the table. Raises InputError where a column's values cannot be in one."""
+    try:
+        return pa.Schema.from_pandas(table, preserve_index=False)
+    except pa.ArrowException as problem:
+        raise InputError(
+            f"{source}: a column holds what Parquet does not, as complex numbers or values of "
+            f"several kinds ({' '.join(str(problem).split())})"
+        ) from None
 
 
 def with_text(table: pd.DataFrame) -> pd.DataFrame:

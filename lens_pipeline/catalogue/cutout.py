@@ -41,7 +41,9 @@ class CutoutError(Exception):
 class Cutout:
     """pixels: float32 (bands, height, width); units: `background_sigma`, `composite` or `flux`.
 
-    nan_fraction, padded_fraction: what `usable_cutout` has filled in.
+    nan_fraction, padded_fraction: what `usable_cutout` has filled in; middle: where the middle of
+    the file's image then is, (x, y) pixels from that of these: half of one where a side that was
+    even is odd, or the other way.
     sigma, zero_point: of each band, where the file tells them, else NaN; () where it tells neither.
     """
 
@@ -50,6 +52,7 @@ class Cutout:
     bands: tuple[str, ...] | None = None
     nan_fraction: float = 0.0
     padded_fraction: float = 0.0
+    middle: tuple[float, float] = (0.0, 0.0)
     sigma: tuple[float, ...] = ()
     zero_point: tuple[float, ...] = ()
 
@@ -177,8 +180,14 @@ def usable_cutout(cutout: Cutout, size: int, *, pad: bool = False) -> Cutout:
         units=units,
         nan_fraction=nan_fraction,
         padded_fraction=padded_fraction,
+        middle=(_off_middle(width, size), _off_middle(height, size)),
         sigma=sigma,
     )
+
+
+def _off_middle(has: int, side: int) -> float:
+    """As `central` cuts, or pads, along an axis."""
+    return (has - side) % 2 * (0.5 if has > side else -0.5)
 
 
 def central(images: NDArray[Any], height: int, width: int | None = None) -> NDArray[Any]:

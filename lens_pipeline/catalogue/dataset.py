@@ -74,10 +74,11 @@ class CutoutFormat:
     def fitted(self, cutout: Cutout) -> Cutout:
         """A cutout, its bands in this order. Raises CutoutError where it cannot be.
 
-        Bands are compared by name (in any case of letters) where both sides have names.
+        Bands are compared by name (in any case of letters) where both sides have names, as they do
+        where they are the same.
         """
-        if self.named_bands and cutout.bands:
-            cutout = cutout.with_bands(self.named_bands)
+        if cutout.bands and (self.named_bands or {*cutout.bands} == {*self.bands}):
+            cutout = cutout.with_bands(self.bands)
         if len(cutout.pixels) != len(self.bands):
             raise CutoutError(f"{len(cutout.pixels)} bands; {len(self.bands)} are needed")
         if cutout.units != self.units:

@@ -29,8 +29,8 @@ _ROLES = {
 _SUFFIX = {suffix: role for role, suffixes in _ROLES.items() for suffix in suffixes}
 _ANY = f"(?P<suffix>{'|'.join(_SUFFIX)})"
 _NAMES = (  # `VIS_RMS`, or else `RMS_VIS`
-    re.compile(rf"^((?P<band>.+)[-_. ])?{_ANY}$"),
-    re.compile(rf"^{_ANY}[-_. ](?P<band>.+)$"),
+    re.compile(rf"^((?P<band>.+)[-_. ])?{_ANY}$", re.IGNORECASE),
+    re.compile(rf"^{_ANY}[-_. ](?P<band>.+)$", re.IGNORECASE),
 )
 _KINDS = (fits.PrimaryHDU, fits.ImageHDU, fits.CompImageHDU, fits.BinTableHDU, fits.TableHDU)
 _UNNAMED = ("", "COMPRESSED_IMAGE")  # the second: what astropy calls it, compressed
@@ -69,7 +69,7 @@ class _Extension:
     @property
     def role(self) -> str | None:
         """What its suffix says; None where it has none."""
-        return _SUFFIX[self._match["suffix"]] if self._match else None
+        return _SUFFIX[self._match["suffix"].upper()] if self._match else None
 
     @property
     def band(self) -> str:
@@ -77,7 +77,7 @@ class _Extension:
 
     @property
     def preferred(self) -> bool:
-        return self.name.endswith("BGSUB")
+        return self.name.upper().endswith("BGSUB")
 
     @property
     def zero_point(self) -> float:

@@ -46,7 +46,8 @@ def layout(filesystem: fsspec.AbstractFileSystem, inside: str) -> Layout:
 def read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str) -> pd.DataFrame:
     """A row for each image of a folder, and of its listings.
 
-    Raises InputError where it has none, and for a listing of other columns, an empty path or label.
+    Raises InputError where it has none, and for a listing of other columns, an empty path, or a
+    label that is neither 0 nor 1 nor empty.
     """
     listings, images = layout(filesystem, inside)
     if not listings and not any(path.count("/") == 2 for path in images):

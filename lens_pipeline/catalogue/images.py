@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import io
 import math
+import posixpath
 import re
 import threading
 from collections.abc import Iterable, Sequence
@@ -85,7 +86,7 @@ def read_image(
         raise
     except Exception as problem:  # noqa: BLE001  (each store has errors of its own)
         raise _unreadable(problem) from None
-    return decode_image(content, name.rpartition(".")[2], flux_unit)
+    return decode_image(content, posixpath.splitext(name)[1].lstrip("."), flux_unit)
 
 
 def decode_image(content: bytes, suffix: str, flux_unit: str | None = None) -> Cutout:

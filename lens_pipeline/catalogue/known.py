@@ -42,11 +42,17 @@ def read_known_lenses(
     refuse(source, table, ~table["ra"].between(-180, 360), "ra", "must be from -180 to 360 degrees")
     refuse(source, table, ~table["dec"].between(-90, 90), "dec", "must be from -90 to 90 degrees")
     names = pd.Series([f"row {number + 1}" for number in range(len(table))])
-    by_letters = {str(name).lower(): name for name in reversed(table.columns)}
+    named_so = []
     for column in ("id", "name"):
-        if column in by_letters:
-            names = as_text(table[by_letters[column]]).fillna(names)
-    others = table.drop(columns=[*PLACE, by_letters.get("name", "name")], errors="ignore")
+        named_so = [name for name in table if str(name).lower() == column]
+        if len(named_so) > 1:
+            raise InputError(
+                f"{source}: columns {' and '.join(named_so)}: which has the lenses' names? Drop "
+                "the other"
+            )
+        for name in named_so:
+            names = as_text(table[name]).fillna(names)
+    others = table.drop(columns=[*PLACE, *named_so])
     return pd.concat([names.rename("name"), table[PLACE], others], axis=1)
 
 

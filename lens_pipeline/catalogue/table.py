@@ -20,6 +20,7 @@ from lens_pipeline.catalogue.columns import (
     as_text,
     image_columns,
     numbers,
+    parquet_schema,
     refuse,
     stripped,
     zero_or_one,
@@ -237,6 +238,7 @@ def _validated(table: pd.DataFrame, source: str, folder: str) -> pd.DataFrame:
     split_of_group = given.groupby("group")["split"].transform("first")
     torn = (given["split"] != split_of_group).reindex(table.index, fill_value=False)
     refuse(source, table, torn, "split", "differs from that of another row of its group")
+    parquet_schema(table, source)  # before the images are read for it
     return table
 
 

@@ -3,6 +3,8 @@
 import csv
 import io
 import posixpath
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ from lens_pipeline.storage import asking, locate
 if TYPE_CHECKING:
     from astropy.table import Table
 
+DEGREES = re.compile(r"deg(ree)?s?", re.IGNORECASE)  # as units are written; astropy knows `deg`
 LOOKED_AT = 10_000  # rows, for numbers that are not meant as such
 
 
@@ -93,13 +96,15 @@ def _check_only_table(content: io.BytesIO, source: str) -> None:
 
 def _to_degrees(table: "Table", source: str) -> None:
     """Positions that are stated in another unit. Raises InputError for one that is no angle."""
-    from astropy.units import UnitsError
-
     for name in table.colnames:
         if column_name(name) in ("ra", "dec") and table[name].unit is not None:
+            if DEGREES.fullmatch(str(table[name].unit)):
+                continue
             try:
+                # Whole numbers would be converted in place, and cut.
+                table[name] = table[name].astype(np.float64)
                 table[name].convert_unit_to("deg")
-            except (UnitsError, TypeError):
+            except (ValueError, TypeError):  # of what is no unit, and of no number
                 raise InputError(
                     f"{source}: column {name}: its unit is {table[name].unit}; degrees are needed"
                 ) from None
@@ -147,24 +152,30 @@ def _csv_as_written(content: io.BytesIO, source: str) -> pd.DataFrame:
         **{"keep_default_na": False, "na_values": missing, "index_col": False},
         **{"low_memory": False, "skipinitialspace": True},
     }
-    first = pd.read_csv(content, dtype=str, nrows=LOOKED_AT, **how)
+    first = _parsed(content, dtype=str, nrows=LOOKED_AT, **how)
     content.seek(0)
     text = {
         name: str
         for name in header
         if is_text(name) or first[name].str.fullmatch(r"0\d+").any()  # which would lose its zeros
     }
-    table = pd.read_csv(content, dtype=text, **how)
+    table = _parsed(content, dtype=text, **how)
     content.seek(0)
     # A column with an empty field is read as floats, which hold 15 digits: other surveys' ids have
     # more.
     floats = table.select_dtypes("float64")
     lossy = [name for name in floats if floats[name].abs().between(2**53, np.inf, "left").any()]
     if lossy:
-        exact = pd.read_csv(content, dtype=str, usecols=lossy, **how)
+        exact = _parsed(content, dtype=str, usecols=lossy, **how)
         for name in lossy:
             table[name] = pd.to_numeric(exact[name], dtype_backend="numpy_nullable")
     return table
+
+
+def _parsed(content: io.BytesIO, **how: Any) -> pd.DataFrame:
+    with warnings.catch_warnings():  # of fields beyond the header, which are empty
+        warnings.simplefilter("ignore", pd.errors.ParserWarning)
+        return pd.read_csv(content, **how)
 
 
 def _check_header(header: pd.Index, source: str) -> None:

@@ -18,7 +18,7 @@ from lens_pipeline.evaluation.fractions import (
     rate_beyond,
     upper_limit,
 )
-from lens_pipeline.evaluation.metrics import INTERVAL, roc, threshold_at_fpr
+from lens_pipeline.evaluation.metrics import INTERVAL, checked_groups, roc, threshold_at_fpr
 from lens_pipeline.evaluation.selection import DECADES
 
 Array = NDArray[np.float64]
@@ -69,13 +69,13 @@ def forecast(
     _check_prevalence(prevalence)
     if n_objects < 1:
         raise InputError(f"n_objects: {n_objects} is too small; at least 1 is needed")
-    label, score = np.asarray(label), np.asarray(score, dtype=np.float64)
-    groups = None if group is None else np.asarray(group)
-    n_nonlens = int((label == 0).sum())
+    groups = checked_groups(group, np.size(label))
+    n_nonlens = int((np.asarray(label) == 0).sum())
     thresholds = {
         threshold_at_fpr(label, score, fpr): fpr
         for fpr in (*(fpr for fpr in DECADES if n_nonlens * fpr >= 1), 0.0)
     }
+    label, score = np.asarray(label), np.asarray(score, dtype=np.float64)
     rows = []
     usual: dict[int, float] = {}  # of the class at the first threshold, at which most are chosen
     for threshold, fpr in thresholds.items():
@@ -168,7 +168,9 @@ def threshold_curve(
     fpr, tpr, threshold = fpr[place], tpr[place], threshold[place]
     mistaken = (fpr * n_nonlens).round()
     others = scores[labels == 0]
-    own = None if group is None else np.asarray(group)[labels == 0]
+    groups = checked_groups(group, len(labels))
+    # As numbers, for names take long to sort at each point.
+    own = None if groups is None else np.unique(groups, return_inverse=True)[1][labels == 0]
     usual = design_effect(others >= np.quantile(others, 1 - DECADES[0]), own)
     effect = np.array([design_effect(others >= at, own, usual) for at in threshold])
     low, high = jeffreys(mistaken / effect, n_nonlens / effect)

@@ -92,19 +92,22 @@ def lens_metrics(
     A value that the sample cannot resolve is None: a TPR at an FPR below 1 / n_nonlens, tpr10 with
     fewer than ten non-lenses, ece_top with fewer than 50 cutouts, and all but ece, ece_top and
     brier where a class is absent.
-    Raises InputError where label and score differ in length or hold anything else.
+    Raises InputError where label, score and group differ in length or hold anything else.
     """
     label, score = _checked(label, score)
+    of_groups = checked_groups(group, len(label))
     levels = _levels(label, score)
     values = _values(levels)
-    if group is None or not _enough_groups(label, np.asarray(group)):
+    if of_groups is None or not _enough_groups(label, of_groups):
         groups = np.arange(len(label))
         drawings = _resampled(levels, bootstrap, seed)
     else:
-        _, groups = np.unique(np.asarray(group), return_inverse=True)
+        _, groups = np.unique(of_groups, return_inverse=True)
         ranked, weights = _ranked(score), _drawn_groups(label, groups, bootstrap, seed)
         drawings = (_counted(label, ranked, weight) for weight in weights)
     draws = [_values(drawn) for drawn in drawings]
+    n_nonlens = int(levels.nonlens.sum())
+    deciding = FPRS | {"tpr0": 1 / max(1, n_nonlens), "tpr10": ENOUGH / max(ENOUGH, n_nonlens)}
     rarer = min(len(np.unique(groups[of_class])) for of_class in (label, ~label))
     metrics: dict[str, Any] = {}
     for name, value in values.items():
@@ -117,12 +120,12 @@ def lens_metrics(
                 drawn = np.maximum(drawn - np.median(drawn) + value, 0)
             if len(drawn):
                 low, high = map(float, np.percentile(drawn, INTERVAL))
-            if name in FPRS and _may_show_none(score[~label], groups[~label], FPRS[name]):
+            if name in deciding and _may_show_none(score[~label], groups[~label], deciding[name]):
                 low = 0.0
             if name not in ERRORS and low == high and value in (0, 1):
                 low, high = map(float, jeffreys(value * rarer, rarer))
         metrics[name] = {"value": value, "low": low, "high": high}
-    return metrics | {"n_lens": int(levels.lens.sum()), "n_nonlens": int(levels.nonlens.sum())}
+    return metrics | {"n_lens": int(levels.lens.sum()), "n_nonlens": n_nonlens}
 
 
 def ranking_metric(n_nonlens: int) -> str:
@@ -153,7 +156,9 @@ def paired_bootstrap(
     """
     checked = {name: _checked(label, score) for name, score in scores.items()}
     lens = next(iter(checked.values()))[0]
-    groups = np.arange(len(lens)) if group is None else np.asarray(group)
+    groups = checked_groups(group, len(lens))
+    if groups is None:
+        groups = np.arange(len(lens))
     found = {name: np.full(times, np.nan) for name in scores}
     ranked = {name: _ranked(score) for name, (_, score) in checked.items()}
     for draw, weight in enumerate(_drawn_groups(lens, groups, times, seed=0)):
@@ -253,7 +258,11 @@ def threshold_at_fpr(label: ArrayLike, score: ArrayLike, fpr: float) -> float:
 
 
 def _checked(label: ArrayLike, score: ArrayLike) -> tuple[NDArray[np.bool_], Array]:
-    labels, scores = np.asarray(label), np.asarray(score, dtype=np.float64)
+    labels = np.asarray(label)
+    try:
+        scores = np.asarray(score, dtype=np.float64)
+    except (TypeError, ValueError) as problem:
+        raise InputError(f"score: must be a probability for every cutout ({problem})") from None
     if labels.ndim != 1 or labels.shape != scores.shape:
         raise InputError(f"label has the shape {labels.shape}, score {scores.shape}; (n,) is meant")
     if not len(labels):
@@ -262,6 +271,18 @@ def _checked(label: ArrayLike, score: ArrayLike) -> tuple[NDArray[np.bool_], Arr
     if not ((scores >= 0) & (scores <= 1)).all():
         raise InputError("score: must be a probability from 0 to 1 for every cutout")
     return lens, scores
+
+
+def checked_groups(group: ArrayLike | None, n: int) -> NDArray[Any] | None:
+    """As an array. Raises InputError where there is not one for each of n cutouts."""
+    if group is None:
+        return None
+    groups = np.asarray(group)
+    if groups.shape != (n,):
+        raise InputError(
+            f"group has the shape {groups.shape}; one for each of {n} cutouts is meant"
+        )
+    return groups
 
 
 def is_lens(label: ArrayLike) -> NDArray[np.bool_]:

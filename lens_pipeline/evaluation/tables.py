@@ -60,6 +60,11 @@ def metric_text(metric: Mapping[str, float | None]) -> str:
     return value if low == value == high else f"{value} [{low}, {high}]"
 
 
+def _rate_text(rate: Mapping[str, float]) -> str:
+    """With its interval, to two digits: at a prevalence of lenses all of it may be below 0.001."""
+    return f"{rate['value']:.2g} [{rate['low']:.2g}, {rate['high']:.2g}]"
+
+
 def counts_text(
     metrics: Mapping[str, Mapping[str, Any]], columns: Iterable[str], split: str = "Test"
 ) -> str:
@@ -83,7 +88,7 @@ def kinds_table(kinds: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
             "kind": kind,
             "cutouts": of_kind["n"],
             "false positives": of_kind["false_positives"],
-            "rate": metric_text(of_kind["false_positive_rate"]),
+            "rate": _rate_text(of_kind["false_positive_rate"]),
             "AUROC": of_kind["auroc"],
         }
         for kind, of_kind in hardest
@@ -161,14 +166,12 @@ def forecast_table(forecast: Mapping[str, Any]) -> pd.DataFrame:
                 "chosen for": f"FPR {row['fpr']:g}" if row["fpr"] else "no false positive",
                 "threshold": threshold_text(row["threshold"]),
                 "false positive rate": (
-                    f"{rate['value']:.2g} [{rate['low']:.2g}, {rate['high']:.2g}]"
-                    if resolved
-                    else f"below {rate['high']:.2g}"
+                    _rate_text(rate) if resolved else f"below {rate['high']:.2g}"
                 ),
                 "completeness": metric_text(row["completeness"]),
                 "candidates": _counted(candidates) if resolved else bound,
                 "lenses": _counted(row["lenses"]),
-                "purity": metric_text(purity) if resolved else f"above {purity['low']:.3f}",
+                "purity": _rate_text(purity) if resolved else f"above {purity['low']:.2g}",
             }
         )
     return pd.DataFrame(rows)

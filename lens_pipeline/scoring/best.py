@@ -7,12 +7,14 @@ import pandas as pd
 
 from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.scoring.score_files import FINGERPRINT, files_of_best, keep_others, written
+from lens_pipeline.scoring.score_tables import tell_of_replaced
 from lens_pipeline.scoring.scored_rows import ScoredRows
 from lens_pipeline.scoring.sources import CutoutSource
 
 SHOWN = 1000  # of the highest-scored: of 64 pixels and three bands the page has 13 MB then
 # What people look for first, of a table of the highest-scored; `known`: which lens it is already.
 FIRST = ["rank", "id", "known", "ra", "dec"]
+OURS = ["rank", "known"]
 
 
 def show_best(
@@ -34,8 +36,9 @@ def show_best(
     if best.empty:
         return None, None
     listed, page = files_of_best(out)
+    tell_of_replaced(source.catalogue, OURS, "the highest-scored")
     table = rows.table(best.to_numpy()).set_index(best).drop(columns=["reject_reason", FINGERPRINT])
-    table = table.assign(rank=range(1, len(best) + 1))
+    table = table.drop(columns=OURS, errors="ignore").assign(rank=range(1, len(best) + 1))
     if known is not None:
         table["known"] = known.reindex(best)
     first = [name for name in FIRST if name in table]

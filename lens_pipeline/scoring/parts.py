@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from lens_pipeline.catalogue.columns import parquet_schema
 from lens_pipeline.catalogue.cutout import CutoutError
 from lens_pipeline.catalogue.dataset import counted_reasons
 from lens_pipeline.catalogue.known import check_placed
@@ -309,13 +310,7 @@ def _refuse_rejects(
 def _schema(catalogue: Catalogue, columns: list[str]) -> pa.Schema:
     """Of the whole table, by all of its rows: of some of them a column may be empty."""
     own = catalogue.table.drop(columns=[*columns, "reject_reason", FINGERPRINT], errors="ignore")
-    try:
-        types = pa.Schema.from_pandas(own, preserve_index=False)
-    except pa.ArrowException as problem:
-        raise InputError(
-            f"{catalogue.source}: a column holds values of several kinds "
-            f"({' '.join(str(problem).split())})"
-        ) from None
+    types = parquet_schema(own, catalogue.source)
     known = dict(zip(types.names, types.types, strict=True))
     first = {name: known.pop(name) for name in ("id", "label")}
     return pa.schema(first | _types(columns) | {FINGERPRINT: pa.int64()} | known)

@@ -57,13 +57,13 @@ def score_table(
     return pd.concat([table, own.drop(columns=table.columns, errors="ignore")], axis=1)
 
 
-def tell_of_replaced(catalogue: Catalogue, ours: list[str]) -> None:
+def tell_of_replaced(catalogue: Catalogue, ours: list[str], what: str = "the scores") -> None:
     """Warns of columns of a catalogue that its scores have, too, unless it is a score file."""
     replaced = [name for name in ours if name in catalogue.table]
     if replaced and not {"probability", "reject_reason"} <= {*replaced}:
         log.warning(
-            "%s: the scores have columns of their own named %s, and those of the catalogue are not "
-            "carried along; rename them to keep them", catalogue.source, ", ".join(replaced),
+            "%s: %s have columns of their own named %s, and those of the catalogue are not carried "
+            "along; rename them to keep them", catalogue.source, what, ", ".join(replaced),
         )  # fmt: skip
 
 

@@ -3,13 +3,14 @@
 Plain pydantic, and written by hand in a YAML file where the defaults are not wanted::
 
     survey: {seeing: [1.3, 1.1, 1.0]}             # what differs from the preset; one a band, or one
-    hosts: lrg/catalogue.csv                      # real images of lens galaxies
     sources: sersic                               # or hubble
     decoys: {unlensed: 2, edge_on: 1}             # relative weights
     population:
       shear: {distribution: uniform, low: 0, high: 0.05}
       velocity_dispersion: {distribution: normal, mean: 250, std: 40, low: 100, high: 400}
       min_arc_snr: 30
+
+With `hosts: lrg/catalogue.csv`, arcs are painted on real images of lens galaxies.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -67,9 +68,16 @@ class Normal(_Part):
     def _in_order(self) -> Self:
         if self.low >= self.high:
             raise ValueError("low must be below high")
+        if not np.isfinite(self(np.array(0.5))):
+            raise ValueError("low and high are too many std from the mean")
         return self
 
     def __call__(self, u: Array) -> Array:
+        if self.low > self.mean:  # so far above it `ndtr` is 1; so far below, it is exact
+            mirrored = Normal.model_construct(
+                mean=-self.mean, std=self.std, low=-self.high, high=-self.low
+            )
+            return -mirrored(1 - u)
         low, high = (ndtr((edge - self.mean) / self.std) for edge in (self.low, self.high))
         return self.mean + self.std * ndtri(low + (high - low) * u)
 
@@ -182,7 +190,7 @@ class SimulationConfig(_Part):
     sources: Literal["hubble", "sersic"] = Field(
         default="hubble", description="real galaxies of the Hubble deep field, or smooth discs"
     )
-    decoys: dict[str, Annotated[float, Field(ge=0)]] = Field(
+    decoys: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
         default_factory=lambda given: {
             kind: MIXTURE[kind] for kind in (KEEP_HOST if given.get("hosts") else MIXTURE)
         },
@@ -197,6 +205,11 @@ class SimulationConfig(_Part):
             raise ValueError(f"decoys: {unknown[0]} is none of {', '.join(MIXTURE)}")
         if not sum(self.decoys.values()):
             raise ValueError("decoys: at least one weight must be above 0")
+        if self.sources == "hubble" and self.population.source_axis_ratio is not None:
+            raise ValueError(
+                "population.source_axis_ratio: real galaxies (sources: hubble) have their own "
+                "shapes; leave it out, or say sources: sersic"
+            )
         moved = [kind for kind, weight in self.decoys.items() if weight and kind not in KEEP_HOST]
         if self.hosts is not None and self.survey.noise_correlation:
             raise ValueError(
@@ -232,7 +245,7 @@ def load_config(survey: str, file: str | Path | None = None) -> SimulationConfig
     if "hosts" in values:
         values = values | {"hosts": _beside(file, values["hosts"])}
     try:
-        return SimulationConfig.model_validate(values | {"survey": preset.model_dump() | stated})
+        config = SimulationConfig.model_validate(values | {"survey": preset.model_dump() | stated})
     except ValidationError as problem:
         place, said, unknown = first_wrong(problem)
         if unknown and len(place) <= 2:
@@ -242,6 +255,15 @@ def load_config(survey: str, file: str | Path | None = None) -> SimulationConfig
                 known += [f"{section}.{name}" for name in inside]
             said = no_such_key(".".join(place), known)
         raise InputError(": ".join(filter(None, (str(file), ".".join(place), said)))) from None
+    if config.survey.psfs and "seeing" not in stated:
+        # What is resolved, and what drawn out, is told by it: the preset's is another camera's.
+        from lens_pipeline.simulation.psf import fwhm_of, read_psf
+
+        scale = config.survey.pixel_scale
+        seeing = tuple(fwhm_of(read_psf(path)) * scale for path in config.survey.psfs)
+        seen = {"seeing": seeing[0] if len(seeing) == 1 else seeing}
+        config = config.model_copy(update={"survey": config.survey.model_copy(update=seen)})
+    return config
 
 
 def load_configs(

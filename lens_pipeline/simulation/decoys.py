@@ -26,7 +26,6 @@ from lens_pipeline.simulation.population import (
     RED_SCATTER,
     Array,
     red_sequence,
-    source_axis_ratio,
     source_colours,
 )
 from lens_pipeline.simulation.streams import Purpose, stream
@@ -104,7 +103,8 @@ def _singly_imaged(u: Array, lenses: pd.DataFrame) -> Components:
     """The source where it has one image, drawn out a little, and no counter-image.
 
     1.2 to 2.5 Einstein radii beyond its own half-light radius from the middle, or as much farther
-    as the host's ellipticity and shear demand. It is as large as to have the arcs' light with the
+    as the host's ellipticity and shear demand for it to have one image, and for what is twice that
+    radius nearer to the middle. It is as large as to have the arcs' light with the
     source's surface brightness; the isothermal sphere magnifies an only image by 1 + theta_E/beta.
     """
     v, theta = u[:, 0], lenses["einstein_radius"].to_numpy()
@@ -117,7 +117,11 @@ def _singly_imaged(u: Array, lenses: pd.DataFrame) -> Components:
     while again.any():
         source["source_x"] = beta * np.cos(direction)
         source["source_y"] = beta * np.sin(direction)
-        again = is_multiply_imaged(source)
+        nearest = np.maximum(1 - 2 * radius / beta, 0)  # of its light, in parts of beta
+        inner = source.assign(
+            source_x=source["source_x"] * nearest, source_y=source["source_y"] * nearest
+        )
+        again = is_multiply_imaged(source) | is_multiply_imaged(inner)
         beta = np.where(again, 1.2 * beta, beta)
     shown = {name: source[name] for name in ARC_COLUMNS}
     return [_component("arcs", shown | _arc_light(v, lenses, unlensed), lenses)]
@@ -302,9 +306,9 @@ def _members(count: NDArray[np.intp]) -> tuple[NDArray[np.bool_], NDArray[np.int
 
 def _blue_galaxies(u: Array, lenses: pd.DataFrame, count: NDArray[np.intp]) -> Component:
     """So many galaxies (1 to MAX_MEMBERS) that share the arcs' light, up to MAX_DISTANCE Einstein
-    radii away, with the source's surface brightness, which lensing keeps. As many are at one
-    distance as at another: where arcs are, more than chance would put there, or how far the blue
-    light is from the middle would be enough to know them."""
+    radii away, with the source's shape and surface brightness, which lensing keeps. As many are at
+    one distance as at another: where arcs are, more than chance would put there, or how far the
+    blue light is from the middle would be enough to know them."""
     present, row = _members(count)
     weight = np.where(present, 0.3 + u[:, 1:, 8], 0)
     share = (weight / weight.sum(axis=1, keepdims=True))[present]
@@ -314,7 +318,7 @@ def _blue_galaxies(u: Array, lenses: pd.DataFrame, count: NDArray[np.intp]) -> C
         "x": host["x"] + distance * np.cos(2 * np.pi * v[:, 10]),
         "y": host["y"] + distance * np.sin(2 * np.pi * v[:, 10]),
         "source_radius": host["source_radius"] * np.sqrt(share * host["magnification"]),
-        "source_axis_ratio": source_axis_ratio(v[:, 11]),
+        "source_axis_ratio": host["source_axis_ratio"],
         "source_angle": 2 * np.pi * v[:, 12],
         "source_galaxy": host["source_galaxy"],
     }

@@ -13,6 +13,7 @@ MIN_AXIS_RATIO = 0.2  # as of the population: seen edge-on, no mass is as flat a
 RESOLVED = 0.1  # of the point spread function's second moment: what is smaller is a star
 NARROWEST = 0.3  # pixels^2: the second moment of a point spread function within one pixel
 SMALLEST_START = 1.0  # pixels: a narrower Gaussian falls between the pixels
+NEAR = 1.0  # pixels, or the width of the point spread function: what is farther is a neighbour
 BRIGHT = 1e4  # sigmas, at the peak of a point spread function, which has no noise
 
 
@@ -27,13 +28,15 @@ class Shape:
     position_angle: float = np.nan
 
 
-def second_moments(image: Array, x: float, y: float, start: float) -> tuple[Array, Array] | None:
+def second_moments(
+    image: Array, x: float, y: float, start: float, reach: float
+) -> tuple[Array, Array] | None:
     """The centre (2,) and the second moments (2, 2), in pixels, of what is at x, y; None where
-    nothing is.
+    nothing is, or where a neighbour is so near or bright that it would be measured with it.
 
     Adaptive moments (Bernstein & Jarvis 2002): those of the image under the elliptical Gaussian
     that matches it, so that neither noise nor neighbours far away count. start: the standard
-    deviation of the first Gaussian, pixels.
+    deviation of the first Gaussian; reach: how far the centre may be from x, y; pixels.
     """
     side = len(image)
     row, column = np.mgrid[:side, :side] - (side - 1) / 2
@@ -54,7 +57,7 @@ def second_moments(image: Array, x: float, y: float, start: float) -> tuple[Arra
         largest = (side / 4) ** 2
         if np.linalg.det(moments) <= 0 or not 0 < np.trace(moments) < largest:
             return None
-        if np.abs(centre - (x, y)).max() > side / 4:
+        if np.hypot(*(centre - (x, y))) > reach:
             return None
         if change < CONVERGED:
             return centre, moments
@@ -69,7 +72,7 @@ def moments_of_psf(psf: Array) -> Array:
     """
     # With a margin: one nearly as wide as its image is not too wide to be measured.
     image = np.pad(psf * (BRIGHT / psf.max()), len(psf) // 2)
-    found = second_moments(image, 0.0, 0.0, 1.5)
+    found = second_moments(image, 0.0, 0.0, 1.5, NEAR)
     if found is not None:
         return found[1]
     area = float((psf > psf.max() / 2).sum())
@@ -84,7 +87,9 @@ def shape_of(image: Array, psf: Array, x: float = 0.0, y: float = 0.0, seen: flo
     axis ratio q, is left then: neither cusp nor wings are Gaussian, and look round.
     """
     width = np.trace(psf) / 2
-    found = second_moments(image, x, y, max(1.5 * float(np.sqrt(width)), SMALLEST_START))
+    sigma = float(np.sqrt(width))
+    start = max(1.5 * sigma, SMALLEST_START)
+    found = second_moments(image, x, y, start, reach=max(sigma, NEAR))
     if found is None:
         return Shape()
     centre, moments = found

@@ -93,6 +93,7 @@ def read_pool(
     rows: list[int] = []
     magnitudes: list[Sequence[float]] = []
     shapes: list[Shape] = []
+    middles: list[tuple[float, float]] = []
     psf = moments_of_psf(point_spread(survey, "cpu").mean(dim=0).double().numpy())
     seen = _seen_ellipticity(survey, psf)
     at = known[["x", "y"]].fillna(0.0).to_numpy() / survey.pixel_scale
@@ -106,7 +107,8 @@ def read_pool(
                 rows.append(row)
                 # In units of each band's noise, their mean is the more certain.
                 image = cutout.pixels.astype(np.float64).sum(axis=0) / np.sqrt(len(survey.bands))
-                x, y = at[row]
+                middles.append(cutout.middle)
+                x, y = at[row] + cutout.middle
                 shapes.append(shape_of(image, psf, x, y, seen))
                 magnitudes.append(cutout.background_magnitude)
         _tell(source, len(known), len(rows), int(lens.sum()), int((~lens & ~able).sum()), rejects)
@@ -114,6 +116,7 @@ def read_pool(
         shape = (len(rows), len(survey.bands), image_size, image_size)
         pixels = np.memmap(file, np.float32, "r", shape=shape)
     known = known.iloc[rows].reset_index(drop=True)
+    known[["x", "y"]] += np.array(middles) * survey.pixel_scale
     _warn_of_unknown_mass(source, known)
     known = _with_shapes(known, shapes, survey.pixel_scale)
     columns = ["id", "group", *(name for name in PLACE if name in catalogue.table)]
@@ -214,6 +217,12 @@ def _background(survey: Survey, magnitude: NDArray[np.float64]) -> NDArray[np.fl
 
 
 def _check_pixel_scale(catalogue: Catalogue, survey: Survey) -> None:
+    if "pixel_scale" not in catalogue.table:
+        log.warning(
+            "hosts: %s has no column pixel_scale; %g arcsec, survey.pixel_scale, is taken for it",
+            catalogue.source,
+            survey.pixel_scale,
+        )
     if "pixel_scale" in catalogue.table:
         differs = (catalogue.table["pixel_scale"] / survey.pixel_scale - 1).abs()
         refuse(

@@ -8,26 +8,53 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.simulation.surveys import Survey
 
 PSF_RADIUS = 24  # pixels: the wings of a bright star end in noise
+MAX_OUTSIDE = 0.05  # share of the light that a Moffat profile may have beyond
+FINER = 8  # than an image of a point spread function, to find its width
 MAX_OFF_CENTRE = 0.5  # pixels, of a user's own
 
 
 def moffat(fwhm: float, beta: float, device: str) -> Tensor:
     """A point spread function of unit sum, (2*PSF_RADIUS+1) pixels a side; fwhm in pixels."""
     square = torch.arange(-PSF_RADIUS, PSF_RADIUS + 1, device=device, dtype=torch.float32) ** 2
-    scale = fwhm / (2 * (2 ** (1 / beta) - 1) ** 0.5)
-    kernel = (1 + (square + square[:, None]) / scale**2) ** -beta
+    kernel = (1 + (square + square[:, None]) / _scale(fwhm, beta) ** 2) ** -beta
     return kernel / kernel.sum()
+
+
+def _scale(fwhm: float, beta: float) -> float:
+    return fwhm / (2 * (2 ** (1 / beta) - 1) ** 0.5)
 
 
 def point_spread(survey: Survey, device: str) -> Tensor:
     """The survey's point spread functions (1 or bands, side, side): its own images, or the Moffat
-    profiles of its seeing; one where all bands have the same."""
+    profiles of its seeing; one where all bands have the same.
+
+    Raises InputError as `read_psf` does, and for profiles so wide that they would be cut.
+    """
     if survey.psfs:
         return torch.stack([read_psf(path) for path in survey.psfs]).to(device)
     widths = [fwhm / survey.pixel_scale for fwhm in survey.seeings]
     if len(set(widths)) == 1:
         del widths[1:]
+    for width in widths:
+        outside = (1 + (PSF_RADIUS / _scale(width, survey.moffat_beta)) ** 2) ** (
+            1 - survey.moffat_beta
+        )
+        if outside > MAX_OUTSIDE:
+            raise InputError(
+                f"survey.seeing: {outside:.0%} of the light of a Moffat profile of {width:.3g} "
+                f"pixels and moffat_beta {survey.moffat_beta:g} is more than {PSF_RADIUS} pixels "
+                f"from its middle; {MAX_OUTSIDE:.0%} may be"
+            )
     return torch.stack([moffat(width, survey.moffat_beta, device) for width in widths])
+
+
+def fwhm_of(psf: Tensor) -> float:
+    """The diameter, in pixels, of a circle as large as the area in which an image of a point spread
+    function is above half its maximum."""
+    from scipy.ndimage import zoom
+
+    fine = zoom(psf.numpy(), FINER, order=3, mode="nearest", grid_mode=True)
+    return float(2 * np.sqrt((fine > fine.max() / 2).sum() / np.pi) / FINER)
 
 
 def read_psf(path: str) -> Tensor:

@@ -72,10 +72,12 @@ class Simulation:
     these four are NaN of a real one, and all but place and angle of a `late_type`, which stands
     where the host would be.
     Of a lens, NaN elsewhere: `z_source`, `einstein_radius` (arcsec), `shear`, `shear_angle`
-    (radians), `magnification` (of the flux), `arc_snr` (best band), `arc_contrast` (the arcs' light
-    over the galaxy's: the fifth largest ratio among pixels where they have a signal-to-noise above
-    2, in the best band; see `Renderer.contrast`), `source_x`, `source_y` (arcsec from the lens),
-    `source_radius` (arcsec), `source_axis_ratio` (of a smooth source), `source_angle` (radians),
+    (radians), `magnification` (of the flux, within the cutout), `arc_snr` (best band),
+    `arc_contrast` (the arcs' light over the galaxy's: the fifth largest ratio among pixels where
+    they have a signal-to-noise above 2, in the best band; see `Renderer.contrast`), `source_x`,
+    `source_y` (arcsec from the lens),
+    `source_radius` (arcsec), `source_axis_ratio` (of a smooth source, NaN of a real
+    galaxy), `source_angle` (radians, by which it is turned; of a smooth one, of its major axis),
     `source_magnitude` (unlensed, AB, r), `source_g_r`, `source_r_i`.
     Unrelated galaxies and satellites (see `neighbours`) are not described, and `arc_snr` and
     `arc_contrast` leave them out.
@@ -308,6 +310,8 @@ def _table(
     hosts = galaxies.described(truths["host_galaxy"].to_numpy())
     galaxy = np.array(names)[truths["source_galaxy"]] if names else np.full(len(row), "")
     truths.loc[~is_lens, LENSING_TRUTHS] = np.nan
+    if names:
+        truths["source_axis_ratio"] = np.nan  # real galaxies have shapes of their own
     not_there = [name for name in GALAXY_TRUTHS if name not in OF_ANOTHER_GALAXY]
     truths.loc[kind == "late_type", not_there] = np.nan
     cutouts = pd.DataFrame(

@@ -17,10 +17,12 @@ Positive = Annotated[float, Field(gt=0)]
 class Survey(BaseModel):
     """A survey's coadded images, taken to be alike over its whole area."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = Field(description="as in SURVEYS, or the user's own")
-    bands: tuple[str, ...] = Field(description=f"of {', '.join(KNOWN_BANDS)}, in an image's order")
+    bands: tuple[str, ...] = Field(
+        min_length=1, description=f"of {', '.join(KNOWN_BANDS)}, in an image's order"
+    )
     pixel_scale: Positive = Field(description="arcsec/pixel")
     seeing: Positive | tuple[Positive, ...] = Field(
         description="FWHM of the point spread function, arcsec; one, or one a band"
@@ -30,7 +32,8 @@ class Survey(BaseModel):
     )
     psf: str | tuple[str, ...] | None = Field(
         default=None,
-        description="a FITS file of the point spread function, instead of Moffat's; or one a band",
+        description="a FITS file of the point spread function, instead of Moffat's; or one a band; "
+        "in a YAML file that leaves `seeing` out, that is their FWHM",
     )
     sky_brightness: tuple[float, ...] = Field(description="mag/arcsec^2, one a band")
     zero_point: tuple[float, ...] = Field(description="AB magnitude of one ADU/s, one a band")
@@ -47,6 +50,8 @@ class Survey(BaseModel):
         for band in self.bands:
             if band not in KNOWN_BANDS:
                 raise ValueError(f"bands: {band!r} is none of {', '.join(KNOWN_BANDS)}")
+        if len(set(self.bands)) < len(self.bands):
+            raise ValueError(f"bands: {', '.join(self.bands)}: one is named twice")
         for name in (*PER_BAND, "seeing", "psf"):
             values = getattr(self, name)
             if isinstance(values, tuple) and len(values) != len(self.bands):
@@ -95,8 +100,8 @@ def of_bands(survey: Survey, bands: Any) -> dict[str, Any]:
 
 
 _GRI = ("g", "r", "i")
-# LensPop's numbers (Collett 2015) but for LSST. The slope of the Moffat profile is a common one for
-# coadds.
+# LensPop's numbers (Collett 2015) where nothing else is said. The slope of the Moffat profile is a
+# common one for coadds.
 SURVEYS = {
     survey.name: survey
     for survey in (
@@ -112,7 +117,9 @@ SURVEYS = {
             exposures=10,
             read_noise=7.0,
         ),
-        Survey(  # DES's zero point for a mirror of 8.2 m; Wide layer: Aihara et al. 2018
+        # Camera, seeing and exposures of the Wide layer: Aihara et al. 2018. DES's zero point for a
+        # mirror of 8.2 m. Sky: LensPop's in g and i; in r CFHTLS's, which LensPop's HSC lacks.
+        Survey(
             name="hsc",
             bands=_GRI,
             pixel_scale=0.168,
@@ -136,7 +143,7 @@ SURVEYS = {
             exposures=150,
             read_noise=10.0,
         ),
-        Survey(
+        Survey(  # its FWHM: within the 0.17 to 0.2 arcsec of LensPop's tables
             name="euclid_vis",
             bands=("VIS",),
             pixel_scale=0.1,

@@ -98,6 +98,32 @@ def test_a_noise_map_is_no_band_however_it_is_named(tmp_path: Path, image: str, 
     assert (found.bands, found.sigma) == (("G", "R"), (2.5, 2.5))
 
 
+@pytest.mark.parametrize(
+    ("names", "bands"),
+    [
+        (("vis_flux", "vis_rms", "vis_mask", "y", "Y"), ("vis",)),
+        (("g", "g_rms", "flag_g", "r", "weird"), ("g", "r", "weird")),
+        (("sci", "err", "dq"), None),
+    ],
+)
+def test_names_in_small_letters_say_as_much(
+    tmp_path: Path, names: tuple[str, ...], bands: tuple[str, ...] | None
+) -> None:
+    """astropy writes the names that it is given in capitals, and reads those of others as they
+    are."""
+    maps = {"rms": RMS, "err": RMS, "mask": MASK, "flag": MASK, "dq": MASK}
+    hdus: fits.HDUList = fits.HDUList([fits.PrimaryHDU()])
+    for name in names:
+        role = next((role for role in maps if role in name), None)
+        hdus.append(fits.ImageHDU(SKY if role is None else maps[role]))
+        hdus[-1].header["EXTNAME"] = name
+    hdus.writeto(tmp_path / "a.fits")
+    found = read_image(str(tmp_path / "a.fits"))
+    assert found.bands == bands
+    assert found.sigma[0] == 2.5
+    assert np.isnan(found.pixels[0, 3, 5])
+
+
 SKY = NOISE[0]
 
 

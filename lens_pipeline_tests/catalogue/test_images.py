@@ -15,7 +15,8 @@ from PIL import Image
 from scipy import ndimage
 
 from lens_pipeline.catalogue.background import background_sigma
-from lens_pipeline.catalogue.cutout import CutoutError
+from lens_pipeline.catalogue.cutout import Cutout, CutoutError
+from lens_pipeline.catalogue.dataset import CutoutFormat
 from lens_pipeline.catalogue.images import read_cutout, read_image
 from lens_pipeline.simulation import simulate
 from lens_pipeline_tests.catalogue.by_hand import NOISE, write_png
@@ -170,8 +171,23 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
             read_image(str(path))
     with pytest.raises(CutoutError, match="missing"):
         read_image(str(tmp_path / "absent.fits"))
-    with pytest.raises(CutoutError, match="not known"):
+    with pytest.raises(CutoutError, match=r"the file type \.py is not known"):
         read_image(__file__)
+    (tmp_path / "of.v1").mkdir()
+    (tmp_path / "of.v1" / "a").write_bytes(b"")
+    with pytest.raises(CutoutError, match="its name has no suffix; use FITS"):
+        read_image(str(tmp_path / "of.v1" / "a"))
+
+
+def test_bands_of_one_set_are_brought_into_one_order() -> None:
+    """Also those that files of colours have, who need not name them."""
+    pixels = np.arange(3 * 4 * 4, dtype=np.float32).reshape(3, 4, 4)
+    for ours, theirs in ((("red", "green", "blue"), ("blue", "green", "red")), (tuple("irg"),) * 2):
+        form = CutoutFormat(ours, 4, "composite", None)
+        found = form.fitted(Cutout(pixels, "composite", theirs))
+        np.testing.assert_array_equal(found.pixels, pixels[[theirs.index(band) for band in ours]])
+    unnamed = Cutout(pixels, "composite")
+    np.testing.assert_array_equal(form.fitted(unnamed).pixels, pixels)
 
 
 def test_a_row_of_a_stack(tmp_path: Path) -> None:

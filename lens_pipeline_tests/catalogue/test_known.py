@@ -48,6 +48,7 @@ def test_a_list_is_read_as_others_write_it(tmp_path: Path) -> None:
         ("ra,dec\n11:48:33,+19:30:03\n", "row 1, column ra: '11:48:33' must be decimal degrees"),
         ("ra,dec\n-999,1\n", "row 1, column ra: '-999.0' must be from -180 to 360 degrees"),
         ("ra,dec\n1,91\n", "row 1, column dec: '91.0' must be from -90 to 90 degrees"),
+        ("NAME,name,ra,dec\na,b,1,2\n", "columns NAME and name: which has the lenses' names"),
         ("ra,dec\n", "the table has no rows"),
         (None, "there is no such file or folder"),
     ],

@@ -99,6 +99,39 @@ def test_positions_come_in_the_unit_that_a_table_states(tmp_path: Path, format: 
         written("pix", 1.0, 1.0)
 
 
+@pytest.mark.parametrize("suffix", ["fits", "vot"])
+def test_whole_numbers_of_another_unit_keep_what_is_left_of_a_degree(
+    tmp_path: Path, suffix: str
+) -> None:
+    table = Table({"id": ["a", "b"], "path": ["a.npy", "b.npy"]})
+    table["ra"] = Column([1_234_567_890, 3_600_000], unit="mas")
+    table["dec"] = Column([-20_000, 7_200_000], unit="mas")
+    table.write(tmp_path / f"t.{suffix}", format={"vot": "votable"}.get(suffix, suffix))
+    found = read_catalogue(tmp_path / f"t.{suffix}").table[["ra", "dec"]].to_numpy()
+    np.testing.assert_allclose(found, [[1_234_567_890 / 3.6e6, -20_000 / 3.6e6], [1, 2]])
+
+
+@pytest.mark.parametrize("unit", ["degree", "Degrees", "DEG", "degs", "parsnip"])
+def test_degrees_may_be_spelt_as_people_do(tmp_path: Path, unit: str) -> None:
+    """astropy knows `deg` alone."""
+    columns = [fits.Column(name, "D", unit=unit, array=[1.5, 2.5]) for name in ("ra", "dec")]
+    columns += [fits.Column(name, "5A", array=["a.npy", "b.npy"]) for name in ("id", "path")]
+    fits.BinTableHDU.from_columns(columns).writeto(tmp_path / "t.fits")
+    if unit == "parsnip":
+        with pytest.raises(InputError, match="column ra: its unit is parsnip; degrees are needed"):
+            read_catalogue(tmp_path / "t.fits")
+    else:
+        assert read_catalogue(tmp_path / "t.fits").table["ra"].tolist() == [1.5, 2.5]
+
+
+@pytest.mark.filterwarnings("ignore:.*complex")
+def test_what_no_parquet_file_holds_is_told_before_any_image_is_read(tmp_path: Path) -> None:
+    table = Table({"id": ["a"], "path": ["a.npy"], "shear": [0.1 + 0.2j]})
+    table.write(tmp_path / "t.fits")
+    with pytest.raises(InputError, match=r"t\.fits: a column holds what Parquet does not, as comp"):
+        read_catalogue(tmp_path / "t.fits")
+
+
 def test_columns_of_a_votable_are_called_by_their_names(tmp_path: Path) -> None:
     Table({"ID": ["a"], "PATH": ["a.npy"]}).write(tmp_path / "t.vot", format="votable")
     text = (tmp_path / "t.vot").read_text()
@@ -171,6 +204,7 @@ def test_unreadable_sources(tmp_path: Path, name: str, content: bytes | None, me
         read_catalogue(tmp_path / name)
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_comma_at_the_end_of_every_row_shifts_nothing(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("id,path,label\na,a.png,1,\nb,b.png,0,\n")
     table = read_catalogue(tmp_path / "t.csv").table

@@ -1,14 +1,18 @@
 """Surveys, and what a user's own file changes."""
 
+import inspect
 from pathlib import Path
 
 import numpy as np
 import pytest
+from astropy.io import fits
 from scipy.stats import kstest, truncnorm, uniform
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.simulation import SURVEYS, load_config, simulate
+from lens_pipeline.simulation import config as config_module
 from lens_pipeline.simulation.population import COLUMNS, candidates
+from lens_pipeline.simulation.psf import moffat
 
 # Point-source depths (AB, 5 sigma) as published: DES Y6 (Bechtol et al. 2025) from its S/N = 10
 # limits, HSC-SSP Wide (Aihara et al. 2018), LSST after ten years (Ivezic et al. 2019), Euclid VIS
@@ -81,6 +85,19 @@ def test_a_users_file_chooses_decoys_sources_and_seeing(tmp_path: Path) -> None:
         ("decoys: {planet: 1}", "planet is none of"),
         ("decoys: {ring: 0}", "at least one weight"),
         ("survey: {seeing: -1}", "survey.seeing"),
+        ("survey: {bands: []}", "survey.bands"),
+        ("survey: {bands: [g, g, r]}", "survey: bands: g, g, r: one is named twice"),
+        ("survey: {seeing: .inf}", "survey.seeing"),
+        ("survey: {sky_brightness: [.nan, 20, 20]}", "survey.sky_brightness"),
+        ("decoys: {ring: .inf}", "decoys.ring"),
+        (
+            "population: {source_axis_ratio: {distribution: constant, value: 0.3}}",
+            "population.source_axis_ratio: real galaxies (sources: hubble) have their own shapes",
+        ),
+        (
+            "population: {lens_redshift: {distribution: normal, mean: 9, std: 0.1, high: 1}}",
+            "low and high are too many std from the mean",
+        ),
         ("survey: {bands: [g, z]}", "survey: bands: 'z' is none of g, r, i, VIS"),
         ("survey: {seeing: [1, 1.1]}", "seeing: has 2 values for the bands g, r, i; give one"),
         ("survey: {psf: [a.fits]}", "psf: has 1 values for the bands g, r, i; give one"),
@@ -114,6 +131,38 @@ def test_a_users_file_in_another_encoding_is_named(tmp_path: Path) -> None:
     file.write_bytes("sources: sérsic".encode("latin-1"))
     with pytest.raises(InputError, match=f"{file}: is no YAML"):
         load_config("des", file)
+
+
+def test_the_example_in_the_docstring_is_a_users_file(tmp_path: Path) -> None:
+    example = inspect.cleandoc(str(config_module.__doc__).partition("::")[2].partition("\nWith")[0])
+    found = load_config("des", write(tmp_path, example))
+    assert found.decoys == {"unlensed": 2, "edge_on": 1}
+    assert found.population.min_arc_snr == 30
+
+
+def test_a_normal_distribution_far_above_its_mean(tmp_path: Path) -> None:
+    """Where the normal integral is 1 to the last digit."""
+    shear = "{distribution: normal, mean: 0, std: 0.01, low: 0.2, high: 0.3}"
+    file = write(tmp_path, f"population: {{shear: {shear}}}")
+    distribution = load_config("des", file).population.shear
+    u = np.linspace(0, 1, 1001)[1:-1]
+    expected = truncnorm.ppf(u, 20, 30, 0, 0.01)
+    np.testing.assert_allclose(distribution(u), expected, rtol=1e-9)  # type: ignore[misc]
+
+
+def test_the_seeing_of_a_psf_is_its_width(tmp_path: Path) -> None:
+    """Not the preset's, which is another camera's; but what the file states is kept."""
+    for name, fwhm in (("g", 2.4), ("r", 3.1), ("i", 5.0)):
+        fits.PrimaryHDU(moffat(fwhm, 3.0, "cpu").numpy()).writeto(tmp_path / f"{name}.fits")
+    of_one = load_config("des", write(tmp_path, "survey: {psf: r.fits}")).survey
+    assert of_one.seeing == pytest.approx(3.1 * 0.263, rel=0.02)
+    each = "psf: [g.fits, r.fits, i.fits], pixel_scale: 0.2"
+    of_each = load_config("des", write(tmp_path, f"survey: {{{each}}}")).survey
+    assert of_each.seeings == pytest.approx((0.48, 0.62, 1.0), rel=0.02)
+    stated = load_config("des", write(tmp_path, f"survey: {{{each}, seeing: 1.5}}")).survey
+    assert stated.seeing == 1.5
+    with pytest.raises(InputError, match=r"survey\.psf: .*none\.fits cannot be read"):
+        load_config("des", write(tmp_path, "survey: {psf: none.fits}"))
 
 
 def test_sections_of_comments_alone_are_their_defaults(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from lenstronomy.LensModel.lens_model import LensModel
+from lenstronomy.Util import param_util
 
 from lens_pipeline.simulation import load_config
 from lens_pipeline.simulation.decoy_kinds import MIXTURE
@@ -121,6 +123,28 @@ def test_a_singly_imaged_source_is_drawn_out_and_has_no_counter_image(
     assert (share < 0.06).float().mean() > 0.9
     assert stretched.median() > 1.1
     assert opposite(lenses.arcs[:, R])[0].median() > 0.1
+
+
+@pytest.mark.parametrize("host", [1, 7, 11, 65])
+def test_no_clump_of_a_singly_imaged_source_is_seen_twice(host: int, galaxies: SersicHosts) -> None:
+    """Sources of these hosts reach far beyond their half-light radius: behind the caustics, where a
+    second image would be bright, though their middles have none."""
+    lenses = draw_lenses(galaxies, CONFIG, 1, range(host, host + 1))
+    kinds = np.array(["singly_imaged"])
+    drawn = draw_decoys(galaxies, 1, lenses.table, lenses.galaxy, kinds) - lenses.galaxy
+    p = lenses.table.iloc[0]
+    e1, e2 = param_util.phi_q2_ellipticity(p["position_angle"], p["axis_ratio"])
+    gamma1, gamma2 = param_util.shear_polar2cartesian(p["shear_angle"], p["shear"])
+    mass = {"theta_E": p["einstein_radius"], "e1": e1, "e2": e2}
+    mass |= {"center_x": p["x"], "center_y": p["y"]}
+    field = {"gamma1": gamma1, "gamma2": gamma2, "ra_0": p["x"], "dec_0": p["y"]}
+    y, x = (np.mgrid[:64, :64] - 31.5) * CONFIG.survey.pixel_scale
+    xx, xy, yx, yy = LensModel(["SIE", "SHEAR"]).hessian(x.ravel(), y.ravel(), [mass, field])
+    # Within the critical curve, where counter-images are, by lenstronomy.
+    inside = torch.from_numpy(((1 - xx) * (1 - yy) - xy * yx < 0).reshape(64, 64))
+    light = drawn[0][:, inside].sum(dim=1).numpy()
+    noise = np.sqrt(CONFIG.survey.background_variance * int(inside.sum()))
+    assert (light / noise).max() < 2.5
 
 
 @pytest.mark.parametrize("kind", ["spiral", "ring", "edge_on"])

@@ -31,6 +31,22 @@ def test_no_psf_is_too_narrow_or_too_wide(fwhm: float) -> None:
     assert np.isnan(shape_of(noise, moments_of_psf(psf)).axis_ratio)
 
 
+@pytest.mark.parametrize("flux", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("distance", [6, 8, 11, 15])
+def test_a_neighbour_is_not_measured_with_a_galaxy(flux: float, distance: int) -> None:
+    """Rather nothing is: mass between two galaxies would have its arcs around nothing."""
+    y, x = np.mgrid[:64, :64] - 31.5
+    psf = moffat(3.4, 3.0, "cpu").double().numpy()
+
+    def galaxy(x0: float) -> np.ndarray:
+        return np.exp(-0.5 * (((x - x0) / 3) ** 2 + (y / 2.4) ** 2))
+
+    image = fftconvolve(1e4 * (galaxy(0) + flux * galaxy(distance)), psf, mode="same")
+    shape = shape_of(image, moments_of_psf(psf))
+    assert np.isnan(shape.x) or abs(shape.x) < 1.5
+    assert np.isnan(shape.axis_ratio) or abs(shape.axis_ratio - 0.8) < 0.2
+
+
 def test_a_psf_of_euclid(shared_data: Path) -> None:
     for path in sorted((shared_data / "euclid_q1").glob("*.fits")):
         psf = fits.getdata(path, extname="VIS_PSF").astype(np.float64)

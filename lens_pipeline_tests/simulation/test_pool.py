@@ -18,6 +18,7 @@ from lens_pipeline.simulation.decoy_kinds import KEEP_HOST
 from lens_pipeline.simulation.pool import read_pool
 from lens_pipeline.simulation.population import einstein_radius
 from lens_pipeline_tests.simulation.pools import (
+    DES,
     SIGMA,
     SIZE,
     config_of,
@@ -92,6 +93,22 @@ def test_what_a_catalogue_does_not_tell_is_measured_on_the_image(
     flat = truth["axis_ratio"] < 0.8
     assert flat.sum() > 10
     assert np.degrees(turned[flat].abs().median()) < 8  # at random, 45
+
+
+@pytest.mark.parametrize(("side", "size"), [(65, 64), (65, 63), (66, 63)])
+def test_places_are_of_the_middle_of_the_file_and_become_that_of_the_cutout(
+    side: int, size: int, tmp_path: Path
+) -> None:
+    """Where one side is odd and the other even, these are half a pixel apart."""
+    y, x = np.mgrid[:side, :side] - (side - 1) / 2
+    noise = np.random.default_rng(0).standard_normal((3, side, side))
+    light = 500 * np.exp(-0.5 * (x**2 + y**2) / 3**2)
+    fits.PrimaryHDU((noise + light).astype(np.float32)).writeto(tmp_path / "a.fits")
+    (tmp_path / "catalogue.csv").write_text("id,path,x,y\nmeasured,a.fits,,\ngiven,a.fits,0,0\n")
+    config = config_of(str(tmp_path / "catalogue.csv"))
+    places = read_pool(str(config.hosts), config, size).table[["x", "y"]].to_numpy()
+    np.testing.assert_allclose(places[0], places[1], atol=0.01)
+    np.testing.assert_allclose(places[1], ((side - size) % 2) * DES.pixel_scale / 2)
 
 
 def test_one_galaxy_among_many_is_enough(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,7 +8,7 @@ import torch
 from astropy.io import fits
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.simulation.psf import moffat, read_psf
+from lens_pipeline.simulation.psf import fwhm_of, moffat, point_spread, read_psf
 from lens_pipeline.simulation.render import Renderer
 from lens_pipeline.simulation.sources import SersicDiscs
 from lens_pipeline.simulation.surveys import find_survey
@@ -72,8 +72,18 @@ def test_psfs_of_real_surveys_are_centred(shared_data: Path, tmp_path: Path) -> 
                 if hdu.name.endswith("_PSF"):
                     count += 1
                     fits.PrimaryHDU(hdu.data).writeto(tmp_path / f"{count}.fits")
-                    read_psf(str(tmp_path / f"{count}.fits"))
+                    psf = read_psf(str(tmp_path / f"{count}.fits"))
+                    if hdu.name == "VIS_PSF":  # pixels of 0.1 arcsec; Cropper et al. 2025
+                        assert 1.3 < fwhm_of(psf) < 2.1
     assert count == 24
+
+
+def test_a_psf_is_not_cut_without_a_word() -> None:
+    """Of 20 pixels and a slope of 3, a sixth of the light is beyond what is drawn."""
+    survey = DES.model_copy(update={"seeing": 20 * DES.pixel_scale})
+    with pytest.raises(InputError, match=r"survey\.seeing: 16% of the light of a Moffat profile"):
+        point_spread(survey, "cpu")
+    point_spread(survey.model_copy(update={"seeing": 10 * DES.pixel_scale}), "cpu")
 
 
 def test_each_band_may_have_a_psf_of_its_own(tmp_path: Path) -> None:
