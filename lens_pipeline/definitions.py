@@ -68,7 +68,7 @@ def make_definitions(settings: Settings, retries: bool = True) -> dg.Definitions
     overdue = freshness(settings)
     made = [one.asset(retries, settings.surveys, overdue) for one in stages]
     return dg.Definitions(
-        assets=[*([observed_shards()] if published else []), *with_follow_up(made)],
+        assets=[*([observed_shards(retries)] if published else []), *with_follow_up(made)],
         jobs=[full_pipeline, data, training, evaluation_and_registration, tuning, cleaning],
         schedules=planned,
         sensors=[

@@ -4,16 +4,18 @@ Dagster's own launcher starts runs within a code server and cannot tell whether 
 code server is killed, or the machine is restarted, its runs stay "started" for ever.
 """
 
+import logging
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from dagster import DagsterInstance, DagsterRun
+from dagster import DagsterInstance, DagsterRun, Field
 from dagster import _check as check
 from dagster._core.launcher.base import (
     CheckRunHealthResult,
@@ -24,6 +26,8 @@ from dagster._core.launcher.base import (
 from dagster._grpc.types import ExecuteRunArgs
 from dagster._serdes import ConfigurableClass, ConfigurableClassData, serialize_value
 
+from lens_pipeline.alerts import alert
+from lens_pipeline.errors import InputError
 from lens_pipeline.processes import (
     HOST,
     PID,
@@ -41,6 +45,7 @@ from lens_pipeline.settings import Settings
 GATE = 'read -r go && exec "$@"'
 EXECUTE = (sys.executable, "-m", "dagster", "api", "execute_run")
 DEPLOYMENT = "lens/deployment"
+log = logging.getLogger(__name__)
 CANCELED = "lens/canceled"  # by somebody on another host; its value is the run
 
 
@@ -53,12 +58,27 @@ def forget_ended_runs(instance: DagsterInstance) -> None:
             sign.unlink(missing_ok=True)
 
 
+def _tell_of_long(run: DagsterRun, limit: int) -> None:
+    """Tell people: what is cancelled is no failure, of which they are told else."""
+    text = f"{run.job_name} has lasted longer than {limit} seconds, and is cancelled"
+    try:
+        alert(Settings.load(), text, run=run.run_id)
+    except InputError as problem:
+        log.warning("%s", problem)
+
+
 class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
     """Starts each run as a process that leads a session of its own, on the host of whoever
-    launches: Dagster's daemon."""
+    launches: Dagster's daemon.
 
-    def __init__(self, inst_data: ConfigurableClassData | None = None) -> None:
-        self._inst_data = inst_data
+    max_runtime_seconds: how long a run may last before it is asked to end, and then killed; 0: for
+    ever. Dagster's own limit says that it has failed, tries it again, and lets it live.
+    """
+
+    def __init__(
+        self, max_runtime_seconds: int = 0, inst_data: ConfigurableClassData | None = None
+    ) -> None:
+        self._inst_data, self._limit = inst_data, max_runtime_seconds
         super().__init__()
 
     @property
@@ -67,13 +87,13 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
 
     @classmethod
     def config_type(cls) -> dict[str, Any]:
-        return {}
+        return {"max_runtime_seconds": Field(int, is_required=False)}
 
     @classmethod
     def from_config_value(
         cls, inst_data: ConfigurableClassData, config_value: Mapping[str, Any]
     ) -> Self:
-        return cls(inst_data)
+        return cls(**config_value, inst_data=inst_data)
 
     @property
     def _home(self) -> Path:
@@ -129,8 +149,12 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
         """Whether the process of a run lives. What a dead one has left is ended, for the run may be
         tried again."""
         if not is_dead(run.run_id, run.tags, self._home):
-            if run.tags.get(CANCELED) == run.run_id and is_here(run.run_id, run.tags):
-                self.terminate(run.run_id)
+            if is_here(run.run_id, run.tags):
+                if self._lasts_too_long(run):
+                    self.terminate(run.run_id)
+                    _tell_of_long(run, self._limit)
+                elif run.tags.get(CANCELED) == run.run_id:
+                    self.terminate(run.run_id)
             return CheckRunHealthResult(WorkerStatus.RUNNING)
         left = end_rest(run.tags)
         return CheckRunHealthResult(
@@ -138,6 +162,11 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
             f"process {run.tags[PID]} on {run.tags[HOST]} has died"
             + (f"; {len(left)} that it left were ended" if left else ""),
         )
+
+    def _lasts_too_long(self, run: DagsterRun) -> bool:
+        record = self._instance.get_run_record_by_id(run.run_id)
+        begun = record.start_time if record is not None else None
+        return bool(self._limit and begun and time.time() - begun > self._limit)
 
     def get_run_worker_debug_info(
         self, run: DagsterRun, include_container_logs: bool | None = True

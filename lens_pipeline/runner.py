@@ -15,7 +15,6 @@ import filelock
 from dagster._core.instance.ref import InstanceRef
 from dagster._core.storage.tags import REPOSITORY_LABEL_TAG
 
-from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.checkpoints import POOL
 from lens_pipeline.defs.checks import said_of_checks
 from lens_pipeline.defs.sensors import made_by
@@ -46,6 +45,7 @@ REPOSITORY = "__repository__@lens_pipeline"  # of workspace.yaml: its pages list
 # sha256 of dagster.yaml as former versions have made it.
 FORMER = {
     "1b0cdfd38018393efc1344a32a054f39703b3127a75fba6ba292f5ef6a06999c",
+    "7251d0e403223a43f1b3e9e1923dc7bcbc1c0f1c2bc5f84a8189c3fac3a7ac47",
     "59045419ec5290be587670029148bbe82f980ab20d4f09a3a1ea8b73c52a7bd1",
     "9d8f19626ababa3b6a08abcfd431509f965fedf3b83663852c46bb08256cc0f7",
     "ff068861abc9859b77e92598efeef480d85bd3b16e368ea48526ab120e4132c0",
@@ -165,6 +165,9 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
     changes: training settings by member, as in `run_config`. What a step raises comes out as it is;
     a signal that Dagster has caught comes out as KeyboardInterrupt.
     """
+    # Here, for it makes the graph of the environment's settings, which other commands do not need.
+    from lens_pipeline.definitions import make_definitions
+
     definitions = make_definitions(settings, retries=False)
     config = run_config(changes)
     if verbose:

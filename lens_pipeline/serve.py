@@ -17,9 +17,10 @@ from typing import Any
 from lens_pipeline.alerts import MARK
 from lens_pipeline.errors import InputError
 from lens_pipeline.processes import is_free
+from lens_pipeline.registry import answering
 from lens_pipeline.runner import end_launched_runs, open_instance, release_dead_runs
 from lens_pipeline.settings import HOST, SERVED, Settings
-from lens_pipeline.tracking import Tracking, experiment_page
+from lens_pipeline.tracking import Tracking, experiment_page, short_waits
 
 # No workers for MLflow's evaluation jobs, and no libraries' warnings on the terminal.
 QUIET = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PYTHONWARNINGS": "ignore"}
@@ -156,7 +157,9 @@ def pages(
     }
     with open_instance(settings) as instance, _alone(settings, about) as lock:
         # Asking creates the database before two servers would.
-        addresses["MLflow"] = experiment_page(addresses["MLflow"], Tracking(settings).experiment_id)
+        with short_waits(), answering("MLFLOW_TRACKING_URI"):
+            experiment = Tracking(settings).experiment_id
+        addresses["MLflow"] = experiment_page(addresses["MLflow"], experiment)
         release_dead_runs(instance)
         messages = None if verbose else Messages(_shortened(settings.dagster_home / "servers.log"))
         servers: list[Server] = []

@@ -48,8 +48,15 @@ def _absolute_source(source: str) -> str:
 def _web_address(secret: Any) -> Any:
     """Raises ValueError for what cannot be requested, and does not show it."""
     value = secret.get_secret_value() if isinstance(secret, SecretStr) else secret
-    if value is not None and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", str(value)):
-        raise ValueError("is no address that begins with http:// or https://, or holds a space")
+    if value is None:
+        return None
+    if not re.fullmatch(r"https?://[^/]+(/.*)?", value) or not re.fullmatch("[!-~]+", value):
+        raise ValueError(
+            "is no address that begins with http:// or https://, or holds a space or a letter "
+            "beyond ASCII"
+        )
+    if "@" in urlsplit(value).netloc:
+        raise ValueError("names a user, but nobody is logged in; its secret is to be in its path")
     return secret
 
 
@@ -274,6 +281,9 @@ class Settings(BaseSettings):
         is no setting.
         """
         _refuse_unknown(map(cls.variable, cls.model_fields))
+        for name, value in changes.items():
+            if value == "":  # as of a variable of the shell that is not set
+                raise InputError(f"{cls.variable(name)}: is given, and empty")
         try:
             return cls(**{name: value for name, value in changes.items() if value is not None})
         except ValidationError as problem:

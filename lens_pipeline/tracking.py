@@ -41,6 +41,7 @@ ID = "id"  # in LENS_HOME
 DATASET_VERSION = "lens.dataset_version"
 DAGSTER_RUN = "lens.dagster_run_id"
 PARENT = "mlflow.parentRunId"
+RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 CONNECT_WITHIN = 10  # seconds
 LOCK = 1_819_634_291  # an advisory lock of PostgreSQL: any number that others do not take
 FOR_A_WHILE = ("starting up", "shutting down", "recovery", "too many")  # of a server's words
@@ -121,7 +122,19 @@ def experiment_page(pages: str, experiment_id: str) -> str:
 
 def keep_waits_short() -> None:
     """Where somebody waits: MLflow would try a server that is gone for four minutes."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault(RETRIES, "3")
+
+
+@contextmanager
+def short_waits() -> Iterator[None]:
+    """`keep_waits_short` within: what then lasts for hours is to outlive a server's restart."""
+    stated = RETRIES in os.environ
+    keep_waits_short()
+    try:
+        yield
+    finally:
+        if not stated:
+            del os.environ[RETRIES]
 
 
 def flat_metrics(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -96,6 +96,31 @@ def test_a_run_that_is_cancelled_on_another_host_is_ended_by_the_daemon_on_its_o
         assert run().status is dg.DagsterRunStatus.CANCELING
 
 
+def test_a_run_that_lasts_too_long_is_cancelled_and_people_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And not tried again, as one that has failed; Dagster's own limit lets its process live."""
+    with open_instance(Settings.load(home=tmp_path)):
+        pass
+    file = tmp_path / "dagster" / "dagster.yaml"
+    limit = "max_runtime_seconds: {}".format
+    assert limit(259200) in file.read_text()
+    file.write_text(file.read_text().replace(limit(259200), limit(2)))
+    with open_instance(Settings.load(home=tmp_path)) as instance:
+        run = launched(instance)
+        process = psutil.Process(int(run.tags[PID]))
+        process.suspend()  # it does not end though it is asked to
+        time.sleep(2)
+        instance.run_launcher.check_run_worker_health(run)
+        assert "long_job has lasted longer than 2 seconds, and is cancelled" in caplog.text
+        now = instance.get_run_by_id(run.run_id)
+        assert now is not None
+        assert now.status is dg.DagsterRunStatus.CANCELING
+        # As the daemon does when its patience ends.
+        assert "killed" in (instance.run_launcher.get_run_worker_debug_info(now) or "")
+        assert psutil.wait_procs([process], timeout=10)[0] == [process]
+
+
 def test_what_does_not_end_though_it_was_asked_to_is_killed_with_what_it_started(
     tmp_path: Path,
 ) -> None:

@@ -257,6 +257,36 @@ def test_what_was_replaced_by_hand_stays_so(own_home: Path) -> None:
         "version 2 was replaced by hand with the older version 1; promote it by hand",
     )
     assert aliases(own_home)["champion"] == "1"
+    # Nor where what has replaced it was replaced, too.
+    client.create_model_version(MODEL, first.source, first.run_id)
+    for version in ("3", "2", "1"):
+        assert main(["promote", version, "--home", str(own_home)]) == 0
+    champion = registry.aliased("champion")
+    for number in ("2", "3"):
+        decision = Candidate(lens, "key", own_home, own_home, source).against(
+            champion, registry.version(number)
+        )
+        assert decision.reasons[0].startswith(f"version {number} was replaced by hand")
+
+
+def test_who_is_promoted_by_hand_during_the_comparison_is_not_judged(own_home: Path) -> None:
+    client = client_of(own_home)
+    first = client.get_model_version(MODEL, "1")
+    client.set_registered_model_alias(MODEL, "champion", "1")
+    client.create_model_version(MODEL, first.source, first.run_id)
+    registry = Registry(Settings.load(home=own_home))
+    asked: list[str] = []
+
+    def against(champion: Any, version: Any) -> GateDecision:
+        asked.append(str(champion.version))
+        if champion.version == version.version:
+            return GateDecision(True, (), {})
+        assert main(["promote", "2", "--home", str(own_home)]) == 0  # while it is compared
+        return GateDecision(False, ("it is worse",), {})
+
+    _promoted_if_passed(registry, "2", against)
+    assert asked == ["1", "2"]
+    assert registry.version("2").tags["lens.gate"].startswith("promoted by hand")
 
 
 def test_the_champion_itself_is_judged_by_figures_again(own_home: Path) -> None:

@@ -8,10 +8,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import dagster as dg
 import pytest
 import requests
 
 from lens_pipeline.cli import main
+from lens_pipeline.defs.stages import in_a_process
 from lens_pipeline.errors import InputError, masked
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards import verify_shards
@@ -206,8 +208,25 @@ def test_settings_of_a_training_hold_no_signed_url(
     assert "s3cret" not in printed.out + printed.err
 
 
-def test_what_is_handed_on_to_steps_and_what_is_not() -> None:
-    """Storage options and the tracking server go through the environment alone."""
+def test_a_process_of_a_step_logs_in_as_the_step_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told the tracking server by the environment alone, with what the user has set."""
+    uri = f"https://lens:{IN_A_URI}@mlflow.example/x"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    told = "import os; print(os.environ['MLFLOW_TRACKING_URI'], file=open('told', 'w'))"
+
+    @dg.op
+    def step(context: dg.OpExecutionContext) -> None:
+        in_a_process(context, [sys.executable, "-c", told], tmp_path / "failure")
+
+    monkeypatch.chdir(tmp_path)
+    assert dg.GraphDefinition("job", node_defs=[step]).to_job().execute_in_process().success
+    assert (tmp_path / "told").read_text().strip() == uri
+    assert Settings.load().mlflow_credentials["MLFLOW_TRACKING_PASSWORD"] == PASSWORD
+
+
+def test_credentials_are_no_part_of_an_address() -> None:
     settings = Settings.load(MLFLOW_TRACKING_URI=f"https://lens:{IN_A_URI}@mlflow.example/x")
     assert settings.mlflow_uri == "https://mlflow.example/x"
     assert settings.mlflow_credentials == {

@@ -61,6 +61,18 @@ def test_a_wrong_value_names_its_variable(
         Settings.load()
 
 
+def test_what_is_given_and_empty_is_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a variable of the shell that is not set: it would be the folder that one is in."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("home", "source", "cloud_url"):
+        with pytest.raises(InputError, match=f"^LENS_{name.upper()}: is given, and empty$"):
+            Settings.load(**{name: ""})
+    monkeypatch.setenv("LENS_SOURCE", "")  # which is as good as none
+    assert Settings.load().is_simulated
+
+
 def test_export_hands_everything_on(tmp_path: Path) -> None:
     given = Settings.load(home=tmp_path, preset="tiny", verify=True, storage_options={"anon": True})
     given.export()

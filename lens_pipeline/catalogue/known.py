@@ -42,9 +42,9 @@ def read_known_lenses(
     refuse(source, table, ~table["ra"].between(-180, 360), "ra", "must be from -180 to 360 degrees")
     refuse(source, table, ~table["dec"].between(-90, 90), "dec", "must be from -90 to 90 degrees")
     names = pd.Series([f"row {number + 1}" for number in range(len(table))])
-    named_so = []
+    named_so: list[str] = []
     for column in ("id", "name"):
-        named_so = [name for name in table if str(name).lower() == column]
+        named_so = [name for name in map(str, table) if name.lower() == column]
         if len(named_so) > 1:
             raise InputError(
                 f"{source}: columns {' and '.join(named_so)}: which has the lenses' names? Drop "

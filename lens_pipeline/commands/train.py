@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,12 +104,14 @@ def _mlflow(
     if not told:
         yield []
         return
-    from lens_pipeline.tracking import Tracking
+    from lens_pipeline.registry import answering
+    from lens_pipeline.tracking import Tracking, short_waits
     from lens_pipeline.training.member import LAST, TrainedMember
 
     tracking = Tracking(settings)
-    _ = tracking.client  # makes the registry's database where there is none
     given = os.environ.get("MLFLOW_RUN_ID")  # of who started this process, and records the rest
+    with nullcontext() if given else short_waits(), answering("MLFLOW_TRACKING_URI"):
+        _ = tracking.client  # makes the registry's database where there is none
     if given or not is_first():
         yield [tracking.logger(given)]
         return

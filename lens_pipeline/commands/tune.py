@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -24,7 +24,7 @@ from lens_pipeline.steps import digest
 from lens_pipeline.terminal import configure_logging, local_path
 from lens_pipeline.training.config import TrainConfig, in_a_line
 from lens_pipeline.training.flags import add_flags
-from lens_pipeline.training.launch import FAILURE, leave_word, raise_told
+from lens_pipeline.training.launch import FAILURE, TOLD, leave_word, raise_told
 from lens_pipeline.training.space import DEFAULT_SPACE, Pruner, SearchSpace
 
 if TYPE_CHECKING:
@@ -88,11 +88,14 @@ def _recorded(
     options: argparse.Namespace,
 ) -> "TunedStudy":
     """The study, in an MLflow run in which those of its trials are nested."""
-    from lens_pipeline.tracking import Tracking
+    from lens_pipeline.registry import answering
+    from lens_pipeline.tracking import Tracking, short_waits
     from lens_pipeline.training.devices import gpus_claimed
     from lens_pipeline.training.study import BEST_CONFIG, PICTURE, TABLE, TunedStudy
 
     tracking = Tracking(settings)
+    with nullcontext() if TOLD in os.environ else short_waits(), answering("MLFLOW_TRACKING_URI"):
+        _ = tracking.client
     parent = tracking.reopened_run(f"tuning {out.name}", digest(str(out)))
     share = (config, space, settings, out, options.trials, options.pruner, parent)
     try:

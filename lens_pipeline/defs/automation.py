@@ -25,6 +25,7 @@ from lens_pipeline.settings import Settings
 from lens_pipeline.steps import digest, source_hashes
 
 INPUTS = "lens/inputs"
+UNKNOWN = "unknown"  # what a run has read whose source could not be read when it was launched
 MAY_SUCCEED = [
     status
     for status in dg.DagsterRunStatus
@@ -144,7 +145,7 @@ def schedules(settings: Settings) -> list[dg.ScheduleDefinition]:
                 tags = {INPUTS: retraining_inputs(settings)}
             except InputError:
                 # The run asks again, some time later, and people are told where it fails, too.
-                return dg.RunRequest(tags=every_survey(settings))
+                return dg.RunRequest(tags={INPUTS: UNKNOWN} | every_survey(settings))
             last = last_retraining(context.instance)
             if last is not None and last.tags[INPUTS] == tags[INPUTS]:
                 return dg.SkipReason(

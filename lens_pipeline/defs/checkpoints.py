@@ -209,7 +209,7 @@ def _train_in_processes(
     settings_file = out / "config.yaml"
     write_aside(settings_file, config.with_changes(changes, "training").yaml)
     command = train_argv(settings_file, out, settings.home)
-    in_a_process(context, command, settings, out / FAILURE, {"MLFLOW_RUN_ID": run_id})
+    in_a_process(context, command, out / FAILURE, {"MLFLOW_RUN_ID": run_id})
     settings_file.unlink(missing_ok=True)
 
 

@@ -48,10 +48,8 @@ def shards_in_use(instance: dg.DagsterInstance) -> dict[str, str]:
     """{version of the published shards: what uses it}, as far as this instance knows: the one that
     was made or seen last, and what was when the oldest run that is under way, or waits to be, was
     launched, or since. One that is tried again takes what it took at first."""
-    runs = instance.get_runs(dg.RunsFilter(statuses=[*UNDER_WAY, dg.DagsterRunStatus.QUEUED]))
-    tries = (one for run in runs for one in tries_of(instance, run.run_id))
     now = datetime.datetime.now(datetime.UTC)
-    begun = min([now, *(one.create_timestamp for one in tries)]).timestamp()
+    begun = min([now, *(one.create_timestamp for one in _tries_under_way(instance))]).timestamp()
     since = dg.AssetRecordsFilter(asset_key=CLOUD, after_timestamp=begun)
     before = dg.AssetRecordsFilter(asset_key=CLOUD, before_timestamp=begun)
     used: dict[str, str] = {}
@@ -62,6 +60,12 @@ def shards_in_use(instance: dg.DagsterInstance) -> dict[str, str]:
         used = dict.fromkeys(contents[1:], "a run under way") | used
         used |= dict.fromkeys(contents[:1], f"{CLOUD.to_user_string()} of this home")
     return used
+
+
+def _tries_under_way(instance: dg.DagsterInstance) -> Iterator[dg.RunRecord]:
+    """The runs that are under way, or wait to be, and those that they go on from."""
+    runs = instance.get_runs(dg.RunsFilter(statuses=[*UNDER_WAY, dg.DagsterRunStatus.QUEUED]))
+    return (one for run in runs for one in tries_of(instance, run.run_id))
 
 
 def _left(record: dg.EventLogRecord) -> str | None:
@@ -80,10 +84,12 @@ def _begin_of_days(lens: LensHome) -> datetime.datetime:
 def remove_old_runs(context: dg.OpExecutionContext, lens: LensHome) -> int:
     """Remove the runs, events and logs that are older than LENS_KEEP_DAYS. Returns how many runs.
 
-    What was last made of an asset stays known: the runs that made it are kept.
+    What was last made of an asset stays known: the runs that made it are kept. So are those that
+    one under way goes on from, whose data it takes.
     """
     instance, days = context.instance, lens.settings.keep_days
     kept: set[str | None] = {record.run_id for record in _last_made(instance)}
+    kept |= {one.dagster_run.run_id for one in _tries_under_way(instance)}
     for record in instance.get_asset_records():
         key = record.asset_entry.asset_key
         seen = instance.fetch_observations(key, limit=1).records

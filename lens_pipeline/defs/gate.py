@@ -61,12 +61,25 @@ class Candidate:
             return read_evaluation(self.evaluation).gate(self.lens.settings.gate)
         if version is not None and int(version.version) < int(champion.version):
             return refused(f"version {version.version} is older than the champion")
-        if version is not None and champion.tags.get(REPLACED) == str(version.version):
+        if version is not None and self._was_replaced(champion, str(version.version)):
             return refused(
                 f"version {version.version} was replaced by hand with the older version "
                 f"{champion.version}; promote it by hand"
             )
         return self._compared(str(champion.version))
+
+    def _was_replaced(self, champion: "ModelVersion", number: str) -> bool:
+        """Whether a newer version was champion before this one, or before those older ones that
+        have replaced one another in between."""
+        known = {str(version.version): version for version in self.lens.registry.versions()}
+        at = champion
+        while (former := at.tags.get(REPLACED)) is not None and int(former) > int(at.version):
+            if former == number:
+                return True
+            if former not in known:
+                return False
+            at = known[former]
+        return False
 
     def _compared(self, number: str) -> "GateDecision":
         """With the champion, of that version, if it takes cutouts like these."""

@@ -78,11 +78,8 @@ def registry_stage(published: bool) -> Stage:
             if challenger is None or int(challenger.version) < int(number):
                 registry.set_alias(CHALLENGER, number)
         source = scored_source(context, settings, published)
-        champion = registry.aliased(CHAMPION)
         candidate = Candidate(lens, key, ensemble.folder, folder, source)
         decision = _promoted_if_passed(registry, number, candidate.against)
-        if champion is None or champion.version != version.version or GATE not in champion.tags:
-            registry.judge(number, decision.reasons)  # a champion is not compared with itself
         aliases = registry.all_aliases().get(number, [])
         seconds = ended(reused)
         stages = _stages(context) | {
@@ -147,8 +144,9 @@ def _promoted_if_passed(
     number: str,
     against: "Callable[[ModelVersion | None, ModelVersion], GateDecision]",
 ) -> "GateDecision":
-    """The decision against the champion, which takes effect only where both are as they were:
-    comparing takes a while, and another run may have promoted its own, or somebody rolled back."""
+    """The decision against the champion, which takes effect, and is written down, only where both
+    are as they were: comparing takes a while, and another run may have promoted its own, or
+    somebody rolled back, or promoted this one by hand."""
     while True:
         champion, version = registry.aliased(CHAMPION), registry.version(number)
         decision = against(champion, version)
@@ -158,6 +156,9 @@ def _promoted_if_passed(
             if same and registry.version(number).tags == version.tags:
                 if decision.passed:
                     registry.promote(number)
+                # A champion is not compared with itself.
+                if champion is None or champion.version != number or GATE not in champion.tags:
+                    registry.judge(number, decision.reasons)
                 return decision
 
 

@@ -223,10 +223,18 @@ def failed_ticks(
         and state.is_running
         and (reason := _failing(state, context.instance))
     }
-    for name in reasons.keys() - set(told):
-        alert(lens.settings, reasons[name])
+    new = sorted(reasons.keys() - set(told))
+    accepted = [name for name in reasons if name in told]
+    for name in new:
+        try:
+            alert(lens.settings, reasons[name])
+        except InputError:
+            if name == new[0]:
+                raise
+            break  # what has been told is not told again, and this one is at the next tick
+        accepted.append(name)
     return dg.SensorResult(
-        cursor=json.dumps(sorted(reasons)),
+        cursor=json.dumps(sorted(accepted)),
         skip_reason="; ".join(reasons.values()) or "all schedules and sensors work",
     )
 

@@ -9,6 +9,7 @@ from lens_pipeline.defs.dataset_checks import check_not_refused
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.shown import table
 from lens_pipeline.defs.stages import (
+    AGAIN,
     CLOUD,
     DATASET,
     LOCATION,
@@ -25,7 +26,7 @@ from lens_pipeline.defs.stages import (
     stage,
 )
 from lens_pipeline.defs.surveys import of_every_survey
-from lens_pipeline.errors import InputError, told_of
+from lens_pipeline.errors import InputError, NoAnswerError, told_of
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Recipe, Step, run_step
 
@@ -209,17 +210,24 @@ def _merged(context: dg.AssetExecutionContext, settings: Settings) -> Path:
     ).folder
 
 
-def observed_shards() -> dg.AssetsDefinition:
+def observed_shards(retries: bool) -> dg.AssetsDefinition:
     """`cloud_shards` where another deployment publishes them: the newest version at LENS_SOURCE is
-    observed, and what was made from an older one is then out of date."""
+    observed, and what was made from an older one is then out of date. retries: as of a stage's
+    asset."""
 
     def cloud_shards(lens: LensHome) -> dg.ObserveResult:
         from lens_pipeline.shards.store import read_manifest
         from lens_pipeline.shards.versions import published_version
 
         settings = lens.settings
-        url = published_version(settings.source, settings.storage_options)
-        manifest = read_manifest(url, settings.storage_options)
+        try:
+            url = published_version(settings.source, settings.storage_options)
+            manifest = read_manifest(url, settings.storage_options)
+        except NoAnswerError as problem:
+            if not retries:
+                raise
+            again = AGAIN.max_retries, AGAIN.delay
+            raise dg.RetryRequested(*again) from problem  # what is observed takes no policy
         return dg.ObserveResult(
             asset_key=CLOUD,
             data_version=dg.DataVersion(manifest.dataset_version[:32]),

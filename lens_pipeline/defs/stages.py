@@ -268,7 +268,6 @@ def bad_input_is_final(
 def in_a_process(
     context: dg.OpExecutionContext | dg.AssetExecutionContext,
     command: list[str],
-    settings: Settings,
     failure: Path,
     env: Mapping[str, str] | None = None,
 ) -> None:
@@ -281,10 +280,7 @@ def in_a_process(
         dg.PipesSubprocessClient(termination_timeout_seconds=LEAVE).run(
             command=command,
             context=context,
-            env={
-                **{"MLFLOW_TRACKING_URI": settings.mlflow_uri, TOLD: str(failure)},
-                **(env or {}),
-            },
+            env={TOLD: str(failure), **(env or {})},
         )
     except Exception:
         raise_told(failure)

@@ -79,7 +79,7 @@ def tune_member(context: dg.OpExecutionContext, config: Tuning, lens: LensHome) 
     write_aside(given["space"], space.yaml)
     how = config.model_dump(include={"trials", "workers", "pruner"})
     command = tune_argv(given["config"], given["space"], out, settings.home, **how)
-    in_a_process(context, command, settings, out / FAILURE)
+    in_a_process(context, command, out / FAILURE)
     return _shown(context, out, member.name)
 
 

@@ -279,9 +279,7 @@ def checked_groups(group: ArrayLike | None, n: int) -> NDArray[Any] | None:
         return None
     groups = np.asarray(group)
     if groups.shape != (n,):
-        raise InputError(
-            f"group has the shape {groups.shape}; one for each of {n} cutouts is meant"
-        )
+        raise InputError(f"group has the shape {groups.shape}; ({n},), one a cutout, is meant")
     return groups
 
 

@@ -204,7 +204,7 @@ def test_unreadable_sources(tmp_path: Path, name: str, content: bytes | None, me
         read_catalogue(tmp_path / name)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::pandas.errors.ParserWarning")
 def test_a_comma_at_the_end_of_every_row_shifts_nothing(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("id,path,label\na,a.png,1,\nb,b.png,0,\n")
     table = read_catalogue(tmp_path / "t.csv").table

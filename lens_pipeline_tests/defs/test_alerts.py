@@ -70,11 +70,17 @@ def test_a_webhook_that_cannot_be_told_is_an_error_that_does_not_show_it(
         alert(Settings.load(), "anything")
     assert "t0ps3cret" not in str(problem.value)
     assert "t0ps3cret" not in repr(Settings.load())
-    for wrong in ("hooks.example/t0ps3cret", "https://hooks.example/t0p s3cret", "https:///s3cret"):
+    for wrong in (
+        *("hooks.example/t0ps3cret", "https://hooks.example/t0p s3cret", "https:///s3cret"),
+        *("https://lens:t0ps3cret@hooks.example/x", "https://hooks.example/t0ps3crét"),
+    ):
         monkeypatch.setenv("LENS_WEBHOOK_URL", wrong)
         with pytest.raises(InputError, match="LENS_WEBHOOK_URL") as problem:
             Settings.load()
-        assert "s3cret" not in str(problem.value)
+        assert "s3cr" not in str(problem.value)
+    monkeypatch.setenv("LENS_WEBHOOK_URL", "https://hooks.example:t0ps3cret/x")
+    with pytest.raises(InputError, match="^LENS_WEBHOOK_URL: is no address of a server; correct"):
+        alert(Settings.load(), "anything")
 
 
 def test_a_webhook_that_has_moved_is_one_that_cannot_be_told(webhook: Webhook) -> None:
@@ -85,36 +91,55 @@ def test_a_webhook_that_has_moved_is_one_that_cannot_be_told(webhook: Webhook) -
     assert webhook.posted == []
 
 
+BEGUN = 1_790_000_000.0  # 2026-09-21 14:13 UTC
+
+
+def ticked(instance: dg.DagsterInstance, name: str, status: TickStatus, moment: float) -> None:
+    """Let a schedule or sensor have had a tick that ended so."""
+    kind = InstigatorType.SCHEDULE if name.endswith("ing") else InstigatorType.SENSOR
+    code = RegisteredCodeLocationOrigin("lens_pipeline")
+    origin = RemoteRepositoryOrigin(code, "__repository__").get_instigator_origin(name)
+    data = ScheduleInstigatorData("0 3 * * 1") if kind is InstigatorType.SCHEDULE else None
+    state = InstigatorState(origin, kind, InstigatorStatus.RUNNING, data)
+    if instance.get_instigator_state(origin.get_id(), state.selector_id) is None:
+        instance.add_instigator_state(state)
+    error = None
+    if status is TickStatus.FAILURE:
+        first = SerializableErrorInfo("lens_pipeline.errors.InputError: no\n source\n", [], None)
+        error = SerializableErrorInfo("Error in config", [], None, cause=first)
+    instance.create_tick(
+        TickData(
+            *(origin.get_id(), name, kind, status, moment),
+            run_ids=[],
+            error=error,
+            selector_id=state.selector_id,
+        )
+    )
+
+
+def test_of_several_that_fail_none_is_told_of_twice_where_the_webhook_ends(
+    instance: dg.DagsterInstance, webhook: Webhook
+) -> None:
+    sensor = Sensor("failed_ticks", instance)
+    sensor.tick()
+    for name in ("nightly_cleaning", "weekly_retraining"):
+        ticked(instance, name, TickStatus.FAILURE, BEGUN)
+    webhook.answers = [200, *TRIES * [503]]
+    for _ in range(3):
+        sensor.tick()
+    assert [text.split()[2] for text in webhook.texts] == ["nightly_cleaning", "weekly_retraining"]
+
+
 def test_schedules_and_sensors_that_fail_are_told_of_until_they_work(
     instance: dg.DagsterInstance, webhook: Webhook
 ) -> None:
     """A schedule at once, for its next tick is in a week; a sensor when it fails again."""
-    moment = 1_790_000_000.0  # 2026-09-21 14:13 UTC
+    moment = BEGUN
 
     def ended(name: str, status: TickStatus) -> None:
         nonlocal moment
         moment += 60
-        kind = InstigatorType.SCHEDULE if name.endswith("ing") else InstigatorType.SENSOR
-        code = RegisteredCodeLocationOrigin("lens_pipeline")
-        origin = RemoteRepositoryOrigin(code, "__repository__").get_instigator_origin(name)
-        data = ScheduleInstigatorData("0 3 * * 1") if kind is InstigatorType.SCHEDULE else None
-        state = InstigatorState(origin, kind, InstigatorStatus.RUNNING, data)
-        if instance.get_instigator_state(origin.get_id(), state.selector_id) is None:
-            instance.add_instigator_state(state)
-        error = None
-        if status is TickStatus.FAILURE:
-            first = SerializableErrorInfo(
-                "lens_pipeline.errors.InputError: no\n source\n", [], None
-            )
-            error = SerializableErrorInfo("Error in config", [], None, cause=first)
-        instance.create_tick(
-            TickData(
-                *(origin.get_id(), name, kind, status, moment),
-                run_ids=[],
-                error=error,
-                selector_id=state.selector_id,
-            )
-        )
+        ticked(instance, name, status, moment)
 
     sensor = Sensor("failed_ticks", instance)
     sensor.tick()

@@ -204,7 +204,7 @@ def test_nothing_is_retrained_twice_from_the_same_source_settings_and_code(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (unread,) = scheduled(instance)  # the source is not there, as the run will tell
-    assert "lens/inputs" not in unread.tags
+    assert unread.tags["lens/inputs"] == "unknown"
     launched(instance, unread, dg.DagsterRunStatus.FAILURE)
     shutil.copy(simulated_catalogue, source)
     (request,) = scheduled(instance)
@@ -213,6 +213,9 @@ def test_nothing_is_retrained_twice_from_the_same_source_settings_and_code(
     assert scheduled(instance) == [request]  # which did not succeed
     launched(instance, request, dg.DagsterRunStatus.STARTED)
     assert scheduled(instance) == []
+    launched(instance, unread)  # what it has read nobody knows, nor whether that is still there
+    assert scheduled(instance) == [request]
+    launched(instance, request)
     monkeypatch.setenv("LENS_IMAGE_SIZE", "48")
     (other,) = scheduled(instance)
     assert other.tags != request.tags
@@ -257,8 +260,8 @@ def test_a_store_that_does_not_answer_is_told_and_costs_no_retraining(
     assert "lens/inputs" in scheduled(instance)[0].tags
 
 
-def test_a_tick_of_a_schedule_that_fails_is_tried_again(tmp_path: Path) -> None:
-    """By the instance of a home: Dagster itself would wait for the next one, a week later."""
+def test_a_home_has_ticks_of_schedules_that_fail_tried_again(tmp_path: Path) -> None:
+    """Dagster by itself would wait for the next one, a week later."""
     with open_instance(Settings.load(home=tmp_path)) as instance:
         assert isinstance(instance.scheduler, DagsterDaemonScheduler)
         assert instance.scheduler.max_tick_retries == 60

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.storage.tags import RESUME_RETRY_TAG
 
 from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.stages import result
@@ -52,6 +53,32 @@ def test_cleaning_removes_old_runs_but_none_that_made_what_is_there(
     latest = instance.get_latest_materialization_event(dg.AssetKey("thing"))
     assert latest is not None
     assert latest.run_id == third
+
+
+def test_cleaning_keeps_what_a_run_under_way_goes_on_from(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its data are those that the first try began with, however long ago."""
+
+    @dg.job
+    def job() -> None: ...
+
+    monkeypatch.setenv("LENS_KEEP_DAYS", "1")
+    died, ended = (
+        instance.create_run_for_job(job, status=status).run_id
+        for status in (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.FAILURE)
+    )
+    again = instance.create_run_for_job(
+        job,
+        status=dg.DagsterRunStatus.STARTED,
+        parent_run_id=died,
+        root_run_id=died,
+        tags={RESUME_RETRY_TAG: "true"},
+    ).run_id
+    changed(instance, [died, ended], update_timestamp=stamp(AGO))
+    cleaning = make_definitions(Settings.load()).resolve_job_def("cleaning")
+    done = cleaning.execute_in_process(instance=instance)
+    assert {run.run_id for run in instance.get_runs()} == {died, again, done.run_id}
 
 
 def test_cleaning_removes_the_folder_of_a_run_whose_logs_are_kept_elsewhere(

@@ -15,13 +15,14 @@ import pandas as pd
 import pytest
 
 from lens_pipeline.definitions import make_definitions
-from lens_pipeline.defs import stages
+from lens_pipeline.defs import shards, stages
 from lens_pipeline.defs.catalogue import cutout_catalogue
 from lens_pipeline.defs.dataset import processed_dataset
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.errors import InputError, NoAnswerError
 from lens_pipeline.runner import open_instance
 from lens_pipeline.settings import Settings
+from lens_pipeline.shards import patience, publish_shards
 from lens_pipeline_tests.faulty_proxy import FaultyProxy
 from lens_pipeline_tests.object_stores import GCSServer, S3Server
 
@@ -170,6 +171,37 @@ def test_where_somebody_waits_the_first_failure_comes_out_as_it_is(proxy: Faulty
     with pytest.raises(NoAnswerError, match=r"s3://.*/table\.csv: its store fails"):
         dg.materialize([cutout_catalogue.asset(retries=False)], resources={"lens": LensHome()})
     assert time.monotonic() - begun < 60
+
+
+def test_published_shards_are_asked_for_again_where_nobody_waits(
+    shards_folder: Path,
+    s3_bucket: str,
+    s3_server: S3Server,
+    faulty_proxy: Proxies,
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    publish_shards(
+        shards_folder, f"{s3_bucket}/shards", storage_options=s3_server.storage_options()
+    )
+    through = faulty_proxy(s3_server)
+    through.every(1, status=503)
+    monkeypatch.setenv("LENS_SOURCE", f"{s3_bucket}/shards")
+    monkeypatch.setenv("LENS_STORAGE_OPTIONS", json.dumps(s3_server.storage_options(through.url)))
+    monkeypatch.setattr(patience, "PATIENCE", 0.1)
+    monkeypatch.setattr(shards, "AGAIN", stages.AGAIN._replace(delay=0))
+
+    def observed(retries: bool) -> dg.ExecuteInProcessResult:
+        definitions = dg.Definitions(
+            [shards.observed_shards(retries)],
+            jobs=[dg.define_asset_job("look", dg.AssetSelection.all(include_sources=True))],
+            resources={"lens": LensHome()},
+        )
+        look = definitions.resolve_job_def("look")
+        return look.execute_in_process(instance=instance, raise_on_error=False)
+
+    assert retries(observed(retries=True)) == 2 * ["cloud_shards"]
+    assert retries(observed(retries=False)) == []
 
 
 def test_bad_input_is_never_tried_again(
