@@ -157,7 +157,11 @@ def _promoted_if_passed(
                 if decision.passed:
                     registry.promote(number)
                 # A champion is not compared with itself.
-                if champion is None or champion.version != number or GATE not in champion.tags:
+                if (
+                    champion is None
+                    or champion.version != version.version
+                    or GATE not in version.tags
+                ):
                     registry.judge(number, decision.reasons)
                 return decision
 
