@@ -34,7 +34,7 @@ FACTS: dict[str, Any] = {
 def evaluated(n: int = 600, kinds: int = 3, **surveys: float) -> Evaluation:
     random = np.random.default_rng(0)
     label = np.arange(n) % 2
-    metrics = lens_metrics(label, expit(random.normal(label)))
+    metrics = lens_metrics(label, expit(random.normal(label)), 50)
     of_kind = {f"kind{k}": {"n": 10, "auroc": 0.5 + k / 1000} for k in range(kinds)}
     of_survey = {name: {"ensemble": {"auroc": about(v)}} for name, v in surveys.items()}
     return Evaluation(
