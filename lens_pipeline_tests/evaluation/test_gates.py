@@ -50,7 +50,7 @@ AGAINST = LIMITS | {"tolerance": 0.05, "max_ece": 0.1}
 
 
 def cutouts(
-    n: int = 4000, seed: int = 0, gain: float = 0.0, noise: float = 0.2
+    n: int = 1200, seed: int = 0, gain: float = 0.0, noise: float = 0.2
 ) -> dict[str, np.ndarray]:
     """Two calibrated models of the same skill but for `gain`; a group is a lens and its pair."""
     random = np.random.default_rng(seed)
@@ -96,7 +96,7 @@ def test_the_same_model_again_passes_and_little_evidence_does_not() -> None:
 
 def test_a_small_loss_that_is_certain_is_refused() -> None:
     """Within the tolerance: from version to version such losses would add up."""
-    test = cutouts(n=8000)
+    test = cutouts(n=2000)
     odds = np.log(test["champion"] / (1 - test["champion"]))
     test["challenger"] = expit(odds - 0.1 * test["label"])
     decision = champion_gate(**test, **AGAINST)
@@ -122,11 +122,11 @@ def of_surveys(**parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def test_what_one_survey_gains_hides_no_loss_of_another() -> None:
     """The larger one gains more than the smaller one loses; of a third there is too little."""
     test = of_surveys(
-        des=cutouts(n=3000, gain=0.3),
-        hsc=cutouts(n=800, seed=1, gain=-0.3),
+        des=cutouts(n=1500, gain=0.3),
+        hsc=cutouts(n=400, seed=1, gain=-0.3),
         lsst=cutouts(n=80, seed=2, gain=-0.5),
     )
-    assert champion_gate(**test | {"survey": np.repeat("des", 3880)}, **AGAINST).passed
+    assert champion_gate(**test | {"survey": np.repeat("des", 1980)}, **AGAINST).passed
     decision = champion_gate(**test, **AGAINST)
     (reason,) = decision.reasons
     assert re.match(r"hsc: tpr_at_fpr_1e-2 is 0\.\d+, the champion's 0\.\d+; it is worse", reason)
@@ -149,22 +149,22 @@ def test_what_is_certain_of_one_survey_alone_may_be_chance_among_five() -> None:
 def test_only_groups_that_neither_model_has_seen_count() -> None:
     """On what it has seen the challenger is perfect; on the rest it is chance."""
     test = cutouts()
-    test["seen"] = test["group"] < 1500  # 3000 cutouts
+    test["seen"] = test["group"] < 400  # 800 cutouts
     random = np.random.default_rng(1)
     chance = random.uniform(0.4, 0.6, len(test["label"]))
     test["challenger"] = np.where(test["seen"], 0.01 + 0.98 * test["label"], chance)
     decision = champion_gate(**test, **AGAINST)
     assert not decision.passed
-    assert decision.figures["n_seen"] == 3000
-    assert (decision.figures["n_lens"], decision.figures["n_nonlens"]) == (500, 500)
+    assert decision.figures["n_seen"] == 800
+    assert (decision.figures["n_lens"], decision.figures["n_nonlens"]) == (200, 200)
     test["seen"] = test["group"] >= 40  # 40 lenses and 40 non-lenses are left
     few = champion_gate(**test, **AGAINST)
     assert [reason.split(",")[0][-9:] for reason in few.reasons] == ["40 lenses", "on-lenses"]
-    assert "neither model has seen (3920 cutouts of the test split" in few.reasons[0]
+    assert "neither model has seen (1120 cutouts of the test split" in few.reasons[0]
 
 
 def test_a_challenger_out_of_calibration_does_not_pass() -> None:
-    test = cutouts(gain=0.3)
+    test = cutouts(n=400, gain=0.3)
     test["challenger"] = test["challenger"] ** 5  # the ranking stays
     decision = champion_gate(**test, **AGAINST)
     (reason,) = decision.reasons
@@ -173,9 +173,9 @@ def test_a_challenger_out_of_calibration_does_not_pass() -> None:
 
 
 def test_copies_of_a_cutout_are_no_evidence() -> None:
-    """Sixteen copies of 220 cutouts in their groups: no more sure than once."""
+    """Eight copies of 220 cutouts in their groups: no more sure than once."""
     once = cutouts(n=220)
-    copies = {name: np.tile(values, 16) for name, values in once.items()}
+    copies = {name: np.tile(values, 8) for name, values in once.items()}
     few, many = champion_gate(**once, **AGAINST), champion_gate(**copies, **AGAINST)
     assert not few.passed
     assert not many.passed
@@ -244,7 +244,7 @@ def test_what_chance_makes_of_the_calibration_error_does_not_count() -> None:
 
 def test_one_region_of_the_sky_is_no_sample() -> None:
     """Without several groups there is nothing to resample, and any loss looks certain."""
-    test = cutouts(gain=0.3) | {"group": np.zeros(4000, dtype=int)}
+    test = cutouts(gain=0.3) | {"group": np.zeros(1200, dtype=int)}
     decision = champion_gate(**test, **AGAINST)
     assert [reason.partition("there are ")[2] for reason in decision.reasons] == [
         "1 groups with lenses, and at least 20 are needed",

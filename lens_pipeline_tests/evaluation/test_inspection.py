@@ -1,22 +1,37 @@
 """The page on which candidates are graded, in a real browser."""
 
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from playwright.sync_api import Page
+from playwright.sync_api import Browser, Page
 
 from lens_pipeline.evaluation.inspection import inspection_page
 from lens_pipeline.evaluation.sheets import COMPOSITE, colour_composite
 from lens_pipeline.simulation import simulate
+from lens_pipeline_tests.browser import chromium, photographed
 
 pytestmark = pytest.mark.browser
 
 IDS = ["007", 'a "quoted", id', "</script><b>bold", "line\nbreak", " blank ", "galaxy é", "7", "8"]
 SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
+    """A page in a profile of its own, which keeps no grades of another test."""
+    with photographed(browser, request.node.name) as page:
+        yield page
 
 
 def candidates(ids: list[str]) -> pd.DataFrame:
