@@ -315,14 +315,12 @@ def assert_listed_with_reason(ingested: Ingested, kind: str, reason: str) -> Non
 
 @pytest.fixture(scope="module")
 def flux_rows(tmp_path_factory: pytest.TempPathFactory) -> Ingested:
-    """1,500 rows, 15 of them bad in each of the ways."""
-    return ingest(tmp_path_factory.mktemp("flux"), KINDS, _good_flux, 1500, 15)
+    """700 rows, 15 of them bad in each of the ways."""
+    return ingest(tmp_path_factory.mktemp("flux"), KINDS, _good_flux, 700, 15)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_catalogue_with_one_per_cent_of_each_kind_of_bad_image(
-    flux_rows: Ingested, kind: str
-) -> None:
+def test_a_catalogue_with_some_of_each_kind_of_bad_image(flux_rows: Ingested, kind: str) -> None:
     assert_listed_with_reason(flux_rows, kind, KINDS[kind][1])
 
 
@@ -332,8 +330,8 @@ def test_beside_bad_images_every_good_one_is_kept_once(flux_rows: Ingested) -> N
     rejects = dataset.rejects()
     kept = [row for part in PARTS for row in dataset.table(part)["row"]]
     assert sorted(kept) == good
-    assert sorted([*kept, *rejects["row"]]) == list(range(1500))
-    assert dataset.facts["n_rejects"] == len(rejects) == 1500 - len(good)
+    assert sorted([*kept, *rejects["row"]]) == list(range(700))
+    assert dataset.facts["n_rejects"] == len(rejects) == 700 - len(good)
     assert dataset.format.bands == tuple(BANDS)
 
 
@@ -353,7 +351,7 @@ def test_beside_bad_images_the_good_ones_have_their_own_pixels(flux_rows: Ingest
                 pixels, pixels_by_hand(cube, SIZE), rtol=1e-5, atol=1e-6, err_msg=str(row)
             )
             with_holes += holes > 0
-    assert with_holes > 200
+    assert with_holes > 60
 
 
 def test_a_pickle_is_refused_and_never_run(flux_rows: Ingested) -> None:

@@ -110,7 +110,7 @@ def test_real_stacks_have_correlated_noise_and_simulated_cutouts_what_they_are_t
     for correlation in (0.0, 0.2, 0.5):
         survey = config.survey.model_copy(update={"noise_correlation": correlation})
         told = config.model_copy(update={"survey": survey})
-        found = noise_correlation(simulate("lsst", 60, seed=1, config=told).images[:, 1])
+        found = noise_correlation(simulate("lsst", 30, seed=1, config=told).images[:, 1])
         assert found == pytest.approx(correlation, abs=0.03)
 
 

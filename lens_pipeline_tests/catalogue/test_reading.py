@@ -21,7 +21,7 @@ from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.table import Catalogue, read_catalogue, source_fingerprint
 from lens_pipeline.storage import locate
 
-N = 1500
+N = 800
 
 
 @pytest.fixture(scope="module")

@@ -184,10 +184,10 @@ def test_a_member_that_learnt_nothing_or_the_opposite_does_no_harm() -> None:
 
 @pytest.mark.parametrize("method", ["platt", "temperature", "isotonic"])
 def test_a_member_that_says_the_same_of_all_counts_for_nothing(method: str) -> None:
-    logits, deviation, label = members(4000, 0)
-    logits = np.column_stack([logits, np.zeros(4000)])
-    deviation = np.column_stack([deviation, np.zeros(4000)])
-    assert len(compare(method, logits, deviation, label, np.arange(4000))) == len(STRATEGIES)
+    logits, deviation, label = members(1000, 0)
+    logits = np.column_stack([logits, np.zeros(1000)])
+    deviation = np.column_stack([deviation, np.zeros(1000)])
+    assert len(compare(method, logits, deviation, label, np.arange(1000))) == len(STRATEGIES)
     for strategy in sorted(STRATEGIES):
         fitted = fit(strategy, method, logits, deviation, label)
         without = fit(strategy, method, logits[:, :3], deviation[:, :3], label)
@@ -218,7 +218,7 @@ def test_a_single_member_is_taken_only_where_it_surely_beats_the_fusions(
 
 
 def test_the_best_is_chosen_on_cutouts_that_it_was_not_fitted_to() -> None:
-    fitted, table = choose("best", "platt", *members(3000, 0), np.arange(3000))
+    fitted, table = choose("best", "platt", *members(2000, 0), np.arange(2000))
     assert set(table["strategy"]) == STRATEGIES
     assert table["strategy"][0] == fitted.fusion.strategy != "single"
     single = table.set_index("strategy").loc["single"]
@@ -227,17 +227,17 @@ def test_the_best_is_chosen_on_cutouts_that_it_was_not_fitted_to() -> None:
     assert first["gain_low"] > 0
     assert first["better"] > 0.95
     assert first["mean"] == table["mean"].max()
-    assert first["metric"] == "tpr_at_fpr_1e-2"  # 1500 non-lenses: fifteen false positives
-    named, again = choose("stacking", "platt", *members(3000, 0), np.arange(3000))
+    assert first["metric"] == "tpr_at_fpr_1e-2"  # 1000 non-lenses: ten false positives
+    few = (*members(200, 0), np.arange(200))
+    named, compared = choose("stacking", "platt", *few)
     assert named.fusion.strategy == "stacking"
-    assert again.equals(table)
+    assert compared.equals(compare("platt", *few))
 
 
-@pytest.mark.parametrize("shown", [1, 5])
-def test_members_of_pure_noise_gain_nothing_where_they_are_judged(shown: int) -> None:
+def test_members_of_pure_noise_gain_nothing_where_they_are_judged() -> None:
     """Judged on what they were fitted to, they would; so on other cutouts of the same galaxies."""
     random = np.random.default_rng(0)
-    group = np.arange(60).repeat(shown)
+    group = np.arange(60).repeat(5)
     label = group % 2
     logits = random.normal(size=(60, 40))[group]
     deviation = np.ones_like(logits)

@@ -188,7 +188,7 @@ def test_copies_of_a_cutout_are_no_evidence() -> None:
 
 
 def test_the_order_of_the_cutouts_decides_nothing() -> None:
-    test = cutouts()
+    test = cutouts(n=400)
     order = np.random.default_rng(5).permutation(len(test["label"]))
     shuffled = {name: values[order] for name, values in test.items()}
     one, other = champion_gate(**test, **AGAINST), champion_gate(**shuffled, **AGAINST)
@@ -259,15 +259,15 @@ def test_who_tells_cameras_apart_is_no_lens_finder() -> None:
     label = np.r_[np.repeat([1, 0], [900, 100]), np.repeat([1, 0], [100, 900])]
     score = np.clip(np.where(survey == "a", 0.7, 0.2) + random.uniform(0, 0.2, 2000), 0, 1)
     thresholds = {"min_lens": 50, "min_nonlens": 50, "min_auroc_low": 0.55}
-    parts = {name: lens_metrics(label[survey == name], score[survey == name]) for name in "ab"}
+    parts = {name: lens_metrics(label[survey == name], score[survey == name], 200) for name in "ab"}
     rest = {"kinds": {}, "origins": {}, "selection": {}, "forecast": {}, "folder": Path()}
-    together = {"ensemble": lens_metrics(label, score)}
+    together = {"ensemble": lens_metrics(label, score, 200)}
     pooled = Evaluation(**rest, metrics=together, surveys={})
     assert pooled.gate(thresholds).passed
     # Where nothing is needed, there need be no real cutouts to judge by.
     nothing = thresholds | {"min_lens": 0, "min_nonlens": 0}
     assert pooled.gate(nothing).passed
-    of_one_class = lens_metrics(np.zeros(1000, int), score[survey == "b"])
+    of_one_class = lens_metrics(np.zeros(1000, int), score[survey == "b"], 200)
     assert replace(pooled, surveys={"b": {"ensemble": of_one_class}}).gate(nothing).passed
     apart = Evaluation(
         **rest, metrics=together, surveys={name: {"ensemble": of} for name, of in parts.items()}

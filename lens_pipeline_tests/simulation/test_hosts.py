@@ -1,6 +1,7 @@
 """Real images as hosts: what they show stays as it is, and what is added is right."""
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +36,15 @@ from lens_pipeline_tests.simulation.pools import (
 POOL = 60  # galaxies
 
 
+@cache
 def image(pool: str, host: str) -> np.ndarray:
     """What is stored of a galaxy, read without the simulation."""
-    table = read_catalogue(pool).table.set_index("id")
-    return read_cutout([table.loc[host, "path"]], SIZE, bands=BANDS).pixels
+    return read_cutout([paths_of(pool)[host]], SIZE, bands=BANDS).pixels
+
+
+@cache
+def paths_of(pool: str) -> dict[str, str]:
+    return dict(read_catalogue(pool).table[["id", "path"]].to_numpy())
 
 
 @pytest.fixture(scope="module")

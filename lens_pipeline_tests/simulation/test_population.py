@@ -84,7 +84,7 @@ def test_a_galaxy_lenses_as_often_as_its_einstein_radius_squared() -> None:
     config = every_pair()
     random = np.random.default_rng(1)
     found = population.candidates(random.random((400_000, population.COLUMNS)), config)
-    n = 2_000_000
+    n = 1_000_000
     grid = np.linspace(100, 400, 3001)
     sigma = random.choice(grid, n, p=phi(grid) / phi(grid).sum())
     z_lens = population.lens_redshift(random.random(n))
