@@ -8,6 +8,7 @@ import pytest
 from astropy.io import fits
 from astropy.stats import mad_std
 
+from lens_pipeline.catalogue import drift
 from lens_pipeline.catalogue.dataset import Dataset, open_dataset
 from lens_pipeline.catalogue.drift import (
     MOST,
@@ -47,9 +48,13 @@ def test_a_dataset_is_measured_on_its_training_split_band_by_band(dataset: Datas
     assert found["non_finite"] == {"train": 0, "val": 0, "test": 0, "unlabelled": 0}
 
 
-def test_a_large_dataset_is_measured_on_a_sample_that_stays_the_same(tmp_path: Path) -> None:
+def test_a_large_dataset_is_measured_on_a_sample_that_stays_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of cutouts that alternate, as simulated pairs do, a sample must not take every second."""
-    n = 2 * SAMPLE // 128**2
+    sample = SAMPLE // 8
+    monkeypatch.setattr(drift, "SAMPLE", sample)
+    n = 2 * sample // 128**2
     pixels = np.random.default_rng(0).normal(size=(n, 1, 128, 128)).astype(np.float32)
     pixels[::2] += 1
     facts = '{"bands": ["r"], "image_size": 128, "units": "flux", "pixel_scale": null}'

@@ -125,19 +125,19 @@ def test_grades_stay_on_the_page_and_go_to_another_in_their_file(
     }
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("id;grade\na;A\n", "has no columns id and grade, as this page saves them."),
-        ("", "has no columns id and grade, as this page saves them."),
-        ("id,grade\n7,A\n8,D\n", "row 2: grade D: must be A, B, C, X or empty."),
-    ],
-)
-def test_a_file_of_no_grades_is_told(page: Page, tmp_path: Path, content: str, said: str) -> None:
+def test_a_file_of_no_grades_is_told(page: Page, tmp_path: Path) -> None:
     page.goto(written_page(tmp_path))
-    (tmp_path / "wrong.csv").write_text(content)
-    assert opened(page, tmp_path / "wrong.csv") == f"wrong.csv: {said}"
-    assert marked(page) == {}
+    for number, (content, said) in enumerate(
+        (
+            ("id;grade\na;A\n", "has no columns id and grade, as this page saves them."),
+            ("", "has no columns id and grade, as this page saves them."),
+            ("id,grade\n7,A\n8,D\n", "row 2: grade D: must be A, B, C, X or empty."),
+        )
+    ):
+        wrong = tmp_path / f"wrong{number}.csv"
+        wrong.write_text(content)
+        assert opened(page, wrong) == f"{wrong.name}: {said}"
+        assert marked(page) == {}
 
 
 def test_a_table_of_grades_as_other_programs_write_it(page: Page, tmp_path: Path) -> None:

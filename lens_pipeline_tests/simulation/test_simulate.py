@@ -211,13 +211,13 @@ def test_of_several_surveys_none_is_renamed(
 def test_the_command_writes_the_same_files_each_time(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["simulate", "--n", "20", "--image-size", "32", "--seed", "5", "--out"]
+    arguments = ["simulate", "--n", "8", "--image-size", "32", "--seed", "5", "--out"]
     assert main([*arguments, str(tmp_path / "first")]) == 0
     monkeypatch.setenv("LENS_SEED", "5")
     without_seed = [*arguments[:5], "--out"]
     assert main([*without_seed, str(tmp_path / "second")]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "20 cutouts: 10 lenses, 10 decoys"
+    assert said[0] == "8 cutouts: 4 lenses, 4 decoys"
     assert said[1] == str(tmp_path / "first" / "catalogue.parquet")
     files = sorted(path.name for path in (tmp_path / "first").iterdir())
     assert files == ["catalogue.parquet", "images-00000.npy", "kinds.jpg", "simulation.json"]
