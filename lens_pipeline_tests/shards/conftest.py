@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from lens_pipeline.shards import publish_shards, write_shards
-from lens_pipeline_tests.object_stores import S3Server
+from lens_pipeline_tests.object_stores import S3Server, sign_in
 from lens_pipeline_tests.shards.published import SHARDS, N
 
 
@@ -26,7 +26,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, dict]:
 
 @pytest.fixture(scope="session")
 def small_cutouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """10,000 cutouts of 16 pixels, in 40 shards; the first two pixels hold a cutout's number."""
+    """2,000 cutouts of 16 pixels, in 40 shards; the first two pixels hold a cutout's number."""
     folder = tmp_path_factory.mktemp("dataset")
     splits = {}
     for split, n in (("train", N), ("val", 40), ("test", 1), ("unlabelled", 1)):
@@ -47,11 +47,19 @@ def small_cutouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def published_once(small_cutouts: Path, s3_server: S3Server) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        sign_in(patch, s3_server.environment())
+        s3_server.make_bucket("lens-published")
+        options = s3_server.storage_options()
+        return publish_shards(small_cutouts, "s3://lens-published", storage_options=options).url
+
+
 @pytest.fixture
-def published(small_cutouts: Path, s3_bucket: str, s3_server: S3Server) -> str:
-    """The URL of `small_cutouts` in a bucket."""
-    options = s3_server.storage_options()
-    return publish_shards(small_cutouts, f"{s3_bucket}/lenses", storage_options=options).url
+def published(s3_bucket: str, published_once: str) -> str:
+    """The URL of `small_cutouts` in a bucket that all share. Only to read."""
+    return published_once
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from lens_pipeline.steps import file_sha256
 from lens_pipeline_tests.faulty_proxy import FaultyProxy
 from lens_pipeline_tests.object_stores import GCSServer, S3Server
 
-N, SHARDS = 10_000, 40  # of `small_cutouts`
+N, SHARDS = 2_000, 40  # of `small_cutouts`
 Proxies = Callable[[S3Server | GCSServer], FaultyProxy]
 
 

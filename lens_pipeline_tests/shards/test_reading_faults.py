@@ -3,7 +3,6 @@
 import multiprocessing
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -22,7 +21,7 @@ from lens_pipeline_tests.shards.published import SHARDS, N, Proxies, flipped, ge
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["s3", "gcs"])
 @pytest.mark.parametrize("where", ["cache", "memory", "without a manifest"])
-def test_cloud_epoch_of_ten_thousand_of_which_every_tenth_request_fails(
+def test_cloud_epoch_of_many_shards_of_which_every_tenth_request_fails(
     small_cutouts: Path,
     kind: str,
     where: str,
@@ -41,7 +40,7 @@ def test_cloud_epoch_of_ten_thousand_of_which_every_tenth_request_fails(
     proxy.every(10, status=500 if kind == "s3" else 503)
     data = LensWebDatasetDataModule(
         f"{url}/train-{{000000..{SHARDS - 1:06d}}}.tar",
-        batch_size=100,
+        batch_size=20,
         flux_unit="background_sigma",
         cache_dir=tmp_path if where == "cache" else None,
         storage_options=server.storage_options(proxy.url),
@@ -75,43 +74,42 @@ def test_cloud_connections_are_not_closed_by_a_forked_process(
 
 @pytest.mark.parametrize("kept", ["cache", "memory"])
 @pytest.mark.parametrize("kind", ["s3", "gcs"])
-@pytest.mark.parametrize(
-    ("change", "cause"),
-    [
-        (flipped, "has sha256"),
-        (lambda content: content[:-7], "bytes, not"),
-        (lambda content: content + b"more", "has more bytes, not"),
-        (lambda content: b"", "has 0 bytes, not"),
-    ],
-)
 def test_cloud_objects_that_are_not_as_listed_are_named_and_never_kept(
     small_cutouts: Path,
     kind: str,
     kept: str,
-    change: Callable[[bytes], bytes],
-    cause: str,
     request: pytest.FixtureRequest,
     tmp_path: Path,
 ) -> None:
     server, bucket = (request.getfixturevalue(f"{kind}_{what}") for what in ("server", "bucket"))
     options = server.storage_options()
     url = publish_shards(small_cutouts, f"{bucket}/lenses", storage_options=options).url
-    spoil(f"{url}/train-000007.tar", options, change)
-    data = LensWebDatasetDataModule(
-        f"{url}/train-{{000000..{SHARDS - 1:06d}}}.tar", batch_size=100,
-        cache_dir=tmp_path if kept == "cache" else None, storage_options=options,
-    )  # fmt: skip
-    begun = time.monotonic()
-    with pytest.raises(InputError, match=f"^{url}/train-000007.tar: .*{cause}"):
-        list(data.train_dataloader())
-    assert time.monotonic() - begun < 20
-    assert not [path for path in tmp_path.rglob("train-000007.tar") if path.is_file()]
+    whole = (small_cutouts / "train-000007.tar").read_bytes()
+
+    def data() -> LensWebDatasetDataModule:
+        return LensWebDatasetDataModule(
+            f"{url}/train-{{000000..{SHARDS - 1:06d}}}.tar", batch_size=20,
+            cache_dir=tmp_path if kept == "cache" else None, storage_options=options,
+        )  # fmt: skip
+
+    for content, cause in (
+        (flipped(whole), "has sha256"),
+        (whole[:-7], "bytes, not"),
+        (whole + b"more", "has more bytes, not"),
+        (b"", "has 0 bytes, not"),
+    ):
+        spoil(f"{url}/train-000007.tar", options, lambda _, content=content: content)
+        begun, refused = time.monotonic(), data()
+        with pytest.raises(InputError, match=f"^{url}/train-000007.tar: .*{cause}"):
+            list(refused.train_dataloader())
+        assert time.monotonic() - begun < 20
+        assert not [path for path in tmp_path.rglob("train-000007.tar") if path.is_file()]
     manifest = read_manifest(small_cutouts)
     listed = {shard.name: shard.sha256 for shard in manifest.shards}
     for path in tmp_path.rglob("*.tar"):
         assert file_sha256(path) == listed[path.name]
     publish_shards(small_cutouts, f"{bucket}/lenses", storage_options=options)
-    assert set(numbers(data.train_dataloader())) == set(range(N))
+    assert set(numbers(refused.train_dataloader())) == set(range(N))
 
 
 @pytest.mark.parametrize("kept", ["cache", "memory"])
@@ -121,7 +119,7 @@ def test_cloud_server_killed_and_restarted_during_an_epoch(
     proxy = faulty_proxy(s3_server)
     proxy.delay(0.3, only=r"\.tar")
     data = LensWebDatasetDataModule(
-        f"{published}/train-{{000000..{SHARDS - 1:06d}}}.tar", batch_size=100,
+        f"{published}/train-{{000000..{SHARDS - 1:06d}}}.tar", batch_size=20,
         cache_dir=tmp_path if kept == "cache" else None,
         storage_options=s3_server.storage_options(proxy.url),
     )  # fmt: skip
@@ -146,7 +144,7 @@ def test_cloud_that_stalls_is_an_error_that_names_the_object_and_the_next_epoch_
     monkeypatch.setattr(storage, "READ_LIMIT", 0.5)
     proxy = faulty_proxy(s3_server)
     data = LensDataModule(
-        published, batch_size=100, cache_dir=tmp_path,
+        published, batch_size=20, cache_dir=tmp_path,
         storage_options=s3_server.storage_options(proxy.url),
     )  # fmt: skip
     loader = data.train_dataloader()
@@ -174,7 +172,7 @@ def test_cloud_that_stalls_for_a_moment_loses_nothing(
     monkeypatch.setattr(storage, "READ_LIMIT", 0.5)
     proxy = faulty_proxy(s3_server)
     data = LensDataModule(
-        published, batch_size=100, cache_dir=tmp_path,
+        published, batch_size=20, cache_dir=tmp_path,
         storage_options=s3_server.storage_options(proxy.url),
     )  # fmt: skip
     loader = data.train_dataloader()
@@ -188,9 +186,9 @@ def test_cloud_connections_reset_in_the_middle_lose_nothing(
     published: str, s3_server: S3Server, faulty_proxy: Proxies, tmp_path: Path
 ) -> None:
     proxy = faulty_proxy(s3_server)
-    proxy.reset_after(300_000, times=12, only=r"\.tar")
+    proxy.reset_after(100_000, times=12, only=r"\.tar")
     data = LensDataModule(
-        published, batch_size=100, cache_dir=tmp_path,
+        published, batch_size=20, cache_dir=tmp_path,
         storage_options=s3_server.storage_options(proxy.url),
     )  # fmt: skip
     assert set(numbers(data.train_dataloader())) == set(range(N))

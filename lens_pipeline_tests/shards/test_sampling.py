@@ -216,7 +216,7 @@ def test_after_the_last_batch_of_an_epoch_the_next_one_is_whole(
             max_epochs=3, accelerator="cpu", num_sanity_val_steps=0, default_root_dir=tmp_path,
             callbacks=list(callbacks), **quiet, **kept, **how,
         )  # fmt: skip
-        data = LensDataModule(shards_folder, batch_size=16)
+        data = LensDataModule(shards_folder, batch_size=32)
         trainer.fit(LitLensSystem("lastro", image_size=32), data, ckpt_path=from_checkpoint)
         return trainer
 
