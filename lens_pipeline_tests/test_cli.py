@@ -11,18 +11,23 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+import dagster as dg
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
+from lens_pipeline.catalogue.build import build_dataset
+from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
+from lens_pipeline.definitions import make_definitions
 from lens_pipeline.errors import InputError, NoAnswerError, NoRoomError
-from lens_pipeline.runner import prepare_home
+from lens_pipeline.runner import open_instance, prepare_home
 from lens_pipeline.settings import Settings
 from lens_pipeline.training.launch import raise_told
-from lens_pipeline_tests.conftest import client_of, program_says, summary_of
+from lens_pipeline_tests.conftest import client_of, program_says
 
+UNTIL_TRAINED = ["cutout_catalogue", "processed_dataset", "lens_shards", "cloud_shards"]
 NOBODY = 65534  # the number of a user who owns nothing
 
 
@@ -60,25 +65,27 @@ def spoil_images(catalogue: Path, count: int) -> None:
         (catalogue.parent / f"{number}.png").write_bytes(b"\x89PNG\r\n not an image")
 
 
-SPOILERS = {
+OF_RUNS = {
     "missing source": (lambda c: c.unlink(), "catalogue.csv"),
+    "duplicate id": (lambda c: spoil(c, 7, id="c3"), "c3"),
+    "too many bad images": (lambda c: spoil_images(c, 20), "LENS_MAX_REJECT_FRACTION"),
+}
+SPOILERS = {
     "unreadable source": (lambda c: c.write_bytes(b"\x00\xff\xfe" * 50), "catalogue.csv"),
     "empty table": (lambda c: keep(c, slice(0, 0)), "catalogue.csv"),
     "no path": (lambda c: drop_column(c, "path"), "path"),
     "no id": (lambda c: drop_column(c, "id"), "id"),
-    "duplicate id": (lambda c: spoil(c, 7, id="c3"), "c3"),
     "strange label": (lambda c: spoil(c, 7, label="lens?"), "lens?"),
     "single class": (lambda c: keep(c, slice(None), label="1"), "label"),
     "too few": (lambda c: keep(c, slice(0, 6)), "split"),
-    "too many bad images": (lambda c: spoil_images(c, 20), "LENS_MAX_REJECT_FRACTION"),
 }
 
 
-@pytest.mark.parametrize("case", SPOILERS)
+@pytest.mark.parametrize("case", OF_RUNS)
 def test_a_bad_source_stops_the_run_with_one_line(
     case: str, catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spoiler, named = SPOILERS[case]
+    spoiler, named = OF_RUNS[case]
     spoiler(catalogue)
     home = tmp_path / "home"
     arguments = ["run", "--preset", "tiny", "--source", str(catalogue), "--home", str(home)]
@@ -91,6 +98,19 @@ def test_a_bad_source_stops_the_run_with_one_line(
     assert not (home / "reports" / "summary.json").exists()
     if (home / "mlflow.db").exists():
         assert not client_of(home).search_model_versions()
+
+
+@pytest.mark.parametrize("case", SPOILERS)
+def test_of_a_bad_source_the_one_line_names_the_place(
+    case: str, catalogue: Path, tmp_path: Path
+) -> None:
+    """What a run makes its line of, without a run for each."""
+    spoiler, named = SPOILERS[case]
+    spoiler(catalogue)
+    with pytest.raises(InputError) as told:
+        build_dataset(read_catalogue(catalogue), tmp_path / "out", image_size=32, origin="table")
+    assert named in str(told.value)
+    assert "\n" not in str(told.value)
 
 
 def test_the_help_names_variables_that_are_settings(
@@ -228,12 +248,12 @@ def test_a_run_says_what_it_reads_and_simulates_after_a_catalogue_only_where_it_
     command = ["run", "--home", str(own_home), "--preset", "tiny"]
     forgotten = f"error: LENS_SOURCE: the last run of {own_home} was of {source}: name it again, or"
     told = []
-    for named in (None, str(first), str(source), None, "simulation", None):
+    for named in (str(first), str(source), None, "simulation", None):
         monkeypatch.delenv("LENS_SOURCE", raising=False)  # of the command before, in this process
         assert main([*command, *(["--source", named] if named else [])]) == 2
         told.append(capsys.readouterr().err)
         assert f"source: {named or 'simulation'}" in told[-1]
-    assert [forgotten in one for one in told] == [False, False, False, True, False, False]
+    assert [forgotten in one for one in told] == [False, False, True, False, False]
 
 
 def test_a_run_says_which_settings_are_others_than_the_last_time(
@@ -348,11 +368,22 @@ def test_a_few_bad_images_are_listed_and_the_run_goes_on(
     # The same catalogue elsewhere is the same one.
     moved = tmp_path / "moved"
     shutil.copytree(catalogue.parent, moved)
-    elsewhere = [str(moved / catalogue.name) if one == str(catalogue) else one for one in arguments]
-    assert main([*elsewhere, "--archs", "lastro"]) == 0
-    again = summary_of(home)["stages"]
-    assert not again["processed_dataset"]["reused"]
-    assert again["checkpoints/lastro"]["reused"]
+    settings = Settings.load(
+        home=home, source=str(moved / catalogue.name), preset="tiny", archs="lastro"
+    )
+    settings.export()
+    until_trained = [*UNTIL_TRAINED, "checkpoints/lastro"]
+    keys = [dg.AssetKey(name.split("/")) for name in until_trained]
+    job = make_definitions(settings, retries=False).resolve_job_def("full_pipeline")
+    with open_instance(settings) as instance:
+        done = job.execute_in_process(instance=instance, asset_selection=keys)
+    again = {
+        event.asset_key.to_user_string(): event.materialization.metadata["reused"].value
+        for event in done.all_events
+        if event.is_step_materialization
+    }
+    assert not again["processed_dataset"]
+    assert again["checkpoints/lastro"]
 
 
 def test_a_command_waits_for_its_threads_and_for_no_search_of_what_is_left(tmp_path: Path) -> None:

@@ -4,11 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from lens_pipeline.cli import main
 from lens_pipeline.errors import InputError
 from lens_pipeline.presets import chosen_members, member_config
 from lens_pipeline.settings import Settings
-from lens_pipeline.training import TrainedMember
 from lens_pipeline.training.config import TrainConfig
 
 
@@ -72,16 +70,3 @@ def test_sections_of_comments_alone_change_nothing(tmp_path: Path) -> None:
 def test_no_member_is_called_as_a_section_of_its_settings() -> None:
     with pytest.raises(InputError, match="no member may be called training"):
         chosen_members(Settings.load(archs="training=lastro"))
-
-
-def test_a_run_trains_by_the_file(
-    own_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "training.yaml"
-    file.write_text("lastro: {training: {learning_rate: 2e-3}}")
-    monkeypatch.setenv("LENS_TRAINING", str(file))
-    before = set(own_home.glob("checkpoints/*/[!.]*"))
-    assert main(["run", "--preset", "tiny", "--home", str(own_home)]) == 0
-    (new,) = set(own_home.glob("checkpoints/*/[!.]*")) - before
-    assert new.parent.name == "lastro"
-    assert TrainedMember(new).config.training.learning_rate == 2e-3

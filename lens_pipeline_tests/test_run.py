@@ -24,6 +24,7 @@ from lens_pipeline.runner import open_instance
 from lens_pipeline.scoring.evaluate import evaluate_ensemble
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards import open_shards
+from lens_pipeline.training import TrainedMember
 from lens_pipeline_tests.conftest import client_of, summary_of
 
 MEMBERS = ["light_transformer", "lastro"]
@@ -134,9 +135,14 @@ def test_mlflow_holds_a_run_per_member_and_a_version_that_names_them(home: Path)
         assert part in version.description
 
 
-def test_a_second_run_does_nothing_again(
-    own_home: Path, capsys: pytest.CaptureFixture[str]
+def test_a_second_run_does_nothing_again_and_tells_the_same(
+    own_home: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Of a member that hardly counts, too; here all are taken to count too little."""
+    monkeypatch.setattr(standing, "LITTLE", 2.0)
     before = summary_of(own_home)
     assert run(own_home) == 0
     after = summary_of(own_home)
@@ -150,14 +156,6 @@ def test_a_second_run_does_nothing_again(
     for name in (*MEMBERS, "ensemble", "AUROC", "calibration error", "report.html"):
         assert name in printed
     assert "AUROC against each kind: " in printed
-
-
-def test_a_member_that_hardly_counts_is_told_by_every_run(
-    own_home: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By one that reuses the ensemble, too; here all are taken to count too little."""
-    monkeypatch.setattr(standing, "LITTLE", 2.0)
-    assert run(own_home) == 0
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     told = [message for message in said if "hardly counts" in message]
     for name, message in zip(MEMBERS, told, strict=True):
@@ -182,32 +180,28 @@ def test_the_summary_breaks_down_by_kind_of_non_lens(home: Path) -> None:
         assert of_kind["auroc"] == pytest.approx(auroc, abs=1e-9)
 
 
-def test_other_epochs_of_one_member_train_that_one_alone(own_home: Path) -> None:
-    rate = ("--set", "lastro.training.learning_rate=5e-4")
-    assert run(own_home, "--set", "lastro.training.epochs=2", *rate) == 0
-    stages = summary_of(own_home)["stages"]
-    made = {name for name, stage in stages.items() if not stage["reused"]}
+def test_settings_of_one_member_train_that_one_alone_and_test_time_augmentation_none(
+    own_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = pd.read_parquet(summary_of(own_home)["scores"])
+    trained = set(own_home.glob("checkpoints/*/[!.]*"))
+    file = tmp_path / "training.yaml"
+    file.write_text("lastro: {training: {learning_rate: 2e-3, epochs: 3}}")
+    monkeypatch.setenv("LENS_TRAINING", str(file))
+    monkeypatch.setenv("LENS_TEST_TIME_AUGMENTATION", "true")
+    assert run(own_home, "--set", "lastro.training.epochs=2") == 0
+    summary = summary_of(own_home)
+    made = {name for name, stage in summary["stages"].items() if not stage["reused"]}
     assert made == {
         "checkpoints/lastro",
         "lens_ensemble",
         "ensemble_evaluation",
         "registered_ensemble",
     }
-    versions = client_of(own_home).search_model_versions("name = 'lens_ensemble'")
-    assert len(versions) == 2
-    newest = client_of(own_home).get_model_version_by_alias("lens_ensemble", "challenger")
-    assert str(newest.version) == "2"
-
-
-def test_test_time_augmentation_makes_a_new_version_without_training(
-    own_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = pd.read_parquet(summary_of(own_home)["scores"])
-    monkeypatch.setenv("LENS_TEST_TIME_AUGMENTATION", "true")
-    assert run(own_home) == 0
-    summary = summary_of(own_home)
-    made = {name for name, stage in summary["stages"].items() if not stage["reused"]}
-    assert made == {"lens_ensemble", "ensemble_evaluation", "registered_ensemble"}
+    (new,) = set(own_home.glob("checkpoints/*/[!.]*")) - trained
+    config = TrainedMember(new).config.training
+    assert (new.parent.name, config.learning_rate, config.epochs) == ("lastro", 2e-3, 2)
+    assert len(client_of(own_home).search_model_versions("name = 'lens_ensemble'")) == 2
     version = client_of(own_home).get_model_version_by_alias("lens_ensemble", "challenger")
     assert str(version.version) == "2"
     for text in (version.description, Path(summary["report"]).read_text()):
@@ -234,6 +228,19 @@ def test_test_time_augmentation_makes_a_new_version_without_training(
         logit = np.mean([system.scored(one)[0] for one in views], axis=0)
         by_hand = roc_auc_score(val.labels, logit)
         assert standing_of[name]["auroc"]["value"] == pytest.approx(by_hand, abs=1e-3)
+    # The augmentation alone makes another ensemble, of the same members.
+    monkeypatch.delenv("LENS_TEST_TIME_AUGMENTATION")
+    settings = Settings.load(home=own_home)
+    job = make_definitions(settings, retries=False).resolve_job_def("evaluation_and_registration")
+    with open_instance(settings) as instance:
+        done = job.execute_in_process(
+            instance=instance, asset_selection=[dg.AssetKey("lens_ensemble")]
+        )
+    (made_again,) = done.asset_materializations_for_node("lens_ensemble")
+    assert made_again.metadata["reused"].value is False
+    described = (own_home / "ensemble").glob("[!.]*/ensemble.json")
+    of_members = [read_description(one.parent) for one in described]
+    assert sorted(one["test_time_augmentation"] for one in of_members) == [False, False, True]
 
 
 def test_a_damaged_step_is_made_again(own_home: Path, caplog: pytest.LogCaptureFixture) -> None:

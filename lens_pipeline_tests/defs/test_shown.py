@@ -75,10 +75,9 @@ def test_a_network_is_judged_by_what_chance_leaves_of_its_auroc(home: Path) -> N
     auroc = roc_auc_score(label, logit)
     random = np.random.default_rng(0)
     classes = [np.flatnonzero(label == value) for value in (0, 1)]
-    draws = [
-        np.concatenate([random.choice(rows, len(rows)) for rows in classes]) for _ in range(2000)
-    ]
-    low = np.percentile([roc_auc_score(label[rows], logit[rows]) for rows in draws], 2.5)
+    others, lenses = (logit[random.choice(rows, (2000, len(rows)))] for rows in classes)
+    above = lenses[:, :, None] - others[:, None, :]
+    low = np.percentile(np.mean((above > 0) + (above == 0) / 2, axis=(1, 2)), 2.5)
     assert check.metadata["AUROC"].value == pytest.approx(auroc)
     assert check.metadata["lower 95 % bound"].value == pytest.approx(low, abs=0.04)
     assert check.metadata["must exceed"].value == 0.5
