@@ -31,15 +31,19 @@ from lens_pipeline_tests.object_stores import S3Server, sign_in
 def test_the_main_job_trains_from_the_cloud(
     s3_bucket: str,
     s3_server: S3Server,
-    tmp_path: Path,
+    own_home: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     options = s3_server.storage_options()
-    url, home = f"{s3_bucket}/lenses", tmp_path / "home"
+    url, home = f"{s3_bucket}/lenses", own_home
+    shutil.rmtree(home / "cloud")  # its shards are there, and in no cloud
+    assert not (home / "cache").exists()
     monkeypatch.setenv("LENS_CLOUD_URL", url)
     monkeypatch.setenv("LENS_STORAGE_OPTIONS", json.dumps(options))
-    assert main(["run", "--preset", "tiny", "--home", str(home)]) == 0
+    run = ["run", "--preset", "tiny", "--archs", "lastro", "--home", str(home)]
+    run += ["--set", "lastro.training.learning_rate=5e-4"]
+    assert main(run) == 0
     summary = summary_of(home)
     newest = newest_version(url, options)
     assert newest == f"{url}/{summary['dataset_version']}"
@@ -47,8 +51,9 @@ def test_the_main_job_trains_from_the_cloud(
     fetched = {path.name for path in (home / "cache").rglob("*.tar")}
     assert "train-000000.tar" in fetched
     assert not (home / "cloud").exists()
+    assert not summary["stages"]["checkpoints/lastro"]["reused"]
 
-    assert main(["run", "--preset", "tiny", "--home", str(home)]) == 0
+    assert main(run) == 0
     summary = summary_of(home)
     assert all(stage["reused"] for stage in summary["stages"].values())
 

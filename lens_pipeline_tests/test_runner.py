@@ -27,13 +27,13 @@ from lens_pipeline.settings import Settings
 from lens_pipeline_tests.served import until
 
 
-def test_dead_and_ended_runs_give_their_slots_back_and_a_live_one_keeps_its(own_home: Path) -> None:
-    settings = Settings.load(home=own_home)
+def test_dead_and_ended_runs_give_their_slots_back_and_a_live_one_keeps_its(tmp_path: Path) -> None:
+    settings = Settings.load(home=tmp_path)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     dead = {PID: str(ended.pid)}
     ended.wait()
     with open_instance(settings) as instance:
-        job = make_definitions(settings).resolve_job_def("full_pipeline")
+        job = dg.GraphDefinition("trains").to_job()
         cases = {
             "dead": (dead, dg.DagsterRunStatus.STARTED),
             "dead and canceling": (dead, dg.DagsterRunStatus.CANCELING),

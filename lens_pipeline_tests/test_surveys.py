@@ -137,16 +137,19 @@ def test_data_are_made_by_survey_and_models_of_all(source: Path, tmp_path: Path)
     # A row more of one survey: the other's data are as they were.
     more = catalogue[catalogue["survey"] == "hsc"].iloc[[0]].assign(id="one-more")
     pd.concat([catalogue, more]).to_parquet(source, index=False)
-    assert main(["run"]) == 0
+    assert materialised("data", **every_survey(Settings.load())).success
     for key in sorted(BY_SURVEY):
         again = of_partitions(key)
         assert {s: event.metadata["reused"].value for s, event in again.items()} == {
             "des": True,
             "hsc": False,
         }
-    now = summary_of(home)
-    assert now["dataset_version"] != summary["dataset_version"]
-    assert "one-more" in set(pd.read_parquet(now["scores"])["id"])
+    now = newest_shards(home)
+    assert read_manifest(now).dataset_version != summary["dataset_version"]
+    shards = open_shards(now)
+    assert "one-more" in {
+        one for part in ("train", "val", "test") for one in shards.split(part).ids
+    }
 
 
 def materialised(job: str, **tags: str) -> dg.ExecuteInProcessResult:
@@ -158,39 +161,35 @@ def materialised(job: str, **tags: str) -> dg.ExecuteInProcessResult:
         return found.execute_in_process(instance=instance, tags=tags, raise_on_error=False)
 
 
-def test_one_survey_is_made_alone_and_joins_the_others(source: Path, tmp_path: Path) -> None:
+def test_surveys_are_made_one_by_one_and_join_the_others_or_stay_alone(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nameless = materialised("data")
+    assert not nameless.success
+    (failure,) = (event for event in nameless.all_events if event.is_step_failure)
+    assert "processed_dataset: is made survey by survey" in str(failure.step_failure_data.error)
+
+    def surveys_of(cloud: dg.AssetMaterialization) -> set[str]:
+        names = open_shards(str(cloud.metadata["location"].value)).split("train").ids
+        return {name.split("-")[0] for name in names}
+
     assert not materialised("data", **{"dagster/partition": "des"}).success  # hsc is not there
     assert [event.partition for event in made("lens_shards")] == ["des"]
     assert made("cloud_shards") == []
     assert materialised("data", **{"dagster/partition": "hsc"}).success
     assert [event.partition for event in made("lens_shards")] == ["hsc", "des"]
-    (cloud,) = made("cloud_shards")
-    names = set(open_shards(str(cloud.metadata["location"].value)).split("train").ids)
-    assert {name.split("-")[0] for name in names} == {"des", "hsc"}
-
-
-def test_a_run_that_names_no_partition_says_what_to_do(source: Path) -> None:
-    result = materialised("data")
-    assert not result.success
-    (failure,) = (event for event in result.all_events if event.is_step_failure)
-    assert "processed_dataset: is made survey by survey" in str(failure.step_failure_data.error)
-
-
-def test_a_single_survey_of_several_is_taken_alone(
-    source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    (both,) = made("cloud_shards")
+    assert surveys_of(both) == {"des", "hsc"}
+    # What partitions leave is not taken for what is made without them, nor the reverse.
     monkeypatch.setenv("LENS_SURVEY", "hsc")
     assert materialised("data").success
-    (alone,) = made("cloud_shards")
-    names = set(open_shards(str(alone.metadata["location"].value)).split("train").ids)
-    assert {name.split("-")[0] for name in names} == {"hsc"}
-    # What partitions leave is not taken for what is made without them, nor the reverse.
-    monkeypatch.setenv("LENS_SURVEY", "des,hsc")
-    assert materialised("data", **every_survey(Settings.load())).success
-    monkeypatch.setenv("LENS_SURVEY", "hsc")
-    assert materialised("cloud").success
-    again, both, _ = made("cloud_shards")
-    assert again.metadata["content"] == alone.metadata["content"] != both.metadata["content"]
+    alone, _ = made("cloud_shards")
+    assert surveys_of(alone) == {"hsc"}
+    for surveys, before in (("des,hsc", both), ("hsc", alone)):
+        monkeypatch.setenv("LENS_SURVEY", surveys)
+        assert materialised("cloud").success
+        assert made("cloud_shards")[0].metadata["content"] == before.metadata["content"]
+    assert alone.metadata["content"] != both.metadata["content"]
 
 
 def test_what_is_of_no_survey_takes_all_of_them_explicitly() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mlflow.entities import Metric
 
+from lens_pipeline import tracking as tables
 from lens_pipeline.cli import main
 from lens_pipeline.settings import Settings
 from lens_pipeline.tracking import EXPERIMENT, HOME_ID, Tracking
@@ -99,6 +100,7 @@ def test_an_experiment_that_was_deleted_is_restored(
 
 
 def test_a_run_of_another_home_on_the_same_server_is_left_alone(tmp_path: Path) -> None:
+    tables._create_database(tmp_path / "shared.db")  # quickly: see `tables_of_mlflow`
     server = f"sqlite:///{tmp_path / 'shared.db'}"
     one, two = (
         Tracking(Settings.load(home=tmp_path / name, MLFLOW_TRACKING_URI=server))

@@ -1,6 +1,5 @@
 """Scoring a catalogue with the registered ensemble, and the aliases."""
 
-import os
 import subprocess
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.registered import member_checkpoint
 from lens_pipeline.registry import Registry
 from lens_pipeline.settings import Settings
-from lens_pipeline_tests.conftest import LENS_PIPELINE, client_of, program_says
+from lens_pipeline_tests.conftest import LENS_PIPELINE, client_of
 
 
 def test_each_row_is_scored_in_its_order_from_any_directory(
@@ -105,23 +104,6 @@ def test_the_champion_is_used_else_the_challenger_and_any_version_by_name(
     assert "missing.csv: there is no such file or folder" in capsys.readouterr().err
     assert main(["promote", "7", "--home", str(own_home)]) == 2
     assert "give the number of a version; lens_ensemble has 1" in capsys.readouterr().err
-
-
-def test_the_registered_model_loads_by_alias_in_another_process(home: Path, tmp_path: Path) -> None:
-    """As a user of MLflow alone would, standing anywhere."""
-    program = """
-import mlflow, numpy
-model = mlflow.pyfunc.load_model("models:/lens_ensemble@challenger")
-scores = model.predict(numpy.zeros((4, 3, 32, 32), numpy.float32))
-print(len(scores), *scores.columns)
-"""
-    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{home / 'mlflow.db'}"}
-    said = program_says(program, cwd=tmp_path, env=environment)
-    members = ["probability_light_transformer", "probability_lastro"]
-    assert said.split() == [
-        *("4", "probability", "logit", "std", "entropy", "sky_probability"),
-        *members,
-    ]
 
 
 def test_a_registered_member_is_trained_further(own_home: Path, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_what_is_asked_to_end_leaves_nothing(folder: Path, tmp_path: Path) -> No
     out.parent.mkdir()
     many = tmp_path / "many.csv"
     images = sorted(folder.rglob("*.png"))
-    rows = [f"{n},{images[n % len(images)]},{n % 2}" for n in range(200_000)]
+    rows = [f"{n},{images[n % len(images)]},{n % 2}" for n in range(40_000)]
     many.write_text("id,path,label\n" + "\n".join(rows))
     command = [LENS_PIPELINE, "prepare", "--data-root", str(many), "--output-dir", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -8,6 +8,7 @@ import dagster as dg
 import pytest
 from mlflow.exceptions import MlflowException
 
+from lens_pipeline import tracking
 from lens_pipeline.alerts import TRIES
 from lens_pipeline.cli import main
 from lens_pipeline.errors import InputError
@@ -106,6 +107,7 @@ def test_versions_of_another_registry_are_told_though_their_numbers_were(
         sensor.tick()
     webhook.posted.clear()
     with monkeypatch.context() as moved:
+        tracking._create_database(tmp_path / "other.db")  # quickly: see `tables_of_mlflow`
         moved.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
         Versions(instance, Registry(Settings.load())).register("challenger", "few lenses")
         for _ in range(2):

@@ -27,7 +27,7 @@ from lens_pipeline_tests.faulty_proxy import FaultyProxy
 from lens_pipeline_tests.object_stores import GCSServer, S3Server
 
 Proxies = Callable[[S3Server | GCSServer], FaultyProxy]
-N = 90
+N = 30
 STAGES = (cutout_catalogue, processed_dataset)
 
 

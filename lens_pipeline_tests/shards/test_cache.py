@@ -42,7 +42,7 @@ def watched(folder: Path) -> Iterator[list[int]]:
         return found
 
     def watch() -> None:
-        while not ended.wait(0.002):
+        while not ended.wait(0.005):
             if (found := there()) == there():  # else it changed while it was looked at
                 sizes.append(sum(found.values()))
 
