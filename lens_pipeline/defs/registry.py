@@ -156,12 +156,8 @@ def _promoted_if_passed(
             if same and registry.version(number).tags == version.tags:
                 if decision.passed:
                     registry.promote(number)
-                # A champion is not compared with itself.
-                if (
-                    champion is None
-                    or champion.version != version.version
-                    or GATE not in version.tags
-                ):
+                itself = champion is not None and champion.version == version.version
+                if not itself or GATE not in version.tags:  # with which it is not compared
                     registry.judge(number, decision.reasons)
                 return decision
 

@@ -78,9 +78,10 @@ def lens_metrics(
     region are not independent; else lenses and non-lenses are, apart, and also where a class is of
     fewer than FEWEST_GROUPS groups, whose resamplings would be alike: there bounds are too close.
     No resampling has a non-lens that scores higher than those of the sample: `low` of a TPR at an
-    FPR is 0 where so many non-lenses (independent ones, see `design_effect`) may, with a chance of
-    more than 5 %, show none of those that decide it. Where every lens is right in all of them,
-    or none is, the bound is that of `jeffreys` for as many as the rarer class has cutouts (groups).
+    FPR (that of one non-lens for tpr0, so always) is 0 where so many non-lenses (independent ones,
+    see `design_effect`) may, with a chance of more than 5 %, show none of those that decide it.
+    Where every lens is right in all of them, or none is, the bound is that of `jeffreys` for as
+    many as the rarer class has cutouts (groups).
 
     auroc: ties count half. average_precision: sum of precision x step in recall. tpr0, tpr10: the
     highest true positive rate with no, and with fewer than ten, false positives. tpr_at_fpr_x: the

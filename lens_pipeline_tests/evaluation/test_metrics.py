@@ -8,6 +8,7 @@ from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_s
 
 from lens_pipeline import evaluation
 from lens_pipeline.errors import InputError
+from lens_pipeline.evaluation.forecast import forecast, threshold_curve
 from lens_pipeline.evaluation.metrics import (
     ece_by_chance,
     lens_metrics,
@@ -159,15 +160,18 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
 
 @pytest.mark.parametrize("n_nonlens", [1000, 4000])
 def test_intervals_at_a_small_rate_cover_the_truth(n_nonlens: int) -> None:
-    """The truth: the TPR at the threshold beyond which one non-lens in a thousand lies."""
-    truth = stats.norm.sf(stats.norm.isf(1e-3) - 2.3)
-    random, covered, trials = np.random.default_rng(0), 0, 100
+    """The truth: the TPR at the threshold beyond which one non-lens in a thousand lies; of TPR0, at
+    the median of where the highest-scored of so many non-lenses lies."""
+    rates = {"tpr_at_fpr_1e-3": 1e-3, "tpr0": 1 - 0.5 ** (1 / n_nonlens)}
+    truths = {name: stats.norm.sf(stats.norm.isf(rate) - 2.3) for name, rate in rates.items()}
+    random, covered, trials = np.random.default_rng(0), dict.fromkeys(rates, 0), 100
     label = np.r_[np.ones(200), np.zeros(n_nonlens)]
     for seed in range(trials):
         score = stats.norm.cdf(np.r_[random.normal(2.3, 1, 200), random.normal(0, 1, n_nonlens)])
-        interval = lens_metrics(label, score, bootstrap=100, seed=seed)["tpr_at_fpr_1e-3"]
-        covered += interval["low"] <= truth <= interval["high"]
-    assert covered / trials > 0.9
+        found = lens_metrics(label, score, bootstrap=100, seed=seed)
+        for name, truth in truths.items():
+            covered[name] += found[name]["low"] <= truth <= found[name]["high"]
+    assert min(covered.values()) / trials > 0.9, covered
 
 
 def test_copies_of_a_group_make_no_interval_narrower() -> None:
@@ -202,9 +206,12 @@ def test_what_no_resampling_doubts_is_not_certain(n_nonlens: int, groups: int, n
     group = np.arange(len(label)) % groups
     right = lens_metrics(label, np.where(label, 0.8, 0.3), bootstrap=50, group=group)
     wrong = lens_metrics(label, np.where(label, 0.3, 0.8), bootstrap=50, group=group)
-    for name in ("auroc", "tpr0", "tpr10"):
-        low = stats.beta(n + 0.5, 0.5).ppf(0.025)  # Brown, Cai & DasGupta 2001
-        assert right[name] == {"value": 1.0, "low": pytest.approx(low), "high": 1.0}
+    low = stats.beta(n + 0.5, 0.5).ppf(0.025)  # Brown, Cai & DasGupta 2001
+    # A third of all samples lacks the highest-scored non-lens, and as many of 30 groups those ten.
+    unseen = {"auroc": False, "tpr0": True, "tpr10": groups == 30}
+    for name, none in unseen.items():
+        least = 0.0 if none else pytest.approx(low)
+        assert right[name] == {"value": 1.0, "low": least, "high": 1.0}
         assert wrong[name] == {"value": 0.0, "low": 0.0, "high": pytest.approx(1 - low)}
     if n_nonlens > 100:
         # Of 30 groups that are alike three in four samples have none beyond the threshold of 1 %,
@@ -212,6 +219,15 @@ def test_what_no_resampling_doubts_is_not_certain(n_nonlens: int, groups: int, n
         low = 0.0 if groups == 30 else low
         assert right["tpr_at_fpr_1e-2"] == {"value": 1.0, "low": pytest.approx(low), "high": 1.0}
     assert right["brier"]["high"] == pytest.approx(right["brier"]["value"], rel=0.1)
+
+
+def test_there_is_a_group_for_each_cutout() -> None:
+    label, score = sample()
+    for metrics in (lens_metrics, forecast, threshold_curve):
+        with pytest.raises(InputError, match=r"group has the shape \(2,\); \(400,\), one"):
+            metrics(label, score, group=["a", "b"])
+    with pytest.raises(InputError, match="group has the shape"):
+        paired_bootstrap(label, {"a": score}, "auroc", group=["a", "b"])
 
 
 def test_the_seed_decides_the_intervals() -> None:
@@ -227,6 +243,7 @@ def test_the_seed_decides_the_intervals() -> None:
         ([], [], "no cutout"),
         ([1, 2], [0.5, 0.5], "label"),
         ([1, 0], [0.5, 1.2], "score"),
+        ([1, 0], ["high", 0.2], "score: must be a probability"),
         ([1, 0], [0.5, float("nan")], "score"),
     ],
 )

@@ -12,6 +12,7 @@ from scipy.special import expit
 from scipy.stats import spearmanr
 
 from lens_pipeline.evaluation.forecast import forecast
+from lens_pipeline.evaluation.fractions import fraction
 from lens_pipeline.evaluation.gates import GateDecision
 from lens_pipeline.evaluation.metrics import lens_metrics
 from lens_pipeline.evaluation.origins import basis, by_origin
@@ -122,7 +123,7 @@ class TestTables:
         score = np.r_[np.full(80, 0.9), np.full(20, 0.1), np.full(10, 0.3), np.full(990, 0.05)]
         table = forecast_table(forecast(label, score)).set_index("chosen for")
         pure = table.loc["no false positive"]
-        assert pure["purity"] == "above 0.211"
+        assert pure["purity"] == "above 0.21"
         assert pure["false positive rate"] == "below 0.003"
         assert pure["candidates"] == "714 to 3,857"
         # All lenses are found where ten of the thousand non-lenses are chosen.
@@ -140,6 +141,11 @@ class TestTables:
             for name, auroc in (("star", 0.9), ("ring", 0.6), ("odd", None))
         }
         assert kinds_table(kinds)["kind"].tolist() == ["ring", "star", "odd"]
+
+    def test_a_rate_of_a_few_in_many_is_not_0(self) -> None:
+        rate = fraction(3, 20_000)
+        star = {"n": 20_000, "false_positives": 3, "false_positive_rate": rate, "auroc": 0.9}
+        assert kinds_table({"star": star})["rate"][0] == "0.00015 [4.2e-05, 0.0004]"
 
     def test_completeness_has_a_row_a_bin(self) -> None:
         selection = selection_function(sample())
