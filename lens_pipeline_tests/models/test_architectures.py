@@ -22,11 +22,13 @@ LARGE = ("resnet34", "resnet50", "vit_b_16")
 # classifiers, padded windows, one input size only, head behind a layer more.
 PECULIAR = ("squeezenet1_1", "alexnet", "googlenet", "inception_v3", "swin_t", "maxvit_t")
 PECULIAR_OF_TIMM = (
-    "resnet10t",
-    "mobilenetv3_small_050",  # its head comes after one layer more
-    "test_vit",  # positions for each size
-    "test_coatnet",  # one size only, it says
-    "dla46x_c",  # multiples of 32 only, it does not say
+    ("resnet10t", 101, 5),
+    ("mobilenetv3_small_050", 101, 5),  # its head comes after one layer more
+    ("test_vit", 33, 1),  # positions for each size
+    ("test_vit", 64, 3),
+    ("test_coatnet", 101, 5),  # one size only, it says
+    ("dla46x_c", 33, 1),  # multiples of 32 only, it does not say
+    ("dla46x_c", 64, 3),
 )
 
 
@@ -48,11 +50,17 @@ def _classifiers_of_torchvision(most_parameters: int) -> list[str]:
     return [name for name in names if weights[name].meta["num_params"] <= most_parameters]
 
 
-def _train_one_step_and_predict(architecture: str, size: int, bands: int) -> None:
+def _network_and_images(
+    architecture: str, size: int, bands: int
+) -> tuple[nn.Sequential, torch.Tensor]:
     torch.manual_seed(0)
     backbone, n_features = build_backbone(architecture, bands, size)
-    network = nn.Sequential(backbone, nn.Linear(n_features, 1))
-    images, label = torch.randn(2, bands, size, size), torch.tensor([0.0, 1.0])
+    return nn.Sequential(backbone, nn.Linear(n_features, 1)), torch.randn(2, bands, size, size)
+
+
+def _train_one_step_and_predict(architecture: str, size: int, bands: int) -> None:
+    network, images = _network_and_images(architecture, size, bands)
+    label = torch.tensor([0.0, 1.0])
     before = {name: value.detach().clone() for name, value in network.named_parameters()}
     functional.binary_cross_entropy_with_logits(network(images)[:, 0], label).backward()
     for name, value in network.named_parameters():
@@ -61,6 +69,10 @@ def _train_one_step_and_predict(architecture: str, size: int, bands: int) -> Non
     torch.optim.AdamW(network.parameters(), lr=1e-3).step()
     moved = {n for n, value in network.named_parameters() if not value.equal(before[n])}
     assert {"1.weight", "1.bias"} < moved
+    _predict(network, images)
+
+
+def _predict(network: nn.Sequential, images: torch.Tensor) -> None:
     network.eval()
     with torch.inference_mode():
         logit = network(images)
@@ -74,7 +86,10 @@ def _train_one_step_and_predict(architecture: str, size: int, bands: int) -> Non
 def test_every_architecture_trains_a_step_and_predicts(
     architecture: str, size: int, bands: int
 ) -> None:
-    _train_one_step_and_predict(architecture, size, bands)
+    if (size, bands) in ONCE or architecture in LARGE:
+        _train_one_step_and_predict(architecture, size, bands)
+    else:  # each size and each number of bands has been trained with
+        _predict(*_network_and_images(architecture, size, bands))
 
 
 @pytest.mark.parametrize("name", PECULIAR)
@@ -88,8 +103,7 @@ def test_every_classifier_of_torchvision_can_be_a_backbone(name: str) -> None:
     _train_one_step_and_predict(f"torchvision:{name}", 33, 5)
 
 
-@pytest.mark.parametrize("name", PECULIAR_OF_TIMM)
-@pytest.mark.parametrize(("size", "bands"), ONCE)
+@pytest.mark.parametrize(("name", "size", "bands"), PECULIAR_OF_TIMM)
 def test_every_kind_of_network_of_timm_can_be_a_backbone(name: str, size: int, bands: int) -> None:
     _train_one_step_and_predict(f"timm:{name}", size, bands)
 
@@ -102,7 +116,15 @@ def test_sixteen_pixels_are_enough_and_fifteen_an_error(architecture: str) -> No
         build_backbone(architecture, 1, 15)
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "torchvision:alexnet", "timm:test_vit"])
+# Of torchvision's the smallest: all are made by the same call.
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        *(name for name in ARCHITECTURES if name not in LARGE),
+        "torchvision:squeezenet1_1",
+        "timm:test_vit",
+    ],
+)
 def test_the_seed_decides_every_weight(architecture: str) -> None:
     def state(seed: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(seed)
@@ -128,7 +150,8 @@ def test_there_is_no_dropout_but_in_the_head_of_the_system(architecture: str) ->
 def test_the_vision_transformer_works_at_the_size_of_the_cutouts() -> None:
     """At 64 px it has 16 patches, not the 196 of 224 px: 101 px are resized to 112."""
     for size, side in ((33, 3), (64, 4), (101, 7)):
-        backbone, _ = build_backbone("torchvision:vit_b_16", 1, size)
+        with torch.device("meta"):  # of which the shapes are known, and nothing is drawn
+            backbone, _ = build_backbone("torchvision:vit_b_16", 1, size)
         assert backbone.network.encoder.pos_embedding.shape == (1, side**2 + 1, 768)
 
 
@@ -171,22 +194,29 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "steps"),
-    [("light_transformer", 20), ("trans_enc_s", 40), ("lastro", 20), ("deeplens", 20)],
+    ("architecture", "steps", "rate"),
+    [
+        ("light_transformer", 12, 1e-3),
+        ("trans_enc_s", 32, 1e-4),
+        ("lastro", 12, 1e-3),
+        ("deeplens", 4, 1e-3),
+    ],
 )
-def test_a_small_network_learns_to_tell_a_ring_from_a_disc(architecture: str, steps: int) -> None:
+def test_a_small_network_learns_to_tell_a_ring_from_a_disc(
+    architecture: str, steps: int, rate: float
+) -> None:
     """A few steps on a task that needs shape: the same light, once with a hole."""
     torch.manual_seed(0)
     y, x = torch.meshgrid(torch.arange(32) - 15.5, torch.arange(32) - 15.5, indexing="ij")
     r = torch.hypot(x, y)
     ring, disc = ((r > 5) & (r < 9)).float(), (r < 7.5).float()
     disc *= ring.sum() / disc.sum()
-    label = torch.arange(32) % 2
+    label = torch.arange(16) % 2
     images = torch.where(label[:, None, None] == 1, ring, disc)[:, None]
-    images = images + 0.1 * torch.randn(32, 1, 32, 32)
+    images = images + 0.1 * torch.randn(16, 1, 32, 32)
     backbone, n_features = build_backbone(architecture, 1, 32)
     network = nn.Sequential(backbone, nn.Linear(n_features, 1))
-    optimiser = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=rate)
     losses = []
     for _ in range(steps):
         loss = functional.binary_cross_entropy_with_logits(

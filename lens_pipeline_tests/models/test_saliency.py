@@ -70,7 +70,9 @@ def test_without_noise_it_is_the_slope_that_finite_differences_give() -> None:
         assert found[row, column] == pytest.approx(abs(slope), rel=1e-3, abs=1e-7)
 
 
-@pytest.mark.parametrize("arch", [name for name in ARCHITECTURES if name != "resnet34"])
+@pytest.mark.parametrize(
+    "arch", [name for name in ARCHITECTURES if name not in ("resnet34", "resnet50")]
+)
 def test_every_architecture_has_maps_and_stays_as_it_was(arch: str) -> None:
     if ARCHITECTURES[arch].library == "efficientnet":
         pytest.importorskip("timm")
@@ -88,10 +90,9 @@ def test_every_architecture_has_maps_and_stays_as_it_was(arch: str) -> None:
 def test_a_map_does_not_depend_on_the_cutouts_beside_it() -> None:
     system = system_of("deeplens")
     images = np.concatenate([IMAGES] * 7)
-    together = smooth_grad(system, images)
-    np.testing.assert_allclose(
-        together[20:], smooth_grad(system, images[20:]), rtol=1e-3, atol=1e-6
-    )
+    together = smooth_grad(system, images, draws=2)
+    alone = smooth_grad(system, images[20:], draws=2)
+    np.testing.assert_allclose(together[20:], alone, rtol=1e-3, atol=1e-6)
     assert smooth_grad(system, images[:0]).shape == (0, SIZE, SIZE)
 
 

@@ -1,21 +1,50 @@
 """How surveys are scored in tests, and by what."""
 
+import os
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from lens_pipeline.catalogue.cutout import CutoutError
 from lens_pipeline.catalogue.dataset import CutoutFormat
 from lens_pipeline.catalogue.table import read_catalogue
+from lens_pipeline.cli import main
 from lens_pipeline.ensemble.system import LensEnsemble
-from lens_pipeline.scoring.parts import ROWS, ScoredFile, score_to_file
+from lens_pipeline.scoring import parts
+from lens_pipeline.scoring.parts import ScoredFile, score_to_file
 from lens_pipeline.scoring.sources import CatalogueCutouts
 
-N = 2 * ROWS + 100
+BATCH, ROWS = 32, 128
+N = 2 * ROWS + 44  # the last batch is not a whole one
+EACH = 31  # row of a survey, from the first on, is no cutout
+
+
+@contextmanager
+def short_parts() -> Iterator[None]:
+    """An eighth of the size that they have else, so that a survey of several is scored at once."""
+    assert parts.ROWS / parts.BATCH == ROWS / BATCH
+    with pytest.MonkeyPatch.context() as patch:
+        for user in (
+            *("ensemble.system", "scoring.parts", "scoring.score_tables"),
+            "scoring.shard_cutouts",
+        ):
+            patch.setattr(f"lens_pipeline.{user}.BATCH", BATCH)
+        patch.setattr(parts, "ROWS", ROWS)
+        yield
+
+
+def killed_after_a_part(arguments: list[str]) -> None:
+    """A command that is killed when its first part is in place; in a process of its own."""
+    parts.ScoredRows.put = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+    with short_parts():
+        main(arguments)
 
 
 def interrupt(*_: object) -> None:

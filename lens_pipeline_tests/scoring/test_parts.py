@@ -16,12 +16,21 @@ from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
 from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.errors import InputError
-from lens_pipeline.models.system import BATCH
 from lens_pipeline.scoring.claim import Share
-from lens_pipeline.scoring.parts import ROWS, score_to_file
+from lens_pipeline.scoring.parts import score_to_file
 from lens_pipeline.scoring.score_files import written
 from lens_pipeline.scoring.sources import CatalogueCutouts
-from lens_pipeline_tests.scoring.scorers import Counting, N, Stuttering, command, interrupt, scored
+from lens_pipeline_tests.scoring.scorers import (
+    BATCH,
+    EACH,
+    ROWS,
+    Counting,
+    N,
+    Stuttering,
+    command,
+    interrupt,
+    scored,
+)
 
 
 def test_a_killed_command_goes_on_and_ends_with_what_it_would_have(
@@ -185,10 +194,8 @@ def test_the_last_batch_is_as_it_would_be_where_others_are_not_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is tried again is scored beside others than at first; what is left is not."""
-    table = pd.concat([own_images] * 6, ignore_index=True)
-    table["id"] = [f"J{row:06d}" for row in range(len(table))]
-    assert len(table) % BATCH
-    table.to_parquet(tmp_path / "catalogue.parquet")
+    assert len(own_images) % BATCH
+    own_images.to_parquet(tmp_path / "catalogue.parquet")
     source, out = Stuttering(read_catalogue(tmp_path / "catalogue.parquet")), tmp_path / "s.parquet"
     monkeypatch.setattr(Stuttering, "fails", (5, 6, 7))
 
@@ -205,8 +212,8 @@ def test_the_last_batch_is_as_it_would_be_where_others_are_not_whole(
             score_to_file(counting, source, out, model="mine")
     counting.scored.clear()
     monkeypatch.setattr(Stuttering, "fails", ())
-    assert score_to_file(counting, source, out, model="mine").n_scored == len(table)
-    left = len(table) - ROWS
+    assert score_to_file(counting, source, out, model="mine").n_scored == len(own_images)
+    left = len(own_images) - ROWS
     assert counting.scored == [*[BATCH] * (left // BATCH), left % BATCH, 3]
 
 
@@ -221,7 +228,8 @@ def test_a_limit_that_is_raised_costs_nothing_that_was_done(
     out = tmp_path / "scores.parquet"
     monkeypatch.setenv("LENS_MAX_REJECT_FRACTION", "0.005")
     assert main(command(home, survey, out)) == 2
-    assert "LENS_MAX_REJECT_FRACTION=0.005 allows 10: 11 times: the file" in capsys.readouterr().err
+    said = f"LENS_MAX_REJECT_FRACTION=0.005 allows 1: {1 + ROWS // EACH} times: the file"
+    assert said in capsys.readouterr().err
     monkeypatch.delenv("LENS_MAX_REJECT_FRACTION")
     assert main(command(home, survey, out)) == 0
     assert f"goes on, {ROWS} of {N} rows are done" in capsys.readouterr().err
@@ -237,11 +245,12 @@ def test_a_limit_holds_for_what_was_done_before(
         during.setattr("lens_pipeline.scoring.parts.write_scores", interrupt)
         with pytest.raises(KeyboardInterrupt):
             score_to_file(ensemble, source, out, model="mine")
+    n = 1 + N // EACH
     with pytest.raises(
-        InputError, match=rf"at least 23 of {N} cutouts cannot be used, and LENS_MAX"
+        InputError, match=rf"at least {n} of {N} cutouts cannot be used, and LENS_MAX"
     ):
         score_to_file(ensemble, source, out, model="mine", max_reject_fraction=0.01)
-    assert score_to_file(ensemble, source, out, model="mine").n_scored == N - 23
+    assert score_to_file(ensemble, source, out, model="mine").n_scored == N - n
 
 
 def test_two_commands_do_not_write_one_file(
