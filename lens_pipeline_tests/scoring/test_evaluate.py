@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ SIZE = 16
 FORM = CutoutFormat(("g", "r", "i"), SIZE, "background_sigma", 0.26)
 GATE = {"min_lens": 50, "min_nonlens": 50, "min_auroc_low": 0.5}
 EVIL = "<script>alert('cutout')</script>"
+metrics_of = partial(lens_metrics, bootstrap=50)
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,15 @@ def ensemble(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def evaluate(ensemble: Path, cutouts: Cutouts, out: Path, **more: Any) -> Evaluation:
-    return evaluate_ensemble(ensemble, cutouts, cutouts.catalogue, out, gate=GATE, **more)
+def evaluate(
+    ensemble: Path, cutouts: Cutouts, out: Path, pictures: bool = False, **more: Any
+) -> Evaluation:
+    """With few resamplings; and pictures that nobody looks at are not drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lens_pipeline.scoring.evaluate.lens_metrics", metrics_of)
+        if not pictures:
+            patch.setattr("lens_pipeline.evaluation.report.png_bytes", lambda _: b"")
+        return evaluate_ensemble(ensemble, cutouts, cutouts.catalogue, out, gate=GATE, **more)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +127,7 @@ def mixed(ensemble: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluatio
     table = rows()
     table["simulated"] = pd.array([True] * 60 + [None] * 60, dtype="boolean")
     out = tmp_path_factory.mktemp("mixed")
-    return evaluate(ensemble, Cutouts(table, origin=EVIL), out, prevalence=0.01)
+    return evaluate(ensemble, Cutouts(table, origin=EVIL), out, pictures=True, prevalence=0.01)
 
 
 def page_of(evaluation: Evaluation) -> Elements:
@@ -133,7 +142,7 @@ def test_real_cutouts_come_first_and_carry_the_forecast(mixed: Evaluation) -> No
             assert label.mean() == pytest.approx(1 / 3)  # calibrated where a half are lenses
             odds = part[column] / (1 - part[column]) * 0.5
             score = odds / (1 + odds)
-            by_hand = lens_metrics(label, score, group=part["group"])
+            by_hand = metrics_of(label, score, group=part["group"])
             by_hand["ece_by_chance"] = ece_by_chance(score)
             for metric, found in mixed.origins[origin][name].items():
                 assert found == pytest.approx(by_hand[metric]), metric
@@ -250,23 +259,6 @@ def test_each_cutout_of_the_galleries_is_named_in_their_order(mixed: Evaluation)
     assert listed == [*missed["id"], *mistaken["id"]]
 
 
-def test_the_report_begins_with_what_it_is_of(ensemble: Path, tmp_path: Path) -> None:
-    made = "2026-01-02 03:04 UTC, lens-pipeline 1.0, commit 0123"
-    table = rows().assign(survey=["hsc", "des"] * 60)
-    evaluation = evaluate(ensemble, Cutouts(table), tmp_path, made=made)
-    texts = page_of(evaluation).texts
-    begins = texts[: texts.index("Metrics: all of the test split")]
-    for name, fact in (
-        ("Made", made),
-        ("Source", "survey.csv"),
-        ("Survey", "des, hsc"),
-        ("Cutouts", "the central 16 x 16 pixels of 0.26 arcsec, bands g, r, i, in units of "
-         "background sigma"),
-        ("Dataset version", "1"),
-    ):  # fmt: skip
-        assert begins[begins.index(name) + 1] == fact
-
-
 @dataclass(frozen=True)
 class Spoilt(Cutouts):
     """The last two cutouts cannot be used."""
@@ -279,10 +271,34 @@ class Spoilt(Cutouts):
         return lost[["id", "row"]].assign(reason=EVIL)
 
 
+MADE = "2026-01-02 03:04 UTC, lens-pipeline 1.0, commit 0123"
+
+
+@pytest.fixture(scope="module")
+def spoilt(ensemble: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    """Of cutouts of two surveys, two of which cannot be used."""
+    table = rows().assign(survey=["hsc", "des"] * 60)
+    return evaluate(ensemble, Spoilt(table), tmp_path_factory.mktemp("spoilt"), made=MADE)
+
+
+def test_the_report_begins_with_what_it_is_of(spoilt: Evaluation) -> None:
+    texts = page_of(spoilt).texts
+    begins = texts[: texts.index("Metrics: all of the test split")]
+    for name, fact in (
+        ("Made", MADE),
+        ("Source", "survey.csv"),
+        ("Survey", "des, hsc"),
+        ("Cutouts", "the central 16 x 16 pixels of 0.26 arcsec, bands g, r, i, in units of "
+         "background sigma"),
+        ("Dataset version", "1"),
+    ):  # fmt: skip
+        assert begins[begins.index(name) + 1] == fact
+
+
 def test_why_cutouts_were_rejected_stands_in_the_report(
-    ensemble: Path, mixed: Evaluation, tmp_path: Path
+    spoilt: Evaluation, mixed: Evaluation
 ) -> None:
-    page = page_of(evaluate(ensemble, Spoilt(rows()), tmp_path))
+    page = page_of(spoilt)
     assert "Rejected cutouts" not in page_of(mixed).text
     said = page.texts[page.texts.index("Rejected cutouts") :]
     assert said[1].startswith("2 of 120 cutouts of all splits could not be used")
@@ -291,7 +307,8 @@ def test_why_cutouts_were_rejected_stands_in_the_report(
 
 
 def test_one_origin_has_no_metrics_of_its_own(ensemble: Path, tmp_path: Path) -> None:
-    evaluation = evaluate(ensemble, Cutouts(rows(), origin="simulation"), tmp_path)
+    cutouts = Cutouts(rows(), origin="simulation")
+    evaluation = evaluate(ensemble, cutouts, tmp_path, pictures=True)
     assert evaluation.origins == {}
     assert evaluation.forecast["rests_on"] == "simulated"
     assert "promise too much" in (tmp_path / "report.html").read_text()
@@ -307,20 +324,20 @@ def test_one_origin_has_no_metrics_of_its_own(ensemble: Path, tmp_path: Path) ->
 
 def test_pixels_that_are_masked_or_too_large_for_float32_are_named(ensemble: Path) -> None:
     model = load_ensemble(ensemble)
-    images = np.random.default_rng(0).normal(size=(300, 3, SIZE, SIZE))
+    images = np.random.default_rng(0).normal(size=(80, 3, SIZE, SIZE))
     plain = model.predict(images)
     pd.testing.assert_frame_equal(model.predict(np.ma.masked_array(images)), plain)
     pd.testing.assert_frame_equal(model.predict(torch.from_numpy(images)), plain)
     pd.testing.assert_frame_equal(model.predict(images[:2].tolist()), plain[:2])
     masked = np.ma.masked_array(images, mask=False)
-    masked[280, 1, 4, 5] = np.ma.masked
+    masked[70, 1, 4, 5] = np.ma.masked
     numbers = np.ma.masked_array(np.zeros(images.shape, int), mask=masked.mask)
     large = images.copy()
-    large[280, 0, 0, 0] = 1e39
+    large[70, 0, 0, 0] = 1e39
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for spoilt in (masked, numbers, large):
-            with pytest.raises(InputError, match=r"cutout 280 .* are masked or not finite; fill"):
+            with pytest.raises(InputError, match=r"cutout 70 .* are masked or not finite; fill"):
                 model.predict(spoilt)
     with pytest.raises(InputError, match=r"shape \(3, 16, 16\); the model takes \(n, \*\(3, 1"):
         model.predict(images[0])

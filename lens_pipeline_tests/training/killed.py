@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.forkserver import _forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,11 @@ def in_a_process(
 
 def forked(target: Callable[..., None], *arguments: Any) -> int:
     """The exit code of a process that runs a function."""
+    return exit_code(begun(target, *arguments))
+
+
+def begun(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """A process that runs a function."""
     # Forked from a server that has imported torch and never used it: its threads are unborn.
     context = multiprocessing.get_context("forkserver")
     if PRELOADED not in _forkserver._preload_modules:  # Dagster's may run, without torch
@@ -85,6 +91,10 @@ def forked(target: Callable[..., None], *arguments: Any) -> int:
         context.set_forkserver_preload([PRELOADED])
     process = context.Process(target=target, args=arguments)
     process.start()
+    return process
+
+
+def exit_code(process: BaseProcess) -> int:
     process.join()
     assert process.exitcode is not None
     return process.exitcode

@@ -4,7 +4,9 @@ again."""
 import json
 import shutil
 import signal
-import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 
 from lens_pipeline.catalogue.build import build_dataset
 from lens_pipeline.catalogue.table import read_catalogue
+from lens_pipeline.cli import main
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.system import LitLensSystem
 from lens_pipeline.shards.datamodule import (
@@ -25,16 +28,44 @@ from lens_pipeline.shards.datamodule import (
 from lens_pipeline.shards.prepare import prepare_shards
 from lens_pipeline.training import train
 from lens_pipeline.training.config import TrainConfig
-from lens_pipeline_tests.conftest import LENS_PIPELINE
-from lens_pipeline_tests.training.killed import in_a_process, saving_config
+from lens_pipeline_tests.training.killed import begun, exit_code, in_a_process, saving_config
+
+all_of_one_epoch = partial(saving_config, epochs=1, limit_train_batches=1.0)
 
 
-def test_other_settings_do_not_go_on(shards_folder: Path, tmp_path: Path) -> None:
-    assert in_a_process(saving_config(), shards_folder, tmp_path, 5) == -signal.SIGKILL
+@pytest.fixture(scope="module")
+def of_killed(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a training leaves that was killed at its sixth step."""
+    out = tmp_path_factory.mktemp("killed")
+    assert in_a_process(saving_config(), shards_folder, out, 5) == -signal.SIGKILL
+    return out
+
+
+@pytest.fixture
+def killed(of_killed: Path, tmp_path: Path) -> Path:
+    """A copy of `of_killed`."""
+    return Path(shutil.copytree(of_killed, tmp_path / "killed"))
+
+
+@pytest.fixture(scope="module")
+def of_ended(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a training of one epoch leaves."""
+    out = tmp_path_factory.mktemp("ended")
+    train(all_of_one_epoch(), LensDataModule(shards_folder), out)
+    return out
+
+
+@pytest.fixture
+def ended(of_ended: Path, tmp_path: Path) -> Path:
+    """A copy of `of_ended`."""
+    return Path(shutil.copytree(of_ended, tmp_path / "ended"))
+
+
+def test_other_settings_do_not_go_on(shards_folder: Path, killed: Path) -> None:
     changed = saving_config(learning_rate=0.01, epochs=4)
     with pytest.raises(InputError, match=r"training\.epochs \(3, now 4\), training\.learning_rate"):
-        train(changed, LensDataModule(shards_folder), tmp_path)
-    assert (tmp_path / "last.ckpt").is_file()
+        train(changed, LensDataModule(shards_folder), killed)
+    assert (killed / "last.ckpt").is_file()
 
 
 def test_of_a_training_that_has_ended_only_the_same_is_taken_for_it(
@@ -60,22 +91,19 @@ def test_of_a_training_that_has_ended_only_the_same_is_taken_for_it(
         train(config, data, out)
 
 
-def test_one_batch_is_not_all_of_them(shards_folder: Path, tmp_path: Path) -> None:
-    data = LensDataModule(shards_folder)
-    train(saving_config(epochs=1, limit_train_batches=1.0), data, tmp_path)
+def test_one_batch_is_not_all_of_them(shards_folder: Path, ended: Path) -> None:
     with pytest.raises(InputError, match=r"training\.limit_train_batches \(1\.0, now 1\)"):
-        train(saving_config(epochs=1, limit_train_batches=1), data, tmp_path)
+        train(all_of_one_epoch(limit_train_batches=1), LensDataModule(shards_folder), ended)
 
 
 def test_another_device_is_gone_on_with_and_told(
-    shards_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    shards_folder: Path, killed: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert in_a_process(saving_config(), shards_folder, tmp_path, 5) == -signal.SIGKILL
-    inputs = tmp_path / "inputs.json"
+    inputs = killed / "inputs.json"
     recorded = json.loads(inputs.read_text())
     assert recorded["device and precision"] == "cpu, 32-true"
     inputs.write_text(json.dumps(recorded | {"device and precision": "cuda, bf16-mixed"}))
-    train(saving_config(), LensDataModule(shards_folder), tmp_path)
+    train(saving_config(), LensDataModule(shards_folder), killed)
     assert "computed on cuda, bf16-mixed, and goes on on cpu, 32-true" in caplog.text
 
 
@@ -128,17 +156,14 @@ def test_copies_of_tars_are_the_same_and_their_unit_counts(tmp_path: Path) -> No
     assert of("tars", flux_unit="background_sigma") != of("tars", flux_unit="linear")
 
 
-def test_another_share_of_the_cutouts_does_not_go_on(shards_folder: Path, tmp_path: Path) -> None:
-    assert in_a_process(saving_config(), shards_folder, tmp_path, 5) == -signal.SIGKILL
+def test_another_share_of_the_cutouts_does_not_go_on(shards_folder: Path, killed: Path) -> None:
     with pytest.raises(InputError, match="holds a training with other order or share of the"):
-        train(saving_config(), LensDataModule(shards_folder, bagging=0.5), tmp_path)
+        train(saving_config(), LensDataModule(shards_folder, bagging=0.5), killed)
 
 
-def test_cutouts_of_another_size_do_not_go_on(shards_folder: Path, tmp_path: Path) -> None:
-    config = saving_config(epochs=1)
-    train(config, LensDataModule(shards_folder), tmp_path)
+def test_cutouts_of_another_size_do_not_go_on(shards_folder: Path, ended: Path) -> None:
     with pytest.raises(InputError, match="holds a training with other cutouts"):
-        train(config, LensDataModule(shards_folder, image_size=24), tmp_path)
+        train(all_of_one_epoch(), LensDataModule(shards_folder, image_size=24), ended)
 
 
 def test_first_weights_are_the_same_by_what_they_are(shards_folder: Path, tmp_path: Path) -> None:
@@ -159,36 +184,46 @@ def test_first_weights_are_the_same_by_what_they_are(shards_folder: Path, tmp_pa
 
 
 def test_what_an_earlier_version_has_begun_does_not_go_on(
-    shards_folder: Path, tmp_path: Path
+    shards_folder: Path, killed: Path
 ) -> None:
-    assert in_a_process(saving_config(), shards_folder, tmp_path, 5) == -signal.SIGKILL
-    (tmp_path / "inputs.json").unlink()
-    with pytest.raises(InputError, match=f"{tmp_path}: an earlier version of lens_pipeline has"):
-        train(saving_config(), LensDataModule(shards_folder), tmp_path)
+    (killed / "inputs.json").unlink()
+    with pytest.raises(InputError, match=f"{killed}: an earlier version of lens_pipeline has"):
+        train(saving_config(), LensDataModule(shards_folder), killed)
 
 
-def test_a_training_that_has_ended_is_not_begun_again(shards_folder: Path, tmp_path: Path) -> None:
-    config = saving_config(epochs=1)
+def test_a_training_that_has_ended_is_not_begun_again(shards_folder: Path, ended: Path) -> None:
     data = LensDataModule(shards_folder)
-    train(config, data, tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.ckpt")}
-    train(config, data, tmp_path)
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.ckpt")}
-    best = tmp_path / "best.ckpt"
+    before = {path: path.stat().st_mtime_ns for path in ended.glob("*.ckpt")}
+    assert len(before) == 2
+    train(all_of_one_epoch(), data, ended)
+    assert before == {path: path.stat().st_mtime_ns for path in ended.glob("*.ckpt")}
+    best = ended / "best.ckpt"
     with pytest.raises(InputError, match=rf"epochs \(1, now 2\); .* --pretrained {best}$"):
-        train(saving_config(epochs=2), data, tmp_path)
+        train(all_of_one_epoch(epochs=2), data, ended)
+
+
+def _command(arguments: list[str], said: Path, told: Path) -> None:
+    with (
+        said.open("w") as out,
+        told.open("w") as error,
+        redirect_stdout(out),
+        redirect_stderr(error),
+    ):
+        code = main(arguments)
+    sys.exit(code)
 
 
 def test_the_same_command_twice_trains_once(shards_folder: Path, tmp_path: Path) -> None:
+    """In two processes at once."""
     arguments = [
-        *(LENS_PIPELINE, "train", "--arch", "lastro", "--epochs", "3", "--accelerator", "cpu"),
+        *("train", "--arch", "lastro", "--epochs", "2", "--accelerator", "cpu"),
         *("--data-root", str(shards_folder), "--home", str(tmp_path / "home")),
     ]
-    both = [
-        subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    (first, told), (second, also_told) = (process.communicate(timeout=300) for process in both)
-    assert [process.returncode for process in both] == [0, 0], told + also_told
-    assert first == second
-    assert (told + also_told).count("nothing is trained again") == 1
+    said, told = ([tmp_path / f"{what}-{n}" for n in range(2)] for what in ("said", "told"))
+    both = [begun(_command, arguments, *files) for files in zip(said, told, strict=True)]
+    codes = [exit_code(process) for process in both]
+    errors = "".join(path.read_text() for path in told)
+    assert codes == [0, 0], errors
+    first, second = (path.read_text() for path in said)
+    assert first == second != ""
+    assert errors.count("nothing is trained again") == 1

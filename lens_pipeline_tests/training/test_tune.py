@@ -148,9 +148,10 @@ def test_a_trial_that_others_beat_is_stopped(uneven_shards: Path, tmp_path: Path
 
 def test_what_fails_is_told_and_the_others_go_on(uneven_shards: Path, tmp_path: Path) -> None:
     archs = {"arch": ["lastro", "torchvision:net_of_nobody"]}
-    study = _tune(_config(epochs=1), uneven_shards, tmp_path / "some", 6, model=archs)
+    config = _config(epochs=1, limit_train_batches=1)
+    study = _tune(config, uneven_shards, tmp_path / "some", 4, model=archs)
     failed = study.trials.query("state == 'failed'")
-    assert 0 < len(failed) < 6
+    assert 0 < len(failed) < 4
     assert failed["reason"].str.contains("net_of_nobody").all()
     assert study.best is not None
     for begun in (3, 6):  # and no further by itself
@@ -168,9 +169,8 @@ def test_a_trial_that_breaks_in_the_library_has_failed_and_is_not_tried_for_ever
             raise RuntimeError("no kernel image")
         yield []
 
-    study = _tune(
-        _config(epochs=1), uneven_shards, tmp_path, 2, "none", breaks_once, training=RATES
-    )
+    config = _config(epochs=1, limit_train_batches=1)
+    study = _tune(config, uneven_shards, tmp_path, 2, "none", breaks_once, training=RATES)
     assert study.trials["state"].tolist() == ["failed", "complete"]
     assert study.trials["reason"][0] == "RuntimeError: no kernel image"
 
@@ -206,7 +206,7 @@ def test_a_full_disk_leaves_the_trial_for_later(uneven_shards: Path, tmp_path: P
         raise NoRoomError("no room")
         yield []
 
-    config = _config(epochs=1)
+    config = _config(epochs=1, limit_train_batches=1)
     with pytest.raises(NoRoomError):
         _tune(config, uneven_shards, tmp_path, 2, "none", full, training=RATES)
     study = _tune(config, uneven_shards, tmp_path, 2, "none", training=RATES)
@@ -260,7 +260,7 @@ def test_a_folder_holds_one_study(uneven_shards: Path, shards_folder: Path, tmp_
     ):
         with pytest.raises(InputError, match=f"holds a study that differs: .*{what}"):
             _tune(changed, shards, tmp_path, 1, pruner, training=sections)
-    assert len(_tune(config, uneven_shards, tmp_path, 3, training=rates).trials) == 3
+    assert len(_tune(config, uneven_shards, tmp_path, 2, training=rates).trials) == 2
 
 
 class _KillingLogger(DummyLogger):
