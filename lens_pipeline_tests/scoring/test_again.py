@@ -30,7 +30,7 @@ def test_the_same_command_again_leaves_the_file_as_it_is(
     home: Path, survey: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pd.read_parquet(survey)[:20].to_parquet(tmp_path / "few.parquet")
-    for name in ("scores.parquet", "scores.csv"):
+    for name in ("scores.csv", "scores.parquet"):
         out = tmp_path / name
         arguments = command(home, tmp_path / "few.parquet", out)
         capsys.readouterr()
@@ -38,7 +38,8 @@ def test_the_same_command_again_leaves_the_file_as_it_is(
         assert "nothing has changed" not in capsys.readouterr().out
         before = out.stat()
         # The first row is missing, and still is.
-        for more in ([], ["--top", "3"], ["--top", "2"]):
+        of_best = (["--top", "3"], ["--top", "2"]) if out.suffix == ".parquet" else ()
+        for more in ([], *of_best):
             assert main([*arguments, *more]) == 0
             assert f"{out}: nothing has changed since it was written" in capsys.readouterr().out
             assert os.path.samestat(out.stat(), before)
@@ -46,16 +47,16 @@ def test_the_same_command_again_leaves_the_file_as_it_is(
             assert not out.with_name(f"{name}.parts").exists()
             if more:
                 assert len(pd.read_csv(tmp_path / "scores.top.csv")) == int(more[1])
-        drawn = (tmp_path / "scores.top.html").stat()
-        assert main([*arguments, "--top", "2"]) == 0
-        assert os.path.samestat((tmp_path / "scores.top.html").stat(), drawn)
-        (tmp_path / "scores.top.html").unlink()
-        assert main([*arguments, "--top", "2"]) == 0
-        assert (tmp_path / "scores.top.html").exists()
-        assert "former" not in capsys.readouterr().out
-        pd.read_parquet(tmp_path / "few.parquet")[:-1].to_parquet(tmp_path / "few.parquet")
-        assert main(arguments) == 0
-        assert f"{tmp_path}/scores.top.csv: is of former scores" in capsys.readouterr().out
+    drawn = (tmp_path / "scores.top.html").stat()
+    assert main([*arguments, "--top", "2"]) == 0
+    assert os.path.samestat((tmp_path / "scores.top.html").stat(), drawn)
+    (tmp_path / "scores.top.html").unlink()
+    assert main([*arguments, "--top", "2"]) == 0
+    assert (tmp_path / "scores.top.html").exists()
+    assert "former" not in capsys.readouterr().out
+    pd.read_parquet(tmp_path / "few.parquet")[:-1].to_parquet(tmp_path / "few.parquet")
+    assert main(arguments) == 0
+    assert f"{tmp_path}/scores.top.csv: is of former scores" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["scores.parquet", "scores.csv"])

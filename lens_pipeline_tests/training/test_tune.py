@@ -40,6 +40,12 @@ def _tune(
     return tune(config, _space(config, **sections), LensDataModule(shards), out, n_trials, *more)
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study draws its picture anew after each trial, which few tests look at."""
+    monkeypatch.setattr("lens_pipeline.training.tune.png_bytes", lambda _: b"")
+
+
 def _weights(trained: TrainedMember) -> dict[str, torch.Tensor]:
     return torch.load(trained.checkpoint, weights_only=True)["state_dict"]
 
@@ -146,6 +152,7 @@ def test_a_trial_that_others_beat_is_stopped(uneven_shards: Path, tmp_path: Path
     assert {number for number, end in ends.items() if end == "TrialPruned"} == set(pruned["number"])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_fails_is_told_and_the_others_go_on(uneven_shards: Path, tmp_path: Path) -> None:
     archs = {"arch": ["lastro", "torchvision:net_of_nobody"]}
     config = _config(epochs=1, limit_train_batches=1)
@@ -160,6 +167,7 @@ def test_what_fails_is_told_and_the_others_go_on(uneven_shards: Path, tmp_path: 
         assert len(TunedStudy(tmp_path / "all").trials) == begun
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_trial_that_breaks_in_the_library_has_failed_and_is_not_tried_for_ever(
     uneven_shards: Path, tmp_path: Path
 ) -> None:
@@ -175,6 +183,7 @@ def test_a_trial_that_breaks_in_the_library_has_failed_and_is_not_tried_for_ever
     assert study.trials["reason"][0] == "RuntimeError: no kernel image"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_outage_does_not_use_up_the_study(uneven_shards: Path, tmp_path: Path) -> None:
     @contextmanager
     def breaks(number: int, config: TrainConfig) -> Iterator[Sequence[Logger]]:
@@ -200,6 +209,7 @@ def test_hyperband_gives_most_trials_less_than_all_epochs(
     assert (trials.query("state == 'pruned'")["epochs"] < 4).all()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_full_disk_leaves_the_trial_for_later(uneven_shards: Path, tmp_path: Path) -> None:
     @contextmanager
     def full(number: int, config: TrainConfig) -> Iterator[Sequence[Logger]]:
@@ -248,6 +258,7 @@ def test_of_trials_with_losses_of_two_kinds_these_are_not_compared(tmp_path: Pat
     assert TunedStudy(tmp_path).ranked["number"].tolist() == [1, 2, 0]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_folder_holds_one_study(uneven_shards: Path, shards_folder: Path, tmp_path: Path) -> None:
     config = _config(epochs=1, limit_train_batches=1)
     rates = {"learning_rate": [1e-3, 1e-2]}
