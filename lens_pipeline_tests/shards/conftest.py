@@ -27,9 +27,19 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, dict]:
 @pytest.fixture(scope="session")
 def small_cutouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """2,000 cutouts of 16 pixels, in 40 shards; the first two pixels hold a cutout's number."""
+    return _in_shards(N, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def ten_thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `small_cutouts`, but 10,000."""
+    return _in_shards(10_000, tmp_path_factory)
+
+
+def _in_shards(n_train: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
     splits = {}
-    for split, n in (("train", N), ("val", 40), ("test", 1), ("unlabelled", 1)):
+    for split, n in (("train", n_train), ("val", 40), ("test", 1), ("unlabelled", 1)):
         images = np.zeros((n, 1, 16, 16), np.float32)
         images[:, 0, 0, 0], images[:, 0, 0, 1] = np.divmod(np.arange(n), 1000)
         images[:, 0, 8, 8] = 50
@@ -43,7 +53,7 @@ def small_cutouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     facts = {"schema": 1, "origin": "test", **form, "splits": splits, "content": "test"}
     (folder / "dataset.json").write_text(json.dumps(facts))
     out = tmp_path_factory.mktemp("shards")
-    write_shards(folder, out, shard_size=N // SHARDS)
+    write_shards(folder, out, shard_size=n_train // SHARDS)
     return out
 
 

@@ -21,8 +21,8 @@ from lens_pipeline_tests.shards.published import SHARDS, N, Proxies, flipped, ge
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["s3", "gcs"])
 @pytest.mark.parametrize("where", ["cache", "memory", "without a manifest"])
-def test_cloud_epoch_of_many_shards_of_which_every_tenth_request_fails(
-    small_cutouts: Path,
+def test_cloud_epoch_of_ten_thousand_of_which_every_tenth_request_fails(
+    ten_thousand: Path,
     kind: str,
     where: str,
     request: pytest.FixtureRequest,
@@ -31,7 +31,7 @@ def test_cloud_epoch_of_many_shards_of_which_every_tenth_request_fails(
 ) -> None:
     server, bucket = (request.getfixturevalue(f"{kind}_{what}") for what in ("server", "bucket"))
     options = server.storage_options()
-    url = publish_shards(small_cutouts, f"{bucket}/lenses", storage_options=options).url
+    url = publish_shards(ten_thousand, f"{bucket}/lenses", storage_options=options).url
     if where == "without a manifest":
         filesystem, root = fsspec.url_to_fs(url, **options)
         filesystem.rm_file(f"{root}/manifest.json")
@@ -40,7 +40,7 @@ def test_cloud_epoch_of_many_shards_of_which_every_tenth_request_fails(
     proxy.every(10, status=500 if kind == "s3" else 503)
     data = LensWebDatasetDataModule(
         f"{url}/train-{{000000..{SHARDS - 1:06d}}}.tar",
-        batch_size=20,
+        batch_size=100,
         flux_unit="background_sigma",
         cache_dir=tmp_path if where == "cache" else None,
         storage_options=server.storage_options(proxy.url),
@@ -48,8 +48,8 @@ def test_cloud_epoch_of_many_shards_of_which_every_tenth_request_fails(
     batches = list(data.train_dataloader())
     assert proxy.faults >= 4
     found = numbers(batches)
-    assert len(found) == N
-    assert set(found) == set(range(N))
+    assert len(found) == 10_000
+    assert set(found) == set(range(10_000))
     if where != "without a manifest":
         ids = data.split("train").ids[torch.cat([batch["index"] for batch in batches])]
         assert ids.tolist() == [f"train {number}" for number in found]
