@@ -37,6 +37,7 @@ __all__ = ["page", "postgresql"]
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 LENS_PIPELINE = str(Path(sys.executable).with_name("lens-pipeline"))  # the installed command
 LONGEST = ("test_unattended", "test_distributed", "test_run")  # files, of the slow tests
+OURS = ("LENS_", "MLFLOW_", "DAGSTER_")
 NO_SKIP = os.environ.get("LENS_NO_SKIP") == "1"
 # gcsfs reads it when it is imported, for the whole process; see GCSServer.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
@@ -67,10 +68,33 @@ def as_in(
 
 
 def pytest_configure() -> None:
+    # Of whoever runs the tests: fixtures of whole files are made before `clean_environment`.
+    _set_ours({"LENS_NO_SKIP": "1"} if NO_SKIP else {})
     # A script's background jobs ignore Ctrl-C; Dagster then has SIGTERM ignored like it, and so
     # does all that the tests start and mean to end.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _ours() -> dict[str, str]:
+    """The variables of the environment that decide on what is tested."""
+    return {name: value for name, value in os.environ.items() if name.startswith(OURS)}
+
+
+def _set_ours(variables: Mapping[str, str]) -> None:
+    for name in _ours():
+        del os.environ[name]
+    os.environ.update(variables)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
+    """What a command says in the environment of a fixture that several tests share goes no
+    further."""
+    before = _ours()
+    yield
+    if fixturedef.scope != "function":
+        _set_ours(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -100,9 +124,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No setting of whoever runs the tests gets in, and none of a test gets out."""
     before = dict(os.environ)
-    for name in list(os.environ):
-        if name.startswith(("LENS_", "MLFLOW_", "DAGSTER_")):
-            del os.environ[name]
+    _set_ours({})
     yield
     os.environ.clear()
     os.environ.update(before)
@@ -219,15 +241,10 @@ def own_shards(shards_folder: Path, tmp_path: Path) -> Path:
 def home(of_all_workers: Path) -> Path:
     """A home that the main job has filled, in the preset for tests. Only to look at."""
     path = of_all_workers / "home"
-    before = dict(os.environ)
-    try:
-        with FileLock(of_all_workers / "home.lock"):
-            if not (path / "reports" / "summary.json").is_file():
-                assert main(["run", "--preset", "tiny", "--home", str(path)]) == 0
-                shutil.copytree(path, of_all_workers / "untouched")
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    with FileLock(of_all_workers / "home.lock"):
+        if not (path / "reports" / "summary.json").is_file():
+            assert main(["run", "--preset", "tiny", "--home", str(path)]) == 0
+            shutil.copytree(path, of_all_workers / "untouched")
     return path
 
 

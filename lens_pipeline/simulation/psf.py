@@ -8,7 +8,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.simulation.surveys import Survey
 
 PSF_RADIUS = 24  # pixels: the wings of a bright star end in noise
-MAX_OUTSIDE = 0.05  # share of the light that a Moffat profile may have beyond
+MAX_OUTSIDE = 0.08  # share of the light that a Moffat profile may have beyond
 FINER = 8  # than an image of a point spread function, to find its width
 MAX_OFF_CENTRE = 0.5  # pixels, of a user's own
 

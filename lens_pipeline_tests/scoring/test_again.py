@@ -78,7 +78,8 @@ def test_a_catalogue_that_has_grown_costs_its_own_rows(
     assert found["mag"].eq(20.5).all()
     scored(counting, now, tmp_path / f"fresh{out.suffix}")
     fresh = read(tmp_path / f"fresh{out.suffix}")
-    pd.testing.assert_frame_equal(found, fresh, rtol=0, atol=1e-5)
+    # Its rows are in batches of other sizes, which networks round in other ways.
+    pd.testing.assert_frame_equal(found, fresh, rtol=0, atol=1e-4)
     assert about_scores(out) == about_scores(tmp_path / f"fresh{out.suffix}")
     # What is known of a row alone is new: the file is, and no score.
     assert scored(counting, now.assign(mag=21.5), out)[1] == 0
