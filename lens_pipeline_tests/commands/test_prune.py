@@ -1,6 +1,7 @@
 """`lens-pipeline prune`: which versions stay, and that it removes nothing where it cannot know."""
 
 import os
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from lens_pipeline.defs.stages import CLOUD
 from lens_pipeline.runner import open_instance
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards import publish_shards, read_manifest
+from lens_pipeline_tests.conftest import LENS_PIPELINE
 
 LONG_AGO = 1_500_000_000
 
@@ -96,6 +98,13 @@ def test_prune_keeps_what_runs_of_this_home_may_be_reading(
         assert reason() == "kept      a run under way refers to it"
         instance.report_run_failed(again)
         assert reason() == "removed   is older"
+
+
+def test_prune_needs_no_graph_and_no_setting_of_it(own_home: Path) -> None:
+    command = [LENS_PIPELINE, "prune", "--home", str(own_home), "--keep", "1", "--dry-run"]
+    environment = os.environ | {"LENS_ARCHS": "no_such_network"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_prune_removes_nothing_where_the_registry_cannot_be_asked(

@@ -8,6 +8,7 @@ from typing import NoReturn
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
@@ -74,6 +75,20 @@ def test_each_lens_is_paired_with_its_own_galaxy_unlensed(simulation: Simulation
         )
     assert other[host][late].isna().all(axis=None)
     assert other[["einstein_radius", "source_magnitude"]].isna().all(axis=None)
+
+
+def test_an_unlensed_decoy_is_an_image_of_the_galaxy_that_its_lens_is(
+    simulation: Simulation,
+) -> None:
+    """By the light of its middle, of which there is little of the arcs, and which others lack."""
+    lens, other = (simulation.table.iloc[k::2].reset_index(drop=True) for k in (0, 1))
+    clean = (other["kind"] == "unlensed") & (lens["defect"] == "") & (other["defect"] == "")
+    of_lens, of_other = (
+        simulation.images[k::2][clean][:, 1, 29:35, 29:35].sum(axis=(1, 2)) for k in (0, 1)
+    )
+    assert clean.sum() > 30
+    assert spearmanr(of_lens, of_other).statistic > 0.98
+    assert spearmanr(of_lens, np.roll(of_other, 1)).statistic < 0.6
 
 
 def test_decoys_come_in_the_stated_mixture(simulation: Simulation) -> None:
