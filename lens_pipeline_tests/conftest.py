@@ -121,8 +121,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No setting of whoever runs the tests gets in, and none of a test gets out."""
+def clean_environment() -> Iterator[None]:
+    """No setting of whoever runs the tests gets in, and none of a test gets out. Without
+    `monkeypatch`, which so ends before it, and gives back what a command has said."""
     before = dict(os.environ)
     _set_ours({})
     yield
