@@ -128,8 +128,12 @@ class Served(Pages):
                 cwd=self._folder,
                 env=os.environ | self._environment,
             )
-        until(lambda: "Ctrl-C" in self.log or self.server.poll() is not None, 120, "pages")
-        assert self.server.poll() is None, self.log
+        try:
+            until(lambda: "Ctrl-C" in self.log or self.server.poll() is not None, 240, "pages")
+            assert self.server.poll() is None, self.log
+        except AssertionError:
+            self.server.terminate()  # it would go on beside the other tests
+            raise
         return self
 
     def __exit__(
