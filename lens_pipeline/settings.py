@@ -283,7 +283,8 @@ class Settings(BaseSettings):
         _refuse_unknown(map(cls.variable, cls.model_fields))
         for name, value in changes.items():
             if value == "":  # as of a variable of the shell that is not set
-                raise InputError(f"{cls.variable(name)}: is given, and empty")
+                variable = name if name.isupper() else cls.variable(name)
+                raise InputError(f"{variable}: is given, and empty")
         try:
             return cls(**{name: value for name, value in changes.items() if value is not None})
         except ValidationError as problem:

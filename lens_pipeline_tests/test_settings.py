@@ -69,6 +69,8 @@ def test_what_is_given_and_empty_is_no_folder(
     for name in ("home", "source", "cloud_url"):
         with pytest.raises(InputError, match=f"^LENS_{name.upper()}: is given, and empty$"):
             Settings.load(**{name: ""})
+    with pytest.raises(InputError, match="^MLFLOW_TRACKING_URI: is given, and empty$"):
+        Settings.load(MLFLOW_TRACKING_URI="")
     monkeypatch.setenv("LENS_SOURCE", "")  # which is as good as none
     assert Settings.load().is_simulated
 
