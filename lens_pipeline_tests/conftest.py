@@ -258,7 +258,7 @@ def own_home(home: Path, of_all_workers: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A real S3 server. It may be killed: `s3_bucket` starts it again."""
+    """A real S3 server. It may be killed: the next `make_bucket` starts it again."""
     if reason := S3Server.missing():
         pytest.skip(reason)
     with S3Server(tmp_path_factory.mktemp("s3")) as server:
@@ -267,7 +267,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture(scope="session")
 def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GCSServer]:
-    """A server of GCS's interface. It may be killed: `gcs_bucket` starts it again."""
+    """A server of GCS's interface. It may be killed: the next `make_bucket` starts it again."""
     if reason := GCSServer.missing():
         pytest.skip(reason)
     with GCSServer(tmp_path_factory.mktemp("gcs")) as server:
@@ -279,8 +279,6 @@ def s3_bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     """The URL of an empty bucket on `s3_server`, its administrator signed in."""
     import s3fs
 
-    if not s3_server.running:
-        s3_server.restart()
     sign_in(monkeypatch, s3_server.environment())
     name = f"lens-{secrets.token_hex(8)}"
     s3_server.make_bucket(name)
@@ -293,8 +291,6 @@ def gcs_bucket(gcs_server: GCSServer) -> Iterator[str]:
     """The URL of an empty bucket on `gcs_server`."""
     import gcsfs
 
-    if not gcs_server.running:
-        gcs_server.restart()
     gcsfs.GCSFileSystem.clear_instance_cache()
     name = f"lens-{secrets.token_hex(8)}"
     gcs_server.make_bucket(name)

@@ -84,9 +84,17 @@ class _Server(ABC):
     def url(self) -> str:
         """Of the endpoint, without a slash at its end."""
 
-    @abstractmethod
     def make_bucket(self, name: str) -> None:
-        """An empty bucket. Raises where there is one of this name."""
+        """An empty bucket. Raises where there is one of this name.
+
+        A server that was killed is started again: tests may leave one dead that others share.
+        """
+        if not self.running:
+            self.restart()
+        self._make_bucket(name)
+
+    @abstractmethod
+    def _make_bucket(self, name: str) -> None: ...
 
     @abstractmethod
     def _command(self) -> list[str]: ...
@@ -231,7 +239,7 @@ class S3Server(_Server):
             "AWS_DEFAULT_REGION": REGION,
         }
 
-    def make_bucket(self, name: str) -> None:
+    def _make_bucket(self, name: str) -> None:
         client = self._client()
         client.create_bucket(Bucket=name)
         # The first object waits until there is a volume: a second where it comes in several
@@ -326,7 +334,7 @@ class GCSServer(_Server):
         """For gcsfs; url: of a proxy on the way, if any."""
         return {"token": "anon", "endpoint_url": url or self.url}
 
-    def make_bucket(self, name: str) -> None:
+    def _make_bucket(self, name: str) -> None:
         self._request("POST", "/storage/v1/b?project=tests", json.dumps({"name": name}).encode())
 
     def _request(self, method: str, path: str, content: bytes | None = None) -> bytes:
@@ -351,7 +359,7 @@ class GCSServer(_Server):
     def _put_and_get(self) -> None:
         buckets = json.loads(self._request("GET", "/storage/v1/b")).get("items", [])
         if "ready" not in {bucket["name"] for bucket in buckets}:
-            self.make_bucket("ready")
+            self._make_bucket("ready")
         content = secrets.token_hex(8).encode()
         self._request("POST", "/upload/storage/v1/b/ready/o?uploadType=media&name=probe", content)
         assert self._request("GET", "/storage/v1/b/ready/o/probe?alt=media") == content

@@ -3,6 +3,7 @@
 import hashlib
 import http.client
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -140,6 +141,12 @@ def test_s3_keeps_its_objects_when_it_is_killed(s3_server: S3Server, s3_bucket: 
     s3_server.restart()
     assert files.cat_file(f"{s3_bucket}/thing") == CONTENT
     assert s3_server.startup_seconds < 30
+
+
+def test_a_bucket_is_made_where_a_test_has_left_the_server_dead(s3_server: S3Server) -> None:
+    s3_server.kill()
+    s3_server.make_bucket(f"lens-{secrets.token_hex(8)}")
+    assert s3_server.running
 
 
 def test_gcs_keeps_its_objects_when_it_is_killed(gcs_server: GCSServer, gcs_bucket: str) -> None:
