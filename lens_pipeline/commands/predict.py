@@ -32,8 +32,8 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="list the N highest-scored, too, and show the first thousand of them on a page to "
-        "grade them on",
+        help="list the N highest-scored, too, and show up to a thousand of them on a page to grade "
+        "them on",
     )
     parser.add_argument(
         "--known",
@@ -52,6 +52,9 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     settings = Settings.load(home=options.home)
+    for flag, given in (("--catalogue", options.catalogue), ("--known", options.known)):
+        if given == "":  # as of a variable of the shell that is not set
+            raise InputError(f"{flag}: is given, and empty")
     source = absolute(options.catalogue)
     if options.top < 0:
         raise InputError(f"--top {options.top}: must be 0 or more")
@@ -59,13 +62,13 @@ def _predict(options: argparse.Namespace) -> int:
     from lens_pipeline.scoring.claim import Share
     from lens_pipeline.scoring.score_files import check_out, files_of_best, files_of_known
 
-    share = Share.parse(options.share) if options.share else None
+    share = Share.parse(options.share) if options.share is not None else None
     for flag, given in (("--top", options.top), ("--known", options.known)):
         if share and given:
             raise InputError(f"{flag}: is for the command without --share, which writes the file")
     written = {options.out, *files_of_best(options.out), *files_of_known(options.out)}
     for what, given in (("the catalogue", source), ("the list of known lenses", options.known)):
-        if given and Path(given).resolve() in {file.resolve() for file in written}:
+        if given and Path(absolute(given)).resolve() in {file.resolve() for file in written}:
             raise InputError(f"--out {options.out}: {given} is {what}; name another file")
     check_out(options.out)
     registry = Registry(settings)
@@ -78,6 +81,7 @@ def _predict(options: argparse.Namespace) -> int:
         known = read_known_lenses(existing(absolute(options.known)), settings.storage_options)
     # Torch comes with these, in ten seconds: what is wrong above is said at once.
     from lens_pipeline.registered import load_registered
+    from lens_pipeline.scoring.best import n_shown
     from lens_pipeline.scoring.parts import score_to_file
     from lens_pipeline.scoring.shard_cutouts import open_cutout_source
     from lens_pipeline.tracking import keep_waits_short
@@ -108,13 +112,12 @@ def _predict(options: argparse.Namespace) -> int:
         print(f"{scored.path}: share {share} is done; {left}")
         print("when every share is done, the same command without --share writes the file")
         return 0
-    _tell(scored, options, uri)
+    _tell(scored, options, uri, n_shown(ensemble.format))
     return 0
 
 
-def _tell(scored: "ScoredFile", options: argparse.Namespace, model: str) -> None:
+def _tell(scored: "ScoredFile", options: argparse.Namespace, model: str, n_on_page: int) -> None:
     from lens_pipeline.catalogue.dataset import counted_reasons
-    from lens_pipeline.scoring.best import SHOWN
     from lens_pipeline.scoring.score_files import files_of_best, files_of_known
 
     if not scored.written:
@@ -126,10 +129,10 @@ def _tell(scored: "ScoredFile", options: argparse.Namespace, model: str) -> None
     if scored.known:
         _tell_known(scored.known, options.top)
     if scored.top:
-        all_shown = min(options.top, scored.n_scored) <= SHOWN
+        all_shown = min(options.top, scored.n_scored) <= n_on_page
         print(f"{scored.top}: the highest-scored, the best first")
         if scored.page:
-            whom = "them" if all_shown else f"the first {SHOWN}"
+            whom = "them" if all_shown else f"the first {n_on_page}"
             print(f"{scored.page}: open it in a browser to look at {whom} and grade them")
     for flag, given, (former, _) in (
         ("--top", options.top, files_of_best(scored.path)),

@@ -1,10 +1,12 @@
 """The highest-scored cutouts of a survey: a table, and a page to grade them on."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from lens_pipeline.catalogue.dataset import CutoutFormat
 from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.scoring.score_files import FINGERPRINT, files_of_best, keep_others, written
 from lens_pipeline.scoring.score_tables import tell_of_replaced
@@ -12,9 +14,15 @@ from lens_pipeline.scoring.scored_rows import ScoredRows
 from lens_pipeline.scoring.sources import CutoutSource
 
 SHOWN = 1000  # of the highest-scored: of 64 pixels and three bands the page has 13 MB then
+MOST_VALUES = 50_000_000  # of their pixels: browsers open such a page within seconds
 # What people look for first, of a table of the highest-scored; `known`: which lens it is already.
 FIRST = ["rank", "id", "known", "ra", "dec"]
 OURS = ["rank", "known"]
+
+
+def n_shown(form: CutoutFormat) -> int:
+    """How many of the highest-scored cutouts a page shows at most."""
+    return min(SHOWN, MOST_VALUES // math.prod(form.shape))
 
 
 def show_best(
@@ -42,11 +50,13 @@ def show_best(
     if known is not None:
         table["known"] = known.reindex(best)
     first = [name for name in FIRST if name in table]
-    table = table[[*first, *table.columns.difference(first, sort=False)]].dropna(axis=1, how="all")
+    table = table[[*first, *table.columns.difference(first, sort=False)]]
+    could_be = [*table, *OURS]
+    table = table.dropna(axis=1, how="all")
     content = table.to_csv(index=False).encode()
     if page.is_file() and listed.is_file() and listed.read_bytes() == content:
         return listed, page
-    keep_others(listed, [*table])
+    keep_others(listed, could_be)
     page.unlink(missing_ok=True)  # of other cutouts
     with written(listed) as file:
         file.write(content)
@@ -56,10 +66,10 @@ def show_best(
 def _write_page(
     ensemble: LensEnsemble, source: CutoutSource, best: pd.DataFrame, out: Path, about: str
 ) -> Path | None:
-    """Of the first cutouts of a table of `show_best`, up to SHOWN."""
+    """Of the first cutouts of a table of `show_best`, as many as `n_shown`."""
     from lens_pipeline.evaluation.inspection import inspection_page
 
-    best = best.head(SHOWN)
+    best = best.head(n_shown(ensemble.format))
     read = source.read(ensemble.format, best.index.to_numpy())
     found = {
         row: cutout

@@ -103,7 +103,8 @@ def score_to_file(
     be used: a file that was there before is as it was, and what could not be read is tried again.
     NoRoomError: the disk is full.
     """
-    out = Path(out)
+    # Of a link: what it leads to is replaced, not the link, and lies on the disk of the parts.
+    out = Path(out).resolve()
     check_out(out)
     source.check(ensemble.format)
     catalogue = source.catalogue
@@ -125,12 +126,17 @@ def score_to_file(
         before = about_intact(out) if out.exists() else None
         in_file, n_others = np.zeros(n, dtype=bool), 0
         if before is not None:
-            # Of another catalogue's file the scores of other rows than here are nowhere else.
-            others = before["catalogue"]["source"] != about["catalogue"]["source"]
             if (former := before["model"]["uri"]) != model:
                 log.info("%s: scores of %s give way to those of %s", out, former, model)
             taken, unknown = _take_file(rows, out, source, ensemble.columns)
-            in_file[taken], n_others = True, unknown if others else 0
+            in_file[taken] = True
+            # Of another catalogue the scores of other rows than here are nowhere else. It may have
+            # taken the former's place, under the same name.
+            another = before["catalogue"]["source"] != about["catalogue"]["source"]
+            if another or unknown > before["n_rows"] / 2:
+                n_others = unknown
+            elif unknown:
+                log.info("%s: %d of its rows are no more in the catalogue, and go", out, unknown)
         in_parts, n_gone = _take_parts(rows, folder, ensemble.columns)
         in_file[in_parts] = False
         if n_gone and not share:
@@ -138,7 +144,8 @@ def score_to_file(
                 "%s: %d scores are of cutouts that have changed or gone, or of other copies of "
                 "their image files", folder, n_gone,
             )  # fmt: skip
-        mine = share.rows(n, ROWS) if share else np.arange(n)
+        order = source.order
+        mine = order[share.rows(n, ROWS)] if share else order
         _forget_what_passes(ensemble, source, rows, np.intersect1d(rows.may_pass, mine))
         in_file &= rows.known
         may_fail = min(n - 1, int(max_reject_fraction * n))
@@ -181,7 +188,7 @@ def _take_file(
     taken, unknown = [np.zeros(0, int)], 0
     for stored in stored_scores(out, columns):
         taken.append(rows.take(stored, of_a_stopped_command=False))
-        unknown += int((~stored["id"].isin(source.catalogue.table["id"])).sum())
+        unknown += rows.n_unknown(stored)
     return np.concatenate(taken), unknown
 
 
@@ -241,7 +248,7 @@ def _score(
     `may_fail` of all cannot be used. Returns why how many cannot."""
     left = mine[~rows.known[mine]]
     tell_of_unlike(ensemble, source, left)
-    whole, others = _whole_batches(left, len(rows.known))
+    whole, others = _whole_batches(left, source.order)
     done = len(mine) - len(left)
     if 0 < done < len(mine):
         log.info("%s: goes on, %d of %d rows are done", source.catalogue.source, done, len(mine))
@@ -272,12 +279,13 @@ def _score(
 
 
 def _whole_batches(
-    left: NDArray[np.integer], n: int
+    left: NDArray[np.integer], order: NDArray[np.integer]
 ) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-    """(these of n rows whose batch is left as a whole, and is as it would be in an undisturbed
-    command, and so, to the bit, their scores; the others)"""
-    sizes = np.bincount(np.arange(n) // BATCH)
-    batch = left // BATCH
+    """(these of the rows in an order whose batch is left as a whole, and is as it would be in an
+    undisturbed command, and so, to the bit, their scores; the others)"""
+    batch_of = np.empty(len(order), int)
+    batch_of[order] = np.arange(len(order)) // BATCH
+    sizes, batch = np.bincount(batch_of), batch_of[left]
     whole = (np.bincount(batch, minlength=len(sizes)) == sizes)[batch]
     return left[whole], left[~whole]
 

@@ -69,6 +69,10 @@ class ScoredRows:
         self.put(at[fits], stored[fits])
         return at[fits]
 
+    def n_unknown(self, stored: pd.DataFrame) -> int:
+        """How many scores are of none of these rows."""
+        return int((self._ids.get_indexer(pd.Index(stored["id"])) < 0).sum())
+
     def put(self, rows: NDArray[np.integer], scores: pd.DataFrame) -> None:
         """scores: the columns of the ensemble and `reject_reason` of these rows, in their order."""
         reasons = scores["reject_reason"].astype(object)

@@ -60,6 +60,13 @@ class ShardCutouts:
         order = np.argsort(rows["row"].to_numpy(), kind="stable")
         return rows["split"].to_numpy(dtype=object)[order], place.to_numpy()[order]
 
+    @cached_property
+    def order(self) -> NDArray[np.integer]:
+        # Shard by shard: rows that follow on each other lie in any of them, and where not all fit
+        # into the cache each would be fetched again and again.
+        split, place = self._places
+        return np.lexsort((place, pd.factorize(split)[0]))
+
     def sample(self, rows: NDArray[np.integer], n: int) -> NDArray[np.integer]:
         # Of a split's that follow on each other, and so lie in a shard or two: these hold them in a
         # random order.

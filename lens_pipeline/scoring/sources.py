@@ -66,6 +66,11 @@ class CutoutSource(Protocol):
         and how they are read; and whether its store tells that these have not changed."""
         ...
 
+    @property
+    def order(self) -> NDArray[np.integer]:
+        """All rows, in an order in which they are cheap to read."""
+        ...
+
     def sample(self, rows: NDArray[np.integer], n: int, /) -> NDArray[np.integer]:
         """Up to n of these rows, always the same, that tell of all and are cheap to read."""
         ...
@@ -120,6 +125,10 @@ class CatalogueCutouts:
             told &= found.notna().to_numpy(dtype=bool)
             read[f"path {number}"], read[f"state {number}"] = paths.to_numpy(), found.to_numpy()
         return hashed(read), told
+
+    @property
+    def order(self) -> NDArray[np.integer]:
+        return np.arange(len(self.catalogue.table))
 
     def sample(self, rows: NDArray[np.integer], n: int) -> NDArray[np.integer]:
         return np.sort(np.random.default_rng(0).permutation(rows)[:n])

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from lens_pipeline.catalogue.dataset import CutoutFormat
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
 from lens_pipeline.ensemble.system import LensEnsemble
@@ -190,3 +191,31 @@ def test_what_known_lenses_do_not_tell_is_said(
     assert (
         "field.parquet: column ra (degrees) is missing: RAJ2000, DEJ2000" in capsys.readouterr().err
     )
+
+
+def test_columns_of_ours_that_come_and_go_are_nobody_elses(
+    home: Path, survey: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = pd.read_parquet(survey)[1:21].assign(ra=10.0, dec=np.linspace(0, 1, 20))
+    table["z"] = [0.5] * 10 + [None] * 10
+    table.to_parquet(tmp_path / "few.parquet")
+    out = tmp_path / "scores.parquet"
+    arguments = command(home, tmp_path / "few.parquet", out)
+    assert main(arguments) == 0
+    ranked = pd.read_parquet(out).sort_values("logit", ascending=False)["id"].tolist()
+    known = table.set_index("id").loc[ranked[:1], ["ra", "dec"]].assign(name="Ring")
+    known.to_csv(tmp_path / "known.csv")
+    # The column z is empty among the first, and then is not; none is known, and then one is.
+    table["z"] = table["id"].map({ranked[4]: 0.5})
+    table.to_parquet(tmp_path / "few.parquet")
+    listed = ["--known", str(tmp_path / "known.csv")]
+    for more in (["5"], ["3", *listed], ["4"]):
+        assert main([*arguments, "--top", *more]) == 0
+    assert "has columns that it will not have" not in caplog.text
+    assert not [*tmp_path.glob("*.before*")]
+
+
+def test_of_large_cutouts_a_page_shows_fewer() -> None:
+    bands = ("g", "r", "i")
+    assert best.n_shown(CutoutFormat(bands, 64, "background_sigma", None)) == 1000
+    assert best.n_shown(CutoutFormat(bands, 512, "background_sigma", None)) == 63

@@ -19,9 +19,10 @@ from lens_pipeline.scoring.parts import score_to_file
 from lens_pipeline.scoring.predictor import score_catalogue
 from lens_pipeline.scoring.score_files import about_scores
 from lens_pipeline.scoring.sources import CatalogueCutouts
-from lens_pipeline.shards.cloud import publish_shards
+from lens_pipeline.shards import publish_shards, write_shards
 from lens_pipeline_tests.object_stores import S3Server
 from lens_pipeline_tests.scoring.scorers import Counting, command, scored
+from lens_pipeline_tests.shards.published import Proxies, gets
 
 
 def test_a_path_or_catalogue_is_scored_with_its_own_index(
@@ -280,11 +281,18 @@ def test_shards_in_a_bucket_are_scored_as_those_in_a_folder(
     s3_bucket: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    faulty_proxy: Proxies,
 ) -> None:
-    shards = next((home / "shards").glob("[!.]*/manifest.json")).parent
-    options = s3_server.storage_options()
-    publish_shards(shards, s3_bucket, storage_options=options)
+    """Each of which is fetched once, though the cache holds two of them."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write_shards(next((home / "dataset").glob("[!.]*/dataset.json")).parent, shards, shard_size=10)
+    publish_shards(shards, s3_bucket, storage_options=s3_server.storage_options())
+    proxy = faulty_proxy(s3_server)
+    options = s3_server.storage_options(proxy.url)
     monkeypatch.setenv("LENS_STORAGE_OPTIONS", json.dumps(options))
+    n_bytes = [path.stat().st_size for path in shards.glob("*.tar")]
+    monkeypatch.setenv("LENS_CACHE_GB", str(2 * max(n_bytes) / 1e9))
     found = []
     for place in (str(shards), s3_bucket):
         out = tmp_path / "scores.parquet"
@@ -292,3 +300,31 @@ def test_shards_in_a_bucket_are_scored_as_those_in_a_folder(
         found.append(pd.read_parquet(out))
     pd.testing.assert_frame_equal(*found)
     assert found[0]["probability"].notna().all()
+    assert len(n_bytes) > 8
+    assert len(gets(proxy)) <= len(n_bytes) + 2  # those that are compared with the training's
+
+
+def test_a_field_in_the_place_of_another_does_not_take_its_scores_away(
+    counting: Counting, own_images: pd.DataFrame, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "scores.parquet"
+    scored(counting, own_images[:100], out)
+    first = out.read_bytes()
+    scored(counting, own_images[60:200], out)  # of the same name
+    assert f"{out} holds 60 scores of other rows: as it was it is kept as" in caplog.text
+    assert out.with_name("scores.parquet.before").read_bytes() == first
+    scored(counting, own_images[80:200], out)
+    assert "20 of its rows are no more in the catalogue, and go" in caplog.text
+    assert not out.with_name("scores.parquet.before-2").exists()
+
+
+def test_of_a_link_what_it_leads_to_is_written(
+    counting: Counting, own_images: pd.DataFrame, tmp_path: Path
+) -> None:
+    (tmp_path / "large").mkdir()
+    out, real = tmp_path / "scores.parquet", tmp_path / "large" / "scores.parquet"
+    scored(counting, own_images[:10], real)
+    out.symlink_to(real)
+    scored(counting, own_images[:20], out)
+    assert out.is_symlink()
+    assert len(pd.read_parquet(real)) == 20
