@@ -12,14 +12,21 @@ SECRET = re.compile(
 )
 # Not of a web address with a port, and an @ in its path.
 _PASSWORD = re.compile(r"((?:(?<!http)(?<!https)|(?=://[^\s/:@]*:(?!\d+/)))://[^\s/:@]*:)\S*@")
+# A token, of a web address, that stands where the user does.
+_USER = re.compile(r"(https?://)[^/\s@:]+@")
 _QUERY = re.compile(r"(://[^\s?]*\?)\S*[^\s:;,.)\]'\"]")
 # Of a URL without its beginning, as clients tell of it.
 _VALUE = re.compile(rf"([?&][\w-]*(?:{SECRET.pattern})[\w-]*=)[^\s&'\")]+", re.IGNORECASE)
 
+_SHOWN = {_PASSWORD: r"\1***@", _USER: r"\1***@", _QUERY: r"\1***", _VALUE: r"\1***"}
+
 
 def masked(text: str) -> str:
-    """A text with the passwords and queries (`?X-Amz-Signature=...`) of its URLs as ``***``."""
-    return _VALUE.sub(r"\1***", _QUERY.sub(r"\1***", _PASSWORD.sub(r"\1***@", text)))
+    """A text with the passwords and queries (`?X-Amz-Signature=...`) of its URLs as ``***``, and
+    with the users of web addresses that have no password."""
+    for secret, shown in _SHOWN.items():
+        text = secret.sub(shown, text)
+    return text
 
 
 def secrets_in(options: Any, name: str | None = None) -> Iterator[tuple[str, str]]:

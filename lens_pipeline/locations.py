@@ -25,21 +25,29 @@ def meant_as_url(location: str) -> bool:
 def absolute(location: str) -> str:
     """A path made absolute; a URL (``scheme://``) as it is.
 
-    Raises InputError for a URL with a password, which would be written down with every result, for
-    one that lacks a slash, and for a bucket's without a bucket.
+    `~` is the user's home. Raises InputError for a URL with a password, or of the web with a user,
+    which would be written down with every result, for one that lacks a slash, and for a bucket's
+    without a bucket.
     """
     if meant_as_url(location) and not protocol_of(location):
         raise InputError(f"{location}: a URL has two slashes behind the colon")
     if re.match("(s3a?|gs|gcs):///*$", location):
         raise InputError(f"{location}: names no bucket")
     if protocol_of(location):
-        if urlsplit(location).password:
+        parts = urlsplit(location)
+        # A token may be all that is there: web servers take it in the place of the user.
+        if parts.password or (parts.username is not None and parts.scheme in ("http", "https")):
             raise InputError(
-                f"{location}: a URL must not carry a password; give credentials through "
+                f"{location}: a URL must not carry a user or password; give credentials through "
                 "the environment, as its provider's tools take them"
             )
         return location
-    return str(Path(location).expanduser().resolve())
+    return str(at_home(location).resolve())
+
+
+def at_home(path: str) -> Path:
+    """A path with its `~` at the beginning, if that is somebody's home, replaced by it."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  (the other fails where it is nobody's)
 
 
 def existing(location: str) -> str:

@@ -38,7 +38,21 @@ HOST, DAGSTER_PORT, MLFLOW_PORT = "127.0.0.1", 3000, 5000
 def _on_this_machine(path: str | Path) -> str:
     if meant_as_url(str(path)):
         raise ValueError(f"{path} is a URL; name a folder on this machine")
-    return absolute(str(path))
+    if re.search("[?]|%[0-9a-fA-F]{2}", found := absolute(str(path))):
+        raise ValueError(
+            f"{found} holds a question mark, or a per cent sign and two digits, which mean "
+            "something else in the URL of the database that lies there; name another folder"
+        )
+    return found
+
+
+def _absolute_database(uri: str | None) -> str | None:
+    if uri and re.match("sqlite:///(?!/)", uri):
+        raise ValueError(
+            f"{uri} is another file in every working directory; write sqlite:////, four slashes, "
+            "and its absolute path"
+        )
+    return uri
 
 
 def _absolute_source(source: str) -> str:
@@ -141,7 +155,7 @@ class Settings(BaseSettings):
         gt=0,
         description="Most GB (10^9 bytes) of remote shards that are kept in a cache folder.",
     )
-    tracking_uri: str | None = Field(
+    tracking_uri: Annotated[str | None, BeforeValidator(_absolute_database)] = Field(
         default=None,
         validation_alias="MLFLOW_TRACKING_URI",
         description="MLflow's tracking server; by default a database in LENS_HOME.",

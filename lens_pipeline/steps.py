@@ -107,11 +107,22 @@ def _source(module: str) -> bytes:
 _first_source = cache(_source)
 
 
+def _written_out(node: Any) -> Any:
+    """A syntax tree for JSON, without what is empty: `ast.dump` has that or not, by the version."""
+    if isinstance(node, ast.AST):
+        parts = {name: _written_out(part) for name, part in ast.iter_fields(node)}
+        return [type(node).__name__, {name: part for name, part in parts.items() if part}]
+    if isinstance(node, list):
+        return [_written_out(one) for one in node]
+    return None if node is None else repr(node)
+
+
 @cache
 def _imports(source: bytes) -> tuple[str, frozenset[str]]:
     """sha256 of what a module does, and the modules of this package that it imports anywhere.
 
-    Of its syntax tree, without docstrings: a comment makes nothing again.
+    Of its syntax tree, without docstrings: a comment makes nothing again, nor does another version
+    of Python, which may know of parts that this code has none of.
     """
     tree = ast.parse(source)
     found = set()
@@ -123,7 +134,7 @@ def _imports(source: bytes) -> tuple[str, frozenset[str]]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), frozenset(
+    return digest(_written_out(tree)), frozenset(
         name for name in found if name.startswith(f"{PACKAGE}.") and _is_module_file(name)
     )
 

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from lens_pipeline.errors import InputError, NoAnswerError, words_of
-from lens_pipeline.locations import protocol_of
+from lens_pipeline.locations import at_home, protocol_of
 
 CONNECT_LIMIT, READ_LIMIT = 10, 15  # seconds
 CLAIM = ".filling"  # in a folder while somebody writes into it
 BUCKETS = ("s3", "gs")
-WORTH_LISTING = 20  # files of one folder
+# Files of one folder: it may hold far more than are asked for, and a listing tells of all of them.
+WORTH_LISTING = 200
 AT_A_TIME = 16  # files that a store is asked for
 ASKED_TOGETHER = 1000  # files whose answers are held in memory
 FEW = 100  # files that a server that is no bucket can be asked for before anything is read
@@ -109,6 +111,8 @@ def locate(
     for name, value in (storage_options or {}).items():
         both = isinstance(value, dict) and isinstance(options.get(name), dict)
         options[name] = {**options[name], **value} if both else value
+    if not protocol_of(location):  # in a path `::` is no chain, as it is to fsspec
+        return LocalFileSystem(**options), str(at_home(location).absolute())
     try:
         return fsspec.url_to_fs(location, **options)
     except (ValueError, ImportError) as problem:
@@ -170,7 +174,19 @@ def _infos(
         if stored:
             yield from _stored_infos(together, storage_options)
         else:
-            yield from ((path, _local_info(path)) for path in together)
+            yield from _local_infos(together)
+
+
+def _local_infos(paths: Iterable[str]) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Of several at a time: a folder that lies on another machine takes its time for each."""
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        while some := list(itertools.islice(paths, AT_A_TIME * ASKED_TOGETHER)):
+            parts = [some[number::AT_A_TIME] for number in range(AT_A_TIME)]
+            answers = pool.map(lambda part: [_local_info(path) for path in part], parts)
+            found: list[dict[str, Any] | None] = [None] * len(some)
+            for number, of_part in enumerate(answers):
+                found[number::AT_A_TIME] = of_part
+            yield from zip(some, found, strict=True)
 
 
 def _local_info(path: str) -> dict[str, Any] | None:

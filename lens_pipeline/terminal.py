@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from lens_pipeline.errors import masked
-from lens_pipeline.locations import meant_as_url
+from lens_pipeline.locations import at_home, meant_as_url
 
 INTERRUPTED = 130
 GRACE = 8  # seconds that an interrupted run has for an orderly end
@@ -46,10 +46,11 @@ def prepare_environment() -> None:
 
 
 def local_path(text: str) -> Path:
-    """Of a flag: a path on this machine, made absolute. A URL is none."""
+    """Of a flag: a path on this machine, made absolute, `~` for the user's home; shells leave that
+    in `--out=~/file`. A URL is none."""
     if meant_as_url(text):
         raise argparse.ArgumentTypeError(f"{text} is a URL; name a place on this machine")
-    return Path(text).absolute()
+    return at_home(text).absolute()
 
 
 def configure_logging(verbose: bool) -> None:

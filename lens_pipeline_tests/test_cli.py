@@ -162,6 +162,8 @@ def test_the_help_names_variables_that_are_settings(
         (["predict", "--catalogue", "c.csv"], "--out"),
         (["predict", "--catalogue", "c.csv", "--out", "scores.txt"], ".parquet or .csv"),
         (["predict", "--catalogue", "c.csv", "--out", "scores.csv"], "no model registry"),
+        (["predict", "--catalogue", "", "--out", "s.csv"], "--catalogue: is given, and empty"),
+        (["predict", "--catalogue", "c", "--out", "s.csv", "--share", ""], "--share : must be i/n"),
         (["promote", "3"], "no model registry"),
         (["show", "--dagster-port", "99999999"], "--dagster-port: 99999999 is no port"),
         (["show", "--mlflow-port", "0"], "--mlflow-port: 0 is no port"),
@@ -305,6 +307,18 @@ def test_a_folder_is_on_this_machine(
     assert main(["run", "--home", "s3://bucket/folder"]) == 2
     assert "LENS_HOME: s3://bucket/folder is a URL; name a folder on" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_a_flag_whose_tilde_no_shell_has_replaced_means_the_users_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    assert main(["simulate", "--n", "2", "--image-size", "32", "--out=~/few"]) == 0
+    assert (tmp_path / "me" / "few" / "catalogue.parquet").is_file()
+    assert main(["train", "--config=~nobody-of-that-name/x.yaml"]) == 2
+    assert "error: " in capsys.readouterr().err
+    assert not (tmp_path / "~").exists()
 
 
 @pytest.mark.parametrize("kind", [InputError, NoAnswerError, NoRoomError])

@@ -143,6 +143,7 @@ def test_no_secret_is_left_by_a_run_that_fails(
         ("postgresql://lens:***@db/x", "postgresql://lens:s3/cr?e#t@t@db/x"),
         ("postgresql://lens:***@db/x", "postgresql://lens:12/s3cret@db/x"),
         ("https://lens:***@db/x", "https://lens:12s3cret@db/x"),
+        ("https://***@h/x.csv", "https://s3cret@h/x.csv"),
         ("postgresql://db/x?***", "postgresql://db/x?user=lens&password=s3cret"),
         (
             "https://h/c.csv?***: is not there",

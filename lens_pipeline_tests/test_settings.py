@@ -75,6 +75,34 @@ def test_what_is_given_and_empty_is_no_folder(
     assert Settings.load().is_simulated
 
 
+@pytest.mark.parametrize("name", ["a%20b", "what?"])
+def test_a_home_whose_database_would_lie_elsewhere_is_refused(name: str, tmp_path: Path) -> None:
+    """Its path becomes a part of a URL."""
+    with pytest.raises(InputError, match=r"^LENS_HOME: .* holds a question mark, or a per cent"):
+        Settings.load(home=tmp_path / name)
+    assert Settings.load(home=tmp_path / "50% of #1").home.name == "50% of #1"
+
+
+def test_a_database_that_another_directory_would_have_another_of_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    with pytest.raises(InputError, match=r"^MLFLOW_TRACKING_URI: .* write sqlite:////, four"):
+        Settings.load()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////data/mlflow.db")
+    assert Settings.load().mlflow_uri == "sqlite:////data/mlflow.db"
+
+
+@pytest.mark.parametrize("user", ["t0ken", "me:t0ken"])
+def test_a_web_address_must_not_hold_a_token(user: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LENS_SOURCE", f"https://{user}@raw.example.org/x.csv")
+    with pytest.raises(InputError, match="must not carry a user or password") as told:
+        Settings.load()
+    assert "t0ken" not in str(told.value)
+    monkeypatch.setenv("LENS_SOURCE", "abfs://container@account.example.org/x.csv")
+    assert Settings.load().source.startswith("abfs://container@")
+
+
 def test_export_hands_everything_on(tmp_path: Path) -> None:
     given = Settings.load(home=tmp_path, preset="tiny", verify=True, storage_options={"anon": True})
     given.export()

@@ -14,7 +14,16 @@ import pytest
 
 from lens_pipeline.errors import InputError, NoAnswerError
 from lens_pipeline.locations import names_table, without_query
-from lens_pipeline.storage import FEW, READ_LIMIT, asking, filling, known_states, locate, states_of
+from lens_pipeline.storage import (
+    FEW,
+    READ_LIMIT,
+    WORTH_LISTING,
+    asking,
+    filling,
+    known_states,
+    locate,
+    states_of,
+)
 from lens_pipeline_tests.faulty_proxy import FaultyProxy
 from lens_pipeline_tests.object_stores import S3Server, sign_in
 
@@ -233,9 +242,8 @@ def test_a_bucket_is_listed_instead_of_asked_for_each_object(
     proxy = faulty_proxy(server)
     options = server.storage_options(proxy.url)
     filesystem, root = locate(bucket, server.storage_options())
-    names = [f"{bucket}/cutouts/{k:02d}.npy" for k in range(40)]
-    for name in names:
-        filesystem.pipe_file(f"{root}{name.removeprefix(bucket)}", name.encode())
+    names = [f"{bucket}/cutouts/{k:03d}.npy" for k in range(WORTH_LISTING)]
+    filesystem.pipe({f"{root}{name.removeprefix(bucket)}": name.encode() for name in names})
 
     def states(paths: list[str]) -> dict[str, str | None]:
         return dict(states_of(paths, options))
@@ -244,11 +252,32 @@ def test_a_bucket_is_listed_instead_of_asked_for_each_object(
     assert proxy.requests < 10
     assert list(before) == names
     assert states(names[:3]) == {name: before[name] for name in names[:3]}
-    filesystem.pipe_file(f"{root}/cutouts/07.npy", b"another")
-    filesystem.rm_file(f"{root}/cutouts/11.npy")
+    filesystem.pipe_file(f"{root}/cutouts/007.npy", b"another")
+    filesystem.rm_file(f"{root}/cutouts/011.npy")
     after = states(names)
     assert [name[-6:-4] for name in names if after[name] != before[name]] == ["07", "11"]
     assert after[names[11]] is None
+
+
+def test_a_path_is_no_chain_of_filesystems(tmp_path: Path) -> None:
+    for name in ("x", "x::g"):
+        (tmp_path / name).write_text(name)
+    filesystem, inside = locate(str(tmp_path / "x::g"))
+    assert filesystem.cat_file(inside) == b"x::g"
+    assert Path(inside) == tmp_path / "x::g"
+
+
+def test_of_many_files_each_has_its_own_state(tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{number:03d}") for number in range(100)]
+    for size, path in enumerate(paths):
+        Path(path).write_bytes(bytes(size))
+    Path(paths[40]).unlink()
+    found = dict(states_of(reversed(paths)))
+    assert list(found) == paths
+    assert found.pop(paths[40]) is None
+    assert [(state or "").split()[0] for state in found.values()] == [
+        str(size) for size in range(100) if size != 40
+    ]
 
 
 def test_what_connecting_fails_at_is_told_without_the_options_values(
@@ -274,7 +303,7 @@ def test_a_bucket_that_does_not_answer_says_nothing_of_what_has_changed(
 ) -> None:
     proxy = faulty_proxy(s3_server)
     proxy.every(1)
-    names = [f"{s3_bucket}/{k}.npy" for k in range(40)]
+    names = [f"{s3_bucket}/{k}.npy" for k in range(WORTH_LISTING)]
     with pytest.raises(NoAnswerError):
         dict(states_of(names, s3_server.storage_options(proxy.url)))
 

@@ -17,7 +17,7 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output-dir", type=local_path, required=True, help="where the shards lie, or will lie"
     )
-    parser.add_argument("--shard-size", type=int, default=1000, help="cutouts (default 1000)")
+    parser.add_argument("--shard-size", type=int, help="cutouts (default 1000)")
     parser.add_argument("--image-size", type=int, help="pixels (default 64, or the dataset's)")
     parser.add_argument("--encoding", help="float16 (default), float32, png16 or jpg")
     parser.add_argument("--quality", type=int, help="of jpg, which it chooses: 1 to 100")
@@ -46,9 +46,15 @@ def _prepare(options: argparse.Namespace) -> int:
     storage = settings.storage_options | _storage_options(options.storage_options)
     out: Path = options.output_dir
     cloud_url = options.cloud_url and publishable(options.cloud_url)
-    if options.upload_only and not options.cloud_url:
-        raise InputError("--upload-only: needs --cloud-url, where to publish")
-    if not options.upload_only:
+    if options.upload_only:
+        if not options.cloud_url:
+            raise InputError("--upload-only: needs --cloud-url, where to publish")
+        made_by = ("data_root", "shard_size", "image_size", "encoding", "quality")
+        for name in made_by:
+            if getattr(options, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"{flag}: is not for --upload-only: shards are as they were made")
+    else:
         if not options.data_root:
             raise InputError("--data-root: is needed, unless with --upload-only")
         if out.exists():
@@ -59,7 +65,7 @@ def _prepare(options: argparse.Namespace) -> int:
             prepare_shards(
                 absolute(options.data_root),
                 aside,
-                shard_size=options.shard_size,
+                shard_size=1000 if options.shard_size is None else options.shard_size,
                 encoding=options.encoding or ("jpg" if options.quality is not None else "float16"),
                 quality=options.quality,
                 image_size=options.image_size,

@@ -15,7 +15,9 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
         help="des, hsc, lsst, euclid_vis or cfhtls; several: des,hsc (LENS_SURVEY, else des)",
     )
     parser.add_argument(
-        "--config", type=Path, help="a YAML file that changes the simulation (LENS_SIMULATION)"
+        "--config",
+        type=local_path,
+        help="a YAML file that changes the simulation (LENS_SIMULATION)",
     )
     parser.add_argument("--n", type=int, default=1000, help="cutouts (default 1000)")
     parser.add_argument("--seed", type=int, help="of all that is drawn (LENS_SEED, else 0)")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, help="a YAML file; flags override it")
+    parser.add_argument("--config", type=local_path, help="a YAML file; flags override it")
     parser.add_argument(
         "--checkpoint-dir",
         type=local_path,
@@ -190,7 +190,7 @@ def _places(config: TrainConfig, settings: Settings) -> dict[str, dict[str, Any]
     from lens_pipeline.shards.urls import in_versions
     from lens_pipeline.shards.versions import version_at
 
-    names = ("data_root", "train_urls", "val_urls", "test_urls", "cache_dir")
+    names = ("data_root", "train_urls", "val_urls", "cache_dir")
     places = {name: getattr(config.data, name) for name in names}
     found = {name: written_down(place) for name, place in places.items() if place is not None}
     if not config.data.use_webdataset and not found.keys() - {"cache_dir"}:

@@ -36,10 +36,12 @@ SHOWN = 10  # trials in the table
 
 
 def add_tune(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, help="a YAML file of `train`; flags override it")
+    parser.add_argument(
+        "--config", type=local_path, help="a YAML file of `train`; flags override it"
+    )
     parser.add_argument(
         "--space",
-        type=Path,
+        type=local_path,
         help="a YAML file of what the trials change: sections and settings as in --config, each "
         "with its choices, [32, 64], or its range, {low: 1e-5, high: 1e-2, log: true} "
         "[learning rate, weight decay, batch size and dropout]",
