@@ -21,6 +21,7 @@ BOUNDS: Mapping[str, Mapping[str, float]] = {  # as pydantic names them
     "warmup": {"ge": 0, "lt": 1},
     "decay": {"gt": 0, "lt": 1},
     "decay_epochs": {"ge": 1},
+    "pos_weight": {"gt": 0},
     "focal_gamma": {"ge": 0, "le": 10},
     "label_smoothing": {"ge": 0, "lt": 0.5},
     "shift": {"ge": 0, "le": 16},

@@ -15,6 +15,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.metrics import is_lens
 
 Array = NDArray[np.float64]
+ALIKE = 1e-9  # logits that differ by less are the same but for rounding
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,11 @@ def check_validation(logits: Array, label: ArrayLike) -> NDArray[np.bool_]:
 
 
 def _scaling(logits: Array, target: Array, free_intercept: bool) -> Platt:
-    scale = float(logits.std()) or 1.0  # a network's may be of any
+    scale = float(logits.std())  # a network's may be of any
+    if scale <= ALIKE * max(1.0, float(np.abs(logits).max())):
+        scale = 1.0  # they say the same of all: a spread that is left is of rounding
+        if free_intercept:
+            return Platt(1.0, float(logit(target.mean()) - logits.mean()))
     logits = logits / scale
 
     def loss(parameters: Array) -> tuple[float, Array]:

@@ -15,6 +15,7 @@ from lens_pipeline.ensemble.calibration import Calibration, check_validation, fi
 from lens_pipeline.ensemble.fusion import Fused, Fusion, fit_fusion, with_uncertainty
 from lens_pipeline.evaluation.metrics import (
     INTERVAL,
+    by_rank,
     independent_groups,
     lens_metrics,
     ranked_bootstrap,
@@ -205,4 +206,4 @@ def _folds(label: NDArray[np.integer], group: NDArray[Any]) -> NDArray[np.intege
 
 def _rank(label: NDArray[np.integer]) -> Callable[[Array], float]:
     metric = ranking_metric(int(np.count_nonzero(label == 0)))
-    return lambda score: float(lens_metrics(label, expit(score), bootstrap=0)[metric]["value"])
+    return lambda score: float(lens_metrics(label, by_rank(score), bootstrap=0)[metric]["value"])

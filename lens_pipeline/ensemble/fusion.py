@@ -11,12 +11,11 @@ from scipy.optimize import minimize
 from scipy.special import entr, expit, logit
 
 from lens_pipeline.choices import Strategy
-from lens_pipeline.ensemble.calibration import Isotonic, fit_calibration
+from lens_pipeline.ensemble.calibration import ALIKE, Isotonic, fit_calibration
 from lens_pipeline.errors import InputError
 
 Array = NDArray[np.float64]
 STEADIEST = 0.1  # of a member's scatter within a class, at least, is its own noise
-ALIKE = 1e-9  # logits that differ by less are the same but for rounding
 NOTHING_BUT = 1e12  # the noise of a member that says the same of every cutout
 UNTOLD = 0.01  # of a member's noise, at least, is what dropout does not tell
 

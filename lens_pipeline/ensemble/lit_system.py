@@ -36,6 +36,8 @@ class LitEnsembleSystem(LensClassifier):
     ) -> None:
         super().__init__()
         check_choice("ensemble_strategy", ensemble_strategy, get_args(Together))
+        if isinstance(architectures, str):
+            raise InputError(f"architectures {architectures!r}: must be a list, as ['resnet18']")
         named = parse_members(",".join(architectures), "architectures")
         for member in named:
             if hasattr(nn.ModuleDict(), member.name):  # torch has a method of that name
@@ -70,7 +72,7 @@ class LitEnsembleSystem(LensClassifier):
         fusion = InverseVariance() if unfitted else Mean()
         rows = []
         for batch in loader:
-            images = batch["image"].cpu().numpy()
+            images = batch["image"].to(self.device)
             found = [_system(member).scored(images) for member in self.members.values()]
             logit = np.stack([of_one for of_one, _ in found], axis=1)
             draws = np.stack([drawn for _, drawn in found], axis=1)

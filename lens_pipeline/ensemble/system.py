@@ -79,8 +79,10 @@ class LensEnsemble:
 
     def _predict(self, images: NDArray[np.floating]) -> pd.DataFrame:
         logits, draws = [], []
-        for system in self.members.values():
-            logit, drawn = system.scored(images)
+        systems = self.members.values()
+        batch = torch.from_numpy(images).to(next(iter(systems)).device)  # once, for all of them
+        for system in systems:
+            logit, drawn = system.scored(batch)
             logits.append(logit)
             draws.append(drawn)
         fused = self.fitted.fuse(np.stack(logits, axis=1), np.stack(draws, axis=1))

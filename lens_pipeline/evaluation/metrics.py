@@ -62,6 +62,13 @@ class _Levels:
         return self.found - np.cumsum(self.score * (self.lens + self.nonlens))
 
 
+def by_rank(score: ArrayLike) -> Array:
+    """Scores (n,) of any range -> numbers from 0 to below 1 in their order, equal where they are
+    equal: where ranks alone count, for probabilities of logits above 36 are all 1."""
+    _, rank = np.unique(np.asarray(score), return_inverse=True)
+    return rank / max(1, len(rank))
+
+
 def lens_metrics(
     label: ArrayLike,
     score: ArrayLike,

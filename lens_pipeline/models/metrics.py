@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lens_pipeline.evaluation.metrics import FPRS, lens_metrics
+from lens_pipeline.evaluation.metrics import FPRS, by_rank, lens_metrics
 
 RANKED = ("auroc", "average_precision", "tpr0", "tpr10", *FPRS)
 
@@ -33,7 +33,8 @@ class CountedMetrics(Metric):
         lens, found = label == 1, logit.detach() > 0
         each = loss.detach().double().expand(len(logit))
         rows = [torch.ones_like(each), each, lens, found, lens & found]
-        self.sums += torch.stack([row.double() for row in rows]).sum(dim=1)
+        # Lightning's true half precision has made the sums of 16 bits, which end at some number.
+        self.sums = self.sums.double() + torch.stack([row.double() for row in rows]).sum(dim=1)
 
     def compute(self) -> dict[str, Tensor]:
         n, loss, lenses, found, right = self.sums
@@ -49,29 +50,30 @@ class CountedMetrics(Metric):
 class RankingMetrics(Metric):
     """AUROC, average precision and the low-FPR metrics of `lens_metrics`, over all that was seen.
 
-    update: probability (n,) and target (n,), 1 for a lens. compute: {name: 0-d tensor}, NaN where
-    the cutouts cannot resolve one.
+    update: score (n,), as a logit, and target (n,), 1 for a lens. compute: {name: 0-d tensor}, NaN
+    where the cutouts cannot resolve one.
     """
 
     full_state_update = False
-    probability: list[Tensor]
+    score: list[Tensor]
     target: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("probability", default=[], dist_reduce_fx="cat")
+        self.add_state("score", default=[], dist_reduce_fx="cat")
         self.add_state("target", default=[], dist_reduce_fx="cat")
 
-    def update(self, probability: Tensor, target: Tensor) -> None:
-        self.probability.append(probability.detach())
+    def update(self, score: Tensor, target: Tensor) -> None:
+        self.score.append(score.detach())
         self.target.append(target)
 
     def compute(self) -> dict[str, Tensor]:
-        probability = dim_zero_cat(self.probability)
-        found = torch.full((len(RANKED),), torch.nan, device=probability.device)
-        if len(probability) and bool(torch.isfinite(probability).all()):
+        score = dim_zero_cat(self.score)
+        found = torch.full((len(RANKED),), torch.nan, device=score.device, dtype=torch.float64)
+        if len(score) and bool(torch.isfinite(score).all()):
             target = dim_zero_cat(self.target)
-            values = lens_metrics(target.cpu().numpy(), probability.cpu().numpy(), bootstrap=0)
+            ranks = by_rank(score.double().cpu().numpy())
+            values = lens_metrics(target.cpu().numpy(), ranks, bootstrap=0)
             known = [values[name]["value"] for name in RANKED]
             found = found.new_tensor([torch.nan if value is None else value for value in known])
         return dict(zip(RANKED, found.unbind(), strict=True))
@@ -89,8 +91,7 @@ class StageMetrics(torch.nn.Module):
         """loss: 0-d, the mean over the batch; logit, label (n,)."""
         self.counted.update(loss, logit, label)
         if self.ranking is not None:
-            # In float64 probabilities of large logits differ, too.
-            self.ranking.update(logit.detach().double().sigmoid(), label.int())
+            self.ranking.update(logit, label.int())
 
     def compute(self) -> dict[str, Tensor]:
         """{name: 0-d tensor} over all ranks."""

@@ -1,6 +1,7 @@
 """The Lightning system of one member: network, loss, optimiser, metrics."""
 
 import inspect
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import IterableDataset
 
-from lens_pipeline.catalogue.cutout import SIGMA_UNITS
+from lens_pipeline.catalogue.cutout import PIXELS, SIGMA_UNITS
 from lens_pipeline.choices import BOUNDS, Loss, Schedule, check_bounds
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.architectures import build_backbone
@@ -33,16 +34,13 @@ METRIC_STATE = "train_metrics"  # in a checkpoint
 BATCH = 256  # cutouts that networks score at a time
 COMPILED = 64  # codes of one network that torch may keep, for all in a process: it has 8 by default
 
+log = logging.getLogger(__name__)
+
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raises InputError for a value that is no choice."""
     if value not in choices:
         raise InputError(f"{name} {value!r}: is none of {', '.join(choices)}")
-
-
-def widened(images: Tensor) -> Tensor:
-    """In 32 bits where they have 16, as shards hold them."""
-    return images.float() if images.dtype == torch.float16 else images
 
 
 def stretch(images: Tensor, units: str) -> Tensor:
@@ -77,16 +75,16 @@ class LensClassifier(pl.LightningModule):
 
     @torch.inference_mode()
     def scored(
-        self, images: NDArray[np.floating]
+        self, images: NDArray[np.floating] | Tensor
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """`drawn_logits` of stored cutouts, on the system's device.
+        """`drawn_logits` of stored cutouts, on the system's device, where they may be already.
 
         Raises ValueError unless it is in eval mode, where no statistic of BatchNorm moves.
         """
         if self.training:
             raise ValueError("the system must be in eval mode")
-        batch = torch.from_numpy(np.array(images, dtype=np.float32)).to(self.device)
-        logit, drawn = self.drawn_logits(batch)
+        batch = images if isinstance(images, Tensor) else torch.from_numpy(np.array(images))
+        logit, drawn = self.drawn_logits(batch.to(self.device))
         return logit.double().cpu().numpy(), drawn.double().cpu().numpy()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -118,7 +116,8 @@ class LensClassifier(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """loss: what Lightning is to follow; mean_loss: of the batch's cutouts."""
         how = self.hparams
-        images = augment(widened(batch["image"]), how["shift"], how["noise"], turn=how["augment"])
+        images = batch["image"].to(self.dtype)  # shards hold 16 bits
+        images = augment(images, how["shift"], how["noise"], turn=how["augment"])
         loss = mean_loss = self._step("train", images, batch["label"])
         if self.trainer.world_size > 1 and self.trainer.is_last_batch:
             # Of a last batch that does not divide evenly, each rank has another number of cutouts,
@@ -248,6 +247,12 @@ class LensClassifier(pl.LightningModule):
                         f"{name}: the network was made for {mine!r}, and the cutouts have "
                         f"{theirs!r}; make it with {name}={theirs!r}"
                     )
+            if (mine := self.hparams["image_size"]) != form.image_size:
+                log.warning(
+                    "image_size: the network was made for cutouts of %d pixels, and these have %d; "
+                    "no ensemble of such cutouts takes it: make it with image_size=%d",
+                    *(mine, form.image_size, form.image_size),
+                )
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -377,11 +382,12 @@ class LitLensSystem(LensClassifier):
         decay: float = 0.1,
         decay_epochs: int = 10,
         augment: bool = True,
-        shift: float = 0.0,
+        shift: int = 0,
         noise: float = 0.0,
         test_time_augmentation: bool = False,
     ) -> None:
         super().__init__()
+        check_choice("units", units, [*PIXELS])
         check_choice("loss", loss, get_args(Loss))
         check_choice("schedule", schedule, get_args(Schedule))
         if noise and units != SIGMA_UNITS:
@@ -389,7 +395,12 @@ class LitLensSystem(LensClassifier):
         # Of a trained network only its own weights count; the whole configuration is logged
         # elsewhere.
         self.save_hyperparameters(ignore=["pretrained"], logger=False)
+        for name, value in self.hparams.items():
+            if isinstance(value, np.generic):  # which a checkpoint could not be read with
+                self.hparams[name] = value.item()
         check_bounds("lr", lr, "learning_rate")
+        if shift != int(shift):
+            raise InputError(f"shift {shift}: must be a whole number of pixels")
         for name in BOUNDS.keys() & self.hparams.keys():
             check_bounds(name, self.hparams[name])
         start = NAMED_STARTS.get(str(pretrained), pretrained)
@@ -409,7 +420,7 @@ class LitLensSystem(LensClassifier):
 
     def features(self, images: Tensor) -> Tensor:
         """The backbone's output (n, features), float32 or what autocast makes of it."""
-        images = stretch(widened(images), self.hparams["units"])
+        images = stretch(images.to(self.dtype), self.hparams["units"])
         if self.training or not self.hparams["test_time_augmentation"]:
             return self.of_stretched(images)
         found = [self.of_stretched(turned).float() for turned in all_dihedral(images)]

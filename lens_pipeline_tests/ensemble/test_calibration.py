@@ -171,3 +171,14 @@ def test_probabilities_hold_at_another_mixture() -> None:
     assert lens_metrics(label, shifted, bootstrap=0)["ece"]["value"] < 0.005
     np.testing.assert_array_equal(at_mixture(at_half, label, 0.02), at_half)
     np.testing.assert_array_equal(at_mixture(at_half, label[:0], 0.5), at_half)
+
+
+@pytest.mark.parametrize("constant", [-1.1, 0.3, 7.7, 40.1])
+def test_a_network_that_says_the_same_of_all_has_the_base_rate(constant: float) -> None:
+    """Though no float is all of its logits, whose mean so is another."""
+    label = (np.arange(400) % 4 == 0).astype(int)
+    logits = np.full(400, constant)
+    calibrate = fit_calibration(logits, label)
+    np.testing.assert_allclose(expit(calibrate(logits)), 0.25, atol=0.01)
+    near = np.nextafter(np.float32(constant), np.float32(100))  # as another machine rounds it
+    np.testing.assert_allclose(expit(calibrate(np.array([float(near)]))), 0.25, atol=0.01)

@@ -68,6 +68,9 @@ def test_the_entry_point_of_the_library_makes_a_network_of_an_architecture() -> 
         ({"label_smoothing": 2}, "label_smoothing 2: must be 0 to below 0.5"),
         ({"lr": -1.0}, "lr -1.0: must be above 0 to 1"),
         ({"decay_epochs": 0}, "decay_epochs 0: must be at least 1"),
+        ({"units": "sigma"}, "units 'sigma': is none of background_sigma, composite"),
+        ({"pos_weight": -2.0}, "pos_weight -2.0: must be at least above 0"),
+        ({"shift": 1.5}, "shift 1.5: must be a whole number of pixels"),
         ({"ensemble_strategy": "max"}, "'max': is none of mean, uncertainty_weighted"),
     ],
 )
@@ -75,6 +78,59 @@ def test_what_cannot_be_chosen_is_named(how: dict[str, Any], said: str) -> None:
     make = LitEnsembleSystem if "ensemble_strategy" in how else LitLensSystem
     with pytest.raises(InputError, match=said):
         make(**how)
+
+
+def test_members_are_a_list() -> None:
+    with pytest.raises(InputError, match="architectures 'resnet18,lastro': must be a list"):
+        LitEnsembleSystem("resnet18,lastro")
+
+
+def test_a_checkpoint_whose_settings_were_numpys_can_be_read(tmp_path: Path) -> None:
+    how = {"lr": np.logspace(-3, -2, 2)[0], "pos_weight": np.float32(3), "bands": np.int64(2)}
+    system = LitLensSystem(np.str_("lastro"), image_size=np.int64(32), **how)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.strategy.connect(system)
+    trainer.save_checkpoint(tmp_path / "own.ckpt", weights_only=True)
+    assert load_system(tmp_path / "own.ckpt").hparams["pos_weight"] == 3
+
+
+def test_that_cutouts_have_another_size_than_the_network_was_made_for_is_said(
+    uneven_shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = lens_pipeline.LensDataModule(uneven_shards)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.validate(LitLensSystem("lastro", image_size=32), data, verbose=False)
+    assert "image_size" not in caplog.text
+    trainer.validate(LitLensSystem("lastro"), data, verbose=False)
+    assert "image_size: the network was made for cutouts of 64 pixels, and these" in caplog.text
+
+
+def test_images_in_64_bits_are_scored_as_those_in_32() -> None:
+    system = LitLensSystem("lastro", image_size=32).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(system(images.double()), system(images))
+        assert torch.equal(system(images.half()), system(images.half().float()))
+
+
+def test_lenses_that_no_probability_tells_apart_are_ranked_by_their_logits() -> None:
+    stage = StageMetrics(ranking=True)
+    logit = torch.tensor([45.0, 44.0, 43.0, 42.0, 41.0, 40.0, 39.0, 38.0], dtype=torch.float64)
+    stage.update(torch.tensor(0.0), logit, torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0]))
+    found = stage.compute()
+    assert found["auroc"] == 1
+    assert found["tpr0"] == 1
+
+
+def test_sums_are_exact_where_the_network_is_of_16_bits() -> None:
+    """Lightning's `bf16-true` makes all tensors of a module so."""
+    stage = StageMetrics(ranking=False).to(torch.bfloat16)
+    for _ in range(300):
+        stage.update(torch.tensor(0.3), torch.ones(64).bfloat16(), torch.ones(64).bfloat16())
+    found = stage.compute()
+    assert float(found["loss"]) == pytest.approx(0.3)
+    assert found["accuracy"] == 1
+    assert stage.counted.sums[0] == 300 * 64
 
 
 def test_the_best_candidates_are_told_apart_in_16_bits_too() -> None:
@@ -349,7 +405,7 @@ def test_a_shift_needs_no_turns() -> None:
             seen.append(images)
             return super().member_logits(images)
 
-    for how in ({}, {"shift": 2.0}, {"noise": 0.5}):
+    for how in ({}, {"shift": 2}, {"noise": 0.5}):
         system = Seeing("lastro", image_size=32, augment=False, **how)
         system.trainer = Trainer(accelerator="cpu", logger=False)
         system.training_step({"image": images, "label": label}, 0)

@@ -130,7 +130,7 @@ def test_braces_that_are_not_the_shards_of_a_split(shards_folder: Path) -> None:
     [
         ("tars/{0..1.tar", "a brace is missing"),
         ("s3:/bucket/a.tar", "a URL has two slashes"),
-        ("s3://me:secret@bucket/a.tar", "a URL must not carry a password"),
+        ("s3://me:secret@bucket/a.tar", "a URL must not carry a user or password"),
     ],
 )
 def test_urls_that_cannot_be_are_told_for_what_they_are(urls: str, said: str) -> None:
