@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,7 +42,23 @@ def test_a_notebook_shows_progress(
     assert "simulating: 100%" in said
     values = {"model": {"arch": "lastro"}, "training": {"epochs": 1, "batch_size": 16}}
     train(TrainConfig.parse(values, "test"), LensDataModule(uneven_shards), tmp_path)
-    assert "epoch 1/1: 100%" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "epoch 1/1: 100%" in said.err
+    assert not said.out  # which may go into a file
+
+
+@pytest.mark.usefixtures("notebook")
+def test_a_bar_is_not_drawn_at_each_step(
+    uneven_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever reads it sees five a second; a step of a GPU takes milliseconds."""
+    values = {"model": {"arch": "lastro"}, "training": {"epochs": 1, "batch_size": 2}}
+    begun = time.monotonic()
+    train(TrainConfig.parse(values, "test"), LensDataModule(uneven_shards), tmp_path)
+    took = time.monotonic() - begun
+    drawn = [n for n in re.findall(r"epoch 1/1: .* (\d+)/35 ", capsys.readouterr().err) if n != "0"]
+    assert drawn[-1] == "35"
+    assert len({*drawn}) <= 2 + took / 0.2
 
 
 def test_a_bar_that_was_asked_for_is_shown_to_a_file_too(

@@ -137,6 +137,7 @@ class ShardCache(Fetched):
         path = self.folder / listed.name
         with suppress(InputError, FileNotFoundError):  # another process may just be making room
             if _is_whole(path, listed):
+                self._drop_gone()
                 return self.cache.open(path, listed.bytes)
         content = self.store.listed(listed)
         needed = frozenset(self.folder / name for name in self._needed())
@@ -145,7 +146,9 @@ class ShardCache(Fetched):
             return self.cache.write(path, content, f"{self.url}/{listed.name}")
 
     def _drop_gone(self) -> None:
-        """What made room takes it as long as it is mapped."""
+        """What made room, in whichever process, takes it as long as it is mapped here."""
+        if sum(listed.bytes for listed in self.listed.values()) <= self.bound:
+            return
         for name in list(self._contents):
             if not (self.folder / name).exists():
                 self._contents.pop(name, None)

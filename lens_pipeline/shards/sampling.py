@@ -161,6 +161,8 @@ class ResumableLoader(DataLoader[Any]):
             for batch in self.batches_from(self.given):
                 self.given += 1
                 yield batch
+        except GeneratorExit:  # at the interpreter's end, where there is no InputError any more
+            raise
         except InputError as problem:
             # Of a worker, it comes with that process's traceback.
             said = str(problem).strip().splitlines()[-1]
@@ -229,6 +231,7 @@ class ShardLoader(ResumableLoader):
             "cutouts": self.sampler.n,
             "a step": self.sampler.batch_size * self.sampler.ranks,
             "mixed": self.sampler.mixed,
+            "batches": len(self.sampler),
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -239,12 +242,13 @@ class ShardLoader(ResumableLoader):
         if not self.start:
             return
         now = self.state_dict()
+        ended = state["given"] == state.get("batches")  # then the next may be of other batches
         for name, what in (
             ("cutouts", "{} cutouts in all"),
             ("a step", "{} cutouts a step (batch_size x processes)"),
             ("seed", "the seed {}"),
         ):
-            if state.get(name, now[name]) != now[name]:
+            if not ended and state.get(name, now[name]) != now[name]:
                 raise InputError(
                     f"the epoch that is to go on began with {what.format(state[name])}, and this "
                     f"one has {now[name]}; go on with the same"

@@ -2,6 +2,9 @@
 
 import logging
 import math
+import sys
+import time
+from contextlib import redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -14,10 +17,13 @@ from pytorch_lightning.callbacks import (
     TQDMProgressBar,
     WeightAveraging,
 )
+from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from lens_pipeline.errors import InputError, first_of
+
+REDRAWN = 0.2  # seconds after which a bar is drawn anew
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +69,7 @@ class MovingAverage(WeightAveraging):
         averages = [*kept.parameters(), *kept.buffers()]
         pairs = [*zip(averages, [*pl_module.parameters(), *pl_module.buffers()], strict=True)]
         self.averaged = [pair for pair in pairs if pair[0].is_floating_point()]
-        self.copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self.counts = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -76,8 +82,9 @@ class MovingAverage(WeightAveraging):
         decay = min(self.decay, (1 + t) / (10 + t))
         averages, weights = zip(*self.averaged, strict=True)
         torch._foreach_lerp_(averages, weights, 1 - decay)
-        for count, now in self.copied:
-            count.copy_(now)
+        if self.counts:
+            kept, now = zip(*self.counts, strict=True)
+            torch._foreach_copy_(kept, now)
         self._latest_update_step = trainer.global_step
 
 
@@ -191,12 +198,30 @@ def _cutouts(trainer: pl.Trainer, batch: dict[str, Tensor]) -> str:
 class LossBar(TQDMProgressBar):
     """Lightning's, with the loss of the last step that was read; epochs count from 1, as elsewhere.
 
-    Lightning's own `prog_bar` would wait for the GPU at every step.
+    Lightning's own `prog_bar` would wait for the GPU at every step, and draws on standard output,
+    which may go into a file, at each.
     """
 
     def __init__(self, losses: FiniteLoss) -> None:
         super().__init__()
         self._losses = losses
+        self._drawn = -math.inf
+
+    def init_train_tqdm(self) -> Tqdm:
+        with redirect_stdout(sys.stderr):  # where all others are
+            return super().init_train_tqdm()
+
+    def init_validation_tqdm(self) -> Tqdm:
+        with redirect_stdout(sys.stderr):
+            return super().init_validation_tqdm()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, n: int
+    ) -> None:
+        now = time.monotonic()
+        if trainer.is_last_batch or now - self._drawn >= REDRAWN:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, n)
+            self._drawn = now
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)

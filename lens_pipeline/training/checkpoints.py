@@ -25,6 +25,7 @@ from lens_pipeline.steps import file_aside
 MINUTE = 60.0  # seconds
 SHARE = 0.03  # of the time, for checkpoints after epochs
 SELDOM = 10  # batches
+DISK = 1e9  # bytes a second, before it is known
 LOSS = "val/loss"
 AT_A_TIME = 2  # checkpoints in memory that are still to be written: the best one, and the last
 
@@ -127,6 +128,11 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         self.path, self.every_n_steps, self.best, self.files = path, every_n_steps, best, files
         self.written, self.took = time.monotonic(), 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Until one has been written: the weights, and AdamW's two moments of each.
+        size = 3 * sum(parameter.nbytes for parameter in pl_module.parameters())
+        self.written, self.took = time.monotonic(), size / DISK
 
     def on_train_batch_end(self, trainer: pl.Trainer, *about: Any) -> None:
         loop = trainer.fit_loop.epoch_loop

@@ -94,6 +94,9 @@ def train(
         log.info("  %s holds this training with its scores: nothing is trained again", out)
         (out / FITTED).unlink(missing_ok=True)  # of a process that was killed just there
         return TrainedMember(out)
+    if rank_zero_only.rank == 0 and not trial:  # type: ignore[attr-defined]
+        for path in out.rglob(".*.ckpt.*"):  # of a process that was killed while it wrote
+            path.unlink()
     if going_on is None and not trial and not (out / FITTED).exists():
         # Of a process that was killed before there was anything to go on from.
         shutil.rmtree(out / TOP, ignore_errors=True)
@@ -333,8 +336,6 @@ def _finish(
     """The best checkpoint, weights alone, and its scores of the validation set. Stopped anywhere,
     it can be done again."""
     best = out / TOP / (out / FITTED).read_text()
-    for path in out.rglob(".*.ckpt.*"):  # of a process that was killed while it wrote
-        path.unlink()
     for path in (out / TOP).glob("*.ckpt"):
         checkpoint = read_checkpoint(path)
         weights = {name: checkpoint[name] for name in WEIGHTS}

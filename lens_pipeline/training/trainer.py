@@ -83,7 +83,7 @@ def make_trainer(
     repeats = hardware.deterministic or not on_gpu(config)
     if hardware.devices == 1:  # though Slurm may have started others beside it
         plugins = [*plugins, LightningEnvironment()]
-    return pl.Trainer(
+    trainer = pl.Trainer(
         max_epochs=how.epochs,
         # Lightning's `auto` takes others, too, which have no float64.
         accelerator="gpu" if on_gpu(config) else "cpu",
@@ -110,3 +110,19 @@ def make_trainer(
         enable_progress_bar=_has_bar(callbacks),
         **more,
     )
+    if hardware.devices > 1:
+        _ask_no_others_at_each_step(trainer)
+    return trainer
+
+
+def _ask_no_others_at_each_step(trainer: pl.Trainer) -> None:
+    """Before each batch Lightning asks the first process whether it has had SIGTERM, and waits for
+    its GPU to say so: none could be given a step while it works on the last. All processes get the
+    signal here, from torchrun, and each goes by its own."""
+    signals = trainer._signal_connector
+
+    def note(*_: Any) -> None:
+        signals.received_sigterm = True
+
+    signals._sigterm_notifier_fn = note  # type: ignore[method-assign, assignment]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]

@@ -283,3 +283,19 @@ def test_more_shards_than_files_may_be_open(dataset: Dataset, tmp_path: Path) ->
     assert re.fullmatch(
         r".*/val-000000\.tar: .*\(Too many open files; raise `ulimit -n`\)", fetched
     )
+
+
+def test_what_makes_room_is_let_go_by_who_only_reads_it(
+    small_cutouts: Path, in_memory: str, tmp_path: Path
+) -> None:
+    """A worker that has mapped it would keep it on the disk, though no folder has it any more."""
+    bound = 3 * shard_bytes(small_cutouts) / 1e9
+    reads, fetches = (
+        open_shards(in_memory, cache=tmp_path, cache_gb=bound).split("train") for _ in range(2)
+    )
+    for start in range(0, N, N // SHARDS):
+        fetches.gather([start])
+        reads.gather([start])
+    mapped = Path("/proc/self/maps").read_text().splitlines()
+    gone = [line for line in mapped if f"{tmp_path}/" in line and line.endswith("(deleted)")]
+    assert len(gone) <= 3

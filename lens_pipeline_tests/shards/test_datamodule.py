@@ -74,7 +74,7 @@ def test_a_trainer_predicts_what_the_system_gives_for_each_batch(
 def test_loaders_without_their_module_can_be_trained_on(
     shards_folder: Path, tmp_path: Path
 ) -> None:
-    """As with it, though shards hold 16 bits, which shifts would round."""
+    """As with it, though shards hold 16 bits, which noise would be rounded to."""
     data = LensDataModule(shards_folder, batch_size=16)
     how: dict[str, Any] = {
         **{"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False},
@@ -83,7 +83,7 @@ def test_loaders_without_their_module_can_be_trained_on(
     losses = []
     for alone in (False, True):
         torch.manual_seed(0)
-        system = LitLensSystem("lastro", image_size=32, shift=1.5)
+        system = LitLensSystem("lastro", image_size=32, noise=0.5)
         given = (data.train_dataloader(), data.val_dataloader()) if alone else (data,)
         trainer = Trainer(num_sanity_val_steps=0, **how)
         trainer.fit(system, *given)

@@ -186,6 +186,7 @@ def test_an_interrupted_epoch_does_not_go_on_with_other_batches(
     goes_on(shards_folder)
     goes_on(dataset.folder)
     goes_on(shards_folder, 32, given=0)  # an epoch that begins may be any
+    goes_on(shards_folder, 32, given=9, batches=9)  # and what follows on one that has ended
     with pytest.raises(InputError, match="began with 16 cutouts a step .* this one has 32;"):
         goes_on(shards_folder, 32)
     with pytest.raises(InputError, match="began with 7 cutouts in all"):

@@ -32,7 +32,7 @@ def _state(folder: Path, name: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "how",
     [
-        {"shift": 2.0, "noise": 0.3},
+        {"shift": 2, "noise": 0.3},
         {
             **{"ema": 0.9, "accumulate_grad_batches": 2, "augment": False},
             **{"schedule": "plateau", "decay_epochs": 1, "learning_rate": 0.02},

@@ -181,7 +181,7 @@ def test_the_bar_shows_the_epoch_and_the_loss(
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     train_on(small_config(), uneven_shards, tmp_path)
     shown = "".join(capsys.readouterr())
-    assert re.search(r"epoch 1/2: .*4/\d .*loss=0\.\d{3}", shown)
+    assert re.search(r"epoch 1/2: .*5/5 .*loss=0\.\d{3}", shown)
     assert "epoch 2/2: " in shown
 
 
