@@ -100,7 +100,7 @@ def plain_loop(config: TrainConfig, data: LensDataModule, steps: int, out: Path)
     for number, (images, label) in enumerate(islice(batches(data), WARM + steps)):
         if number == WARM:
             begun = synchronised()
-        step(augment(images, 0, 0.0), label)
+        step(augment(images, 0.0, 0.0), label)
     return synchronised() - begun
 
 

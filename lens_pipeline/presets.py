@@ -17,7 +17,7 @@ DECIDED = {
     "model": ("arch", "model_type", "architectures", "ensemble_strategy"),
     "training": ("loggers", "fast_dev_run"),
     "data": (
-        *("data_root", "use_webdataset", "train_urls", "val_urls"),
+        *("data_root", "use_webdataset", "train_urls", "val_urls", "test_urls"),
         *("image_size", "cache_dir"),
     ),
 }

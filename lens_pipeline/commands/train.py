@@ -53,7 +53,7 @@ def train_command(options: argparse.Namespace) -> int:
     if config.training.fast_dev_run:
         print("one batch of each kind went through")
         return 0
-    _tell(trained, config)
+    _tell(trained, config, settings)
     return 0
 
 
@@ -82,6 +82,8 @@ def train_here(config: TrainConfig, settings: Settings, out: Path) -> "TrainedMe
     from lens_pipeline.training.train import train
 
     data = data_module(config, settings)
+    if config.data.test_urls is not None:
+        data.split("test")  # what is wrong with it is not to be told after hours
     to_do = not config.training.fast_dev_run and not (out / SCORES).exists()
     told = "mlflow" in config.training.loggers and to_do
     with _mlflow(config, settings, out, told) as loggers:
@@ -190,7 +192,7 @@ def _places(config: TrainConfig, settings: Settings) -> dict[str, dict[str, Any]
     from lens_pipeline.shards.urls import in_versions
     from lens_pipeline.shards.versions import version_at
 
-    names = ("data_root", "train_urls", "val_urls", "cache_dir")
+    names = ("data_root", "train_urls", "val_urls", "test_urls", "cache_dir")
     places = {name: getattr(config.data, name) for name in names}
     found = {name: written_down(place) for name, place in places.items() if place is not None}
     if not config.data.use_webdataset and not found.keys() - {"cache_dir"}:
@@ -201,11 +203,27 @@ def _places(config: TrainConfig, settings: Settings) -> dict[str, dict[str, Any]
     return {"data": found | in_versions(urls, settings.storage_options)}
 
 
-def _tell(trained: "TrainedMember", config: TrainConfig) -> None:
+def _test_metrics(
+    trained: "TrainedMember", config: TrainConfig, settings: Settings
+) -> dict[str, Any]:
+    from lens_pipeline.models.split_scores import split_scores
+    from lens_pipeline.training.data import data_module
+    from lens_pipeline.training.devices import device
+    from lens_pipeline.training.member import metrics_of
+
+    kind = system_type(config)
+    system = kind.load_from_checkpoint(trained.checkpoint, device(config), compile_model=False)
+    return metrics_of(split_scores(system, data_module(config, settings).split("test")))
+
+
+def _tell(trained: "TrainedMember", config: TrainConfig, settings: Settings) -> None:
     from lens_pipeline.evaluation.tables import format_metrics_table
     from lens_pipeline.training.member import SETTINGS
 
     name = "ensemble" if config.together else config.model.arch
     print(format_metrics_table({name: trained.val_metrics}, split="Validation"))
+    if config.data.test_urls is not None:
+        tested = _test_metrics(trained, config, settings)
+        print(format_metrics_table({name: tested}, split="Test"))
     print(f"Checkpoint  {trained.checkpoint}")
     print(f"Settings    {trained.folder / SETTINGS}")

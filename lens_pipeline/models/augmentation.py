@@ -1,14 +1,19 @@
 """What may be done to cutouts in training without changing what they are: a batch at a time, on
 its device, before any stretch."""
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+MARGIN = 4  # pixels beyond the largest shift, mirrored
+SOFTENING = 5.0  # background sigma: asinh is linear over the noise; over a composite, too
 
 
-def augment(images: Tensor, shift: int, noise: float, turn: bool = True) -> Tensor:
+def augment(images: Tensor, shift: float, noise: float, turn: bool = True) -> Tensor:
     """Each image (n, bands, height, width) turned, moved and made noisier at random.
 
     turn: and flipped, see `random_dihedral`; shift: by up to so many pixels along each axis; noise:
@@ -17,8 +22,8 @@ def augment(images: Tensor, shift: int, noise: float, turn: bool = True) -> Tens
     if turn:
         images = random_dihedral(images)
     if shift:
-        by = torch.randint(-shift, shift + 1, (len(images), 2), device=images.device)
-        images = shifted(images, by)
+        offsets = shift * (2 * torch.rand(len(images), 2, device=images.device) - 1)
+        images = shifted(images, offsets, math.ceil(shift))
     if noise:
         more = noise * torch.rand(len(images), 1, 1, 1, device=images.device)
         # As a shallower exposure would show it: the background's sigma stays the unit.
@@ -33,7 +38,9 @@ def random_dihedral(images: Tensor) -> Tensor:
     """
     chosen = torch.randint(8, (len(images),), device=images.device)
     # One pass over the pixels, where turning all and choosing takes three.
-    return _gathered(images, _orientations(images.shape[-1], images.device)[chosen])
+    places = _orientations(images.shape[-1], images.device)[chosen]
+    pixels = images.flatten(2)
+    return pixels.gather(2, places[:, None].expand_as(pixels)).view_as(images)
 
 
 def all_dihedral(images: Tensor) -> Iterator[Tensor]:
@@ -57,28 +64,26 @@ def _orientations(side: int, device: torch.device) -> Tensor:
         return torch.stack(turned).flatten(1)
 
 
-def shifted(images: Tensor, offsets: Tensor) -> Tensor:
-    """Images (n, bands, height, width) moved by offsets int (n, 2), in pixels along rows and
-    columns; what comes in over the edge is mirrored.
+def shifted(images: Tensor, offsets: Tensor, largest: int) -> Tensor:
+    """Images (n, bands, height, width) moved by offsets (n, 2), in pixels along rows and columns,
+    none by more than `largest`.
 
-    By whole pixels: to interpolate parts of them would smooth the noise, and so tell which images
-    were moved, or (by the Fourier shift theorem) ring about cosmic rays and bad columns.
+    By the Fourier shift theorem: an interpolation would smooth the noise, and so tell which images
+    were moved. It rings about what is sharper than a telescope makes it, as cosmic rays and bad
+    columns are: by their asinh, which is linear in the noise, far below it. What comes in over the
+    edge is mirrored.
     """
-    rows, columns = (
-        _mirrored(torch.arange(side, device=images.device) - by[:, None], side)
-        for side, by in zip(images.shape[-2:], offsets.unbind(1), strict=True)
-    )
-    places = (rows[:, :, None] * images.shape[-1] + columns[:, None, :]).flatten(1)
-    return _gathered(images, places)
-
-
-def _mirrored(place: Tensor, side: int) -> Tensor:
-    """Places up to an image's side beyond its edges -> those in it that they mirror."""
-    last = side - 1
-    return last - (last - place.abs()).abs()
-
-
-def _gathered(images: Tensor, places: Tensor) -> Tensor:
-    """Images whose pixels come from places (n, height * width) of their own."""
-    pixels = images.flatten(2)
-    return pixels.gather(2, places[:, None].expand_as(pixels)).view_as(images)
+    height, width = images.shape[-2:]
+    margin = min(largest + MARGIN, height - 2, width - 2)
+    # Of an odd side: half of an even one's highest frequency would be lost.
+    ends = [margin, margin + 1 - width % 2, margin, margin + 1 - height % 2]
+    softened = torch.asinh(images.float() / SOFTENING)
+    padded = functional.pad(softened, ends, mode="reflect")
+    sides = padded.shape[-2:]
+    rows = torch.fft.fftfreq(sides[0], device=images.device)[:, None]
+    columns = torch.fft.rfftfreq(sides[1], device=images.device)
+    dy, dx = offsets.float()[:, :, None, None].unbind(1)
+    turn = torch.exp(-2j * torch.pi * (rows * dy + columns * dx))[:, None]
+    moved = torch.fft.irfft2(torch.fft.rfft2(padded) * turn, s=sides)
+    inside = moved[..., margin : margin + height, margin : margin + width]
+    return (SOFTENING * torch.sinh(inside)).to(images.dtype)

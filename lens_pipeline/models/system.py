@@ -382,7 +382,7 @@ class LitLensSystem(LensClassifier):
         decay: float = 0.1,
         decay_epochs: int = 10,
         augment: bool = True,
-        shift: int = 0,
+        shift: float = 0.0,
         noise: float = 0.0,
         test_time_augmentation: bool = False,
     ) -> None:
@@ -399,8 +399,6 @@ class LitLensSystem(LensClassifier):
             if isinstance(value, np.generic):  # which a checkpoint could not be read with
                 self.hparams[name] = value.item()
         check_bounds("lr", lr, "learning_rate")
-        if shift != int(shift):
-            raise InputError(f"shift {shift}: must be a whole number of pixels")
         for name in BOUNDS.keys() & self.hparams.keys():
             check_bounds(name, self.hparams[name])
         start = NAMED_STARTS.get(str(pretrained), pretrained)

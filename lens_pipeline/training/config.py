@@ -52,7 +52,7 @@ UNDECIDING = {
 # cutouts are compared by what they are, and not by where they lie.
 BESIDES = {
     *{("training", "loggers"), ("training", "save_top_k")},
-    *{("data", name) for name in ("data_root", "train_urls", "val_urls")},
+    *{("data", name) for name in ("data_root", "train_urls", "val_urls", "test_urls")},
 }
 ABBREVIATED = {"lr": "learning_rate", "gpus": "devices", "workers": "num_workers"}
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
@@ -173,8 +173,8 @@ class TrainingSection(_Section):
         default=0.0, **BOUNDS["label_smoothing"], description="Moves labels by half of it."
     )
     augment: bool = Field(default=True, description="Turn and flip cutouts at random.")
-    shift: int = _bounded(
-        default=0, **BOUNDS["shift"], description="Cutouts are moved by up to so many pixels."
+    shift: float = _bounded(
+        default=0.0, **BOUNDS["shift"], description="Cutouts are moved by up to so many pixels."
     )
     noise: float = _bounded(
         default=0.0, **BOUNDS["noise"], description="And get up to so much more noise, in sigma."
@@ -261,6 +261,9 @@ class DataSection(_Section):
     use_webdataset: bool = Field(default=False, description="Read the tars of the URLs instead.")
     train_urls: str | None = Field(default=None, description="Tars, with braces.")
     val_urls: str | None = Field(default=None, description="Tars, with braces.")
+    test_urls: str | None = Field(
+        default=None, description="Tars, with braces, to test on what was trained."
+    )
     image_size: int | None = _bounded(
         default=None,
         ge=16,

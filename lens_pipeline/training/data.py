@@ -15,7 +15,7 @@ def data_module(config: TrainConfig, settings: Settings) -> CutoutModule:
     Raises InputError where the cutouts are not whole, or `data` contradicts itself.
     """
     chosen = config.data
-    urls = {name: getattr(chosen, name) for name in ("train_urls", "val_urls")}
+    urls = {name: getattr(chosen, name) for name in ("train_urls", "val_urls", "test_urls")}
     given = [name for name, url in urls.items() if url is not None]
     shared: dict[str, Any] = {
         "batch_size": config.training.batch_size,

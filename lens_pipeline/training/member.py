@@ -50,9 +50,13 @@ class TrainedMember:
     @property
     def val_metrics(self) -> dict[str, Any]:
         """What `lens_metrics` gives on the validation split."""
-        scores = self.val_scores
-        return lens_metrics(scores["label"], expit(scores["logit"]), group=scores.get("group"))
+        return metrics_of(self.val_scores)
 
     @property
     def config(self) -> TrainConfig:
         return TrainConfig.read(self.folder / SETTINGS)
+
+
+def metrics_of(scores: pd.DataFrame) -> dict[str, Any]:
+    """What `lens_metrics` gives on the scores of a split, see `split_scores`."""
+    return lens_metrics(scores["label"], expit(scores["logit"]), group=scores.get("group"))

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_a_trainer_predicts_what_the_system_gives_for_each_batch(
 def test_loaders_without_their_module_can_be_trained_on(
     shards_folder: Path, tmp_path: Path
 ) -> None:
-    """As with it, though shards hold 16 bits, which noise would be rounded to."""
+    """As with it, though shards hold 16 bits, which shifts would round."""
     data = LensDataModule(shards_folder, batch_size=16)
     how: dict[str, Any] = {
         **{"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False},
@@ -83,7 +84,7 @@ def test_loaders_without_their_module_can_be_trained_on(
     losses = []
     for alone in (False, True):
         torch.manual_seed(0)
-        system = LitLensSystem("lastro", image_size=32, noise=0.5)
+        system = LitLensSystem("lastro", image_size=32, shift=1.5)
         given = (data.train_dataloader(), data.val_dataloader()) if alone else (data,)
         trainer = Trainer(num_sanity_val_steps=0, **how)
         trainer.fit(system, *given)
@@ -126,7 +127,13 @@ def test_workers_end_with_a_step_that_is_killed(shards_folder: Path, tmp_path: P
     assert process.wait(120) == 0
 
     def left() -> list[int]:
-        return [p.pid for p in psutil.process_iter() if os.getsid(p.pid) == process.pid]
+        found = []
+        for one in psutil.process_iter():
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):  # others end meanwhile
+                ended = one.status() == psutil.STATUS_ZOMBIE
+                if os.getsid(one.pid) == process.pid and not ended:
+                    found.append(one.pid)
+        return found
 
     until(lambda: not left(), 30, "all workers end")
 

@@ -144,7 +144,8 @@ def test_a_step_of_dagster_trains_in_two_processes(
 def test_batch_statistics_of_two_processes_are_worth_those_of_one(
     uneven_shards: Path, tmp_path: Path
 ) -> None:
-    """BatchNorm sees half a batch in each: AUROC differs by less than between seeds."""
+    """BatchNorm sees half a batch in each: AUROC differs by no more than between seeds, or by what
+    a few cutouts are."""
 
     def auroc(name: str, devices: int, seed: int) -> float:
         scores = _trained(
@@ -155,7 +156,8 @@ def test_batch_statistics_of_two_processes_are_worth_those_of_one(
 
     alone = [auroc(f"one{seed}", 1, seed) for seed in range(3)]
     together = auroc("two", 2, 0)
-    assert abs(together - alone[0]) <= max(alone) - min(alone)
+    assert min(alone) > 0.8
+    assert abs(together - alone[0]) <= max(0.02, max(alone) - min(alone))
 
 
 @pytest.mark.slow

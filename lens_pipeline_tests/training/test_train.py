@@ -1,5 +1,6 @@
 """Training from a configuration: what it leaves, and in which state it leaves its process."""
 
+import math
 import os
 import random
 import re
@@ -31,7 +32,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.models.system import load_system
 from lens_pipeline.scoring import open_cutout_source, score_to_file
 from lens_pipeline.shards import open_shards, publish_shards
-from lens_pipeline.training import train
+from lens_pipeline.training import checkpoints, train
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.train import build_system
 from lens_pipeline_tests.training.small import best_epochs, small_config, train_on
@@ -86,7 +87,7 @@ def test_a_ring_is_learnt_and_its_files_are_left(uneven_shards: Path, tmp_path: 
     with torch.inference_mode():
         logit = load_system(trained.checkpoint)(images)
     np.testing.assert_allclose(scores["logit"], logit, rtol=1e-5, atol=1e-5)
-    assert [path.name for path in (tmp_path / "top").iterdir()] != []
+    assert len([*(tmp_path / "top").iterdir()]) == 1  # of two that are kept the best is best.ckpt
 
 
 def test_accelerators_that_are_not_supported_are_not_taken(
@@ -188,7 +189,7 @@ def test_the_bar_shows_the_epoch_and_the_loss(
 def test_the_loss_of_a_step_is_that_of_its_cutouts_however_many_batches_make_one(
     uneven_shards: Path, tmp_path: Path
 ) -> None:
-    """Lightning divides it among them. The 82 cutouts are 10 batches of 8 and one of 2."""
+    """Lightning divides it among them. The 71 cutouts are 8 batches of 8 and one of 7."""
     losses: list[float] = []
 
     class Losses(LitLensSystem):
@@ -369,6 +370,31 @@ def test_a_training_is_repeated_on_the_version_that_it_had(
             assert named.val_urls == f"{version}/val-{{000000..000001}}.tar"
 
 
+def test_what_was_trained_is_tested_on_tars_that_are_named(
+    uneven_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"train": 3, "val": 2, "test": 1}
+    place = {
+        name: f"{uneven_shards}/{name}-{{000000..{n - 1:06d}}}.tar" for name, n in names.items()
+    }
+    arguments = [
+        *("train", "--use-webdataset", "--arch", "lastro", "--epochs", "1"),
+        *("--train-urls", place["train"], "--val-urls", place["val"], "--home", str(tmp_path)),
+        *("--checkpoint-dir", str(tmp_path / "out")),
+    ]
+    assert main([*arguments, "--test-urls", f"{tmp_path}/absent-000000.tar"]) == 2
+    assert "absent-000000.tar" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "last.ckpt").exists()  # before anything was trained
+    assert main([*arguments, "--test-urls", place["test"]]) == 0
+    _, _, said = capsys.readouterr().out.partition("Validation")
+    split = LensDataModule(uneven_shards).split("test")
+    images = torch.from_numpy(split.gather(np.arange(20)).astype(np.float32))
+    with torch.inference_mode():
+        logit = load_system(tmp_path / "out" / "best.ckpt")(images)
+    assert f"{roc_auc_score(split.labels, logit):.3f}" in said
+    assert "Test" in said
+
+
 def test_other_pixels_in_the_same_place_are_trained_on_by_the_same_command(
     uneven_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -419,7 +445,7 @@ def test_the_rarer_class_weighs_as_much_as_the_other(uneven_shards: Path, tmp_pa
 
 
 def test_checkpoints_take_little_of_the_time_of_short_epochs(
-    uneven_shards: Path, tmp_path: Path
+    uneven_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where writing is slow they are of the first epoch, whose cost tells, and of the end."""
 
@@ -430,6 +456,7 @@ def test_checkpoints_take_little_of_the_time_of_short_epochs(
             self.written.append(trainer.current_epoch)
             time.sleep(0.5)
 
+    monkeypatch.setattr(checkpoints, "DISK", math.inf)  # before any cost is known
     train_on(small_config(epochs=5), uneven_shards, tmp_path, SlowDisk())
     assert SlowDisk.written == [0, 4]
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 4
