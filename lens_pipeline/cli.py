@@ -65,6 +65,8 @@ class _Parser(argparse.ArgumentParser):
         begun = [one for one in flags if one.startswith(flag)]
         near = [meant] if meant in flags else begun or difflib.get_close_matches(flag, flags, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
+        if flag in flags:  # which stood before the command
+            hint = f"; name it behind {self.prog.rpartition(' ')[2]}"
         if self.prog.endswith(" run"):
             hint = _elsewhere(flag.lstrip("-").replace("-", "_")) or hint
         self.error(f"unrecognized argument {unknown}{hint}")

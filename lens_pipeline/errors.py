@@ -8,7 +8,8 @@ from typing import Any
 
 # In names of what must not be shown.
 SECRET = re.compile(
-    "sig(?!nature_version)|token|key|secret|password|credential|connection_string", re.IGNORECASE
+    "sig(?!nature_version)|token|key|secret|password|credential|authorization|connection_string",
+    re.IGNORECASE,
 )
 # Not of a web address with a port, and an @ in its path.
 _PASSWORD = re.compile(r"((?:(?<!http)(?<!https)|(?=://[^\s/:@]*:(?!\d+/)))://[^\s/:@]*:)\S*@")

@@ -40,14 +40,14 @@ def _on_this_machine(path: str | Path) -> str:
         raise ValueError(f"{path} is a URL; name a folder on this machine")
     if re.search("[?]|%[0-9a-fA-F]{2}", found := absolute(str(path))):
         raise ValueError(
-            f"{found} holds a question mark, or a per cent sign and two digits, which mean "
-            "something else in the URL of the database that lies there; name another folder"
+            f"{found} holds a question mark, or a per cent sign and two hexadecimal digits, which "
+            "mean something else in the URL of the database that lies there; name another folder"
         )
     return found
 
 
 def _absolute_database(uri: str | None) -> str | None:
-    if uri and re.match("sqlite:///(?!/)", uri):
+    if uri and re.match(r"(?i)sqlite(\+\w+)?:(?!////)", uri):
         raise ValueError(
             f"{uri} is another file in every working directory; write sqlite:////, four slashes, "
             "and its absolute path"
@@ -117,7 +117,10 @@ class Settings(BaseSettings):
     )
 
     home: Annotated[Path, BeforeValidator(_on_this_machine)] = Field(
-        default=Path(".lens"), validate_default=True, description="Everything is written under it."
+        default=Path(".lens"),
+        validate_default=True,
+        description="Everything is written under it. Its path holds no `?`, and no `%` before two "
+        "hexadecimal digits.",
     )
     source: Annotated[str, BeforeValidator(_absolute_source)] = Field(
         default=SIMULATION,
@@ -158,7 +161,8 @@ class Settings(BaseSettings):
     tracking_uri: Annotated[str | None, BeforeValidator(_absolute_database)] = Field(
         default=None,
         validation_alias="MLFLOW_TRACKING_URI",
-        description="MLflow's tracking server; by default a database in LENS_HOME.",
+        description="MLflow's tracking server, or a database, as `sqlite:////absolute/path.db`; by "
+        "default one in LENS_HOME.",
     )
     mlflow_page: str | None = Field(
         default=None,

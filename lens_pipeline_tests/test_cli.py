@@ -90,11 +90,12 @@ def test_a_bad_source_stops_the_run_with_one_line(
     home = tmp_path / "home"
     arguments = ["run", "--preset", "tiny", "--source", str(catalogue), "--home", str(home)]
     assert main(arguments) == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line.lower()]
+    said = capsys.readouterr().err
+    error = [line for line in said.splitlines() if "error" in line.lower()]
     assert len(error) == 1
     assert error[0].startswith("error: ")
     assert named in error[0]
-    assert "Traceback" not in error[0]
+    assert "Traceback" not in said
     assert not (home / "reports" / "summary.json").exists()
     if (home / "mlflow.db").exists():
         assert not client_of(home).search_model_versions()
@@ -159,6 +160,7 @@ def test_the_help_names_variables_that_are_settings(
         (["predict", "--catalog", "x.csv"], "argument --catalog; did you mean --catalogue"),
         (["train", "--lr", "0.1"], "--lr; did you mean --learning-rate"),
         (["train", "--gpus=4"], "--gpus=4; did you mean --devices"),
+        (["--epochs=3", "train"], "--epochs=3; name it behind train"),
         (["predict", "--catalogue", "c.csv"], "--out"),
         (["predict", "--catalogue", "c.csv", "--out", "scores.txt"], ".parquet or .csv"),
         (["predict", "--catalogue", "c.csv", "--out", "scores.csv"], "no model registry"),
@@ -307,6 +309,21 @@ def test_a_folder_is_on_this_machine(
     assert main(["run", "--home", "s3://bucket/folder"]) == 2
     assert "LENS_HOME: s3://bucket/folder is a URL; name a folder on" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_what_is_nobodys_input_is_a_failure_of_one_line_unless_more_is_asked_for(
+    verbose: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("the sky fell")
+
+    monkeypatch.setattr("lens_pipeline.commands.train.asked_config", fails)
+    assert main(["train", *(["--verbose"] if verbose else [])]) == 1
+    said = capsys.readouterr().err
+    hint = "" if verbose else " (--verbose shows where)"
+    assert said.splitlines()[-1] == f"error: RuntimeError: the sky fell{hint}"
+    assert ("Traceback" in said) == verbose
 
 
 def test_a_flag_whose_tilde_no_shell_has_replaced_means_the_users_home(

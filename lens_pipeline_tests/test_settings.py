@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lens_pipeline.errors import InputError, masked
+from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 
 
@@ -86,9 +86,10 @@ def test_a_home_whose_database_would_lie_elsewhere_is_refused(name: str, tmp_pat
 def test_a_database_that_another_directory_would_have_another_of_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
-    with pytest.raises(InputError, match=r"^MLFLOW_TRACKING_URI: .* write sqlite:////, four"):
-        Settings.load()
+    for uri in ("sqlite:///mlflow.db", "sqlite:mlflow.db", "sqlite+pysqlite:///x", "sqlite://"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(InputError, match=r"^MLFLOW_TRACKING_URI: .* write sqlite:////, four"):
+            Settings.load()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////data/mlflow.db")
     assert Settings.load().mlflow_uri == "sqlite:////data/mlflow.db"
 
@@ -110,9 +111,10 @@ def test_export_hands_everything_on(tmp_path: Path) -> None:
     assert os.environ["DAGSTER_HOME"] == str(tmp_path / "dagster")
 
 
-def test_passwords_are_masked() -> None:
-    assert masked("postgresql://lens:s3cret@db:5432/x") == "postgresql://lens:***@db:5432/x"
-    assert masked("sqlite:////tmp/mlflow.db") == "sqlite:////tmp/mlflow.db"
+def test_the_gate_has_the_bounds_that_are_set() -> None:
+    found = Settings.load(gate_tolerance=0.2, gate_max_ece=0.3, gate_min_lens=7, gate_min_auroc=0.6)
+    assert found.gate_against_champion == {"tolerance": 0.2, "max_ece": 0.3}
+    assert found.gate == {"min_lens": 7, "min_nonlens": 50, "min_auroc_low": 0.6}
 
 
 def test_the_docs_list_every_setting_with_its_help() -> None:

@@ -30,7 +30,7 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(
         do=_prepare,
         after_interrupt="the same command begins again, or, where --output-dir is there already, "
-        "goes on with its upload by --upload-only",
+        "goes on with its upload by --output-dir, --cloud-url and --upload-only alone",
     )
 
 
@@ -53,7 +53,9 @@ def _prepare(options: argparse.Namespace) -> int:
         for name in made_by:
             if getattr(options, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
-                raise InputError(f"{flag}: is not for --upload-only: shards are as they were made")
+                raise InputError(
+                    f"{flag}: leave it out, with --upload-only: shards are as they were made"
+                )
     else:
         if not options.data_root:
             raise InputError("--data-root: is needed, unless with --upload-only")

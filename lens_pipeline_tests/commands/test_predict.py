@@ -70,6 +70,22 @@ def test_where_no_cutout_fits_the_model_the_reason_is_told(
     assert list(tmp_path.iterdir()) == [real]
 
 
+def test_cutouts_that_are_too_small_are_padded_where_that_is_set(
+    home: Path, simulated_catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pd.read_parquet(simulated_catalogue)[:2]
+    images = np.load(simulated_catalogue.parent / "images-00000.npy")[:2, :, 4:28, 4:28]
+    np.save(tmp_path / "small.npy", images)
+    table["path"] = [f"{tmp_path}/small.npy#{number}" for number in range(2)]
+    table.to_parquet(tmp_path / "few.parquet")
+    monkeypatch.setenv("LENS_MAX_REJECT_FRACTION", "1")
+    arguments = ["--home", str(home), "--catalogue", str(tmp_path / "few.parquet"), "--out"]
+    assert main(["predict", *arguments, str(tmp_path / "s.csv")]) == 2
+    monkeypatch.setenv("LENS_PAD", "true")
+    assert main(["predict", *arguments, str(tmp_path / "s.csv")]) == 0
+    assert pd.read_csv(tmp_path / "s.csv")["probability"].notna().all()
+
+
 def test_the_champion_is_used_else_the_challenger_and_any_version_by_name(
     own_home: Path, simulated_catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

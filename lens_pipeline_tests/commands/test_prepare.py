@@ -96,8 +96,8 @@ def test_a_processed_dataset_is_taken_as_it_is(dataset: Dataset, tmp_path: Path)
         ([], "--data-root"),
         (["--upload-only"], "--cloud-url"),
         (["--upload-only", "--cloud-url", "c"], "manifest.json"),
-        (["--upload-only", "--cloud-url", "c", "--shard-size", "9"], "--shard-size: is not for"),
-        (["--upload-only", "--cloud-url", "c", "--encoding", "jpg"], "--encoding: is not for"),
+        (["--upload-only", "--cloud-url", "c", "--shard-size", "9"], "--shard-size: leave it out"),
+        (["--upload-only", "--cloud-url", "c", "--encoding", "jpg"], "--encoding: leave it out"),
         (["--data-root", "nowhere.csv"], "nowhere.csv"),
         (["--data-root", "DATA", "--quality", "0"], "quality 0"),
         (["--data-root", "nowhere.csv", "--quality", "0"], "quality 0"),  # before anything is read
