@@ -78,7 +78,11 @@ def pytest_configure() -> None:
 
 def _ours() -> dict[str, str]:
     """The variables of the environment that decide on what is tested."""
-    return {name: value for name, value in os.environ.items() if name.startswith(OURS)}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(OURS) or name.lower().endswith("_proxy")
+    }
 
 
 def _set_ours(variables: Mapping[str, str]) -> None:

@@ -22,10 +22,12 @@ pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
-def served(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(
+    home: Path, of_all_workers: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
     """A home that the main job has filled, with `lens-pipeline show`."""
     folder = tmp_path_factory.mktemp("browser")
-    own = Path(shutil.copytree(home, folder / "home"))
+    own = Path(shutil.copytree(of_all_workers / "untouched", folder / "home"))
     with Served(own, folder / "log") as found:
         assert f"Dagster  {found.dagster}" in found.log
         assert f"MLflow   {found.mlflow}" in found.log

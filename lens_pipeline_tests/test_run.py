@@ -189,6 +189,8 @@ def test_settings_of_one_member_train_that_one_alone_and_test_time_augmentation_
     file.write_text("lastro: {training: {learning_rate: 2e-3, epochs: 3}}")
     monkeypatch.setenv("LENS_TRAINING", str(file))
     monkeypatch.setenv("LENS_TEST_TIME_AUGMENTATION", "true")
+    monkeypatch.setenv("LENS_FUSION", "stacking")
+    monkeypatch.setenv("LENS_CALIBRATION", "temperature")
     assert run(own_home, "--set", "lastro.training.epochs=2") == 0
     summary = summary_of(own_home)
     made = {name for name, stage in summary["stages"].items() if not stage["reused"]}
@@ -210,6 +212,9 @@ def test_settings_of_one_member_train_that_one_alone_and_test_time_augmentation_
     assert not np.allclose(after["logit"], before["logit"])
     described = [path.parent for path in (own_home / "ensemble").glob("[!.]*/ensemble.json")]
     (folder,) = (one for one in described if read_description(one)["test_time_augmentation"])
+    facts = read_description(folder)
+    assert facts["fusion"]["strategy"] == "stacking"
+    assert [of["intercept"] for of in facts["members"].values()] == [0, 0]  # of a temperature
     shards = open_shards(next((own_home / "cloud").glob("*/manifest.json")).parent)
     # The scores are those of the cutouts however they are turned.
     test, model = shards.split("test"), load_ensemble(folder)

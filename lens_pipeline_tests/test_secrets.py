@@ -59,12 +59,14 @@ def mlflow_server(tmp_path: Path) -> Iterator[str]:
         while time.monotonic() < until:
             try:
                 answer = requests.get(f"http://127.0.0.1:{port}/health", timeout=2)
-            except requests.ConnectionError:
+            except requests.RequestException:
                 assert process.poll() is None, (tmp_path / "server.log").read_text()
                 time.sleep(0.1)
             else:
                 assert answer.status_code == 401
                 break
+        else:
+            pytest.fail((tmp_path / "server.log").read_text())
         yield f"http://lens:{IN_A_URI}@127.0.0.1:{port}"
     finally:
         process.kill()

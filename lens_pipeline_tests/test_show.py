@@ -1,7 +1,6 @@
 """What `lens-pipeline show` says on its terminal, and which code it runs."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +32,7 @@ TAKEN = (
 
 @pytest.mark.slow
 def test_no_file_of_the_working_directory_is_run_and_the_terminal_is_left_to_alerts(
-    home: Path, tmp_path: Path
+    own_home: Path, tmp_path: Path
 ) -> None:
     """A survey's folder may hold any file; and the tracebacks of a run are on its page."""
     folder = tmp_path / "survey"
@@ -41,12 +40,11 @@ def test_no_file_of_the_working_directory_is_run_and_the_terminal_is_left_to_ale
     for name in TAKEN:
         trap = f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r} + ' ')\nraise SystemExit(1)\n"
         (folder / f"{name}.py").write_text(trap)
-    own = Path(shutil.copytree(home, tmp_path / "home"))
     training = {"checkpoints__lastro": {"config": {"training": {"epochs": 0}}}}
-    with Served(own, tmp_path / "log", folder=folder) as served:
+    with Served(own_home, tmp_path / "log", folder=folder) as served:
         run = served.launch("training", ops=training)
         assert served.ended(run, 180)["status"] == "FAILURE"
-        messages = own / "dagster" / "servers.log"
+        messages = own_home / "dagster" / "servers.log"
         assert "training.epochs: Input should be greater than" in messages.read_text()
         with messages.open("ab") as file:  # as the code server does, which evaluates sensors
             subprocess.run([sys.executable, "-c", ALERT], stderr=file, check=True)
@@ -84,15 +82,14 @@ def test_links_lead_where_people_are_told_to_find_mlflow(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_run_of_the_command_line_is_on_the_pages_that_are_open(
-    home: Path,
+    own_home: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Among its job's runs, with links to MLflow's; and where it has other settings, it says so."""
-    own = Path(shutil.copytree(home, tmp_path / "home"))
-    run = ["run", "--preset", "tiny", "--home", str(own)]
-    with Served(own, tmp_path / "log") as served:
+    run = ["run", "--preset", "tiny", "--home", str(own_home)]
+    with Served(own_home, tmp_path / "log") as served:
         before = {found["runId"] for found in served.runs()}
         assert main(run) == 0
         assert "begin it again" not in capfd.readouterr().err
@@ -103,7 +100,7 @@ def test_a_run_of_the_command_line_is_on_the_pages_that_are_open(
         here = {"key": ".dagster/repository", "value": "__repository__@lens_pipeline"}
         made = {found["runId"] for found in served.runs(**of_job, tags=[here])}
         assert len(made - before) == 2
-        with open_instance(Settings.load(home=own)) as instance:
+        with open_instance(Settings.load(home=own_home)) as instance:
             event = instance.get_latest_materialization_event(EVALUATION)
         assert event is not None
         assert event.asset_materialization is not None

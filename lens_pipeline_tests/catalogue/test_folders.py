@@ -96,7 +96,7 @@ def test_listings_keep_their_other_columns(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_says_what_it_should_hold(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="lens|nonlens"):
+    with pytest.raises(InputError, match=r"a folder holds images, or lens\|nonlens/ with them"):
         read_catalogue(tmp_path)
 
 
