@@ -68,12 +68,12 @@ class ShardCutouts:
         return np.lexsort((place, pd.factorize(split)[0]))
 
     def sample(self, rows: NDArray[np.integer], n: int) -> NDArray[np.integer]:
-        # Of a split's that follow on each other, and so lie in a shard or two: these hold them in a
-        # random order.
+        # Of a split's that follow on each other, and so lie in a shard or two, and in their order:
+        # these hold them in a random one.
         split, place = (values[rows] for values in self._places)
         names, sizes = np.unique(split.astype(str), return_counts=True)
         mine = np.flatnonzero(split == names[np.argmax(sizes)])
-        return np.sort(rows[mine[np.argsort(place[mine])][:n]])
+        return rows[mine[np.argsort(place[mine])][:n]]
 
     def check(self, form: CutoutFormat) -> None:
         mine, where = self.dataset.format, self.dataset.folder

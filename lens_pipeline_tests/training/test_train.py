@@ -392,7 +392,7 @@ def test_what_was_trained_is_tested_on_tars_that_are_named(
     with torch.inference_mode():
         logit = load_system(tmp_path / "out" / "best.ckpt")(images)
     assert f"{roc_auc_score(split.labels, logit):.3f}" in said
-    assert "Test" in said
+    assert "Test split: 10 lenses, 10 non-lenses" in said
 
 
 def test_other_pixels_in_the_same_place_are_trained_on_by_the_same_command(
