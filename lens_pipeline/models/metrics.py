@@ -33,8 +33,8 @@ class CountedMetrics(Metric):
         lens, found = label == 1, logit.detach() > 0
         each = loss.detach().double().expand(len(logit))
         rows = [torch.ones_like(each), each, lens, found, lens & found]
-        # Lightning's true half precision has made the sums of 16 bits, which end at some number.
-        self.sums = self.sums.double() + torch.stack([row.double() for row in rows]).sum(dim=1)
+        # Not in place: Lightning's true half precision makes them of 16 bits, where they would end.
+        self.sums = self.sums + torch.stack([row.double() for row in rows]).sum(dim=1)
 
     def compute(self) -> dict[str, Tensor]:
         n, loss, lenses, found, right = self.sums

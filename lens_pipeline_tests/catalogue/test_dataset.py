@@ -305,3 +305,12 @@ def test_a_dataset_that_was_cut_is_named(dataset: Dataset, tmp_path: Path) -> No
     shutil.copyfile(folder / "val.npy", images)
     with pytest.raises(InputError, match=r"train\.npy has \d+ cutouts, train\.parquet \d+"):
         open_dataset(folder).split("train")
+
+
+def test_places_from_the_end_and_places_that_there_are_not(dataset: Dataset) -> None:
+    split = dataset.split("val")
+    n = len(split)
+    np.testing.assert_array_equal(split.gather([-1, 0, -n]), split.gather([n - 1, 0, 0]))
+    for place in (n, -n - 1):
+        with pytest.raises(IndexError, match=f"there are {n}"):
+            split.gather([0, place])
