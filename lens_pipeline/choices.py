@@ -33,7 +33,7 @@ def within(bounds: Mapping[str, float]) -> str:
     """`0 to below 1`, `at least 1`."""
     words = {"gt": "above {:,}", "ge": "{:,}", "lt": "below {:,}", "le": "{:,}"}
     said = [words[name].format(bound) for name, bound in bounds.items()]
-    return " to ".join(said) if len(said) == 2 else f"at least {said[0]}"
+    return f"at least {said[0]}" if [*bounds] == ["ge"] else " to ".join(said)
 
 
 def check_bounds(name: str, value: float, known_as: str | None = None) -> None:

@@ -69,7 +69,7 @@ def test_the_entry_point_of_the_library_makes_a_network_of_an_architecture() -> 
         ({"lr": -1.0}, "lr -1.0: must be above 0 to 1"),
         ({"decay_epochs": 0}, "decay_epochs 0: must be at least 1"),
         ({"units": "sigma"}, "units 'sigma': is none of background_sigma, composite"),
-        ({"pos_weight": -2.0}, "pos_weight -2.0: must be at least above 0"),
+        ({"pos_weight": -2.0}, "pos_weight -2.0: must be above 0"),
         ({"ensemble_strategy": "max"}, "'max': is none of mean, uncertainty_weighted"),
     ],
 )
