@@ -3,10 +3,8 @@
 import math
 import os
 import random
-import re
 import shutil
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,14 +19,11 @@ from pytorch_lightning.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
-from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from sklearn.metrics import roc_auc_score
 
 from lens_pipeline import LensDataModule, LitEnsembleSystem, LitLensSystem
-from lens_pipeline.cli import main
 from lens_pipeline.ensemble import assemble
-from lens_pipeline.errors import InputError
 from lens_pipeline.models.system import load_system
 from lens_pipeline.scoring import open_cutout_source, score_to_file
 from lens_pipeline.shards import open_shards, publish_shards
@@ -90,24 +85,6 @@ def test_a_ring_is_learnt_and_its_files_are_left(uneven_shards: Path, tmp_path: 
     assert len([*(tmp_path / "top").iterdir()]) == 1  # of two that are kept the best is best.ckpt
 
 
-def test_accelerators_that_are_not_supported_are_not_taken(
-    uneven_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As Apple's, which knows no float64."""
-    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
-    monkeypatch.setattr("platform.processor", lambda: "arm")
-    config = small_config(fast_dev_run=True)
-    assert config.hardware.accelerator == "auto"
-    seen: list[str] = []
-
-    class Device(Callback):
-        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            seen.append(pl_module.device.type)
-
-    train_on(config, uneven_shards, tmp_path, Device())
-    assert seen == ["cuda" if torch.cuda.is_available() else "cpu"]
-
-
 def test_a_trial_of_one_batch_leaves_the_training_in_its_folder_alone(
     uneven_shards: Path, tmp_path: Path
 ) -> None:
@@ -152,91 +129,6 @@ def test_two_seeds_turn_cutouts_and_drop_features_otherwise(
     assert not {*drawn[0]} & {*drawn[3]}
 
 
-@pytest.mark.parametrize(
-    ("how", "steps"),
-    [
-        ({"batch_size": 16}, [4, 8]),  # the last of five steps is of another kind
-        ({"batch_size": 8, "accumulate_grad_batches": 4}, [2, 4, 6]),
-        ({"batch_size": 4, "limit_train_batches": 3}, [3, 6]),
-    ],
-)
-def test_an_epoch_of_a_few_steps_tells_its_loss_and_rate(
-    how: dict[str, int], steps: list[int], uneven_shards: Path, tmp_path: Path
-) -> None:
-    """Far fewer than lie between two lines of a long training."""
-    train_on(small_config(**how), uneven_shards, tmp_path)
-    (file,) = tmp_path.rglob("metrics.csv")
-    told = pd.read_csv(file)
-    assert told.loc[told["train/loss_step"].notna(), "step"].tolist() == steps
-    rates = told.filter(like="lr-").stack().dropna()
-    assert len(rates) >= 2
-    assert rates.between(0, 1e-3).all()
-
-
-def test_the_bar_shows_the_epoch_and_the_loss(
-    uneven_shards: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    train_on(small_config(), uneven_shards, tmp_path)
-    shown = "".join(capsys.readouterr())
-    assert re.search(r"epoch 1/2: .*5/5 .*loss=0\.\d{3}", shown)
-    assert "epoch 2/2: " in shown
-
-
-def test_the_loss_of_a_step_is_that_of_its_cutouts_however_many_batches_make_one(
-    uneven_shards: Path, tmp_path: Path
-) -> None:
-    """Lightning divides it among them. The 71 cutouts are 8 batches of 8 and one of 7."""
-    losses: list[float] = []
-
-    class Losses(LitLensSystem):
-        def loss(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-            found = super().loss(logits, label)
-            if self.training:
-                losses.append(float(found))
-            return found
-
-    config = small_config(epochs=1, batch_size=8, accumulate_grad_batches=4)
-    train_on(config, uneven_shards, tmp_path, system_type=Losses)
-    (file,) = tmp_path.rglob("metrics.csv")
-    told = pd.read_csv(file).set_index("step")["train/loss_step"].dropna()
-    assert told.index.tolist() == [2]
-    assert told[2] == pytest.approx(losses[7])
-
-
-def test_a_training_that_goes_on_tells_no_step_twice(uneven_shards: Path, tmp_path: Path) -> None:
-    """It goes on in the middle of an epoch, whose first batch is half of a step."""
-
-    class Often(Callback):
-        def on_fit_start(self, trainer: Trainer, *_: Any) -> None:
-            trainer.log_every_n_steps = 1  # type: ignore[attr-defined]
-
-    class Stop(Callback):
-        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-            if trainer.global_step == 2 and not trainer.fit_loop.epoch_loop._should_accumulate():
-                raise KeyboardInterrupt
-
-    config = small_config(epochs=1, batch_size=8, accumulate_grad_batches=2, save_every_n_steps=1)
-    with pytest.raises(KeyboardInterrupt):
-        train_on(config, uneven_shards, tmp_path, Stop())
-    told: list[int] = []
-
-    class Told(Logger):
-        name, version = "told", "0"
-
-        def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
-
-        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-            if "train/loss_step" in metrics and step is not None:
-                told.append(step)
-
-    train_on(config, uneven_shards, tmp_path, Often(), loggers=[Told()])
-    assert told == [2, 3, 4, 5]  # the second step was not kept
-
-
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_what_was_cut_short_counts_in_nothing_else(stage: str, uneven_shards: Path) -> None:
     """Of an interrupted cell of a notebook, say, whose system is used again."""
@@ -257,18 +149,6 @@ def test_what_was_cut_short_counts_in_nothing_else(stage: str, uneven_shards: Pa
     with pytest.raises(RuntimeError, match="cut short"):
         metrics(system, Cut())
     np.testing.assert_equal(metrics(system), metrics(fresh))
-
-
-def test_a_step_of_the_users_own_may_tell_its_loss_alone(
-    uneven_shards: Path, tmp_path: Path
-) -> None:
-    class Own(LitLensSystem):
-        def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> Any:
-            return super().training_step(batch, batch_idx)["loss"]
-
-    config = small_config(epochs=1)
-    trained = train_on(config, uneven_shards, tmp_path, system_type=Own)
-    assert len(trained.curves) == 1
 
 
 def test_of_several_processes_that_slurm_has_started_each_trains_its_own(
@@ -333,96 +213,6 @@ def test_gradients_are_clipped_to_the_norm_that_is_asked_for(
     train_on(small_config(epochs=1, gradient_clip=clip), uneven_shards, tmp_path, Norm())
     assert norms
     assert (max(norms) <= 1e-3 * (1 + 1e-5)) == bool(clip)
-
-
-def test_the_same_settings_file_gives_the_same_weights(uneven_shards: Path, tmp_path: Path) -> None:
-    """`lens-pipeline train --config` on what a run has saved repeats it to the last bit."""
-    first, second = tmp_path / "first", tmp_path / "second"
-    place = ["--data-root", str(uneven_shards)]
-    flags = ["--arch", "lastro", "--epochs", "1", "--batch-size", "16", "--shift", "1"]
-    assert main(["train", *place, *flags, "--checkpoint-dir", str(first)]) == 0
-    settings = str(first / "settings.yaml")
-    assert main(["train", "--config", settings, "--checkpoint-dir", str(second)]) == 0
-    one, two = (torch.load(f / "best.ckpt", weights_only=True) for f in (first, second))
-    assert one["state_dict"].keys() == two["state_dict"].keys()
-    for name, value in one["state_dict"].items():
-        assert torch.equal(value, two["state_dict"][name])
-
-
-def test_a_training_is_repeated_on_the_version_that_it_had(
-    uneven_shards: Path, tmp_path: Path
-) -> None:
-    """Whatever is published meanwhile."""
-    shards, cloud = tmp_path / "shards", str(tmp_path / "cloud")
-    shutil.copytree(uneven_shards, shards)
-    version = publish_shards(shards, cloud).url
-    flags = ["--arch", "lastro", "--epochs", "1", "--home", str(tmp_path)]
-    tars = ["--train-urls", f"{cloud}/train-{{000000..000002}}.tar"]
-    by_url = ["--use-webdataset", *tars, "--val-urls", f"{cloud}/val-{{000000..000001}}.tar"]
-    for place, out in ((["--data-root", cloud], "root"), (by_url, "urls")):
-        folder = tmp_path / out
-        assert main(["train", *place, *flags, "--checkpoint-dir", str(folder)]) == 0
-        named = TrainConfig.read(folder / "settings.yaml").data
-        if out == "root":
-            assert named.data_root == version
-        else:
-            assert named.train_urls == f"{version}/train-{{000000..000002}}.tar"
-            assert named.val_urls == f"{version}/val-{{000000..000001}}.tar"
-
-
-def test_what_was_trained_is_tested_on_tars_that_are_named(
-    uneven_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    names = {"train": 3, "val": 2, "test": 1}
-    place = {
-        name: f"{uneven_shards}/{name}-{{000000..{n - 1:06d}}}.tar" for name, n in names.items()
-    }
-    arguments = [
-        *("train", "--use-webdataset", "--arch", "lastro", "--epochs", "1"),
-        *("--train-urls", place["train"], "--val-urls", place["val"], "--home", str(tmp_path)),
-        *("--checkpoint-dir", str(tmp_path / "out")),
-    ]
-    assert main([*arguments, "--test-urls", f"{tmp_path}/absent-000000.tar"]) == 2
-    assert "absent-000000.tar" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "last.ckpt").exists()  # before anything was trained
-    assert main([*arguments, "--test-urls", place["test"]]) == 0
-    _, _, said = capsys.readouterr().out.partition("Validation")
-    split = LensDataModule(uneven_shards).split("test")
-    images = torch.from_numpy(split.gather(np.arange(20)).astype(np.float32))
-    with torch.inference_mode():
-        logit = load_system(tmp_path / "out" / "best.ckpt")(images)
-    assert f"{roc_auc_score(split.labels, logit):.3f}" in said
-    assert "Test split: 10 lenses, 10 non-lenses" in said
-
-
-def test_other_pixels_in_the_same_place_are_trained_on_by_the_same_command(
-    uneven_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """And the same pixels are not: it says that nothing was trained."""
-    folder = tmp_path / "cutouts"
-    shutil.copytree(uneven_shards.parent, folder, ignore=shutil.ignore_patterns("shards"))
-    flags = ["--arch", "lastro", "--epochs", "1", "--image-size", "32", "--home", str(tmp_path)]
-
-    def trainings() -> set[Path]:
-        caplog.clear()
-        assert main(["train", "--data-root", str(folder / "catalogue.csv"), *flags]) == 0
-        return set((tmp_path / "trainings").glob("[!.]*"))
-
-    (first,) = trainings()
-    assert "nothing is trained again" not in caplog.text
-    assert trainings() == {first}
-    assert f"{first} holds this training with its scores: nothing is trained again" in caplog.text
-    for path in folder.glob("*.npy"):
-        np.save(path, np.load(path)[::-1])
-    assert len(trainings()) == 2
-    assert "nothing is trained again" not in caplog.text
-
-
-def test_more_processes_than_cores_are_not_begun(uneven_shards: Path, tmp_path: Path) -> None:
-    many = {"hardware": {"devices": 1024, "accelerator": "cpu"}}
-    with pytest.raises(InputError, match=r"hardware\.devices 1024: this process has \d+ cores"):
-        train_on(small_config().with_changes(many, "test"), uneven_shards, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_the_rarer_class_weighs_as_much_as_the_other(uneven_shards: Path, tmp_path: Path) -> None:
@@ -504,53 +294,6 @@ def test_the_rate_falls_at_the_plateaus_of_the_validation_loss(
     assert expected < 0.1
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["optimizer_states"][0]
     assert state["param_groups"][0]["lr"] == pytest.approx(expected)
-
-
-def test_what_this_machine_cannot_do_is_said_before_training(
-    uneven_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("")
-    place = ["--data-root", str(uneven_shards), "--home", str(tmp_path / "home")]
-    for flags, said in (
-        (["--precision", "16-mixed", "--accelerator", "cpu"], "hardware.precision 16-mixed: needs"),
-        (
-            ["--checkpoint-dir", str(tmp_path / "file")],
-            "--checkpoint-dir: .*file is a file; name a",
-        ),
-        (["--model-type", "ensemble", "--archs", "lastr"], "architectures: 'lastr' is not"),
-        (["--model-type", "ensemble", "--archs", "pop=lastro"], "no member may be called pop"),
-        (["--archs", "lastro,resnet18"], "model.architectures: is for model.model_type ensemble"),
-    ):
-        assert main(["train", *place, "--epochs", "1", *flags]) == 2
-        assert re.search(f"^error: .*{said}", capsys.readouterr().err, re.MULTILINE)
-
-
-def test_what_a_schedule_must_know_is_asked_for(uneven_shards: Path) -> None:
-    """As a Trainer of the user's own may ask for."""
-    quiet: dict[str, Any] = {
-        **{"accelerator": "cpu", "logger": False, "enable_checkpointing": False},
-        **{"enable_progress_bar": False, "enable_model_summary": False},
-    }
-    data = LensDataModule(uneven_shards, batch_size=16)
-    system = LitLensSystem("lastro", image_size=32, schedule="plateau")
-    with pytest.raises(InputError, match="schedule plateau: follows val/loss"):
-        Trainer(**quiet, max_epochs=1, limit_val_batches=0).fit(system, data)
-    system = LitLensSystem(
-        "lastro", image_size=32, schedule="step", decay_epochs=1, decay=0.5, warmup=0, lr=1e-3
-    )
-    steps = 3 * len(data.train_dataloader()) - 1  # in the third epoch
-    Trainer(**quiet, max_epochs=-1, max_steps=steps).fit(system, data)
-    for group in system.optimizers().optimizer.param_groups:  # type: ignore[union-attr]
-        assert group["lr"] == pytest.approx(1e-3 * 0.5**2)
-    for name, warmup in (("cosine", 0.0), ("constant", 0.1), ("plateau", 0.1)):
-        system = LitLensSystem("lastro", image_size=32, schedule=name, warmup=warmup)
-        with pytest.raises(InputError, match="how many epochs .*give max_epochs or max_steps"):
-            Trainer(**quiet, max_epochs=-1, max_time=timedelta(seconds=0.1)).fit(system, data)
-    for name in ("constant", "plateau", "step"):
-        system = LitLensSystem("lastro", image_size=32, schedule=name, warmup=0)
-        trainer = Trainer(**quiet, max_epochs=-1, max_time=timedelta(seconds=0.1))
-        trainer.fit(system, data)
-        assert trainer.global_step > 0
 
 
 @pytest.mark.slow
