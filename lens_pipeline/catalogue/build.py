@@ -279,11 +279,6 @@ def _common_format(
     named = names.most_common(1)[0][0] if names else None
     if named is None and n_bands == 3 and units == COMPOSITE:
         named = COMPOSITE_BANDS
-    if bands is None and catalogue.bands and len(catalogue.bands) != n_bands:
-        raise InputError(
-            f"{catalogue.source}: column bands: names {len(catalogue.bands)}; the cutouts have "
-            f"{n_bands}"
-        )
     form_bands = named or unnamed(n_bands)
     return CutoutFormat(form_bands, image_size, units, _pixel_scale(catalogue.table))
 

@@ -65,8 +65,13 @@ def parquet_schema(table: pd.DataFrame, source: str) -> pa.Schema:
 
 
 def with_text(table: pd.DataFrame) -> pd.DataFrame:
-    """The table, its bytes as the text that FITS tables hold in them; what is no text stays."""
+    """The table, its bytes as the text that FITS tables hold in them; what is no text stays.
+    Text of any length they hold letter by letter."""
     for name in table.select_dtypes("object"):
+        letters = table[name].map(lambda v: isinstance(v, np.ndarray) and v.dtype.kind in "SU")
+        if letters.any():
+            joined = table[name][letters].map(lambda v: "".join(v.astype(str)))
+            table = table.assign(**{str(name): table[name].mask(letters, joined)})
         if any(isinstance(value, bytes) for value in table[name]):
             with suppress(UnicodeDecodeError):
                 text = table[name].map(lambda v: v.decode() if isinstance(v, bytes) else v)
@@ -91,11 +96,8 @@ def image_columns(names: Iterable[Any]) -> list[str]:
 
 
 def as_text(column: pd.Series) -> pd.Series:
-    """As text, with empty and missing alike missing; whole numbers without a decimal point."""
-    if pd.api.types.is_float_dtype(column):
-        known = column.dropna()
-        if (known % 1 == 0).all() and (known.abs() < 2**63).all():
-            column = column.astype("Int64")
+    """As text, with empty and missing alike missing; whole numbers without a decimal point, each
+    for itself: what else a column holds must change no id, and no group."""
     text = column.astype("object").map(_text)
     return text.astype("object").where(text.notna(), None)
 
@@ -105,6 +107,10 @@ def _text(value: Any) -> str | None:
         value = value.decode()
     if isinstance(value, list | tuple | np.ndarray):
         return ",".join(map(str, value)) or None
+    if isinstance(value, float | np.floating):
+        whole = float(value)
+        if whole.is_integer() and abs(whole) < 2**63:
+            return str(int(whole))
     return None if pd.isna(value) or str(value) == "" else str(value)
 
 

@@ -34,6 +34,7 @@ _NAMES = (  # `VIS_RMS`, or else `RMS_VIS`
 )
 _KINDS = (fits.PrimaryHDU, fits.ImageHDU, fits.CompImageHDU, fits.BinTableHDU, fits.TableHDU)
 _UNNAMED = ("", "COMPRESSED_IMAGE")  # the second: what astropy calls it, compressed
+_BEGINS = b"XTENSION"  # an extension
 _FIRST = "PRIMARY"  # what astropy calls the first of a file, which need not have a name
 _PLAIN = ""  # the band of an extension that is named by its role alone
 # Masks whose header says what their bits mean (`MP_SAT = 1`: HSC, Rubin) have one for the pixels of
@@ -56,6 +57,16 @@ class FitsImage:
     zero_point: tuple[float, ...]
 
 
+def role_of(name: str) -> str | None:
+    """`image`, `rms`, `mask`, ...: what the suffix of a name says; None where it has none."""
+    match = _match(name)
+    return _SUFFIX[match["suffix"].upper()] if match else None
+
+
+def _match(name: str) -> re.Match[str] | None:
+    return next(filter(None, (pattern.match(name) for pattern in _NAMES)), None)
+
+
 @dataclass(frozen=True)
 class _Extension:
     name: str
@@ -63,17 +74,13 @@ class _Extension:
     header: fits.Header
 
     @property
-    def _match(self) -> re.Match[str] | None:
-        return next(filter(None, (name.match(self.name) for name in _NAMES)), None)
-
-    @property
     def role(self) -> str | None:
-        """What its suffix says; None where it has none."""
-        return _SUFFIX[self._match["suffix"].upper()] if self._match else None
+        return role_of(self.name)
 
     @property
     def band(self) -> str:
-        return (self._match["band"] or _PLAIN) if self._match else self.name
+        match = _match(self.name)
+        return (match["band"] or _PLAIN) if match else self.name
 
     @property
     def preferred(self) -> bool:
@@ -123,6 +130,11 @@ def read_fits(content: io.BytesIO) -> FitsImage:
         for hdu in hdus:
             if not isinstance(hdu, _KINDS):  # for astropy, one of a kind to come
                 raise ValueError(f"the header of the extension {hdu.name} is damaged")
+        # Of one whose header is cut astropy says nothing: a mask, say, would not be there.
+        last = hdus[-1].fileinfo()
+        behind = content.getvalue()[last["datLoc"] + last["datSpan"] :][: len(_BEGINS)]
+        if behind and _BEGINS.startswith(behind):
+            raise ValueError("the file is truncated")
         extensions = [
             _Extension("" if hdu.name in _UNNAMED else hdu.name, np.asarray(hdu.data), hdu.header)
             for hdu in hdus

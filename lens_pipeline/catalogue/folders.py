@@ -50,7 +50,7 @@ def read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str)
     label that is neither 0 nor 1 nor empty.
     """
     listings, images = layout(filesystem, inside)
-    if not listings and not any(path.count("/") == 2 for path in images):
+    if not listings:
         _check_no_other(source, filesystem, inside, images)
     tables = [
         _read_listing(filesystem, posixpath.join(inside, name)).assign(split=split)
@@ -58,7 +58,12 @@ def read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str)
     ]
     if images:
         tables.append(pd.DataFrame([_row(path) for path in images]))
-    found = pd.concat(tables, ignore_index=True)
+    in_all = set.intersection(*map(set, tables))
+    found = pd.concat(
+        # Whole numbers as such where other splits have none.
+        [t.astype(dict.fromkeys({*t.select_dtypes("int64")} - in_all, "Int64")) for t in tables],
+        ignore_index=True,
+    )
     # Of listings that number their rows each for itself, paths are the ids.
     if "id" in found:
         own = as_text(found["id"])
@@ -83,10 +88,13 @@ def _below(filesystem: fsspec.AbstractFileSystem, inside: str, folders: Iterable
 def _check_no_other(
     source: str, filesystem: fsspec.AbstractFileSystem, inside: str, images: list[str]
 ) -> None:
-    """Raises InputError for a folder without splits that is no catalogue, or might be two."""
-    for name in ("catalogue.parquet", "catalogue.csv"):
-        if filesystem.exists(posixpath.join(inside, name)):
-            raise InputError(f"{source}: is no catalogue, but holds one: name {source}/{name}")
+    """Raises InputError for a folder without listings that is no catalogue, or might be two, or
+    holds images where they are not looked for."""
+    depth = max((path.count("/") for path in images), default=0)  # 2: of splits, 1: of classes
+    if depth < 2:
+        for name in ("catalogue.parquet", "catalogue.csv"):
+            if filesystem.exists(posixpath.join(inside, name)):
+                raise InputError(f"{source}: is no catalogue, but holds one: name {source}/{name}")
     if not images:
         if any(name.endswith(".parquet") for name in filesystem.ls(inside, False)):
             raise InputError(f"{source}: is a folder of Parquet files; write them as one file")
@@ -94,10 +102,30 @@ def _check_no_other(
             f"{source}: no cutouts; a folder holds images, or lens|nonlens/ with them, or "
             "train|val|test/lens|nonlens/, or train.csv ..."
         )
-    if "/" in images[0] and images_in(filesystem, inside):
+    beside = images_in(filesystem, inside) if depth else []
+    if depth == 2:
+        others = [name for name in _folders_in(filesystem, inside) if name not in SPLITS]
+        classes = [f"{name}/{kind}" for name in others for kind in CLASS_FOLDERS]
+        beside += _below(filesystem, inside, (*CLASS_FOLDERS, *classes))
+    if beside:
         raise InputError(
-            f"{source}: holds images, and folders lens or nonlens with others; move either"
+            f"{source}: holds {images[0]}, and beside such folders {beside[0]}; move either"
         )
+    for folder in sorted({posixpath.dirname(path) for path in images} if depth else ()):
+        place = posixpath.join(inside, folder)
+        for name in _folders_in(filesystem, place):
+            if images_in(filesystem, posixpath.join(place, name)):
+                raise InputError(
+                    f"{source}: {folder}/{name} holds images; move them to {folder}, where those "
+                    "of its class lie, or write a table of all"
+                )
+
+
+def _folders_in(filesystem: fsspec.AbstractFileSystem, folder: str) -> list[str]:
+    entries = filesystem.ls(folder, True)
+    folders = [entry["name"] for entry in entries if entry["type"] == "directory"]
+    names = sorted(posixpath.basename(name.rstrip("/")) for name in folders)
+    return [name for name in names if not name.startswith(".")]
 
 
 def _read_listing(filesystem: fsspec.AbstractFileSystem, listing: str) -> pd.DataFrame:

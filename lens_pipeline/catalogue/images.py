@@ -29,7 +29,7 @@ from lens_pipeline.catalogue.cutout import (
     CutoutError,
     usable_cutout,
 )
-from lens_pipeline.catalogue.fits_images import read_fits
+from lens_pipeline.catalogue.fits_images import read_fits, role_of
 from lens_pipeline.catalogue.pictures import read_picture
 from lens_pipeline.errors import NoAnswerError, words_of
 from lens_pipeline.locations import protocol_of, without_query
@@ -146,11 +146,15 @@ def _unreadable(problem: Exception) -> CutoutError:
 
 
 def _read_npz(content: bytes, flux_unit: str | None) -> Cutout:
-    """One cube, or one image for each band, named by it."""
+    """One cube, or one image for each band, named by it: what is no image FITS files alone tell."""
     with _LITERALS, np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         names = arrays.files
         if len(names) == 1:
             return _of_array(arrays[names[0]], flux_unit)
+        if maps := [name for name in names if role_of(name) not in (None, "image")]:
+            raise CutoutError(
+                f"the array {maps[0]} is no band, by its name; write noise maps and masks in FITS"
+            )
         shapes = {name: arrays[name].shape for name in names}
         if len(set(shapes.values())) > 1 or len(shapes[names[0]]) != 2:
             raise CutoutError(f"the arrays of the bands differ in shape: {shapes}")
@@ -225,7 +229,8 @@ def read_cutout(
 ) -> Cutout:
     """One usable cutout from its file, or from one file a band. Raises CutoutError.
 
-    names: what its bands are called where the file does not say; bands: which of them to keep, and
+    names: what its bands are called where the file does not say, empty where nothing tells and it
+    is not the same for all; bands: which of them to keep, and
     in which order; pad: see `usable_cutout`.
     """
     parts = []
@@ -249,7 +254,12 @@ def read_cutout(
             sigma=tuple(v for part in parts for v in part.sigma or unknown),
             zero_point=tuple(v for part in parts for v in part.zero_point or unknown),
         )
-    if names and cutout.bands is None and len(names) == len(cutout.pixels):
+    if names is not None and cutout.bands is None:
+        if len(names) != len(cutout.pixels):
+            said = f"are named {', '.join(names)}" if names else "have no names, and others' differ"
+            raise CutoutError(
+                f"its bands {said}; the image has {len(cutout.pixels)} (columns bands, path_<band>)"
+            )
         cutout = replace(cutout, bands=tuple(names))
     if bands:
         cutout = cutout.with_bands(bands)

@@ -6,7 +6,9 @@ have no label.
 """
 
 import hashlib
+import logging
 import posixpath
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 from lens_pipeline.catalogue.columns import (
     as_text,
     image_columns,
+    is_ours,
     numbers,
     parquet_schema,
     refuse,
@@ -28,12 +31,15 @@ from lens_pipeline.catalogue.columns import (
 from lens_pipeline.catalogue.folders import CLASS_FOLDERS, layout, read_folder
 from lens_pipeline.catalogue.splits import SPLITS, assign_splits
 from lens_pipeline.catalogue.table_files import named, read_table, reading
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, first_of
 from lens_pipeline.locations import names_table, protocol_of, without_query
 from lens_pipeline.storage import asking, locate, states_of
 
 COARSEST = 10.0  # arcsec/pixel: in coarser ones nobody looks for lenses, and milliarcsec look so
 FINEST = 1e-3  # arcsec/pixel: no camera of the sky has finer pixels, and in degrees most have
+log = logging.getLogger(__name__)
+
+DOTS = re.compile(r"(^|/)\.\.?/")
 FRAME = "the DataFrame"  # what messages call one
 
 
@@ -74,11 +80,13 @@ class Catalogue:
 
     def bands_of(self, rows: NDArray[np.integer]) -> list[list[str] | None]:
         """Those of each of some rows (from 0), which need not be the same, nor in one order; where
-        a row says nothing, those that all others say."""
+        a row says nothing, those that all others say, and none ([]) where these differ."""
         common = self.bands
         if self.image_columns != ["path"] or "bands" not in self.table:
             return [common] * len(rows)
         stated = self.table["bands"].iloc[rows]
+        if common is None and self.table["bands"].notna().any():
+            common = []
         return [common if pd.isna(names) else _split_names(names) for names in stated]
 
     def of_surveys(self, names: Sequence[str], split_seed: int) -> "Catalogue":
@@ -101,7 +109,12 @@ class Catalogue:
                 )
         split = assign_splits(self.table, split_seed)
         whole = self.table.assign(split=split.where(self.table["label"].notna(), None))
-        return Catalogue(whole[survey.isin(names)], f"{self.source} ({', '.join(names)})")
+        chosen = whole[survey.isin(names)]
+        # What other surveys' rows hold decides on the kinds of whole columns.
+        kinds = chosen.select_dtypes(["number", "bool", "object"])
+        kinds = kinds.drop(columns=[column for column in kinds if is_ours(column)])
+        kinds = kinds.convert_dtypes(convert_string=False)
+        return Catalogue(chosen.assign(**kinds), f"{self.source} ({', '.join(names)})")
 
 
 def _split_names(text: Any) -> list[str]:
@@ -232,14 +245,43 @@ def _validated(table: pd.DataFrame, source: str, folder: str) -> pd.DataFrame:
         if table[name].map(lambda value: isinstance(value, str)).any():
             table[name] = as_text(table[name])  # beside numbers: a file's columns are of one kind
     # A cutout of no group is a group of its own.
-    group = stripped(table["group"]) if "group" in table else table["id"]
-    table["group"] = group.fillna(table["id"])
+    first = _first_of_their_images(table, source)
+    if "group" in table:
+        group = stripped(table["group"])
+        first = first.where(~first.isin(group), "id " + first)  # a group that is called like it
+        table["group"] = group.fillna(first)
+    else:
+        table["group"] = first
     given = table[table["split"].notna() & table["label"].notna()]
     split_of_group = given.groupby("group")["split"].transform("first")
     torn = (given["split"] != split_of_group).reindex(table.index, fill_value=False)
     refuse(source, table, torn, "split", "differs from that of another row of its group")
     parquet_schema(table, source)  # before the images are read for it
     return table
+
+
+def _first_of_their_images(table: pd.DataFrame, source: str) -> pd.Series:
+    """Of each row its id, or that of the first row of the same images, in whose split it must be;
+    its own where its split is given. Warns where the labels or splits of such rows differ."""
+    images = image_columns(table)
+    again = table.duplicated(images, keep=False)
+    if not again.any():
+        return table["id"]
+    of_images = table[again].groupby(images, sort=False)
+    number = pd.Series(table.index + 1, table.index)
+    for column in ("label", "split"):
+        values = of_images[column].transform("nunique") > 1
+        if values.any():
+            one = table.loc[again, images].eq(table.loc[values.idxmax(), images]).all(axis=1)
+            log.warning(
+                "%s: rows %s are of one image, and differ in column %s (and %d more do); a network "
+                "learns nothing from them, or its test is of what it has seen",
+                source, first_of(number[again][one].tolist()), column, values.sum() - one.sum(),
+            )  # fmt: skip
+    first = table["id"].copy()
+    free = again & table["split"].isna()
+    first[free] = of_images["id"].transform("first")[free]
+    return first
 
 
 def _check_unique(table: pd.DataFrame, source: str) -> None:
@@ -251,4 +293,10 @@ def _check_unique(table: pd.DataFrame, source: str) -> None:
 
 
 def _join(folder: str, path: str) -> str:
-    return path if protocol_of(path) else posixpath.join(folder, path)
+    if protocol_of(path):
+        return path
+    joined = posixpath.join(folder, path)
+    if DOTS.search(path) and protocol_of(joined):  # which are names like any other to a store
+        protocol, _, inside = joined.partition("://")
+        return f"{protocol}://{posixpath.normpath(inside)}"
+    return joined

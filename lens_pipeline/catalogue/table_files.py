@@ -6,11 +6,13 @@ import posixpath
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from lens_pipeline.catalogue.columns import (
     column_name,
@@ -27,8 +29,17 @@ from lens_pipeline.storage import asking, locate
 if TYPE_CHECKING:
     from astropy.table import Table
 
-DEGREES = re.compile(r"deg(ree)?s?", re.IGNORECASE)  # as units are written; astropy knows `deg`
-LOOKED_AT = 10_000  # rows, for numbers that are not meant as such
+# What positions and scales are in, as astropy writes it: units, and what they are in words.
+UNITS = {
+    "ra": (["deg"], "degrees are"),
+    "dec": (["deg"], "degrees are"),
+    "pixel_scale": (["arcsec", "arcsec / pix"], "arcsec is"),
+}
+DEGREES = re.compile(r"deg(ree)?s?", re.IGNORECASE)
+INTEGERS = {kind: pd.Int64Dtype() for kind in (pa.int8(), pa.int16(), pa.int32(), pa.int64())}
+INTEGERS |= {kind: pd.UInt64Dtype() for kind in (pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())}
+LEADING_ZERO = re.compile(rb"(^|[\s,\"])0\d", re.MULTILINE)
+LOOKED_AT = 100_000  # rows at a time, for numbers that are not meant as such
 
 
 @contextmanager
@@ -60,54 +71,77 @@ def read_table(source: str, options: dict[str, Any]) -> pd.DataFrame:
     if suffix == ".csv":
         return read_csv(content, source)
     if suffix == ".parquet":
-        return named(_with_masks(pd.read_parquet(content)), source)
-    from astropy.table import Table
-
+        return named(_with_masks(_parquet(content)), source)
     if suffix.startswith(".fit"):
-        _check_only_table(content, source)
-        table = Table.read(content, format="fits")
+        table = _fits_table(content, source)
     else:
+        from astropy.table import Table
+
         # A column's ID is for references within the file.
         table = Table.read(content, format="votable", use_names_over_ids=True)
     wide = [name for name in table.colnames if table[name].ndim > 1]
     if wide:
         raise InputError(f"{source}: column {wide[0]} holds arrays; drop it or split it")
-    _to_degrees(table, source)
+    _convert_units(table, source)
     return with_text(with_column_names(table.to_pandas(), source))
 
 
-def _check_only_table(content: io.BytesIO, source: str) -> None:
-    """Raises InputError for a FITS file of several tables: astropy would take the first."""
-    from astropy.io import fits
+def _parquet(content: io.BytesIO) -> pd.DataFrame:
+    """Whole numbers as such beside missing ones, too: ids are longer than floats hold."""
+    written = pq.read_table(content)
+    table = written.to_pandas()
+    for name in table.select_dtypes("float"):
+        if pa.types.is_integer(written.schema.field(name).type):
+            table[name] = written[name].to_pandas(types_mapper=INTEGERS.get).array
+    return table
 
-    with fits.open(io.BytesIO(content.getvalue())) as hdus:
+
+def _fits_table(content: io.BytesIO, source: str) -> "Table":
+    """Raises InputError for a file of several tables: astropy would take the first."""
+    from astropy.io import fits
+    from astropy.table import MaskedColumn, Table
+
+    # Of true, false and unknown astropy would take the third for false.
+    with fits.open(content, logical_as_bytes=True) as hdus:
         kinds = (fits.BinTableHDU, fits.TableHDU)
-        names = [
-            hdu.name or f"extension {number}"
+        found = {
+            hdu.name or f"extension {number}": hdu
             for number, hdu in enumerate(hdus)
             if isinstance(hdu, kinds) and not isinstance(hdu, fits.CompImageHDU)
-        ]
-    if len(names) > 1:
-        raise InputError(
-            f"{source}: holds {len(names)} tables, {first_of(names)}; write the one that is meant "
-            "into a file of its own"
-        )
+        }
+        if len(found) > 1:
+            raise InputError(
+                f"{source}: holds {len(found)} tables, {first_of([*found])}; write the one that is "
+                "meant into a file of its own"
+            )
+        table = Table.read(hdus, format="fits")
+        for column in next(iter(found.values())).columns:
+            if column.format.lstrip("1") == "L":
+                said = np.asarray(table[column.name])
+                unknown = ~np.isin(said, [b"T", b"F"])
+                table[column.name] = MaskedColumn(said == b"T", mask=unknown)
+    return table
 
 
-def _to_degrees(table: "Table", source: str) -> None:
-    """Positions that are stated in another unit. Raises InputError for one that is no angle."""
+def _convert_units(table: "Table", source: str) -> None:
+    """Of positions and scales that are stated in another unit. Raises InputError for one that is no
+    angle."""
     for name in table.colnames:
-        if column_name(name) in ("ra", "dec") and table[name].unit is not None:
-            if DEGREES.fullmatch(str(table[name].unit)):
-                continue
-            try:
+        units, in_words = UNITS.get(column_name(name), ([], ""))
+        stated = table[name].unit
+        if stated is None or ("deg" in units and DEGREES.fullmatch(str(stated))):
+            continue
+        for unit in units:
+            with suppress(ValueError, TypeError):  # of what is no unit, no angle, no number
                 # Whole numbers would be converted in place, and cut.
                 table[name] = table[name].astype(np.float64)
-                table[name].convert_unit_to("deg")
-            except (ValueError, TypeError):  # of what is no unit, and of no number
+                table[name].convert_unit_to(unit)
+                break
+        else:
+            if units:
                 raise InputError(
-                    f"{source}: column {name}: its unit is {table[name].unit}; degrees are needed"
-                ) from None
+                    f"{source}: column {name}: its unit is {stated}; {in_words} needed"
+                )
 
 
 def _with_masks(table: pd.DataFrame) -> pd.DataFrame:
@@ -152,13 +186,13 @@ def _csv_as_written(content: io.BytesIO, source: str) -> pd.DataFrame:
         **{"keep_default_na": False, "na_values": missing, "index_col": False},
         **{"low_memory": False, "skipinitialspace": True},
     }
-    first = _parsed(content, dtype=str, nrows=LOOKED_AT, **how)
-    content.seek(0)
-    text = {
-        name: str
-        for name in header
-        if is_text(name) or first[name].str.fullmatch(r"0\d+").any()  # which would lose its zeros
-    }
+    text = {name: str for name in header if is_text(name)}
+    others = [name for name in header if name not in text]
+    if others and LEADING_ZERO.search(content.getvalue()):  # which numbers would lose
+        for part in _parsed(content, dtype=str, usecols=others, chunksize=LOOKED_AT, **how):
+            zeros = [name for name in others if part[name].str.fullmatch(r"0\d+").any()]
+            text |= dict.fromkeys(zeros, str)
+        content.seek(0)
     table = _parsed(content, dtype=text, **how)
     content.seek(0)
     # A column with an empty field is read as floats, which hold 15 digits: other surveys' ids have
@@ -172,7 +206,8 @@ def _csv_as_written(content: io.BytesIO, source: str) -> pd.DataFrame:
     return table
 
 
-def _parsed(content: io.BytesIO, **how: Any) -> pd.DataFrame:
+def _parsed(content: io.BytesIO, **how: Any) -> Any:
+    """A DataFrame, or those of a `chunksize` of rows each."""
     with warnings.catch_warnings():  # of fields beyond the header, which are empty
         warnings.simplefilter("ignore", pd.errors.ParserWarning)
         return pd.read_csv(content, **how)
@@ -193,20 +228,19 @@ def _check_header(header: pd.Index, source: str) -> None:
 
 def _check_fields(content: io.BytesIO, source: str) -> None:
     """Leaves the content at its beginning. Raises InputError where two columns have one name of
-    ours, of which pandas would rename one, and where rows have more fields than the header, other
-    than empty ones, which it would leave out."""
+    ours, of which pandas would rename one, and where a row has more fields than the header, other
+    than empty ones, which it would leave out, or fewer, which it would fill up."""
     content.seek(0)
     text = io.TextIOWrapper(content, "utf-8-sig", newline="")
     rows = (row for row in csv.reader(text, skipinitialspace=True) if any(row))
     header = next(rows)
     with_column_names(pd.DataFrame(columns=[name for name in header if is_ours(name)]), source)
+    n_named = len(header) - next((n for n, name in enumerate(reversed(header)) if name.strip()), 0)
     for number, fields in enumerate(rows, 1):
-        if len(fields) <= len(header):  # pandas refuses those that are longer than the first
-            break
-        if any(field.strip() for field in fields[len(header) :]):
+        if len(fields) < n_named or any(field.strip() for field in fields[len(header) :]):
             raise InputError(
                 f"{source}: row {number} has {len(fields)} fields, the header {len(header)}; name "
-                "all columns, and quote fields that hold commas"
+                "all columns, quote fields that hold commas, and leave none out"
             )
     text.detach()
     content.seek(0)

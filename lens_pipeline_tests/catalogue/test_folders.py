@@ -40,7 +40,7 @@ def test_listings_and_folders_of_classes_are_not_counted_twice(tmp_path: Path) -
     (tmp_path / "lens").mkdir()
     (tmp_path / "lens" / "a.png").touch()
     (tmp_path / "loose.png").touch()
-    with pytest.raises(InputError, match="holds images, and folders lens or nonlens with others"):
+    with pytest.raises(InputError, match="holds lens/a.png, and beside such folders loose.png"):
         read_catalogue(tmp_path)
     (tmp_path / "train.csv").write_text("id,filepath,label\none,lens/a.png,1\n")
     table = read_catalogue(tmp_path).table
@@ -132,3 +132,29 @@ def test_other_files_in_a_folder_change_nothing(tmp_path: Path) -> None:
     assert source_fingerprint(str(tmp_path)) == before
     (tmp_path / "train" / "lens" / "b.png").touch()
     assert source_fingerprint(str(tmp_path)) != before
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["lens/a.png", "nonlens/b.png", "lens/tile/c.png"], "lens/tile holds images; move them"),
+        (["train/lens/a.png", "train/lens/tile/c.png"], "train/lens/tile holds images; move them"),
+        (["train/lens/a.png", "lens/b.png"], "holds train/lens/a.png, and beside .* lens/b.png"),
+        (["train/lens/a.png", "b.png"], "holds train/lens/a.png, and beside .* b.png"),
+        (["train/lens/a.png", "validation/lens/b.png"], "beside .* validation/lens/b.png"),
+    ],
+)
+def test_no_image_is_passed_over(tmp_path: Path, files: list[str], said: str) -> None:
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    with pytest.raises(InputError, match=said):
+        read_catalogue(tmp_path)
+
+
+def test_numbers_of_objects_are_whole_where_a_listing_has_none(tmp_path: Path) -> None:
+    big = 2**60
+    (tmp_path / "train.csv").write_text(f"filepath,label,object\na.png,1,{big + 1}\n")
+    (tmp_path / "test.csv").write_text("filepath,label\nb.png,0\n")
+    table = read_catalogue(tmp_path).table
+    assert table.set_index("id")["object"]["a.png"] == big + 1

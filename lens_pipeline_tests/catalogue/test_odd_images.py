@@ -16,6 +16,7 @@ from lens_pipeline.catalogue.background import background_sigma
 from lens_pipeline.catalogue.cutout import CutoutError
 from lens_pipeline.catalogue.images import read_cutout, read_image
 from lens_pipeline_tests.catalogue.by_hand import (
+    NOISE,
     RNG,
     SIZE,
     build,
@@ -225,3 +226,48 @@ def test_without_a_zero_point_the_magnitude_is_nan(tmp_path: Path) -> None:
     write_cube(tmp_path / "a.npy", sky())
     magnitude = read_cutout([str(tmp_path / "a.npy")], SIZE).background_magnitude
     assert np.isnan(magnitude).all()
+
+
+@pytest.mark.parametrize("bands", ["g,r", ""])
+def test_no_band_is_taken_for_another_where_a_row_does_not_name_them_all(
+    tmp_path: Path, bands: str
+) -> None:
+    """Bright in g; of another row's names nothing says that they are this one's."""
+    table = pd.DataFrame({"path": [f"{row}.npy" for row in range(60)], "bands": "g,r,i"})
+    table.loc[:9, "bands"] = "r,g,i"
+    table.loc[50:, "bands"] = bands
+    for row, names in enumerate(table["bands"]):
+        image = RNG.normal(size=(3, 20, 20))
+        image[1 if names == "r,g,i" else 0, 8:12, 8:12] += 50
+        np.save(tmp_path / f"{row}.npy", image)
+    dataset = build(tmp_path, table, image_size=20, bands=("i", "r", "g"), max_reject_fraction=0.5)
+    for _, pixels in rows(dataset):
+        assert pixels.max(axis=(1, 2)).argmax() == 2
+    rejects = dataset.rejects()
+    assert rejects["row"].tolist() == list(range(50, 60))
+    said = "are named g, r; the image has 3" if bands else "have no names, and others' differ"
+    assert rejects["reason"].str.contains(said).all()
+
+
+def test_a_noise_map_in_an_npz_is_no_band(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", SCI=NOISE[0], ERR=np.ones_like(NOISE[0]))
+    with pytest.raises(CutoutError, match="the array ERR is no band, by its name; .* in FITS"):
+        read_image(str(tmp_path / "a.npz"))
+
+
+@pytest.mark.parametrize("cut", [1, 500, 2879])
+def test_a_file_that_is_cut_in_the_header_of_its_mask_is_refused(tmp_path: Path, cut: int) -> None:
+    """Of which astropy says nothing: pixels that are bad would be good."""
+    path = tmp_path / "a.fits"
+    sci, mask = fits.ImageHDU(NOISE[0], name="SCI"), np.zeros(NOISE[0].shape, np.int16)
+    mask[:2] = 1
+    fits.HDUList([fits.PrimaryHDU(), sci]).writeto(path)
+    before = path.stat().st_size
+    fits.append(path, mask, fits.Header([("EXTNAME", "DQ")]))
+    content = path.read_bytes()
+    assert np.isnan(read_image(str(path)).pixels).sum() == 2 * NOISE[0].shape[1]
+    path.write_bytes(content + bytes(2880))  # padded, as some archives do
+    assert np.isnan(read_image(str(path)).pixels).sum() == 2 * NOISE[0].shape[1]
+    path.write_bytes(content[: before + cut])
+    with pytest.raises(CutoutError, match="truncated"):
+        read_image(str(path))

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pandas as pd
 import pytest
@@ -188,3 +189,60 @@ def test_blanks_round_the_name_of_a_survey_are_none_of_it(tmp_path: Path) -> Non
     (tmp_path / "rows.csv").write_text(rows)
     table = read_catalogue(tmp_path / "rows.csv").table
     assert table["survey"].fillna("none").tolist() == ["des", "des", "none", "none"]
+
+
+def test_rows_of_one_image_are_in_one_split(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = pd.DataFrame({"id": [f"c{n}" for n in range(40)], "label": [1, 0] * 20})
+    table["path"] = [f"{n // 2}.npy" if n < 20 else f"{n}.npy" for n in range(40)]
+    catalogue = read_catalogue(table, folder=tmp_path)
+    of_image = catalogue.table[:20].groupby("path")["group"]
+    assert (of_image.nunique() == 1).all()
+    assert catalogue.table["group"].nunique() == 30
+    said = "the DataFrame: rows 1, 2 are of one image, and differ in column label (and 18 more do)"
+    assert said in caplog.text
+    caplog.clear()
+    read_catalogue(table[20:], folder=tmp_path)
+    assert not caplog.text
+
+
+def test_a_group_that_is_called_like_another_row_is_not_its(tmp_path: Path) -> None:
+    rows = "id,path,label,group,split\n1,a.npy,1,2,train\n2,b.npy,0,,test\n"
+    (tmp_path / "table.csv").write_text(rows)
+    table = read_catalogue(tmp_path / "table.csv").table
+    assert table["group"].nunique() == 2
+    assert table["split"].tolist() == ["train", "test"]
+
+
+def test_groups_are_called_as_before_whatever_is_added(tmp_path: Path) -> None:
+    """So that they keep their splits."""
+    table = pd.DataFrame({"id": ["a", "b", "c"], "path": ["a.npy", "b.npy", "c.npy"]})
+    before = read_catalogue(table.assign(group=[1.0, 2.0, 3.0])).table["group"].tolist()
+    after = read_catalogue(table.assign(group=[1.0, 2.0, 4.5])).table["group"].tolist()
+    assert before == ["1", "2", "3"]
+    assert after == ["1", "2", "4.5"]
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("./a/x.npy", "cat/a/x.npy"), ("../img/x.npy", "img/x.npy")]
+)
+def test_paths_beside_a_catalogue_in_a_store_are_relative_to_it(written: str, meant: str) -> None:
+    """Stores know no `.` and no `..`."""
+    with fsspec.open("memory://bucket/cat/table.csv", "w") as file:
+        file.write(f"id,path,label\na,{written},1\n")
+    table = read_catalogue("memory://bucket/cat/table.csv").table
+    assert table["path"].tolist() == [f"memory://bucket/{meant}"]
+
+
+def test_what_other_surveys_rows_hold_changes_nothing_of_a_surveys(tmp_path: Path) -> None:
+    """Whose dataset would be made anew, and its networks."""
+    des = pd.DataFrame({"id": ["a", "b"], "survey": "des", "run": [1, 2], "good": [True, False]})
+    of_des = []
+    for run, good in ((5, True), (None, None), (2.5, None)):
+        hsc = pd.DataFrame({"id": ["c"], "survey": "hsc", "run": [run], "good": [good]})
+        table = pd.concat([des, hsc], ignore_index=True)
+        table["path"] = table["id"] + ".npy"
+        catalogue = read_catalogue(table, folder=tmp_path).of_surveys(["des"], split_seed=0)
+        of_des.append(catalogue.table.to_parquet())
+    assert of_des[0] == of_des[1] == of_des[2]

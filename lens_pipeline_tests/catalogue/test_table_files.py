@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from astropy.io import fits
 from astropy.table import Column, MaskedColumn, Table
@@ -295,3 +297,98 @@ def test_a_table_in_memory_is_checked_as_a_file_is() -> None:
             read_catalogue(spoilt)
     with pytest.raises(InputError, match="folder images: is of a DataFrame; images are relative"):
         read_catalogue("table.csv", folder="images")
+
+
+def test_what_a_fits_table_leaves_unknown_is_no_false(tmp_path: Path) -> None:
+    """A logical value of a zero byte is one that is not known."""
+    columns = [
+        fits.Column("id", "2A", array=["a", "b", "c"]),
+        fits.Column("path", "5A", array=["a.npy", "b.npy", "c.npy"]),
+        fits.Column("label", "L", array=[True, False, False]),
+        fits.Column("simulated", "L", array=[True, False, True]),
+    ]
+    path = tmp_path / "table.fits"
+    fits.BinTableHDU.from_columns(columns).writeto(path)
+    content = bytearray(path.read_bytes())
+    row = content.index(b"cc.npy".replace(b"cc", b"c\0c")) + 7
+    assert content[row : row + 2] == b"FT"
+    content[row] = 0
+    path.write_bytes(content)
+    table = read_catalogue(path).table
+    assert table["label"].tolist() == [1, 0, pd.NA]
+    assert table["simulated"].tolist() == [True, False, True]
+
+
+def test_ids_beside_missing_ones_keep_their_digits_in_parquet_of_others(tmp_path: Path) -> None:
+    big = 2**60
+    columns = {
+        "id": [1, 2, 3],
+        "path": ["a.npy", "b.npy", "c.npy"],
+        "group": [big + 1, None, big + 3],
+        "object": [big + 1, None, big + 3],
+    }
+    path = tmp_path / "table.parquet"
+    pq.write_table(pa.table(columns), path)  # of no pandas
+    table = read_catalogue(path).table
+    assert table["group"].tolist() == [str(big + 1), "2", str(big + 3)]
+    assert table["object"].tolist() == [big + 1, pd.NA, big + 3]
+
+
+@pytest.mark.parametrize(
+    ("unit", "stated", "scale"),
+    [("arcmin", 0.2 / 60, 0.2), ("mas", 200.0, 0.2), ("arcsec / pix", 0.2, 0.2), ("", 0.2, 0.2)],
+)
+def test_pixel_scales_are_taken_in_their_unit(
+    tmp_path: Path, unit: str, stated: float, scale: float
+) -> None:
+    table = Table({"id": ["a"], "path": ["a.npy"], "pixel_scale": [stated]})
+    table["pixel_scale"].unit = unit
+    table.write(tmp_path / "table.fits")
+    found = read_catalogue(tmp_path / "table.fits").table["pixel_scale"]
+    assert found.tolist() == pytest.approx([scale])
+
+
+def test_a_pixel_scale_in_no_angle_is_refused(tmp_path: Path) -> None:
+    table = Table({"id": ["a"], "path": ["a.npy"], "pixel_scale": [0.2]})
+    table["pixel_scale"].unit = "mag"
+    table.write(tmp_path / "table.fits")
+    with pytest.raises(InputError, match="column pixel_scale: its unit is mag; arcsec is needed"):
+        read_catalogue(tmp_path / "table.fits")
+
+
+def test_text_of_any_length_in_a_fits_table_is_text(tmp_path: Path) -> None:
+    names = np.array(["J0012", "K1"], dtype=object)
+    columns = [
+        fits.Column("id", "PA()", array=names),
+        fits.Column("path", "5A", array=["a.npy", "b.npy"]),
+    ]
+    fits.BinTableHDU.from_columns(columns).writeto(tmp_path / "table.fits")
+    assert read_catalogue(tmp_path / "table.fits").table["id"].tolist() == ["J0012", "K1"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("a,a.npy,1,good\nb,b.npy\n", "row 2 has 2 fields, the header 4"),  # cut
+        ("a,a.npy,1,good,\nb,b.npy,0,blue, faint\n", "row 2 has 5 fields, the header 4"),
+        ("a,a.npy,1,good\nb,b.npy,0,blue, faint\n", "row 2 has 5 fields, the header 4"),
+    ],
+)
+def test_no_field_of_a_row_is_lost_or_made_up(tmp_path: Path, rows: str, said: str) -> None:
+    (tmp_path / "table.csv").write_text(f"id,path,label,note\n{rows}")
+    with pytest.raises(InputError, match=said):
+        read_catalogue(tmp_path / "table.csv")
+
+
+def test_zeros_at_the_front_are_kept_wherever_they_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lens_pipeline.catalogue.table_files.LOOKED_AT", 10)
+    table = pd.DataFrame({"id": range(50), "tile": range(1000, 1050), "n": range(50)})
+    table["path"] = table["id"].map("{}.npy".format)
+    table = table.astype({"tile": str})
+    table.loc[43, "tile"] = "0012"
+    table.to_csv(tmp_path / "table.csv", index=False)
+    found = read_catalogue(tmp_path / "table.csv").table
+    assert found["tile"].tolist() == table["tile"].tolist()
+    assert found["n"].tolist() == list(range(50))
