@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.models.names import Member, parse_members
+from lens_pipeline.models.names import Member, check_installed, parse_members
 from lens_pipeline.settings import Settings
 from lens_pipeline.settings_files import read_yaml
 from lens_pipeline.training.config import TrainConfig
@@ -54,8 +54,9 @@ def chosen(settings: Settings) -> Preset:
 
 
 def chosen_members(settings: Settings) -> tuple[Member, ...]:
-    """Raises InputError where LENS_ARCHS is not valid."""
+    """Raises InputError where LENS_ARCHS is not valid, or needs what is not installed."""
     members = parse_members(settings.archs or chosen(settings).members)
+    check_installed(member.architecture for member in members)
     taken = [member.name for member in members if member.name in TrainConfig.model_fields]
     if taken:
         raise InputError(

@@ -1,6 +1,7 @@
 """Which process runs a run, whether it lives, and what it has left behind."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import signal
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import psutil
 
+from lens_pipeline.errors import InputError
+
 # Dagster's pages hide tags that begin so: nothing in these is for people.
 HOST, PID, STARTED = (f".dagster/lens_pipeline_{what}" for what in ("host", "pid", "started"))
 # Whose tags these are: a run that is tried again inherits those of the first.
 RUN = ".dagster/lens_pipeline_run"
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 SIGNS = ".alive"  # in DAGSTER_HOME: a file by the id of each run, locked while its process lives
 
 
@@ -48,7 +52,15 @@ def sign_of_life(home: Path, run_id: str) -> int:
     folder.mkdir(exist_ok=True)
     aside = folder / f".{run_id}"
     descriptor = os.open(aside, os.O_RDWR | os.O_CREAT)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as problem:
+        if problem.errno not in NO_LOCKS:
+            raise
+        raise InputError(
+            f"{home}: its file system knows no locks (flock), by which runs are kept apart; mount "
+            "it with them, or set LENS_HOME to a folder of another"
+        ) from None
     aside.rename(folder / run_id)  # whoever sees it finds it locked
     return descriptor
 
@@ -80,13 +92,35 @@ def is_here(run_id: str, tags: Mapping[str, str]) -> bool:
 
 def is_dead(run_id: str, tags: Mapping[str, str], home: Path) -> bool:
     """Whether the process of a run is known to be gone: it was on this host, and is not now; or on
-    another, and has let go of its sign of life in `home`, DAGSTER_HOME."""
+    another, and has let go of its sign of life in `home`, DAGSTER_HOME.
+
+    Where it is not here, and something that has left nothing here holds its sign, it is on another
+    host of the same name: a container beside this one.
+    """
+    sign = home / SIGNS / run_id
     if not is_here(run_id, tags):
-        return has_begun(run_id, tags) and is_free(home / SIGNS / run_id)
+        return has_begun(run_id, tags) and is_free(sign)
+    if not _has_ended(tags):
+        return False
+    return not sign.exists() or is_free(sign) or bool(_rest(tags))
+
+
+def _has_ended(tags: Mapping[str, str]) -> bool:
+    """Whether no process here has the number of a run's and was started when it was."""
     try:
         return _started(int(tags[PID])) != tags[STARTED]
     except psutil.NoSuchProcess:
         return True
+
+
+def _rest(tags: Mapping[str, str]) -> list[int]:
+    """The other processes here of the session that a process led."""
+    leader, found = int(tags[PID]), []
+    for process in psutil.pids():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if process != leader and os.getsid(process) == leader:
+                found.append(process)
+    return found
 
 
 def end_rest(tags: Mapping[str, str]) -> list[int]:
@@ -99,14 +133,12 @@ def end_rest(tags: Mapping[str, str]) -> list[int]:
     """
     if tags[HOST] != socket.gethostname():
         return []
-    leader = int(tags[PID])
     with contextlib.suppress(psutil.NoSuchProcess):
-        if _started(leader) != tags[STARTED]:
+        if _started(int(tags[PID])) != tags[STARTED]:
             return []
     ended = []
-    for process in psutil.pids():
+    for process in _rest(tags):
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            if process != leader and os.getsid(process) == leader:
-                os.kill(process, signal.SIGKILL)
-                ended.append(process)
+            os.kill(process, signal.SIGKILL)
+            ended.append(process)
     return ended

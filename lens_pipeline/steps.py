@@ -259,6 +259,7 @@ def locked(path: Path) -> Iterator[None]:
         write_aside(holder, f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
+        holder.touch()  # it may have taken days
         lock.release()
 
 
@@ -364,7 +365,8 @@ def remove_unused(root: Path, before: float, kept: Collection[str] = ()) -> list
         except filelock.Timeout:
             continue
         try:
-            if holder.stat().st_mtime < before:
+            partial = [file.stat().st_mtime for file in _partial(folder).rglob("*")]
+            if max(holder.stat().st_mtime, *partial, 0) < before:  # it may have been killed
                 whole = [] if folder.name in kept else [folder]
                 removed += _remove([*whole, _partial(folder)], folder)
         except OSError as problem:

@@ -7,9 +7,10 @@ import logging
 import math
 import os
 import socket
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -41,6 +42,12 @@ ID = "id"  # in LENS_HOME
 DATASET_VERSION = "lens.dataset_version"
 DAGSTER_RUN = "lens.dagster_run_id"
 PARENT = "mlflow.parentRunId"
+FOLDERS = (  # tables of MLflow, and their columns that name folders
+    *(("experiments", "artifact_location"), ("runs", "artifact_uri")),
+    *(("logged_models", "artifact_location"), ("model_versions", "storage_location")),
+    ("model_versions", "source"),
+)
+PATIENCE = 60.0  # seconds for others to end what they write into the database
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 CONNECT_WITHIN = 10  # seconds
 LOCK = 1_819_634_291  # an advisory lock of PostgreSQL: any number that others do not take
@@ -169,6 +176,25 @@ def _uninterrupted(call: Callable[..., Any], *arguments: Any, **named: Any) -> A
         return thread.submit(call, *arguments, **named).result()
 
 
+def _follow_home(database: Path, artifacts: str) -> None:
+    """Have the records of a home that was moved, or copied, name its own folder: MLflow keeps
+    absolute ones, and would write what is registered into that of the old home, and remove it
+    there."""
+    with closing(sqlite3.connect(database, timeout=PATIENCE)) as records, records:
+        find = "SELECT artifact_location FROM experiments WHERE name = ?"
+        found = records.execute(find, [EXPERIMENT]).fetchone()
+        if found is None or found[0] == artifacts or Path(found[0]).name != Path(artifacts).name:
+            return
+        former, n = found[0], len(found[0])
+        for table, column in FOLDERS:
+            records.execute(
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                [artifacts, n + 1, former, n + 1, f"{former}/"],
+            )
+    log.warning("MLflow's records name %s now, in the place of %s", artifacts, former)
+
+
 @dataclass(frozen=True)
 class Tracking:
     """The tracking server that the settings name."""
@@ -198,6 +224,8 @@ class Tracking:
             with _database_alone(uri):
                 client = mlflow.MlflowClient(uri, uri)
                 client.search_experiments(max_results=1)
+                if self.settings.tracking_uri is None:
+                    _follow_home(self.settings.mlflow_database, self.settings.artifact_location)
         except ModuleNotFoundError as problem:
             raise InputError(
                 f"MLFLOW_TRACKING_URI: {masked(uri)} needs the package {problem.name}; for "

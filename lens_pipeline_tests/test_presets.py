@@ -1,5 +1,6 @@
 """What members are trained with: the preset, and on top of it the file of LENS_TRAINING."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,17 @@ def test_a_file_sets_what_all_members_share_and_what_is_one_members_own(tmp_path
             "test",
         )
         assert configs[member.name] == expected
+
+
+@pytest.mark.parametrize("architecture", ["timm:convnext_atto", "efficientnet_lite0"])
+def test_an_extra_that_is_missing_is_told_before_anything_is_made(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    extra = architecture.partition(":")[0].partition("_")[0]
+    said = rf"{architecture} needs the package timm; install lens-pipeline\[{extra}\]"
+    with pytest.raises(InputError, match=said):
+        chosen_members(Settings.load(archs=f"lastro,{architecture}"))
 
 
 @pytest.mark.parametrize(

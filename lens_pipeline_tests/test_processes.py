@@ -1,5 +1,6 @@
 """Which processes live, by their tags, and what a dead one has left."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,8 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lens_pipeline.errors import InputError
 from lens_pipeline.processes import (
     HOST,
+    PID,
     RUN,
     STARTED,
     end_rest,
@@ -135,3 +138,44 @@ def test_what_a_dead_process_has_left_is_ended_and_nothing_else(family: Family) 
     assert other.poll() is None
     other.kill()
     other.wait()
+
+
+def test_a_process_in_another_container_of_the_same_name_lives(tmp_path: Path) -> None:
+    """Its number is another's here, or nobody's, and it holds its sign."""
+    sign = sign_of_life(tmp_path, "r")
+    nobody = process_tags("r") | {PID: str(2**22 + 1)}  # beyond the highest number of Linux
+    assert not is_dead("r", nobody, tmp_path)
+    os.close(sign)
+    assert is_dead("r", nobody, tmp_path)
+
+
+def test_a_dead_process_whose_child_holds_its_sign_is_dead(tmp_path: Path) -> None:
+    sign = sign_of_life(tmp_path, "r")
+    leader = subprocess.Popen(
+        [sys.executable, "-c", PARENT.replace('600)"])', '600)"], close_fds=False)')],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        pass_fds=[sign],
+    )
+    os.close(sign)
+    assert leader.stdout is not None
+    child = int(leader.stdout.readline())
+    tags = process_tags("r", leader.pid)
+    leader.kill()
+    leader.wait()
+    assert signs_without_life(tmp_path) == []  # it is held
+    assert is_dead("r", tags, tmp_path)
+    assert end_rest(tags) == [child]
+    leader.stdout.close()
+
+
+def test_a_file_system_without_locks_is_told_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with pytest.raises(InputError, match=f"{tmp_path}: its file system knows no locks"):
+        sign_of_life(tmp_path, "r")

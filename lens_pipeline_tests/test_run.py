@@ -9,6 +9,7 @@ import dagster as dg
 import numpy as np
 import pandas as pd
 import pytest
+from dagster._core.storage.tags import AUTOMATION_CONDITION_TAG
 from sklearn.metrics import roc_auc_score
 
 from lens_pipeline.catalogue import read_catalogue
@@ -290,6 +291,27 @@ def test_no_ensemble_is_made_of_members_of_older_shards(
         job = definitions.resolve_job_def("evaluation_and_registration")
         with pytest.raises(InputError, match="checkpoints/.* was trained on the dataset"):
             job.execute_in_process(instance=instance)
+
+
+def test_a_cancelled_training_is_followed_by_no_ensemble_of_new_and_old_members(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dagster, which knows of those that failed, takes no notice of it."""
+    monkeypatch.setenv("LENS_PRESET", "tiny")
+    settings = Settings.load(home=own_home)
+    settings.export()
+    definitions = make_definitions(settings, retries=False)
+    by_itself = {AUTOMATION_CONDITION_TAG: "true"}
+    with open_instance(settings) as instance:
+        cancelled = instance.create_run_for_job(definitions.resolve_job_def("training"))
+        instance.report_run_canceled(cancelled)
+        job = definitions.resolve_job_def("evaluation_and_registration")
+        with pytest.raises(InputError, match="checkpoints/.*: its training was cancelled"):
+            job.execute_in_process(instance=instance, tags=by_itself)
+        for name in ("lastro", "light_transformer"):  # trained by somebody since
+            key = dg.AssetKey(["checkpoints", name])
+            instance.report_runless_asset_event(dg.AssetMaterialization(key))
+        assert job.execute_in_process(instance=instance, tags=by_itself).success
 
 
 @pytest.mark.slow

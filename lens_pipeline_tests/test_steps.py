@@ -225,6 +225,27 @@ def test_what_a_step_that_was_stopped_has_left_is_removed(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == [".locks"]
 
 
+def test_what_a_step_has_left_is_as_old_as_its_last_file(tmp_path: Path) -> None:
+    """A training of several days may have been stopped a minute ago, and goes on from there."""
+
+    def stopped(out: Path) -> None:
+        (out / "last.ckpt").write_text("of now")
+        raise KeyboardInterrupt
+
+    for killed in (False, True):  # whoever is killed says no more when it ends
+        with pytest.raises(KeyboardInterrupt):
+            run_step(RECIPE, tmp_path, stopped, goes_on=True)
+        (holder,) = tmp_path.rglob("*.holder")
+        assert time.time() - holder.stat().st_mtime < 60
+        two_days_ago = time.time() - 2 * 86400
+        if killed:
+            os.utime(holder, (two_days_ago, two_days_ago))
+        assert remove_unused(tmp_path, time.time() - 86400) == []
+    for left in tmp_path.rglob("last.ckpt"):
+        os.utime(left, (two_days_ago, two_days_ago))
+    assert len(remove_unused(tmp_path, time.time() - 86400)) == 1
+
+
 def test_what_cannot_be_removed_is_told_and_the_others_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

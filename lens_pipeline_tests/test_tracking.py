@@ -1,5 +1,6 @@
 """MLflow runs of trainings: whose they are, and what is written into them."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from lens_pipeline import tracking as tables
 from lens_pipeline.cli import main
 from lens_pipeline.settings import Settings
 from lens_pipeline.tracking import EXPERIMENT, HOME_ID, Tracking
+from lens_pipeline_tests.conftest import client_of
 from lens_pipeline_tests.object_stores import free_ports
 from lens_pipeline_tests.postgres import PASSWORD
 
@@ -172,3 +174,33 @@ def test_parameters_that_a_run_has_are_kept_and_others_added(tmp_path: Path) -> 
     tracking.finish_run(run, {"training": {"epochs": 4, "batch_size": 8}})
     params = tracking.client.get_run(run).data.params
     assert params == {"training.epochs": "3", "training.batch_size": "8"}
+
+
+def test_a_home_that_was_moved_or_copied_keeps_its_models_in_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's own records name the folder where it was."""
+
+    def recorded(home: Path, name: str) -> Path:
+        """A run with a file, and its folder."""
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # which MLflow sets
+        found = Tracking(Settings.load(home=home))
+        run = found.start_run(name, name, {})
+        found.client.log_text(run, "text", f"{name}.txt")
+        (file,) = (home / "mlartifacts").rglob(f"{name}.txt")
+        return file
+
+    first, moved, copied = (tmp_path / name for name in ("first", "moved", "copied"))
+    first.mkdir()
+    inside = recorded(first, "before").relative_to(first)
+    first.rename(moved)
+    recorded(moved, "moved")
+    assert not first.exists()
+    shutil.copytree(moved, copied)
+    recorded(copied, "copied")
+    assert not [*moved.rglob("copied.txt")]
+    client = client_of(copied)
+    for run in client.search_runs(["1"]):
+        assert run.info.artifact_uri.startswith((copied / "mlartifacts").as_uri())
+        assert len(client.list_artifacts(run.info.run_id)) == 1
+    assert (moved / inside).exists()

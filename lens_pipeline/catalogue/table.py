@@ -272,7 +272,8 @@ def _first_of_their_images(table: pd.DataFrame, source: str) -> pd.Series:
     for column in ("label", "split"):
         values = of_images[column].transform("nunique") > 1
         if values.any():
-            one = table.loc[again, images].eq(table.loc[values.idxmax(), images]).all(axis=1)
+            image = of_images.ngroup()
+            one = image == image[values].iloc[0]
             log.warning(
                 "%s: rows %s are of one image, and differ in column %s (and %d more do); a network "
                 "learns nothing from them, or its test is of what it has seen",

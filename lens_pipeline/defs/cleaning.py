@@ -125,7 +125,9 @@ def remove_unused_folders(context: dg.OpExecutionContext, lens: LensHome) -> int
     instance, days = context.instance, lens.settings.keep_days
     others = [
         run.run_id[:8]
-        for run in instance.get_runs(dg.RunsFilter(statuses=UNDER_WAY))
+        for run in instance.get_runs(
+            dg.RunsFilter(statuses=[*UNDER_WAY, dg.DagsterRunStatus.QUEUED])
+        )
         if run.job_name != context.job_name
     ]
     kept = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from dagster._core.storage.tags import AUTOMATION_CONDITION_TAG
 
 from lens_pipeline.catalogue.column_help import COLUMNS as CATALOGUE_COLUMNS
 from lens_pipeline.commit import code_commit
@@ -29,6 +30,7 @@ from lens_pipeline.defs.stages import (
     result,
     run_stage,
     stage,
+    was_cancelled,
 )
 from lens_pipeline.defs.surveys import of_every_survey
 from lens_pipeline.ensemble.description import groups_behind, read_description
@@ -91,6 +93,13 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
             "calibration": settings.calibration,
             "prevalence": settings.prevalence,
         }
+        if AUTOMATION_CONDITION_TAG in context.run.tags:  # which Dagster sets after failures alone
+            for name, key in keys.items():
+                if was_cancelled(context.instance, key):
+                    raise InputError(
+                        f"checkpoints/{name}: its training was cancelled, and no ensemble of new "
+                        "and old members is made by itself; train it, or materialise lens_ensemble"
+                    )
         upstream = {name: made(context, key) for name, key in keys.items()}
         shards = made(context, CLOUD)
         for name, part in upstream.items():

@@ -14,8 +14,9 @@ from dagster._core.scheduler.instigation import InstigatorState, TickStatus
 from dagster._utils.error import SerializableErrorInfo
 
 from lens_pipeline.alerts import alert, beat
-from lens_pipeline.defs.automation import data
+from lens_pipeline.defs.automation import data, training
 from lens_pipeline.defs.checks import said_of_checks
+from lens_pipeline.defs.cleaning import UNDER_WAY
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.source import source_glance, source_state
 from lens_pipeline.defs.stages import REGISTERED, newest_first
@@ -30,6 +31,9 @@ WILL_RETRY = "dagster/will_retry"
 RunEnd: TypeAlias = Literal[dg.DagsterEventType.RUN_FAILURE, dg.DagsterEventType.RUN_SUCCESS]
 Tell: TypeAlias = Callable[[dg.DagsterRun, dg.EventLogEntry, dg.DagsterInstance, Settings], None]
 LOOK = 3600  # seconds between looks at all cutouts of a catalogue that has not changed
+TRAINED_ON_SHARDS = dg.RunsFilter(
+    job_name=training.name, statuses=[*UNDER_WAY, dg.DagsterRunStatus.QUEUED]
+)
 AT_ONCE = 20  # runs that a tick tells of
 BY_CLICK = "__ASSET_JOB"  # Dagster's name for the job of what is materialised asset by asset
 
@@ -38,7 +42,8 @@ BY_CLICK = "__ASSET_JOB"  # Dagster's name for the job of what is materialised a
     job=data,
     minimum_interval_seconds=60,
     description="Launches `data` when the catalogue, its cutouts or the published shards at "
-    "LENS_SOURCE are new or have changed, and have then rested for a minute. It looks at the "
+    "LENS_SOURCE are new or have changed, and have then rested for a minute, and no run of "
+    "`training` is under way. It looks at the "
     "catalogue and the published shards each minute; at the cutouts, for one that has changed in "
     "its place, each hour.",
 )
@@ -70,6 +75,11 @@ def source_changed(
         return dg.SensorResult(
             skip_reason=f"{settings.source} has changed; if it rests, `data` is launched next time",
             cursor=json.dumps({**cursor, "seen": state}),
+        )
+    if context.instance.get_runs(TRAINED_ON_SHARDS, limit=1):
+        return dg.SkipReason(
+            f"{settings.source} has changed; `data` is launched once no run of `training` is under "
+            "way: what it trains would be of shards that are not the newest any more"
         )
     changes = cursor.get("changes", 0) + 1
     return dg.SensorResult(

@@ -194,6 +194,20 @@ def made(context: dg.AssetExecutionContext, key: dg.AssetKey, survey: str | None
     raise InputError(f"{key.to_user_string()}{of} was not {todo} it, and launch another")
 
 
+def was_cancelled(instance: dg.DagsterInstance, key: dg.AssetKey) -> bool:
+    """Whether the last run that was to make an asset was cancelled before it had."""
+    planned = instance.event_log_storage.get_latest_planned_materialization_info(key)
+    if planned is None:
+        return False
+    run = instance.get_run_by_id(planned.run_id)
+    records = instance.fetch_materializations(key, limit=1).records
+    return (
+        run is not None
+        and run.status is dg.DagsterRunStatus.CANCELED
+        and all(record.storage_id < planned.storage_id for record in records)
+    )
+
+
 def tries_of(instance: dg.DagsterInstance, run_id: str | None) -> Iterator[dg.RunRecord]:
     """A run, and those that it goes on from, as where one has died: the first comes last. One that
     is launched anew with all its steps goes on from none."""

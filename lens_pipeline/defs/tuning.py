@@ -14,6 +14,7 @@ from lens_pipeline.defs.source import source_is_published
 from lens_pipeline.defs.stages import in_a_process
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.names import parse_members
+from lens_pipeline.registered import with_local_weights
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import digest, write_aside
 from lens_pipeline.training.config import in_a_line
@@ -70,8 +71,9 @@ def tune_member(context: dg.OpExecutionContext, config: Tuning, lens: LensHome) 
     member = named[0]
     base = presets.member_config(settings, member).with_changes(config.changes, "changes")
     base = base.with_changes({"data": {"data_root": newest_shards_url(settings)}}, "tuning")
+    base = with_local_weights(lens.registry, base)
     space = SearchSpace.parse(config.space, base, "space")
-    what = digest([base.model_dump(), space.as_values(), config.pruner])
+    what = digest([base.deciding, base.data.data_root, space.as_values(), config.pruner])
     out = settings.home / "tuning" / f"{member.name}-{what[:8]}"
     out.mkdir(parents=True, exist_ok=True)
     given = {"config": out / ".config.yaml", "space": out / ".space.yaml"}

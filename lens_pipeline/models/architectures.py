@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import torchvision
@@ -15,7 +15,7 @@ from torchvision.models import MaxVit, SwinTransformer, VisionTransformer
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.deeplens import DeepLens
 from lens_pipeline.models.lastro import Lastro
-from lens_pipeline.models.names import Architecture, check_architecture, nearest
+from lens_pipeline.models.names import Architecture, check_architecture, check_installed, nearest
 from lens_pipeline.models.pretrained import load_weights, published_weights, read_weights
 from lens_pipeline.models.transformers import LightTransformer, TransEncS
 
@@ -39,6 +39,7 @@ def build_backbone(
     that is not known, for cutouts of fewer than 16 pixels, and for weights that cannot be had or
     are of another network.
     """
+    check_installed([architecture])
     found = check_architecture(architecture)
     if image_size < SMALLEST:
         raise InputError(f"cutouts of {image_size} px: a network needs {SMALLEST} px or more")
@@ -131,7 +132,7 @@ def _from_torchvision(architecture: Architecture, bands: int, image_size: int) -
 
 
 def _from_timm(architecture: Architecture, bands: int, image_size: int) -> _Built:
-    timm = _import_timm(architecture)
+    timm = import_module("timm")  # an extra
     name = architecture.name
     if not timm.is_model(name):
         raise InputError(
@@ -170,17 +171,6 @@ def _takes(network: nn.Module, bands: int, size: int) -> bool:
     finally:
         network.train()
     return True
-
-
-def _import_timm(architecture: Architecture) -> ModuleType:
-    try:
-        import timm
-    except ImportError:
-        raise InputError(
-            f"{architecture.name} needs the package timm; "
-            f"install lens-pipeline[{architecture.library}]"
-        ) from None
-    return timm
 
 
 def _whole_patches(image_size: int, patch: int) -> int:

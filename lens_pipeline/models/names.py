@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from lens_pipeline.errors import InputError, first_of
 
@@ -95,6 +96,17 @@ def network_libraries(architectures: Iterable[str]) -> list[str]:
     """The distributions beside torchvision that build networks of these architectures."""
     used = {check_architecture(architecture).library for architecture in architectures}
     return ["timm"] if used & {"timm", "efficientnet"} else []
+
+
+def check_installed(architectures: Iterable[str]) -> None:
+    """Raises InputError where what builds a network of one of them is not installed."""
+    for architecture in architectures:
+        for package in network_libraries([architecture]):
+            if find_spec(package) is None:
+                raise InputError(
+                    f"{architecture} needs the package {package}; "
+                    f"install lens-pipeline[{check_architecture(architecture).library}]"
+                )
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
-from lens_pipeline.errors import InputError
+from lens_pipeline.errors import InputError, NoAnswerError
 from lens_pipeline.evaluation.metrics import FPRS, ranking_metric
 from lens_pipeline.models.metrics import RANKED
 from lens_pipeline.models.pretrained import read_checkpoint
@@ -108,8 +108,8 @@ def train(
             half = config.training.batch_size // 2
             # It was not too large for whole epochs: somebody else has the memory.
             begun = going_on or (not trial and any((out / TOP).glob("*.ckpt")))
-            if begun and config.training.find_batch_size:
-                raise InputError(
+            if begun:
+                raise NoAnswerError(
                     f"training.batch_size {config.training.batch_size}: the GPU has too little "
                     f"memory for it now, and {out} holds a training with it; free the memory, and "
                     "the same goes on, or begin another in another folder"

@@ -351,3 +351,17 @@ def test_schedule_and_sensor_launch_one_run_for_all_surveys(
     assert [len(sensor.tick()) for _ in range(3)] == [0, 1, 0]
     (requested,) = sensor.requested
     assert requested.partition_key_range == dg.PartitionKeyRange(*SURVEYS)
+
+
+def test_new_data_wait_for_a_training_that_is_under_way(
+    source: Path, simulated_catalogue: Path, instance: dg.DagsterInstance
+) -> None:
+    """Whose networks would be of shards that are not the newest when it ends."""
+    sensor = Sensor("source_changed", instance)
+    training = make_definitions(Settings.load()).resolve_job_def("training")
+    run = instance.create_run_for_job(training, status=dg.DagsterRunStatus.STARTED)
+    shutil.copy(simulated_catalogue, source)
+    assert [sensor.tick() for _ in range(3)] == [[], [], []]
+    assert "once no run of `training` is under way" in sensor.skipped
+    instance.report_run_canceled(run)
+    assert len(sensor.tick()) == 1
