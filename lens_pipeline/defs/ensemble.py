@@ -121,9 +121,9 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
         )
 
         def build(out: Path) -> None:
-            from lens_pipeline.ensemble.assembly import assemble
+            from lens_pipeline.ensemble.assembly import assemble, classes
             from lens_pipeline.ensemble.learnt import LEARNT_PIXELS, learnt_pixels
-            from lens_pipeline.evaluation.origins import SIMULATED, by_origin, described
+            from lens_pipeline.evaluation.origins import REAL, SIMULATED, by_origin, described
             from lens_pipeline.shards.as_dataset import shards_as_dataset
 
             trained = {name: TrainedMember(part.folder) for name, part in upstream.items()}
@@ -138,6 +138,10 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
                 if member.config.starts_from_a_file:
                     seen |= groups_behind(member.config.model.pretrained)
             parts_of = by_origin(learnt, manifest.simulated)
+            validated = by_origin(rows[rows["split"] == "val"], manifest.simulated)
+            of_real = {}
+            if len(validated) > 1 and validated[REAL]["label"].nunique() > 1:
+                of_real = {"validation_of_real": classes(validated[REAL]["label"])}
             steps = {name: part.folder.name for name, part in upstream.items()}
             facts = {
                 "dataset": manifest.dataset,
@@ -151,6 +155,7 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
                     manifest.simulated,
                 ),
                 "member_steps": steps,
+                **of_real,
             }
             augmented = dataset.split("val") if settings.test_time_augmentation else None
             assemble(parts, dataset.format, out, facts, seen, **chosen, augmented=augmented)
@@ -287,7 +292,9 @@ def evaluation_stage(members: Sequence[Member], published: bool) -> Stage:
                         **{name: n for name, n in decision.figures.items() if n is not None},
                     },
                 ),
-                _probabilities_are_calibrated(metrics, settings.gate_max_ece),
+                _probabilities_are_calibrated(
+                    evaluation.judged(settings.gate)[FUSED], settings.gate_max_ece
+                ),
             ),
         )
 

@@ -104,39 +104,44 @@ class Candidate:
                 f"the champion, version {number}, is not comparable: {differing}; if the new one "
                 "is to replace it, promote it by hand"
             )
-        test = self._test_split(simulated=dataset.facts["origin"] == "simulation")
+        test, fitted_at = self._test_split(own, dataset.facts["origin"] == "simulation")
         champions = _scored_by(theirs, self.source, self.lens).reindex(test["id"])
         if champions.isna().any():
             return refused(
                 f"the champion, version {number}, gives no score for some of the test split"
             )
         log.info("  comparing with the champion, version %s", number)
-        return self._judged(test, own, champions.to_numpy(), theirs.groups)
+        return self._judged(test, fitted_at, champions.to_numpy(), theirs.groups)
 
-    def _test_split(self, simulated: bool) -> "pd.DataFrame":
-        """The scores of what is judged by: of the real cutouts alone where they are enough."""
+    def _test_split(self, own: dict[str, Any], simulated: bool) -> "tuple[pd.DataFrame, float]":
+        """(the scores of what is judged by: of the real cutouts alone where they are enough; the
+        fraction of lenses among such in the validation split). own: the ensemble's description."""
         import pandas as pd
 
-        from lens_pipeline.evaluation.origins import REAL, by_origin
+        from lens_pipeline.evaluation.fractions import lens_fraction
+        from lens_pipeline.evaluation.origins import REAL, by_origin, lens_fraction_among
         from lens_pipeline.evaluation.result import SCORES, read_evaluation
 
-        test = pd.read_parquet(self.evaluation / SCORES, filters=[("split", "==", "test")])
-        test = test[test["probability"].notna()]
-        on_real_ones = read_evaluation(self.evaluation).on_real_ones(self.lens.settings.gate)
-        return by_origin(test, simulated)[REAL] if on_real_ones else test
+        scores = pd.read_parquet(self.evaluation / SCORES)
+        scores = scores[scores["probability"].notna()]
+        test, validated = (scores[scores["split"] == split] for split in ("test", "val"))
+        fitted_at = lens_fraction(own)
+        if not read_evaluation(self.evaluation).on_real_ones(self.lens.settings.gate):
+            return test, fitted_at
+        alike = by_origin(validated, simulated).get(REAL)
+        return by_origin(test, simulated)[REAL], lens_fraction_among(alike, fitted_at)
 
     def _judged(
         self,
         test: "pd.DataFrame",
-        own: dict[str, Any],
+        fitted_at: float,
         champions: "NDArray[np.float64]",
         learnt: frozenset[str],
     ) -> "GateDecision":
-        """own: the ensemble's description; champions: the champion's probabilities of the cutouts
-        of `test`; learnt: the groups that it knows."""
+        """fitted_at: the fraction of lenses where `probability` holds; champions: the champion's
+        probabilities of the cutouts of `test`; learnt: the groups that it knows."""
         from lens_pipeline.ensemble.calibration import at_mixture
         from lens_pipeline.ensemble.description import read_groups
-        from lens_pipeline.evaluation.fractions import lens_fraction
         from lens_pipeline.evaluation.gates import champion_gate
         from lens_pipeline.evaluation.result import read_evaluation
         from lens_pipeline.evaluation.surveys import told_apart
@@ -146,7 +151,7 @@ class Candidate:
         seen = test["group"].isin(read_groups(self.ensemble) | learnt).to_numpy()
         decision = champion_gate(
             label,
-            at_mixture(test["probability"], label[~seen], lens_fraction(own)),
+            at_mixture(test["probability"], label[~seen], fitted_at),
             champions,
             group=test["group"].to_numpy(str),
             seen=seen,

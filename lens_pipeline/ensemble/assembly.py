@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 
 from lens_pipeline.catalogue.dataset import CutoutFormat, Split
@@ -64,7 +64,6 @@ def assemble(
     (out / "members").mkdir(parents=True)
     for name, (checkpoint, _) in members.items():
         shutil.copyfile(checkpoint, out / "members" / f"{name}.ckpt")
-    n_lens = int(np.count_nonzero(label == 1))
     shares = dict(zip(members, fitted.shares, strict=True))
     ranked = {
         name: lens_metrics(label, expit(own(one)), group=group)["auroc"]
@@ -78,7 +77,7 @@ def assemble(
         "calibration": asdict(fitted.calibration),
         "standing": {n: {"auroc": ranked[n], "share": share} for n, share in shares.items()},
         "comparison": comparison.to_dict("records"),
-        "validation": {"n_lens": n_lens, "n_nonlens": len(label) - n_lens},
+        "validation": classes(label),
         "prevalence": prevalence,
         "test_time_augmentation": augmented is not None,
         "format": asdict(form),
@@ -87,6 +86,12 @@ def assemble(
     (out / GROUPS).write_text(json.dumps(sorted(set(groups))))
     (out / DESCRIPTION).write_text(json.dumps(description, indent=1))
     return load_ensemble(out)
+
+
+def classes(label: ArrayLike) -> dict[str, int]:
+    """How many of labels (n,), 1 or 0, are of either class, as `ensemble.json` has it."""
+    labels = np.asarray(label)
+    return {"n_lens": int((labels == 1).sum()), "n_nonlens": int((labels == 0).sum())}
 
 
 def _common_labels(

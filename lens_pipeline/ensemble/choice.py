@@ -83,8 +83,8 @@ def fit(
     calibrated, variance = _calibrated(members, logits, deviation)
     fusion = fit_fusion(strategy, calibrated, variance, label, _rank(label))
     # A fusion need not have its zero where lenses and non-lenses are alike: a slope is not enough.
-    last: Method = "platt" if method == "temperature" else method
-    calibration = fit_calibration(fusion(calibrated, variance), label, last)
+    # Steps that were fitted to the same labels as the members' would be overfitted once more.
+    calibration = fit_calibration(fusion(calibrated, variance), label, "platt")
     fitted = FittedFusion(members, fusion, calibration)
     return replace(fitted, shares=tuple(fitted.moved_by(logits, deviation).tolist()))
 

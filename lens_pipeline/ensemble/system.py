@@ -20,7 +20,7 @@ from lens_pipeline.ensemble.description import (
 )
 from lens_pipeline.ensemble.fusion import Fused, Fusion
 from lens_pipeline.errors import InputError
-from lens_pipeline.evaluation.fractions import lens_fraction
+from lens_pipeline.evaluation.fractions import real_lens_fraction
 from lens_pipeline.models.system import BATCH, LitLensSystem, load_system
 
 Masked = np.ma.MaskedArray[Any, Any]
@@ -92,7 +92,7 @@ class LensEnsemble:
 
     def sky_probability(self, logit: NDArray[np.float64]) -> NDArray[np.float64]:
         """Of the ensemble's logits (n,), at the prevalence in `facts`."""
-        return expit(logit + prior_shift(self.facts["prevalence"], lens_fraction(self.facts)))
+        return expit(logit + prior_shift(self.facts["prevalence"], real_lens_fraction(self.facts)))
 
 
 def _filled(images: Masked) -> NDArray[np.float32]:

@@ -9,6 +9,7 @@ from scipy.special import betaincinv
 
 Array = NDArray[np.float64]
 
+FEW = 10  # of fewer that are chosen, or left, how far groups are alike is not seen
 LIMIT = 0.95  # of an upper limit, where there is no case
 
 
@@ -51,7 +52,8 @@ def design_effect(chosen: ArrayLike, group: ArrayLike | None, usual: float | Non
 
     chosen, group: (n,). Kish 1965: of cutouts of one galaxy or region, which are drawn whole, the
     variance between groups. Where all or none are chosen, which tells nothing, it is the `usual`
-    one, or else groups count as one cutout each.
+    one, or else groups count as one cutout each; where fewer than FEW are, or are left, it is at
+    least the usual one.
     """
     found = np.asarray(chosen, dtype=np.float64)
     if group is None or not len(found):
@@ -63,7 +65,8 @@ def design_effect(chosen: ArrayLike, group: ArrayLike | None, usual: float | Non
     if n_groups in (1, n) or share in (0, 1):
         return float(n / n_groups)
     between = (np.bincount(member, found - share) ** 2).sum() * n_groups / (n_groups - 1)
-    return float(max(1.0, between / (n * share * (1 - share))))
+    few = min(share, 1 - share) * n < FEW and usual is not None
+    return float(max(usual if few else 1.0, 1.0, between / (n * share * (1 - share))))
 
 
 def fraction_of(
@@ -82,4 +85,11 @@ def lens_fraction(facts: Mapping[str, Any]) -> float:
     """Of the validation split's cutouts: where lenses are as frequent, `probability` holds. facts:
     `ensemble.json`."""
     counts = facts["validation"]
+    return float(counts["n_lens"] / sum(counts.values()))
+
+
+def real_lens_fraction(facts: Mapping[str, Any]) -> float:
+    """The same of its real cutouts, where there were simulated ones beside: a network sees by the
+    noise which they are, and has learnt how frequent lenses are among either."""
+    counts = facts.get("validation_of_real", facts["validation"])
     return float(counts["n_lens"] / sum(counts.values()))

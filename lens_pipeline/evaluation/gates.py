@@ -10,7 +10,6 @@ from numpy.typing import ArrayLike
 
 from lens_pipeline.evaluation.metrics import (
     FEWEST_GROUPS,
-    ece_by_chance,
     lens_metrics,
     ranked_bootstrap,
 )
@@ -131,7 +130,7 @@ def champion_gate(
             metrics, min_lens=min_lens, min_nonlens=min_nonlens, min_auroc_low=min_auroc_low
         ).reasons
     )
-    ece, by_chance = metrics["ece"]["value"], ece_by_chance(new[CHALLENGER])
+    ece, by_chance = metrics["ece"]["value"], metrics["ece_by_chance"]
     if ece - by_chance > max_ece:
         reasons.append(
             f"the calibration error is {ece:.3f}, of which chance makes {by_chance:.3f}; at most "

@@ -79,11 +79,14 @@ def lens_metrics(
     """Metrics of scores on labelled cutouts.
 
     label (n,): 1 lens, 0 not; score (n,): probabilities. Returns {name: {"value", "low", "high"}},
-    and the integers `n_lens` and `n_nonlens`. `low` and `high` bound the middle 95 % of `bootstrap`
-    resamplings, that of ece and ece_top centred on their values; they are None where `bootstrap` is
-    0. group (n,): whole groups are drawn, as in `paired_bootstrap`, for cutouts of one galaxy or
-    region are not independent; else lenses and non-lenses are, apart, and also where a class is of
-    fewer than FEWEST_GROUPS groups, whose resamplings would be alike: there bounds are too close.
+    the integers `n_lens` and `n_nonlens`, and `ece_by_chance`: the mean ece of cutouts with these
+    probabilities where they are exactly right, None where `bootstrap` is 0. `low` and `high` bound
+    the middle 95 % of `bootstrap` resamplings, that of ece and ece_top centred on their values,
+    with a `low` of 0 where more than 5 % of exactly right probabilities show as much; they are None
+    where `bootstrap` is 0. group (n,): whole groups are drawn, as in `paired_bootstrap`, for
+    cutouts of one galaxy or region are not independent; else lenses and non-lenses are, apart, and
+    also where a class is of fewer than FEWEST_GROUPS groups, whose resamplings would be alike:
+    there bounds are too close.
     No resampling has a non-lens that scores higher than those of the sample: `low` of a TPR at an
     FPR (that of one non-lens for tpr0, so always) is 0 where so many non-lenses (independent ones,
     see `design_effect`) may, with a chance of more than 5 %, show none of those that decide it.
@@ -117,6 +120,8 @@ def lens_metrics(
     n_nonlens = int(levels.nonlens.sum())
     deciding = FPRS | {"tpr0": 1 / max(1, n_nonlens), "tpr10": ENOUGH / max(ENOUGH, n_nonlens)}
     rarer = min(len(np.unique(groups[of_class])) for of_class in (label, ~label))
+    chance = _by_chance(score, label, groups) if draws else {}
+    by_chance = float(np.mean(chance["ece"])) if chance else None
     metrics: dict[str, Any] = {}
     for name, value in values.items():
         low = high = None
@@ -128,12 +133,15 @@ def lens_metrics(
                 drawn = np.maximum(drawn - np.median(drawn) + value, 0)
             if len(drawn):
                 low, high = map(float, np.percentile(drawn, INTERVAL))
+            if name in chance and value <= np.quantile(chance[name], RESOLVED):
+                low = 0.0
             if name in deciding and _may_show_none(score[~label], groups[~label], deciding[name]):
                 low = 0.0
             if name not in ERRORS and low == high and value in (0, 1):
                 low, high = map(float, jeffreys(value * rarer, rarer))
         metrics[name] = {"value": value, "low": low, "high": high}
-    return metrics | {"n_lens": int(levels.lens.sum()), "n_nonlens": n_nonlens}
+    counts = {"n_lens": int(levels.lens.sum()), "n_nonlens": n_nonlens}
+    return metrics | {"ece_by_chance": by_chance} | counts
 
 
 def ranking_metric(n_nonlens: int) -> str:
@@ -191,13 +199,24 @@ def ranked_bootstrap(
     return metric, {name: values[resolved] for name, values in drawn.items()}
 
 
-def ece_by_chance(score: ArrayLike) -> float:
-    """The `ece` that cutouts with these probabilities (n,) have where they are exactly right."""
-    scores = np.sort(np.asarray(score, dtype=np.float64))  # their order is nothing
+def _by_chance(
+    score: Array, label: NDArray[np.bool_], member: NDArray[np.integer]
+) -> dict[str, Array]:
+    """(CHANCES,) of the `ece`, and `ece_top`, that cutouts with these probabilities (n,) have where
+    they are exactly right. member (n,): numbers of groups, whose labels are alike: by the root of
+    how many times the variance of label - score is that of independent cutouts (Kish 1965) they are
+    larger."""
+    scores = np.sort(score)  # their order is nothing
     random, ranked = np.random.default_rng(0), _ranked(scores)
+    error = label - score
+    alone = (error**2).sum()
+    effect = max(1.0, (np.bincount(member, error) ** 2).sum() / alone) if alone else 1.0
     drawn = (random.random(len(scores)) < scores for _ in range(CHANCES))
-    levels = (_counted(label, ranked, np.ones(len(scores))) for label in drawn)
-    return float(np.mean([_ece(level, len(scores), BINS) for level in levels]))
+    levels = [_metrics(_counted(found, ranked, np.ones(len(scores)))) for found in drawn]
+    return {
+        name: np.array([level[name]() or 0.0 for level in levels]) * np.sqrt(effect)
+        for name in ("ece", "ece_top")
+    }
 
 
 def _may_show_none(nonlens: Array, groups: NDArray[Any], fpr: float) -> bool:

@@ -30,6 +30,13 @@ def basis(parts: Mapping[str, pd.DataFrame]) -> tuple[str, pd.DataFrame]:
     return BOTH, pd.concat(parts.values()).sort_index()
 
 
+def lens_fraction_among(validated: pd.DataFrame | None, otherwise: float) -> float:
+    """Of these cutouts of the validation split; `otherwise` where there are none, or of one class
+    alone."""
+    share = otherwise if validated is None else float(validated["label"].astype(float).mean())
+    return share if 0 < share < 1 else otherwise
+
+
 def described(table: pd.DataFrame, origin: str) -> str:
     """As `real cutouts: 30 lenses, 500 non-lenses`."""
     n_lens, n_nonlens = ((table["label"] == label).sum() for label in (1, 0))

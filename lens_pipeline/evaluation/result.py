@@ -26,8 +26,7 @@ FILES = (METRICS, KINDS, ORIGINS, SURVEYS, SELECTION, FORECAST)  # as `Evaluatio
 class Evaluation:
     """The files of an evaluation's folder: JSON as below, scores.parquet, report.html, pictures.
 
-    metrics: what `lens_metrics` gives on the test split, for each member and for `ensemble`, and
-    `ece_by_chance`, a number.
+    metrics: what `lens_metrics` gives on the test split, for each member and for `ensemble`.
     kinds: what `false_positives_by_kind` gives; empty where the catalogue has no column `kind`.
     origins: {`real` and `simulated`: their metrics}; empty where the test split holds but one.
     surveys: {survey: its metrics}, likewise.
@@ -56,8 +55,12 @@ class Evaluation:
 
     def gate(self, thresholds: Mapping[str, Any]) -> GateDecision:
         """Whether this ensemble may become the first champion."""
-        metrics = self.origins[REAL] if self.on_real_ones(thresholds) else self.metrics
-        return self.in_each_part(first_model_gate(metrics[FUSED], **thresholds), thresholds)
+        metrics = self.judged(thresholds)[FUSED]
+        return self.in_each_part(first_model_gate(metrics, **thresholds), thresholds)
+
+    def judged(self, thresholds: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """The metrics that gates judge by, as `metrics`."""
+        return self.origins[REAL] if self.on_real_ones(thresholds) else self.metrics
 
     def in_each_part(self, decision: GateDecision, thresholds: Mapping[str, Any]) -> GateDecision:
         """The decision, where no survey that holds what a gate needs may fail by itself, and of

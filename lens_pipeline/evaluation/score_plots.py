@@ -16,6 +16,7 @@ from lens_pipeline.evaluation.metrics import roc
 from lens_pipeline.evaluation.plots import COLOURS, FONT, column_figure, literal, plain
 
 LENS, NONLENS = COLOURS[1], COLOURS[0]
+LINEAR_TO = 10  # cutouts: above, the axis of a histogram is logarithmic
 DASHES = ("--", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))  # nor by colour alone
 BINS = 10
 FINEST = 6  # decades from 0 and 1 that an axis of probabilities shows
@@ -112,7 +113,7 @@ def precision_recall_figure(
         axes.plot(curve["completeness"], curve["purity_of_sample"], label=literal(name), **line)
     axes.plot(
         curve["completeness"], curve["purity"], color=COLOURS[-1], linewidth=1.4, linestyle=":",
-        label=f"{literal(name)}, {one_in(prevalence)}",
+        label=f"{literal(name)},\n{one_in(prevalence)}",
     )  # fmt: skip
     axes.set(xlim=(0, 1.01), ylim=(0, 1.03))
     legend_outside(figure, *axes.get_legend_handles_labels())
@@ -183,8 +184,9 @@ def _probability_ticks(low: float, high: float) -> dict[float, tuple[int, str]]:
 
 
 def one_in(prevalence: float) -> str:
-    """0.001 -> `1 lens in 1,000`."""
-    return f"1 lens in {round(1 / prevalence):,}"
+    """0.001 -> `1 lens in 1,000`; 0.4 -> `40 % lenses`, for whole numbers would say 1 in 2."""
+    share = f"{100 * prevalence:.3g} % lenses"
+    return share if prevalence > 0.1 else f"1 lens in {round(1 / prevalence):,}"
 
 
 def reliability_figure(label: ArrayLike, probability: ArrayLike) -> Figure:
@@ -230,8 +232,8 @@ def score_histogram_figure(label: ArrayLike, probability: ArrayLike) -> Figure:
             linestyle=line, linewidth=1.4, label=f"{name} ({len(chosen)})",
         )  # fmt: skip
         most = max(most, int(np.max(counts)))
-    if most > 20:  # the few between the classes show beside the many at the ends
-        axes.set_yscale("symlog", linthresh=10)
+    if most > LINEAR_TO:  # the few between the classes show beside the many at the ends
+        axes.set_yscale("symlog", linthresh=LINEAR_TO)
         axes.yaxis.set_major_formatter("{x:g}")
     axes.set(xlim=(0, 1), ylim=(0, None))
     above: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2}

@@ -16,8 +16,14 @@ from lens_pipeline.ensemble.system import LensEnsemble, load_ensemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.forecast import PREVALENCE, forecast
 from lens_pipeline.evaluation.fractions import lens_fraction
-from lens_pipeline.evaluation.metrics import ece_by_chance, lens_metrics
-from lens_pipeline.evaluation.origins import SIMULATED, basis, by_origin, described
+from lens_pipeline.evaluation.metrics import lens_metrics
+from lens_pipeline.evaluation.origins import (
+    SIMULATED,
+    basis,
+    by_origin,
+    described,
+    lens_fraction_among,
+)
 from lens_pipeline.evaluation.report import Picture, Section, write_report
 from lens_pipeline.evaluation.result import FILES, FUSED, REPORT, SCORES, Evaluation
 from lens_pipeline.evaluation.sections import (
@@ -65,9 +71,11 @@ def evaluate_ensemble(
     test, n_seen = _unseen_test(ensemble, ensemble_folder, scores)
     columns = {name: f"probability_{name}" for name in ensemble.members}
     columns |= {FUSED: "probability"}
-    parts = by_origin(test, dataset.facts["origin"] == "simulation")
+    simulation = dataset.facts["origin"] == "simulation"
+    parts = by_origin(test, simulation)
     rests_on, shown = basis(parts)
     validated = scores[(scores["split"] == "val") & scores["probability"].notna()]
+    of_origins = by_origin(validated, simulation)
     surveys = by_survey(test)
     of_surveys = of_same_surveys(validated, surveys)
     expected = forecast(
@@ -75,18 +83,22 @@ def evaluate_ensemble(
     )
     fitted_at = lens_fraction(ensemble.facts)
 
-    def metrics(table: pd.DataFrame, survey: str | None = None) -> dict[str, dict[str, Any]]:
-        # A network sees whose image it is, and has learnt how frequent lenses are there.
-        share = fitted_at if survey is None else of_surveys[survey]["label"].astype(float).mean()
-        return _metrics(table, columns, share if 0 < share < 1 else fitted_at)
+    def metrics(
+        table: pd.DataFrame, alike: pd.DataFrame | None = None
+    ) -> dict[str, dict[str, Any]]:
+        # A network sees whose image it is, or that it is simulated, and has learnt how frequent
+        # lenses are there.
+        return _metrics(table, columns, lens_fraction_among(alike, fitted_at))
 
     selection = selection_function(test)
     evaluation = Evaluation(
         out,
         metrics=metrics(test),
         kinds=false_positives_by_kind(test, selection["threshold"]),
-        origins={o: metrics(part) for o, part in parts.items()} if len(parts) > 1 else {},
-        surveys={name: metrics(part, name) for name, part in surveys.items()},
+        origins={o: metrics(part, of_origins.get(o)) for o, part in parts.items()}
+        if len(parts) > 1
+        else {},
+        surveys={name: metrics(part, of_surveys[name]) for name, part in surveys.items()},
         selection=selection,
         forecast={"rests_on": rests_on, **expected},
     )
@@ -100,7 +112,11 @@ def evaluate_ensemble(
             shown,
             columns,
             evaluation.forecast,
-            at_mixture(shown["probability"], shown["label"], fitted_at),
+            at_mixture(
+                shown["probability"],
+                shown["label"],
+                lens_fraction_among(of_origins.get(rests_on), fitted_at),
+            ),
         ),
         *survey_sections(
             surveys,
@@ -130,14 +146,13 @@ def evaluate_ensemble(
 def _metrics(
     table: pd.DataFrame, columns: Mapping[str, str], fitted_at: float
 ) -> dict[str, dict[str, Any]]:
-    """What `lens_metrics` gives, and `ece_by_chance`, by the names of the columns; groups are drawn
+    """What `lens_metrics` gives, by the names of the columns; groups are drawn
     whole, and probabilities are those at the mixture of the table, which moves no rank."""
     label, group = table["label"], table["group"]
     found = {}
     for name, column in columns.items():
         score = at_mixture(table[column], label, fitted_at)
         found[name] = lens_metrics(label, score, group=group)
-        found[name]["ece_by_chance"] = ece_by_chance(score)
     return found
 
 

@@ -10,7 +10,6 @@ from lens_pipeline import evaluation
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.forecast import forecast, threshold_curve
 from lens_pipeline.evaluation.metrics import (
-    ece_by_chance,
     lens_metrics,
     paired_bootstrap,
     ranking_metric,
@@ -107,8 +106,32 @@ def test_calibration_error_over_fifteen_bins_of_equal_counts() -> None:
 
 
 def test_what_chance_makes_of_the_calibration_error_depends_on_no_order() -> None:
-    probability = np.random.default_rng(0).uniform(size=300)
-    assert ece_by_chance(probability) == ece_by_chance(probability[::-1])
+    label, probability = sample(300, decimals=8)
+    one, other = (
+        lens_metrics(label[::step], probability[::step], bootstrap=2)["ece_by_chance"]
+        for step in (1, -1)
+    )
+    assert one == other > 0
+
+
+def test_probabilities_that_are_right_show_no_calibration_error_for_certain() -> None:
+    """Also of galaxies that are seen several times: ten cutouts are then one."""
+    random, certain, excess = np.random.default_rng(3), 0, []
+    for _ in range(40):
+        probability = np.repeat(random.uniform(size=100), 10)
+        label = np.repeat(random.random(100), 10) < probability
+        found = lens_metrics(label, probability, bootstrap=50, group=np.repeat(np.arange(100), 10))
+        certain += found["ece"]["low"] > 0
+        excess.append(found["ece"]["value"] - found["ece_by_chance"])
+    assert certain <= 6  # 5 % of 40, and what chance may add
+    assert abs(np.mean(excess)) < 0.02
+
+
+def test_a_calibration_error_is_certain_where_chance_makes_none_like_it() -> None:
+    random = np.random.default_rng(4)
+    probability = random.uniform(size=2000)
+    label = random.random(2000) < np.clip(probability - 0.2, 0, 1)
+    assert lens_metrics(label, probability, bootstrap=50)["ece"]["low"] > 0.1
 
 
 def test_calibration_error_of_true_probabilities_is_small_and_of_overconfident_ones_not() -> None:

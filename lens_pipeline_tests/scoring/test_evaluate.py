@@ -20,7 +20,7 @@ from lens_pipeline.ensemble.assembly import assemble
 from lens_pipeline.ensemble.description import groups_behind
 from lens_pipeline.ensemble.system import load_ensemble
 from lens_pipeline.errors import InputError
-from lens_pipeline.evaluation.metrics import ece_by_chance, lens_metrics
+from lens_pipeline.evaluation.metrics import lens_metrics
 from lens_pipeline.evaluation.result import Evaluation, read_evaluation
 from lens_pipeline.models.system import LitLensSystem
 from lens_pipeline.scoring.evaluate import evaluate_ensemble
@@ -143,7 +143,6 @@ def test_real_cutouts_come_first_and_carry_the_forecast(mixed: Evaluation) -> No
             odds = part[column] / (1 - part[column]) * 0.5
             score = odds / (1 + odds)
             by_hand = metrics_of(label, score, group=part["group"])
-            by_hand["ece_by_chance"] = ece_by_chance(score)
             for metric, found in mixed.origins[origin][name].items():
                 assert found == pytest.approx(by_hand[metric]), metric
     assert mixed.forecast["rests_on"] == "real"
@@ -164,23 +163,31 @@ def ece_where_as_frequent(test: pd.DataFrame, val: pd.DataFrame) -> float:
     return float(lens_metrics(label, odds / (1 + odds), bootstrap=0)["ece"]["value"])
 
 
-def test_each_survey_is_calibrated_where_its_own_lenses_are_as_frequent_as_in_validation(
-    ensemble: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("column", "names", "values"),
+    [("survey", ["wide", "deep"], ["wide", "deep"]), ("simulated", ["simulated", "real"], [1, 0])],
+)
+def test_each_part_is_calibrated_where_its_own_lenses_are_as_frequent_as_in_validation(
+    column: str, names: list[str], values: list[object], ensemble: Path, tmp_path: Path
 ) -> None:
-    """A network sees whose image it is."""
+    """A network sees whose image it is, and that it is simulated."""
     table = rows(240)
-    table["survey"], table["split"] = ["wide", "deep"] * 120, ["val"] * 120 + ["test"] * 120
-    rare = (table["survey"] == "deep") & (table["split"] == "val") & (table["label"] == 1)
+    table[column], table["split"] = values * 120, ["val"] * 120 + ["test"] * 120
+    if column == "simulated":
+        table[column] = table[column].astype("boolean")
+    rare = (table[column] == values[1]) & (table["split"] == "val") & (table["label"] == 1)
     table = table[~rare | (np.arange(240) % 4 == 1)].reset_index(drop=True)
     found = evaluate(ensemble, Cutouts(table), tmp_path)
     scores = pd.read_parquet(tmp_path / "scores.parquet")
     shares = {}
-    for survey, part in scores.groupby("survey"):
+    for name, value in zip(names, values, strict=True):
+        part = scores[scores[column] == value]
         test, val = part[part["split"] == "test"], part[part["split"] == "val"]
         by_hand = ece_where_as_frequent(test, val)
-        assert found.surveys[survey]["ensemble"]["ece"]["value"] == pytest.approx(by_hand)
-        shares[survey] = val["label"].mean()
-    assert shares["deep"] < 0.8 * shares["wide"]
+        of_part = (found.surveys if column == "survey" else found.origins)[name]
+        assert of_part["ensemble"]["ece"]["value"] == pytest.approx(by_hand)
+        shares[name] = val["label"].mean()
+    assert shares[names[1]] < 0.8 * shares[names[0]]
 
 
 def test_small_surveys_together_are_calibrated_by_the_same_ones(
