@@ -16,7 +16,7 @@ import pandas as pd
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from lens_pipeline.catalogue.columns import image_columns
+from lens_pipeline.catalogue.columns import image_columns, misspelt
 from lens_pipeline.catalogue.cutout import (
     COMPOSITE,
     COMPOSITE_BANDS,
@@ -211,7 +211,7 @@ def _check_without(rejects: pd.DataFrame, split: pd.Series, label: pd.Series, so
 
 def _tell_of_columns(table: pd.DataFrame, measured: Mapping[str, Any], source: str) -> None:
     """Warns of what becomes of a catalogue's columns: of those that give way to what is measured,
-    and of positions that nobody looks for under their names."""
+    and of positions and others that nobody looks for under their names."""
     if replaced := [name for name in measured if name in table]:
         log.warning(
             "%s: a dataset has columns of its own named %s, and those of the catalogue are not "
@@ -221,6 +221,11 @@ def _tell_of_columns(table: pd.DataFrame, measured: Mapping[str, Any], source: s
         log.warning(
             "%s: no column ra or dec tells where the cutouts lie; if %s do, in degrees, call them "
             "so", source, ", ".join(other_names),
+        )  # fmt: skip
+    for given, meant in misspelt(table).items():
+        log.warning(
+            "%s: column %s means nothing here; if it is what %s should be, call it so",
+            source, given, meant,
         )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """Columns of a catalogue: what they are called, and values that must be of one kind."""
 
+import difflib
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
@@ -18,6 +20,7 @@ _KNOWN = (
 )
 _NAMES = (*TEXT_COLUMNS, "pixel_scale", "simulated", "ra", "dec", *_KNOWN)
 _IMAGE = "path_"  # and a band
+ALIKE = 0.85  # names, by difflib: `groups` and `group`
 
 
 def column_name(name: Any) -> str:
@@ -77,6 +80,19 @@ def with_text(table: pd.DataFrame) -> pd.DataFrame:
                 text = table[name].map(lambda v: v.decode() if isinstance(v, bytes) else v)
                 table = table.assign(**{str(name): text})
     return table
+
+
+def misspelt(names: Iterable[Any]) -> dict[str, str]:
+    """{column: what it seems to be}, of those that mean nothing here."""
+    given = [str(name) for name in names]
+    plain = {name.replace("_", ""): name for name in _NAMES if name not in given}
+    found: dict[str, str] = {}
+    for name in given:
+        letters = re.sub(r"[^a-z0-9]", "", name.lower())
+        near = [] if is_ours(name) else difflib.get_close_matches(letters, plain, 1, ALIKE)
+        if near:
+            found[name] = plain[near[0]]
+    return found
 
 
 def is_ours(name: Any) -> bool:

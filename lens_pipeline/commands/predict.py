@@ -126,6 +126,11 @@ def _tell(scored: "ScoredFile", options: argparse.Namespace, model: str, n_on_pa
     if scored.rejects:
         said = counted_reasons(scored.rejects.elements())
         print(f"the column reject_reason says why others are not: {said}")
+    if scored.n_learnt:
+        print(
+            f"{scored.n_learnt} of them the model was trained or validated on: how it ranks these "
+            "is no test of it"
+        )
     if scored.known:
         _tell_known(scored.known, options.top)
     if scored.top:

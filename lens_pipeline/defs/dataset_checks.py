@@ -143,11 +143,17 @@ def bands_are_as_in_the_last_version(
     if found.empty:
         return judged(True, compared="one of both versions has no cutouts to train on")
     worst = found.iloc[int((found["change"] / found["at_most"]).to_numpy().argmax())]
+    passed = bool((found["change"] <= found["at_most"]).all())
+    what = f"{worst['statistic']} of {worst['band']}"
     return judged(
-        bool((found["change"] <= found["at_most"]).all()),
+        passed,
+        None
+        if passed
+        else f"{what}: changed by {worst['change']:.3g} since the last version here, at most "
+        f"{worst['at_most']:g} passes; more such changes are in the check's table",
         largest_change=float(worst["change"]),
         at_most=float(worst["at_most"]),
-        of=f"{worst['statistic']} of {worst['band']}",
+        of=what,
         changes=table(found),
     )
 

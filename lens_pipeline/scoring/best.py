@@ -81,6 +81,9 @@ def _write_page(
     form = ensemble.format
     if form.pixel_scale is not None:
         about += f"; cutouts are {form.image_size * form.pixel_scale:.1f} arcsec across"
+        table = source.catalogue.table
+        if "pixel_scale" not in table or table["pixel_scale"].isna().all():
+            about += f", if their pixels are of {form.pixel_scale:g} arcsec, as the model's"
     page = inspection_page(
         out.name.removesuffix(".top.html"),
         about,

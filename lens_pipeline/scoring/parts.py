@@ -57,7 +57,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class ScoredFile:
     """n_scored: of the n_rows, how many have a score; n_left: how many were left to other shares,
-    and are not done yet; rejects: how many cutouts could not be used, by reason.
+    and are not done yet; n_learnt: how many the model was trained or validated on; rejects: how
+    many cutouts could not be used, by reason.
 
     written: whether the file was: not where it is all that it would be, nor of a share. top: the
     table of those with the highest scores, page: shows them; both, and the known lenses, where they
@@ -68,6 +69,7 @@ class ScoredFile:
     n_rows: int
     n_scored: int
     n_left: int
+    n_learnt: int
     rejects: Counter[str]
     written: bool
     top: Path | None
@@ -172,7 +174,9 @@ def score_to_file(
             )
             _remove(folder)
     n_left = int((~rows.known).sum())
-    return ScoredFile(out, n, rows.n_scored, n_left, rows.reasons, not stays, listed, page, lenses)
+    n_learnt = int(catalogue.table["group"].isin(ensemble.groups).sum())
+    of_rows = (n, rows.n_scored, n_left, n_learnt, rows.reasons)
+    return ScoredFile(out, *of_rows, not stays, listed, page, lenses)
 
 
 def _take_file(
@@ -202,8 +206,9 @@ def _made_by(ensemble: LensEnsemble) -> dict[str, Any]:
 
 
 def _of_parts(about: dict[str, Any]) -> dict[str, Any]:
-    """What the parts in a folder have in common, however their catalogue grows."""
-    common = {name: value for name, value in about.items() if name != "n_rows"}
+    """What the parts in a folder have in common, however their catalogue grows. The padding is in
+    the fingerprint of each row: who was refused for small cutouts asks again with it."""
+    common = {name: value for name, value in about.items() if name not in ("n_rows", "padding")}
     return {**common, "catalogue": {"source": about["catalogue"]["source"]}}
 
 

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from scipy.special import ndtr, ndtri
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.locations import protocol_of
+from lens_pipeline.locations import at_home, protocol_of
 from lens_pipeline.settings_files import first_wrong, no_such_key, read_yaml
 from lens_pipeline.simulation.decoy_kinds import KEEP_HOST, MIXTURE
 from lens_pipeline.simulation.surveys import DEFAULT_SURVEY, Survey, find_survey, of_bands
@@ -32,6 +32,7 @@ Array = NDArray[np.float64]
 
 # km/s: no galaxy has more, and beyond 542 the relation of its magnitude has no solution.
 MAX_VELOCITY_DISPERSION = 500.0
+FARTHEST = 12.0  # redshift: the distances of `population` end there
 
 
 class _Part(BaseModel):
@@ -105,11 +106,13 @@ class Constant(_Part):
 
 # What values of a population can be, and how it is said.
 POSSIBLE: Mapping[str, tuple[str, Callable[[Array], NDArray[np.bool_]]]] = {
-    "lens_redshift": ("above 0", lambda z: z > 0),
+    "lens_redshift": (f"above 0, and at most {FARTHEST:g}", lambda z: (z > 0) & (z <= FARTHEST)),
     "velocity_dispersion": ("above 0 km/s", lambda sigma: sigma > 0),
     "lens_axis_ratio": ("above 0, and at most 1", lambda q: (q > 0) & (q <= 1)),
     "shear": ("at least 0, and below 1", lambda gamma: (gamma >= 0) & (gamma < 1)),
-    "source_redshift": ("above 0", lambda z: z > 0),
+    "source_redshift": (f"above 0, and at most {FARTHEST:g}", lambda z: (z > 0) & (z <= FARTHEST)),
+    # The redshifts of brighter ones would be below 0.
+    "source_i_magnitude": ("from 18 to 32", lambda i: (i >= 18) & (i <= 32)),
     "source_axis_ratio": ("above 0, and at most 1", lambda q: (q > 0) & (q <= 1)),
 }
 LOOKED_AT = np.array([0.001, 0.5, 0.999])  # quantiles
@@ -285,4 +288,6 @@ def _beside(file: str | Path, path: Any) -> Any:
     """A path in a YAML file is relative to the file; a URL, or what is no text, stays as it is."""
     if not isinstance(path, str) or protocol_of(path):
         return path
-    return str(Path(file).parent / path)
+    if not path.strip():
+        raise InputError(f"{file}: names a file by an empty text; leave its key out")
+    return str(Path(file).parent / at_home(path))

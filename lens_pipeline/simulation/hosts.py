@@ -126,9 +126,9 @@ class SersicHosts:
 class RealHosts:
     """Real images, with their own noise; a galaxy's number is its row in the pool.
 
-    Each host takes a galaxy of the pool by the host's number alone, spread evenly. Where none of
-    many sources can be seen behind it, as may happen in a shallow image, the host takes the next,
-    and so on through the pool. Another host tries such a galaxy again: which cutout it gets must
+    Hosts take the galaxies of the pool in turn, each by the host's number alone. Where none of many
+    sources can be seen behind it, as may happen in a shallow image, the host takes the next, and so
+    on through the pool. Another host tries such a galaxy again: which cutout it gets must
     not depend on those before it.
     """
 
@@ -145,8 +145,7 @@ class RealHosts:
         self._source = np.array([galaxy_behind(renderer.sources, g) for g in groups], np.int64)
 
     def number(self, host: int, block: int) -> int:
-        first = number_of(f"host {host}", len(self._order))
-        return int(self._order[(first + block // PATIENCE) % len(self._order)])
+        return int(self._order[(host + block // PATIENCE) % len(self._order)])
 
     def known(self, numbers: Numbers) -> Mapping[str, Array]:
         return {name: column[numbers] for name, column in self._known.items()}

@@ -21,6 +21,7 @@ from lens_pipeline.simulation.population import (
 )
 from lens_pipeline.simulation.streams import Purpose, stream
 
+PERSISTENCE = 50  # times as long a host is waited for where others have been found
 MANY = 50_000  # candidates that are drawn at a time
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,8 @@ def draw_lenses(
             pending = np.setdiff1d(pending, accepted)
         _tell(galaxies, pending, blocks)
         block = blocks.stop
-        if block >= galaxies.blocks and pending.size:
+        # Where others have found theirs, it is not the population that is impossible.
+        if block >= galaxies.blocks * (PERSISTENCE if found else 1) and pending.size:
             tried = (galaxies.number(int(pending[0]), number) for number in range(block))
             behind = _names(galaxies, dict.fromkeys(tried))
             raise InputError(

@@ -25,7 +25,7 @@ from lens_pipeline.catalogue.cutout import COMPOSITE, Cutout, CutoutError
 from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.table import Catalogue, read_catalogue
 from lens_pipeline.errors import InputError, told_of
-from lens_pipeline.simulation.config import Array, SimulationConfig
+from lens_pipeline.simulation.config import MAX_VELOCITY_DISPERSION, Array, SimulationConfig
 from lens_pipeline.simulation.moments import BRIGHT, Shape, moments_of_psf, shape_of
 from lens_pipeline.simulation.population import may_lens
 from lens_pipeline.simulation.psf import point_spread
@@ -161,11 +161,11 @@ def _tell(source: str, n: int, used: int, lenses: int, unable: int, rejects: lis
 
 
 def _warn_of_unknown_mass(source: str, known: pd.DataFrame) -> None:
-    unknown = int(known[["z_lens", "velocity_dispersion"]].isna().all(axis=1).sum())
+    unknown = int(known["velocity_dispersion"].isna().sum())
     if unknown:
         log.warning(
-            "hosts: of %d of %d galaxies of %s neither redshift nor velocity dispersion is known: "
-            "both are drawn, whatever the galaxy's brightness; give z_lens, or velocity_dispersion",
+            "hosts: of %d of %d galaxies of %s the velocity dispersion is not known: it is drawn, "
+            "and the redshift where that is not known, whatever the galaxy's brightness",
             unknown,
             len(known),
             source,
@@ -244,7 +244,10 @@ def _known(catalogue: Catalogue, half_side: float) -> pd.DataFrame:
     allowed = {
         "z_lens": redshift,
         "redshift": redshift,
-        "velocity_dispersion": (0.0, np.inf, "km/s, and above 0"),
+        "velocity_dispersion": (
+            *(0.0, MAX_VELOCITY_DISPERSION),
+            f"km/s, above 0, and at most {MAX_VELOCITY_DISPERSION:.0f}, for no galaxy has more",
+        ),
         "axis_ratio": (0.0, 1.0, "above 0, and at most 1"),
         "position_angle": (-2 * np.pi, 2 * np.pi, "radians from +x towards +y"),
         "x": inside,

@@ -23,6 +23,7 @@ from scipy.integrate import cumulative_trapezoid
 from scipy.special import gammaincinv, ndtri
 
 from lens_pipeline.simulation.config import (
+    FARTHEST,
     MAX_VELOCITY_DISPERSION,
     Population,
     SimulationConfig,
@@ -47,7 +48,7 @@ COLUMNS = 22  # uniform deviates that a candidate takes
 @cache
 def _distances() -> tuple[Array, Array]:
     """Redshifts and their comoving distances in Mpc, tabulated once."""
-    z = np.linspace(0, 12, 6001)
+    z = np.linspace(0, FARTHEST, 6001)
     return z, np.asarray(COSMOLOGY.comoving_distance(z).value)
 
 
@@ -294,7 +295,7 @@ def candidates(
     given = known.get("z_lens", np.full(len(u), np.nan))
     best = np.where(np.isnan(given), 1, distance_ratio(given, _farthest_source(chosen)) ** 2)
     keep &= u[:, 21] * best < distance_ratio(z_lens, z_source) ** 2
-    keep &= (sigma <= MAX_VELOCITY_DISPERSION) | (sigma == known.get("velocity_dispersion", -1))
+    keep &= sigma <= MAX_VELOCITY_DISPERSION
 
     index = np.flatnonzero(keep)
     u, z_lens, sigma, i_magnitude, z_source, theta = (

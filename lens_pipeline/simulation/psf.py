@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.locations import protocol_of
 from lens_pipeline.simulation.surveys import Survey
 
 PSF_RADIUS = 24  # pixels: the wings of a bright star end in noise
-MAX_OUTSIDE = 0.08  # share of the light that a Moffat profile may have beyond
+MAX_OUTSIDE = 0.08  # share of the light that may be beyond
 FINER = 8  # than an image of a point spread function, to find its width
 MAX_OFF_CENTRE = 0.5  # pixels, of a user's own
 
@@ -60,14 +61,22 @@ def fwhm_of(psf: Tensor) -> float:
 def read_psf(path: str) -> Tensor:
     """The image in a FITS file, of unit sum, cut or padded to 2 PSF_RADIUS + 1 pixels a side.
 
-    Raises InputError, naming the file, where there is none of odd sides and finite pixels, or where
-    its centroid, weighted by flux squared, is more than MAX_OFF_CENTRE from the middle: all that is
+    Raises InputError, naming the file, where there is none of odd sides and finite pixels, where
+    more than MAX_OUTSIDE of its light would be cut off, or where its centroid, weighted by flux
+    squared, is more than MAX_OFF_CENTRE from the middle: all that is
     drawn would be moved.
     """
     from astropy.io import fits
 
+    if protocol_of(path):
+        raise InputError(f"survey.psf: {path} is a URL; name a file of this machine")
     try:
-        image = np.asarray(fits.getdata(path), dtype=np.float32)
+        found = fits.getdata(path)
+        if found is not None and found.dtype.names:
+            raise InputError(
+                f"survey.psf: {path} holds a table, as PSFEx writes; write its image at the middle"
+            )
+        image = np.asarray(found, dtype=np.float32)
     except (OSError, TypeError, IndexError) as problem:
         raise InputError(f"survey.psf: {path} cannot be read ({problem})") from None
     if image.ndim != 2 or image.shape[0] != image.shape[1] or image.shape[0] % 2 == 0:
@@ -89,5 +98,11 @@ def read_psf(path: str) -> Tensor:
     spare = max(0, (side - len(image)) // 2)
     image = np.pad(image, spare)
     low = (len(image) - side) // 2
-    image = image[low : low + side, low : low + side]
+    whole, image = image.sum(), image[low : low + side, low : low + side]
+    outside = 1 - float(image.sum() / whole)
+    if outside > MAX_OUTSIDE:
+        raise InputError(
+            f"survey.psf: {path} has {outside:.0%} of its light more than {PSF_RADIUS} pixels from "
+            f"its middle; {MAX_OUTSIDE:.0%} may be"
+        )
     return torch.from_numpy(image / image.sum())

@@ -252,8 +252,8 @@ class Renderer:
         Where the survey's noise is correlated, it is that of an image which was resampled: the sum
         over many pixels keeps its noise, and that of each, the background's sigma, is lower (not
         for `signal_to_noise`, `contrast` and `electrons_of_sigma`, which take it to be white). The
-        Poisson noise of thousands of electrons a pixel is drawn as the normal distribution of
-        the same variance; Poisson deviates would jump where the expectation differs in the last
+        Poisson noise of hundreds of electrons a pixel, or more, is drawn as the normal distribution
+        of the same variance; Poisson deviates would jump where the expectation differs in the last
         bit, and then a cutout would depend on the batch that it was drawn in.
         """
         background = self._background()

@@ -30,6 +30,7 @@ from lens_pipeline.simulation.sources import make_sources
 from lens_pipeline.simulation.streams import Purpose, number_of, stream
 from lens_pipeline.simulation.surveys import Survey
 
+LARGE = 64  # pixels a side, of which 256 cutouts are drawn together in some 150 MB a band
 STACK_ROWS = 1000  # cutouts in one file of a catalogue
 
 GALAXY_TRUTHS = [
@@ -259,10 +260,12 @@ def _galaxies(
 def _batches(
     galaxies: HostGalaxies, config: SimulationConfig, rows: range, seed: int, batch_size: int = 256
 ) -> Iterator[Simulation]:
-    """The cutouts of those rows, `batch_size` at a time; row 2h is host h's lens, 2h + 1 not."""
+    """The cutouts of those rows, some at a time; row 2h is host h's lens, 2h + 1 is not."""
     if batch_size < 2:
         raise InputError(f"batch_size: {batch_size} is too small; at least 2 is needed")
-    step = batch_size - batch_size % 2
+    # Of large cutouts fewer, for memory holds them all.
+    area = max(1.0, (galaxies.renderer.size / LARGE) ** 2)
+    step = max(2, int(batch_size / area) // 2 * 2)
     for first in range(rows.start, rows.stop, step):
         yield _pairs(galaxies, config, seed, range(first, min(first + step, rows.stop)))
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from lens_pipeline.errors import InputError
 
 KNOWN_BANDS = ("g", "r", "i", "VIS")
+LEAST_NOISE = 1.0  # electrons^2 of an empty pixel: it is drawn as a normal distribution
 PER_BAND = ("sky_brightness", "zero_point", "exposure_time")
 Positive = Annotated[float, Field(gt=0)]
 
@@ -59,6 +60,13 @@ class Survey(BaseModel):
                     f"{name}: has {len(values)} values for the bands "
                     f"{', '.join(self.bands)}; give one for each"
                 )
+        darkest = int(self.background_variance.argmin())
+        if self.background_variance[darkest] < LEAST_NOISE:
+            raise ValueError(
+                f"sky_brightness, exposure_time, read_noise: in {self.bands[darkest]} an empty "
+                f"pixel has a noise of {self.background_variance[darkest] ** 0.5:.2g} electrons; "
+                f"at least {LEAST_NOISE**0.5:g} is needed"
+            )
         return self
 
     @property

@@ -80,6 +80,18 @@ def test_positions_by_other_names_are_told(
     assert not caplog.messages
 
 
+def test_columns_that_are_misspelt_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = _catalogue(tmp_path, pixelscale=0.2, Bands_=None, note="a", survey="x", surveys="y")
+    _build(table, tmp_path / "out")
+    told = [message.partition(": ")[2] for message in caplog.messages]
+    assert told == [
+        f"column {given} means nothing here; if it is what {meant} should be, call it so"
+        for given, meant in (("pixelscale", "pixel_scale"), ("Bands_", "bands"))
+    ]
+
+
 def test_a_group_keeps_its_split_as_the_catalogue_grows(tmp_path: Path) -> None:
     small = read_catalogue(_catalogue(tmp_path, 60)).table
     large = read_catalogue(_catalogue(tmp_path, 400)).table

@@ -44,11 +44,16 @@ def test_each_row_is_scored_in_its_order_from_any_directory(
     )
 
 
-def test_the_scores_of_the_run_are_those_of_predict(home: Path, tmp_path: Path) -> None:
+def test_the_scores_of_the_run_are_those_of_predict(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = next((home / "catalogue").glob("*/catalogue.parquet"))
     out = tmp_path / "scores.parquet"
     arguments = ["--home", str(home), "--catalogue", str(source), "--out", str(out)]
     assert main(["predict", *arguments]) == 0
+    learnt = pd.read_parquet(next((home / "reports").glob("*/scores.parquet")))["split"] != "test"
+    said = f"{int(learnt.sum())} of them the model was trained or validated on"
+    assert said in capsys.readouterr().out
     report = pd.read_parquet(next((home / "reports").glob("*/scores.parquet")))
     np.testing.assert_allclose(pd.read_parquet(out)["logit"], report["logit"], rtol=0, atol=1e-4)
 
@@ -73,12 +78,16 @@ def test_where_no_cutout_fits_the_model_the_reason_is_told(
 def test_cutouts_that_are_too_small_are_padded_where_that_is_set(
     home: Path, simulated_catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = pd.read_parquet(simulated_catalogue)[:2]
-    images = np.load(simulated_catalogue.parent / "images-00000.npy")[:2, :, 4:28, 4:28]
-    np.save(tmp_path / "small.npy", images)
-    table["path"] = [f"{tmp_path}/small.npy#{number}" for number in range(2)]
+    """Also where some were scored before the command was refused."""
+    table = pd.read_parquet(simulated_catalogue)[:40]
+    images = np.load(simulated_catalogue.parent / "images-00000.npy")
+    np.save(tmp_path / "small.npy", images[:2, :, 4:28, 4:28])
+    table["path"] = [
+        f"{tmp_path}/small.npy#{n}" if n < 2 else f"{simulated_catalogue.parent}/{path}"
+        for n, path in enumerate(table["path"])
+    ]
     table.to_parquet(tmp_path / "few.parquet")
-    monkeypatch.setenv("LENS_MAX_REJECT_FRACTION", "1")
+    monkeypatch.setenv("LENS_MAX_REJECT_FRACTION", "0.01")
     arguments = ["--home", str(home), "--catalogue", str(tmp_path / "few.parquet"), "--out"]
     assert main(["predict", *arguments, str(tmp_path / "s.csv")]) == 2
     monkeypatch.setenv("LENS_PAD", "true")

@@ -219,6 +219,7 @@ def test_a_version_is_compared_with_the_last_one_that_has_other_content(
         assert found["of"] == "median of g"
         assert found["largest change"] == pytest.approx(0.5, abs=0.05)
         assert found["at most"] == 0.25
+        assert str(check.description).startswith("median of g: changed by 0.")
     pixels += 0.01
     np.save("stack.npy", pixels)
     check = bands_check()

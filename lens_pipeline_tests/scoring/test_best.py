@@ -45,6 +45,7 @@ def test_the_top_is_listed_and_shown(
     columns = rows.columns.drop([FINGERPRINT, "corner"])
     expected = rows[columns].reset_index(drop=True)
     pd.testing.assert_frame_equal(top[columns], expected, check_dtype=False)
+    assert "arcsec across, if their pixels are of 0.263 arcsec" not in page.read_text()
     shown = shown_on(page).drop(columns="pixels")
     pd.testing.assert_frame_equal(shown, top[[*shown]], check_dtype=False)
     assert {*top} - {*shown} == {"path"}
@@ -77,12 +78,15 @@ def test_of_a_long_list_the_first_are_shown_and_the_scores_do_not_wait_for_it(
 def test_without_positions_the_top_is_listed_by_ids_alone(
     ensemble: LensEnsemble, survey: Path, tmp_path: Path
 ) -> None:
-    table = pd.read_parquet(survey)[1:4].drop(columns=["ra", "dec"], errors="ignore")
+    nowhere = ["ra", "dec", "pixel_scale"]
+    table = pd.read_parquet(survey)[1:4].drop(columns=nowhere, errors="ignore")
     table.to_parquet(tmp_path / "few.parquet")
     source = CatalogueCutouts(read_catalogue(str(tmp_path / "few.parquet")))
     scored = score_to_file(ensemble, source, tmp_path / "scores.csv", model="a", top=2)
     assert scored.top == tmp_path / "scores.top.csv"
     assert list(pd.read_csv(scored.top))[:4] == ["rank", "id", "label", "probability"]
+    assert scored.page is not None
+    assert "arcsec across, if their pixels are of 0.263 arcsec" in scored.page.read_text()
 
 
 @pytest.fixture

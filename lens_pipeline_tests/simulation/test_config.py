@@ -114,8 +114,24 @@ def test_a_users_file_chooses_decoys_sources_and_seeing(tmp_path: Path) -> None:
             "population: {lens_axis_ratio: {distribution: normal, mean: 0.8, std: 0.2}}",
             "lens_axis_ratio: must be above 0, and at most 1, and 1.42 is drawn",
         ),
-        ("population: {source_redshift: {distribution: constant, value: 0}}", "above 0, and 0 is"),
+        (
+            "population: {source_redshift: {distribution: constant, value: 0}}",
+            "above 0, and at most 12, and 0 is",
+        ),
         ("population: {min_magnification: [3]}", "population.min_magnification"),
+        (
+            "population: {source_redshift: {distribution: constant, value: 15}}",
+            "at most 12, and 15 is",
+        ),
+        (
+            "population: {source_i_magnitude: {distribution: constant, value: 17}}",
+            "source_i_magnitude: must be from 18 to 32, and 17 is",
+        ),
+        (
+            "survey: {sky_brightness: [100, 20, 20], read_noise: 0}",
+            "in g an empty pixel has a noise of",
+        ),
+        ("hosts: ''", "names a file by an empty text"),
     ],
 )
 def test_what_is_wrong_in_a_users_file_is_named(text: str, named: str, tmp_path: Path) -> None:

@@ -79,8 +79,8 @@ def test_what_a_catalogue_does_not_tell_is_measured_on_the_image(
     table.to_csv(tmp_path / "catalogue.csv", index=False)
     with caplog.at_level(logging.WARNING):
         pool = read_pool(str(tmp_path / "catalogue.csv"), config_of("-", survey=plain.survey), 64)
-    unknown = f"of {len(table) - 2} of {len(table)} galaxies"
-    assert f"{unknown} of {tmp_path}/catalogue.csv neither redshift nor velocity" in caplog.text
+    unknown = f"of {len(table) - 1} of {len(table)} galaxies"
+    assert f"{unknown} of {tmp_path}/catalogue.csv the velocity dispersion is not" in caplog.text
     found = pool.table.set_index("id")
     assert found.loc[table["id"][2], ["x", "axis_ratio"]].tolist() == [0.1, 0.77]
     found, truth = found.iloc[3:], truth.iloc[3:]

@@ -27,9 +27,9 @@ def test_the_psf_keeps_the_flux_and_has_the_seeing_as_its_width() -> None:
 
 
 def test_a_psf_of_the_users_own(tmp_path: Path) -> None:
-    narrow, wide = np.zeros((5, 5), np.float32), np.ones((61, 61), np.float32)
+    narrow, wide = np.zeros((5, 5), np.float32), np.ones((51, 51), np.float32)
     narrow[2, 2] = 7
-    for name, image in {"narrow": narrow, "wide": wide, "even": wide[:60, :60]}.items():
+    for name, image in {"narrow": narrow, "wide": wide, "even": wide[:50, :50]}.items():
         fits.PrimaryHDU(image).writeto(tmp_path / f"{name}.fits")
     image = torch.zeros(1, 32, 32)
     image[0, 16, 16] = 1
@@ -40,7 +40,16 @@ def test_a_psf_of_the_users_own(tmp_path: Path) -> None:
 
     np.testing.assert_allclose(blurred("narrow"), image[0].numpy(), atol=1e-6)
     assert blurred("wide")[16, 16] == pytest.approx(1 / 49**2, rel=1e-3)  # cut to 49 pixels a side
-    with pytest.raises(InputError, match=r"even\.fits has the shape \(60, 60\); .* needed"):
+    fits.PrimaryHDU(np.ones((61, 61), np.float32)).writeto(tmp_path / "wider.fits")
+    with pytest.raises(InputError, match=r"wider\.fits has 35% of its light more than 24 pixels"):
+        blurred("wider")
+    columns = [fits.Column("PSF_MASK", "25E", array=np.ones((1, 25)))]
+    fits.BinTableHDU.from_columns(columns).writeto(tmp_path / "psfex.fits")
+    with pytest.raises(InputError, match=r"psfex\.fits holds a table, as PSFEx writes"):
+        blurred("psfex")
+    with pytest.raises(InputError, match=r"s3://b/psf\.fits is a URL; name a file"):
+        read_psf("s3://b/psf.fits")
+    with pytest.raises(InputError, match=r"even\.fits has the shape \(50, 50\); .* needed"):
         blurred("even")
     with pytest.raises(InputError, match=r"none\.fits cannot be read"):
         blurred("none")
