@@ -1,6 +1,7 @@
 """Settings that people write into YAML files, and what is wrong with them."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,15 @@ import yaml
 from pydantic import ValidationError
 
 from lens_pipeline.errors import InputError, words_of
+
+# What pydantic calls the kinds that a value may be of, among the keys that lead to it.
+KIND = re.compile(r"(constrained-)?(str|int|float|bool|none)|(tuple|list|dict|literal)\[.*\]")
+SHAPES = {
+    **dict.fromkeys(("tuple_type", "list_type"), "must be a list"),
+    **dict.fromkeys(
+        ("dict_type", "model_type", "model_attributes_type"), "must hold keys and their values"
+    ),
+}
 
 
 class Wrong(NamedTuple):
@@ -50,8 +60,17 @@ def no_such_key(key: str, known: Iterable[str]) -> str:
 
 
 def first_wrong(problem: ValidationError) -> Wrong:
-    """The first of what pydantic found."""
-    first = problem.errors()[0]
-    place = tuple(map(str, first["loc"]))
+    """The first of what pydantic found. Of what may be of several kinds it finds something wrong
+    with each: what it says of the one that was gone into furthest was meant."""
+    found = problem.errors()
+    first = found[0]
+    for depth, step in enumerate(first["loc"]):
+        if KIND.fullmatch(str(step)):
+            alike = [one for one in found if one["loc"][:depth] == first["loc"][:depth]]
+            first = max(alike, key=lambda one: len(one["loc"]))
+            break
+    place = tuple(str(step) for step in first["loc"] if not KIND.fullmatch(str(step)))
     said = first["msg"].removeprefix("Value error, ")
-    return Wrong(place, said, first["type"] == "extra_forbidden")
+    if first["type"] == "union_tag_not_found":
+        said = f"must hold keys and their values, {first['ctx']['discriminator']} among them"
+    return Wrong(place, SHAPES.get(first["type"], said), first["type"] == "extra_forbidden")

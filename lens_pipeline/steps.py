@@ -259,7 +259,8 @@ def locked(path: Path) -> Iterator[None]:
         write_aside(holder, f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
-        holder.touch()  # it may have taken days
+        with suppress(OSError):  # somebody may have removed all of it
+            holder.touch()  # it may have taken days
         lock.release()
 
 

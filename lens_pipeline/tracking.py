@@ -183,8 +183,9 @@ def _follow_home(database: Path, artifacts: str) -> None:
     with closing(sqlite3.connect(database, timeout=PATIENCE)) as records, records:
         find = "SELECT artifact_location FROM experiments WHERE name = ?"
         found = records.execute(find, [EXPERIMENT]).fetchone()
-        if found is None or found[0] == artifacts or Path(found[0]).name != Path(artifacts).name:
-            return
+        known = found is not None and found[0] != artifacts
+        if not known or not found[0].startswith("file:") or not found[0].endswith("/mlartifacts"):
+            return  # nor where somebody has told MLflow to keep them in a bucket
         former, n = found[0], len(found[0])
         for table, column in FOLDERS:
             records.execute(

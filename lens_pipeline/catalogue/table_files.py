@@ -91,8 +91,9 @@ def _parquet(content: io.BytesIO) -> pd.DataFrame:
     written = pq.read_table(content)
     table = written.to_pandas()
     for name in table.select_dtypes("float"):
-        if pa.types.is_integer(written.schema.field(name).type):
-            table[name] = written[name].to_pandas(types_mapper=INTEGERS.get).array
+        column = written[str(name)]
+        if pa.types.is_integer(column.type):
+            table[name] = column.to_pandas(types_mapper=INTEGERS.get).array
     return table
 
 

@@ -13,6 +13,7 @@ KNOWN_BANDS = ("g", "r", "i", "VIS")
 LEAST_NOISE = 1.0  # electrons^2 of an empty pixel: it is drawn as a normal distribution
 PER_BAND = ("sky_brightness", "zero_point", "exposure_time")
 Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
 
 
 class Survey(BaseModel):
@@ -39,7 +40,9 @@ class Survey(BaseModel):
     sky_brightness: tuple[float, ...] = Field(description="mag/arcsec^2, one a band")
     zero_point: tuple[float, ...] = Field(description="AB magnitude of one ADU/s, one a band")
     exposure_time: tuple[Positive, ...] = Field(description="s in all, one a band")
-    exposures: int = Field(gt=0, description="how many are coadded")
+    exposures: Count | tuple[Count, ...] = Field(
+        description="how many are coadded; one number, or one a band"
+    )
     gain: Positive = Field(description="electrons per ADU")
     read_noise: float = Field(ge=0, description="electrons per pixel and exposure")
     noise_correlation: float = Field(
@@ -53,7 +56,7 @@ class Survey(BaseModel):
                 raise ValueError(f"bands: {band!r} is none of {', '.join(KNOWN_BANDS)}")
         if len(set(self.bands)) < len(self.bands):
             raise ValueError(f"bands: {', '.join(self.bands)}: one is named twice")
-        for name in (*PER_BAND, "seeing", "psf"):
+        for name in (*PER_BAND, "exposures", "seeing", "psf"):
             values = getattr(self, name)
             if isinstance(values, tuple) and len(values) != len(self.bands):
                 raise ValueError(
@@ -96,7 +99,7 @@ class Survey(BaseModel):
     def background_variance(self) -> NDArray[np.float64]:
         """Variance of an empty pixel, electrons^2, (bands,): Poisson sky plus read noise."""
         sky = self.electrons(np.asarray(self.sky_brightness)) * self.pixel_scale**2
-        return sky + self.exposures * self.read_noise**2
+        return sky + np.asarray(self.exposures) * self.read_noise**2
 
 
 def of_bands(survey: Survey, bands: Any) -> dict[str, Any]:
@@ -104,7 +107,12 @@ def of_bands(survey: Survey, bands: Any) -> dict[str, Any]:
     if not isinstance(bands, list) or not set(map(str, bands)) <= set(survey.bands):
         return {}
     places = [survey.bands.index(band) for band in bands]
-    return {name: [getattr(survey, name)[place] for place in places] for name in PER_BAND}
+    values = {name: getattr(survey, name) for name in (*PER_BAND, "exposures")}
+    return {
+        name: [one_a_band[place] for place in places]
+        for name, one_a_band in values.items()
+        if isinstance(one_a_band, tuple)
+    }
 
 
 _GRI = ("g", "r", "i")
@@ -148,7 +156,7 @@ SURVEYS = {
             zero_point=(28.38, 28.16, 27.85),
             gain=1.0,
             exposure_time=(2400, 5520, 5520),
-            exposures=150,
+            exposures=(80, 184, 184),
             read_noise=10.0,
         ),
         Survey(  # its FWHM: within the 0.17 to 0.2 arcsec of LensPop's tables

@@ -11,6 +11,7 @@ from scipy.stats import kstest, truncnorm, uniform
 from lens_pipeline.errors import InputError
 from lens_pipeline.simulation import SURVEYS, load_config, simulate
 from lens_pipeline.simulation import config as config_module
+from lens_pipeline.simulation.hosts import SersicHosts
 from lens_pipeline.simulation.population import COLUMNS, candidates
 from lens_pipeline.simulation.psf import moffat
 
@@ -132,6 +133,18 @@ def test_a_users_file_chooses_decoys_sources_and_seeing(tmp_path: Path) -> None:
             "in g an empty pixel has a noise of",
         ),
         ("hosts: ''", "names a file by an empty text"),
+        ("survey: {seeing: [1.3, -1, 1]}", "survey.seeing.1: Input should be greater than 0"),
+        ("survey: {psf: [g.fits, 3, i.fits]}", "survey.psf.1: Input should be a valid string"),
+        ("survey: {sky_brightness: 21}", "survey.sky_brightness: must be a list"),
+        (
+            "population: {velocity_dispersion: 250}",
+            "population.velocity_dispersion: must hold keys and their values",
+        ),
+        (
+            "population: {velocity_dispersion: {mean: 250}}",
+            "must hold keys and their values, 'distribution' among them",
+        ),
+        ("decoys: [ring]", "decoys: must hold keys and their values"),
     ],
 )
 def test_what_is_wrong_in_a_users_file_is_named(text: str, named: str, tmp_path: Path) -> None:
@@ -205,10 +218,29 @@ def test_seeing_and_psf_may_be_given_for_each_band(tmp_path: Path) -> None:
     assert simulate("des", 4, config=config, image_size=32).images.shape == (4, 3, 32, 32)
 
 
+def test_each_band_of_lsst_has_its_own_visits(tmp_path: Path) -> None:
+    """80, 184 and 184 of 30 s: SMTN-002."""
+    survey = load_config("lsst").survey
+    visits, at = np.array([80, 184, 184]), np.array([28.38 - 22.26, 28.16 - 21.2, 27.85 - 20.48])
+    by_hand = visits * (30 * 10 ** (0.4 * at) * 0.2**2 + 10.0**2)
+    np.testing.assert_allclose(survey.background_variance, by_hand)
+    one = load_config("lsst", write(tmp_path, "survey: {bands: [g]}")).survey
+    np.testing.assert_allclose(one.background_variance, by_hand[:1])
+
+
 def test_a_population_without_detectable_lenses_is_an_error(tmp_path: Path) -> None:
     file = write(tmp_path, "population: {min_arc_snr: 1000000}")
     with pytest.raises(InputError, match="is a detectable lens; loosen its cuts"):
         simulate("des", 2, config=load_config("des", file), image_size=32)
+
+
+def test_a_host_that_takes_long_ends_nothing_where_others_have_found_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many hosts some are unlucky, and the population is none that is impossible."""
+    monkeypatch.setattr(SersicHosts, "blocks", 20)
+    config = load_config("des", write(tmp_path, "population: {min_arc_snr: 30}"))
+    assert simulate("des", 40, config=config, image_size=32).images.shape == (40, 3, 32, 32)
 
 
 def test_correlated_noise_is_refused_where_images_bring_their_own(tmp_path: Path) -> None:

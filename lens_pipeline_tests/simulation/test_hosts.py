@@ -211,7 +211,7 @@ def test_a_host_takes_its_galaxy_by_its_number_alone(
     hosts = simulation.table["host"][::2].to_numpy()
     again = simulate("des", 40, seed=9, image_size=SIZE, config=config).table["host"][::2]
     np.testing.assert_array_equal(again, hosts[:20])
-    assert len(set(hosts)) > 35  # of 60, in 80 draws: 44 +- 3
+    assert len(set(hosts)) > 50  # of 60, in turn; drawn by chance, 80 hosts would have 44 +- 3
 
 
 def test_a_cutout_depends_on_its_seed_and_number_alone(
