@@ -169,6 +169,10 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
     from lens_pipeline.definitions import make_definitions
 
     definitions = make_definitions(settings, retries=False)
+    if settings.is_simulated:
+        from lens_pipeline.simulation import load_configs
+
+        load_configs(settings.survey, settings.simulation)  # before the home remembers them
     config = run_config(changes)
     if verbose:
         del config["loggers"]

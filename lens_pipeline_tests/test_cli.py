@@ -286,6 +286,17 @@ def test_a_run_says_which_settings_are_others_than_the_last_time(
     ]
 
 
+def test_a_survey_that_nobody_simulates_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pages of the home would launch nothing but failures."""
+    monkeypatch.setenv("LENS_SURVEY", "sdss")
+    home = tmp_path / "home"
+    assert main(["run", "--home", str(home), "--preset", "tiny"]) == 2
+    assert "survey: unknown 'sdss'; there are des, hsc" in capsys.readouterr().err
+    assert not (home / "settings.json").exists()
+
+
 def test_a_home_that_cannot_be_made_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

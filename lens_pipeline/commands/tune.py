@@ -221,4 +221,6 @@ def _tell(study: "TunedStudy") -> None:
     if study.best is not None:
         print(f"Checkpoint  {study.trained(int(study.best['number'])).checkpoint}")
         print(f"To repeat it: lens-pipeline train --config {study.folder / BEST_CONFIG}")
-        print(f"For the pipeline, as the file of LENS_TRAINING: {in_a_line(study.found)}")
+        arch = study.trained(int(study.best["number"])).config.model.arch
+        print(f"For the pipeline, with {arch} in LENS_ARCHS, and as the file of LENS_TRAINING:")
+        print(in_a_line(study.found))

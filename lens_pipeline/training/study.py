@@ -65,10 +65,11 @@ class TunedStudy:
         if best is None:
             return {}
         values = self.trained(int(best["number"])).config.model_dump(mode="json")
-        return {
+        found = {
             section: {name: values[section][name] for name in fields if name != "arch"}
             for section, fields in read_yaml(self.folder / SPACE).items()
         }
+        return {section: fields for section, fields in found.items() if fields}
 
     def trained(self, number: int) -> TrainedMember:
         """The training of a trial."""
