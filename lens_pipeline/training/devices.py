@@ -1,24 +1,19 @@
 """What a training computes on: whether it is there, in which precision, and that no other training
 of this host has it."""
 
-import logging
 import os
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import filelock
 import torch
 
 from lens_pipeline.cores import n_cores
 from lens_pipeline.errors import InputError
+from lens_pipeline.training.claims import claimed
 from lens_pipeline.training.config import HardwareSection, TrainConfig
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-log = logging.getLogger(__name__)
 
 
 def check_devices(config: TrainConfig) -> None:
@@ -84,34 +79,3 @@ def visible_gpus() -> list[str]:
     """Their names, as CUDA_VISIBLE_DEVICES has them."""
     numbers = map(str, range(torch.cuda.device_count()))
     return (os.environ.get(VISIBLE) or ",".join(numbers)).split(",")
-
-
-@contextmanager
-def claimed(names: Sequence[str], n: int, folder: Path | None = None) -> Iterator[list[str]]:
-    """`n` of these names that no other process holds, in their order, while it is open.
-
-    folder: of the locks; all users of the host share the default.
-    """
-    folder = folder or Path(tempfile.gettempdir()) / "lens-pipeline-gpus"
-    if not folder.exists():
-        folder.mkdir(exist_ok=True)
-        folder.chmod(0o1777)  # of everybody, as the folder it lies in
-    told = False
-    while True:
-        with ExitStack() as held:
-            mine = []
-            for name in names:
-                lock = filelock.FileLock(folder / f"{name}.lock", mode=0o666)
-                try:
-                    held.enter_context(lock.acquire(blocking=False))
-                except filelock.Timeout:
-                    continue
-                mine.append(name)
-                if len(mine) == n:
-                    yield mine
-                    return
-        # All are let go: two that wait for the second of two, each with one, would wait for ever.
-        if not told:
-            log.warning("waiting for %d of the GPUs %s", n, ", ".join(names))
-            told = True
-        time.sleep(1)

@@ -7,7 +7,7 @@ from pathlib import Path
 CLAIMS = """
 import sys, time
 from pathlib import Path
-from lens_pipeline.training.devices import claimed
+from lens_pipeline.training.claims import claimed
 with claimed(sys.argv[2].split(","), int(sys.argv[3]), Path(sys.argv[1])) as mine:
     print(*mine, flush=True)
     sys.stdin.readline()
