@@ -228,7 +228,11 @@ def test_what_a_step_that_was_stopped_has_left_is_removed(tmp_path: Path) -> Non
 def test_what_a_step_has_left_is_as_old_as_its_last_file(tmp_path: Path) -> None:
     """A training of several days may have been stopped a minute ago, and goes on from there."""
 
+    two_days_ago = time.time() - 2 * 86400
+
     def stopped(out: Path) -> None:
+        (holder,) = tmp_path.rglob("*.holder")
+        os.utime(holder, (two_days_ago, two_days_ago))  # it began then
         (out / "last.ckpt").write_text("of now")
         raise KeyboardInterrupt
 
@@ -237,7 +241,6 @@ def test_what_a_step_has_left_is_as_old_as_its_last_file(tmp_path: Path) -> None
             run_step(RECIPE, tmp_path, stopped, goes_on=True)
         (holder,) = tmp_path.rglob("*.holder")
         assert time.time() - holder.stat().st_mtime < 60
-        two_days_ago = time.time() - 2 * 86400
         if killed:
             os.utime(holder, (two_days_ago, two_days_ago))
         assert remove_unused(tmp_path, time.time() - 86400) == []
