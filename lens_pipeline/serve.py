@@ -256,7 +256,7 @@ def serve(settings: Settings, dagster_port: int, mlflow_port: int, verbose: bool
     if not settings.dagster_home.exists():
         log.warning("LENS_HOME: %s is new: nothing has run there yet", settings.home)
     try:
-        log.info("starting Dagster and MLflow ...")
+        log.info("starting the pages ...")
         with pages(settings, dagster_port, mlflow_port, verbose) as found:
             for name, address in found.addresses.items():
                 print(f"{name:8} {address}")

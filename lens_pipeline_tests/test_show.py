@@ -50,14 +50,15 @@ def test_no_file_of_the_working_directory_is_run_and_the_terminal_is_left_to_ale
             subprocess.run([sys.executable, "-c", ALERT], stderr=file, check=True)
         until(lambda: "no room" in served.log, 10, served.log)
         lines = served.log.splitlines()
-        assert lines[:4] == [
+        assert lines[:5] == [
+            "starting the pages ...",
             f"Dagster  {served.dagster}",
             f"MLflow   {served.mlflow}/#/experiments/1/runs?workflowType=machine_learning",
             f"Messages {messages}",
             "Ctrl-C ends what runs here.",
         ]
         assert "alert: run 4ce1f47a failed: no room" in lines
-        assert [line for line in lines[4:] if not line.startswith("alert: ")] == []
+        assert [line for line in lines[5:] if not line.startswith("alert: ")] == []
         messages.unlink()
         time.sleep(2)  # several looks at it
         assert served.server.poll() is None, served.log
