@@ -49,7 +49,9 @@ def test_no_file_of_the_working_directory_is_run_and_the_terminal_is_left_to_ale
         with messages.open("ab") as file:  # as the code server does, which evaluates sensors
             subprocess.run([sys.executable, "-c", ALERT], stderr=file, check=True)
         until(lambda: "no room" in served.log, 10, served.log)
-        lines = served.log.splitlines()
+        # It is a copy of a home, which `show` is the first to open.
+        moved, lines = "MLflow's records name ", served.log.splitlines()
+        lines = [line for line in lines if not line.startswith(moved)]
         assert lines[:5] == [
             "starting the pages ...",
             f"Dagster  {served.dagster}",
