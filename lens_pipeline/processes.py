@@ -114,8 +114,12 @@ def _has_ended(tags: Mapping[str, str]) -> bool:
 
 
 def _rest(tags: Mapping[str, str]) -> list[int]:
-    """The other processes here of the session that a process led."""
+    """The other processes here of the session that a process led; none where its number is another
+    process's by now, whose session is its own."""
     leader, found = int(tags[PID]), []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if _started(leader) != tags[STARTED]:
+            return []
     for process in psutil.pids():
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if process != leader and os.getsid(process) == leader:
@@ -133,9 +137,6 @@ def end_rest(tags: Mapping[str, str]) -> list[int]:
     """
     if tags[HOST] != socket.gethostname():
         return []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        if _started(int(tags[PID])) != tags[STARTED]:
-            return []
     ended = []
     for process in _rest(tags):
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -140,9 +140,16 @@ def test_what_a_dead_process_has_left_is_ended_and_nothing_else(family: Family) 
     other.wait()
 
 
-def test_a_process_in_another_container_of_the_same_name_lives(tmp_path: Path) -> None:
-    """Its number is another's here, or nobody's, and it holds its sign."""
+def test_a_process_in_another_container_of_the_same_name_lives(
+    family: Family, tmp_path: Path
+) -> None:
+    """Its number is another's here, with a session of its own, or nobody's; it holds its sign."""
     sign = sign_of_life(tmp_path, "r")
+    leader, child = family
+    another = process_tags("r", leader.pid) | {STARTED: "1"}
+    assert not is_dead("r", another, tmp_path)
+    assert end_rest(another) == []
+    assert child.is_running()
     nobody = process_tags("r") | {PID: str(2**22 + 1)}  # beyond the highest number of Linux
     assert not is_dead("r", nobody, tmp_path)
     os.close(sign)
