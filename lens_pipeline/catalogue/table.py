@@ -37,10 +37,10 @@ from lens_pipeline.storage import asking, locate, states_of
 
 COARSEST = 10.0  # arcsec/pixel: in coarser ones nobody looks for lenses, and milliarcsec look so
 FINEST = 1e-3  # arcsec/pixel: no camera of the sky has finer pixels, and in degrees most have
-log = logging.getLogger(__name__)
-
 DOTS = re.compile(r"(^|/)\.\.?/")
 FRAME = "the DataFrame"  # what messages call one
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -106,13 +106,14 @@ def _fits_table(content: io.BytesIO, source: str) -> "Table":
     with fits.open(content, logical_as_bytes=True) as hdus:
         kinds = (fits.BinTableHDU, fits.TableHDU)
         found = {
-            hdu.name or f"extension {number}": hdu
+            number: hdu
             for number, hdu in enumerate(hdus)
             if isinstance(hdu, kinds) and not isinstance(hdu, fits.CompImageHDU)
         }
         if len(found) > 1:
+            names = [hdu.name or f"extension {number}" for number, hdu in found.items()]
             raise InputError(
-                f"{source}: holds {len(found)} tables, {first_of([*found])}; write the one that is "
+                f"{source}: holds {len(names)} tables, {first_of(names)}; write the one that is "
                 "meant into a file of its own"
             )
         table = Table.read(hdus, format="fits")

@@ -392,3 +392,10 @@ def test_zeros_at_the_front_are_kept_wherever_they_begin(
     found = read_catalogue(tmp_path / "table.csv").table
     assert found["tile"].tolist() == table["tile"].tolist()
     assert found["n"].tolist() == list(range(50))
+
+
+def test_two_tables_of_one_name_in_a_fits_file_are_two(tmp_path: Path) -> None:
+    table = fits.BinTableHDU(Table({"id": ["a"], "path": ["a.npy"]}), name="CAT")
+    fits.HDUList([fits.PrimaryHDU(), table, table.copy()]).writeto(tmp_path / "table.fits")
+    with pytest.raises(InputError, match="holds 2 tables, CAT, CAT; write the one"):
+        read_catalogue(tmp_path / "table.fits")
