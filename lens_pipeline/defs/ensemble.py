@@ -93,7 +93,8 @@ def ensemble_stage(members: Sequence[Member], remote: bool) -> Stage:
             "calibration": settings.calibration,
             "prevalence": settings.prevalence,
         }
-        if AUTOMATION_CONDITION_TAG in context.run.tags:  # which Dagster sets after failures alone
+        # Launched by `follow_up`, which sees trainings that failed, and none that were cancelled.
+        if AUTOMATION_CONDITION_TAG in context.run.tags:
             for name, key in keys.items():
                 if was_cancelled(context.instance, key):
                     raise InputError(
