@@ -6,9 +6,10 @@ resamplings of cutouts that are groups of their own (`paired_bootstrap`), which 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -31,25 +32,39 @@ RESOLVED = 0.95  # of samples, or resamplings: a rate that fewer tell is not res
 ENOUGH = 10  # false positives: a rate of fewer is mostly chance
 CHANCES = 200  # draws of labels, for what chance makes of a calibration error
 ERRORS = ("ece", "ece_top", "brier")  # of probabilities; the others are of ranks
+AT_ONCE = 1 << 17  # numbers: so many samples are counted together
 
 
 @dataclass(frozen=True)
 class _Levels:
-    """Cutouts by distinct score, highest first: how many lenses and non-lenses have it."""
+    """Samples of cutouts by distinct score (levels,), highest first: how many lenses and non-lenses
+    have it, (samples, levels)."""
 
     score: Array
     lens: Array
     nonlens: Array
 
     @cached_property
+    def n_lens(self) -> Array:
+        return self.lens.sum(axis=1)
+
+    @cached_property
+    def n_nonlens(self) -> Array:
+        return self.nonlens.sum(axis=1)
+
+    @cached_property
+    def n(self) -> Array:
+        return self.n_lens + self.n_nonlens
+
+    @cached_property
     def found(self) -> Array:
         """Lenses at or above each score."""
-        return np.cumsum(self.lens)
+        return np.cumsum(self.lens, axis=1)
 
     @cached_property
     def mistaken(self) -> Array:
         """Non-lenses at or above each score."""
-        return np.cumsum(self.nonlens)
+        return np.cumsum(self.nonlens, axis=1)
 
     @cached_property
     def chosen(self) -> Array:
@@ -59,7 +74,7 @@ class _Levels:
     @cached_property
     def excess(self) -> Array:
         """Lenses at or above each score beyond those that the scores promise."""
-        return self.found - np.cumsum(self.score * (self.lens + self.nonlens))
+        return self.found - np.cumsum(self.score * (self.lens + self.nonlens), axis=1)
 
 
 def by_rank(score: ArrayLike) -> Array:
@@ -108,16 +123,16 @@ def lens_metrics(
     label, score = _checked(label, score)
     of_groups = checked_groups(group, len(label))
     levels = _levels(label, score)
-    values = _values(levels)
+    values = {name: metric(levels).item() for name, metric in METRICS.items()}
     if of_groups is None or not _enough_groups(label, of_groups):
         groups = np.arange(len(label))
-        drawings = _resampled(levels, bootstrap, seed)
+        samples = _resampled(levels, bootstrap, seed)
     else:
         _, groups = np.unique(of_groups, return_inverse=True)
-        ranked, weights = _ranked(score), _drawn_groups(label, groups, bootstrap, seed)
-        drawings = (_counted(label, ranked, weight) for weight in weights)
-    draws = [_values(drawn) for drawn in drawings]
-    n_nonlens = int(levels.nonlens.sum())
+        weights = _drawn_groups(label, groups, bootstrap, seed)
+        samples = _counted(label, _ranked(score), weights)
+    draws = _over(samples, METRICS) if bootstrap else {}
+    n_nonlens = int(levels.n_nonlens.item())
     deciding = FPRS | {"tpr0": 1 / max(1, n_nonlens), "tpr10": ENOUGH / max(ENOUGH, n_nonlens)}
     rarer = min(len(np.unique(groups[of_class])) for of_class in (label, ~label))
     chance = _by_chance(score, label, groups) if draws else {}
@@ -125,8 +140,8 @@ def lens_metrics(
     metrics: dict[str, Any] = {}
     for name, value in values.items():
         low = high = None
-        if value is not None and draws:
-            drawn = np.array([draw[name] for draw in draws], dtype=np.float64)
+        if math.isfinite(value) and draws:
+            drawn = draws[name]
             drawn = drawn[np.isfinite(drawn)]  # of groups, some have too few of a class
             if name in ("ece", "ece_top"):
                 # Noise alone makes a calibration error, and resampling adds as much once more.
@@ -139,8 +154,9 @@ def lens_metrics(
                 low = 0.0
             if name not in ERRORS and low == high and value in (0, 1):
                 low, high = map(float, jeffreys(value * rarer, rarer))
-        metrics[name] = {"value": value, "low": low, "high": high}
-    counts = {"n_lens": int(levels.lens.sum()), "n_nonlens": n_nonlens}
+        known = value if math.isfinite(value) else None
+        metrics[name] = {"value": known, "low": low, "high": high}
+    counts = {"n_lens": int(levels.n_lens.item()), "n_nonlens": n_nonlens}
     return metrics | {"ece_by_chance": by_chance} | counts
 
 
@@ -175,12 +191,10 @@ def paired_bootstrap(
     groups = checked_groups(group, len(lens))
     if groups is None:
         groups = np.arange(len(lens))
-    found = {name: np.full(times, np.nan) for name in scores}
-    ranked = {name: _ranked(score) for name, (_, score) in checked.items()}
-    for draw, weight in enumerate(_drawn_groups(lens, groups, times, seed=0)):
-        for name in scores:
-            value = _metrics(_counted(lens, ranked[name], weight))[metric]()
-            found[name][draw] = np.nan if value is None else value
+    found = {}
+    for name, (_, score) in checked.items():
+        samples = _counted(lens, _ranked(score), _drawn_groups(lens, groups, times, seed=0))
+        found[name] = _over(samples, {metric: METRICS[metric]})[metric]
     return found
 
 
@@ -207,16 +221,16 @@ def _by_chance(
     how many times the variance of label - score is that of independent cutouts (Kish 1965) they are
     larger."""
     scores = np.sort(score)  # their order is nothing
-    random, ranked = np.random.default_rng(0), _ranked(scores)
+    random, (distinct, level) = np.random.default_rng(0), _ranked(scores)
     error = label - score
     alone = (error**2).sum()
     effect = max(1.0, (np.bincount(member, error) ** 2).sum() / alone) if alone else 1.0
+    together = np.bincount(level, minlength=len(distinct)).astype(np.float64)
     drawn = (random.random(len(scores)) < scores for _ in range(CHANCES))
-    levels = [_metrics(_counted(found, ranked, np.ones(len(scores)))) for found in drawn]
-    return {
-        name: np.array([level[name]() or 0.0 for level in levels]) * np.sqrt(effect)
-        for name in ("ece", "ece_top")
-    }
+    lens = (np.bincount(level, found, len(distinct)) for found in drawn)
+    samples = _blocks(distinct, ((found, together - found) for found in lens))
+    made = _over(samples, {name: METRICS[name] for name in ("ece", "ece_top")})
+    return {name: np.nan_to_num(of) * np.sqrt(effect) for name, of in made.items()}
 
 
 def _may_show_none(nonlens: Array, groups: NDArray[Any], fpr: float) -> bool:
@@ -262,12 +276,12 @@ def roc(label: ArrayLike, score: ArrayLike) -> tuple[Array, Array, Array]:
     """
     label, score = _checked(label, score)
     levels = _levels(label, score)
-    n_lens, n_nonlens = levels.lens.sum(), levels.nonlens.sum()
+    n_lens, n_nonlens = levels.n_lens.item(), levels.n_nonlens.item()
     if not n_lens or not n_nonlens:
         raise InputError("label: a ROC curve needs lenses and non-lenses")
     return (
-        np.concatenate([[0], levels.mistaken / n_nonlens]),
-        np.concatenate([[0], levels.found / n_lens]),
+        np.concatenate([[0], levels.mistaken[0] / n_nonlens]),
+        np.concatenate([[0], levels.found[0] / n_lens]),
         np.concatenate([[np.inf], levels.score]),
     )
 
@@ -319,7 +333,8 @@ def is_lens(label: ArrayLike) -> NDArray[np.bool_]:
 
 
 def _levels(label: NDArray[np.bool_], score: Array) -> _Levels:
-    return _counted(label, _ranked(score), np.ones(len(score)))
+    (levels,) = _counted(label, _ranked(score), [np.ones(len(score))])
+    return levels
 
 
 def _ranked(score: Array) -> tuple[Array, NDArray[np.intp]]:
@@ -329,93 +344,127 @@ def _ranked(score: Array) -> tuple[Array, NDArray[np.intp]]:
 
 
 def _counted(
-    label: NDArray[np.bool_], ranked: tuple[Array, NDArray[np.intp]], weight: Array
-) -> _Levels:
-    """weight (n,): how often each cutout counts."""
+    label: NDArray[np.bool_], ranked: tuple[Array, NDArray[np.intp]], weights: Iterable[Array]
+) -> Iterator[_Levels]:
+    """weights: for each sample, how often each cutout (n,) counts."""
     score, level = ranked
-    lens, nonlens = (
-        np.bincount(level[kind], weight[kind], len(score)).astype(np.float64)
-        for kind in (label, ~label)
+    kinds = [(level[kind], kind) for kind in (label, ~label)]
+    return _blocks(
+        score,
+        (
+            tuple(np.bincount(of, weight[kind], len(score)) for of, kind in kinds)
+            for weight in weights
+        ),
     )
-    return _Levels(score, lens, nonlens)
 
 
 def _resampled(levels: _Levels, times: int, seed: int) -> Iterator[_Levels]:
     """Resamplings of single cutouts, each class apart; by score, so that their order is nothing."""
     random = np.random.default_rng(seed)
     n = len(levels.score)
+    owners = [
+        np.repeat(np.arange(n), counts[0].astype(int)) for counts in (levels.lens, levels.nonlens)
+    ]
 
-    def draw(counts: Array) -> Array:
-        owner = np.repeat(np.arange(n), counts.astype(int))
+    def draw(owner: NDArray[np.intp]) -> NDArray[np.intp]:
         picked = owner[random.integers(len(owner), size=len(owner))] if len(owner) else owner
-        return np.bincount(picked, minlength=n).astype(np.float64)
+        return np.bincount(picked, minlength=n)
 
-    for _ in range(times):
-        yield _Levels(levels.score, draw(levels.lens), draw(levels.nonlens))
-
-
-def _values(levels: _Levels) -> dict[str, float | None]:
-    return {name: metric() for name, metric in _metrics(levels).items()}
+    return _blocks(levels.score, (tuple(map(draw, owners)) for _ in range(times)))
 
 
-def _metrics(levels: _Levels) -> dict[str, Callable[[], float | None]]:
-    n_lens, n_nonlens = int(levels.lens.sum()), int(levels.nonlens.sum())
-    both = n_lens > 0 and n_nonlens > 0
-    tail = max(TAIL_LEAST, math.ceil(TAIL * (n_lens + n_nonlens)))
-
-    def where(resolved: bool, metric: Callable[[], float]) -> Callable[[], float | None]:
-        return lambda: float(metric()) if resolved else None
-
-    def at_fpr(fpr: float) -> Callable[[], float | None]:
-        return where(both and n_nonlens * fpr >= 1, lambda: _tpr(levels, n_nonlens * fpr))
-
-    return {
-        "auroc": where(both, lambda: _auroc(levels)),
-        "average_precision": where(both, lambda: _average_precision(levels)),
-        "tpr0": where(both, lambda: _tpr(levels, 0)),
-        "tpr10": where(both and n_nonlens >= 10, lambda: _tpr(levels, 9)),
-        **{name: at_fpr(fpr) for name, fpr in FPRS.items()},
-        "precision_at_k": where(both, lambda: _precision_at(levels, min(TOP, n_lens))),
-        "ece": lambda: _ece(levels, n_lens + n_nonlens, BINS),
-        "ece_top": where(tail <= n_lens + n_nonlens, lambda: _ece(levels, tail, TAIL_BINS)),
-        "brier": lambda: _brier(levels),
-    }
+def _blocks(score: Array, samples: Iterable[tuple[NDArray[Any], ...]]) -> Iterator[_Levels]:
+    """samples: (lenses, non-lenses) of each score; so many together as make small work quick and
+    big work small."""
+    left = iter(samples)
+    while block := list(islice(left, max(1, AT_ONCE // len(score)))):
+        lens, nonlens = (np.stack(kind).astype(np.float64) for kind in zip(*block, strict=True))
+        yield _Levels(score, lens, nonlens)
 
 
-def _auroc(levels: _Levels) -> float:
+def _over(samples: Iterable[_Levels], metrics: Mapping[str, "Metric"]) -> dict[str, Array]:
+    """Metrics of all samples, NaN for those that cannot resolve one: {name: (samples,)}."""
+    found = [{name: metric(levels) for name, metric in metrics.items()} for levels in samples]
+    return {name: np.concatenate([values[name] for values in found]) for name in metrics}
+
+
+def _where(resolved: NDArray[np.bool_], numerator: Array, denominator: Array) -> Array:
+    """Their ratio, NaN where it is not resolved."""
+    return np.divide(numerator, denominator, out=np.full(len(resolved), np.nan), where=resolved)
+
+
+def _both(levels: _Levels) -> NDArray[np.bool_]:
+    return (levels.n_lens > 0) & (levels.n_nonlens > 0)
+
+
+def _auroc(levels: _Levels) -> Array:
     """The chance that a lens scores above a non-lens (Mann & Whitney 1947)."""
-    below = levels.nonlens.sum() - levels.mistaken + levels.nonlens / 2
-    return levels.lens @ below / (levels.lens.sum() * levels.nonlens.sum())
+    below = levels.n_nonlens[:, None] - levels.mistaken + levels.nonlens / 2
+    above = (levels.lens * below).sum(axis=1)
+    return _where(_both(levels), above, levels.n_lens * levels.n_nonlens)
 
 
-def _average_precision(levels: _Levels) -> float:
+def _average_precision(levels: _Levels) -> Array:
     chosen = np.maximum(levels.chosen, 1)  # a resampling may miss a level
-    return levels.lens @ (levels.found / chosen) / levels.lens.sum()
+    purity = (levels.lens * (levels.found / chosen)).sum(axis=1)
+    return _where(_both(levels), purity, levels.n_lens)
 
 
-def _tpr(levels: _Levels, false_positives: float) -> float:
-    """The highest true positive rate with no more than so many false positives."""
-    allowed = _allowed(levels.mistaken, false_positives)
-    return levels.found[allowed].max(initial=0) / levels.lens.sum()
+def _tpr(levels: _Levels, false_positives: ArrayLike, resolved: NDArray[np.bool_]) -> Array:
+    """The highest true positive rate with no more than so many false positives, of each sample."""
+    allowed = _allowed(levels.mistaken, np.reshape(false_positives, (-1, 1)))
+    found = np.where(allowed, levels.found, 0).max(axis=1)
+    return _where(resolved & _both(levels), found, levels.n_lens)
 
 
-def _allowed(mistaken: Array, false_positives: float) -> NDArray[np.bool_]:
-    return mistaken <= false_positives * (1 + 1e-12)  # 0.01 x 300 is 3
+def _tpr_at(fpr: float) -> "Metric":
+    def metric(levels: _Levels) -> Array:
+        most = levels.n_nonlens * fpr
+        return _tpr(levels, most, most >= 1)
+
+    return metric
 
 
-def _precision_at(levels: _Levels, k: int) -> float:
+def _allowed(mistaken: Array, false_positives: ArrayLike) -> NDArray[np.bool_]:
+    return mistaken <= np.asarray(false_positives) * (1 + 1e-12)  # 0.01 x 300 is 3
+
+
+def _precision_at_k(levels: _Levels) -> Array:
+    k = np.minimum(TOP, levels.n_lens)
     count = levels.lens + levels.nonlens
-    taken = np.clip(k - (levels.chosen - count), 0, count)
-    return float(levels.lens @ (taken / np.maximum(count, 1)) / k)
+    taken = np.clip(k[:, None] - (levels.chosen - count), 0, count)
+    right = (levels.lens * (taken / np.maximum(count, 1))).sum(axis=1)
+    return _where(_both(levels), right, k)
 
 
-def _ece(levels: _Levels, highest: int, bins: int) -> float:
-    """Over the cutouts with the highest scores, so many of them."""
-    chosen, excess = (np.concatenate([[0], of]) for of in (levels.chosen, levels.excess))
-    edges = np.linspace(0, highest, bins + 1)
-    return float(np.abs(np.diff(np.interp(edges, chosen, excess))).sum() / highest)
+def _ece(levels: _Levels, highest: Array, bins: int) -> Array:
+    """Over the cutouts with the highest scores, so many of each sample; NaN where it has fewer."""
+    part = np.linspace(0, 1, bins + 1)
+    chosen, excess = (np.pad(of, ((0, 0), (1, 0))) for of in (levels.chosen, levels.excess))
+    rows = zip(highest, chosen, excess, strict=True)
+    at_edges = np.array([np.interp(part * n, *curve) for n, *curve in rows])
+    missed = np.abs(np.diff(at_edges, axis=1)).sum(axis=1)
+    return _where(highest <= levels.n, missed, highest)
 
 
-def _brier(levels: _Levels) -> float:
+def _ece_top(levels: _Levels) -> Array:
+    return _ece(levels, np.maximum(TAIL_LEAST, np.ceil(TAIL * levels.n)), TAIL_BINS)
+
+
+def _brier(levels: _Levels) -> Array:
     error = levels.lens @ (1 - levels.score) ** 2 + levels.nonlens @ levels.score**2
-    return float(error / (levels.lens.sum() + levels.nonlens.sum()))
+    return error / levels.n
+
+
+Metric = Callable[[_Levels], Array]  # of each sample, NaN where it cannot resolve it
+METRICS: Mapping[str, Metric] = {
+    "auroc": _auroc,
+    "average_precision": _average_precision,
+    "tpr0": lambda levels: _tpr(levels, 0, _both(levels)),
+    "tpr10": lambda levels: _tpr(levels, ENOUGH - 1, levels.n_nonlens >= ENOUGH),
+    **{name: _tpr_at(fpr) for name, fpr in FPRS.items()},
+    "precision_at_k": _precision_at_k,
+    "ece": lambda levels: _ece(levels, levels.n, BINS),
+    "ece_top": _ece_top,
+    "brier": _brier,
+}
