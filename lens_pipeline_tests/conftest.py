@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +141,25 @@ def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for what one process of these tests makes, and the others take."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session", autouse=True)
+def files_of_libraries() -> Iterator[None]:
+    """alembic runs its files anew for each database, botocore reads what S3 is for each client: a
+    second each time, of hundreds."""
+    import alembic.util
+    import botocore.session
+
+    load = alembic.util.load_python_file
+    kept = cache(load)
+
+    def loaded(folder: str, name: str) -> Any:
+        return load(folder, name) if name == "env.py" else kept(folder, name)  # the former acts
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alembic.util, "load_python_file", loaded)
+        patch.setattr(botocore.session, "create_loader", cache(botocore.session.create_loader))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
