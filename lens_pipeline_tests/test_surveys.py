@@ -15,6 +15,7 @@ from lens_pipeline.cli import main
 from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.dataset_checks import FEW
 from lens_pipeline.defs.surveys import every_survey
+from lens_pipeline.ensemble.description import read_description
 from lens_pipeline.errors import InputError
 from lens_pipeline.runner import open_instance
 from lens_pipeline.settings import Settings
@@ -118,6 +119,13 @@ def test_data_are_made_by_survey_and_models_of_all(source: Path, tmp_path: Path)
         assert float(version.tags[f"lens.{origin}/auroc"]) == pytest.approx(expected, rel=1e-5)
         logged = client.get_run(version.run_id).data.metrics
         assert logged[f"test/{origin}/auroc"] == pytest.approx(expected)
+    (ensemble,) = made("lens_ensemble")
+    real = catalogue[catalogue["id"].isin(shards.split("val").ids) & (catalogue["survey"] == "hsc")]
+    description = read_description(Path(str(ensemble.metadata["location"].value)))
+    assert description["validation_of_real"] == {
+        "n_lens": (real["label"] == 1).sum(),
+        "n_nonlens": (real["label"] == 0).sum(),
+    }
     report = Path(summary["report"]).read_text()
     assert "By survey" in report
     (evaluation,) = made("ensemble_evaluation")
