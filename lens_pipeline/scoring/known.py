@@ -10,7 +10,13 @@ from numpy.typing import NDArray
 from lens_pipeline.catalogue.known import RADIUS, rows_of_known_lenses
 from lens_pipeline.evaluation.plots import png_bytes
 from lens_pipeline.evaluation.score_plots import known_lenses_figure
-from lens_pipeline.scoring.score_files import FINGERPRINT, files_of_known, keep_others, written
+from lens_pipeline.scoring.score_files import (
+    FINGERPRINT,
+    LEARNT,
+    files_of_known,
+    keep_others,
+    written,
+)
 from lens_pipeline.scoring.scored_rows import ScoredRows
 
 FEWEST = 10  # scored cutouts, for ranks to be worth a picture
@@ -35,25 +41,22 @@ class KnownLenses:
     unseen: NDArray[np.float64]
 
 
-def show_known(
-    known: pd.DataFrame, rows: ScoredRows, seen: frozenset[str], out: Path
-) -> KnownLenses:
+def show_known(known: pd.DataFrame, rows: ScoredRows, out: Path) -> KnownLenses:
     """Write a table of the known lenses in the field, and a picture, beside a file of scores.
 
-    known: see `read_known_lenses`; seen: the groups that the members have learnt from; out: the
-    file of the scores. Of several cutouts of a lens the highest-scored stands for it; what the list
-    has several times, and is shown by one cutout, is one lens.
+    known: see `read_known_lenses`; out: the file of the scores. Of several cutouts of a lens the
+    highest-scored stands for it; what the list has several times, and is shown by one cutout, is
+    one lens.
 
     Columns: `known`, its names; `rank`, the number of cutouts with its score or a higher one;
-    `known_separation` (arcsec), from its cutout or else the nearest one; `learnt_from`, whether the
-    members have trained or validated on the group of one of its cutouts; what the list says, as
-    `known_ra` and so on; then the columns of the scores, where there is a cutout. The
-    highest-scored come first.
+    `known_separation` (arcsec), from its cutout or else the nearest one; `learnt_from`, of any of
+    its cutouts; what the list says, as `known_ra` and so on; then the columns of the scores, where
+    there is a cutout. The highest-scored come first.
     """
-    lenses, names = _in_field(known, rows, seen)
+    lenses, names = _in_field(known, rows)
     shown = lenses[lenses["shown"]]
     said = known.drop(columns="name").iloc[lenses["lens"]].add_prefix("known_")
-    table = lenses[["known", "rank", "known_separation", "learnt_from"]]
+    table = lenses[["known", "rank", "known_separation", LEARNT]]
     said = said.drop(columns=[*table], errors="ignore").reset_index(drop=True)
     table = table.join(said).astype({"rank": "Int64"})
     scores = rows.table(shown["row"].to_numpy())
@@ -63,35 +66,32 @@ def show_known(
     picture.unlink(missing_ok=True)  # of other scores
     with written(listed) as file:
         table.to_csv(file, index=False)
-    unseen = shown["rank"].fillna(np.inf).to_numpy()[~shown["learnt_from"].to_numpy()]
+    unseen = shown["rank"].fillna(np.inf).to_numpy()[~shown[LEARNT].to_numpy()]
     if len(unseen) and rows.n_scored >= FEWEST:
         with written(picture) as file:
             file.write(png_bytes(known_lenses_figure(unseen, rows.n_scored)))
     return KnownLenses(listed, names, len(known), len(lenses), len(shown), rows.n_scored, unseen)
 
 
-def _in_field(
-    known: pd.DataFrame, rows: ScoredRows, seen: frozenset[str]
-) -> tuple[pd.DataFrame, pd.Series]:
+def _in_field(known: pd.DataFrame, rows: ScoredRows) -> tuple[pd.DataFrame, pd.Series]:
     """(the known lenses in the field, those that are `shown` by a cutout first, by their `rank`;
     `lens` and `row`: their places; what each row is known as)"""
     found = rows_of_known_lenses(rows.catalogue.table, known)
-    groups = rows.catalogue.table["group"]
     shown = found["known_separation"] <= RADIUS
     ranks = rows.logit.rank(ascending=False, method="max")
     found = found.assign(
         shown=shown,
         known=known["name"].iloc[found["lens"]].to_numpy(),
         rank=ranks.iloc[found["row"]].where(shown.to_numpy()).to_numpy(),
-        learnt_from=groups.iloc[found["row"]].isin(seen).to_numpy() & shown,
+        learnt_from=rows.learnt[found["row"]] & shown,
     )
-    found["learnt_from"] = found.groupby("lens")["learnt_from"].transform("any")
+    found[LEARNT] = found.groupby("lens")[LEARNT].transform("any")
     of_rows = found[shown].sort_values("known_separation").groupby("row")["known"].agg(", ".join)
     order = found.sort_values(["shown", "rank", "known_separation"], ascending=[False, True, True])
     lenses = order.drop_duplicates("lens")
     # What the list has twice is shown by one cutout, and is one lens.
     one = lenses.groupby(lenses["row"].where(lenses["shown"], -1 - lenses["lens"]), sort=False)
     lenses = lenses.assign(
-        known=one["known"].transform(", ".join), learnt_from=one["learnt_from"].transform("any")
+        known=one["known"].transform(", ".join), learnt_from=one[LEARNT].transform("any")
     )
     return lenses[one.cumcount() == 0].reset_index(drop=True), of_rows

@@ -37,6 +37,8 @@ from lens_pipeline.scoring.known import KnownLenses, show_known
 from lens_pipeline.scoring.likeness import tell_of_unlike
 from lens_pipeline.scoring.score_files import (
     FINGERPRINT,
+    LEARNT,
+    OF_ROWS,
     about_intact,
     check_out,
     keep,
@@ -97,7 +99,8 @@ def score_to_file(
 
     Rows that the file has already, and those of a call that did not end, are not scored again: the
     same cutout, as it was, by the same model and program. Its column `fingerprint` is a hash of all
-    that; of what the scores are, `about_scores` tells.
+    that, `learnt_from` whether the model was trained or validated on the cutout's group; of what
+    the scores are, `about_scores` tells.
 
     Raises InputError where the file cannot be written, where the source disagrees with the format
     of the ensemble, or says no places to find known lenses at, where the parts are of another model
@@ -112,11 +115,11 @@ def score_to_file(
     catalogue = source.catalogue
     if known is not None:
         check_placed(catalogue)
-    tell_of_replaced(catalogue, [*ensemble.columns, "reject_reason", FINGERPRINT])
+    tell_of_replaced(catalogue, [*ensemble.columns, *OF_ROWS])
     n = len(catalogue.table)
     schema = _schema(catalogue, ensemble.columns)
     about = {
-        "schema": 2,
+        "schema": 3,
         "model": {"uri": model, "content": model_hash(ensemble)},
         **source.identity,
         "n_rows": n,
@@ -167,15 +170,14 @@ def score_to_file(
                     log.warning("%s holds %s: as it was it is kept as %s", out, what, keep(out))
                 aside = folder / f"whole{out.suffix}"
                 write_scores(out, aside, rows.tables(), schema, about | _made_by(ensemble))
-            lenses = None if known is None else show_known(known, rows, ensemble.groups, out)
+            lenses = None if known is None else show_known(known, rows, out)
             names = None if lenses is None else lenses.names
             listed, page = (
                 show_best(ensemble, source, rows, out, top, model, names) if top else (None,) * 2
             )
             _remove(folder)
     n_left = int((~rows.known).sum())
-    n_learnt = int(catalogue.table["group"].isin(ensemble.groups).sum())
-    of_rows = (n, rows.n_scored, n_left, n_learnt, rows.reasons)
+    of_rows = (n, rows.n_scored, n_left, int(rows.learnt.sum()), rows.reasons)
     return ScoredFile(out, *of_rows, not stays, listed, page, lenses)
 
 
@@ -322,11 +324,12 @@ def _refuse_rejects(
 
 def _schema(catalogue: Catalogue, columns: list[str]) -> pa.Schema:
     """Of the whole table, by all of its rows: of some of them a column may be empty."""
-    own = catalogue.table.drop(columns=[*columns, "reject_reason", FINGERPRINT], errors="ignore")
+    own = catalogue.table.drop(columns=[*columns, *OF_ROWS], errors="ignore")
     types = parquet_schema(own, catalogue.source)
     known = dict(zip(types.names, types.types, strict=True))
     first = {name: known.pop(name) for name in ("id", "label")}
-    return pa.schema(first | _types(columns) | {FINGERPRINT: pa.int64()} | known)
+    of_rows = {LEARNT: pa.bool_(), FINGERPRINT: pa.int64()}
+    return pa.schema(first | _types(columns) | of_rows | known)
 
 
 def _types(columns: list[str]) -> dict[str, pa.DataType]:

@@ -13,7 +13,7 @@ from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.ensemble.carried import further_libraries
 from lens_pipeline.ensemble.learnt import LEARNT_PIXELS
 from lens_pipeline.ensemble.system import LensEnsemble
-from lens_pipeline.scoring.score_files import FINGERPRINT, ROW_GROUP
+from lens_pipeline.scoring.score_files import FINGERPRINT, LEARNT, OF_ROWS, ROW_GROUP
 from lens_pipeline.scoring.score_tables import score_table
 from lens_pipeline.scoring.sources import CutoutSource, hashed
 from lens_pipeline.steps import digest, source_hashes
@@ -39,7 +39,8 @@ def model_hash(ensemble: LensEnsemble) -> str:
 class ScoredRows:
     """catalogue: that of the rows. fingerprint: int64 (n,), of each row: a hash of all that decides
     its score (its id, its image files as they are and how they are read, the model, the program).
-    known: bool (n,), whether its score is known, or the reason why it has none.
+    known: bool (n,), whether its score is known, or the reason why it has none. learnt: bool (n,),
+    whether the members of the ensemble have trained or validated on its group.
 
     A row of another file is the same where its fingerprint is.
     """
@@ -50,6 +51,7 @@ class ScoredRows:
         self.fingerprint = hashed(pd.DataFrame({"row": hashes, "by": by})).view(np.int64)
         self.catalogue, self._columns = source.catalogue, ensemble.columns
         self._ids = pd.Index(self.catalogue.table["id"])
+        self.learnt = self.catalogue.table["group"].isin(ensemble.groups).to_numpy()
         n = len(self._ids)
         self.known = np.zeros(n, dtype=bool)
         self._values = np.full((n, len(self._columns)), np.nan)
@@ -120,15 +122,17 @@ class ScoredRows:
         return pd.Series(self._values[:, self._columns.index("logit")])
 
     def table(self, rows: slice | NDArray[np.integer]) -> pd.DataFrame:
-        """The score table (see `score_catalogue`) of some rows, with the fingerprints."""
-        ours = [*self._columns, "reject_reason", FINGERPRINT]
+        """The score table (see `score_catalogue`) of some rows, with what was learnt from and the
+        fingerprints."""
+        ours = [*self._columns, *OF_ROWS]
         own = self.catalogue.table.iloc[rows].drop(columns=ours, errors="ignore")
         part = Catalogue(own.reset_index(drop=True), self.catalogue.source)
         scores = pd.DataFrame(self._values[rows], columns=self._columns)
         reasons = pd.Series(self._reasons[rows], dtype=object)
         table = score_table(part, self._columns, scores, reasons)
         place = list(table).index("reject_reason") + 1
-        table.insert(place, FINGERPRINT, self.fingerprint[rows])
+        table.insert(place, LEARNT, self.learnt[rows])
+        table.insert(place + 1, FINGERPRINT, self.fingerprint[rows])
         return table
 
     def tables(self) -> Iterator[pd.DataFrame]:

@@ -51,11 +51,13 @@ def test_the_scores_of_the_run_are_those_of_predict(
     out = tmp_path / "scores.parquet"
     arguments = ["--home", str(home), "--catalogue", str(source), "--out", str(out)]
     assert main(["predict", *arguments]) == 0
-    learnt = pd.read_parquet(next((home / "reports").glob("*/scores.parquet")))["split"] != "test"
-    said = f"{int(learnt.sum())} of them the model was trained or validated on"
-    assert said in capsys.readouterr().out
     report = pd.read_parquet(next((home / "reports").glob("*/scores.parquet")))
-    np.testing.assert_allclose(pd.read_parquet(out)["logit"], report["logit"], rtol=0, atol=1e-4)
+    scores = pd.read_parquet(out)
+    np.testing.assert_allclose(scores["logit"], report["logit"], rtol=0, atol=1e-4)
+    learnt = report["split"].isin(["train", "val"])
+    pd.testing.assert_series_equal(scores["learnt_from"], learnt, check_names=False)
+    said = f"{learnt.sum()} of them the model was trained or validated on"
+    assert said in capsys.readouterr().out
 
 
 def test_where_no_cutout_fits_the_model_the_reason_is_told(

@@ -123,6 +123,7 @@ def test_known_lenses_are_ranked_marked_and_drawn(
     known = ["--known", str(tmp_path / "lenses.csv"), "--top", "40"]
     assert main([*command(home, field, out), *known]) == 0
     scores = pd.read_parquet(out)
+    assert scores.index[scores["learnt_from"]].tolist() == [7, 11]
     logit = scores["logit"]
     rank = {row: int((logit >= logit[row]).sum()) for row in logit.dropna().index}
     listed = pd.read_csv(tmp_path / "scores.known.csv", index_col="known")
