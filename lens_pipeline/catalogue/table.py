@@ -274,10 +274,12 @@ def _first_of_their_images(table: pd.DataFrame, source: str) -> pd.Series:
         if values.any():
             image = of_images.ngroup()
             one = image == image[values].iloc[0]
+            others = values.sum() - one.sum()
             log.warning(
-                "%s: rows %s are of one image, and differ in column %s (and %d more do); a network "
-                "learns nothing from them, or its test is of what it has seen",
-                source, first_of(number[again][one].tolist()), column, values.sum() - one.sum(),
+                "%s: rows %s are of one image, and differ in column %s%s; a network learns nothing "
+                "from them, or its test is of what it has seen",
+                source, first_of(number[again][one].tolist()), column,
+                f", as {others} rows of other images do" if others else "",
             )  # fmt: skip
     first = table["id"].copy()
     free = again & table["split"].isna()
