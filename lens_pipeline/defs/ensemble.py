@@ -60,6 +60,7 @@ COLUMNS = CATALOGUE_COLUMNS | {
     "std": "Epistemic: how much members and dropout draws differ.",
     "entropy": "Aleatoric, in nats.",
     "reject_reason": "Why the image could not be used, and has no scores.",
+    "learnt_from": "Whether members were trained or validated on its group.",
     "split": "Where it was used; `unlabelled` is scored alone.",
 }
 

@@ -188,9 +188,11 @@ def paired_bootstrap(
     """
     checked = {name: _checked(label, score) for name, score in scores.items()}
     lens = next(iter(checked.values()))[0]
-    groups = checked_groups(group, len(lens))
-    if groups is None:
-        groups = np.arange(len(lens))
+    of_groups = checked_groups(group, len(lens))
+    # Numbers: to sort names once for each score takes longer.
+    _, groups = np.unique(
+        np.arange(len(lens)) if of_groups is None else of_groups, return_inverse=True
+    )
     found = {}
     for name, (_, score) in checked.items():
         samples = _counted(lens, _ranked(score), _drawn_groups(lens, groups, times, seed=0))
@@ -348,44 +350,50 @@ def _counted(
 ) -> Iterator[_Levels]:
     """weights: for each sample, how often each cutout (n,) counts."""
     score, level = ranked
-    kinds = [(level[kind], kind) for kind in (label, ~label)]
-    return _blocks(
-        score,
+    lens, nonlens = level[label], level[~label]
+    counts = (
         (
-            tuple(np.bincount(of, weight[kind], len(score)) for of, kind in kinds)
-            for weight in weights
-        ),
+            np.bincount(lens, weight[label], len(score)),
+            np.bincount(nonlens, weight[~label], len(score)),
+        )
+        for weight in weights
     )
+    return _blocks(score, counts)
 
 
 def _resampled(levels: _Levels, times: int, seed: int) -> Iterator[_Levels]:
     """Resamplings of single cutouts, each class apart; by score, so that their order is nothing."""
     random = np.random.default_rng(seed)
     n = len(levels.score)
-    owners = [
+    lens, nonlens = (
         np.repeat(np.arange(n), counts[0].astype(int)) for counts in (levels.lens, levels.nonlens)
-    ]
+    )
 
     def draw(owner: NDArray[np.intp]) -> NDArray[np.intp]:
         picked = owner[random.integers(len(owner), size=len(owner))] if len(owner) else owner
         return np.bincount(picked, minlength=n)
 
-    return _blocks(levels.score, (tuple(map(draw, owners)) for _ in range(times)))
+    return _blocks(levels.score, ((draw(lens), draw(nonlens)) for _ in range(times)))
 
 
-def _blocks(score: Array, samples: Iterable[tuple[NDArray[Any], ...]]) -> Iterator[_Levels]:
+def _blocks(
+    score: Array, samples: Iterable[tuple[NDArray[Any], NDArray[Any]]]
+) -> Iterator[_Levels]:
     """samples: (lenses, non-lenses) of each score; so many together as make small work quick and
     big work small."""
     left = iter(samples)
     while block := list(islice(left, max(1, AT_ONCE // len(score)))):
-        lens, nonlens = (np.stack(kind).astype(np.float64) for kind in zip(*block, strict=True))
+        lens, nonlens = (np.stack(kind, dtype=np.float64) for kind in zip(*block, strict=True))
+        block.clear()
         yield _Levels(score, lens, nonlens)
 
 
 def _over(samples: Iterable[_Levels], metrics: Mapping[str, "Metric"]) -> dict[str, Array]:
     """Metrics of all samples, NaN for those that cannot resolve one: {name: (samples,)}."""
     found = [{name: metric(levels) for name, metric in metrics.items()} for levels in samples]
-    return {name: np.concatenate([values[name] for values in found]) for name in metrics}
+    return {
+        name: np.concatenate([np.zeros(0), *(values[name] for values in found)]) for name in metrics
+    }
 
 
 def _where(resolved: NDArray[np.bool_], numerator: Array, denominator: Array) -> Array:
@@ -410,7 +418,9 @@ def _average_precision(levels: _Levels) -> Array:
     return _where(_both(levels), purity, levels.n_lens)
 
 
-def _tpr(levels: _Levels, false_positives: ArrayLike, resolved: NDArray[np.bool_]) -> Array:
+def _tpr(
+    levels: _Levels, false_positives: ArrayLike, resolved: NDArray[np.bool_] | bool = True
+) -> Array:
     """The highest true positive rate with no more than so many false positives, of each sample."""
     allowed = _allowed(levels.mistaken, np.reshape(false_positives, (-1, 1)))
     found = np.where(allowed, levels.found, 0).max(axis=1)
@@ -460,7 +470,7 @@ Metric = Callable[[_Levels], Array]  # of each sample, NaN where it cannot resol
 METRICS: Mapping[str, Metric] = {
     "auroc": _auroc,
     "average_precision": _average_precision,
-    "tpr0": lambda levels: _tpr(levels, 0, _both(levels)),
+    "tpr0": lambda levels: _tpr(levels, 0),
     "tpr10": lambda levels: _tpr(levels, ENOUGH - 1, levels.n_nonlens >= ENOUGH),
     **{name: _tpr_at(fpr) for name, fpr in FPRS.items()},
     "precision_at_k": _precision_at_k,

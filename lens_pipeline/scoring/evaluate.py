@@ -40,6 +40,7 @@ from lens_pipeline.evaluation.tables import cutouts_table, format_text
 from lens_pipeline.models.saliency import smooth_grad
 from lens_pipeline.models.system import LitLensSystem
 from lens_pipeline.scoring.predictor import score_dataset
+from lens_pipeline.scoring.score_tables import LEARNT_FROM
 from lens_pipeline.scoring.sources import ScoredDataset
 
 GALLERY = 16
@@ -182,7 +183,7 @@ def _unseen_test(
     """(the test split's scores; of how many more cutouts, which weights that a member started from
     have learnt, as they were trained on another split)."""
     test = scores[(scores["split"] == "test") & scores["probability"].notna()]
-    seen = test["group"].isin(ensemble.groups)
+    seen = test[LEARNT_FROM]
     n_seen, test = int(seen.sum()), test[~seen].astype({"label": np.int8})
     if n_seen and test["label"].nunique() < 2:
         raise InputError(

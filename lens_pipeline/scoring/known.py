@@ -12,11 +12,11 @@ from lens_pipeline.evaluation.plots import png_bytes
 from lens_pipeline.evaluation.score_plots import known_lenses_figure
 from lens_pipeline.scoring.score_files import (
     FINGERPRINT,
-    LEARNT,
     files_of_known,
     keep_others,
     written,
 )
+from lens_pipeline.scoring.score_tables import LEARNT_FROM
 from lens_pipeline.scoring.scored_rows import ScoredRows
 
 FEWEST = 10  # scored cutouts, for ranks to be worth a picture
@@ -56,7 +56,7 @@ def show_known(known: pd.DataFrame, rows: ScoredRows, out: Path) -> KnownLenses:
     lenses, names = _in_field(known, rows)
     shown = lenses[lenses["shown"]]
     said = known.drop(columns="name").iloc[lenses["lens"]].add_prefix("known_")
-    table = lenses[["known", "rank", "known_separation", LEARNT]]
+    table = lenses[["known", "rank", "known_separation", LEARNT_FROM]]
     said = said.drop(columns=[*table], errors="ignore").reset_index(drop=True)
     table = table.join(said).astype({"rank": "Int64"})
     scores = rows.table(shown["row"].to_numpy())
@@ -66,7 +66,7 @@ def show_known(known: pd.DataFrame, rows: ScoredRows, out: Path) -> KnownLenses:
     picture.unlink(missing_ok=True)  # of other scores
     with written(listed) as file:
         table.to_csv(file, index=False)
-    unseen = shown["rank"].fillna(np.inf).to_numpy()[~shown[LEARNT].to_numpy()]
+    unseen = shown["rank"].fillna(np.inf).to_numpy()[~shown[LEARNT_FROM].to_numpy()]
     if len(unseen) and rows.n_scored >= FEWEST:
         with written(picture) as file:
             file.write(png_bytes(known_lenses_figure(unseen, rows.n_scored)))
@@ -83,15 +83,15 @@ def _in_field(known: pd.DataFrame, rows: ScoredRows) -> tuple[pd.DataFrame, pd.S
         shown=shown,
         known=known["name"].iloc[found["lens"]].to_numpy(),
         rank=ranks.iloc[found["row"]].where(shown.to_numpy()).to_numpy(),
-        learnt_from=rows.learnt[found["row"]] & shown,
+        **{LEARNT_FROM: rows.learnt[found["row"]] & shown},
     )
-    found[LEARNT] = found.groupby("lens")[LEARNT].transform("any")
+    found[LEARNT_FROM] = found.groupby("lens")[LEARNT_FROM].transform("any")
     of_rows = found[shown].sort_values("known_separation").groupby("row")["known"].agg(", ".join)
     order = found.sort_values(["shown", "rank", "known_separation"], ascending=[False, True, True])
     lenses = order.drop_duplicates("lens")
     # What the list has twice is shown by one cutout, and is one lens.
     one = lenses.groupby(lenses["row"].where(lenses["shown"], -1 - lenses["lens"]), sort=False)
     lenses = lenses.assign(
-        known=one["known"].transform(", ".join), learnt_from=one[LEARNT].transform("any")
+        known=one["known"].transform(", ".join), learnt_from=one[LEARNT_FROM].transform("any")
     )
     return lenses[one.cumcount() == 0].reset_index(drop=True), of_rows

@@ -37,8 +37,6 @@ from lens_pipeline.scoring.known import KnownLenses, show_known
 from lens_pipeline.scoring.likeness import tell_of_unlike
 from lens_pipeline.scoring.score_files import (
     FINGERPRINT,
-    LEARNT,
-    OF_ROWS,
     about_intact,
     check_out,
     keep,
@@ -46,8 +44,13 @@ from lens_pipeline.scoring.score_files import (
     write_scores,
     written,
 )
-from lens_pipeline.scoring.score_tables import score_batches, scoring, tell_of_replaced
-from lens_pipeline.scoring.scored_rows import ScoredRows, model_hash, scoring_program
+from lens_pipeline.scoring.score_tables import (
+    LEARNT_FROM,
+    score_batches,
+    scoring,
+    tell_of_replaced,
+)
+from lens_pipeline.scoring.scored_rows import OF_ROWS, ScoredRows, model_hash, scoring_program
 from lens_pipeline.scoring.sources import CutoutSource
 from lens_pipeline.storage import FEW
 
@@ -209,9 +212,10 @@ def _made_by(ensemble: LensEnsemble) -> dict[str, Any]:
 
 def _of_parts(about: dict[str, Any]) -> dict[str, Any]:
     """What the parts in a folder have in common, however their catalogue grows. The padding is in
-    the fingerprint of each row: who was refused for small cutouts asks again with it."""
+    the fingerprint of each row: who was refused for small cutouts asks again with it. schema: of
+    parts, which are other tables than what they become."""
     common = {name: value for name, value in about.items() if name not in ("n_rows", "padding")}
-    return {**common, "catalogue": {"source": about["catalogue"]["source"]}}
+    return {**common, "schema": 2, "catalogue": {"source": about["catalogue"]["source"]}}
 
 
 def _take_parts(
@@ -328,7 +332,7 @@ def _schema(catalogue: Catalogue, columns: list[str]) -> pa.Schema:
     types = parquet_schema(own, catalogue.source)
     known = dict(zip(types.names, types.types, strict=True))
     first = {name: known.pop(name) for name in ("id", "label")}
-    of_rows = {LEARNT: pa.bool_(), FINGERPRINT: pa.int64()}
+    of_rows = {LEARNT_FROM: pa.bool_(), FINGERPRINT: pa.int64()}
     return pa.schema(first | _types(columns) | of_rows | known)
 
 

@@ -39,7 +39,7 @@ def score_dataset(
                 progress.update(len(images))
     rows = pd.concat([t["row"] for t in tables])
     rejects = dataset.rejects().set_index("row")["reason"]
-    table = score_table(catalogue, ensemble.columns, pd.concat(scores).set_axis(rows), rejects)
+    table = score_table(ensemble, catalogue, pd.concat(scores).set_axis(rows), rejects)
     splits = np.repeat(PARTS, [len(t) for t in tables]).astype(object)
     table["split"] = pd.Series(splits, index=rows).reindex(table.index)
     return table
@@ -56,8 +56,9 @@ def score_catalogue(
 
     options: fsspec's, for its URLs; pad: see `build_dataset`.
 
-    Columns: id, label, those of `ensemble.columns`, reject_reason, then the catalogue's own; the
-    index is that of its table. A cutout that cannot be used has null scores and a reject_reason.
+    Columns: id, label, those of `ensemble.columns`, reject_reason, learnt_from (whether the members
+    have trained or validated on the row's group), then the catalogue's own; the index is that of
+    its table. A cutout that cannot be used has null scores and a reject_reason.
     Raises InputError where the catalogue has no rows or disagrees with the format of the ensemble.
     Of more rows than memory holds the scores: `score_to_file`.
     """
@@ -74,5 +75,5 @@ def score_catalogue(
             progress.update(len(batch))
     scores = pd.concat(batches)
     own = replace(catalogue, table=catalogue.table.reset_index(drop=True))
-    table = score_table(own, ensemble.columns, scores, scores["reject_reason"])
+    table = score_table(ensemble, own, scores, scores["reject_reason"])
     return table.set_axis(catalogue.table.index)

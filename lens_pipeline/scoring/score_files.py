@@ -24,8 +24,6 @@ from lens_pipeline.steps import file_aside, file_sha256, write_aside
 ROW_GROUP = 1 << 16  # of whole batches
 SUFFIXES = (".parquet", ".csv")
 FINGERPRINT = "fingerprint"  # of all that decides a row's score: see `ScoredRows`
-LEARNT = "learnt_from"  # whether the members have trained or validated on the row's group
-OF_ROWS = ("reject_reason", LEARNT, FINGERPRINT)  # columns beside those of the ensemble
 _KEY = b"lens_pipeline"  # of a Parquet file's metadata
 _WRITTEN = b"lens_pipeline.written"  # of it, too: a hash of what was written, and of how many bytes
 _SHA256 = "sha256"  # of the CSV file, in what lies beside it

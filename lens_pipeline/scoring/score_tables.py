@@ -16,6 +16,8 @@ from lens_pipeline.models.system import BATCH
 from lens_pipeline.progress import progress_bar
 from lens_pipeline.scoring.sources import CutoutSource
 
+LEARNT_FROM = "learnt_from"  # whether the members have trained or validated on the row's group
+
 log = logging.getLogger(__name__)
 
 
@@ -46,14 +48,20 @@ def score_batches(
         yield scores.reindex(some).assign(reject_reason=reasons)
 
 
+def has_learnt_from(ensemble: LensEnsemble, catalogue: Catalogue) -> NDArray[np.bool_]:
+    """Whether its members have trained or validated on the group of each row (n,)."""
+    return catalogue.table["group"].isin(ensemble.groups).to_numpy()
+
+
 def score_table(
-    catalogue: Catalogue, columns: list[str], scores: pd.DataFrame, rejects: pd.Series
+    ensemble: LensEnsemble, catalogue: Catalogue, scores: pd.DataFrame, rejects: pd.Series
 ) -> pd.DataFrame:
     """The table of `predictor.score_catalogue`; scores and rejects are indexed as the catalogue."""
-    own = catalogue.table
-    tell_of_replaced(catalogue, [*columns, "reject_reason"])
+    own, columns = catalogue.table, ensemble.columns
+    tell_of_replaced(catalogue, [*columns, "reject_reason", LEARNT_FROM])
     table = pd.concat([own[["id", "label"]], scores[columns].reindex(own.index)], axis=1)
     table["reject_reason"] = rejects.reindex(own.index)
+    table[LEARNT_FROM] = has_learnt_from(ensemble, catalogue)
     return pd.concat([table, own.drop(columns=table.columns, errors="ignore")], axis=1)
 
 

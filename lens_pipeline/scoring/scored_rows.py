@@ -13,11 +13,12 @@ from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.ensemble.carried import further_libraries
 from lens_pipeline.ensemble.learnt import LEARNT_PIXELS
 from lens_pipeline.ensemble.system import LensEnsemble
-from lens_pipeline.scoring.score_files import FINGERPRINT, LEARNT, OF_ROWS, ROW_GROUP
-from lens_pipeline.scoring.score_tables import score_table
+from lens_pipeline.scoring.score_files import FINGERPRINT, ROW_GROUP
+from lens_pipeline.scoring.score_tables import LEARNT_FROM, has_learnt_from, score_table
 from lens_pipeline.scoring.sources import CutoutSource, hashed
 from lens_pipeline.steps import digest, source_hashes
 
+OF_ROWS = ("reject_reason", LEARNT_FROM, FINGERPRINT)  # columns beside those of the ensemble
 _MODULES = ("lens_pipeline.scoring.score_tables", "lens_pipeline.scoring.shard_cutouts")
 # Of reasons against a cutout: a disk that fails or goes away for a while, or a right that lacks,
 # does not show in its file.
@@ -49,9 +50,10 @@ class ScoredRows:
         hashes, self._told = source.row_hashes()
         by = digest([model_hash(ensemble), scoring_program(ensemble)])
         self.fingerprint = hashed(pd.DataFrame({"row": hashes, "by": by})).view(np.int64)
-        self.catalogue, self._columns = source.catalogue, ensemble.columns
+        self.catalogue, self._ensemble = source.catalogue, ensemble
+        self._columns = ensemble.columns
         self._ids = pd.Index(self.catalogue.table["id"])
-        self.learnt = self.catalogue.table["group"].isin(ensemble.groups).to_numpy()
+        self.learnt = has_learnt_from(ensemble, self.catalogue)
         n = len(self._ids)
         self.known = np.zeros(n, dtype=bool)
         self._values = np.full((n, len(self._columns)), np.nan)
@@ -122,17 +124,15 @@ class ScoredRows:
         return pd.Series(self._values[:, self._columns.index("logit")])
 
     def table(self, rows: slice | NDArray[np.integer]) -> pd.DataFrame:
-        """The score table (see `score_catalogue`) of some rows, with what was learnt from and the
-        fingerprints."""
+        """The score table (see `score_catalogue`) of some rows, with the fingerprints."""
         ours = [*self._columns, *OF_ROWS]
         own = self.catalogue.table.iloc[rows].drop(columns=ours, errors="ignore")
         part = Catalogue(own.reset_index(drop=True), self.catalogue.source)
         scores = pd.DataFrame(self._values[rows], columns=self._columns)
         reasons = pd.Series(self._reasons[rows], dtype=object)
-        table = score_table(part, self._columns, scores, reasons)
-        place = list(table).index("reject_reason") + 1
-        table.insert(place, LEARNT, self.learnt[rows])
-        table.insert(place + 1, FINGERPRINT, self.fingerprint[rows])
+        table = score_table(self._ensemble, part, scores, reasons)
+        place = list(table).index(LEARNT_FROM) + 1
+        table.insert(place, FINGERPRINT, self.fingerprint[rows])
         return table
 
     def tables(self) -> Iterator[pd.DataFrame]:

@@ -56,7 +56,7 @@ def test_the_scores_of_the_run_are_those_of_predict(
     np.testing.assert_allclose(scores["logit"], report["logit"], rtol=0, atol=1e-4)
     learnt = report["split"].isin(["train", "val"])
     pd.testing.assert_series_equal(scores["learnt_from"], learnt, check_names=False)
-    said = f"{learnt.sum()} of them the model was trained or validated on"
+    said = f"the model was trained or validated on {learnt.sum()} of the rows"
     assert said in capsys.readouterr().out
 
 

@@ -20,7 +20,7 @@ from lens_pipeline.catalogue.dataset import CutoutFormat
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
 from lens_pipeline.scoring.parts import score_to_file
-from lens_pipeline.scoring.score_files import about_scores
+from lens_pipeline.scoring.score_files import about_scores, write_scores
 from lens_pipeline.scoring.sources import CatalogueCutouts
 from lens_pipeline.storage import FEW
 from lens_pipeline_tests.scoring.scorers import Counting, Stuttering, command, interrupt, scored
@@ -57,6 +57,23 @@ def test_the_same_command_again_leaves_the_file_as_it_is(
     pd.read_parquet(tmp_path / "few.parquet")[:-1].to_parquet(tmp_path / "few.parquet")
     assert main(arguments) == 0
     assert f"{tmp_path}/scores.top.csv: is of former scores" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["scores.parquet", "scores.csv"])
+def test_a_column_that_is_new_is_written_and_nothing_scored_again(
+    counting: Counting, own_images: pd.DataFrame, tmp_path: Path, name: str
+) -> None:
+    """A file of an earlier release says nothing of what was learnt from."""
+    out = tmp_path / name
+    read = pd.read_parquet if out.suffix == ".parquet" else pd.read_csv
+    assert scored(counting, own_images[:40], out)[1] == 40
+    now, about = read(out), about_scores(out)
+    former = now.drop(columns="learnt_from")
+    schema = pa.Schema.from_pandas(former, preserve_index=False)
+    write_scores(out, tmp_path / f"aside{out.suffix}", [former], schema, about | {"schema": 2})
+    assert scored(counting, own_images[:40], out)[1] == 0
+    pd.testing.assert_frame_equal(read(out), now)
+    assert about_scores(out) == about
 
 
 @pytest.mark.parametrize("name", ["scores.parquet", "scores.csv"])
