@@ -59,7 +59,7 @@ def _request(name: str, address: SecretStr, content: bytes | None = None) -> Non
         try:
             with opener.open(request, timeout=10):
                 return
-        except http.client.InvalidURL:  # it would be shown
+        except (http.client.InvalidURL, UnicodeError):  # it would be shown
             raise InputError(f"{name}: is no address of a server; correct or unset it") from None
         except (OSError, http.client.HTTPException) as problem:
             reason = str(problem)

@@ -230,9 +230,14 @@ def _run(options: argparse.Namespace) -> int:
         verify=options.verify or None,
     )
     settings.export()
-    from lens_pipeline.presets import chosen_members
+    from lens_pipeline.presets import chosen_members, member_config
 
-    changes = _training_changes(options.set, [m.name for m in chosen_members(settings)])
+    members = chosen_members(settings)
+    changes = _training_changes(options.set, [member.name for member in members])
+    for member in members:  # before hours of work are done for it
+        config = member_config(settings, member).with_changes(changes.get(member.name, {}), "--set")
+        if config.starts_from_a_file and not Path(config.model.pretrained).is_file():
+            raise InputError(f"model.pretrained: {config.model.pretrained}: there is no such file")
     with interruptible():
         from lens_pipeline.registry import answering
         from lens_pipeline.runner import prepare_home, run_pipeline
@@ -249,9 +254,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _training_changes(assignments: Sequence[str], members: Sequence[str]) -> dict[str, Any]:
     """`[member.]section.field=value` -> {member: {section: {field: value}}}."""
-    import yaml
-
     from lens_pipeline.presets import left_open
+    from lens_pipeline.settings_files import parse_yaml
     from lens_pipeline.training.config import TrainConfig
 
     changes: dict[str, Any] = {}
@@ -267,8 +271,8 @@ def _training_changes(assignments: Sequence[str], members: Sequence[str]) -> dic
         if member and member[0] not in members:
             raise InputError(f"--set {assignment}: the members are {', '.join(members)}")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            value = parse_yaml(text)
+        except ValueError:
             raise InputError(f"--set {assignment}: {text!r} is not a value") from None
         change = left_open({section: {field: value}}, f"--set {assignment}")
         parsed = TrainConfig.parse(change, f"--set {assignment}")

@@ -3,11 +3,12 @@
 import os
 import re
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from lens_pipeline.errors import SECRET, InputError
 
 TABLES = (".csv", ".parquet", ".fits", ".fit", ".vot", ".votable", ".xml")  # of a catalogue
+WEB = ("http", "https")
 _SYNONYMS = {"s3a": "s3", "gcs": "gs"}
 
 
@@ -35,14 +36,24 @@ def absolute(location: str) -> str:
         raise InputError(f"{location}: names no bucket")
     if protocol_of(location):
         parts = urlsplit(location)
-        # A token may be all that is there: web servers take it in the place of the user.
-        if parts.password or (parts.username is not None and parts.scheme in ("http", "https")):
+        # A token may be all that is there: web servers take it in the place of the user. And a
+        # password with a slash, as AWS gives out, ends what is taken for the server.
+        torn = re.match(r"[^:/]+://[^/@]*:[^@]*/[^@]*@", location) and not _port_of(parts)
+        if torn or parts.password or (parts.username is not None and parts.scheme in WEB):
             raise InputError(
                 f"{location}: a URL must not carry a user or password; give credentials through "
                 "the environment, as its provider's tools take them"
             )
         return location
     return str(at_home(location).resolve())
+
+
+def _port_of(parts: SplitResult) -> int | None:
+    """That of a server of the web; None where what stands in its place is no number."""
+    try:
+        return parts.port if parts.scheme in WEB else None
+    except ValueError:
+        return None
 
 
 def at_home(path: str) -> Path:

@@ -297,12 +297,17 @@ class Registry:
         return self.client.get_model_version_download_uri(version.name, version.version)
 
     def require(self) -> None:
-        """Raises InputError, naming the home, where there is no registry yet."""
-        if self.settings.tracking_uri is None and not self.settings.mlflow_database.is_file():
-            raise InputError(
-                f"{self.settings.home}: this home has no model registry; "
-                "name another with --home or LENS_HOME, or make one with `lens-pipeline run`"
-            )
+        """Raises InputError, naming the home or the setting, where there is no registry yet: MLflow
+        would make an empty one, which refers to nothing that is to be kept."""
+        file = self.settings.mlflow_file
+        if file is None or (file.is_file() and file.stat().st_size):
+            return
+        if self.settings.tracking_uri is not None:
+            raise InputError(f"MLFLOW_TRACKING_URI: there is no model registry at {file}")
+        raise InputError(
+            f"{self.settings.home}: this home has no model registry; "
+            "name another with --home or LENS_HOME, or make one with `lens-pipeline run`"
+        )
 
 
 def _source(version: "ModelVersion") -> str:

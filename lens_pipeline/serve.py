@@ -141,6 +141,8 @@ def pages(
     served = settings.dagster_home / SERVED
     if served.exists() and not is_free(served):  # as a port that is in use is likely to be its own
         raise _served_already(settings)
+    if len({*ports.values()}) < len(ports):
+        raise InputError(f"--mlflow-port {mlflow_port}: is that of --dagster-port; name another")
     for option, port in ports.items():
         if _answers(port):
             raise InputError(f"{option} {port}: is in use; name another")

@@ -30,6 +30,7 @@ OTHERS = (
     *("LENS_MLFLOW_PORT", "LENS_MLFLOW_HOSTS", "LENS_MLFLOW_ORIGINS"),
 )
 SIMULATION = "simulation"  # in the place of a source
+SQLITE = re.compile(r"(?i)sqlite(\+\w+)?:///(?P<path>/[^?]*)")  # the URI of a database's file
 SERVED = ".served"  # in DAGSTER_HOME, by `lens-pipeline show`, which locks it meanwhile
 # Where `lens-pipeline show` serves what it is not told to serve elsewhere.
 HOST, DAGSTER_PORT, MLFLOW_PORT = "127.0.0.1", 3000, 5000
@@ -46,12 +47,24 @@ def _on_this_machine(path: str | Path) -> str:
     return found
 
 
-def _absolute_database(uri: str | None) -> str | None:
+def _tracking_uri(uri: str | None) -> str | None:
+    """Raises ValueError for a SQLite file that is another in every directory, and for an address
+    that would be taken apart elsewhere than it is meant, and its password shown."""
     if uri and re.match(r"(?i)sqlite(\+\w+)?:(?!////)", uri):
         raise ValueError(
             f"{uri} is another file in every working directory; write sqlite:////, four slashes, "
             "and its absolute path"
         )
+    if uri and SQLITE.match(uri) is None:
+        wrong = "is no address; in a user or password write / as %2F, @ as %40 and : as %3A"
+        try:
+            parts = urlsplit(uri)
+            _ = parts.port  # raises for what is no number
+        except ValueError:
+            raise ValueError(wrong) from None
+        database = not parts.scheme.startswith("http")  # which SQLAlchemy takes apart
+        if (parts.netloc and "@" in parts.path) or (database and parts.netloc.count("@") > 1):
+            raise ValueError(wrong)
     return uri
 
 
@@ -158,7 +171,7 @@ class Settings(BaseSettings):
         gt=0,
         description="Most GB (10^9 bytes) of remote shards that are kept in a cache folder.",
     )
-    tracking_uri: Annotated[str | None, BeforeValidator(_absolute_database)] = Field(
+    tracking_uri: Annotated[str | None, BeforeValidator(_tracking_uri)] = Field(
         default=None,
         validation_alias="MLFLOW_TRACKING_URI",
         description="MLflow's tracking server, or a database, as `sqlite:////absolute/path.db`; by "
@@ -331,6 +344,14 @@ class Settings(BaseSettings):
     def mlflow_database(self) -> Path:
         """Where MLflow keeps its records, if MLFLOW_TRACKING_URI does not say otherwise."""
         return self.home / "mlflow.db"
+
+    @property
+    def mlflow_file(self) -> Path | None:
+        """The SQLite file that MLflow's records are in; None where a server has them."""
+        if self.tracking_uri is None:
+            return self.mlflow_database
+        found = SQLITE.match(self.tracking_uri)
+        return found and Path(found["path"])
 
     @property
     def _own_mlflow_uri(self) -> str:

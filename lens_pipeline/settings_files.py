@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import yaml
 from pydantic import ValidationError
+from yaml.constructor import ConstructorError
 
 from lens_pipeline.errors import InputError, words_of
 
 # What pydantic calls the kinds that a value may be of, among the keys that lead to it.
 KIND = re.compile(r"(constrained-)?(str|int|float|bool|none)|(tuple|list|dict|literal)\[.*\]")
+MERGE = "tag:yaml.org,2002:merge"  # `<<`, of which there may be several
 SHAPES = {
     **dict.fromkeys(("tuple_type", "list_type"), "must be a list"),
     **dict.fromkeys(
@@ -29,14 +31,37 @@ class Wrong(NamedTuple):
     unknown: bool
 
 
+class _Loader(yaml.SafeLoader):
+    """As YAML has it, and unlike PyYAML, a key stands once in a mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != MERGE:
+                if key.value in seen:
+                    raise ConstructorError(
+                        None, None, f"{key.value} is there twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """What a text says. Raises ValueError, with what is wrong, for one that is no YAML."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as problem:  # the latter of a 31st of June
+        raise ValueError(words_of(problem)) from None
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, without keys that have nothing behind them, as a section does
     whose lines are all comments. Raises InputError, naming the file, where there is none."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = parse_yaml(path.read_text())
     except OSError as problem:
         raise InputError(f"{path}: cannot be read ({problem.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+    except ValueError as problem:
         raise InputError(f"{path}: is no YAML ({words_of(problem)})") from None
     if values is None:
         return {}

@@ -47,10 +47,15 @@ def prepare_environment() -> None:
 
 def local_path(text: str) -> Path:
     """Of a flag: a path on this machine, made absolute, `~` for the user's home; shells leave that
-    in `--out=~/file`. A URL is none."""
+    in `--out=~/file`. A URL is none, nor is an empty text, or a place in a file."""
+    if not text:  # as of a variable of the shell that is not set
+        raise argparse.ArgumentTypeError("is given, and empty")
     if meant_as_url(text):
         raise argparse.ArgumentTypeError(f"{text} is a URL; name a place on this machine")
-    return at_home(text).absolute()
+    path = at_home(text).absolute()
+    if files := [folder for folder in path.parents if folder.is_file()]:
+        raise argparse.ArgumentTypeError(f"{text}: {files[0]} is a file, not a folder")
+    return path
 
 
 def configure_logging(verbose: bool) -> None:

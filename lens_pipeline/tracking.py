@@ -53,6 +53,7 @@ CONNECT_WITHIN = 10  # seconds
 LOCK = 1_819_634_291  # an advisory lock of PostgreSQL: any number that others do not take
 FOR_A_WHILE = ("starting up", "shutting down", "recovery", "too many")  # of a server's words
 RECORDED = "lens.recorded"  # a run that holds all it should
+DAMAGED = ("SQLITE_NOTADB", "SQLITE_CORRUPT")
 log = logging.getLogger(__name__)
 
 
@@ -207,9 +208,10 @@ class Tracking:
         """The client; MLflow's global URIs are set to the same server.
 
         Raises InputError where the driver of its database is not installed, or the database does
-        not let us in; NoAnswerError where it gives no answer.
+        not let us in, or is damaged; NoAnswerError where it gives no answer.
         """
         import mlflow
+        import sqlalchemy
 
         uri = self.settings.mlflow_uri
         os.environ.update(self.settings.mlflow_credentials)
@@ -227,6 +229,14 @@ class Tracking:
                 client.search_experiments(max_results=1)
                 if self.settings.tracking_uri is None:
                     _follow_home(self.settings.mlflow_database, self.settings.artifact_location)
+        except (sqlalchemy.exc.DatabaseError, sqlite3.DatabaseError) as problem:
+            found = getattr(problem, "orig", problem)  # SQLAlchemy's has that of SQLite
+            if getattr(found, "sqlite_errorname", None) not in DAMAGED:
+                raise
+            raise InputError(
+                f"{self.settings.mlflow_file}: is no database of MLflow, or damaged ({found}); put "
+                "a backup in its place"
+            ) from None
         except ModuleNotFoundError as problem:
             raise InputError(
                 f"MLFLOW_TRACKING_URI: {masked(uri)} needs the package {problem.name}; for "

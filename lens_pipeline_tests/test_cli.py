@@ -145,6 +145,15 @@ def test_the_help_names_variables_that_are_settings(
         (["run", "--set", "lastro.model.arch=resnet18"], "model.arch: follows from LENS_ARCHS"),
         (["run", "--set", "training.epochs=["], "training.epochs"),
         (["run", "--set", "training.monitor=nosuch"], "training.monitor"),
+        (["run", "--set", "training.epochs=2020-99-99"], "'2020-99-99' is not a value"),
+        (
+            ["run", "--set", "training.find_batch_size=true", "--set=hardware.devices=2"],
+            "one device",
+        ),
+        (
+            ["run", "--set", "model.pretrained=/nowhere.ckpt"],
+            "model.pretrained: /nowhere.ckpt: there",
+        ),
         (["run", "--archs", "ensemble=lastro"], "ensemble"),
         (["run", "--archs", "lastro@4294967296"], "2**32"),
         (["run", "--source", "https://me:secret@127.0.0.1/c.csv"], "https://me:***@127.0.0.1"),
@@ -154,6 +163,13 @@ def test_the_help_names_variables_that_are_settings(
         (["run", "--epochs=3"], "--epochs=3; say --set training.epochs=..."),
         (["rnu"], "did you mean run?"),
         (["train", "--data-root", "/nowhere"], "/nowhere: there is no such file or folder"),
+        (["train", "--data-root", ""], "--data-root: is given, and empty"),
+        (["train", "--checkpoint-dir", ""], "--checkpoint-dir: is given, and empty"),
+        (["simulate", "--out", f"{__file__}/x"], f"{__file__} is a file, not a folder"),
+        (
+            ["prepare", "--data-root", "c", "--output-dir", "s", "--cloud-url", ""],
+            "--cloud-url: is given, and empty",
+        ),
         (["train", "--learnig-rate", "1e-3"], "--learnig-rate; did you mean --learning-rate"),
         (["tune", "--trails=3"], "--trails=3; did you mean --trials"),
         (["train", "--batch", "32"], "--batch; did you mean --batch-size"),  # no name is cut short
@@ -196,6 +212,9 @@ def test_who_opens_a_home_where_nothing_has_run_is_told(
         assert told in capsys.readouterr().err
         assert main([*show, "--home", str(own_home)]) == 2
         assert "is new" not in capsys.readouterr().err
+    one, port = "--dagster-port", "--mlflow-port"
+    assert main(["show", one, "3999", port, "3999", "--home", str(own_home)]) == 2
+    assert "error: --mlflow-port 3999: is that of --dagster-port" in capsys.readouterr().err
 
 
 def test_nothing_that_a_command_starts_tells_mlflows_makers_of_it(tmp_path: Path) -> None:

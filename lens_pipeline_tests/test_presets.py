@@ -57,6 +57,8 @@ def test_an_extra_that_is_missing_is_told_before_anything_is_made(
         ("model: {arch: resnet18}", "training.yaml: model.arch: follows from LENS_ARCHS"),
         ("data: {data_root: here}", "training.yaml: data.data_root: follows from"),
         ("training: [", "training.yaml: is no YAML"),
+        ("training: {epochs: 3}\ntraining: {seed: 1}", "is no YAML .*training is there twice"),
+        ("training: {epochs: 2020-99-99}", "training.yaml: is no YAML .*month"),
         (None, "training.yaml: cannot be read"),
     ],
 )

@@ -94,6 +94,35 @@ def test_a_database_that_another_directory_would_have_another_of_is_refused(
     assert Settings.load().mlflow_uri == "sqlite:////data/mlflow.db"
 
 
+def test_a_tracking_server_whose_password_ends_its_address_is_refused_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for uri in (
+        *("postgresql://me:pa@s3cret@host/db", "postgresql://me:pa/s3cret@host/db"),
+        *("http://me:12/s3cret@host", "http://[s3cret", "postgresql://me:s3cret@host:port/db"),
+    ):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(InputError, match="^MLFLOW_TRACKING_URI: is no address") as told:
+            Settings.load()
+        assert "s3cret" not in str(told.value)
+    for uri in (
+        *("http://me:pa%40%2Fs@host:5000", "postgresql+psycopg://me:pa%2Fs@host:5432/db?x=1"),
+        *("file:///data/me@host", "/data/mlruns", "databricks://profile"),
+    ):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert Settings.load().tracking_uri == uri
+
+
+def test_a_password_with_a_slash_in_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for url in ("s3://KEY:se/cret@bucket/x.csv", "https://me:se/cret@host/x.csv"):
+        monkeypatch.setenv("LENS_SOURCE", url)
+        with pytest.raises(InputError, match="must not carry a user or password"):
+            Settings.load()
+    for url in ("s3://bucket/a:b/c@d.csv", "http://host:8080/c@d.csv", "s3://bucket/c@d.csv"):
+        monkeypatch.setenv("LENS_SOURCE", url)
+        assert Settings.load().source == url
+
+
 @pytest.mark.parametrize("user", ["t0ken", "me:t0ken"])
 def test_a_web_address_must_not_hold_a_token(user: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LENS_SOURCE", f"https://{user}@raw.example.org/x.csv")

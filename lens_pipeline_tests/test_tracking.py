@@ -14,6 +14,7 @@ from mlflow.entities import Metric
 
 from lens_pipeline import tracking as tables
 from lens_pipeline.cli import main
+from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 from lens_pipeline.tracking import EXPERIMENT, HOME_ID, Tracking
 from lens_pipeline_tests.conftest import client_of
@@ -86,6 +87,18 @@ def test_an_interruption_while_something_is_written_locks_no_database(
         with pytest.raises(KeyboardInterrupt):
             interrupted(step, seconds)
         tracking.client.set_tag(run_id, "interrupted", str(step))  # raises where it is locked
+
+
+@pytest.mark.parametrize("content", [b"no database " * 500, None], ids=["another file", "torn"])
+def test_a_database_that_is_damaged_is_named(content: bytes | None, tmp_path: Path) -> None:
+    settings = Settings.load(home=tmp_path)
+    if content is None:
+        _ = Tracking(settings).client
+        whole = settings.mlflow_database.read_bytes()
+        content = whole[:4096] + b"\xff" * (len(whole) - 4096)
+    settings.mlflow_database.write_bytes(content)
+    with pytest.raises(InputError, match=r"mlflow.db: is no database of MLflow, or damaged \("):
+        _ = Tracking(settings).client
 
 
 def test_an_experiment_that_was_deleted_is_restored(

@@ -45,6 +45,8 @@ def _prepare(options: argparse.Namespace) -> int:
     settings = Settings.load(home=options.home)
     storage = settings.storage_options | _storage_options(options.storage_options)
     out: Path = options.output_dir
+    if options.cloud_url == "":  # as of a variable of the shell that is not set
+        raise InputError("--cloud-url: is given, and empty; leave it out, or name where to publish")
     cloud_url = options.cloud_url and publishable(options.cloud_url)
     if options.upload_only:
         if not options.cloud_url:

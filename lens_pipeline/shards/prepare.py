@@ -61,7 +61,7 @@ def prepare_shards(
         dataset = build_dataset(
             catalogue.of_surveys(surveys, split_seed) if surveys else catalogue,
             Path(folder),
-            image_size=image_size or IMAGE_SIZE,
+            image_size=IMAGE_SIZE if image_size is None else image_size,
             bands=bands,
             pad=pad,
             split_seed=split_seed,

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from scipy.special import ndtr, ndtri
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.locations import at_home, protocol_of
+from lens_pipeline.locations import at_home, protocol_of, written_down
 from lens_pipeline.settings_files import first_wrong, no_such_key, read_yaml
 from lens_pipeline.simulation.decoy_kinds import KEEP_HOST, MIXTURE
 from lens_pipeline.simulation.surveys import DEFAULT_SURVEY, Survey, find_survey, of_bands
@@ -285,9 +285,15 @@ def load_configs(
 
 
 def _beside(file: str | Path, path: Any) -> Any:
-    """A path in a YAML file is relative to the file; a URL, or what is no text, stays as it is."""
-    if not isinstance(path, str) or protocol_of(path):
+    """A path in a YAML file is relative to the file; a URL, or what is no text, stays as it is.
+    Raises InputError for a URL that holds a secret, for results name it."""
+    if not isinstance(path, str):
         return path
+    if protocol_of(path):
+        try:
+            return written_down(path)
+        except InputError as problem:
+            raise InputError(f"{file}: {problem}") from None
     if not path.strip():
         raise InputError(f"{file}: names a file by an empty text; leave its key out")
     return str(Path(file).parent / at_home(path))

@@ -6,6 +6,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from lens_pipeline.errors import InputError
 from lens_pipeline.training.config import Limit, TrainConfig
 
 OTHER_NAMES = {"architectures": "--archs"}
@@ -32,6 +33,8 @@ def changes(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for section, name, info in _fields():
         value = getattr(options, f"{section}.{name}")
+        if value == "":  # as of a variable of the shell that is not set
+            raise InputError(f"{_flag(name)}: is given, and empty")
         if value is not None:
             if get_origin(info.annotation) is tuple:
                 value = [part.strip() for part in value.split(",")]

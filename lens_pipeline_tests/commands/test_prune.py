@@ -121,6 +121,10 @@ def test_prune_removes_nothing_where_the_registry_cannot_be_asked(
     unreachable = capsys.readouterr().err.splitlines()[-1]
     assert unreachable.startswith("error: nothing is removed: MLFLOW_TRACKING_URI: the registry at")
     assert "pa55word" not in unreachable
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mistyped/mlflow.db")
+    assert main(["prune", "--home", str(own_home), *where]) == 2
+    assert f"no model registry at {tmp_path}/mistyped/mlflow.db" in capsys.readouterr().err
+    assert not (tmp_path / "mistyped").exists()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert main(["prune", "--home", str(tmp_path / "another"), *where]) == 2
     assert "this home has no model registry" in capsys.readouterr().err

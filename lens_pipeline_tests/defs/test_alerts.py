@@ -78,9 +78,10 @@ def test_a_webhook_that_cannot_be_told_is_an_error_that_does_not_show_it(
         with pytest.raises(InputError, match="LENS_WEBHOOK_URL") as problem:
             Settings.load()
         assert "s3cr" not in str(problem.value)
-    monkeypatch.setenv("LENS_WEBHOOK_URL", "https://hooks.example:t0ps3cret/x")
-    with pytest.raises(InputError, match="^LENS_WEBHOOK_URL: is no address of a server; correct"):
-        alert(Settings.load(), "anything")
+    for wrong in ("https://hooks.example:t0ps3cret/x", "http://hooks..example/t0ps3cret"):
+        monkeypatch.setenv("LENS_WEBHOOK_URL", wrong)
+        with pytest.raises(InputError, match="^LENS_WEBHOOK_URL: is no address of a server; corr"):
+            alert(Settings.load(), "anything")
 
 
 def test_a_webhook_that_has_moved_is_one_that_cannot_be_told(webhook: Webhook) -> None:

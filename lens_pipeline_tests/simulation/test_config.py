@@ -77,6 +77,7 @@ def test_a_users_file_chooses_decoys_sources_and_seeing(tmp_path: Path) -> None:
     ("text", "named"),
     [
         ("sources: [", "is no YAML"),
+        ("hosts: https://host/c.csv?X-Amz-Signature=s3cret", "must not carry a signature"),
         ("- 1", "keys and their values"),
         ("source: hubble", "source: there is no such key; did you mean sources?"),
         ("min_arc_snr: 30", "there is no such key; did you mean population.min_arc_snr?"),
