@@ -128,8 +128,8 @@ def _tell(scored: "ScoredFile", options: argparse.Namespace, model: str, n_on_pa
         print(f"the column reject_reason says why others are not: {said}")
     if scored.n_learnt:
         print(
-            f"the model was trained or validated on {scored.n_learnt} of the rows (the column "
-            "learnt_from says which): how it ranks these is no test of it"
+            f"the model was trained or validated on {scored.n_learnt} of the rows, or others of "
+            "their groups (the column learnt_from says which): how it ranks these is no test of it"
         )
     if scored.known:
         _tell_known(scored.known, options.top)
