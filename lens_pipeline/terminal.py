@@ -53,7 +53,8 @@ def local_path(text: str) -> Path:
     if meant_as_url(text):
         raise argparse.ArgumentTypeError(f"{text} is a URL; name a place on this machine")
     path = at_home(text).absolute()
-    if files := [folder for folder in path.parents if folder.is_file()]:
+    # Unlike `Path.is_file` it does not fail where one may not look, or a name is too long.
+    if files := [folder for folder in path.parents if os.path.isfile(folder)]:  # noqa: PTH113
         raise argparse.ArgumentTypeError(f"{text}: {files[0]} is a file, not a folder")
     return path
 

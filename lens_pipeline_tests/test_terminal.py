@@ -1,4 +1,4 @@
-"""Signals at the terminal."""
+"""Signals at the terminal, and the paths that flags name."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lens_pipeline.terminal import interruptible
+from lens_pipeline.terminal import interruptible, local_path
 
 
 def _write_and_be_interrupted() -> None:
@@ -52,3 +52,8 @@ def test_a_signal_while_an_object_is_freed_is_not_lost(how: signal.Signals) -> N
     with pytest.raises(KeyboardInterrupt), interruptible():
         work()
     assert time.monotonic() - begun < 4
+
+
+def test_a_place_that_cannot_be_looked_at_is_left_to_who_writes_there() -> None:
+    too_long = Path("/") / ("x" * 300) / "scores.csv"
+    assert local_path(str(too_long)) == too_long

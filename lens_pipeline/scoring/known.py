@@ -92,6 +92,6 @@ def _in_field(known: pd.DataFrame, rows: ScoredRows) -> tuple[pd.DataFrame, pd.S
     # What the list has twice is shown by one cutout, and is one lens.
     one = lenses.groupby(lenses["row"].where(lenses["shown"], -1 - lenses["lens"]), sort=False)
     lenses = lenses.assign(
-        known=one["known"].transform(", ".join), learnt_from=one[LEARNT_FROM].transform("any")
+        known=one["known"].transform(", ".join), **{LEARNT_FROM: one[LEARNT_FROM].transform("any")}
     )
     return lenses[one.cumcount() == 0].reset_index(drop=True), of_rows
