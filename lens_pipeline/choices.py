@@ -26,6 +26,7 @@ BOUNDS: Mapping[str, Mapping[str, float]] = {  # as pydantic names them
     "label_smoothing": {"ge": 0, "lt": 0.5},
     "shift": {"ge": 0, "le": 16},
     "noise": {"ge": 0, "le": 2},
+    "image_size": {"ge": 16, "le": 2048},  # of what a network takes
 }
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from lens_pipeline.catalogue.background import background_sigma
+from lens_pipeline.errors import masked
 
 SIGMA_UNITS = "background_sigma"
 COMPOSITE = "composite"
@@ -35,6 +36,9 @@ class CutoutError(Exception):
     """
 
     image = 0
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(masked(reason))
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,9 @@ def _of_array(array: NDArray[Any], flux_unit: str | None) -> Cutout:
 
 
 def _unreadable(problem: Exception) -> CutoutError:
-    return CutoutError(f"the file cannot be read ({words_of(problem, 200)})")
+    # The same words for all cutouts: which it is, is told beside them.
+    said = re.sub(r", url='[^']*'", "", words_of(problem, 1000))
+    return CutoutError(f"the file cannot be read ({said[:200]})")
 
 
 def _read_npz(content: bytes, flux_unit: str | None) -> Cutout:

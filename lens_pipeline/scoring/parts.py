@@ -30,6 +30,7 @@ from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.commit import code_commit
 from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.errors import InputError
+from lens_pipeline.locations import meant_as_url
 from lens_pipeline.models.system import BATCH
 from lens_pipeline.scoring.best import show_best
 from lens_pipeline.scoring.claim import LOCK, Share, claimed
@@ -40,6 +41,7 @@ from lens_pipeline.scoring.score_files import (
     about_intact,
     check_out,
     keep,
+    stored_ids,
     stored_scores,
     write_scores,
     written,
@@ -112,6 +114,8 @@ def score_to_file(
     NoRoomError: the disk is full.
     """
     # Of a link: what it leads to is replaced, not the link, and lies on the disk of the parts.
+    if meant_as_url(str(out)):
+        raise InputError(f"{out}: must be a file on this machine; upload it afterwards")
     out = Path(out).resolve()
     check_out(out)
     source.check(ensemble.format)
@@ -194,11 +198,10 @@ def _take_file(
             "scored again: their store does not tell, or is a server that would have to be asked "
             "for more than %d files", source.catalogue.source, rows.n_untold, len(rows.known), FEW,
         )  # fmt: skip
-    taken, unknown = [np.zeros(0, int)], 0
+    taken = [np.zeros(0, int)]
     for stored in stored_scores(out, columns):
         taken.append(rows.take(stored, of_a_stopped_command=False))
-        unknown += rows.n_unknown(stored)
-    return np.concatenate(taken), unknown
+    return np.concatenate(taken), sum(rows.n_unknown(ids) for ids in stored_ids(out))
 
 
 def _made_by(ensemble: LensEnsemble) -> dict[str, Any]:

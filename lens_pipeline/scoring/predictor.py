@@ -13,7 +13,7 @@ from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.models.system import BATCH
 from lens_pipeline.scoring.likeness import tell_of_unlike
-from lens_pipeline.scoring.score_tables import score_batches, score_table, scoring
+from lens_pipeline.scoring.score_tables import has_learnt_from, score_batches, score_table, scoring
 from lens_pipeline.scoring.sources import CatalogueCutouts, ScoredDataset
 
 
@@ -39,7 +39,8 @@ def score_dataset(
                 progress.update(len(images))
     rows = pd.concat([t["row"] for t in tables])
     rejects = dataset.rejects().set_index("row")["reason"]
-    table = score_table(ensemble, catalogue, pd.concat(scores).set_axis(rows), rejects)
+    learnt = has_learnt_from(ensemble, catalogue)
+    table = score_table(catalogue, pd.concat(scores).set_axis(rows), rejects, learnt)
     splits = np.repeat(PARTS, [len(t) for t in tables]).astype(object)
     table["split"] = pd.Series(splits, index=rows).reindex(table.index)
     return table
@@ -75,5 +76,6 @@ def score_catalogue(
             progress.update(len(batch))
     scores = pd.concat(batches)
     own = replace(catalogue, table=catalogue.table.reset_index(drop=True))
-    table = score_table(ensemble, own, scores, scores["reject_reason"])
+    rejects = scores.pop("reject_reason")
+    table = score_table(own, scores, rejects, has_learnt_from(ensemble, own))
     return table.set_axis(catalogue.table.index)

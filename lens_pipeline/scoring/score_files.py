@@ -34,8 +34,6 @@ log = logging.getLogger(__name__)
 
 def check_out(out: Path) -> None:
     """Raises InputError where scores cannot be written to this file."""
-    if out.parts and out.parts[0].endswith(":"):  # of a URL, `s3://`, as a path writes it
-        raise InputError(f"--out {out}: must be a file on this machine; upload it afterwards")
     if out.suffix not in SUFFIXES:
         raise InputError(f"--out {out}: must end in {' or '.join(SUFFIXES)}")
     if out.is_dir():
@@ -154,6 +152,18 @@ def stored_scores(path: Path, columns: list[str]) -> Iterator[pd.DataFrame]:
                         yield batch.to_pandas()
     except (OSError, ValueError, pa.ArrowException):
         return
+
+
+def stored_ids(path: Path) -> Iterator[pd.Series]:
+    """The ids of a file of scores, of whatever ensemble, some rows at a time."""
+    if path.suffix == ".csv":
+        how: dict[str, Any] = {"dtype": str, "keep_default_na": False}
+        for table in pd.read_csv(path, usecols=["id"], chunksize=ROW_GROUP, **how):
+            yield table["id"]
+    else:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(ROW_GROUP, columns=["id"]):
+                yield batch.to_pandas()["id"]
 
 
 def write_scores(

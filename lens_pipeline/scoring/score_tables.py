@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lens_pipeline.catalogue.cutout import CutoutError
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.ensemble.system import LensEnsemble
+from lens_pipeline.errors import InputError
 from lens_pipeline.models.system import BATCH
 from lens_pipeline.progress import progress_bar
 from lens_pipeline.scoring.sources import CutoutSource
@@ -44,6 +45,12 @@ def score_batches(
             if good
             else pd.DataFrame(columns=ensemble.columns, dtype=float)
         )
+        without = scores.index[~np.isfinite(scores["logit"].to_numpy())]
+        if len(without):
+            raise InputError(
+                f"the model gives no number for {len(without)} of {len(good)} cutouts, the first "
+                f"is {source.catalogue.table['id'].iloc[without[0]]}; train its members again"
+            )
         reasons = pd.Series(rejects, dtype=object).reindex(some)
         yield scores.reindex(some).assign(reject_reason=reasons)
 
@@ -54,21 +61,30 @@ def has_learnt_from(ensemble: LensEnsemble, catalogue: Catalogue) -> NDArray[np.
 
 
 def score_table(
-    ensemble: LensEnsemble, catalogue: Catalogue, scores: pd.DataFrame, rejects: pd.Series
+    catalogue: Catalogue, scores: pd.DataFrame, rejects: pd.Series, learnt: NDArray[np.bool_]
 ) -> pd.DataFrame:
-    """The table of `predictor.score_catalogue`; scores and rejects are indexed as the catalogue."""
-    own, columns = catalogue.table, ensemble.columns
-    tell_of_replaced(catalogue, [*columns, "reject_reason", LEARNT_FROM])
-    table = pd.concat([own[["id", "label"]], scores[columns].reindex(own.index)], axis=1)
+    """The table of `predictor.score_catalogue`. scores (the columns of the ensemble alone) and
+    rejects are indexed as the catalogue; learnt: see `has_learnt_from`."""
+    own = catalogue.table
+    tell_of_replaced(catalogue, [*scores, "reject_reason", LEARNT_FROM])
+    table = pd.concat([own[["id", "label"]], scores.reindex(own.index)], axis=1)
     table["reject_reason"] = rejects.reindex(own.index)
-    table[LEARNT_FROM] = has_learnt_from(ensemble, catalogue)
+    table[LEARNT_FROM] = learnt
     return pd.concat([table, own.drop(columns=table.columns, errors="ignore")], axis=1)
 
 
 def tell_of_replaced(catalogue: Catalogue, ours: list[str], what: str = "the scores") -> None:
-    """Warns of columns of a catalogue that its scores have, too, unless it is a score file."""
+    """Warns of columns of a catalogue that its scores have, too, unless it is a score file: of one,
+    of the members of another model, which are carried along."""
     replaced = [name for name in ours if name in catalogue.table]
-    if replaced and not {"probability", "reject_reason"} <= {*replaced}:
+    if {"probability", "reject_reason"} <= {*replaced}:
+        others = {name for name in catalogue.table if name.startswith("probability_")} - {*ours}
+        if others:
+            log.warning(
+                "%s: holds scores of another model, whose columns %s are carried along as they "
+                "are", catalogue.source, ", ".join(sorted(others)),
+            )  # fmt: skip
+    elif replaced:
         log.warning(
             "%s: %s have columns of their own named %s, and those of the catalogue are not carried "
             "along; rename them to keep them", catalogue.source, what, ", ".join(replaced),

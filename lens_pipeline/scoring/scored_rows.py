@@ -50,7 +50,7 @@ class ScoredRows:
         hashes, self._told = source.row_hashes()
         by = digest([model_hash(ensemble), scoring_program(ensemble)])
         self.fingerprint = hashed(pd.DataFrame({"row": hashes, "by": by})).view(np.int64)
-        self.catalogue, self._ensemble = source.catalogue, ensemble
+        self.catalogue = source.catalogue
         self._columns = ensemble.columns
         self._ids = pd.Index(self.catalogue.table["id"])
         self.learnt = has_learnt_from(ensemble, self.catalogue)
@@ -73,9 +73,9 @@ class ScoredRows:
         self.put(at[fits], stored[fits])
         return at[fits]
 
-    def n_unknown(self, stored: pd.DataFrame) -> int:
-        """How many scores are of none of these rows."""
-        return int((self._ids.get_indexer(pd.Index(stored["id"])) < 0).sum())
+    def n_unknown(self, ids: pd.Series) -> int:
+        """How many are of none of these rows."""
+        return int((self._ids.get_indexer(pd.Index(ids)) < 0).sum())
 
     def put(self, rows: NDArray[np.integer], scores: pd.DataFrame) -> None:
         """scores: the columns of the ensemble and `reject_reason` of these rows, in their order."""
@@ -130,7 +130,7 @@ class ScoredRows:
         part = Catalogue(own.reset_index(drop=True), self.catalogue.source)
         scores = pd.DataFrame(self._values[rows], columns=self._columns)
         reasons = pd.Series(self._reasons[rows], dtype=object)
-        table = score_table(self._ensemble, part, scores, reasons)
+        table = score_table(part, scores, reasons, self.learnt[rows])
         place = list(table).index(LEARNT_FROM) + 1
         table.insert(place, FINGERPRINT, self.fingerprint[rows])
         return table

@@ -26,6 +26,7 @@ from lens_pipeline.scoring.sources import (
     hashed,
 )
 from lens_pipeline.shards.as_dataset import ShardsAsDataset, shards_as_dataset
+from lens_pipeline.shards.fetched import Ahead
 from lens_pipeline.shards.reader import FetchedSplit
 from lens_pipeline.shards.versions import published_at
 
@@ -96,25 +97,23 @@ class ShardCutouts:
     ) -> Iterator[NDArray[np.float32] | CutoutError]:
         split, place = (values[rows] for values in self._places)
         with ExitStack() as stack:
-            ahead = {}
-            for part in PARTS:
-                cutouts = self.dataset.split(part)
-                if isinstance(cutouts, FetchedSplit):
-                    places = place[split == part]
-                    ahead[part] = stack.enter_context(cutouts.ahead(places))
+            ahead: dict[str, Ahead] = {}
             read = dict.fromkeys(PARTS, 0)
             for start in range(0, len(split), BATCH):
                 of, at = split[start : start + BATCH], place[start : start + BATCH]
                 shape = (len(self.dataset.format.bands), form.image_size, form.image_size)
                 block = np.empty((len(of), *shape), dtype=np.float32)
-                for part in PARTS:
-                    mine = of == part
-                    if mine.any():
-                        found = self.dataset.split(part).gather(at[mine])
-                        block[mine] = central(found, form.image_size)
-                        read[part] += int(mine.sum())
-                        if part in ahead:
-                            ahead[part].read(read[part])
+                for part in pd.unique(of):
+                    mine, cutouts = of == part, self.dataset.split(part)
+                    # Not before: in `order` splits follow on each other, and what is fetched for
+                    # one would push out of the cache what another is about to read.
+                    if part not in ahead and isinstance(cutouts, FetchedSplit):
+                        coming = cutouts.ahead(place[split == part])
+                        ahead[part] = stack.enter_context(coming)
+                    block[mine] = central(cutouts.gather(at[mine]), form.image_size)
+                    read[part] += int(mine.sum())
+                    if part in ahead:
+                        ahead[part].read(read[part])
                 for pixels in block:
                     yield self._fitted(form, pixels)
 

@@ -24,6 +24,9 @@ class ShardContent:
         return np.frombuffer(self.view, np.uint8).ctypes.data
 
 
+MOST = 2**62  # bytes that an array may say to have
+
+
 @dataclass(frozen=True)
 class _Memory:
     """Memory as an array, by NumPy's array interface: nothing is checked, or kept."""
@@ -42,18 +45,24 @@ def copy_from(addresses: NDArray[np.int64], out: NDArray[Any]) -> None:
         return
     first, step = int(addresses.min()), out.itemsize
     number = (addresses - first) // step
-    width = out[0].size
-    rows = _Memory(
-        {
-            "data": (first, False),
-            "shape": (int(number.max()) + 1, width),
+    width, n_numbers = out[0].size, int(number.max()) + 1
+
+    def rows(begin: int, n: int) -> NDArray[Any]:
+        about = {
+            "data": (begin, False),
+            "shape": (n, width),
             "strides": (step, step),
             "typestr": out.dtype.str,
             "version": 3,
         }
-    )
+        return np.asarray(_Memory(about))
+
+    if n_numbers * width * step >= MOST:  # between the heap and what is mapped lies most of all
+        for begin, row in zip(addresses.tolist(), out.reshape(len(out), width), strict=True):
+            row[:] = rows(begin, 1)[0]
+        return
     torch.index_select(
-        torch.from_numpy(np.asarray(rows)),
+        torch.from_numpy(rows(first, n_numbers)),
         0,
         torch.from_numpy(number),
         out=torch.from_numpy(out).view(len(out), width),

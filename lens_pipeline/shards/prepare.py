@@ -9,6 +9,7 @@ from lens_pipeline.catalogue.build import build_dataset
 from lens_pipeline.catalogue.cutout import COMPOSITE
 from lens_pipeline.catalogue.dataset import REJECTS, open_dataset
 from lens_pipeline.catalogue.table import read_catalogue
+from lens_pipeline.choices import check_bounds
 from lens_pipeline.errors import InputError
 from lens_pipeline.shards.encoding import Encoding
 from lens_pipeline.shards.manifest import Manifest, check_shard_size
@@ -53,6 +54,8 @@ def prepare_shards(
             raise InputError(f"image_size {image_size}: the cutouts of {data_root} have {has}")
         return write(data_root)
     check_shard_size(shard_size)
+    if image_size is not None:
+        check_bounds("image_size", image_size)
     Encoding(encoding, COMPOSITE, quality)  # known to be good before hours of reading
     storage = dict(options or {})
     hidden = f".{out.name.removeprefix('.')}.dataset-"

@@ -34,9 +34,17 @@ class _Ahead:
 
     def __init__(self, store: Store, name: str, size: int) -> None:
         self.end, self._left = b"", b""
-        self._blocks = ahead_of(
-            range(0, size, BLOCK), lambda start: store.part(name, start, BLOCK), AT_A_TIME
-        )
+
+        def block(start: int) -> bytes:
+            content = store.part(name, start, BLOCK)
+            if len(content) > BLOCK:
+                raise InputError(
+                    f"{store.url}/{name}: its server gives files only whole, and cannot be "
+                    "streamed from; name a cache_dir"
+                )
+            return content
+
+        self._blocks = ahead_of(range(0, size, BLOCK), block, AT_A_TIME)
 
     def read(self, n: int) -> bytes:
         if not self._left:

@@ -12,7 +12,7 @@ from braceexpand import braceexpand
 
 from lens_pipeline.catalogue.dataset import CutoutFormat, Split
 from lens_pipeline.errors import InputError
-from lens_pipeline.locations import absolute
+from lens_pipeline.locations import absolute, protocol_of
 from lens_pipeline.shards.cache import CacheFolder
 from lens_pipeline.shards.cutouts import cropped
 from lens_pipeline.shards.foreign import ImageDecoder, index_tars
@@ -100,7 +100,7 @@ def in_versions(
         folder, tar = posixpath.split(expanded(pattern, name)[0])
         if folder not in versions:
             versions[folder] = version_at(folder, storage_options, tar)
-        whole = pattern if folder in pattern else absolute(pattern)
+        whole = pattern if folder in pattern else _placed(pattern)
         found[name] = whole.replace(f"{folder}/", f"{versions[folder]}/")
     return found
 
@@ -111,11 +111,20 @@ def expanded(pattern: str, name: str) -> list[str]:
         named = list(braceexpand(pattern))
     except ValueError:
         raise InputError(f"{name}: {pattern}: a brace is missing") from None
-    urls = [absolute(url) for url in named]
+    urls = [_placed(url) for url in named]
     folders = {posixpath.dirname(url) for url in urls}
     if len(folders) > 1:
         raise InputError(f"{name}: {pattern}: the tars must lie in one folder")
     return urls
+
+
+def _placed(tar: str) -> str:
+    """A path made absolute, by its folder: a tar may be a link to where its content lies, and what
+    lies beside it counts."""
+    if protocol_of(tar):
+        return absolute(tar)
+    folder, name = posixpath.split(tar)
+    return posixpath.join(absolute(folder), name)
 
 
 def _split_named(manifest: Manifest, urls: Sequence[str], folder: str, name: str) -> str:

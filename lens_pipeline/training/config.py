@@ -266,8 +266,7 @@ class DataSection(_Section):
     )
     image_size: int | None = _bounded(
         default=None,
-        ge=16,
-        le=2048,
+        **BOUNDS["image_size"],
         description="The central square to keep, in pixels; by default all of shards and datasets, "
         "64 of a catalogue",
     )

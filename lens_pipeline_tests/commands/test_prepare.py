@@ -104,7 +104,8 @@ def test_a_processed_dataset_is_taken_as_it_is(dataset: Dataset, tmp_path: Path)
         (["--data-root", "nowhere.csv", "--shard-size", "0"], "shard_size 0"),
         (["--data-root", "nowhere.csv", "--encoding", "float61"], "encoding 'float61'"),
         (["--data-root", "DATA", "--image-size", "500"], "500 x 500 are needed"),
-        (["--data-root", "DATA", "--image-size", "0"], "image_size 0: at least 1 is needed"),
+        (["--data-root", "DATA", "--image-size", "0"], "image_size 0: must be 16 to 2,048"),
+        (["--data-root", "nowhere.csv", "--image-size", "15"], "image_size 15: must be 16"),
         (["--data-root", "DATA", "--cloud-url", "s3://b/x{1,2}y"], "must not hold braces"),
         (["--data-root", "DATA", "--storage-options", "x"], "JSON object"),
         (

@@ -1,20 +1,31 @@
 """The table of scores, what it says of itself, and what is refused or told before it is made."""
 
+import copy
 import importlib.metadata
 import json
+import math
+import posixpath
 import re
+import threading
+from collections import Counter
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
+from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
 from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.errors import InputError
+from lens_pipeline.scoring import open_cutout_source
 from lens_pipeline.scoring.parts import score_to_file
 from lens_pipeline.scoring.predictor import score_catalogue
 from lens_pipeline.scoring.score_files import about_scores
@@ -334,3 +345,118 @@ def test_of_a_link_what_it_leads_to_is_written(
     scored(counting, own_images[:20], out)
     assert out.is_symlink()
     assert len(pd.read_parquet(real)) == 20
+
+
+def of_other_members(ensemble: LensEnsemble) -> LensEnsemble:
+    members = {f"new_{name}": system for name, system in ensemble.members.items()}
+    return replace(ensemble, members=members)
+
+
+def test_scores_of_another_field_are_kept_whatever_members_gave_them(
+    ensemble: LensEnsemble, own_images: pd.DataFrame, tmp_path: Path
+) -> None:
+    """As of a model before, with other members: its file has other columns."""
+    other = of_other_members(ensemble)
+    for suffix in ("parquet", "csv"):
+        out = tmp_path / f"scores.{suffix}"
+        scored(ensemble, own_images[:20], out)
+        first = out.read_bytes()
+        scored(other, own_images[:20], out)  # the same rows: they are scored again
+        assert not out.with_name(f"{out.name}.before").exists()
+        scored(ensemble, own_images[:20], out)
+        scored(other, own_images[20:40], out)
+        assert out.with_name(f"{out.name}.before").read_bytes() == first
+
+
+def test_columns_of_another_models_members_are_told(
+    ensemble: LensEnsemble,
+    own_images: pd.DataFrame,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scored(of_other_members(ensemble), own_images[:8], tmp_path / "field.parquet")
+    own = sorted(f"probability_{name}" for name in ensemble.members)
+    theirs = [f"probability_new_{name}" for name in sorted(ensemble.members)]
+    caplog.clear()
+    found, _ = scored(ensemble, pd.read_parquet(tmp_path / "field.parquet"), tmp_path / "s.csv")
+    assert {*own, *theirs} <= {*pd.read_csv(found.path)}
+    (said,) = [line for line in caplog.messages if "another model" in line]
+    assert f"whose columns {', '.join(theirs)} are carried along" in said
+
+
+def test_a_url_to_write_to_is_no_folder_of_that_name(
+    ensemble: LensEnsemble,
+    own_images: pd.DataFrame,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own_images[:8].to_parquet("catalogue.parquet")
+    source = CatalogueCutouts(read_catalogue("catalogue.parquet"))
+    for out in ("s3://bucket/scores.parquet", Path("s3://bucket/scores.parquet")):
+        with pytest.raises(InputError, match="must be a file on this machine"):
+            score_to_file(ensemble, source, out, model="a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["catalogue.parquet", "images"]
+
+
+def test_a_model_without_a_number_is_refused(
+    ensemble: LensEnsemble, own_images: pd.DataFrame, tmp_path: Path
+) -> None:
+    """It would be a score that is missing for no reason."""
+    name, system = next(iter(ensemble.members.items()))
+    spoilt = copy.deepcopy(system)
+    torch.nn.init.constant_(spoilt.head.bias, math.nan)
+    broken = replace(ensemble, members={**ensemble.members, name: spoilt})
+    first = own_images["id"].iloc[0]
+    with pytest.raises(InputError, match=f"no number for 8 of 8 cutouts, the first is {first}"):
+        scored(broken, own_images[:8], tmp_path / "scores.csv")
+    assert not (tmp_path / "scores.csv").exists()
+
+
+def test_a_signature_is_not_in_the_reason_against_a_cutout(
+    ensemble: LensEnsemble, own_images: pd.DataFrame, tmp_path: Path
+) -> None:
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(403)
+
+        def do_HEAD(self) -> None:
+            self.send_error(403)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    table = own_images[:6].reset_index(drop=True)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        signed = [f"{url}/{row}.npy?X-Amz-Signature=5ec7e7{row}" for row in range(3)]
+        table.loc[:2, "path"] = signed
+        found, _ = scored(ensemble, table, tmp_path / "scores.csv", max_reject_fraction=0.5)
+        server.shutdown()
+    ((reason, n),) = found.rejects.items()  # one for all: they are counted
+    assert (n, "403" in reason, "5ec7e7" in reason) == (3, True, False)
+
+
+def test_remote_shards_that_the_cache_does_not_hold_are_hardly_fetched_twice(
+    ensemble: LensEnsemble, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is fetched for one split leaves that of another where it is about to be read."""
+    manifest = write_shards(dataset.folder, tmp_path / "shards", shard_size=8)
+    published = publish_shards(tmp_path / "shards", "memory://once/lenses")
+    room = 9 * max(shard.bytes for shard in manifest.shards)
+    monkeypatch.setenv("LENS_CACHE_GB", str(room / 1e9))
+    source = open_cutout_source(published.url, cache=tmp_path / "cache")
+    asked, cat_file = Counter[str](), MemoryFileSystem.cat_file
+
+    def counted(self: MemoryFileSystem, path: str, *args: Any, **how: Any) -> bytes:
+        asked[posixpath.basename(path)] += 1
+        return cat_file(self, path, *args, **how)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", counted)
+    rows = source.order
+    read = list(source.read(ensemble.format, rows))
+    tars = {shard.name: asked[shard.name] for shard in manifest.shards}
+    assert len(read) == len(rows) == sum(shard.samples for shard in manifest.shards)
+    assert min(tars.values()) == 1
+    assert sum(tars.values()) <= len(tars) + 2  # the index takes room, too

@@ -3,6 +3,9 @@
 import io
 import json
 import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from PIL import Image
 
 from lens_pipeline import LensWebDatasetDataModule
 from lens_pipeline.errors import InputError
-from lens_pipeline.shards import open_shards
+from lens_pipeline.shards import open_shards, streaming
 from lens_pipeline_tests.shards.tars import (
     CUTOUTS,
     LABELS,
@@ -228,3 +231,21 @@ def test_our_own_shards_are_validated_on_tars_of_others(
     images, _ = read(data, "val")
     np.testing.assert_array_equal(images, CUTOUTS)
     assert data.bands == has.bands
+
+
+def test_a_server_that_gives_files_whole_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's own, as many small ones, knows of no parts: each would be the whole tar again."""
+    pattern = write_tars(tmp_path / "tars", "npy")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "tars"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        urls = f"http://127.0.0.1:{server.server_port}/{Path(pattern).name}"
+        assert len(read(LensWebDatasetDataModule(urls, urls), "val")[0]) == N
+        monkeypatch.setattr(streaming, "BLOCK", 2**16)
+        with pytest.raises(InputError, match=r"/part-0000.tar: its server gives files only whole"):
+            read(LensWebDatasetDataModule(urls, urls), "val")
+        kept = LensWebDatasetDataModule(urls, urls, cache_dir=tmp_path / "cache")
+        assert len(read(kept, "val")[0]) == N
+        server.shutdown()

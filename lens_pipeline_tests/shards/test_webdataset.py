@@ -1,6 +1,7 @@
 """Our own tars by their URLs, read at random or streamed."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,27 @@ def test_our_own_shards_by_their_braces(shards_folder: Path, dataset: Dataset) -
     for one, other in zip(by_url.train_dataloader(), by_folder.train_dataloader(), strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_links_to_tars_are_what_lies_beside_them(
+    shards_folder: Path, tmp_path: Path, split: str
+) -> None:
+    """As caches and stores of content leave them: what they lead to has no manifest beside it."""
+    content, links = tmp_path / "blobs", tmp_path / "snapshot"
+    content.mkdir()
+    links.mkdir()
+    for number, file in enumerate(sorted(shards_folder.iterdir())):
+        shutil.copy(file, content / f"{number:040x}")
+        (links / file.name).symlink_to(content / f"{number:040x}")
+    names = {"train": "train-{000000..000002}.tar", "val": "val-000000.tar"}
+    linked, own = (
+        LensWebDatasetDataModule(*(str(folder / names[s]) for s in ("train", "val")))
+        for folder in (links, shards_folder)
+    )
+    assert linked.format == own.format
+    assert linked.class_counts(split) == own.class_counts(split)
+    np.testing.assert_array_equal(read(linked, split)[0], read(own, split)[0])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
