@@ -3,7 +3,8 @@
 import inspect
 import logging
 import math
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -233,6 +234,16 @@ class LensClassifier(pl.LightningModule):
                 )
         if METRIC_STATE in checkpoint and fitting and self.global_rank == 0:
             self._metrics("train").restore(checkpoint[METRIC_STATE])
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Also of weights that do not say of which versions of their layers they are, as
+        checkpoints do not: of these."""
+        versioned = OrderedDict(state_dict)
+        own = self.state_dict()._metadata  # type: ignore[attr-defined]
+        versioned._metadata = getattr(state_dict, "_metadata", own)  # type: ignore[attr-defined]
+        return super().load_state_dict(versioned, strict, assign)
 
     def setup(self, stage: str) -> None:
         data = getattr(self._trainer, "datamodule", None)

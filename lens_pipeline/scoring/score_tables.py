@@ -78,7 +78,8 @@ def tell_of_replaced(catalogue: Catalogue, ours: list[str], what: str = "the sco
     of the members of another model, which are carried along."""
     replaced = [name for name in ours if name in catalogue.table]
     if {"probability", "reject_reason"} <= {*replaced}:
-        others = {name for name in catalogue.table if name.startswith("probability_")} - {*ours}
+        found = [str(name) for name in catalogue.table]
+        others = {name for name in found if name.startswith("probability_")} - {*ours}
         if others:
             log.warning(
                 "%s: holds scores of another model, whose columns %s are carried along as they "

@@ -87,6 +87,18 @@ class MovingAverage(WeightAveraging):
             torch._foreach_copy_(kept, now)
         self._latest_update_step = trainer.global_step
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        average = self._average_model
+        if average is None or "averaging_state" not in checkpoint:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+            return
+        # As the system loads them itself, for all its networks; Lightning's own does not.
+        average.module.load_state_dict(checkpoint["state_dict"])
+        average.n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
+        pl_module.load_state_dict(checkpoint["current_model_state"])
+
 
 class FiniteLoss(Callback):
     """Ends a training whose loss or weights are no numbers, before a checkpoint can hold them, and

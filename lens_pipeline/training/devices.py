@@ -2,11 +2,12 @@
 of this host has it."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lens_pipeline.cores import n_cores
 from lens_pipeline.errors import InputError
@@ -55,6 +56,14 @@ def resolved_precision(config: TrainConfig) -> Any:
     return "bf16-mixed" if torch.cuda.is_bf16_supported(False) else "16-mixed"
 
 
+def attention_that_repeats(config: TrainConfig) -> AbstractContextManager[None]:
+    """Where the same weights are asked for on a GPU: torch's faster attention sums up gradients in
+    any order, of which it only warns."""
+    if config.hardware.deterministic and on_gpu(config):
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
+
+
 @contextmanager
 def gpus_claimed(hardware: HardwareSection, trainings: int = 1) -> Iterator[None]:
     """While it is open, the GPUs of a training, or of several at a time as far as there are enough,
@@ -70,9 +79,33 @@ def gpus_claimed(hardware: HardwareSection, trainings: int = 1) -> Iterator[None
     if not hardware.exclusive or hardware.accelerator == "cpu" or n < hardware.devices:
         yield
         return
-    with claimed(visible_gpus(), n) as mine:
-        os.environ[VISIBLE] = ",".join(mine)
+    gpus = dict(zip(of_the_host(visible_gpus(), _uuids()), visible_gpus(), strict=True))
+    with claimed([*gpus], n) as mine:
+        os.environ[VISIBLE] = ",".join(gpus[one] for one in mine)
         yield
+
+
+def of_the_host(visible: Sequence[str], uuids: Sequence[str]) -> list[str]:
+    """What tells GPUs that are visible from all others of this host: a job of Slurm's, or a
+    container, may call each that it was given 0.
+
+    visible: their names, as CUDA_VISIBLE_DEVICES has them; uuids: of all that the driver shows to
+    this process, in its order. Names for which there are none stay as they are.
+    """
+
+    def whole(name: str) -> str:
+        if name.isdecimal():
+            return uuids[int(name)] if int(name) < len(uuids) else name
+        return next((uuid for uuid in uuids if uuid.startswith(name)), name)  # or its beginning
+
+    return [whole(name.strip()) for name in visible]
+
+
+def _uuids() -> list[str]:
+    try:
+        return torch.cuda._raw_device_uuid_nvml() or []
+    except (OSError, AttributeError):  # no NVIDIA driver, or one that does not tell
+        return []
 
 
 def visible_gpus() -> list[str]:

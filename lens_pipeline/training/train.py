@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import pytorch_lightning as pl
@@ -32,8 +32,13 @@ from lens_pipeline.training.checkpoints import (
     save_aside,
     telling_of_a_full_disk,
 )
-from lens_pipeline.training.config import TrainConfig, limited
-from lens_pipeline.training.devices import check_devices, device, resolved_precision
+from lens_pipeline.training.config import DataSection, TrainConfig, limited
+from lens_pipeline.training.devices import (
+    attention_that_repeats,
+    check_devices,
+    device,
+    resolved_precision,
+)
 from lens_pipeline.training.inputs import START, hashed_inputs, other_inputs, recorded_inputs
 from lens_pipeline.training.loggers import end, file_loggers
 from lens_pipeline.training.member import (
@@ -67,18 +72,21 @@ def train(
 ) -> TrainedMember:
     """Train what the configuration says and leave its files in `out`.
 
-    system_type: LitEnsembleSystem where `model.model_type` is `ensemble`; a member's training does
-    not import it, and need not be done again when ensembles change. out: an empty folder, or one in
-    which the same training was stopped, anywhere: it goes on from last.ckpt, and ends with the
-    weights of an undisturbed one; of one that has ended nothing is done again. The same
-    configuration and data give the same weights, bit for bit, on a CPU, and on a GPU with
-    `hardware.deterministic`. The process's random numbers, and which kernels torch takes in it,
-    are afterwards what they were. Lightning ends the process on Ctrl-C; here it stays a
-    KeyboardInterrupt. Raises InputError for what this machine does not have, where the folder holds
-    another training, where a loss is no number, or memory or disk are too small.
+    data: its batch size and seed become those of the configuration. system_type: LitEnsembleSystem
+    where `model.model_type` is `ensemble`; a member's training does not import it, and need not be
+    done again when ensembles change. out: an empty folder, or one in which the same training was
+    stopped, anywhere: it goes on from last.ckpt, and ends with the weights of an undisturbed one;
+    of one that has ended nothing is done again. The same configuration and data give the same
+    weights, bit for bit, on a CPU, and on a GPU with `hardware.deterministic`. The process's random
+    numbers, and which kernels torch takes in it, are afterwards what they were. Lightning ends the
+    process on Ctrl-C; here it stays a KeyboardInterrupt. Raises InputError for what this machine
+    does not have, where the settings name other cutouts than `data` has or another system, where
+    the folder holds another training, where a loss is no number, or memory or disk are too small.
     """
     out = Path(out)
     check_devices(config)
+    _check_taken(config, data)
+    data.seed = config.training.seed
     if config.hardware.devices == 1:
         # Whatever Slurm, say, calls this process: it is all of its training.
         rank_zero_only.rank = 0  # type: ignore[attr-defined]
@@ -125,8 +133,7 @@ def train(
         if not trial:
             (out / LAST).unlink(missing_ok=True)
             shutil.rmtree(out / TOP, ignore_errors=True)
-        gc.collect()  # a trainer and its system know each other
-        torch.cuda.empty_cache()
+        free_memory()
         with telling_of_a_full_disk(out):
             config, going_on = _begin(config, data, out)
     if rank_zero_only.rank == 0 and not trial:  # type: ignore[attr-defined]
@@ -139,6 +146,12 @@ def train(
                 "scores of the validation split; free it, and the same goes on with them"
             ) from None
     return TrainedMember(out)
+
+
+def free_memory() -> None:
+    """Of a training that has ended, or failed: a trainer and its system know each other."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def set_seed(seed: int) -> None:
@@ -183,8 +196,41 @@ def build_system(
             }
         ),
     }
+    if config.together != ("architectures" in system_type._arguments()):
+        wanted = "LitEnsembleSystem" if config.together else "LitLensSystem"
+        raise InputError(
+            f"model.model_type {chosen.model_type}: is trained with system_type={wanted}, not "
+            f"{system_type.__name__}"
+        )
     which = {"architectures", "ensemble_strategy"} if config.together else {"arch"}
     return system_type(**chosen.model_dump(include=which), **shared)
+
+
+def _check_taken(config: TrainConfig, data: CutoutModule) -> None:
+    """Raises InputError where the configuration asks for other cutouts than `data` has, which would
+    be recorded as if it had been so; or where a limit leaves none to train on."""
+    unless_said = DataSection()
+    for name in ("bagging", "image_size"):
+        wanted, has = getattr(config.data, name), getattr(data, name)
+        if wanted not in (getattr(unless_said, name), has):
+            raise InputError(
+                f"data.{name} {wanted}: {type(data).__name__} was made with {has}; make it with "
+                f"{name}={wanted}"
+            )
+    _limited_batches(config, int(data.taking_part("train").sum()), "train")
+
+
+def _limited_batches(config: TrainConfig, n: int, of: Literal["train", "val"]) -> int:
+    """How many batches a limit leaves of n cutouts. Raises InputError where that is none."""
+    name = f"limit_{of}_batches"
+    limit = getattr(config.training, name)
+    n_batches = math.ceil(n / (config.training.batch_size * config.hardware.devices))
+    if n_batches and limited(n_batches, limit) == 0:
+        raise InputError(
+            f"training.{name} {limit}: of {n_batches} batches that is none; give a larger one, or "
+            "a number of batches"
+        )
+    return limited(n_batches, limit)
 
 
 def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> tuple[TrainConfig, Path | None]:
@@ -244,13 +290,7 @@ def deciding_metric(config: TrainConfig, data: CutoutModule) -> str:
     labels = data.split("val").labels
     if limit is not None:
         at_once = config.training.batch_size * config.hardware.devices
-        n_batches = math.ceil(len(labels) / at_once)
-        if limited(n_batches, limit) == 0:
-            raise InputError(
-                f"training.limit_val_batches {limit}: of {n_batches} batches that is none; give a "
-                "larger one, or a number of batches"
-            )
-        labels = labels[: limited(n_batches, limit) * at_once]
+        labels = labels[: _limited_batches(config, len(labels), "val") * at_once]
     n_nonlens = int((labels == 0).sum())
     if metric in RANKED and n_nonlens in (0, len(labels)) and not config.training.fast_dev_run:
         among = "" if limit is None else f"within training.limit_val_batches {limit}, "
@@ -281,7 +321,9 @@ def _fit(
     how = config.training
     data.batch_size = how.batch_size
     set_seed(how.seed)
-    system = build_system(config, data, system_type)
+    # What it started from may be gone, or out of reach, when it goes on: all weights are kept.
+    changes = {"model": {"pretrained": "none"}} if going_on else {}
+    system = build_system(config.with_changes(changes, "train"), data, system_type)
     monitor = deciding_metric(config, data)
     mode = "min" if monitor == "val/loss" else "max"
     best = BestCheckpoints(
@@ -313,7 +355,7 @@ def _fit(
         # Of memory that is written to anyway: with the deterministic kernels torch would do it.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         try:
-            with telling_of_a_full_disk(out):
+            with telling_of_a_full_disk(out), attention_that_repeats(config):
                 trainer.fit(system, data, ckpt_path=going_on, weights_only=True)
         except SystemExit:
             raise KeyboardInterrupt from None

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ from lens_pipeline.training.study import (
     TunedStudy,
     ranked,
 )
-from lens_pipeline.training.train import deciding_metric, train
+from lens_pipeline.training.train import deciding_metric, free_memory, train
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -91,21 +92,28 @@ def tune(
         raise InputError(f"n_trials {n_trials}: at least 1 is needed")
     out = Path(out)
     study = _Study(out, config, space, data, pruner)
-    failed: list[Exception | None] = []
+    failed: list[Failure | None] = []
     while (begun := study.next_trial(n_trials)) is not None:
         trial, held = begun
         with held:
             failed.append(study.run(trial, record, system_type))
         study.write_down()
+        free_memory()
         last = [problem for problem in failed[-HOPELESS:] if problem is not None]
         # Later on settings that cannot be are drawn now and then; what breaks otherwise goes on.
-        outage = not any(isinstance(problem, InputError) for problem in last)
+        outage = not any(problem.of_settings for problem in last)
         if len(last) == HOPELESS and (outage or len(failed) == HOPELESS):
-            raise InputError(
-                f"{HOPELESS} trials in a row have failed; the last: {_in_words(last[-1])}"
-            )
+            raise InputError(f"{HOPELESS} trials in a row have failed; the last: {last[-1].reason}")
     study.write_down()  # of what another was killed before
     return TunedStudy(out)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Of a trial. Not the exception: by its traceback it would keep what the step had in memory."""
+
+    of_settings: bool
+    reason: str
 
 
 class _Study:
@@ -209,7 +217,7 @@ class _Study:
 
     def run(
         self, trial: "Trial", record: Recorder, system_type: type[LensClassifier]
-    ) -> Exception | None:
+    ) -> Failure | None:
         """Train with a trial's settings, and tell the study what came of it.
 
         Returns what it has failed by, if it has. Raises NoAnswerError of a store, and NoRoomError:
@@ -250,7 +258,7 @@ class _Study:
             trial.set_user_attr(REASON, reason)
             trial.study.tell(trial, state=optuna.trial.TrialState.FAIL)
             log.warning("trial %d has failed: %s", trial.number, reason)
-            return problem
+            return Failure(isinstance(problem, InputError), reason)
         else:
             trial.study.tell(trial, value)
             best = ranked(self._table(self._trials()), self.lowest).iloc[0]

@@ -9,9 +9,18 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import distributed
 
-# Lightning's seed for workers, and what it asks of cuBLAS where kernels are to be deterministic.
-VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG")
+VARIABLES = (
+    # Lightning's seed for workers, and what it asks of cuBLAS where kernels are to be deterministic
+    *("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG"),
+    # and where the processes of a training find each other, also where it has one
+    *("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK", "OMP_NUM_THREADS"),
+)
+
+
+def _in_a_group() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
 
 
 @contextmanager
@@ -28,9 +37,13 @@ def process_left_as_it_was() -> Iterator[None]:
     of_python, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed, on_gpus = torch.initial_seed(), torch.cuda.is_initialized()
     of_gpus = torch.cuda.get_rng_state_all() if on_gpus else []
+    together = _in_a_group()
     try:
         yield
     finally:
+        # Of several processes others may still be at work.
+        if not together and _in_a_group() and distributed.get_world_size() == 1:
+            distributed.destroy_process_group()
         random.setstate(of_python)
         np.random.set_state(of_numpy)
         torch.set_rng_state(of_torch)

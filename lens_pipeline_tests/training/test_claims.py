@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from lens_pipeline.training.devices import of_the_host
+
 CLAIMS = """
 import sys, time
 from pathlib import Path
@@ -80,3 +84,20 @@ def test_those_that_need_several_hold_none_while_they_wait(tmp_path: Path) -> No
     holder.end()
     assert pair.has() == ["a", "b"]
     pair.end()
+
+
+@pytest.mark.parametrize(
+    ("visible", "shown", "meant"),
+    [
+        (["0"], ["GPU-b"], ["GPU-b"]),  # two jobs of Slurm's, each of which calls its own 0
+        (["0"], ["GPU-a"], ["GPU-a"]),
+        (["1", "0"], ["GPU-a", "GPU-b"], ["GPU-b", "GPU-a"]),
+        (["GPU-b7"], ["GPU-a1", "GPU-b7c3"], ["GPU-b7c3"]),  # as CUDA takes it
+        (["MIG-1"], ["GPU-a"], ["MIG-1"]),
+        (["0", " 1"], [], ["0", "1"]),  # a driver that does not tell
+    ],
+)
+def test_a_gpu_is_told_from_others_by_what_it_is(
+    visible: list[str], shown: list[str], meant: list[str]
+) -> None:
+    assert of_the_host(visible, shown) == meant

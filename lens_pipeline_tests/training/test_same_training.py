@@ -183,6 +183,21 @@ def test_first_weights_are_the_same_by_what_they_are(shards_folder: Path, tmp_pa
         train(starting_from(moved), data, out)
 
 
+def test_what_it_started_from_is_not_needed_to_go_on(shards_folder: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "start.ckpt"
+    torch.save(LitLensSystem("lastro", image_size=32).backbone.network.state_dict(), weights)
+    changes = {"model": {"pretrained": str(weights)}}
+    config = saving_config(epochs=1).with_changes(changes, "test")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(config, LensDataModule(shards_folder), whole)
+    assert in_a_process(config, shards_folder, stopped, 3) == -signal.SIGKILL
+    weights.unlink()
+    train(config, LensDataModule(shards_folder), stopped)
+    ends = [torch.load(of / "best.ckpt", weights_only=True) for of in (whole, stopped)]
+    for name, value in ends[0]["state_dict"].items():
+        assert torch.equal(value, ends[1]["state_dict"][name])
+
+
 def test_what_an_earlier_version_has_begun_does_not_go_on(
     shards_folder: Path, killed: Path
 ) -> None:

@@ -109,9 +109,13 @@ def test_what_a_killed_training_has_left_is_not_gone_on_with(
     assert trained.config.training.batch_size == 8
 
 
-def test_a_limit_that_leaves_no_batch_is_told(uneven_shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"limit_val_batches 0\.1: of 3 batches that is none"):
-        train_on(small_config(limit_val_batches=0.1), uneven_shards, tmp_path)
+@pytest.mark.parametrize(("of", "n"), [("train", 5), ("val", 3)])
+def test_a_limit_that_leaves_no_batch_is_told(
+    of: str, n: int, uneven_shards: Path, tmp_path: Path
+) -> None:
+    config = small_config(**{f"limit_{of}_batches": 0.1})
+    with pytest.raises(InputError, match=rf"limit_{of}_batches 0\.1: of {n} batches that is none"):
+        train_on(config, uneven_shards, tmp_path)
 
 
 @pytest.mark.parametrize("find", [True, False])

@@ -24,6 +24,7 @@ from sklearn.metrics import roc_auc_score
 
 from lens_pipeline import LensDataModule, LitEnsembleSystem, LitLensSystem
 from lens_pipeline.ensemble import assemble
+from lens_pipeline.errors import InputError
 from lens_pipeline.models.system import load_system
 from lens_pipeline.scoring import open_cutout_source, score_to_file
 from lens_pipeline.shards import open_shards, publish_shards
@@ -252,8 +253,9 @@ def test_checkpoints_take_little_of_the_time_of_short_epochs(
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 4
 
 
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
 def test_a_training_leaves_its_process_as_it_was(
-    uneven_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    strategy: str, uneven_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bootstrap round it draws something else each time."""
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
@@ -271,8 +273,10 @@ def test_a_training_leaves_its_process_as_it_was(
     expected = draws()
     before = dict(os.environ)
     seed()
-    train_on(small_config(epochs=1), uneven_shards, tmp_path)
+    hardware = {"hardware": {"strategy": strategy, "accelerator": "cpu"}}
+    train_on(small_config(epochs=1).with_changes(hardware, "test"), uneven_shards, tmp_path)
     assert draws() == expected
+    assert not torch.distributed.is_initialized()
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     assert not torch.backends.cudnn.benchmark
@@ -314,6 +318,75 @@ def test_an_ensemble_learns_together_and_predicts(uneven_shards: Path, tmp_path:
     assert list(table)[-2:] == ["probability_lastro", "probability_b"]
     assert table["probability"].between(0, 1).all()
     assert (table["std"] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"bagging": 0.3}, r"data.bagging 0.3: LensDataModule was made with 1.0; make it with bag"),
+        ({"image_size": 24}, "data.image_size 24: LensDataModule was made with 32"),
+    ],
+)
+def test_cutouts_that_are_not_those_of_the_settings_are_refused(
+    data: dict[str, Any], said: str, uneven_shards: Path, tmp_path: Path
+) -> None:
+    """They would be written down with the training, which has not seen them."""
+    config = small_config(epochs=1).with_changes({"data": data}, "test")
+    with pytest.raises(InputError, match=said):
+        train_on(config, uneven_shards, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_seed_of_the_settings_is_that_of_the_order(uneven_shards: Path, tmp_path: Path) -> None:
+    class Seen(Callback):
+        def __init__(self) -> None:
+            self.order: list[int] = []
+
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, number: int) -> None:
+            self.order += batch["index"].tolist()
+
+    seen = [Seen() for _ in range(3)]
+    for number, (one, seed, of_data) in enumerate(zip(seen, (5, 5, 6), (0, 1, 0), strict=True)):
+        data = LensDataModule(uneven_shards, seed=of_data)
+        out = tmp_path / str(number)
+        train(small_config(epochs=1, seed=seed), data, out, callbacks=[one])
+    assert seen[0].order == seen[1].order != seen[2].order
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_system_that_is_not_that_of_the_settings_is_named(
+    together: bool, uneven_shards: Path, tmp_path: Path
+) -> None:
+    model = {"model_type": "ensemble", "architectures": ["lastro"]} if together else {}
+    config = TrainConfig.parse({"model": model}, "test")
+    other = LitLensSystem if together else LitEnsembleSystem
+    wanted = "LitEnsembleSystem" if together else "LitLensSystem"
+    with pytest.raises(InputError, match=f"with system_type={wanted}, not {other.__name__}"):
+        train_on(config, uneven_shards, tmp_path, system_type=other)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_a_network_whose_layers_have_versions_goes_on_and_is_used(
+    ema: float, uneven_shards: Path, tmp_path: Path
+) -> None:
+    """MNASNet refuses weights that do not say of which of its two layouts they are."""
+    config = small_config("torchvision:mnasnet0_5", ema=ema, save_every_n_steps=1, epochs=1)
+    with pytest.raises(ZeroDivisionError):
+        train_on(config, uneven_shards, tmp_path, _FailsAt(3))
+    assert (tmp_path / "last.ckpt").exists()
+    trained = train_on(config, uneven_shards, tmp_path)
+    assert len(trained.val_scores) == 40
+    system = LitLensSystem.load_from_checkpoint(trained.checkpoint).eval()
+    assert system(torch.zeros(2, 3, 32, 32)).isfinite().all()
+
+
+class _FailsAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise ZeroDivisionError
 
 
 def test_the_library_takes_paths_as_text(uneven_shards: Path, tmp_path: Path) -> None:

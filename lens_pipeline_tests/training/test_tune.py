@@ -2,6 +2,7 @@
 
 import os
 import signal
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +16,7 @@ import yaml
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.loggers.logger import DummyLogger
 
-from lens_pipeline import LensDataModule
+from lens_pipeline import LensDataModule, LitLensSystem
 from lens_pipeline.cli import main
 from lens_pipeline.errors import InputError, NoRoomError
 from lens_pipeline.training import TrainedMember, train
@@ -355,3 +356,32 @@ def test_bad_flags_of_the_command_are_named(
     ):
         assert main([*command, *flags]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_what_a_trial_that_failed_had_in_memory_is_free_for_the_next(
+    uneven_shards: Path, tmp_path: Path, undrawn: None
+) -> None:
+    """A GPU's memory would be full of it: a batch that was too large, and what it became."""
+    steps: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    class TooLarge(LitLensSystem):
+        def features(self, images: torch.Tensor) -> torch.Tensor:
+            found = super().features(images)
+            steps.append(weakref.ref(found))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    @contextmanager
+    def record(number: int, config: TrainConfig) -> Iterator[list[Any]]:
+        alive.append(sum(one() is not None for one in steps))
+        yield []
+
+    space = _space(_config(), training=RATES)
+    with pytest.raises(InputError, match="3 trials in a row have failed; the last: training.batch"):
+        tune(
+            *(_config(), space, LensDataModule(uneven_shards), tmp_path, 5),
+            record=record,
+            system_type=TooLarge,
+        )
+    assert len(steps) == 3
+    assert alive == [0, 0, 0]
