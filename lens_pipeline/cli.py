@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 import textwrap
 import threading
@@ -309,7 +310,7 @@ def _print_summary(settings: Settings) -> None:
         print(f"            gate: {reason}")
     print(f"Report      {summary['report']}")
     print(f"Scores      {summary['scores']}")
-    print(f"To look around: lens-pipeline show --home {settings.home}")
+    print(f"To look around: lens-pipeline show --home {shlex.quote(str(settings.home))}")
 
 
 def _show(options: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from dagster._core.storage.tags import REPOSITORY_LABEL_TAG
 from lens_pipeline.defs.checkpoints import POOL
 from lens_pipeline.defs.checks import said_of_checks
 from lens_pipeline.defs.sensors import made_by
+from lens_pipeline.defs.stages import CATALOGUE
 from lens_pipeline.defs.surveys import every_survey
 from lens_pipeline.errors import InputError, masked, told_of
 from lens_pipeline.launcher import DEPLOYMENT, forget_ended_runs
@@ -76,9 +77,20 @@ def prepare_home(settings: Settings) -> None:
         write_aside(file, Path(__file__).with_name("dagster.yaml").read_text())
 
 
-def keep_settings(settings: Settings) -> None:
-    """Write down in LENS_HOME what decides its graph, for who only looks at it later."""
-    write_aside(settings.home / KEPT, json.dumps(settings.kept, indent=1, sort_keys=True) + "\n")
+@contextmanager
+def _settings_kept(settings: Settings, instance: dg.DagsterInstance, run_id: str) -> Iterator[None]:
+    """Write down in LENS_HOME what decides its graph, for who only looks at it later; where the
+    source cannot be read, what was there before is put back."""
+    file = settings.home / KEPT
+    before = file.read_text() if file.is_file() else None
+    write_aside(file, json.dumps(settings.kept, indent=1, sort_keys=True) + "\n")
+    try:
+        yield
+    except InputError:
+        read = instance.get_latest_materialization_event(CATALOGUE)
+        if before is not None and (read is None or read.run_id != run_id):
+            write_aside(file, before)
+        raise
 
 
 def settings_of_home(home: str | None) -> Settings:
@@ -178,11 +190,14 @@ def run_pipeline(settings: Settings, changes: Mapping[str, Any], verbose: bool =
         del config["loggers"]
     with open_instance(settings) as instance:
         _tell_of_settings(settings)
-        keep_settings(settings)
         _tell_of_pages(settings)
         release_dead_runs(instance)
         run_id = dg._core.utils.make_new_run_id()
-        with _giving_a_sign(instance, run_id), _naming_the_holder(instance, run_id):
+        with (
+            _settings_kept(settings, instance, run_id),
+            _giving_a_sign(instance, run_id),
+            _naming_the_holder(instance, run_id),
+        ):
             try:
                 done = definitions.resolve_job_def("full_pipeline").execute_in_process(
                     run_config=config,

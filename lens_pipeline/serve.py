@@ -8,10 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lens_pipeline.alerts import MARK
@@ -32,6 +33,8 @@ PATIENCE = 3  # seconds that the daemon, then the other servers, have for an ord
 # Seconds for a schedule or sensor to look at the source: a store may hold many cutouts.
 LOOKING = {f"DAGSTER_{kind}_GRPC_TIMEOUT_SECONDS": "600" for kind in ("SENSOR", "SCHEDULE")}
 SAID = 10 << 20  # bytes of what former servers have written that are kept
+DAEMON = "dagster._daemon"
+LOCATION = "lens_pipeline"  # as workspace.yaml calls it
 LASTED = 30  # seconds; what ends before would do so again
 log = logging.getLogger(__name__)
 
@@ -99,20 +102,23 @@ class Messages:
 
 @dataclass(frozen=True)
 class Pages:
-    """addresses: {"Dagster": URL, "MLflow": URL}; servers: the daemon, and what is behind these;
-    messages: what they write, None where that is on the terminal."""
+    """addresses: {"Dagster": URL, "MLflow": URL}; needed: the code server and the daemon; shown:
+    what is behind the addresses; messages: what they write, None where that is on the terminal."""
 
     addresses: dict[str, str]
-    servers: tuple[Server, ...]
+    needed: tuple[Server, ...]
+    shown: tuple[Server, ...]
     messages: Messages | None
     given_up: list[Server] = field(default_factory=list)
 
     def revive(self) -> None:
         """Start again what has ended; of the pages, what ended as soon as it had begun is given up.
-        Raises RuntimeError where the daemon did so."""
-        daemon, *shown = (one for one in self.servers if one not in self.given_up)
-        daemon.revive()
-        for page in shown:
+        Raises RuntimeError where what is needed did so."""
+        for server in self.needed:
+            server.revive()
+        for page in self.shown:
+            if page in self.given_up:
+                continue
             try:
                 page.revive()
             except RuntimeError as problem:
@@ -144,9 +150,8 @@ def pages(
     if len({*ports.values()}) < len(ports):
         raise InputError(f"--mlflow-port {mlflow_port}: is that of --dagster-port; name another")
     for option, port in ports.items():
-        if _answers(port):
+        if _answers((HOST, port)):
             raise InputError(f"{option} {port}: is in use; name another")
-    commands = _commands(dagster_port, mlflow_port if len(ports) == 2 else None)
     # Its URI may hold a password, which everybody would read among a command's arguments.
     environment = LOOKING | os.environ | QUIET | {"UVICORN_APP_DIR": FIRST}
     environment["PYTHONPATH"] = os.pathsep.join([FIRST, *_python_path()])
@@ -157,7 +162,12 @@ def pages(
         "mlflow_page": environment["LENS_MLFLOW_PAGE"],
         "settings": settings.kept,
     }
-    with open_instance(settings) as instance, _alone(settings, about) as lock:
+    with (
+        open_instance(settings) as instance,
+        _alone(settings, about) as lock,
+        # A short path: that of a socket has 100 bytes or so.
+        TemporaryDirectory(prefix="lens-pipeline-") as folder,
+    ):
         # Asking creates the database before two servers would.
         with short_waits(), answering("MLFLOW_TRACKING_URI"):
             experiment = Tracking(settings).experiment_id
@@ -165,18 +175,33 @@ def pages(
         release_dead_runs(instance)
         messages = None if verbose else Messages(_shortened(settings.dagster_home / "servers.log"))
         servers: list[Server] = []
-        try:
-            for command in commands:
-                servers.append(Server(command, environment, lock, messages))
-            found = Pages(addresses, tuple(servers), messages)
-            while not all(_answers(port) for port in ports.values()):
+
+        def begun(command: Sequence[str]) -> Server:
+            servers.append(Server(command, environment, lock, messages))
+            return servers[-1]
+
+        def wait_for(answers: Callable[[], bool]) -> None:
+            while not answers():
                 for server in servers:
                     server.revive()
                 time.sleep(0.2)
-            yield found
+
+        try:
+            shown = []
+            if "--mlflow-port" in ports:
+                shown.append(begun(_mlflow(mlflow_port)))
+            where = Path(folder) / "code"
+            code = begun(_code_server(where))
+            wait_for(lambda: _answers(str(where)))
+            daemon = begun((DAEMON, "run", *_workspace(where), "--log-level", "warning"))
+            page = (*_workspace(where), "-h", HOST, "-p", str(dagster_port))
+            shown.append(begun(("dagster_webserver", *page)))
+            wait_for(lambda: all(_answers((HOST, port)) for port in ports.values()))
+            yield Pages(addresses, (code, daemon), tuple(shown), messages)
         finally:
             try:  # who is told twice to end may be told within this, too
-                _end(servers[:1])  # the daemon: it would launch what waits
+                # It would launch what waits.
+                _end([server for server in servers if server.name == DAEMON])
                 end_launched_runs(instance)
             finally:
                 _end(servers)
@@ -232,24 +257,33 @@ def _end(servers: Sequence[Server]) -> None:
             server.process.kill()
 
 
-def _commands(dagster_port: int, mlflow_port: int | None) -> list[Sequence[str]]:
-    workspace = Path(__file__).with_name("workspace.yaml")
-    # A daemon starts its code server anew each minute, which warns that it is left alone.
-    definitions = ("-w", str(workspace), "--code-server-log-level", "error")
-    commands: list[Sequence[str]] = [
-        ("dagster._daemon", "run", *definitions, "--log-level", "warning"),
-        ("dagster_webserver", *definitions, "-h", HOST, "-p", str(dagster_port)),
-    ]
-    if mlflow_port is not None:
-        address = ("--host", HOST, "--port", str(mlflow_port), "--workers", "1")
-        quiet = ("--uvicorn-opts", "--log-level warning")
-        commands.append(("mlflow", "server", *address, *quiet))
-    return commands
+def _code_server(where: Path) -> Sequence[str]:
+    """What loads the definitions, for daemon and page: one of its own the daemon would start anew
+    each minute, with all that Dagster imports, for as long as it lives. where: its socket."""
+    what = ("--module-name", "lens_pipeline.definitions", "--location-name", LOCATION)
+    # What keeps them from loading is shown on the page.
+    how = ("--working-directory", FIRST, "--lazy-load-user-code", "--log-level", "error")
+    return ("dagster", "api", "grpc", "--socket", str(where), *what, *how)
 
 
-def _answers(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex((HOST, port)) == 0
+def _workspace(code: Path) -> Sequence[str]:
+    """The flags of the servers that ask the code server at this socket."""
+    server = {"grpc_server": {"socket": str(code), "location_name": LOCATION}}
+    file = code.with_name("workspace.yaml")  # of which JSON is a part
+    file.write_text(json.dumps({"load_from": [server]}))
+    return ("-w", str(file))
+
+
+def _mlflow(port: int) -> Sequence[str]:
+    address = ("--host", HOST, "--port", str(port), "--workers", "1")
+    return ("mlflow", "server", *address, "--uvicorn-opts", "--log-level warning")
+
+
+def _answers(address: tuple[str, int] | str) -> bool:
+    """address: of the network, or a socket's path."""
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+    with socket.socket(family) as probe:
+        return probe.connect_ex(address) == 0
 
 
 def serve(settings: Settings, dagster_port: int, mlflow_port: int, verbose: bool = False) -> int:

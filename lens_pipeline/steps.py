@@ -67,6 +67,11 @@ def write_aside(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def is_taken(out: Path) -> bool:
+    """Whether there is more at a path than an empty folder, of which another can take the place."""
+    return os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir()))
+
+
 @contextmanager
 def folder_aside(out: Path) -> Iterator[Path]:
     """An empty folder that becomes `out` when the block ends well, and is removed when it fails.

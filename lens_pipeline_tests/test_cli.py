@@ -264,25 +264,28 @@ def test_a_run_says_what_it_reads_and_simulates_after_a_catalogue_only_where_it_
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Where LENS_SOURCE was forgotten: its model would stand beside those of the survey."""
-    first, source = tmp_path / "first.csv", tmp_path / "other.csv"
+    first, source, no_table = (tmp_path / f"{name}.csv" for name in ("first", "other", "none"))
     for path in (first, source):
-        path.write_text("name\na\n")
+        path.write_text("id,path,label\na,a.png,1\n")
+    no_table.write_text("name\na\n")  # which is not remembered
     monkeypatch.setenv("LENS_CLOUD_URL", "nosuch://bucket")  # nothing is trained here
     command = ["run", "--home", str(own_home), "--preset", "tiny"]
     forgotten = f"error: LENS_SOURCE: the last run of {own_home} was of {source}: name it again, or"
     told = []
-    for named in (str(first), str(source), None, "simulation", None):
+    for named in (str(first), str(source), str(no_table), None, "simulation", None):
         monkeypatch.delenv("LENS_SOURCE", raising=False)  # of the command before, in this process
         assert main([*command, *(["--source", named] if named else [])]) == 2
         told.append(capsys.readouterr().err)
         assert f"source: {named or 'simulation'}" in told[-1]
-    assert [forgotten in one for one in told] == [False, False, True, False, False]
+    assert [forgotten in one for one in told] == [False, False, False, True, False, False]
 
 
 def test_a_run_says_which_settings_are_others_than_the_last_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("LENS_SOURCE", str(tmp_path / "nowhere.csv"))  # nothing is made here
+    table = tmp_path / "table.csv"  # without its images: nothing is trained here
+    table.write_text("id,path,label\na,a.png,1\n")
+    monkeypatch.setenv("LENS_SOURCE", str(table))
     command = ["run", "--home", str(tmp_path / "home"), "--preset"]
     told = []
     for changed in (["tiny"], ["full", "--archs", "lastro,deeplens"], ["full"], ["full"]):

@@ -94,6 +94,7 @@ def test_a_run_of_the_command_line_is_on_the_pages_that_are_open(
     run = ["run", "--preset", "tiny", "--home", str(own_home)]
     with Served(own_home, tmp_path / "log") as served:
         before = {found["runId"] for found in served.runs()}
+        (definitions,) = served.processes("api", "grpc")  # once, for the daemon and the page
         assert main(run) == 0
         assert "begin it again" not in capfd.readouterr().err
         monkeypatch.setenv("LENS_GATE_MIN_LENS", "5")
@@ -109,6 +110,9 @@ def test_a_run_of_the_command_line_is_on_the_pages_that_are_open(
         assert event.asset_materialization is not None
         members = event.asset_materialization.metadata["members"]
         assert f"({served.mlflow}/#/" in str(members.value)
+        # A daemon would load its own anew each minute, for as long as it lives.
+        time.sleep(max(0, definitions.create_time() + 100 - time.time()))
+        assert served.processes("api", "grpc") == [definitions]
     assert main(run) == 0
     assert "begin it again" not in capfd.readouterr().err
 
@@ -121,7 +125,7 @@ def test_a_page_that_cannot_live_ends_nothing_else(
         how = (dict(os.environ), lock.fileno(), Messages(tmp_path / "log"))
         daemon = Server(("http.server", str(free_ports(1)[0])), *how)
         page = Server(("this",), *how)  # prints, and has ended
-        shown = Pages({}, (daemon, page), None)
+        shown = Pages({}, (daemon,), (page,), None)
         page.process.wait()
         for _ in range(2):
             shown.revive()

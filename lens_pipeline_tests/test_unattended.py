@@ -167,7 +167,7 @@ def test_what_is_killed_comes_back_and_a_training_goes_on_where_it_was(tmp_path:
         trains(third)
         kill("dagster_webserver")
         kill("mlflow", "server")
-        until(lambda: served.log.count("is started again") == 3, 60, served.log)
+        until(lambda: served.log.count("is started again") == 4, 60, served.log)
         until(lambda: served.answers(), 60, "the pages answer again")
         assert served.ended(third, 900)["status"] == "SUCCESS", served.messages(third)
     summary = summary_of(home)

@@ -8,7 +8,7 @@ from typing import Any
 from lens_pipeline.errors import InputError, secrets_in
 from lens_pipeline.locations import absolute, publishable
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import folder_aside
+from lens_pipeline.steps import folder_aside, is_taken
 from lens_pipeline.terminal import interruptible, local_path
 
 
@@ -61,7 +61,7 @@ def _prepare(options: argparse.Namespace) -> int:
     else:
         if not options.data_root:
             raise InputError("--data-root: is needed, unless with --upload-only")
-        if out.exists():
+        if is_taken(out):
             raise InputError(f"--output-dir {out}: exists already; {_way_out(out)}")
         from lens_pipeline.shards.prepare import prepare_shards
 
@@ -115,7 +115,7 @@ def _way_out(out: Path) -> str:
     """What to do where shards shall be written to a folder that is there."""
     from lens_pipeline.shards.manifest import MANIFEST
 
-    way = "name a folder that does not"
+    way = "name a folder that does not, or is empty"
     if (out / MANIFEST).is_file():
         way += ", or publish the shards in it with --cloud-url and --upload-only"
     return way

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import folder_aside
+from lens_pipeline.steps import folder_aside, is_taken
 from lens_pipeline.terminal import interruptible, local_path
 
 
@@ -27,15 +27,15 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
         "--compile", action="store_true", help="compile the ray tracing: pays for many thousands"
     )
     parser.add_argument(
-        "--out", type=local_path, required=True, help="a folder that does not exist"
+        "--out", type=local_path, required=True, help="a folder that does not exist, or is empty"
     )
     parser.set_defaults(do=_simulate, after_interrupt="the same command begins again")
 
 
 def _simulate(options: argparse.Namespace) -> int:
     out: Path = options.out
-    if out.exists():
-        raise InputError(f"--out {out}: exists already; name a folder that does not")
+    if is_taken(out):
+        raise InputError(f"--out {out}: exists already; name a folder that does not, or is empty")
     from lens_pipeline.simulation import load_configs
     from lens_pipeline.simulation.simulate import simulate_surveys
 

@@ -59,4 +59,4 @@ def _standing(facts: Mapping[str, Any]) -> Mapping[str, Any]:
 def _why(auroc: Mapping[str, float]) -> str:
     if auroc["low"] > CHANCE:
         return ""
-    return f"ranks the validation split no better than chance (AUROC {metric_text(auroc)}) and "
+    return f"cannot be told from chance on the validation split (AUROC {metric_text(auroc)}) and "

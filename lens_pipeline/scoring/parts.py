@@ -140,6 +140,10 @@ def score_to_file(
         if before is not None:
             if (former := before["model"]["uri"]) != model:
                 log.info("%s: scores of %s give way to those of %s", out, former, model)
+            elif before["model"] != about["model"]:  # as of two homes, whose versions are counted
+                log.warning(
+                    "%s: scores of another model that is called %s, too, give way", out, model
+                )
             taken, unknown = _take_file(rows, out, source, ensemble.columns)
             in_file[taken] = True
             # Of another catalogue the scores of other rows than here are nowhere else. It may have

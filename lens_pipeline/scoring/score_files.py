@@ -74,8 +74,10 @@ def about_scores(file: str | Path) -> dict[str, Any]:
     and `code_commit`.
 
     It is kept in the metadata of a Parquet file, and beside a CSV file. Raises InputError where it
-    is not there.
+    is not there, or there is no such file.
     """
+    if not Path(file).is_file():
+        raise InputError(f"{file}: there is no such file")
     about = _about(Path(file))
     if about is None:
         raise InputError(f"{file}: does not say of what its scores are")

@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import math
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -252,8 +253,10 @@ def _begin(config: TrainConfig, data: CutoutModule, out: Path) -> tuple[TrainCon
         changed = before.differences(config)
         if changed:
             best = out / BEST
-            alone = best.exists() and not before.together
-            start = f", and start from the best of this one: --pretrained {best}" if alone else ""
+            start = ""
+            if best.exists() and not before.together:
+                weights = shlex.quote(str(best))
+                start = f", and start from the best of this one: --pretrained {weights}"
             raise InputError(
                 f"{out}: holds a training with other settings: {', '.join(changed)}; go on with "
                 f"the same, or name another folder{start}"

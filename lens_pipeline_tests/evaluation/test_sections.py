@@ -297,7 +297,7 @@ def test_the_fusion_is_shown_beside_all_that_it_was_compared_with() -> None:
     assert "single member is taken only where it beats the best of the others in 95 %" in (
         section.text
     )
-    assert "b ranks the validation split no better than chance" in section.text
+    assert "b cannot be told from chance on the validation split" in section.text
     assert section.tables["Members"]["share in the score"].tolist() == ["99%", "1%"]
     assert "(1,200 lenses, 3,400 non-lenses)" in section.text
     assert section.tables["Fusions"].to_dict("records") == [

@@ -158,6 +158,18 @@ def test_scores_that_give_way_to_those_of_another_version_are_named(
     assert told == [False, False, True, False]
 
 
+def test_scores_that_give_way_to_those_of_another_model_of_that_name_are_told(
+    counting: Counting, own_images: pd.DataFrame, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of two homes, each of which counts the versions of its own model."""
+    out = tmp_path / "scores.csv"
+    scored(counting, own_images[:20], out)
+    assert "another model" not in caplog.text
+    counting.facts["calibration"]["slope"] = 2.0
+    scored(counting, own_images[:20], out)
+    assert f"{out}: scores of another model that is called mine, too, give way" in caplog.messages
+
+
 def edit(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     """As who works on a table does: pyarrow keeps what its metadata say."""
     if path.suffix == ".csv":

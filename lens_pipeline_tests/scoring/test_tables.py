@@ -66,6 +66,8 @@ def test_scores_say_of_what_they_are(home: Path, undisturbed: Path, survey: Path
     assert about["code_version"] == importlib.metadata.version("lens-pipeline")
     with pytest.raises(InputError, match="does not say of what its scores are"):
         about_scores(survey)
+    with pytest.raises(InputError, match=r"nowhere\.parquet: there is no such file"):
+        about_scores("nowhere.parquet")
 
 
 def test_images_without_names_of_bands_are_told(

@@ -241,6 +241,9 @@ def test_the_command_writes_the_same_files_each_time(
     assert json.loads((tmp_path / "first" / "simulation.json").read_text())["seed"] == 5
     table = pd.read_parquet(tmp_path / "first" / "catalogue.parquet")
     assert (table["bands"] == "g,r,i").all()
+    (tmp_path / "empty").mkdir()
+    assert main([*arguments, str(tmp_path / "empty")]) == 0
+    assert (tmp_path / "empty" / files[0]).is_file()
     assert main([*arguments, str(tmp_path / "first")]) == 2
     assert "exists already" in capsys.readouterr().err
 
