@@ -18,7 +18,6 @@ from dagster._core.storage.tags import REPOSITORY_LABEL_TAG
 from lens_pipeline.defs.checkpoints import POOL
 from lens_pipeline.defs.checks import said_of_checks
 from lens_pipeline.defs.sensors import made_by
-from lens_pipeline.defs.stages import CATALOGUE
 from lens_pipeline.defs.surveys import every_survey
 from lens_pipeline.errors import InputError, masked, told_of
 from lens_pipeline.launcher import DEPLOYMENT, forget_ended_runs
@@ -79,17 +78,22 @@ def prepare_home(settings: Settings) -> None:
 
 @contextmanager
 def _settings_kept(settings: Settings, instance: dg.DagsterInstance, run_id: str) -> Iterator[None]:
-    """Write down in LENS_HOME what decides its graph, for who only looks at it later; where the
-    source cannot be read, what was there before is put back."""
+    """Write down in LENS_HOME what decides its graph, for who only looks at it later; where it is
+    refused before anything is made, as a source that cannot be read, what was there before is put
+    back."""
     file = settings.home / KEPT
     before = file.read_text() if file.is_file() else None
-    write_aside(file, json.dumps(settings.kept, indent=1, sort_keys=True) + "\n")
+    now = json.dumps(settings.kept, indent=1, sort_keys=True) + "\n"
+    write_aside(file, now)
     try:
         yield
     except InputError:
-        read = instance.get_latest_materialization_event(CATALOGUE)
-        if before is not None and (read is None or read.run_id != run_id):
-            write_aside(file, before)
+        # Another run may have begun meanwhile.
+        if not instance.get_run_stats(run_id).steps_succeeded and file.read_text() == now:
+            if before is None:
+                file.unlink()
+            else:
+                write_aside(file, before)
         raise
 
 

@@ -12,8 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
+
+from dagster._core.errors import DagsterUserCodeUnreachableError
+from dagster._grpc.client import DagsterGrpcClient
+from dagster._serdes import deserialize_value
+from dagster._utils.error import SerializableErrorInfo
 
 from lens_pipeline.alerts import MARK
 from lens_pipeline.errors import InputError
@@ -36,6 +41,7 @@ SAID = 10 << 20  # bytes of what former servers have written that are kept
 DAEMON = "dagster._daemon"
 LOCATION = "lens_pipeline"  # as workspace.yaml calls it
 LASTED = 30  # seconds; what ends before would do so again
+LOADED_AGAIN = 60  # seconds; no less, or it would be taken for one that ends at once
 log = logging.getLogger(__name__)
 
 
@@ -75,6 +81,37 @@ class Server:
             raise RuntimeError(f"{self.name} ended as soon as it had begun; see {where}")
         log.warning("%s has ended (%d) and is started again", self.name, self.process.returncode)
         self.process = self._start()
+
+
+class CodeServer(Server):
+    """What loads the definitions, for daemon and page: one of its own the daemon would start anew
+    each minute, with all that Dagster imports, for as long as it lives. What keeps them from
+    loading is shown on the page."""
+
+    def __init__(self, where: Path, *how: Any) -> None:
+        """where: its socket."""
+        what = ("--module-name", "lens_pipeline.definitions", "--location-name", LOCATION)
+        more = ("--working-directory", FIRST, "--lazy-load-user-code", "--log-level", "error")
+        super().__init__(("dagster", "api", "grpc", "--socket", str(where), *what, *more), *how)
+        self._where, self._loaded = where, False
+
+    def revive(self) -> None:
+        """And start it anew, a minute after it began, where they did not load: what kept them from
+        it, a store that did not answer, may have passed."""
+        alive = self.process.poll() is None
+        if alive and not self._loaded and time.monotonic() - self._begun > LOADED_AGAIN:
+            self._loaded = self._has_definitions()
+            if not self._loaded:
+                _end([self])
+                self._begun, self.process = time.monotonic(), self._start()
+        super().revive()
+
+    def _has_definitions(self) -> bool:
+        try:
+            said = DagsterGrpcClient(socket=str(self._where)).list_repositories()
+        except DagsterUserCodeUnreachableError:  # it has ended, or is slow
+            return self.process.poll() is None
+        return not isinstance(deserialize_value(said), SerializableErrorInfo)
 
 
 class Messages:
@@ -154,6 +191,7 @@ def pages(
             raise InputError(f"{option} {port}: is in use; name another")
     # Its URI may hold a password, which everybody would read among a command's arguments.
     environment = LOOKING | os.environ | QUIET | {"UVICORN_APP_DIR": FIRST}
+    environment.pop("DAGSTER_GRPC_PORT", None)  # which would be another place of the code server
     environment["PYTHONPATH"] = os.pathsep.join([FIRST, *_python_path()])
     environment["MLFLOW_BACKEND_STORE_URI"] = settings.mlflow_uri
     environment["LENS_MLFLOW_PAGE"] = settings.mlflow_page or addresses["MLflow"]
@@ -162,11 +200,11 @@ def pages(
         "mlflow_page": environment["LENS_MLFLOW_PAGE"],
         "settings": settings.kept,
     }
+    short = "/tmp" if len(gettempdir()) > 70 else None  # of a socket's path, which has 100 bytes
     with (
         open_instance(settings) as instance,
         _alone(settings, about) as lock,
-        # A short path: that of a socket has 100 bytes or so.
-        TemporaryDirectory(prefix="lens-pipeline-") as folder,
+        TemporaryDirectory(prefix="lens-", dir=short) as folder,
     ):
         # Asking creates the database before two servers would.
         with short_waits(), answering("MLFLOW_TRACKING_URI"):
@@ -175,10 +213,11 @@ def pages(
         release_dead_runs(instance)
         messages = None if verbose else Messages(_shortened(settings.dagster_home / "servers.log"))
         servers: list[Server] = []
+        how = (environment, lock, messages)
 
-        def begun(command: Sequence[str]) -> Server:
-            servers.append(Server(command, environment, lock, messages))
-            return servers[-1]
+        def begun(server: Server) -> Server:
+            servers.append(server)
+            return server
 
         def wait_for(answers: Callable[[], bool]) -> None:
             while not answers():
@@ -189,13 +228,15 @@ def pages(
         try:
             shown = []
             if "--mlflow-port" in ports:
-                shown.append(begun(_mlflow(mlflow_port)))
+                shown.append(begun(Server(_mlflow(mlflow_port), *how)))
             where = Path(folder) / "code"
-            code = begun(_code_server(where))
+            code = begun(CodeServer(where, *how))
             wait_for(lambda: _answers(str(where)))
-            daemon = begun((DAEMON, "run", *_workspace(where), "--log-level", "warning"))
-            page = (*_workspace(where), "-h", HOST, "-p", str(dagster_port))
-            shown.append(begun(("dagster_webserver", *page)))
+            asking = _workspace(where)
+            launching = (DAEMON, "run", *asking, "--log-level", "warning")
+            daemon = begun(Server(launching, *how))
+            page = ("dagster_webserver", *asking, "-h", HOST, "-p", str(dagster_port))
+            shown.append(begun(Server(page, *how)))
             wait_for(lambda: all(_answers((HOST, port)) for port in ports.values()))
             yield Pages(addresses, (code, daemon), tuple(shown), messages)
         finally:
@@ -255,15 +296,6 @@ def _end(servers: Sequence[Server]) -> None:
             server.process.wait(max(0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             server.process.kill()
-
-
-def _code_server(where: Path) -> Sequence[str]:
-    """What loads the definitions, for daemon and page: one of its own the daemon would start anew
-    each minute, with all that Dagster imports, for as long as it lives. where: its socket."""
-    what = ("--module-name", "lens_pipeline.definitions", "--location-name", LOCATION)
-    # What keeps them from loading is shown on the page.
-    how = ("--working-directory", FIRST, "--lazy-load-user-code", "--log-level", "error")
-    return ("dagster", "api", "grpc", "--socket", str(where), *what, *how)
 
 
 def _workspace(code: Path) -> Sequence[str]:

@@ -68,8 +68,11 @@ def write_aside(path: Path, text: str) -> None:
 
 
 def is_taken(out: Path) -> bool:
-    """Whether there is more at a path than an empty folder, of which another can take the place."""
-    return os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir()))
+    """Whether there is more at a path than an empty folder, of which another can take the place: as
+    it cannot of a link to one, or of one that a disk is mounted on."""
+    if out.is_symlink() or os.path.ismount(out):
+        return True
+    return out.exists() and not (out.is_dir() and not any(out.iterdir()))
 
 
 @contextmanager

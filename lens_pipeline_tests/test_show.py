@@ -14,6 +14,7 @@ from lens_pipeline.defs.stages import EVALUATION
 from lens_pipeline.runner import open_instance
 from lens_pipeline.serve import Messages, Pages, Server
 from lens_pipeline.settings import Settings
+from lens_pipeline.shards import publish_shards
 from lens_pipeline_tests.object_stores import free_ports
 from lens_pipeline_tests.served import Served, until
 
@@ -155,3 +156,23 @@ def test_pages_that_are_told_twice_to_end_leave_no_server(tmp_path: Path) -> Non
     served.server.wait(60)
     assert log.stat().st_size < 11 << 20
     until(lambda: not any(server.is_running() for server in servers), 30, "all servers end")
+
+
+@pytest.mark.slow
+def test_definitions_that_did_not_load_are_loaded_when_they_can_be(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    """As where a store did not answer when the pages were opened."""
+    query = """{ workspaceOrError { ... on Workspace { locationEntries { locationOrLoadError {
+        __typename ... on PythonError { message } } } } } }"""
+    source = tmp_path / "published"
+
+    def location() -> dict[str, str]:
+        (entry,) = served.ask(query)["workspaceOrError"]["locationEntries"]
+        return dict(entry["locationOrLoadError"])
+
+    with Served(tmp_path / "home", tmp_path / "log", {"LENS_SOURCE": str(source)}) as served:
+        until(lambda: f"{source}: " in location().get("message", ""), 60, "an error on the page")
+        publish_shards(uneven_shards, str(source))
+        until(lambda: location()["__typename"] == "RepositoryLocation", 120, "definitions load")
+        assert "started again" not in served.log

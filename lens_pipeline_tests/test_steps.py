@@ -15,7 +15,14 @@ from uuid import uuid4
 import pytest
 
 from lens_pipeline.errors import NoAnswerError
-from lens_pipeline.steps import Recipe, folder_aside, remove_unused, run_step, source_hashes
+from lens_pipeline.steps import (
+    Recipe,
+    folder_aside,
+    is_taken,
+    remove_unused,
+    run_step,
+    source_hashes,
+)
 
 RECIPE = Recipe(stage="test", modules=("lens_pipeline.errors",), settings={"n": 1})
 
@@ -301,6 +308,22 @@ with folder_aside(Path(sys.argv[1])) as aside:
     (beside / "train.npy").touch()
     time.sleep(100)
 """
+
+
+def test_an_empty_folder_gives_way_and_a_link_to_one_does_not(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "file").touch()
+    taken = {
+        name: is_taken(tmp_path / name) for name in ("new", "empty", "link", "nowhere", "file")
+    }
+    assert taken == {"new": False, "empty": False, "link": True, "nowhere": True, "file": True}
+    assert is_taken(tmp_path)
+    assert is_taken(Path("/proc"))
+    with folder_aside(tmp_path / "empty") as aside:
+        (aside / "data").touch()
+    assert (tmp_path / "empty" / "data").exists()
 
 
 def test_a_folder_aside_of_a_process_that_was_killed_is_removed_by_the_next(tmp_path: Path) -> None:

@@ -79,7 +79,8 @@ def gpus_claimed(hardware: HardwareSection, trainings: int = 1) -> Iterator[None
     if not hardware.exclusive or hardware.accelerator == "cpu" or n < hardware.devices:
         yield
         return
-    gpus = dict(zip(of_the_host(visible_gpus(), _uuids()), visible_gpus(), strict=True))
+    visible = visible_gpus()
+    gpus = dict(zip(of_the_host(visible, _uuids()), visible, strict=True))
     with claimed([*gpus], n) as mine:
         os.environ[VISIBLE] = ",".join(gpus[one] for one in mine)
         yield
@@ -98,7 +99,7 @@ def of_the_host(visible: Sequence[str], uuids: Sequence[str]) -> list[str]:
             return uuids[int(name)] if int(name) < len(uuids) else name
         return next((uuid for uuid in uuids if uuid.startswith(name)), name)  # or its beginning
 
-    return [whole(name.strip()) for name in visible]
+    return [whole(name) for name in visible]
 
 
 def _uuids() -> list[str]:
@@ -111,4 +112,5 @@ def _uuids() -> list[str]:
 def visible_gpus() -> list[str]:
     """Their names, as CUDA_VISIBLE_DEVICES has them."""
     numbers = map(str, range(torch.cuda.device_count()))
-    return (os.environ.get(VISIBLE) or ",".join(numbers)).split(",")
+    names = (os.environ.get(VISIBLE) or ",".join(numbers)).split(",")
+    return [name.strip() for name in names if name.strip()]

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import distributed
 
-VARIABLES = (
-    # Lightning's seed for workers, and what it asks of cuBLAS where kernels are to be deterministic
-    *("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG"),
-    # and where the processes of a training find each other, also where it has one
+# Lightning's seed for workers, and what it asks of cuBLAS where kernels are to be deterministic.
+VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG")
+# Where the processes of a training find each other, also where it has one.
+OF_A_GROUP = (
     *("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK", "OMP_NUM_THREADS"),
 )
 
@@ -29,7 +29,7 @@ def process_left_as_it_was() -> Iterator[None]:
     kernels torch takes, the environment, and what signals do are those from before."""
     # Lightning gives signals back last of all, and not where the end of a training fails.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    variables = {name: os.environ.get(name) for name in VARIABLES}
+    variables = {name: os.environ.get(name) for name in (*VARIABLES, *OF_A_GROUP)}
     deterministic = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
@@ -41,9 +41,12 @@ def process_left_as_it_was() -> Iterator[None]:
     try:
         yield
     finally:
-        # Of several processes others may still be at work.
+        # Of several processes others may still be at work, and the next training goes on in theirs.
         if not together and _in_a_group() and distributed.get_world_size() == 1:
             distributed.destroy_process_group()
+        if not together and _in_a_group():
+            for name in OF_A_GROUP:
+                del variables[name]
         random.setstate(of_python)
         np.random.set_state(of_numpy)
         torch.set_rng_state(of_torch)

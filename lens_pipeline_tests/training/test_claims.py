@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lens_pipeline.training.devices import of_the_host
+from lens_pipeline.training.devices import VISIBLE, of_the_host, visible_gpus
 
 CLAIMS = """
 import sys, time
@@ -94,10 +94,15 @@ def test_those_that_need_several_hold_none_while_they_wait(tmp_path: Path) -> No
         (["1", "0"], ["GPU-a", "GPU-b"], ["GPU-b", "GPU-a"]),
         (["GPU-b7"], ["GPU-a1", "GPU-b7c3"], ["GPU-b7c3"]),  # as CUDA takes it
         (["MIG-1"], ["GPU-a"], ["MIG-1"]),
-        (["0", " 1"], [], ["0", "1"]),  # a driver that does not tell
+        (["0", "1"], [], ["0", "1"]),  # a driver that does not tell
     ],
 )
 def test_a_gpu_is_told_from_others_by_what_it_is(
     visible: list[str], shown: list[str], meant: list[str]
 ) -> None:
     assert of_the_host(visible, shown) == meant
+
+
+def test_a_name_of_nothing_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VISIBLE, "0, 2,")
+    assert visible_gpus() == ["0", "2"]
