@@ -41,7 +41,8 @@ UNFINISHED = [
     dg.DagsterRunStatus.CANCELING,
 ]
 KEPT = "settings.json"
-REPOSITORY = "__repository__@lens_pipeline"  # of workspace.yaml: its pages list the runs of a job
+LOCATION = "lens_pipeline"  # as workspace.yaml calls it
+REPOSITORY = f"__repository__@{LOCATION}"  # whose pages list the runs of a job
 # sha256 of dagster.yaml as former versions have made it.
 FORMER = {
     "1b0cdfd38018393efc1344a32a054f39703b3127a75fba6ba292f5ef6a06999c",

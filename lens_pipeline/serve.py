@@ -24,7 +24,7 @@ from lens_pipeline.alerts import MARK
 from lens_pipeline.errors import InputError
 from lens_pipeline.processes import is_free
 from lens_pipeline.registry import answering
-from lens_pipeline.runner import end_launched_runs, open_instance, release_dead_runs
+from lens_pipeline.runner import LOCATION, end_launched_runs, open_instance, release_dead_runs
 from lens_pipeline.settings import HOST, SERVED, Settings
 from lens_pipeline.tracking import Tracking, experiment_page, short_waits
 
@@ -39,7 +39,6 @@ PATIENCE = 3  # seconds that the daemon, then the other servers, have for an ord
 LOOKING = {f"DAGSTER_{kind}_GRPC_TIMEOUT_SECONDS": "600" for kind in ("SENSOR", "SCHEDULE")}
 SAID = 10 << 20  # bytes of what former servers have written that are kept
 DAEMON = "dagster._daemon"
-LOCATION = "lens_pipeline"  # as workspace.yaml calls it
 LASTED = 30  # seconds; what ends before would do so again
 LOADED_AGAIN = 60  # seconds; no less, or it would be taken for one that ends at once
 log = logging.getLogger(__name__)
