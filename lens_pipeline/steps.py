@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,6 +31,7 @@ from lens_pipeline.errors import NoAnswerError
 
 PACKAGE = "lens_pipeline"
 COMPLETE = "complete.json"
+MOST_SOURCES = 1000  # that are remembered: those of some versions of this package
 LOCKS, HOLDER = ".locks", ".holder"
 PATIENCE = 10  # seconds of waiting for a lock before its holder is named
 log = logging.getLogger(__name__)
@@ -125,15 +127,14 @@ def _written_out(node: Any) -> Any:
     return None if node is None else repr(node)
 
 
-@cache
-def _imports(source: bytes) -> tuple[str, frozenset[str]]:
-    """sha256 of what a module does, and the modules of this package that it imports anywhere.
+def _parsed(source: bytes) -> tuple[str, list[str]]:
+    """sha256 of what a module does, and what of this package it imports anywhere.
 
     Of its syntax tree, without docstrings: a comment makes nothing again, nor does another version
     of Python, which may know of parts that this code has none of.
     """
     tree = ast.parse(source)
-    found = set()
+    found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if ast.get_docstring(node, clean=False) is not None:
@@ -142,9 +143,43 @@ def _imports(source: bytes) -> tuple[str, frozenset[str]]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return digest(_written_out(tree)), frozenset(
-        name for name in found if name.startswith(f"{PACKAGE}.") and _is_module_file(name)
-    )
+    return digest(_written_out(tree)), sorted(n for n in found if n.startswith(f"{PACKAGE}."))
+
+
+class _KnownSources:
+    """What `_parsed` gives, by the source; kept where Python keeps what it has compiled of the same
+    files: parsing all of them takes most of the time in which Dagster's processes load."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._by = hashlib.sha256(_first_source(__name__)).hexdigest()
+        self._known: dict[str, tuple[str, list[str]]] = {}
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            kept = json.loads(file.read_text())
+            if kept["by"] == self._by:
+                self._known = kept["known"]
+        self._n_kept = len(self._known)
+
+    def of(self, source: bytes) -> tuple[str, list[str]]:
+        key = hashlib.sha256(source).hexdigest()
+        if key not in self._known:
+            self._known[key] = _parsed(source)
+        return self._known[key]
+
+    def keep(self) -> None:
+        """Write down what is new, where that is possible."""
+        if len(self._known) == self._n_kept or sys.dont_write_bytecode:
+            return
+        self._known = dict([*self._known.items()][-MOST_SOURCES:])
+        self._n_kept = len(self._known)
+        with suppress(OSError):
+            write_aside(self._file, json.dumps({"by": self._by, "known": self._known}))
+
+
+@cache
+def _known_sources() -> _KnownSources:
+    compiled = importlib.util.cache_from_source(__file__)
+    return _KnownSources(Path(compiled).with_name(f"{PACKAGE}.sources.json"))
 
 
 @cache
@@ -157,14 +192,15 @@ def _is_module_file(name: str) -> bool:
 def source_hashes(modules: Iterable[str], anew: bool = False) -> dict[str, str]:
     """{module: sha256 of its code} of these modules and all of this package that they import; as it
     was when it was first asked for, unless `anew`."""
-    read = _source if anew else _first_source
+    read, known = _source if anew else _first_source, _known_sources()
     hashes: dict[str, str] = {}
     waiting = list(modules)
     while waiting:
         module = waiting.pop()
         if module not in hashes:
-            hashes[module], imported = _imports(read(module))
-            waiting.extend(imported)
+            hashes[module], imported = known.of(read(module))
+            waiting.extend(name for name in imported if _is_module_file(name))
+    known.keep()
     return hashes
 
 

@@ -82,6 +82,35 @@ def test_what_is_said_of_code_is_none_of_it(
     assert len(set(found)) == 3
 
 
+def test_what_is_remembered_of_code_is_that_of_the_same_code_alone(tmp_path: Path) -> None:
+    """It is kept beside what Python compiles, for processes that begin later."""
+    code = """
+import ast, sys
+from lens_pipeline.steps import source_hashes
+n, parse = [], ast.parse
+ast.parse = lambda source: n.append(source) or parse(source)
+print(source_hashes([sys.argv[1]])[sys.argv[1]], len(n))
+"""
+    other = {"PYTHONPATH": str(tmp_path), "PYTHONPYCACHEPREFIX": str(tmp_path / "compiled")}
+    environment = os.environ | other
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+
+    def hashed(text: str) -> tuple[str, int]:
+        (tmp_path / "kept_code.py").write_text(text)
+        command = [sys.executable, "-c", code, "kept_code"]
+        said = subprocess.check_output(command, env=environment, text=True)
+        sha256, n = said.split()
+        return sha256, int(n)
+
+    first, again = (hashed("from lens_pipeline import errors\n") for _ in range(2))
+    assert (first[0], first[1] > 1, again[1]) == (again[0], True, 0)
+    other_code = hashed("from lens_pipeline import storage\n")
+    assert other_code[0] != first[0]
+    (kept,) = (tmp_path / "compiled").rglob("lens_pipeline.sources.json")
+    kept.write_text(kept.read_text()[:-9])  # damaged
+    assert hashed("from lens_pipeline import errors\n")[0] == first[0]
+
+
 @pytest.mark.parametrize("change", ["x + x", "x +", None])
 def test_what_was_made_while_the_code_changed_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str | None
