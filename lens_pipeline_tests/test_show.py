@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,6 @@ from lens_pipeline.defs.stages import EVALUATION
 from lens_pipeline.runner import open_instance
 from lens_pipeline.serve import Messages, Pages, Server
 from lens_pipeline.settings import Settings
-from lens_pipeline.shards import publish_shards
 from lens_pipeline_tests.object_stores import free_ports
 from lens_pipeline_tests.served import Served, until
 
@@ -159,20 +159,19 @@ def test_pages_that_are_told_twice_to_end_leave_no_server(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_definitions_that_did_not_load_are_loaded_when_they_can_be(
-    uneven_shards: Path, tmp_path: Path
-) -> None:
-    """As where a store did not answer when the pages were opened."""
+def test_definitions_that_did_not_load_are_loaded_when_they_can_be(tmp_path: Path) -> None:
+    """As where a store did not answer when the pages were opened, or a file was not right."""
     query = """{ workspaceOrError { ... on Workspace { locationEntries { locationOrLoadError {
-        __typename ... on PythonError { message } } } } } }"""
-    source = tmp_path / "published"
+        __typename ... on PythonError { errorChain { error { message } } } } } } } }"""
+    training = tmp_path / "training.yaml"
+    training.write_text("training: {epochs: 0}")
 
-    def location() -> dict[str, str]:
+    def location() -> dict[str, Any]:
         (entry,) = served.ask(query)["workspaceOrError"]["locationEntries"]
-        return dict(entry["locationOrLoadError"])
+        return dict(entry["locationOrLoadError"] or {"__typename": "loading"})
 
-    with Served(tmp_path / "home", tmp_path / "log", {"LENS_SOURCE": str(source)}) as served:
-        until(lambda: f"{source}: " in location().get("message", ""), 60, "an error on the page")
-        publish_shards(uneven_shards, str(source))
-        until(lambda: location()["__typename"] == "RepositoryLocation", 120, "definitions load")
+    with Served(tmp_path / "home", tmp_path / "log", {"LENS_TRAINING": str(training)}) as served:
+        until(lambda: "training.epochs" in str(location()), 60, "it is on the page")
+        training.write_text("training: {epochs: 1}")
+        until(lambda: location()["__typename"] == "RepositoryLocation", 120, "they are loaded")
         assert "started again" not in served.log
