@@ -20,6 +20,7 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
+from lens_pipeline.catalogue.cutout import CutoutError
 from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.cli import main
@@ -438,6 +439,8 @@ def test_a_signature_is_not_in_the_reason_against_a_cutout(
         server.shutdown()
     ((reason, n),) = found.rejects.items()  # one for all: they are counted
     assert (n, "403" in reason, "5ec7e7" in reason) == (3, True, False)
+    told = CutoutError(f"{signed[0]}: as a library may tell of it")
+    assert "5ec7e7" not in str(told)
 
 
 def test_remote_shards_that_the_cache_does_not_hold_are_hardly_fetched_twice(
