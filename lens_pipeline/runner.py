@@ -89,8 +89,9 @@ def _settings_kept(settings: Settings, instance: dg.DagsterInstance, run_id: str
     try:
         yield
     except InputError:
-        # Another run may have begun meanwhile.
-        if not instance.get_run_stats(run_id).steps_succeeded and file.read_text() == now:
+        # Another run may have begun meanwhile, or been refused, too.
+        mine = file.is_file() and file.read_text() == now
+        if mine and not instance.get_run_stats(run_id).steps_succeeded:
             if before is None:
                 file.unlink()
             else:

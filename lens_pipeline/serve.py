@@ -92,24 +92,30 @@ class CodeServer(Server):
         what = ("--module-name", "lens_pipeline.definitions", "--location-name", LOCATION)
         more = ("--working-directory", FIRST, "--lazy-load-user-code", "--log-level", "error")
         super().__init__(("dagster", "api", "grpc", "--socket", str(where), *what, *more), *how)
-        self._where, self._loaded = where, False
+        self._where = where
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._loaded, self._asked = False, time.monotonic()
+        return super()._start()
 
     def revive(self) -> None:
         """And start it anew, a minute after it began, where they did not load: what kept them from
         it, a store that did not answer, may have passed."""
-        alive = self.process.poll() is None
-        if alive and not self._loaded and time.monotonic() - self._begun > LOADED_AGAIN:
-            self._loaded = self._has_definitions()
-            if not self._loaded:
+        due = not self._loaded and time.monotonic() - self._asked > LOADED_AGAIN
+        if due and self.process.poll() is None:
+            found, self._asked = self._has_definitions(), time.monotonic()
+            self._loaded = found is True
+            if found is False:
                 _end([self])
                 self._begun, self.process = time.monotonic(), self._start()
         super().revive()
 
-    def _has_definitions(self) -> bool:
+    def _has_definitions(self) -> bool | None:
+        """None where it does not answer."""
         try:
             said = DagsterGrpcClient(socket=str(self._where)).list_repositories()
-        except DagsterUserCodeUnreachableError:  # it has ended, or is slow
-            return self.process.poll() is None
+        except DagsterUserCodeUnreachableError:
+            return None
         return not isinstance(deserialize_value(said), SerializableErrorInfo)
 
 

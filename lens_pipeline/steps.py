@@ -74,7 +74,10 @@ def is_taken(out: Path) -> bool:
     it cannot of a link to one, or of one that a disk is mounted on."""
     if out.is_symlink() or os.path.ismount(out):
         return True
-    return out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    try:
+        return out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    except PermissionError:  # nobody knows what is in it
+        return True
 
 
 @contextmanager

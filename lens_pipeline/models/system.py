@@ -238,8 +238,8 @@ class LensClassifier(pl.LightningModule):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Also of weights that do not say of which versions of their layers they are, as
-        checkpoints do not: of these."""
+        """As torch does. Weights that do not say which versions their layers are of, as those of a
+        checkpoint, count as of the versions of this system's."""
         versioned = OrderedDict(state_dict)
         own = self.state_dict()._metadata  # type: ignore[attr-defined]
         versioned._metadata = getattr(state_dict, "_metadata", own)  # type: ignore[attr-defined]
