@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
+from lens_pipeline.code_hashes import PACKAGE
 from lens_pipeline.errors import InputError, first_of, masked, told_of
+from lens_pipeline.files import digest, folder_aside
 from lens_pipeline.registry import (
     CHALLENGER,
     CHAMPION,
@@ -18,7 +20,6 @@ from lens_pipeline.registry import (
     answering,
     import_path_kept,
 )
-from lens_pipeline.steps import PACKAGE, digest, folder_aside
 from lens_pipeline.training.config import TrainConfig
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 from lens_pipeline.commit import code_commit
 from lens_pipeline.errors import InputError, NoAnswerError
+from lens_pipeline.files import digest
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import LOCKS, digest, locked
+from lens_pipeline.steps import LOCKS, locked
 from lens_pipeline.tracking import (
     DAGSTER_RUN,
     DATASET_VERSION,

@@ -20,6 +20,7 @@ from lens_pipeline.defs.checks import said_of_checks
 from lens_pipeline.defs.sensors import made_by
 from lens_pipeline.defs.surveys import every_survey
 from lens_pipeline.errors import InputError, masked, told_of
+from lens_pipeline.files import write_aside
 from lens_pipeline.launcher import DEPLOYMENT, forget_ended_runs
 from lens_pipeline.processes import (
     HOST,
@@ -32,7 +33,6 @@ from lens_pipeline.processes import (
     sign_of_life,
 )
 from lens_pipeline.settings import SERVED, SIMULATION, Settings
-from lens_pipeline.steps import write_aside
 
 UNFINISHED = [
     dg.DagsterRunStatus.NOT_STARTED,

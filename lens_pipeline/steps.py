@@ -1,210 +1,34 @@
-"""Content-addressed steps: the key of a step, reuse, locks, write aside and rename.
+"""Content-addressed steps: the key of a step, reuse, locks, and what is not used any more.
 
 A step writes one folder, named by its key. The key hashes the content of the step's inputs, its
 settings, what the library modules do that it runs, and the versions of the libraries that
 decide its output. A folder is complete when its `complete.json`, written last, lists every file.
 """
 
-import ast
-import glob
-import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
-from uuid import uuid4
+from typing import Any
 
 import filelock
 
+from lens_pipeline.code_hashes import source_hashes
 from lens_pipeline.errors import NoAnswerError
+from lens_pipeline.files import digest, file_sha256, write_aside
 
-PACKAGE = "lens_pipeline"
 COMPLETE = "complete.json"
-MOST_SOURCES = 1000  # that are remembered: those of some versions of this package
 LOCKS, HOLDER = ".locks", ".holder"
 PATIENCE = 10  # seconds of waiting for a lock before its holder is named
 log = logging.getLogger(__name__)
-
-
-def digest(value: Any) -> str:
-    """sha256 (hex) of a JSON-serialisable value, independent of the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def file_aside(path: Path) -> Iterator[BinaryIO]:
-    """A file that becomes `path` when the block ends well, so that a reader sees the old one or the
-    new one, never a part."""
-    # Not by the process: two containers that share a folder may have the same number.
-    aside = path.with_name(f".{path.name}.{uuid4().hex[:12]}")
-    try:
-        with aside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write a small file as `file_aside` does."""
-    with file_aside(path) as file:
-        file.write(text.encode())
-
-
-def is_taken(out: Path) -> bool:
-    """Whether there is more at a path than an empty folder, of which another can take the place: as
-    it cannot of a link to one, or of one that a disk is mounted on."""
-    if out.is_symlink() or os.path.ismount(out):
-        return True
-    try:
-        return out.exists() and not (out.is_dir() and not any(out.iterdir()))
-    except PermissionError:  # nobody knows what is in it
-        return True
-
-
-@contextmanager
-def folder_aside(out: Path) -> Iterator[Path]:
-    """An empty folder that becomes `out` when the block ends well, and is removed when it fails.
-
-    What else is written beside `out` meanwhile, under names that begin with the folder's, is
-    removed in either case; and all that processes which were killed have left of theirs.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for lock in out.parent.glob(f".{glob.escape(out.name)}.*.lock"):
-        with suppress(OSError), filelock.FileLock(lock, timeout=0):  # nobody holds it
-            _remove_all(lock.with_suffix(""))
-    # Not by the process: in a container that was killed the next has the same number.
-    aside = out.with_name(f".{out.name}.{uuid4().hex[:12]}")
-    with filelock.FileLock(f"{aside}.lock"):
-        try:
-            aside.mkdir()
-            yield aside
-            aside.rename(out)
-        finally:
-            _remove_all(aside)
-
-
-def _remove_all(aside: Path) -> None:
-    for path in aside.parent.glob(f"{glob.escape(aside.name)}*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _source(module: str) -> bytes:
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(module)
-    return Path(spec.origin).read_bytes()
-
-
-_first_source = cache(_source)
-
-
-def _written_out(node: Any) -> Any:
-    """A syntax tree for JSON, without what is empty: `ast.dump` has that or not, by the version."""
-    if isinstance(node, ast.AST):
-        parts = {name: _written_out(part) for name, part in ast.iter_fields(node)}
-        return [type(node).__name__, {name: part for name, part in parts.items() if part}]
-    if isinstance(node, list):
-        return [_written_out(one) for one in node]
-    return None if node is None else repr(node)
-
-
-def _parsed(source: bytes) -> tuple[str, list[str]]:
-    """sha256 of what a module does, and what of this package it imports anywhere.
-
-    Of its syntax tree, without docstrings: a comment makes nothing again, nor does another version
-    of Python, which may know of parts that this code has none of.
-    """
-    tree = ast.parse(source)
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if ast.get_docstring(node, clean=False) is not None:
-                del node.body[0]
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return digest(_written_out(tree)), sorted(n for n in found if n.startswith(f"{PACKAGE}."))
-
-
-class _KnownSources:
-    """What `_parsed` gives, by the source; kept where Python keeps what it has compiled of the same
-    files: parsing all of them takes most of the time in which Dagster's processes load."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._by = hashlib.sha256(_first_source(__name__)).hexdigest()
-        self._known: dict[str, tuple[str, list[str]]] = {}
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            kept = json.loads(file.read_text())
-            if kept["by"] == self._by:
-                self._known = kept["known"]
-        self._n_kept = len(self._known)
-
-    def of(self, source: bytes) -> tuple[str, list[str]]:
-        key = hashlib.sha256(source).hexdigest()
-        if key not in self._known:
-            self._known[key] = _parsed(source)
-        return self._known[key]
-
-    def keep(self) -> None:
-        """Write down what is new, where that is possible."""
-        if len(self._known) == self._n_kept or sys.dont_write_bytecode:
-            return
-        self._known = dict([*self._known.items()][-MOST_SOURCES:])
-        self._n_kept = len(self._known)
-        with suppress(OSError):
-            write_aside(self._file, json.dumps({"by": self._by, "known": self._known}))
-
-
-@cache
-def _known_sources() -> _KnownSources:
-    compiled = importlib.util.cache_from_source(__file__)
-    return _KnownSources(Path(compiled).with_name(f"{PACKAGE}.sources.json"))
-
-
-@cache
-def _is_module_file(name: str) -> bool:
-    # A package's own __init__ only names what lies inside, so it decides nothing.
-    path = Path(__file__).parent.joinpath(*name.split(".")[1:]).with_suffix(".py")
-    return path.is_file()
-
-
-def source_hashes(modules: Iterable[str], anew: bool = False) -> dict[str, str]:
-    """{module: sha256 of its code} of these modules and all of this package that they import; as it
-    was when it was first asked for, unless `anew`."""
-    read, known = _source if anew else _first_source, _known_sources()
-    hashes: dict[str, str] = {}
-    waiting = list(modules)
-    while waiting:
-        module = waiting.pop()
-        if module not in hashes:
-            hashes[module], imported = known.of(read(module))
-            waiting.extend(name for name in imported if _is_module_file(name))
-    known.keep()
-    return hashes
 
 
 @dataclass(frozen=True)

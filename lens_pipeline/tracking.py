@@ -21,8 +21,9 @@ from uuid import uuid4
 import filelock
 
 from lens_pipeline.errors import InputError, NoAnswerError, masked
+from lens_pipeline.files import write_aside
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import LOCKS, write_aside
+from lens_pipeline.steps import LOCKS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lens_pipeline.code_hashes import source_hashes
 from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs import catalogue, checkpoints, dataset, ensemble, shards
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards import publish_shards
-from lens_pipeline.steps import source_hashes
 from lens_pipeline_tests.graph import MEMBERS, SHOWN, described
 
 HEAVY = [

@@ -5,8 +5,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,14 +13,7 @@ from uuid import uuid4
 import pytest
 
 from lens_pipeline.errors import NoAnswerError
-from lens_pipeline.steps import (
-    Recipe,
-    folder_aside,
-    is_taken,
-    remove_unused,
-    run_step,
-    source_hashes,
-)
+from lens_pipeline.steps import Recipe, remove_unused, run_step
 
 RECIPE = Recipe(stage="test", modules=("lens_pipeline.errors",), settings={"n": 1})
 
@@ -51,64 +42,6 @@ def test_second_time_is_reused(tmp_path: Path) -> None:
 )
 def test_whatever_decides_the_output_decides_the_key(changed: Recipe) -> None:
     assert changed.key != RECIPE.key
-
-
-def test_code_of_a_stage_is_all_that_it_imports() -> None:
-    """A change of a library module reruns the stages that import it, and no other."""
-    training = source_hashes(["lens_pipeline.training.train"])
-    for module in ("models.deeplens", "shards.reader", "training.config", "models.schedules"):
-        assert f"lens_pipeline.{module}" in training
-    for module in ("simulation.render", "ensemble.fusion", "cli", "tracking"):
-        assert f"lens_pipeline.{module}" not in training
-
-
-def test_what_is_said_of_code_is_none_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A comment, a docstring or another layout of lines trains no network again."""
-    monkeypatch.syspath_prepend(tmp_path)
-    code = [
-        "def twice(x):\n    return 2 * x\n",
-        '"""A module."""\n\n# Why.\ndef twice(\n    x,\n):\n    """Twice x."""\n    return 2 * x\n',
-        "def twice(x):\n    return x + x\n",
-        'def twice(x):\n    return 2 * x\n\n"""no docstring"""\n',
-    ]
-    found = []
-    for number, text in enumerate(code):
-        (tmp_path / f"some_code_{number}.py").write_text(text)
-        (sha256,) = source_hashes([f"some_code_{number}"]).values()
-        found.append(sha256)
-    assert found[0] == found[1]
-    assert len(set(found)) == 3
-
-
-def test_what_is_remembered_of_code_is_that_of_the_same_code_alone(tmp_path: Path) -> None:
-    """It is kept beside what Python compiles, for processes that begin later."""
-    code = """
-import ast, sys
-from lens_pipeline.steps import source_hashes
-n, parse = [], ast.parse
-ast.parse = lambda source: n.append(source) or parse(source)
-print(source_hashes([sys.argv[1]])[sys.argv[1]], len(n))
-"""
-    other = {"PYTHONPATH": str(tmp_path), "PYTHONPYCACHEPREFIX": str(tmp_path / "compiled")}
-    environment = os.environ | other
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
-
-    def hashed(text: str) -> tuple[str, int]:
-        (tmp_path / "kept_code.py").write_text(text)
-        command = [sys.executable, "-c", code, "kept_code"]
-        said = subprocess.check_output(command, env=environment, text=True)
-        sha256, n = said.split()
-        return sha256, int(n)
-
-    first, again = (hashed("from lens_pipeline import errors\n") for _ in range(2))
-    assert (first[0], first[1] > 1, again[1]) == (again[0], True, 0)
-    other_code = hashed("from lens_pipeline import storage\n")
-    assert other_code[0] != first[0]
-    (kept,) = (tmp_path / "compiled").rglob("lens_pipeline.sources.json")
-    kept.write_text(kept.read_text()[:-9])  # damaged
-    assert hashed("from lens_pipeline import errors\n")[0] == first[0]
 
 
 @pytest.mark.parametrize("change", ["x + x", "x +", None])
@@ -323,59 +256,3 @@ def test_a_folder_that_is_half_removed_is_not_taken_for_one(
     assert not step.folder.exists()
     assert len(remove_unused(tmp_path, _later())) == 1
     assert not run_step(RECIPE, tmp_path, _write).reused
-
-
-FILLS = """
-import sys, time
-from pathlib import Path
-from lens_pipeline.steps import folder_aside
-
-with folder_aside(Path(sys.argv[1])) as aside:
-    (aside / "part").touch()
-    beside = aside.with_name(f"{aside.name}.dataset-1")
-    beside.mkdir()
-    (beside / "train.npy").touch()
-    time.sleep(100)
-"""
-
-
-def test_an_empty_folder_gives_way_and_a_link_to_one_does_not(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "empty")
-    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
-    (tmp_path / "file").touch()
-    taken = {
-        name: is_taken(tmp_path / name) for name in ("new", "empty", "link", "nowhere", "file")
-    }
-    assert taken == {"new": False, "empty": False, "link": True, "nowhere": True, "file": True}
-    assert is_taken(tmp_path)
-    assert is_taken(Path("/proc"))
-    with folder_aside(tmp_path / "empty") as aside:
-        (aside / "data").touch()
-    assert (tmp_path / "empty" / "data").exists()
-
-
-def test_a_folder_aside_of_a_process_that_was_killed_is_removed_by_the_next(tmp_path: Path) -> None:
-    """With what lay beside it; those of processes that are at work are not."""
-
-    def begun(n: int) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen([sys.executable, "-c", FILLS, str(tmp_path / "shards")])
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.glob(".shards.*/train.npy"))) < n:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        return process
-
-    with begun(1) as killed:
-        left = {path.name for path in tmp_path.iterdir()}
-        assert len(left) == 3
-        with begun(2) as at_work:
-            killed.kill()
-            killed.wait()
-            with folder_aside(tmp_path / "shards") as aside:
-                assert not left & {path.name for path in tmp_path.iterdir()}
-                (aside / "whole").touch()
-            there = {path.name for path in tmp_path.iterdir()}
-            assert len(there) == 1 + 3
-            at_work.kill()
-    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["whole"]

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lens_pipeline.errors import InputError, secrets_in
+from lens_pipeline.files import folder_aside, is_taken
 from lens_pipeline.locations import absolute, publishable
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import folder_aside, is_taken
 from lens_pipeline.terminal import interruptible, local_path
 
 

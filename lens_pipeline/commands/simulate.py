@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.files import folder_aside, is_taken
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import folder_aside, is_taken
 from lens_pipeline.terminal import interruptible, local_path
 
 

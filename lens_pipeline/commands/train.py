@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.files import digest
 from lens_pipeline.locations import existing, written_down
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import LOCKS, digest, locked
+from lens_pipeline.steps import LOCKS, locked
 from lens_pipeline.terminal import configure_logging, local_path
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.flags import add_flags, changes

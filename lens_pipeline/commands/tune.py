@@ -18,9 +18,9 @@ from lens_pipeline.commands.train import (
 )
 from lens_pipeline.cores import n_cores
 from lens_pipeline.errors import InputError
+from lens_pipeline.files import digest
 from lens_pipeline.settings import Settings
 from lens_pipeline.settings_files import read_yaml
-from lens_pipeline.steps import digest
 from lens_pipeline.terminal import configure_logging, local_path
 from lens_pipeline.training.config import TrainConfig, in_a_line
 from lens_pipeline.training.flags import add_flags

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import dagster as dg
 
+from lens_pipeline.code_hashes import source_hashes
 from lens_pipeline.defs.checkpoints import training_libraries
 from lens_pipeline.defs.cleaning import cleaning
 from lens_pipeline.defs.resources import LensHome
@@ -20,9 +21,9 @@ from lens_pipeline.defs.stages import (
 )
 from lens_pipeline.defs.surveys import every_survey
 from lens_pipeline.errors import InputError
+from lens_pipeline.files import digest
 from lens_pipeline.presets import chosen_members, member_config
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import digest, source_hashes
 
 INPUTS = "lens/inputs"
 UNKNOWN = "unknown"  # what a run has read whose source could not be read when it was launched

@@ -14,8 +14,9 @@ from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.shown import FIRST, column_schema, table
 from lens_pipeline.defs.stages import CATALOGUE, result, run_stage, stage
 from lens_pipeline.defs.surveys import check_surveys_named
+from lens_pipeline.files import digest
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import Recipe, check_unchanged, digest
+from lens_pipeline.steps import Recipe, check_unchanged
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -21,10 +21,11 @@ from lens_pipeline.defs.stages import (
     run_stage,
     stage,
 )
+from lens_pipeline.files import write_aside
 from lens_pipeline.models.names import Member, network_libraries
 from lens_pipeline.registered import with_local_weights
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import Recipe, Step, write_aside
+from lens_pipeline.steps import Recipe, Step
 from lens_pipeline.tracking import DAGSTER_RUN, DATASET_VERSION, Tracking
 from lens_pipeline.training.config import Limit, TrainConfig
 from lens_pipeline.training.launch import FAILURE, train_argv

@@ -9,9 +9,10 @@ from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.scored import Source
 from lens_pipeline.defs.stages import log
 from lens_pipeline.errors import InputError, NoAnswerError
+from lens_pipeline.files import digest
 from lens_pipeline.registered import load_registered
 from lens_pipeline.registry import MODEL, REPLACED, ROLLED_BACK
-from lens_pipeline.steps import Recipe, digest, run_step
+from lens_pipeline.steps import Recipe, run_step
 from lens_pipeline.tracking import STEP_KEY
 
 if TYPE_CHECKING:

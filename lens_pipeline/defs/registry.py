@@ -14,6 +14,7 @@ from lens_pipeline.defs.scored import scored_source
 from lens_pipeline.defs.shown import link, linked_table
 from lens_pipeline.defs.stages import ENSEMBLE, EVALUATION, REGISTERED, Stage, begun, made, stage
 from lens_pipeline.ensemble.description import read_description
+from lens_pipeline.files import write_aside
 from lens_pipeline.registry import (
     CHALLENGER,
     CHAMPION,
@@ -23,7 +24,6 @@ from lens_pipeline.registry import (
     registry_key,
     version_tags,
 )
-from lens_pipeline.steps import write_aside
 from lens_pipeline.tracking import DAGSTER_RUN, DATASET_VERSION, Tracking, flat_metrics
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from lens_pipeline.defs.source import source_glance, source_state
 from lens_pipeline.defs.stages import REGISTERED, newest_first
 from lens_pipeline.defs.surveys import every_survey
 from lens_pipeline.errors import InputError, first_of, masked
+from lens_pipeline.files import digest
 from lens_pipeline.registry import CHALLENGER, CHAMPION, MODEL, PASSED, answering
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import digest
 from lens_pipeline.tracking import keep_waits_short
 
 WILL_RETRY = "dagster/will_retry"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from lens_pipeline.defs.catalogue import catalogue_recipe, table_recipe
 from lens_pipeline.errors import InputError, NoAnswerError, told_of
+from lens_pipeline.files import digest, write_aside
 from lens_pipeline.locations import names_table, protocol_of
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import digest, write_aside
 
 ANSWER = "source.json"  # in LENS_HOME: what LENS_SOURCE was when it was last asked
 log = logging.getLogger(__name__)

@@ -16,10 +16,12 @@ import dagster as dg
 from dagster._core.storage.tags import ASSET_RESUME_RETRY_TAG
 from dagster._utils.schedules import schedule_execution_time_iterator
 
+from lens_pipeline.code_hashes import source_hashes
 from lens_pipeline.defs.surveys import over_surveys, partitioned
 from lens_pipeline.errors import InputError, NoAnswerError
+from lens_pipeline.files import digest
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import Recipe, Step, digest, run_step, source_hashes
+from lens_pipeline.steps import Recipe, Step, run_step
 from lens_pipeline.training.launch import TOLD, raise_told
 
 log = logging.getLogger("lens_pipeline.stages")

@@ -12,8 +12,8 @@ from dagster._core.storage.tags import (
 
 from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.errors import InputError
+from lens_pipeline.files import digest
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import digest
 
 SEVERITIES = (dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR)  # the worst last
 

@@ -13,10 +13,10 @@ from lens_pipeline.defs.shown import picture, table
 from lens_pipeline.defs.source import source_is_published
 from lens_pipeline.defs.stages import in_a_process
 from lens_pipeline.errors import InputError
+from lens_pipeline.files import digest, write_aside
 from lens_pipeline.models.names import parse_members
 from lens_pipeline.registered import with_local_weights
 from lens_pipeline.settings import Settings
-from lens_pipeline.steps import digest, write_aside
 from lens_pipeline.training.config import in_a_line
 from lens_pipeline.training.launch import FAILURE, tune_argv
 from lens_pipeline.training.space import DEFAULT_SPACE, Pruner, SearchSpace

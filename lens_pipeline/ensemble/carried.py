@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.cutout import SIGMA_UNITS
 from lens_pipeline.catalogue.dataset import CutoutFormat
+from lens_pipeline.code_hashes import PACKAGE, source_hashes
 from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.models.names import network_libraries
-from lens_pipeline.steps import PACKAGE, source_hashes
 
 MODEL_FILE = Path(__file__).with_name("pyfunc_model.py")
 # What the carried modules import when they are loaded.

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.steps import write_aside
+from lens_pipeline.files import write_aside
 
 ABOUT = "parts.json"
 LOCK = ".lock"

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lens_pipeline.errors import FULL, InputError, NoRoomError, first_of
-from lens_pipeline.steps import file_aside, file_sha256, write_aside
+from lens_pipeline.files import file_aside, file_sha256, write_aside
 
 ROW_GROUP = 1 << 16  # of whole batches
 SUFFIXES = (".parquet", ".csv")

@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.build import LIBRARIES as PIXEL_LIBRARIES
 from lens_pipeline.catalogue.table import Catalogue
+from lens_pipeline.code_hashes import source_hashes
 from lens_pipeline.ensemble.carried import further_libraries
 from lens_pipeline.ensemble.learnt import LEARNT_PIXELS
 from lens_pipeline.ensemble.system import LensEnsemble
+from lens_pipeline.files import digest
 from lens_pipeline.scoring.score_files import FINGERPRINT, ROW_GROUP
 from lens_pipeline.scoring.score_tables import LEARNT_FROM, has_learnt_from, score_table
 from lens_pipeline.scoring.sources import CutoutSource, hashed
-from lens_pipeline.steps import digest, source_hashes
 
 OF_ROWS = ("reject_reason", LEARNT_FROM, FINGERPRINT)  # columns beside those of the ensemble
 _MODULES = ("lens_pipeline.scoring.score_tables", "lens_pipeline.scoring.shard_cutouts")

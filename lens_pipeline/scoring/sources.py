@@ -17,7 +17,7 @@ from lens_pipeline.catalogue.images import file_of, read_image
 from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.errors import InputError, masked
-from lens_pipeline.steps import digest
+from lens_pipeline.files import digest
 from lens_pipeline.storage import known_states
 
 # Of a pixel scale: half a pixel at the edge of a 100-pixel cutout, what centring leaves open, too.

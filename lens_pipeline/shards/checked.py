@@ -13,9 +13,9 @@ from typing import Any, Self
 from fsspec.implementations.local import LocalFileSystem
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.files import write_aside
 from lens_pipeline.shards.checksums import Checksums
 from lens_pipeline.shards.manifest import Listed, difference
-from lens_pipeline.steps import write_aside
 
 RECORD = ".checked.json"
 # Seconds. A file that changes twice within a tick of the clock has the time of the first change:

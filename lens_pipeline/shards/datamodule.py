@@ -18,6 +18,7 @@ from lens_pipeline.catalogue.dataset import CutoutFormat, Split
 from lens_pipeline.catalogue.joined import joined_format
 from lens_pipeline.catalogue.splits import SPLITS, check_part, drawn_groups
 from lens_pipeline.errors import InputError
+from lens_pipeline.files import digest
 from lens_pipeline.settings import Settings
 from lens_pipeline.shards.cutouts import (
     Cutouts,
@@ -32,7 +33,6 @@ from lens_pipeline.shards.sampling import EpochBatches, ShardLoader, Windows
 from lens_pipeline.shards.store import read_manifest
 from lens_pipeline.shards.streaming import StreamLoader, TarStream
 from lens_pipeline.shards.urls import Tars, in_versions, open_tars
-from lens_pipeline.steps import digest
 
 ALONE = {
     **{"num_workers": 0, "persistent_workers": False, "prefetch_factor": None},

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.steps import file_sha256
+from lens_pipeline.files import file_sha256
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,9 +11,9 @@ from lens_pipeline.catalogue.dataset import REJECTS, open_dataset
 from lens_pipeline.catalogue.table import read_catalogue
 from lens_pipeline.choices import check_bounds
 from lens_pipeline.errors import InputError
+from lens_pipeline.files import file_aside
 from lens_pipeline.shards.encoding import Encoding
 from lens_pipeline.shards.manifest import Manifest, check_shard_size
-from lens_pipeline.steps import file_aside
 
 IMAGE_SIZE = 64
 

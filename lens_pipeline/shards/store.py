@@ -25,11 +25,11 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from lens_pipeline.errors import InputError, words_of
+from lens_pipeline.files import file_aside, write_aside
 from lens_pipeline.locations import protocol_of
 from lens_pipeline.shards.checksums import PART, Checksums
 from lens_pipeline.shards.manifest import MANIFEST, Listed, Manifest, difference
 from lens_pipeline.shards.patience import RefusedError, code_of, is_precondition, patiently
-from lens_pipeline.steps import file_aside, write_aside
 from lens_pipeline.storage import blames_the_request, locate, state_of
 
 T = TypeVar("T")

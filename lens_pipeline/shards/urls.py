@@ -12,6 +12,7 @@ from braceexpand import braceexpand
 
 from lens_pipeline.catalogue.dataset import CutoutFormat, Split
 from lens_pipeline.errors import InputError
+from lens_pipeline.files import digest, file_sha256
 from lens_pipeline.locations import absolute, protocol_of
 from lens_pipeline.shards.cache import CacheFolder
 from lens_pipeline.shards.cutouts import cropped
@@ -22,7 +23,6 @@ from lens_pipeline.shards.store import Store
 from lens_pipeline.shards.streaming import read_tar
 from lens_pipeline.shards.transfers import AT_A_TIME, ahead_of, at_a_time, transfer
 from lens_pipeline.shards.versions import version_at
-from lens_pipeline.steps import digest, file_sha256
 from lens_pipeline.storage import state_of
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.serialization import config as serialization
 
 from lens_pipeline.errors import FULL, NoRoomError
+from lens_pipeline.files import file_aside
 from lens_pipeline.models.pretrained import read_checkpoint
-from lens_pipeline.steps import file_aside
 
 MINUTE = 60.0  # seconds
 SHARE = 0.03  # of the time, for checkpoints after epochs

@@ -17,10 +17,10 @@ from pydantic import (
 
 from lens_pipeline.choices import BOUNDS, Loss, Schedule, Together, within
 from lens_pipeline.errors import InputError
+from lens_pipeline.files import file_sha256
 from lens_pipeline.locations import written_down
 from lens_pipeline.models.names import parse_members
 from lens_pipeline.settings_files import first_wrong, no_such_key, read_yaml
-from lens_pipeline.steps import file_sha256
 
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}  # what Lightning takes, too
 Precision = Annotated[

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lens_pipeline.errors import InputError
+from lens_pipeline.files import digest
 from lens_pipeline.shards.datamodule import CutoutModule
-from lens_pipeline.steps import digest
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.member import INPUTS
 

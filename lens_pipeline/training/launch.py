@@ -10,7 +10,7 @@ from typing import Any
 
 from lens_pipeline.cores import n_cores
 from lens_pipeline.errors import InputError, NoAnswerError, NoRoomError
-from lens_pipeline.steps import write_aside
+from lens_pipeline.files import write_aside
 
 QUIET = (
     *("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing"),

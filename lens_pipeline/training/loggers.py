@@ -9,7 +9,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from pytorch_lightning.utilities import rank_zero_only
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.steps import write_aside
+from lens_pipeline.files import write_aside
 from lens_pipeline.training.config import TrainConfig
 
 FOLDER = "logs"

@@ -19,12 +19,12 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from lens_pipeline.errors import InputError, NoAnswerError
 from lens_pipeline.evaluation.metrics import FPRS, ranking_metric
+from lens_pipeline.files import file_aside, write_aside
 from lens_pipeline.models.metrics import RANKED
 from lens_pipeline.models.pretrained import read_checkpoint
 from lens_pipeline.models.split_scores import split_scores
 from lens_pipeline.models.system import BATCH, LensClassifier, LitLensSystem
 from lens_pipeline.shards.datamodule import CutoutModule
-from lens_pipeline.steps import file_aside, write_aside
 from lens_pipeline.training.callbacks import Curves
 from lens_pipeline.training.checkpoints import (
     BestCheckpoints,

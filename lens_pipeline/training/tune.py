@@ -20,10 +20,10 @@ from pytorch_lightning.loggers import Logger
 
 from lens_pipeline.errors import InputError, NoAnswerError, NoRoomError
 from lens_pipeline.evaluation.plots import png_bytes, tuning_figure
+from lens_pipeline.files import file_aside, write_aside
 from lens_pipeline.models.system import LensClassifier, LitLensSystem
 from lens_pipeline.settings_files import read_yaml
 from lens_pipeline.shards.datamodule import CutoutModule
-from lens_pipeline.steps import file_aside, write_aside
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.inputs import hashed_inputs, other_inputs, recorded_inputs
 from lens_pipeline.training.member import INPUTS

@@ -13,10 +13,10 @@ import fsspec
 import pandas as pd
 import torch
 
+from lens_pipeline.files import file_sha256
 from lens_pipeline.shards import publish_shards, read_manifest
 from lens_pipeline.shards.checked import RECORD
 from lens_pipeline.shards.manifest import Manifest, Shard, write_manifest
-from lens_pipeline.steps import file_sha256
 from lens_pipeline_tests.faulty_proxy import FaultyProxy
 from lens_pipeline_tests.object_stores import GCSServer, S3Server
 

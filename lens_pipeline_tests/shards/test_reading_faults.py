@@ -11,9 +11,9 @@ import torch
 
 from lens_pipeline import LensDataModule, LensWebDatasetDataModule, storage
 from lens_pipeline.errors import InputError
+from lens_pipeline.files import file_sha256
 from lens_pipeline.shards import open_shards, patience, publish_shards, read_manifest
 from lens_pipeline.shards.patience import StoreError
-from lens_pipeline.steps import file_sha256
 from lens_pipeline_tests.object_stores import S3Server, sign_in
 from lens_pipeline_tests.shards.published import SHARDS, N, Proxies, flipped, gets, numbers, spoil
 
