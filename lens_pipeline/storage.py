@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import posixpath
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -86,7 +87,7 @@ def filling(out: str | Path) -> Iterator[Path]:
     except BaseException:
         for path in folder.iterdir():
             with suppress(OSError):  # what went wrong before is to be told
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
     claim.unlink()
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.columns import image_columns, misspelt
@@ -39,6 +38,7 @@ from lens_pipeline.catalogue.images import file_of
 from lens_pipeline.catalogue.positions import positions_by_other_names
 from lens_pipeline.catalogue.reading import read_cutouts
 from lens_pipeline.catalogue.splits import PARTS, assign_splits, check_splits, class_counts
+from lens_pipeline.catalogue.stack import Stack
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.errors import InputError
 from lens_pipeline.storage import filling
@@ -53,31 +53,6 @@ SAMPLE = 256  # cutouts that decide on the bands and units of all
 log = logging.getLogger(__name__)
 
 
-class _Stack:
-    """An .npy file that grows cutout by cutout, so that memory does not grow with the catalogue."""
-
-    def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
-        self.file = path.open("wb")
-        self.shape = shape
-        self.n = 0
-        self._header()
-
-    def _header(self) -> None:
-        # NumPy leaves room in the header for a longer first axis, so its length does not change.
-        shape = (self.n, *self.shape)
-        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        npy.write_array_header_1_0(self.file, header)
-
-    def append(self, pixels: NDArray[np.float32]) -> None:
-        self.file.write(np.ascontiguousarray(pixels, dtype="<f4").tobytes())
-        self.n += 1
-
-    def close(self) -> None:
-        self.file.seek(0)
-        self._header()
-        self.file.close()
-
-
 class _Collected:
     """What is kept of the cutouts of a catalogue, by their places in it; split: of each of these.
 
@@ -88,7 +63,7 @@ class _Collected:
         self.form, self.split = form, split
         self.kept: dict[str, list[int]] = {part: [] for part in PARTS}
         self.rejects: list[tuple[int, CutoutError]] = []
-        self._stacks = {part: _Stack(folder / f"{part}.npy", form.shape) for part in PARTS}
+        self._stacks = {part: Stack(folder / f"{part}.npy", form.shape) for part in PARTS}
         self._nan_fraction = np.zeros(len(split), dtype=np.float32)
         self._padded_fraction = np.zeros(len(split), dtype=np.float32)
         self._background = np.full((len(split), len(form.bands)), np.nan, dtype=np.float32)

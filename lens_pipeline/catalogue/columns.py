@@ -3,7 +3,6 @@
 import difflib
 import re
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ _KNOWN = (
 )
 _NAMES = (*TEXT_COLUMNS, "pixel_scale", "simulated", "ra", "dec", *_KNOWN)
 _IMAGE = "path_"  # and a band
+NUMBERS = {"pixel_scale": "arcsec/pixel", "ra": "degrees", "dec": "degrees"}
 ALIKE = 0.85  # names, by difflib: `groups` and `group`
 
 
@@ -67,19 +67,31 @@ def parquet_schema(table: pd.DataFrame, source: str) -> pa.Schema:
         ) from None
 
 
-def with_text(table: pd.DataFrame) -> pd.DataFrame:
-    """The table, its bytes as the text that FITS tables hold in them; what is no text stays.
-    Text of any length they hold letter by letter."""
+def with_text(table: pd.DataFrame, source: str) -> pd.DataFrame:
+    """The table, its bytes as the text that FITS tables hold in them, text of any length letter by
+    letter. Where they are none a column stays as it is; for one of ours raises InputError."""
     for name in table.select_dtypes("object"):
         letters = table[name].map(lambda v: isinstance(v, np.ndarray) and v.dtype.kind in "SU")
         if letters.any():
             joined = table[name][letters].map(lambda v: "".join(v.astype(str)))
             table = table.assign(**{str(name): table[name].mask(letters, joined)})
         if any(isinstance(value, bytes) for value in table[name]):
-            with suppress(UnicodeDecodeError):
+            bad = ~table[name].map(_is_text)
+            if is_ours(name):
+                refuse(source, table, bad, str(name), "is not text in UTF-8")
+            if not bad.any():
                 text = table[name].map(lambda v: v.decode() if isinstance(v, bytes) else v)
                 table = table.assign(**{str(name): text})
     return table
+
+
+def _is_text(value: Any) -> bool:
+    """Or no bytes at all."""
+    try:
+        str(value, "utf-8") if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def misspelt(names: Iterable[Any]) -> dict[str, str]:

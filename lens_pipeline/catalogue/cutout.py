@@ -166,7 +166,8 @@ def usable_cutout(cutout: Cutout, size: int, *, pad: bool = False) -> Cutout:
         units = SIGMA_UNITS
     median = [np.median(band[good]) for band, good in zip(pixels, finite, strict=True)]
     filler = np.array(median, np.float32)[:, None, None]
-    pixels = central(np.where(finite, pixels, filler).astype(np.float32), size)
+    # A copy: a part of a large image would hold all of it in memory.
+    pixels = central(np.where(finite, pixels, filler), size).astype(np.float32)
     flat = np.ptp(pixels, axis=(1, 2)) == 0
     if flat.all() or (units == SIGMA_UNITS and flat.any()):
         raise CutoutError("the image is constant" if flat.all() else "a band is constant")

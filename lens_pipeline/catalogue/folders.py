@@ -8,7 +8,7 @@ from typing import NamedTuple
 import fsspec
 import pandas as pd
 
-from lens_pipeline.catalogue.columns import as_text, refuse, zero_or_one
+from lens_pipeline.catalogue.columns import NUMBERS, as_text, numbers, refuse, zero_or_one
 from lens_pipeline.catalogue.splits import SPLITS
 from lens_pipeline.catalogue.table_files import read_csv
 from lens_pipeline.errors import InputError
@@ -69,7 +69,21 @@ def read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str)
         own = as_text(found["id"])
         if own.notna().all() and own.is_unique:
             return found.assign(id=own)
+    _check_listed_once(source, dict(zip(listings.values(), tables, strict=False)))
     return found.assign(id=found["path"])
+
+
+def _check_listed_once(source: str, listings: dict[str, pd.DataFrame]) -> None:
+    """Raises InputError, naming both rows, where two are of one path."""
+    first: dict[str, str] = {}
+    for name, table in listings.items():
+        for row, path in enumerate(table["path"], 1):
+            here = f"row {row} of {name}"
+            if first.setdefault(path, here) is not here:
+                raise InputError(
+                    f"{source}: {path} is listed twice, in {first[path]} and {here}; list it once, "
+                    "or give all rows a unique id"
+                )
 
 
 def images_in(filesystem: fsspec.AbstractFileSystem, folder: str) -> list[str]:
@@ -137,6 +151,8 @@ def _read_listing(filesystem: fsspec.AbstractFileSystem, listing: str) -> pd.Dat
     paths = as_text(table["filepath"])
     refuse(listing, table, paths.isna(), "filepath", "is empty")
     labels = zero_or_one(table, "label", listing)
+    for name in [name for name in NUMBERS if name in table]:
+        numbers(table, name, listing, NUMBERS[name])
     return table.drop(columns="filepath").assign(path=paths, label=labels)
 
 

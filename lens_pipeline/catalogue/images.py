@@ -165,8 +165,9 @@ def _read_npz(content: bytes, flux_unit: str | None) -> Cutout:
 
 
 def _local_row(path: str, row: int, _: object) -> NDArray[Any]:
-    state = Path(path).stat()
-    stack = _mapped(path, state.st_ino, state.st_mtime_ns, state.st_size)
+    with asking(path):
+        state = Path(path).stat()
+        stack = _mapped(path, state.st_ino, state.st_mtime_ns, state.st_size)
     _check_row(row, stack.shape)
     return stack[row]
 

@@ -56,7 +56,6 @@ class JoinedSplit(Split):
 
     def gather(self, indices: ArrayLike, empty: Empty = np.empty) -> NDArray[np.float32]:
         places = places_of(indices, len(self))
-        places = np.where(places < 0, places + len(self), places)
         found = empty((len(places), *self.parts[0].images.shape[1:]), np.dtype(np.float32))
         begin = 0
         for part in self.parts:

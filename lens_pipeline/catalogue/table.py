@@ -19,6 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lens_pipeline.catalogue.columns import (
+    NUMBERS,
     as_text,
     image_columns,
     is_ours,
@@ -37,6 +38,7 @@ from lens_pipeline.storage import asking, locate, states_of
 
 COARSEST = 10.0  # arcsec/pixel: in coarser ones nobody looks for lenses, and milliarcsec look so
 FINEST = 1e-3  # arcsec/pixel: no camera of the sky has finer pixels, and in degrees most have
+WHOLE = re.compile(r"^([+-]?\d+)\.0+$")  # a number, with decimals
 DOTS = re.compile(r"(^|/)\.\.?/")
 FRAME = "the DataFrame"  # what messages call one
 
@@ -228,9 +230,8 @@ def _validated(table: pd.DataFrame, source: str, folder: str) -> pd.DataFrame:
         table[name] = stripped(table[name])
     if "simulated" in table:
         table["simulated"] = zero_or_one(table, "simulated", source).astype("boolean")
-    for name, what in (("pixel_scale", "arcsec/pixel"), ("ra", "degrees"), ("dec", "degrees")):
-        if name in table:
-            table[name] = numbers(table, name, source, what)
+    for name in [name for name in NUMBERS if name in table]:
+        table[name] = numbers(table, name, source, NUMBERS[name])
     if "pixel_scale" in table:
         scale = table["pixel_scale"]
         refuse(source, table, scale <= 0, "pixel_scale", "must be above 0")
@@ -244,32 +245,44 @@ def _validated(table: pd.DataFrame, source: str, folder: str) -> pd.DataFrame:
     for name in map(str, table.select_dtypes("object")):
         if table[name].map(lambda value: isinstance(value, str)).any():
             table[name] = as_text(table[name])  # beside numbers: a file's columns are of one kind
-    # A cutout of no group is a group of its own.
-    first = _first_of_their_images(table, source)
-    if "group" in table:
-        group = stripped(table["group"])
-        first = first.where(~first.isin(group), "id " + first)  # a group that is called like it
-        table["group"] = group.fillna(first)
-    else:
-        table["group"] = first
+    table["group"] = _groups(table, source)
     given = table[table["split"].notna() & table["label"].notna()]
     split_of_group = given.groupby("group")["split"].transform("first")
     torn = (given["split"] != split_of_group).reindex(table.index, fill_value=False)
-    refuse(source, table, torn, "split", "differs from that of another row of its group")
+    if torn.any():
+        group = table["group"][torn].iloc[0]
+        what = f"differs from that of another row of its group, {group}"
+        refuse(source, table, torn, "split", what)
     parquet_schema(table, source)  # before the images are read for it
     return table
 
 
-def _first_of_their_images(table: pd.DataFrame, source: str) -> pd.Series:
-    """Of each row its id, or that of the first row of the same images, in whose split it must be;
-    its own where its split is given. Warns where the labels or splits of such rows differ."""
+def _groups(table: pd.DataFrame, source: str) -> pd.Series:
+    """Of each row its group. One of no group is a group of its own, called by its id, unless
+    another row is of the same images: their split must be one, as far as none is given.
+
+    Warns where the labels, splits or groups of rows of one image differ.
+    """
+    group = stripped(table.get("group", pd.Series(None, table.index, dtype="object")))
+    # As pandas writes them beside a missing one: what else a column holds must change no group.
+    group = group.map(lambda name: WHOLE.sub(r"\1", name), na_action="ignore")
+    first = table["id"].copy()
     images = image_columns(table)
     again = table.duplicated(images, keep=False)
-    if not again.any():
-        return table["id"]
-    of_images = table[again].groupby(images, sort=False)
-    number = pd.Series(table.index + 1, table.index)
-    for column in ("label", "split"):
+    if again.any():
+        of_images = table[again].assign(group=group).groupby(images, sort=False)
+        _warn_of_different(of_images, again, source)
+        free = again & table["split"].isna()
+        first[free] = of_images["id"].transform("first")[free]
+        group = group.mask(free & group.isna(), of_images["group"].transform("first"))
+    first = first.where(~first.isin(group), "id " + first)  # a group that is called like it
+    return group.fillna(first)
+
+
+def _warn_of_different(of_images: Any, again: pd.Series, source: str) -> None:
+    """again: which rows are of an image that others are of, too; of_images: those, by images."""
+    number = pd.Series(again.index + 1, again.index)
+    for column in ("label", "split", "group"):
         values = of_images[column].transform("nunique") > 1
         if values.any():
             image = of_images.ngroup()
@@ -281,10 +294,6 @@ def _first_of_their_images(table: pd.DataFrame, source: str) -> pd.Series:
                 source, first_of(number[again][one].tolist()), column,
                 f", as {others} rows of other images do" if others else "",
             )  # fmt: skip
-    first = table["id"].copy()
-    free = again & table["split"].isna()
-    first[free] = of_images["id"].transform("first")[free]
-    return first
 
 
 def _check_unique(table: pd.DataFrame, source: str) -> None:

@@ -83,7 +83,7 @@ def read_table(source: str, options: dict[str, Any]) -> pd.DataFrame:
     if wide:
         raise InputError(f"{source}: column {wide[0]} holds arrays; drop it or split it")
     _convert_units(table, source)
-    return with_text(with_column_names(table.to_pandas(), source))
+    return with_text(with_column_names(table.to_pandas(), source), source)
 
 
 def _parquet(content: io.BytesIO) -> pd.DataFrame:
@@ -161,7 +161,7 @@ def named(table: pd.DataFrame, source: str) -> pd.DataFrame:
     """A DataFrame, its columns by their names here; see `with_column_names`."""
     # A named index is a column that pandas shows apart, or once more.
     own = [name for name in table.index.names if name is not None and name not in table]
-    return with_text(with_column_names(table.reset_index(own), source))
+    return with_text(with_column_names(table.reset_index(own), source), source)
 
 
 def read_csv(content: io.BytesIO, source: str) -> pd.DataFrame:

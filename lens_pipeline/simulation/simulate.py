@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from lens_pipeline.catalogue.cutout import SIGMA_UNITS
 from lens_pipeline.catalogue.dataset import CutoutFormat
 from lens_pipeline.catalogue.joined import joined_format
+from lens_pipeline.catalogue.stack import Stack
 from lens_pipeline.errors import InputError
 from lens_pipeline.progress import progress_bar
 from lens_pipeline.settings import MAX_IMAGE_SIZE, MAX_SEED, MIN_IMAGE_SIZE
@@ -29,6 +31,7 @@ from lens_pipeline.simulation.render import Renderer
 from lens_pipeline.simulation.sources import make_sources
 from lens_pipeline.simulation.streams import Purpose, number_of, stream
 from lens_pipeline.simulation.surveys import Survey
+from lens_pipeline.storage import filling
 
 LARGE = 64  # pixels a side, of which 256 cutouts are drawn together in some 150 MB a band
 STACK_ROWS = 1000  # cutouts in one file of a catalogue
@@ -133,44 +136,54 @@ def simulate_catalogue(
     compiled: bool = False,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write n simulated cutouts into `out`, an empty or new folder; return its `catalogue.parquet`.
+    """Write n simulated cutouts into `out`, a folder that holds nothing, or is made; return its
+    `catalogue.parquet`.
 
     The catalogue has `Simulation`'s columns, `path` (`images-00000.npy#17` is row 17 of that
     stack), `flux_unit`, `bands` and `simulated`; `simulation.json` says what made it. The files are
     the same, byte for byte, for the same arguments. storage_options: of fsspec, for the pool of
-    hosts. Raises InputError as `simulate` does.
+    hosts. Raises InputError as `simulate` does, and for a folder that holds anything.
     """
     _check(n, seed, image_size)
-    out, tables = Path(out), []
-    out.mkdir(parents=True, exist_ok=True)
-    renderer = _renderer(config, device, image_size, compiled)
-    galaxies = _galaxies(config, renderer, out, storage_options)
+    with filling(out) as folder:
+        renderer = _renderer(config, device, image_size, compiled)
+        galaxies = _galaxies(config, renderer, folder, storage_options)
+        table = _write_stacks(folder, galaxies, config, n, seed)
+        about = {
+            **json.loads(config.model_dump_json()),  # null where a bound is infinite
+            "population_version": population.VERSION,
+            "n": int(n),
+            "seed": int(seed),
+            "image_size": int(image_size),
+        }
+        (folder / "simulation.json").write_text(json.dumps(about, indent=2) + "\n")
+        catalogue = folder / "catalogue.parquet"
+        table.to_parquet(catalogue, index=False)
+    return catalogue
+
+
+def _write_stacks(
+    folder: Path, galaxies: HostGalaxies, config: SimulationConfig, n: int, seed: int
+) -> pd.DataFrame:
+    """Of the catalogue of n cutouts, whose images are written."""
+    tables, bands, size = [], config.survey.bands, galaxies.renderer.size
     with progress_bar(total=n, desc="simulating", unit="cutout") as progress:
-        for stack, first in enumerate(range(0, n, STACK_ROWS)):
+        for number, first in enumerate(range(0, n, STACK_ROWS)):
             rows = range(first, min(first + STACK_ROWS, n))
-            images = []
-            for part in _batches(galaxies, config, rows, seed):
-                images.append(part.images)
-                tables.append(part.table)
-                progress.update(len(part.table))
-            np.save(out / f"images-{stack:05d}.npy", np.concatenate(images))
+            file = folder / f"images-{number:05d}.npy"
+            with closing(Stack(file, (len(bands), size, size))) as stack:
+                for part in _batches(galaxies, config, rows, seed):
+                    for image in part.images:
+                        stack.append(image)
+                    tables.append(part.table)
+                    progress.update(len(part.table))
     table = pd.concat(tables, ignore_index=True)
     paths = [f"images-{row // STACK_ROWS:05d}.npy#{row % STACK_ROWS}" for row in range(n)]
     table.insert(1, "path", paths)
     table["flux_unit"] = SIGMA_UNITS
-    table["bands"] = ",".join(config.survey.bands)
+    table["bands"] = ",".join(bands)
     table["simulated"] = True  # it may be put together with one of real cutouts
-    about = {
-        **json.loads(config.model_dump_json()),  # null where a bound is infinite
-        "population_version": population.VERSION,
-        "n": int(n),
-        "seed": int(seed),
-        "image_size": int(image_size),
-    }
-    (out / "simulation.json").write_text(json.dumps(about, indent=2) + "\n")
-    catalogue = out / "catalogue.parquet"
-    table.to_parquet(catalogue, index=False)
-    return catalogue
+    return table
 
 
 def simulate_surveys(
@@ -182,8 +195,8 @@ def simulate_surveys(
     image_size: int = 64,
     **how: Any,
 ) -> Path:
-    """Write n simulated cutouts into `out`, an empty or new folder, as many of each survey; return
-    the `catalogue.parquet` of all.
+    """Write n simulated cutouts into `out`, a folder that holds nothing, or is made, as many of
+    each survey; return the `catalogue.parquet` of all.
 
     The cutouts of each survey lie in a folder of its name; those of a single one in `out` itself.
     Several have each a seed of their own, from `seed` and the name: no two share hosts or noise.
@@ -198,15 +211,17 @@ def simulate_surveys(
         raise InputError(f"survey: {', '.join(names)}: each needs a name of its own")
     _check(n, seed, image_size, surveys=len(names))
     joined_format({one.survey.name: _format(one.survey, image_size) for one in configs})
-    out, tables = Path(out), []
-    for number, (name, config) in enumerate(zip(names, configs, strict=True)):
-        share = n // len(names) + (number < n % len(names))
-        own_seed = number_of(f"{seed} {name}", 2**32)
-        simulate_catalogue(out / name, config, share, own_seed, **how)
-        table = pd.read_parquet(out / name / "catalogue.parquet")
-        tables.append(table.assign(path=f"{name}/" + table["path"]))
-    catalogue = out / "catalogue.parquet"
-    pd.concat(tables, ignore_index=True).to_parquet(catalogue, index=False)
+    with filling(out) as folder:
+        tables = []
+        for number, (name, config) in enumerate(zip(names, configs, strict=True)):
+            share = n // len(names) + (number < n % len(names))
+            own_seed = number_of(f"{seed} {name}", 2**32)
+            table = pd.read_parquet(
+                simulate_catalogue(folder / name, config, share, own_seed, **how)
+            )
+            tables.append(table.assign(path=f"{name}/" + table["path"]))
+        catalogue = folder / "catalogue.parquet"
+        pd.concat(tables, ignore_index=True).to_parquet(catalogue, index=False)
     return catalogue
 
 

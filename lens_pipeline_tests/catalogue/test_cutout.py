@@ -32,6 +32,7 @@ def test_the_middle_is_kept(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", NOISE)
     pixels = read_cutout([str(tmp_path / "a.npy")], 20, "background_sigma").pixels
     np.testing.assert_array_equal(pixels, NOISE[:, 10:30, 10:30])
+    assert pixels.base is None  # the rest of a large image does not stay in memory
 
 
 def test_a_few_nans_become_the_median(tmp_path: Path) -> None:

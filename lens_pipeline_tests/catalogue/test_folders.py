@@ -82,7 +82,8 @@ def test_listings_keep_their_other_columns(tmp_path: Path) -> None:
         "id,filepath,label,group,ra\none,a.png,1,galaxy,10.5\ntwo,b.png,0,,\n"
     )
     (tmp_path / "test.csv").write_text("id,filepath,label,group\nother,c.png,1,galaxy\n")
-    with pytest.raises(InputError, match="row 3, column split: 'test' differs from that of"):
+    said = "row 3, column split: 'test' differs from that of another row of its group, galaxy"
+    with pytest.raises(InputError, match=said):
         read_catalogue(tmp_path)  # one galaxy in two splits
     (tmp_path / "test.csv").write_text("id,filepath,label,group\nother,c.png,1,another\n")
     table = read_catalogue(tmp_path).table
@@ -93,6 +94,23 @@ def test_listings_keep_their_other_columns(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("id,filepath,label\n0,a.png,1\n1,b.png,0\n")
     (tmp_path / "test.csv").write_text("id,filepath,label\n0,c.png,1\n")
     assert read_catalogue(tmp_path).table["id"].tolist() == ["a.png", "b.png", "c.png"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("b.png,1,north", "val.csv: row 1, column ra: 'north' must be degrees, or empty"),
+        (
+            "a.png,1,",
+            ": a.png is listed twice, in row 2 of train.csv and row 1 of val.csv",
+        ),
+    ],
+)
+def test_a_row_of_a_listing_is_named_by_it(rows: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("filepath,label,ra\nz.png,0,10\na.png,1,10\n")
+    (tmp_path / "val.csv").write_text(f"filepath,label,ra\n{rows}\n")
+    with pytest.raises(InputError, match=said):
+        read_catalogue(tmp_path)
 
 
 def test_an_empty_folder_says_what_it_should_hold(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """From files to pixels: formats and their units."""
 
+import errno
 import io
 import threading
 from functools import partial
@@ -18,6 +19,7 @@ from lens_pipeline.catalogue.background import background_sigma
 from lens_pipeline.catalogue.cutout import Cutout, CutoutError
 from lens_pipeline.catalogue.dataset import CutoutFormat
 from lens_pipeline.catalogue.images import read_cutout, read_image
+from lens_pipeline.errors import NoAnswerError
 from lens_pipeline.simulation import simulate
 from lens_pipeline_tests.catalogue.by_hand import NOISE, write_png
 
@@ -199,6 +201,21 @@ def test_a_row_of_a_stack(tmp_path: Path) -> None:
     np.save(tmp_path / "mono.npy", NOISE)  # three images of one band
     row = read_image(f"{tmp_path}/mono.npy#1")
     np.testing.assert_array_equal(row.pixels, NOISE[1:2])
+
+
+@pytest.mark.parametrize("call", ["pathlib.Path.stat", "numpy.load"])
+def test_a_file_system_that_fails_for_a_while_rejects_no_row_of_a_stack(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    np.save(tmp_path / "stack.npy", np.stack([NOISE, NOISE]))
+    with monkeypatch.context() as away:
+        away.setattr(call, stale)
+        with pytest.raises(NoAnswerError, match=r"stack.npy: cannot be read now \(.*; try again"):
+            read_image(f"{tmp_path}/stack.npy#1")
+    np.testing.assert_array_equal(read_image(f"{tmp_path}/stack.npy#1").pixels, NOISE)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])

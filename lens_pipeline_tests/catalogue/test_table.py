@@ -225,6 +225,24 @@ def test_groups_are_called_as_before_whatever_is_added(tmp_path: Path) -> None:
     after = read_catalogue(table.assign(group=[1.0, 2.0, 4.5])).table["group"].tolist()
     assert before == ["1", "2", "3"]
     assert after == ["1", "2", "4.5"]
+    # pandas writes whole numbers with decimals where one is missing.
+    table.assign(group=[1, 2, None]).to_csv(tmp_path / "table.csv", index=False)
+    assert read_catalogue(tmp_path / "table.csv").table["group"].tolist() == ["1", "2", "c"]
+
+
+def test_a_row_without_a_group_is_of_that_of_its_image(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Listed again by somebody else: one galaxy would be in two splits."""
+    names = [f"{n}.npy" for n in range(40)]
+    once = pd.DataFrame({"id": names, "path": names, "group": [f"galaxy {n}" for n in range(40)]})
+    again = once.assign(id="again " + once["id"], group=None)
+    table = read_catalogue(pd.concat([again, once]), folder=tmp_path).table
+    assert table["group"].tolist() == once["group"].tolist() * 2
+    assert not caplog.text
+    other = again.assign(group="another")
+    read_catalogue(pd.concat([once, other[:1]]), folder=tmp_path)
+    assert "rows 1, 41 are of one image, and differ in column group; " in caplog.text
 
 
 @pytest.mark.parametrize(

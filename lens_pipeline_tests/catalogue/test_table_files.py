@@ -185,7 +185,7 @@ def test_nan_is_what_other_libraries_write_for_nothing(tmp_path: Path) -> None:
     assert table["id"].tolist() == ["nan", "b", "c"]
     assert table["path"].tolist()[0] == f"{tmp_path}/nan"
     assert table["label"].isna().tolist() == [False, True, False]
-    assert table["group"].tolist() == ["7.0", "b", "c"]
+    assert table["group"].tolist() == ["7", "b", "c"]
     assert table["ra"].tolist()[1:] == [10.5, 11]
 
 

@@ -181,13 +181,13 @@ def test_kinds_that_keep_the_host_need_not_know_its_light_and_take_nothing_of_it
 
 
 def test_no_host_and_no_source_is_in_two_splits(config: SimulationConfig, tmp_path: Path) -> None:
-    file = simulate_catalogue(tmp_path, config, 200, seed=1, image_size=SIZE)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
+    file = simulate_catalogue(tmp_path / "out", config, 200, seed=1, image_size=SIZE)
+    assert sorted(path.name for path in file.parent.iterdir()) == [
         "catalogue.parquet",
         "images-00000.npy",
         "simulation.json",
     ]
-    assert f'"hosts": "{config.hosts}"' in (tmp_path / "simulation.json").read_text()
+    assert f'"hosts": "{config.hosts}"' in (tmp_path / "out" / "simulation.json").read_text()
     table = read_catalogue(file).table
     assert table["host"].nunique() > 40
     field = table["host"].str.removeprefix("lrg").astype(int) // 2  # two galaxies are one group

@@ -1,9 +1,10 @@
 """Simulated catalogues: what is in them, and that no shortcut tells lenses apart."""
 
+import errno
 import json
 import re
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -320,14 +321,39 @@ def test_a_gpu_draws_the_same(compiled: bool) -> None:
     np.testing.assert_array_equal(on_gpu.images, again.images)
 
 
+def test_a_folder_that_is_used_is_not_written_again_and_one_that_was_not_filled_is_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has its stacks mapped would see other pixels."""
+    both = [load_config(name) for name in ("des", "hsc")]
+    config, other = (one.model_copy(update={"sources": "sersic"}) for one in both)
+    table = simulate_catalogue(tmp_path / "one", config, 2, image_size=32)
+    for configs in ([config], [config, other]):
+        with pytest.raises(InputError, match="one: exists and is not empty; name another folder"):
+            simulate_surveys(tmp_path / "one", configs, 2, seed=1, image_size=32)
+    assert len(pd.read_parquet(table)) == 2
+    written = pd.DataFrame.to_parquet
+
+    def full(frame: pd.DataFrame, path: Path, **how: Any) -> None:
+        if path.parent.name == "hsc":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(frame, path, **how)
+
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
+    with pytest.raises(OSError, match="No space left"):
+        simulate_surveys(tmp_path / "two", [config, other], 4, image_size=32)
+    assert [*(tmp_path / "two").iterdir()] == []
+
+
 def test_surveys_are_simulated_apart_and_neither_noise_nor_hosts_are_shared(tmp_path: Path) -> None:
     configs = [load_config(name) for name in ("des", "hsc")]
     configs = [one.model_copy(update={"sources": "sersic"}) for one in configs]
-    catalogue = simulate_surveys(tmp_path, configs, 21, seed=3, image_size=32)
+    out = tmp_path / "out"
+    catalogue = simulate_surveys(out, configs, 21, seed=3, image_size=32)
     table = pd.read_parquet(catalogue)
     assert table["survey"].value_counts().to_dict() == {"des": 11, "hsc": 10}
     assert table["id"].is_unique
-    images = {name: np.load(tmp_path / name / "images-00000.npy")[:10] for name in ("des", "hsc")}
+    images = {name: np.load(out / name / "images-00000.npy")[:10] for name in ("des", "hsc")}
     files = {path.partition("#")[0] for path in table["path"]}
     assert files == {f"{name}/images-00000.npy" for name in images}
     edges = [stack[:, :, :4].reshape(10, -1) for stack in images.values()]  # of sky, mostly
