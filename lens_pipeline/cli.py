@@ -242,11 +242,10 @@ def _run(options: argparse.Namespace) -> int:
     with interruptible():
         from lens_pipeline.registry import answering
         from lens_pipeline.runner import prepare_home, run_pipeline
-        from lens_pipeline.tracking import Tracking, keep_waits_short
+        from lens_pipeline.tracking import Tracking, short_waits
 
-        keep_waits_short()
         prepare_home(settings)
-        with answering("MLFLOW_TRACKING_URI"):
+        with short_waits(), answering("MLFLOW_TRACKING_URI"):
             _ = Tracking(settings).client  # before hours of work are done for it
         run_pipeline(settings, changes, options.verbose)
     _print_summary(settings)

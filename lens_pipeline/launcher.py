@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -45,8 +46,10 @@ from lens_pipeline.settings import Settings
 GATE = 'read -r go && exec "$@"'
 EXECUTE = (sys.executable, "-m", "dagster", "api", "execute_run")
 DEPLOYMENT = "lens/deployment"
+GONE = "The process of this run has ended."
 log = logging.getLogger(__name__)
 CANCELED = "lens/canceled"  # by somebody on another host; its value is the run
+OVER = 60  # seconds between looks at whether a run is over whose process still lives
 
 
 def forget_ended_runs(instance: DagsterInstance) -> None:
@@ -123,6 +126,29 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
         assert process.stdin is not None
         with process.stdin as gate:
             gate.write(b"\n")
+        threading.Thread(target=self._see_to_end, args=(process, run.run_id), daemon=True).start()
+
+    def _see_to_end(self, process: subprocess.Popen[bytes], run_id: str) -> None:
+        """Wait for the process of a run. Where the run is over for long, as when somebody has
+        forced its termination, it is asked to end, if nobody here has, and then killed."""
+        looks = 0  # at which the run was over
+        while looks < 5:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(OVER)
+                return
+            try:
+                run = self._instance.get_run_by_id(run_id)
+            except Exception as problem:  # noqa: BLE001  (a database that is away for a while)
+                log.warning("run %s: %s", run_id[:8], problem)
+                continue
+            looks = looks + 1 if run is None or run.is_finished else 0
+            if looks == 2 and (run is None or run.tags.get(CANCELED) == run_id):
+                log.warning("run %s is over, and its process lives: it is ended", run_id[:8])
+                process.terminate()
+        process.kill()
+        process.wait()
+        if run is not None:
+            end_rest(run.tags)
 
     def terminate(self, run_id: str) -> bool:
         """Ask a run to end in order. One on another host, as where the pages are served from a
@@ -157,6 +183,9 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
                     self.terminate(run.run_id)
             return CheckRunHealthResult(WorkerStatus.RUNNING)
         left = end_rest(run.tags)
+        if run.tags.get(CANCELED) == run.run_id:  # before anybody here came by to ask it to end
+            self._instance.report_run_canceled(run, GONE)
+            return CheckRunHealthResult(WorkerStatus.RUNNING)
         return CheckRunHealthResult(
             WorkerStatus.FAILED,
             f"process {run.tags[PID]} on {run.tags[HOST]} has died"

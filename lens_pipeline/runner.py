@@ -21,7 +21,7 @@ from lens_pipeline.defs.sensors import made_by
 from lens_pipeline.defs.surveys import every_survey
 from lens_pipeline.errors import InputError, masked, told_of
 from lens_pipeline.files import write_aside
-from lens_pipeline.launcher import DEPLOYMENT, forget_ended_runs
+from lens_pipeline.launcher import CANCELED, DEPLOYMENT, GONE, forget_ended_runs
 from lens_pipeline.processes import (
     HOST,
     PID,
@@ -150,8 +150,8 @@ def release_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     dead = instance.get_runs(dg.RunsFilter(run_ids=gone, statuses=UNFINISHED)) if gone else []
     for run in dead:
         end_rest(run.tags)
-        if run.status == dg.DagsterRunStatus.CANCELING:
-            instance.report_run_canceled(run, "The process of this run has ended.")
+        if run.status == dg.DagsterRunStatus.CANCELING or run.tags.get(CANCELED) == run.run_id:
+            instance.report_run_canceled(run, GONE)
             continue
         log.warning("run %s has died: marking it failed", run.run_id[:8])
         instance.report_run_failed(run, "The process of this run has died.")

@@ -96,6 +96,48 @@ def test_a_run_that_is_cancelled_on_another_host_is_ended_by_the_daemon_on_its_o
         assert run().status is dg.DagsterRunStatus.CANCELING
 
 
+def test_a_run_that_died_before_it_could_be_asked_to_end_is_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the daemon is stopped soon after: it is not tried again."""
+    job = dg.GraphDefinition("long").to_job()
+    with (
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process,
+        open_instance(Settings.load(home=tmp_path)) as instance,
+    ):
+        run_id = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED).run_id
+        instance.add_run_tags(run_id, process_tags(run_id, process.pid))
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr("socket.gethostname", lambda: "webserver")
+            assert instance.run_launcher.terminate(run_id)
+        process.kill()
+        process.wait()
+        run = instance.get_run_by_id(run_id)
+        assert run is not None
+        health = instance.run_launcher.check_run_worker_health(run)
+        assert health.status is not WorkerStatus.FAILED
+        now = instance.get_run_by_id(run_id)
+        assert now is not None
+        assert now.status is dg.DagsterRunStatus.CANCELED
+
+
+def test_a_run_whose_termination_is_forced_on_another_host_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dagster says at once that it is cancelled, and asks about it no more."""
+    monkeypatch.setattr("lens_pipeline.launcher.OVER", 0.5)
+    with open_instance(Settings.load(home=tmp_path)) as instance:
+        run = launched(instance)
+        process = psutil.Process(int(run.tags[PID]))
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr("socket.gethostname", lambda: "webserver")
+            assert instance.run_launcher.terminate(run.run_id)
+        assert process.is_running()
+        instance.report_run_canceled(run)
+        until(lambda: not process.is_running(), 60, "the process ends")
+        assert not psutil.pid_exists(process.pid)  # whoever launched it has asked how
+
+
 def test_a_run_that_lasts_too_long_is_cancelled_and_people_are_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

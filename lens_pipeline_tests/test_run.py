@@ -16,6 +16,8 @@ from lens_pipeline.catalogue import read_catalogue
 from lens_pipeline.catalogue.dataset import Dataset
 from lens_pipeline.cli import main
 from lens_pipeline.definitions import make_definitions
+from lens_pipeline.defs.resources import LensHome
+from lens_pipeline.defs.stages import made
 from lens_pipeline.ensemble.description import read_description
 from lens_pipeline.ensemble.system import load_ensemble
 from lens_pipeline.errors import InputError
@@ -274,6 +276,31 @@ def test_an_ensemble_is_never_scored_on_another_datasets_test_split(
         evaluate_ensemble(
             ensemble, dataset, read_catalogue(simulated_catalogue), tmp_path, gate=gate
         )
+
+
+def test_a_home_that_was_copied_goes_on_from_its_own_folders(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dagster's records name those of the home where they were made."""
+    monkeypatch.setenv("LENS_HOME", str(own_home))
+    keys = [dg.AssetKey(name.split("/")) for name in ASSETS if name != "registered_ensemble"]
+
+    @dg.asset(deps=keys, required_resource_keys={"lens"})
+    def looks(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        folders = [str(made(context, key).folder) for key in keys]
+        return dg.MaterializeResult(metadata={"folders": folders})
+
+    settings = Settings.load(preset="tiny")
+    with open_instance(settings) as instance:
+        ran = dg.materialize(
+            [*(make_definitions(settings).assets or ()), looks],  # type: ignore[list-item]
+            selection=[looks],
+            instance=instance,
+            resources={"lens": LensHome()},
+        )
+    (event,) = ran.asset_materializations_for_node("looks")
+    folders = [Path(name) for name in event.metadata["folders"].value]
+    assert all(folder.is_dir() and folder.is_relative_to(own_home) for folder in folders)
 
 
 def test_no_ensemble_is_made_of_members_of_older_shards(

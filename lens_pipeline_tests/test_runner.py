@@ -15,6 +15,7 @@ from lens_pipeline import runner
 from lens_pipeline.definitions import make_definitions
 from lens_pipeline.defs.checkpoints import POOL
 from lens_pipeline.errors import InputError
+from lens_pipeline.launcher import CANCELED
 from lens_pipeline.processes import HOST, PID, RUN, process_tags, sign_of_life
 from lens_pipeline.runner import (
     open_instance,
@@ -37,6 +38,7 @@ def test_dead_and_ended_runs_give_their_slots_back_and_a_live_one_keeps_its(tmp_
         cases = {
             "dead": (dead, dg.DagsterRunStatus.STARTED),
             "dead and canceling": (dead, dg.DagsterRunStatus.CANCELING),
+            "dead, to be cancelled": (dead, dg.DagsterRunStatus.STARTED),
             "cancelled": (dead, dg.DagsterRunStatus.CANCELED),
             "alive": ({}, dg.DagsterRunStatus.STARTED),
             "tried again": (dead | {RUN: "the first"}, dg.DagsterRunStatus.STARTING),
@@ -45,18 +47,19 @@ def test_dead_and_ended_runs_give_their_slots_back_and_a_live_one_keeps_its(tmp_
         runs = {name: str(uuid.uuid4()) for name in cases}
         for name, (tags, status) in cases.items():
             run_id = runs[name]
+            asked = {CANCELED: run_id} if name == "dead, to be cancelled" else {}
             instance.create_run_for_job(
-                job, run_id=run_id, tags=process_tags(run_id) | tags, status=status
+                job, run_id=run_id, tags=process_tags(run_id) | tags | asked, status=status
             )
         for run_id in runs.values():
             claim = instance.event_log_storage.claim_concurrency_slot(POOL, run_id, "step")
             assert claim.is_claimed
-        assert set(release_dead_runs(instance)) == {runs["dead"], runs["dead and canceling"]}
+        cancelled = {runs["dead and canceling"], runs["dead, to be cancelled"]}
+        assert set(release_dead_runs(instance)) == {runs["dead"], *cancelled}
         info = instance.event_log_storage.get_concurrency_info(POOL)
         assert info.active_run_ids == {runs["alive"], runs["tried again"]}
-        canceled = instance.get_run_by_id(runs["dead and canceling"])
-        assert canceled is not None
-        assert canceled.status == dg.DagsterRunStatus.CANCELED  # not tried again
+        for run in instance.get_runs(dg.RunsFilter(run_ids=[*cancelled])):
+            assert run.status == dg.DagsterRunStatus.CANCELED  # not tried again
 
 
 @pytest.mark.parametrize("its_turn", [False, True])

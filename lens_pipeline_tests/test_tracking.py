@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlflow.entities import Metric
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from lens_pipeline import tracking as tables
 from lens_pipeline.cli import main
@@ -18,7 +19,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.settings import Settings
 from lens_pipeline.tracking import EXPERIMENT, HOME_ID, Tracking
 from lens_pipeline_tests.conftest import client_of
-from lens_pipeline_tests.object_stores import free_ports
+from lens_pipeline_tests.object_stores import S3Server, free_ports
 from lens_pipeline_tests.postgres import PASSWORD
 
 
@@ -217,3 +218,14 @@ def test_a_home_that_was_moved_or_copied_keeps_its_models_in_itself(
         assert run.info.artifact_uri.startswith((copied / "mlartifacts").as_uri())
         assert len(client.list_artifacts(run.info.run_id)) == 1
     assert (moved / inside).exists()
+
+
+def test_mlflow_keeps_artifacts_on_s3_as_the_deployment_offers(
+    s3_bucket: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By libraries of its own, which it does not ask for."""
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", s3_server.url)
+    (tmp_path / "text.txt").write_text("pixels")
+    artifacts = get_artifact_repository(f"{s3_bucket}/mlflow")
+    artifacts.log_artifact(str(tmp_path / "text.txt"))
+    assert [found.path for found in artifacts.list_artifacts()] == ["text.txt"]

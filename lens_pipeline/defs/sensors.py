@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal, TypeAlias
 
@@ -30,6 +30,7 @@ from lens_pipeline.tracking import keep_waits_short
 WILL_RETRY = "dagster/will_retry"
 RunEnd: TypeAlias = Literal[dg.DagsterEventType.RUN_FAILURE, dg.DagsterEventType.RUN_SUCCESS]
 Tell: TypeAlias = Callable[[dg.DagsterRun, dg.EventLogEntry, dg.DagsterInstance, Settings], None]
+Ask: TypeAlias = Callable[..., Iterable[dg.EventLogRecord]]
 LOOK = 3600  # seconds between looks at all cutouts of a catalogue that has not changed
 TRAINED_ON_SHARDS = dg.RunsFilter(
     job_name=training.name, statuses=[*UNDER_WAY, dg.DagsterRunStatus.QUEUED]
@@ -58,6 +59,8 @@ def source_changed(
         glance = source_glance(settings)
         if glance is not None and _rests(cursor, glance):
             return dg.SkipReason(f"{settings.source} has not changed")
+        if glance is not None and _waits(cursor, glance) and _is_trained(context.instance):
+            return _waiting(settings)
         looked = {"glance": glance, "looked": time.time()}
         state = source_state(settings)
     except InputError as problem:
@@ -76,11 +79,8 @@ def source_changed(
             skip_reason=f"{settings.source} has changed; if it rests, `data` is launched next time",
             cursor=json.dumps({**cursor, "seen": state}),
         )
-    if context.instance.get_runs(TRAINED_ON_SHARDS, limit=1):
-        return dg.SkipReason(
-            f"{settings.source} has changed; `data` is launched once no run of `training` is under "
-            "way: what it trains would be of shards that are not the newest any more"
-        )
+    if _is_trained(context.instance):
+        return _waiting(settings)
     changes = cursor.get("changes", 0) + 1
     return dg.SensorResult(
         # The key is of the change, not only of the state: what was here before may come back.
@@ -97,6 +97,28 @@ def _rests(cursor: Mapping[str, Any], glance: str) -> bool:
         and cursor.get("seen") == cursor.get("handled")
         and "problem" not in cursor
         and 0 <= time.time() - cursor["looked"] < LOOK
+    )
+
+
+def _waits(cursor: Mapping[str, Any], glance: str) -> bool:
+    """Whether a change that was seen is still to be handled, and by a glance nothing else has
+    changed since."""
+    return (
+        glance == cursor.get("glance")
+        and cursor.get("seen") != cursor.get("handled")
+        and "problem" not in cursor
+    )
+
+
+def _is_trained(instance: dg.DagsterInstance) -> bool:
+    """Whether a run trains on shards, or will."""
+    return bool(instance.get_runs(TRAINED_ON_SHARDS, limit=1))
+
+
+def _waiting(settings: Settings) -> dg.SkipReason:
+    return dg.SkipReason(
+        f"{settings.source} has changed; `data` is launched once no run of `training` is under "
+        "way: what it trains would be of shards that are not the newest any more"
     )
 
 
@@ -125,14 +147,18 @@ def new_challenger(
         told = {"version": told}
     registry = digest(masked(lens.settings.mlflow_uri))[:12]
     if told.get("registry", registry) != registry:  # its numbers are others
-        told = {"record": told["record"]}
-    later = dg.AssetRecordsFilter(REGISTERED, after_storage_id=told.get("record"))
-    found = newest_first(context.instance.fetch_materializations, later)
+        told = {name: told[name] for name in ("record", "time") if name in told}
+
+    def registered(**bound: Any) -> Iterator[dg.EventLogRecord]:
+        which = dg.AssetRecordsFilter(REGISTERED, **bound)
+        return newest_first(context.instance.fetch_materializations, which)
+
     # At first, and after a former version, the newest alone.
-    records = [*(found if "record" in told else islice(found, 1))]
+    first = "record" not in told
+    records = [*islice(registered(), 1)] if first else _since(told, registered)
     new: dict[int, str] = {}  # what was decided on each version
     run = None
-    for record in reversed(records):
+    for record in records:
         made = record.asset_materialization
         facts = {name: str(value.value) for name, value in made.metadata.items()} if made else {}
         version = int(facts.get("version", 0))
@@ -154,7 +180,7 @@ def new_challenger(
     cursor = {
         "version": max(new, default=told.get("version", 0)),
         "champion": champion,
-        "record": records[0].storage_id if records else told.get("record", 0),
+        **_up_to(records, told),
         "registry": registry,
     }
     return dg.SensorResult(
@@ -292,18 +318,23 @@ def _tell_of_runs(
 ) -> dg.SensorResult | dg.SkipReason:
     """Call `tell` of each run that has ended so since the last tick.
 
-    Dagster's own sensors of runs would go on behind one that the webhook has not taken. The cursor
-    is as theirs is, for instances where one was at work.
+    Dagster's own sensors of runs would go on behind one that the webhook has not taken.
     """
     instance = context.instance
     if context.cursor is None:
         newest = instance.fetch_run_status_changes(ended, limit=1).records
-        return _told_up_to(newest[0].storage_id if newest else 0, "tells of runs from now on")
-    later = dg.RunStatusChangeRecordsFilter(
-        ended, after_storage_id=json.loads(context.cursor)["record_id"]
-    )
-    told: list[int] = []
-    for end in instance.fetch_run_status_changes(later, AT_ONCE, ascending=True).records:
+        cursor = json.dumps(_up_to(newest, {}))
+        return dg.SensorResult(cursor=cursor, skip_reason="tells of runs from now on")
+
+    def ends(**bound: Any) -> Sequence[dg.EventLogRecord]:
+        later = dg.RunStatusChangeRecordsFilter(ended, **bound)
+        return instance.fetch_run_status_changes(later, AT_ONCE, ascending=True).records
+
+    before = json.loads(context.cursor)
+    if "record_id" in before:  # as former versions have left it
+        before = {"record": before["record_id"]}
+    told: list[dg.EventLogRecord] = []
+    for end in _since(before, ends)[:AT_ONCE]:
         run = instance.get_run_by_id(end.run_id)
         try:
             if run is not None and _is_ours(run, context):
@@ -312,12 +343,29 @@ def _tell_of_runs(
             if not told:
                 raise
             break  # what has been told is not told again, and this one is at the next tick
-        told.append(end.storage_id)
-    return _told_up_to(told[-1], "told") if told else dg.SkipReason("no run has ended so since")
+        told.append(end)
+    if not told:
+        return dg.SkipReason("no run has ended so since")
+    return dg.SensorResult(cursor=json.dumps(_up_to(told, before)), skip_reason="told")
 
 
-def _told_up_to(record_id: int, reason: str) -> dg.SensorResult:
-    return dg.SensorResult(cursor=json.dumps({"record_id": record_id}), skip_reason=reason)
+def _since(told: Mapping[str, Any], ask: Ask) -> list[dg.EventLogRecord]:
+    """What `ask` finds that came after what was `told`, in its order: by its number in Dagster's
+    database, and by its time, for SQLite gives the numbers of what is deleted to what comes
+    next."""
+    found = {record.storage_id: record for record in ask(after_storage_id=told["record"])}
+    if "time" in told:
+        later = ask(after_timestamp=told["time"])
+        found |= {one.storage_id: one for one in later if one.timestamp > told["time"]}
+    return [found[number] for number in sorted(found)]
+
+
+def _up_to(records: Sequence[dg.EventLogRecord], told: Mapping[str, Any]) -> dict[str, Any]:
+    """The last of these, or what was `told` before, for `_since`."""
+    if not records:
+        return {"record": 0, **{name: told[name] for name in ("record", "time") if name in told}}
+    times = [told.get("time", 0.0), *(record.timestamp for record in records)]
+    return {"record": records[-1].storage_id, "time": max(times)}
 
 
 def _is_ours(run: dg.DagsterRun, context: dg.SensorEvaluationContext) -> bool:

@@ -20,6 +20,7 @@ from lens_pipeline.code_hashes import source_hashes
 from lens_pipeline.defs.surveys import over_surveys, partitioned
 from lens_pipeline.errors import InputError, NoAnswerError
 from lens_pipeline.files import digest
+from lens_pipeline.locations import protocol_of
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import Recipe, Step, run_step
 from lens_pipeline.training.launch import TOLD, raise_told
@@ -190,10 +191,21 @@ def made(context: dg.AssetExecutionContext, key: dg.AssetKey, survey: str | None
         if event is None or LOCATION not in event.metadata:
             continue  # somebody has reported it by hand, on Dagster's pages
         if (event.asset_key, event.partition) == (key, survey):
-            return Made(*(str(event.metadata[name].value) for name in (LOCATION, "content")))
+            location, content = (str(event.metadata[name].value) for name in (LOCATION, "content"))
+            return Made(_followed(location, context.resources.lens.settings.home), content)
     todo = "observed before this run; observe" if observed else "made before this run; materialise"
     of = f" of {survey}" if survey else ""
     raise InputError(f"{key.to_user_string()}{of} was not {todo} it, and launch another")
+
+
+def _followed(location: str, home: Path) -> str:
+    """Where a folder lies now that was made in a home which was moved, or copied, since."""
+    if protocol_of(location) or Path(location).is_relative_to(home):
+        return location
+    parts = Path(location).parts
+    # As reports/KEY, checkpoints/NAME/KEY.
+    inside = (home.joinpath(*parts[-n:]) for n in (2, 3) if len(parts) > n)
+    return next((str(folder) for folder in inside if folder.is_dir()), location)
 
 
 def was_cancelled(instance: dg.DagsterInstance, key: dg.AssetKey) -> bool:

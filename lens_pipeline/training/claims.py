@@ -18,10 +18,10 @@ def claimed(names: Sequence[str], n: int, folder: Path | None = None) -> Iterato
 
     folder: of the locks; all users of the host share the default.
     """
-    folder = folder or Path(tempfile.gettempdir()) / "lens-pipeline-gpus"
+    folder = folder or Path(tempfile.gettempdir()) / "lens-pipeline-gpu-claims"
     if not folder.exists():
         folder.mkdir(exist_ok=True)
-        folder.chmod(0o1777)  # of everybody, as the folder it lies in
+        folder.chmod(0o777)  # where it is sticky, neither filelock nor Linux opens another's file
     told = False
     while True:
         with ExitStack() as held:

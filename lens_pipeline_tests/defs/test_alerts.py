@@ -198,6 +198,43 @@ def test_a_failed_run_is_told_once_with_where_and_why(
     assert (told["run"], told["job"]) == (run, "failing")
 
 
+@pytest.mark.parametrize("deleted", [1, 2])
+def test_a_failed_run_is_told_where_others_were_deleted(
+    deleted: int, instance: dg.DagsterInstance, failed: Callable[[], str], webhook: Webhook
+) -> None:
+    """SQLite gives the numbers of their events to those that come next."""
+    runs = [failed()]
+    sensor = Sensor("failed_runs", instance)
+    sensor.tick()
+    runs.append(failed())
+    sensor.tick()
+    for run in runs[-deleted:]:
+        instance.delete_run(run)
+    webhook.posted.clear()
+    later = [failed()]
+    sensor.tick()
+    later.append(failed())
+    for _ in range(2):
+        sensor.tick()
+    assert [told["run"] for told in webhook.posted] == later
+
+
+def test_what_a_former_version_was_told_of_is_not_told_again(
+    instance: dg.DagsterInstance, failed: Callable[[], str], webhook: Webhook
+) -> None:
+    failed()
+    sensor = Sensor("failed_runs", instance)
+    sensor.tick()
+    assert sensor.cursor is not None
+    sensor.cursor = json.dumps({"record_id": json.loads(sensor.cursor)["record"]})
+    for _ in range(2):
+        sensor.tick()
+    assert webhook.posted == []
+    run = failed()
+    sensor.tick()
+    assert [told["run"] for told in webhook.posted] == [run]
+
+
 def test_of_what_was_made_by_a_click_the_assets_are_named(
     instance: dg.DagsterInstance, webhook: Webhook
 ) -> None:

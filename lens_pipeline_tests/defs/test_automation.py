@@ -354,7 +354,10 @@ def test_schedule_and_sensor_launch_one_run_for_all_surveys(
 
 
 def test_new_data_wait_for_a_training_that_is_under_way(
-    source: Path, simulated_catalogue: Path, instance: dg.DagsterInstance
+    source: Path,
+    simulated_catalogue: Path,
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whose networks would be of shards that are not the newest when it ends."""
     sensor = Sensor("source_changed", instance)
@@ -363,5 +366,8 @@ def test_new_data_wait_for_a_training_that_is_under_way(
     shutil.copy(simulated_catalogue, source)
     assert [sensor.tick() for _ in range(3)] == [[], [], []]
     assert "once no run of `training` is under way" in sensor.skipped
+    with monkeypatch.context() as patch:  # for days nobody looks at millions of cutouts
+        patch.setattr("lens_pipeline.defs.sensors.source_state", lambda _: 1 / 0)
+        assert sensor.tick() == []
     instance.report_run_canceled(run)
     assert len(sensor.tick()) == 1

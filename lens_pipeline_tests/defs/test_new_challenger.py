@@ -75,6 +75,30 @@ def test_each_new_version_is_told_once(
     ]
 
 
+def test_a_new_version_is_told_where_runs_were_deleted(
+    instance: dg.DagsterInstance, versions: Versions, webhook: Webhook
+) -> None:
+    """SQLite gives the numbers of their events to those that come next."""
+    sensor = Sensor("new_challenger", instance)
+    versions.register("challenger, champion", "")
+
+    @dg.asset
+    def registered_ensemble(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        facts = {"version": "1", "gate": ""}  # made again
+        return dg.MaterializeResult(metadata=facts)
+
+    ran = dg.materialize([registered_ensemble], instance=instance)
+    sensor.tick()
+    instance.delete_run(ran.run_id)
+    webhook.posted.clear()
+    versions.register("challenger", "few lenses")
+    for _ in range(2):
+        sensor.tick()
+    assert webhook.texts == [
+        "lens_ensemble version 2 is registered; it stays challenger: few lenses"
+    ]
+
+
 def test_of_several_versions_between_two_ticks_each_is_told(
     instance: dg.DagsterInstance, versions: Versions, webhook: Webhook
 ) -> None:

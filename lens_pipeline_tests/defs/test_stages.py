@@ -5,6 +5,7 @@ from collections.abc import Callable
 import dagster as dg
 import pytest
 
+from lens_pipeline.defs.resources import LensHome
 from lens_pipeline.defs.stages import made
 from lens_pipeline.errors import InputError
 
@@ -21,7 +22,7 @@ def upstream(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     return dg.MaterializeResult(metadata={"location": "", "content": context.run_id})
 
 
-@dg.asset(deps=[upstream])
+@dg.asset(deps=[upstream], required_resource_keys={"lens"})
 def first(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     """Others publish a new version while it is made."""
     taken = made(context, UPSTREAM).content
@@ -29,7 +30,7 @@ def first(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     return dg.MaterializeResult(metadata={"taken": taken})
 
 
-@dg.asset(deps=[upstream, first])
+@dg.asset(deps=[upstream, first], required_resource_keys={"lens"})
 def second(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     if context.run.tags.get("fails") == "true":
         raise RuntimeError
@@ -42,6 +43,7 @@ definitions = dg.Definitions(
         dg.define_asset_job("whole", [upstream, first, second]),
         dg.define_asset_job("training", [first, second]),
     ],
+    resources={"lens": LensHome()},
     executor=dg.in_process_executor,
 )
 

@@ -1,11 +1,14 @@
 """GPUs are given out by names and locks, which need none."""
 
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from lens_pipeline.training.claims import claimed
 from lens_pipeline.training.devices import VISIBLE, of_the_host, visible_gpus
 
 CLAIMS = """
@@ -56,6 +59,20 @@ def test_two_trainings_never_share_a_gpu(tmp_path: Path) -> None:
     assert fourth.has() == had[1]
     for training in (trainings[0], trainings[2], fourth):
         training.end()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
+def test_users_of_a_host_share_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with claimed(["a", "b"], 2) as mine:
+        assert mine == ["a", "b"]
+    for lock in tmp_path.rglob("*.lock"):
+        os.chown(lock, 12345, 12345)  # of somebody who had them before
+    with claimed(["a", "b"], 2) as mine:
+        assert mine == ["a", "b"]
+        (folder,) = tmp_path.iterdir()
+        modes = {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+        assert (modes, stat.S_IMODE(folder.stat().st_mode)) == ({0o666}, 0o777)
 
 
 def test_a_gpu_is_free_when_its_training_has_ended_and_the_process_has_not(tmp_path: Path) -> None:
