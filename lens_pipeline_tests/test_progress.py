@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from pytorch_lightning.callbacks import TQDMProgressBar
 
-from lens_pipeline import LensDataModule
+from lens_pipeline import LensDataModule, progress
 from lens_pipeline.shards import verify_shards
 from lens_pipeline.simulation import simulate
 from lens_pipeline.training import TrainConfig, callbacks, train
@@ -59,6 +59,30 @@ def test_a_bar_is_not_drawn_at_each_step(
     train(TrainConfig.parse(values, "test"), LensDataModule(uneven_shards), tmp_path)
     drawn = re.findall(r"epoch 1/1: [^\r]* (\d+)/35 ", capsys.readouterr().err)
     assert {*drawn} - {"0"} == {"1", "35"}
+
+
+def test_where_nobody_looks_on_lines_are_logged_of_what_lasts_long(
+    shards_folder: Path,
+    uneven_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As of a batch job, or a step of Dagster's."""
+    caplog.set_level("INFO")
+    values = {"model": {"arch": "lastro"}, "training": {"epochs": 2, "batch_size": 16}}
+    config = TrainConfig.parse(values, "test")
+    train(config, LensDataModule(uneven_shards), tmp_path / "short")
+    verify_shards(shards_folder)
+    assert "batches" not in caplog.text
+    assert "verifying" not in caplog.text
+    monkeypatch.setattr(progress, "LINES", 1e-9)  # seconds, of which they last more
+    train(config, LensDataModule(uneven_shards), tmp_path / "long")
+    lines = re.findall(r"epoch (\d)/2, batches: (\d) of (\d) \(\d+ %\), 00:00 left", caplog.text)
+    assert lines == [(epoch, str(batch), "5") for epoch in "12" for batch in range(1, 6)]
+    assert re.search(r"batches: 5 of 5 .*, loss 0\.\d{3}\n", caplog.text)
+    verify_shards(shards_folder)
+    assert re.search(r"verifying: [\d.]+M of [\d.]+M \(\d+ %\)", caplog.text)
 
 
 def test_a_bar_that_was_asked_for_is_shown_to_a_file_too(

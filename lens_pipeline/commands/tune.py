@@ -196,7 +196,8 @@ def _worker(
     configure_logging(verbose)
     logging.getLogger("lens_pipeline").handlers[:] = [QueueHandler(messages)]
     # The epochs of several trials at once are too much to follow.
-    logging.getLogger("lens_pipeline.training").setLevel(logging.WARNING)
+    for part in ("training", "progress"):
+        logging.getLogger(f"lens_pipeline.{part}").setLevel(logging.WARNING)
     logging.getLogger("lens_pipeline.training.tune").setLevel(logging.INFO)
     torch.set_num_threads(max(1, n_cores() // n))
     if torch.cuda.device_count():

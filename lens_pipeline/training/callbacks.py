@@ -22,6 +22,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from lens_pipeline.errors import InputError, first_of
+from lens_pipeline.progress import progress_bar
 
 REDRAWN = 0.2  # seconds after which a bar is drawn anew
 
@@ -246,6 +247,31 @@ class LossBar(TQDMProgressBar):
         shown = super().get_metrics(trainer, pl_module)
         shown.pop("v_num", None)
         return shown if self._losses.last is None else shown | {"loss": f"{self._losses.last:.3f}"}
+
+
+class LossLines(Callback):
+    """Where no bar is drawn: lines in the log while a long epoch lasts; see `progress_bar`."""
+
+    def __init__(self, losses: FiniteLoss) -> None:
+        self._losses = losses
+        self._lines: Any = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, n: int
+    ) -> None:
+        if self._lines is None:  # an epoch that goes on in its middle is not said to begin
+            self._lines = progress_bar(
+                total=trainer.num_training_batches,
+                desc=f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, batches",
+                shown=trainer.is_global_zero,
+            )
+        if self._losses.last is not None:
+            self._lines.set_postfix_str(f"loss {self._losses.last:.3f}", refresh=False)
+        self._lines.update(n + 1 - self._lines.n)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._lines.close()
+        self._lines = None
 
 
 class PeakMemory(Callback):

@@ -16,6 +16,7 @@ from lens_pipeline.training.callbacks import (
     Curves,
     FiniteLoss,
     LossBar,
+    LossLines,
     MovingAverage,
     Patience,
     PeakMemory,
@@ -58,8 +59,8 @@ def chosen_callbacks(
         chosen.append(LearningRateMonitor("step"))
     if on_gpu(config):
         chosen.append(PeakMemory())
-    if shows_progress() and not _has_bar(given):
-        chosen.append(LossBar(finite))
+    if not _has_bar(given):
+        chosen.append(LossBar(finite) if shows_progress() else LossLines(finite))
     return chosen
 
 
