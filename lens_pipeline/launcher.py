@@ -32,6 +32,7 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.processes import (
     HOST,
     PID,
+    RUN,
     end_rest,
     has_begun,
     is_dead,
@@ -82,6 +83,7 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
         self, max_runtime_seconds: int = 0, inst_data: ConfigurableClassData | None = None
     ) -> None:
         self._inst_data, self._limit = inst_data, max_runtime_seconds
+        self._asked: set[str] = set()  # runs whose processes were asked to end, by this one
         super().__init__()
 
     @property
@@ -126,12 +128,12 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
         assert process.stdin is not None
         with process.stdin as gate:
             gate.write(b"\n")
-        threading.Thread(target=self._see_to_end, args=(process, run.run_id), daemon=True).start()
+        threading.Thread(target=self._see_to_end, args=(process, tags), daemon=True).start()
 
-    def _see_to_end(self, process: subprocess.Popen[bytes], run_id: str) -> None:
+    def _see_to_end(self, process: subprocess.Popen[bytes], tags: Mapping[str, str]) -> None:
         """Wait for the process of a run. Where the run is over for long, as when somebody has
         forced its termination, it is asked to end, if nobody here has, and then killed."""
-        looks = 0  # at which the run was over
+        run_id, looks = tags[RUN], 0  # at which the run was over
         while looks < 5:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(OVER)
@@ -142,13 +144,13 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
                 log.warning("run %s: %s", run_id[:8], problem)
                 continue
             looks = looks + 1 if run is None or run.is_finished else 0
-            if looks == 2 and (run is None or run.tags.get(CANCELED) == run_id):
+            unasked = run is None or run.tags.get(CANCELED) == run_id
+            if looks == 2 and unasked and run_id not in self._asked:
                 log.warning("run %s is over, and its process lives: it is ended", run_id[:8])
                 process.terminate()
         process.kill()
         process.wait()
-        if run is not None:
-            end_rest(run.tags)
+        end_rest(tags)
 
     def terminate(self, run_id: str) -> bool:
         """Ask a run to end in order. One on another host, as where the pages are served from a
@@ -163,6 +165,7 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
         self._instance.report_run_canceling(run)
         if not here or dead:
             return False
+        self._asked.add(run_id)
         with suppress(ProcessLookupError):
             os.kill(int(run.tags[PID]), signal.SIGTERM)
         return True
@@ -183,8 +186,11 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
                     self.terminate(run.run_id)
             return CheckRunHealthResult(WorkerStatus.RUNNING)
         left = end_rest(run.tags)
-        if run.tags.get(CANCELED) == run.run_id:  # before anybody here came by to ask it to end
-            self._instance.report_run_canceled(run, GONE)
+        now = self._instance.get_run_by_id(run.run_id)
+        if now is None or now.status != run.status:  # it has ended in order since it was listed
+            return CheckRunHealthResult(WorkerStatus.RUNNING)
+        if now.tags.get(CANCELED) == run.run_id:  # before anybody here came by to ask it to end
+            self._instance.report_run_canceled(now, GONE)
             return CheckRunHealthResult(WorkerStatus.RUNNING)
         return CheckRunHealthResult(
             WorkerStatus.FAILED,

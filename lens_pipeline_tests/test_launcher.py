@@ -125,7 +125,8 @@ def test_a_run_whose_termination_is_forced_on_another_host_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dagster says at once that it is cancelled, and asks about it no more."""
-    monkeypatch.setattr("lens_pipeline.launcher.OVER", 0.5)
+    monkeypatch.setattr("lens_pipeline.launcher.OVER", 2)
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda _: 1 / 0)  # it ends in order
     with open_instance(Settings.load(home=tmp_path)) as instance:
         run = launched(instance)
         process = psutil.Process(int(run.tags[PID]))

@@ -69,15 +69,16 @@ def parquet_schema(table: pd.DataFrame, source: str) -> pa.Schema:
 
 def with_text(table: pd.DataFrame, source: str) -> pd.DataFrame:
     """The table, its bytes as the text that FITS tables hold in them, text of any length letter by
-    letter. Where they are none a column stays as it is; for one of ours raises InputError."""
+    letter. Where they are none a column stays as it is; of one that must be text, see `is_text`,
+    raises InputError."""
     for name in table.select_dtypes("object"):
         letters = table[name].map(lambda v: isinstance(v, np.ndarray) and v.dtype.kind in "SU")
         if letters.any():
             joined = table[name][letters].map(lambda v: "".join(v.astype(str)))
             table = table.assign(**{str(name): table[name].mask(letters, joined)})
         if any(isinstance(value, bytes) for value in table[name]):
-            bad = ~table[name].map(_is_text)
-            if is_ours(name):
+            bad = ~table[name].map(_decodes)
+            if is_text(name):
                 refuse(source, table, bad, str(name), "is not text in UTF-8")
             if not bad.any():
                 text = table[name].map(lambda v: v.decode() if isinstance(v, bytes) else v)
@@ -85,8 +86,8 @@ def with_text(table: pd.DataFrame, source: str) -> pd.DataFrame:
     return table
 
 
-def _is_text(value: Any) -> bool:
-    """Or no bytes at all."""
+def _decodes(value: Any) -> bool:
+    """Whether it is no bytes, or text in UTF-8."""
     try:
         str(value, "utf-8") if isinstance(value, bytes) else value
     except UnicodeDecodeError:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import fsspec
+import numpy as np
 import pandas as pd
 
 from lens_pipeline.catalogue.columns import NUMBERS, as_text, numbers, refuse, zero_or_one
@@ -46,8 +47,9 @@ def layout(filesystem: fsspec.AbstractFileSystem, inside: str) -> Layout:
 def read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str) -> pd.DataFrame:
     """A row for each image of a folder, and of its listings.
 
-    Raises InputError where it has none, and for a listing of other columns, an empty path, or a
-    label that is neither 0 nor 1 nor empty.
+    Raises InputError where it has none, where two are of one path and without ids, and for a
+    listing of other columns, an empty path, a label that is neither 0 nor 1 nor empty, or a
+    position or scale that is no number.
     """
     listings, images = layout(filesystem, inside)
     if not listings:
@@ -69,21 +71,19 @@ def read_folder(source: str, filesystem: fsspec.AbstractFileSystem, inside: str)
         own = as_text(found["id"])
         if own.notna().all() and own.is_unique:
             return found.assign(id=own)
-    _check_listed_once(source, dict(zip(listings.values(), tables, strict=False)))
+    again = found["path"][found["path"].duplicated()]
+    if len(again):
+        names = [*listings.values(), "the folders of classes"]
+        places = [
+            f"row {row} of {name}"
+            for name, table in zip(names, tables, strict=False)
+            for row in np.flatnonzero(table["path"] == again.iloc[0]) + 1
+        ]
+        raise InputError(
+            f"{source}: {again.iloc[0]} is there twice, in {places[0]} and {places[1]}; leave one "
+            "out, or give all rows a unique id"
+        )
     return found.assign(id=found["path"])
-
-
-def _check_listed_once(source: str, listings: dict[str, pd.DataFrame]) -> None:
-    """Raises InputError, naming both rows, where two are of one path."""
-    first: dict[str, str] = {}
-    for name, table in listings.items():
-        for row, path in enumerate(table["path"], 1):
-            here = f"row {row} of {name}"
-            if first.setdefault(path, here) is not here:
-                raise InputError(
-                    f"{source}: {path} is listed twice, in {first[path]} and {here}; list it once, "
-                    "or give all rows a unique id"
-                )
 
 
 def images_in(filesystem: fsspec.AbstractFileSystem, folder: str) -> list[str]:

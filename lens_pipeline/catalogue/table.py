@@ -258,23 +258,25 @@ def _validated(table: pd.DataFrame, source: str, folder: str) -> pd.DataFrame:
 
 
 def _groups(table: pd.DataFrame, source: str) -> pd.Series:
-    """Of each row its group. One of no group is a group of its own, called by its id, unless
-    another row is of the same images: their split must be one, as far as none is given.
+    """Of each row its group. One of no group is a group of its own, called by its id, or one with
+    the other rows of its images: their split must be one, unless others are stated.
 
     Warns where the labels, splits or groups of rows of one image differ.
     """
     group = stripped(table.get("group", pd.Series(None, table.index, dtype="object")))
     # As pandas writes them beside a missing one: what else a column holds must change no group.
-    group = group.map(lambda name: WHOLE.sub(r"\1", name), na_action="ignore")
+    group = group.map(
+        lambda name: WHOLE.sub(r"\1", name) if name[-1] == "0" else name, na_action="ignore"
+    ).astype("object")
     first = table["id"].copy()
     images = image_columns(table)
     again = table.duplicated(images, keep=False)
     if again.any():
         of_images = table[again].assign(group=group).groupby(images, sort=False)
         _warn_of_different(of_images, again, source)
-        free = again & table["split"].isna()
-        first[free] = of_images["id"].transform("first")[free]
-        group = group.mask(free & group.isna(), of_images["group"].transform("first"))
+        one = (of_images["split"].transform("nunique") <= 1).reindex(table.index, fill_value=False)
+        first[one] = of_images["id"].transform("first")[one]
+        group = group.mask(one & group.isna(), of_images["group"].transform("first"))
     first = first.where(~first.isin(group), "id " + first)  # a group that is called like it
     return group.fillna(first)
 
@@ -284,6 +286,8 @@ def _warn_of_different(of_images: Any, again: pd.Series, source: str) -> None:
     number = pd.Series(again.index + 1, again.index)
     for column in ("label", "split", "group"):
         values = of_images[column].transform("nunique") > 1
+        if column == "group":  # which decides where no split is stated
+            values &= of_images["split"].transform("count") < of_images["split"].transform("size")
         if values.any():
             image = of_images.ngroup()
             one = image == image[values].iloc[0]

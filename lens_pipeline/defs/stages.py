@@ -192,19 +192,20 @@ def made(context: dg.AssetExecutionContext, key: dg.AssetKey, survey: str | None
             continue  # somebody has reported it by hand, on Dagster's pages
         if (event.asset_key, event.partition) == (key, survey):
             location, content = (str(event.metadata[name].value) for name in (LOCATION, "content"))
-            return Made(_followed(location, context.resources.lens.settings.home), content)
+            return Made(_followed(location, context.resources.lens.settings), content)
     todo = "observed before this run; observe" if observed else "made before this run; materialise"
     of = f" of {survey}" if survey else ""
     raise InputError(f"{key.to_user_string()}{of} was not {todo} it, and launch another")
 
 
-def _followed(location: str, home: Path) -> str:
+def _followed(location: str, settings: Settings) -> str:
     """Where a folder lies now that was made in a home which was moved, or copied, since."""
-    if protocol_of(location) or Path(location).is_relative_to(home):
+    stated = (str(settings.home), settings.cloud, settings.source)
+    if protocol_of(location) or any(Path(location).is_relative_to(place) for place in stated):
         return location
     parts = Path(location).parts
     # As reports/KEY, checkpoints/NAME/KEY.
-    inside = (home.joinpath(*parts[-n:]) for n in (2, 3) if len(parts) > n)
+    inside = (settings.home.joinpath(*parts[-n:]) for n in (2, 3) if len(parts) > n)
     return next((str(folder) for folder in inside if folder.is_dir()), location)
 
 

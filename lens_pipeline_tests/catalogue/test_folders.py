@@ -102,7 +102,7 @@ def test_listings_keep_their_other_columns(tmp_path: Path) -> None:
         ("b.png,1,north", "val.csv: row 1, column ra: 'north' must be degrees, or empty"),
         (
             "a.png,1,",
-            ": a.png is listed twice, in row 2 of train.csv and row 1 of val.csv",
+            ": a.png is there twice, in row 2 of train.csv and row 1 of val.csv;",
         ),
     ],
 )

@@ -210,6 +210,16 @@ def test_rows_of_one_image_are_in_one_split(
     assert not caplog.text
 
 
+def test_text_that_is_none_is_named_where_text_is_needed() -> None:
+    """FITS tables hold bytes, of any encoding."""
+    table = pd.DataFrame({"id": [b"a", b"b"], "path": ["a.npy", "b.npy"]})
+    assert read_catalogue(table.assign(note=[b"\xe5", b"b"])).table["id"].tolist() == ["a", "b"]
+    for name in ("id", "group"):
+        bad = table.assign(**{name: [b"a", b"\xe5sa"]})
+        with pytest.raises(InputError, match=f"row 2, column {name}: .* is not text in UTF-8"):
+            read_catalogue(bad)
+
+
 def test_a_group_that_is_called_like_another_row_is_not_its(tmp_path: Path) -> None:
     rows = "id,path,label,group,split\n1,a.npy,1,2,train\n2,b.npy,0,,test\n"
     (tmp_path / "table.csv").write_text(rows)
@@ -239,6 +249,16 @@ def test_a_row_without_a_group_is_of_that_of_its_image(
     again = once.assign(id="again " + once["id"], group=None)
     table = read_catalogue(pd.concat([again, once]), folder=tmp_path).table
     assert table["group"].tolist() == once["group"].tolist() * 2
+    # Its split may be stated, by the same row or by the other.
+    again["split"], once["split"] = ["train", None] * 20, [None, "val"] * 20
+    table = read_catalogue(pd.concat([again, once]), folder=tmp_path).table
+    assert table["group"].tolist() == once["group"].tolist() * 2
+    table.to_parquet(tmp_path / "again.parquet")  # as a run does
+    pd.testing.assert_frame_equal(read_catalogue(tmp_path / "again.parquet").table, table)
+    both = again.drop(columns="group").assign(split="train")
+    pd.concat([both, both.assign(id=names)]).to_csv(tmp_path / "both.csv")
+    read_catalogue(tmp_path / "both.csv").table.to_parquet(tmp_path / "again.parquet")
+    read_catalogue(tmp_path / "again.parquet")
     assert not caplog.text
     other = again.assign(group="another")
     read_catalogue(pd.concat([once, other[:1]]), folder=tmp_path)
