@@ -116,7 +116,7 @@ def left_open(changes: Any, source: str) -> Mapping[str, Mapping[str, Any]]:
         for name in fields if isinstance(fields, Mapping) else ():
             if name in DECIDED.get(section, ()):
                 raise InputError(
-                    f"{source}: {section}.{name}: follows from LENS_ARCHS and the cutouts; leave "
-                    "it out"
+                    f"{source}: {section}.{name}: is decided by the asset graph (LENS_ARCHS, the "
+                    "cutouts, MLflow); leave it out"
                 )
     return {section: fields for section, fields in changes.items() if fields is not None}

@@ -276,9 +276,9 @@ class Settings(BaseSettings):
     time_zone: str = Field(default="UTC", description="Of the schedules, as `Europe/Paris`.")
     webhook_url: Annotated[SecretStr | None, BeforeValidator(_web_address)] = Field(
         default=None,
-        description="Receives failed runs, checks that warn, schedules and sensors that fail, "
-        "sources that cannot be read, new challengers and new champions by POST, as JSON with a "
-        "`text`.",
+        description="Receives failed runs, runs that last too long, checks that warn, schedules "
+        "and sensors that fail, sources that cannot be read, new challengers and new champions by "
+        "POST, as JSON with a `text`.",
     )
     heartbeat_url: Annotated[SecretStr | None, BeforeValidator(_web_address)] = Field(
         default=None,

@@ -142,7 +142,10 @@ def test_the_help_names_variables_that_are_settings(
         (["run", "--set", "training.epochs"], "SECTION.FIELD=VALUE"),
         (["run", "--set", "epochs=3"], "SECTION.FIELD=VALUE; say --set training.epochs=..."),
         (["run", "--archs", "lastro", "--set", "lastro.epochs=3"], "say --set training.epochs=..."),
-        (["run", "--set", "lastro.model.arch=resnet18"], "model.arch: follows from LENS_ARCHS"),
+        (
+            ["run", "--set", "lastro.model.arch=resnet18"],
+            "model.arch: is decided by the asset graph",
+        ),
         (["run", "--set", "training.epochs=["], "training.epochs"),
         (["run", "--set", "training.monitor=nosuch"], "training.monitor"),
         (["run", "--set", "training.epochs=2020-99-99"], "'2020-99-99' is not a value"),

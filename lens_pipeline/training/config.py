@@ -197,7 +197,7 @@ class TrainingSection(_Section):
         description="The best epoch is the one where this is highest (or the loss lowest); of "
         "equal ones, that with the lowest val/loss. Where the validation set has too few "
         "non-lenses for a true positive rate at so small a false positive rate, it is the one at "
-        "the smallest that they allow, or else val/auroc.",
+        "the smallest that allows ten false positives, or else one, or else val/auroc.",
     )
     save_top_k: int = _bounded(
         default=3, ge=1, le=100, description="Checkpoints of so many best epochs are kept."
@@ -234,7 +234,9 @@ class HardwareSection(_Section):
     )
     devices: int = _bounded(default=1, ge=1, le=1024, description="Devices to train on.")
     exclusive: bool = Field(
-        default=True, description="Wait for GPUs that no other training of this host has."
+        default=True,
+        description="Wait for GPUs that no other training of this host has which shares its "
+        "temporary folder.",
     )
     strategy: Literal["auto", "ddp"] = Field(
         default="auto", description="How devices share the work; `auto` is ddp where there are two."
