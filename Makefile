@@ -2,8 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Two files of tests at a time: much of what they take is waiting for servers and processes.
-SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
+# Three files of tests at a time, on two cores: much of it is waiting for servers and processes.
+SIDE_BY_SIDE := --numprocesses 3 --dist loadfile
 
 .PHONY: help
 help:  ## list the targets

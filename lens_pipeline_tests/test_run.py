@@ -344,7 +344,7 @@ def test_a_cancelled_training_is_followed_by_no_ensemble_of_new_and_old_members(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)  # of three trainings, also on a machine that others use
+@pytest.mark.timeout(3000)  # of three trainings, also on a machine that others use
 def test_the_default_job_finds_lenses(tmp_path: Path) -> None:
     """What `make run` promises: enough of a test split, and an ensemble that beats its members."""
     assert main(["run", "--home", str(tmp_path / "home")]) == 0
