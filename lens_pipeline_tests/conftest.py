@@ -40,6 +40,7 @@ LENS_PIPELINE = str(Path(sys.executable).with_name("lens-pipeline"))  # the inst
 LONGEST = ("test_unattended", "test_distributed", "test_run")  # files, of the slow tests
 OURS = ("LENS_", "MLFLOW_", "DAGSTER_")
 NO_SKIP = os.environ.get("LENS_NO_SKIP") == "1"
+HOME_WAS_THERE = Path(".lens").exists()
 # gcsfs reads it when it is imported, for the whole process; see GCSServer.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
@@ -75,6 +76,12 @@ def pytest_configure() -> None:
     # does all that the tests start and mean to end.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not HOME_WAS_THERE and Path(".lens").exists():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        print("\na test has made .lens, where whoever runs the tests may have data", file=sys.stderr)
 
 
 def _ours() -> dict[str, str]:
@@ -126,11 +133,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def clean_environment() -> Iterator[None]:
-    """No setting of whoever runs the tests gets in, and none of a test gets out. Without
-    `monkeypatch`, which so ends before it, and gives back what a command has said."""
+def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No setting of whoever runs the tests gets in, and none of a test gets out; without one of its
+    own, its home is its alone. Without `monkeypatch`, which so ends before it, and gives back what
+    a command has said."""
     before = dict(os.environ)
-    _set_ours({})
+    _set_ours({"LENS_HOME": str(tmp_path_factory.getbasetemp() / f"home-{secrets.token_hex(8)}")})
     yield
     os.environ.clear()
     os.environ.update(before)

@@ -55,7 +55,7 @@ def test_an_extra_that_is_missing_is_told_before_anything_is_made(
         ("lasto: {training: {epochs: 3}}", "lasto: is neither a section .*lastro"),
         ("lastro: 3", "training.yaml: lastro: must hold sections"),
         ("model: {arch: resnet18}", "training.yaml: model.arch: is decided by the asset graph"),
-        ("data: {data_root: here}", "training.yaml: data.data_root: follows from"),
+        ("data: {data_root: here}", "training.yaml: data.data_root: is decided by"),
         ("training: [", "training.yaml: is no YAML"),
         ("training: {epochs: 3}\ntraining: {seed: 1}", "is no YAML .*training is there twice"),
         ("training: {epochs: 2020-99-99}", "training.yaml: is no YAML .*month"),

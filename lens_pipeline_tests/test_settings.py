@@ -11,6 +11,7 @@ from lens_pipeline.settings import Settings
 
 def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LENS_HOME")
     settings = Settings.load()
     assert settings.home == tmp_path / ".lens"
     assert settings.source == "simulation"
