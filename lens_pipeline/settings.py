@@ -263,8 +263,8 @@ class Settings(BaseSettings):
         default=0.1,
         ge=0,
         le=1,
-        description="The most calibration error of a challenger, in excess of what chance alone "
-        "makes.",
+        description="The most calibration error of a challenger, both classes weighing the same, "
+        "in excess of what chance alone makes.",
     )
     gate_min_auroc: float = Field(
         default=0.5, ge=0, le=1, description="The lower 95 % bound of AUROC must exceed this."

@@ -81,7 +81,7 @@ def pytest_configure() -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if not HOME_WAS_THERE and Path(".lens").exists():
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        print("\na test has made .lens, where whoever runs the tests may have data", file=sys.stderr)
+        print("\na test has made .lens, the home of whoever runs the tests", file=sys.stderr)
 
 
 def _ours() -> dict[str, str]:

@@ -14,7 +14,6 @@ from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.fractions import (
     design_effect,
     fraction,
-    jeffreys,
     rate_beyond,
     upper_limit,
 )
@@ -122,7 +121,8 @@ def _expected(
     completeness = fraction(found, n_lens, effects[0])
     lenses = {end: value * n_lenses for end, value in completeness.items() if value is not None}
     if mistaken:
-        rate: dict[str, Any] = rate_beyond(mistaken, n_nonlens, effects[1])
+        ends = rate_beyond(mistaken, n_nonlens, effects[1])
+        rate: dict[str, Any] = dict(zip(("value", "low", "high"), map(float, ends), strict=True))
         tpr, fpr = found / n_lens, rate["value"]
         drawn = _posteriors(counts, effects)
         pure = _interval(float(purity(tpr, fpr, prevalence)), purity(*drawn, prevalence))
@@ -156,15 +156,16 @@ def threshold_curve(
     Columns: `threshold`; `completeness`; `false_positives` (a count); `purity_of_sample`, at the
     sample's own mixture; `purity` at `prevalence`, NaN where there is no false positive, and
     `purity_low`, `purity_high`: from the interval of the false positive rate alone, and there from
-    its upper limit; group: as of `forecast`. Raises InputError as that does.
+    its upper limit; that rate, and group, as of `forecast`. Raises InputError as that does.
     """
     _check_prevalence(prevalence)
     fpr, tpr, threshold = roc(label, score)
     labels, scores = np.asarray(label), np.asarray(score, dtype=np.float64)
     n_lens, n_nonlens = int((labels == 1).sum()), int((labels == 0).sum())
     last = len(threshold) - 1
-    # What is chosen lies among the first: there are more points.
-    place = np.unique(np.geomspace(1, last, min(POINTS, last)).round().astype(int))
+    place = np.arange(1, last + 1)
+    if last > POINTS:  # what is chosen lies among the first: there are more points
+        place = np.unique(np.geomspace(1, last, POINTS).round().astype(int))
     fpr, tpr, threshold = fpr[place], tpr[place], threshold[place]
     mistaken = (fpr * n_nonlens).round()
     others = scores[labels == 0]
@@ -173,7 +174,7 @@ def threshold_curve(
     own = None if groups is None else np.unique(groups, return_inverse=True)[1][labels == 0]
     usual = design_effect(others >= np.quantile(others, 1 - DECADES[0]), own)
     effect = np.array([design_effect(others >= at, own, usual) for at in threshold])
-    low, high = jeffreys(mistaken / effect, n_nonlens / effect)
+    expected, low, high = rate_beyond(mistaken, n_nonlens, effect)
     none = mistaken == 0
     high = np.where(none, upper_limit(n_nonlens / effect), high)
     return pd.DataFrame(
@@ -182,7 +183,7 @@ def threshold_curve(
             "completeness": tpr,
             "false_positives": mistaken.astype(int),
             "purity_of_sample": purity(tpr, fpr, n_lens / (n_lens + n_nonlens)),
-            "purity": np.where(none, np.nan, purity(tpr, fpr, prevalence)),
+            "purity": np.where(none, np.nan, purity(tpr, expected, prevalence)),
             "purity_low": purity(tpr, high, prevalence),
             "purity_high": np.where(none, np.nan, purity(tpr, low, prevalence)),
         }

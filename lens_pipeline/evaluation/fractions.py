@@ -35,16 +35,17 @@ def fraction(count: int, n: int, effect: float = 1.0) -> dict[str, float | None]
     return {"value": count / n, "low": float(low), "high": float(high)}
 
 
-def rate_beyond(count: int, n: int, effect: float = 1.0) -> dict[str, float]:
+def rate_beyond(count: ArrayLike, n: int, effect: ArrayLike = 1.0) -> tuple[Array, Array, Array]:
     """The rate of non-lenses beyond a threshold that was chosen on n of them for `count` to remain,
-    with its 95 % interval, of n / effect independent ones (see `design_effect`).
+    and the ends of its 95 % interval, of n / effect independent ones (see `design_effect`).
 
     It is no count / n: the threshold lies just above the next non-lens, beyond which the rate is
     that of an order statistic, a Beta(count + 1, n - count) (David & Nagaraja 2003, section 2.1).
     """
+    count, effect = np.asarray(count, dtype=np.float64), np.asarray(effect, dtype=np.float64)
     of_beta = (count / effect + 1, (n - count) / effect)
-    low, high = (float(betaincinv(*of_beta, side)) for side in (0.025, 0.975))
-    return {"value": (count + 1) / (n + 1), "low": low, "high": high}
+    low, high = (np.where(count == n, 1.0, betaincinv(*of_beta, side)) for side in (0.025, 0.975))
+    return (count + 1) / (n + 1), low, high
 
 
 def design_effect(chosen: ArrayLike, group: ArrayLike | None, usual: float | None = None) -> float:

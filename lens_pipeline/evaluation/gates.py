@@ -100,12 +100,12 @@ def champion_gate(
     (n,): whether either model has trained or validated on the group; survey (n,): of which each is.
 
     Only what neither has seen counts. Of that there must be `min_lens` and `min_nonlens` cutouts,
-    in FEWEST_GROUPS groups each. The challenger must pass as a first model would, its `ece` must
-    not exceed `max_ece`, and by `ranking_metric` it must not be worse than the champion by
-    `tolerance` or more: by the lower 95 % bound, of one side, of the difference over resamplings of
-    both together, see `ranked_bootstrap`. Nor, by the upper one, for certain: losses that are each
-    within the tolerance would add up from version to version. Of the `ece`, what chance alone makes
-    does not count.
+    in FEWEST_GROUPS groups each. The challenger must pass as a first model would, its
+    `ece_balanced` must not exceed `max_ece` beside what chance alone makes of it, and by
+    `ranking_metric` it must not be worse than the champion by `tolerance` or more: by the lower
+    95 % bound, of one side, of the difference over resamplings of both together, see
+    `ranked_bootstrap`. Nor, by the upper one, for certain: losses that are each within the
+    tolerance would add up from version to version.
 
     Of several surveys, none that has as many cutouts and groups may be worse for certain, either:
     what a large one gains would hide what a small one loses. They share the 5 % of doubt.
@@ -130,11 +130,11 @@ def champion_gate(
             metrics, min_lens=min_lens, min_nonlens=min_nonlens, min_auroc_low=min_auroc_low
         ).reasons
     )
-    ece, by_chance = metrics["ece"]["value"], metrics["ece_by_chance"]
+    ece, by_chance = metrics["ece_balanced"]["value"], metrics["ece_balanced_by_chance"]
     if ece - by_chance > max_ece:
         reasons.append(
-            f"the calibration error is {ece:.3f}, of which chance makes {by_chance:.3f}; at most "
-            f"{max_ece:g} beside it is allowed"
+            f"the calibration error is {ece:.3f} where both classes weigh the same, of which "
+            f"chance makes {by_chance:.3f}; at most {max_ece:g} beside it is allowed"
         )
     of_all = _compared(new)
     if of_all.low <= -tolerance:
@@ -161,8 +161,8 @@ def champion_gate(
         "gain_low": of_all.low,
         "gain_high": of_all.high,
         "auroc_low": metrics["auroc"]["low"],
-        "ece": ece,
-        "ece_by_chance": by_chance,
+        "ece_balanced": ece,
+        "ece_balanced_by_chance": by_chance,
     }
     return GateDecision(not reasons, tuple(reasons), figures)
 

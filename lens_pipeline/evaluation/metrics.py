@@ -31,14 +31,15 @@ FEWEST_GROUPS = 20  # of fewer that are drawn whole, resampling says little
 RESOLVED = 0.95  # of samples, or resamplings: a rate that fewer tell is not resolved
 ENOUGH = 10  # false positives: a rate of fewer is mostly chance
 CHANCES = 200  # draws of labels, for what chance makes of a calibration error
-ERRORS = ("ece", "ece_top", "brier")  # of probabilities; the others are of ranks
+CALIBRATION = ("ece", "ece_balanced", "ece_top")
+ERRORS = (*CALIBRATION, "brier")  # of probabilities; the others are of ranks
 AT_ONCE = 1 << 17  # numbers: so many samples are counted together
 
 
 @dataclass(frozen=True)
 class _Levels:
-    """Samples of cutouts by distinct score (levels,), highest first: how many lenses and non-lenses
-    have it, (samples, levels)."""
+    """Samples of cutouts by distinct score (levels,), or of each sample, (samples, levels), highest
+    first: how many lenses and non-lenses have it, (samples, levels)."""
 
     score: Array
     lens: Array
@@ -76,6 +77,17 @@ class _Levels:
         """Lenses at or above each score beyond those that the scores promise."""
         return self.found - np.cumsum(self.score * (self.lens + self.nonlens), axis=1)
 
+    @cached_property
+    def balanced(self) -> "_Levels":
+        """With lenses and non-lenses weighing the same, and the scores, which hold at the mixture
+        of each sample, brought there (see `at_mixture`). A class that is absent stays so."""
+        of_lens, of_nonlens = (
+            (self.n / np.where(of > 0, 2 * of, self.n))[:, None]
+            for of in (self.n_lens, self.n_nonlens)
+        )
+        lens, nonlens = self.score * of_lens, (1 - self.score) * of_nonlens
+        return _Levels(lens / (lens + nonlens), self.lens * of_lens, self.nonlens * of_nonlens)
+
 
 def by_rank(score: ArrayLike) -> Array:
     """Scores (n,) of any range -> numbers from 0 to below 1 in their order, equal where they are
@@ -94,9 +106,10 @@ def lens_metrics(
     """Metrics of scores on labelled cutouts.
 
     label (n,): 1 lens, 0 not; score (n,): probabilities. Returns {name: {"value", "low", "high"}},
-    the integers `n_lens` and `n_nonlens`, and `ece_by_chance`: the mean ece of cutouts with these
-    probabilities where they are exactly right, None where `bootstrap` is 0. `low` and `high` bound
-    the middle 95 % of `bootstrap` resamplings, that of ece and ece_top centred on their values,
+    the integers `n_lens` and `n_nonlens`, and `ece_by_chance` and `ece_balanced_by_chance`: the
+    mean of these errors where the probabilities are exactly right, None where `bootstrap` is 0 or a
+    class that it needs is absent. `low` and `high` bound
+    the middle 95 % of `bootstrap` resamplings, that of an ece centred on its value,
     with a `low` of 0 where more than 5 % of exactly right probabilities show as much; they are None
     where `bootstrap` is 0. group (n,): whole groups are drawn, as in `paired_bootstrap`, for
     cutouts of one galaxy or region are not independent; else lenses and non-lenses are, apart, and
@@ -112,8 +125,11 @@ def lens_metrics(
     highest true positive rate with no, and with fewer than ten, false positives. tpr_at_fpr_x: the
     highest with a false positive rate <= x. precision_at_k: among the k highest scores, k = 100 or
     n_lens if fewer; of ties at the k-th, what is expected. ece: the expected calibration error over
-    15 bins of equal counts, ties and cutouts at an edge being shared. ece_top: the same over 5 bins
-    of the tenth of the cutouts with the highest scores, 50 at least. brier: the mean squared error.
+    15 bins of equal counts, ties and cutouts at an edge being shared. ece_balanced: the same where
+    lenses and non-lenses weigh the same, and the scores are brought there from the sample's own
+    mixture: where lenses are few, the probabilities of most are near 0, and so is the ece of scores
+    that promise many times too many. ece_top: the ece over 5 bins of the tenth of the cutouts with
+    the highest scores, 50 at least. brier: the mean squared error.
 
     A value that the sample cannot resolve is None: a TPR at an FPR below 1 / n_nonlens, tpr10 with
     fewer than ten non-lenses, ece_top with fewer than 50 cutouts, and all but ece, ece_top and
@@ -136,14 +152,19 @@ def lens_metrics(
     deciding = FPRS | {"tpr0": 1 / max(1, n_nonlens), "tpr10": ENOUGH / max(ENOUGH, n_nonlens)}
     rarer = min(len(np.unique(groups[of_class])) for of_class in (label, ~label))
     chance = _by_chance(score, label, groups) if draws else {}
-    by_chance = float(np.mean(chance["ece"])) if chance else None
+    by_chance = {
+        f"{name}_by_chance": float(np.mean(chance[name]))
+        if chance and math.isfinite(values[name])
+        else None
+        for name in ("ece", "ece_balanced")
+    }
     metrics: dict[str, Any] = {}
     for name, value in values.items():
         low = high = None
         if math.isfinite(value) and draws:
             drawn = draws[name]
             drawn = drawn[np.isfinite(drawn)]  # of groups, some have too few of a class
-            if name in ("ece", "ece_top"):
+            if name in CALIBRATION:
                 # Noise alone makes a calibration error, and resampling adds as much once more.
                 drawn = np.maximum(drawn - np.median(drawn) + value, 0)
             if len(drawn):
@@ -157,7 +178,7 @@ def lens_metrics(
         known = value if math.isfinite(value) else None
         metrics[name] = {"value": known, "low": low, "high": high}
     counts = {"n_lens": int(levels.n_lens.item()), "n_nonlens": n_nonlens}
-    return metrics | {"ece_by_chance": by_chance} | counts
+    return metrics | by_chance | counts
 
 
 def ranking_metric(n_nonlens: int) -> str:
@@ -218,20 +239,22 @@ def ranked_bootstrap(
 def _by_chance(
     score: Array, label: NDArray[np.bool_], member: NDArray[np.integer]
 ) -> dict[str, Array]:
-    """(CHANCES,) of the `ece`, and `ece_top`, that cutouts with these probabilities (n,) have where
-    they are exactly right. member (n,): numbers of groups, whose labels are alike: by the root of
-    how many times the variance of label - score is that of independent cutouts (Kish 1965) they are
-    larger."""
+    """(CHANCES,) of each of CALIBRATION that cutouts with these probabilities (n,) have where they
+    are exactly right. member (n,): numbers of groups, whose labels are alike: by the root of how
+    many times the variance of label - score is that of independent cutouts (Kish 1965) they are
+    larger. What of it is of all groups alike, and of the score, is an error of the scores."""
     scores = np.sort(score)  # their order is nothing
     random, (distinct, level) = np.random.default_rng(0), _ranked(scores)
-    error = label - score
+    aside = score - score.mean()
+    error = (label - score) - (label - score).mean()
+    error -= aside * ((aside @ error) / max(aside @ aside, np.finfo(float).tiny))
     alone = (error**2).sum()
     effect = max(1.0, (np.bincount(member, error) ** 2).sum() / alone) if alone else 1.0
     together = np.bincount(level, minlength=len(distinct)).astype(np.float64)
     drawn = (random.random(len(scores)) < scores for _ in range(CHANCES))
     lens = (np.bincount(level, found, len(distinct)) for found in drawn)
     samples = _blocks(distinct, ((found, together - found) for found in lens))
-    made = _over(samples, {name: METRICS[name] for name in ("ece", "ece_top")})
+    made = _over(samples, {name: METRICS[name] for name in CALIBRATION})
     return {name: np.nan_to_num(of) * np.sqrt(effect) for name, of in made.items()}
 
 
@@ -457,6 +480,11 @@ def _ece(levels: _Levels, highest: Array, bins: int) -> Array:
     return _where(highest <= levels.n, missed, highest)
 
 
+def _ece_balanced(levels: _Levels) -> Array:
+    balanced = levels.balanced
+    return np.where(_both(levels), _ece(balanced, balanced.n, BINS), np.nan)
+
+
 def _ece_top(levels: _Levels) -> Array:
     return _ece(levels, np.maximum(TAIL_LEAST, np.ceil(TAIL * levels.n)), TAIL_BINS)
 
@@ -475,6 +503,7 @@ METRICS: Mapping[str, Metric] = {
     **{name: _tpr_at(fpr) for name, fpr in FPRS.items()},
     "precision_at_k": _precision_at_k,
     "ece": lambda levels: _ece(levels, levels.n, BINS),
+    "ece_balanced": _ece_balanced,
     "ece_top": _ece_top,
     "brier": _brier,
 }

@@ -138,8 +138,9 @@ def _metrics(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     for key, title in MORE_COLUMNS.items():
         cells = "".join(f"<td>{_html_cell(of[key])}</td>" for of in metrics.values())
         rows.append(f"<tr><th>{html.escape(title)}</th>{cells}</tr>")
-        if key == "ece":
-            cells = "".join(f"<td>{of['ece_by_chance']:.3f}</td>" for of in metrics.values())
+        chance = [of[f"{key}_by_chance"] for of in metrics.values() if f"{key}_by_chance" in of]
+        if chance:
+            cells = "".join(f"<td>{UNRESOLVED if n is None else f'{n:.3f}'}</td>" for n in chance)
             rows.append(f"<tr><th>of which chance alone makes</th>{cells}</tr>")
     return f"<div class=wide><table><tr><th></th>{head}</tr>{''.join(rows)}</table></div>"
 

@@ -8,18 +8,21 @@ from typing import Any
 
 from lens_pipeline.evaluation.gates import GateDecision, first_model_gate
 from lens_pipeline.evaluation.origins import REAL
+from lens_pipeline.evaluation.surveys import OTHERS
 
 METRICS = "metrics.json"
 KINDS = "kinds.json"
 ORIGINS = "origins.json"
 SURVEYS = "surveys.json"
+REAL_SURVEYS = "real_surveys.json"
 SELECTION = "selection.json"
 FORECAST = "forecast.json"
 SCORES = "scores.parquet"
 REPORT = "report.html"
 FUSED = "ensemble"  # the name of all members together, beside theirs
 CLASSES = ("lens", "nonlens")
-FILES = (METRICS, KINDS, ORIGINS, SURVEYS, SELECTION, FORECAST)  # as `Evaluation` has them
+# As `Evaluation` has them.
+FILES = (METRICS, KINDS, ORIGINS, SURVEYS, REAL_SURVEYS, SELECTION, FORECAST)
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Evaluation:
     metrics: what `lens_metrics` gives on the test split, for each member and for `ensemble`.
     kinds: what `false_positives_by_kind` gives; empty where the catalogue has no column `kind`.
     origins: {`real` and `simulated`: their metrics}; empty where the test split holds but one.
-    surveys: {survey: its metrics}, likewise.
+    surveys: {survey: its metrics}, likewise; real_surveys: of the real cutouts alone, where there
+    are simulated ones beside.
     selection: of `selection_function`; forecast: of `forecast`, with what it rests on,
     `rests_on`. `kinds`, `selection` and `forecast` are of the ensemble on the test split.
     """
@@ -39,6 +43,7 @@ class Evaluation:
     kinds: dict[str, dict[str, Any]]
     origins: dict[str, dict[str, Any]]
     surveys: dict[str, dict[str, Any]]
+    real_surveys: dict[str, dict[str, Any]]
     selection: dict[str, Any]
     forecast: dict[str, Any]
 
@@ -65,16 +70,20 @@ class Evaluation:
     def in_each_part(self, decision: GateDecision, thresholds: Mapping[str, Any]) -> GateDecision:
         """The decision, where no survey that holds what a gate needs may fail by itself, and of
         several surveys, or of real and simulated cutouts, one must hold it: who tells them apart
-        may seem to tell lenses."""
+        may seem to tell lenses. Of surveys, too, the real cutouts alone count where gates judge by
+        these; small ones that are told together are no survey."""
+        surveys = self.real_surveys if self.on_real_ones(thresholds) else self.surveys
         alone = {
             name: first_model_gate(of[FUSED], **thresholds)
-            for name, of in self.surveys.items()
+            for name, of in surveys.items()
             if _hold_enough(of, thresholds)
         }
         reasons = [f"{name}: {reason}" for name, own in alone.items() for reason in own.reasons]
         needed = [thresholds[f"min_{name}"] for name in CLASSES]
-        for parts, what in ((self.surveys, "survey"), (self.origins, "origin (real, simulated)")):
-            enough = not any(needed) or any(_hold_enough(of, thresholds) for of in parts.values())
+        for parts, what in ((surveys, "survey"), (self.origins, "origin (real, simulated)")):
+            enough = not any(needed) or any(
+                _hold_enough(of, thresholds) for name, of in parts.items() if name != OTHERS
+            )
             if parts and not enough:
                 reasons.append(
                     f"no {what} alone has {needed[0]} lenses and {needed[1]} non-lenses in the "

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
-from lens_pipeline.evaluation.forecast import threshold_curve
-from lens_pipeline.evaluation.fractions import jeffreys
+from lens_pipeline.evaluation.forecast import purity, threshold_curve
+from lens_pipeline.evaluation.fractions import Array, jeffreys
 from lens_pipeline.evaluation.metrics import roc
 from lens_pipeline.evaluation.plots import COLOURS, FONT, column_figure, literal, plain
 
@@ -190,20 +190,30 @@ def one_in(prevalence: float) -> str:
 
 
 def reliability_figure(label: ArrayLike, probability: ArrayLike) -> Figure:
-    """Predicted probability against the observed fraction of lenses, in bins of equal counts, of
+    """Predicted probability against the observed fraction of lenses, in bins of equal weight, of
     which those that share a probability have equal parts.
 
-    Bars: the 68 % interval of a fraction (see `jeffreys`).
+    Lenses and non-lenses weigh the same, and the probabilities are brought there from the mixture
+    of the labels: where lenses are few, all points would lie at 0. Bars: the 68 % interval of a
+    fraction (see `jeffreys`).
     """
     probabilities = np.asarray(probability, dtype=np.float64)
-    labels = pd.Series(label).groupby(probabilities).transform("mean").to_numpy()
+    labels = np.asarray(label)
+    rare = min(1 - 1e-9, max(1e-9, float((labels == 1).mean())))
+
+    def balanced(fraction: ArrayLike) -> Array:
+        return purity(fraction, 1 - np.asarray(fraction), 1 - rare)
+
+    shares = pd.Series(labels).groupby(probabilities).transform("mean").to_numpy()
     order = np.argsort(probabilities, kind="stable")
-    parts = [part for part in np.array_split(order, BINS) if len(part)]
-    predicted = np.array([probabilities[part].mean() for part in parts])
-    observed = np.array([labels[part].mean() for part in parts])
-    low, high = jeffreys(
-        [labels[part].sum() for part in parts], [len(part) for part in parts], confidence=0.68
-    )
+    weight = (shares / rare + (1 - shares) / (1 - rare))[order]
+    middle = (np.cumsum(weight) - weight / 2) / weight.sum()
+    bins = np.split(order, np.searchsorted(middle, np.arange(1, BINS) / BINS))
+    parts = [part for part in bins if len(part)]
+    predicted = balanced([probabilities[part].mean() for part in parts])
+    found, n = (np.array([of(part) for part in parts]) for of in (lambda p: shares[p].sum(), len))
+    observed = balanced(found / n)
+    low, high = map(balanced, jeffreys(found, n, confidence=0.68))
     figure = column_figure()
     axes = plain(figure.add_subplot(), "predicted probability", "observed fraction of lenses")
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle=":")

@@ -98,8 +98,8 @@ def score_sections(
             pictures=[
                 Picture(
                     "reliability",
-                    "Predicted against observed fraction of lenses, at the mixture of these "
-                    "cutouts; bars are 68 % intervals",
+                    "Predicted against observed fraction of lenses, where both classes weigh the "
+                    "same; bars are 68 % intervals",
                     reliability_figure(label, calibrated),
                 ),
                 Picture(

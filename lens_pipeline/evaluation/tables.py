@@ -27,6 +27,7 @@ MORE_COLUMNS = {
     "tpr_at_fpr_1e-4": "TPR at FPR 1e-4",
     PRECISION: "precision at k",
     "ece": COLUMNS["ece"],
+    "ece_balanced": "calibration error, both classes weighing the same",
     "ece_top": "calibration error, highest tenth",
     "brier": "Brier score",
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from lens_pipeline.catalogue.splits import PARTS
 from lens_pipeline.catalogue.table import Catalogue
@@ -18,6 +19,7 @@ from lens_pipeline.evaluation.forecast import PREVALENCE, forecast
 from lens_pipeline.evaluation.fractions import lens_fraction
 from lens_pipeline.evaluation.metrics import lens_metrics
 from lens_pipeline.evaluation.origins import (
+    REAL,
     SIMULATED,
     basis,
     by_origin,
@@ -40,7 +42,9 @@ from lens_pipeline.evaluation.tables import cutouts_table, format_text
 from lens_pipeline.models.saliency import smooth_grad
 from lens_pipeline.models.system import LitLensSystem
 from lens_pipeline.scoring.predictor import score_dataset
+from lens_pipeline.scoring.score_files import write_scores
 from lens_pipeline.scoring.score_tables import LEARNT_FROM
+from lens_pipeline.scoring.scored_rows import made_by, model_hash
 from lens_pipeline.scoring.sources import ScoredDataset
 
 GALLERY = 16
@@ -68,7 +72,13 @@ def evaluate_ensemble(
     """
     ensemble = load_ensemble(ensemble_folder)
     scores = _scores(ensemble, ensemble_folder, dataset, catalogue)
-    scores.to_parquet(out / SCORES, index=False)
+    about = {
+        "model": {"uri": str(ensemble_folder), "content": model_hash(ensemble)},
+        "catalogue": {"source": str(dataset.folder), "content": dataset.facts["content"]},
+        **made_by(ensemble),
+    }
+    schema = pa.Schema.from_pandas(scores, preserve_index=False)
+    write_scores(out / SCORES, out / f".{SCORES}", [scores], schema, about)
     test, n_seen = _unseen_test(ensemble, ensemble_folder, scores)
     columns = {name: f"probability_{name}" for name in ensemble.members}
     columns |= {FUSED: "probability"}
@@ -78,7 +88,7 @@ def evaluate_ensemble(
     validated = scores[(scores["split"] == "val") & scores["probability"].notna()]
     of_origins = by_origin(validated, simulation)
     surveys = by_survey(test)
-    of_surveys = of_same_surveys(validated, surveys)
+    real_surveys = by_survey(parts[REAL]) if len(parts) > 1 else {}
     expected = forecast(
         shown["label"], shown["probability"], prevalence=prevalence, group=shown["group"]
     )
@@ -91,6 +101,10 @@ def evaluate_ensemble(
         # lenses are there.
         return _metrics(table, columns, lens_fraction_among(alike, fitted_at))
 
+    def of_each(surveys: dict[str, pd.DataFrame], validated: pd.DataFrame) -> dict[str, Any]:
+        alike = of_same_surveys(validated, surveys)
+        return {name: metrics(part, alike[name]) for name, part in surveys.items()}
+
     selection = selection_function(test)
     evaluation = Evaluation(
         out,
@@ -99,7 +113,8 @@ def evaluate_ensemble(
         origins={o: metrics(part, of_origins.get(o)) for o, part in parts.items()}
         if len(parts) > 1
         else {},
-        surveys={name: metrics(part, of_surveys[name]) for name, part in surveys.items()},
+        surveys=of_each(surveys, validated),
+        real_surveys=of_each(real_surveys, of_origins.get(REAL, validated)),
         selection=selection,
         forecast={"rests_on": rests_on, **expected},
     )

@@ -5,7 +5,6 @@ Beside `scores.parquet` lies `scores.parquet.parts` meanwhile, with `part-000000
 to `ROWS` rows each, whichever they are, and `parts.json`, which says of what they are.
 """
 
-import importlib.metadata
 import itertools
 import logging
 import math
@@ -27,7 +26,6 @@ from lens_pipeline.catalogue.cutout import CutoutError
 from lens_pipeline.catalogue.dataset import counted_reasons
 from lens_pipeline.catalogue.known import check_placed
 from lens_pipeline.catalogue.table import Catalogue
-from lens_pipeline.commit import code_commit
 from lens_pipeline.ensemble.system import LensEnsemble
 from lens_pipeline.errors import InputError
 from lens_pipeline.locations import meant_as_url
@@ -52,7 +50,13 @@ from lens_pipeline.scoring.score_tables import (
     scoring,
     tell_of_replaced,
 )
-from lens_pipeline.scoring.scored_rows import OF_ROWS, ScoredRows, model_hash, scoring_program
+from lens_pipeline.scoring.scored_rows import (
+    OF_ROWS,
+    ScoredRows,
+    made_by,
+    model_hash,
+    scoring_program,
+)
 from lens_pipeline.scoring.sources import CutoutSource
 from lens_pipeline.storage import FEW
 
@@ -180,7 +184,7 @@ def score_to_file(
                     what = f"{n_others} scores of other rows" if n_others else "other values"
                     log.warning("%s holds %s: as it was it is kept as %s", out, what, keep(out))
                 aside = folder / f"whole{out.suffix}"
-                write_scores(out, aside, rows.tables(), schema, about | _made_by(ensemble))
+                write_scores(out, aside, rows.tables(), schema, about | made_by(ensemble))
             lenses = None if known is None else show_known(known, rows, out)
             names = None if lenses is None else lenses.names
             listed, page = (
@@ -206,15 +210,6 @@ def _take_file(
     for stored in stored_scores(out, columns):
         taken.append(rows.take(stored, of_a_stopped_command=False))
     return np.concatenate(taken), sum(rows.n_unknown(ids) for ids in stored_ids(out))
-
-
-def _made_by(ensemble: LensEnsemble) -> dict[str, Any]:
-    """What `about_scores` tells, and decides on no score."""
-    return {
-        "dataset_version": ensemble.facts["dataset_version"],
-        "code_version": importlib.metadata.version("lens-pipeline"),
-        "code_commit": code_commit(),
-    }
 
 
 def _of_parts(about: dict[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,10 @@ def about_scores(file: str | Path) -> dict[str, Any]:
     """
     if not Path(file).is_file():
         raise InputError(f"{file}: there is no such file")
-    about = _about(Path(file))
+    try:
+        about = _about(Path(file))
+    except (OSError, ValueError, pa.ArrowException):
+        about = None
     if about is None:
         raise InputError(f"{file}: does not say of what its scores are")
     return {name: value for name, value in about.items() if name != _SHA256}
@@ -97,7 +100,7 @@ def about_intact(file: Path) -> dict[str, Any] | None:
 
 
 def _about(path: Path) -> dict[str, Any] | None:
-    if path.suffix == ".csv":
+    if ".csv" in path.suffixes:  # of a kept one, `.csv.before`
         text = _beside(path).read_text() if _beside(path).is_file() else None
     else:
         text = (pq.read_schema(path).metadata or {}).get(_KEY)
@@ -203,11 +206,13 @@ def write_scores(
 
 def keep(path: Path) -> Path:
     """A copy of a file that is about to be replaced, and holds what is nowhere else: `name.before`,
-    or `name.before-2`, ... where there is one. Returns where it is."""
+    or `name.before-2`, ... where there is one; and of what lies beside it. Returns where it is."""
     names = (f"{path.name}.before{'' if n == 1 else f'-{n}'}" for n in count(1))
     copy = next(path.with_name(name) for name in names if not path.with_name(name).exists())
-    with path.open("rb") as kept, written(copy) as file:
-        shutil.copyfileobj(kept, file)
+    for mine, its in ((_beside(path), _beside(copy)), (path, copy)):
+        if mine.is_file():
+            with mine.open("rb") as kept, written(its) as file:
+                shutil.copyfileobj(kept, file)
     return copy
 
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from lens_pipeline.catalogue.build import LIBRARIES as PIXEL_LIBRARIES
 from lens_pipeline.catalogue.table import Catalogue
 from lens_pipeline.code_hashes import source_hashes
+from lens_pipeline.commit import code_commit
 from lens_pipeline.ensemble.carried import further_libraries
 from lens_pipeline.ensemble.learnt import LEARNT_PIXELS
 from lens_pipeline.ensemble.system import LensEnsemble
@@ -36,6 +38,15 @@ def scoring_program(ensemble: LensEnsemble) -> str:
 def model_hash(ensemble: LensEnsemble) -> str:
     decisive = {name: fact for name, fact in ensemble.facts.items() if name != LEARNT_PIXELS}
     return digest(decisive)[:32]
+
+
+def made_by(ensemble: LensEnsemble) -> dict[str, Any]:
+    """What `about_scores` tells, and decides on no score."""
+    return {
+        "dataset_version": ensemble.facts["dataset_version"],
+        "code_version": importlib.metadata.version("lens-pipeline"),
+        "code_commit": code_commit(),
+    }
 
 
 class ScoredRows:

@@ -89,7 +89,7 @@ def test_a_network_is_judged_by_what_chance_leaves_of_its_auroc(home: Path) -> N
 def test_calibration_is_judged_on_the_test_split(home: Path) -> None:
     check = checks_of(home)["ensemble_evaluation", "probabilities_are_calibrated"]
     metrics = summary_of(home)["ensemble"]
-    error, by_chance = metrics["ece"], metrics["ece_by_chance"]
+    error, by_chance = metrics["ece_balanced"], metrics["ece_balanced_by_chance"]
     assert check.metadata["calibration error"].value == error["value"]
     assert check.metadata["upper 95 % bound"].value == error["high"]
     assert check.metadata["of it by chance"].value == by_chance

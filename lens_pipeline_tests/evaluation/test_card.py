@@ -43,6 +43,7 @@ def evaluated(n: int = 600, kinds: int = 3, **surveys: float) -> Evaluation:
         kinds=of_kind,
         origins={},
         surveys=of_survey,
+        real_surveys={},
         selection={},
         forecast={},
     )

@@ -98,6 +98,23 @@ class TestForecast:
             assert row.false_positives == (chosen["label"] == 0).sum()
         assert curve["completeness"].iloc[-1] == 1
         assert curve["purity"].iloc[-1] == pytest.approx(1e-3)
+
+    def test_a_curve_of_purity_says_what_the_table_of_thresholds_says(self) -> None:
+        table = sample().round({"probability": 2})
+        curve = threshold_curve(table["label"], table["probability"]).set_index("threshold")
+        rows = forecast(table["label"], table["probability"])["rows"]
+        same = [row for row in rows if row["threshold"] in curve.index and row["false_positives"]]
+        assert same
+        for row in same:
+            drawn = curve.loc[row["threshold"]]
+            assert drawn["purity"] == pytest.approx(row["purity"]["value"])
+            assert drawn["purity_low"] > 0.9 * row["purity"]["low"]
+
+    def test_of_few_distinct_scores_each_is_in_the_curve(self) -> None:
+        score = np.tile(np.linspace(0.01, 1, 100), 20)
+        label = np.random.default_rng(0).random(2000) < score
+        curve = threshold_curve(label.astype(int), score)
+        assert len(curve) == 100
         none = curve["false_positives"] == 0
         assert none.any()
         assert (curve["purity"].isna() == none).all()

@@ -3,10 +3,11 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from scipy.special import expit
+from scipy.special import expit, logit
 
 from lens_pipeline.evaluation.gates import champion_gate, first_model_gate
 from lens_pipeline.evaluation.metrics import lens_metrics
@@ -193,7 +194,7 @@ def test_the_order_of_the_cutouts_decides_nothing() -> None:
     shuffled = {name: values[order] for name, values in test.items()}
     one, other = champion_gate(**test, **AGAINST), champion_gate(**shuffled, **AGAINST)
     assert one.passed == other.passed
-    for name in ("challenger", "champion", "ece", "n_lens"):
+    for name in ("challenger", "champion", "ece_balanced", "n_lens"):
         assert one.figures[name] == pytest.approx(other.figures[name], abs=1e-12)
 
 
@@ -236,7 +237,7 @@ def test_what_chance_makes_of_the_calibration_error_does_not_count() -> None:
         "survey": np.repeat("des", n),
     }
     right = champion_gate(**test, challenger=p, **AGAINST | {"max_ece": 0.06})
-    assert right.figures["ece"] > 0.06
+    assert right.figures["ece_balanced"] > 0.06
     assert right.passed
     wrong = champion_gate(**test, challenger=p**3, **AGAINST | {"max_ece": 0.06})
     assert any("of which chance makes" in reason for reason in wrong.reasons)
@@ -261,6 +262,7 @@ def test_who_tells_cameras_apart_is_no_lens_finder() -> None:
     thresholds = {"min_lens": 50, "min_nonlens": 50, "min_auroc_low": 0.55}
     parts = {name: lens_metrics(label[survey == name], score[survey == name], 200) for name in "ab"}
     rest = {"kinds": {}, "origins": {}, "selection": {}, "forecast": {}, "folder": Path()}
+    rest |= {"real_surveys": {}}
     together = {"ensemble": lens_metrics(label, score, 200)}
     pooled = Evaluation(**rest, metrics=together, surveys={})
     assert pooled.gate(thresholds).passed
@@ -285,3 +287,53 @@ def test_who_tells_cameras_apart_is_no_lens_finder() -> None:
     )
     (reason,) = origins.gate(thresholds | {"min_lens": 101, "min_nonlens": 101}).reasons
     assert reason.startswith("no origin (real, simulated) alone has 101 lenses")
+
+
+def test_real_cutouts_that_decide_are_told_from_those_of_other_surveys() -> None:
+    """Real lenses of one survey, real non-lenses of the other, simulations of both in each."""
+    random = np.random.default_rng(0)
+    thresholds = {"min_lens": 50, "min_nonlens": 50, "min_auroc_low": 0.5}
+
+    def of(n_lens: int, n_nonlens: int) -> dict[str, Any]:
+        label = np.repeat([1, 0], [n_lens, n_nonlens])
+        return {"ensemble": lens_metrics(label, expit(random.normal(3 * label)), 200)}
+
+    mixed = Evaluation(
+        Path(),
+        metrics=of(560, 1000),
+        kinds={},
+        origins={"real": of(60, 500), "simulated": of(500, 500)},
+        surveys={"a": of(310, 250), "b": of(250, 750)},
+        real_surveys={"a": of(60, 0), "b": of(0, 500)},
+        selection={},
+        forecast={},
+    )
+    (reason,) = mixed.gate(thresholds).reasons
+    assert reason.startswith("no survey alone has 50 lenses and 50 non-lenses")
+    whole = replace(mixed, real_surveys={"a": of(50, 50), "b": of(0, 500)})
+    assert whole.gate(thresholds).passed
+    # Small ones that are told together are not one.
+    others = replace(mixed, real_surveys={"a": of(40, 300), "others": of(60, 200)})
+    assert not others.gate(thresholds).passed
+    # Where simulations decide with them, so they do of each survey.
+    few = replace(mixed, origins=mixed.origins | {"real": of(10, 500)})
+    assert few.gate(thresholds).passed
+
+
+def test_where_lenses_are_few_probabilities_that_promise_many_are_no_calibrated_ones() -> None:
+    """Of odds that are twenty times too high the error over all cutouts is 0.026."""
+    random = np.random.default_rng(1)
+    label = np.repeat([1, 0], [200, 100_000])
+    evidence = random.normal(np.where(label == 1, 2, 0))
+    right = 2 * evidence - 2 + logit(200 / 100_200)
+    test = {
+        "label": label,
+        "champion": expit(right),
+        "group": np.arange(len(label)),
+        "seen": np.zeros(len(label), dtype=bool),
+        "survey": np.repeat("des", len(label)),
+    }
+    assert lens_metrics(label, expit(right + 3), bootstrap=0)["ece"]["value"] < 0.03
+    (reason,) = champion_gate(**test, challenger=expit(right + 3), **AGAINST).reasons
+    assert reason.startswith("the calibration error is ")
+    assert champion_gate(**test, challenger=expit(right), **AGAINST).passed

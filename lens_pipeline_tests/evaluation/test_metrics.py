@@ -134,6 +134,46 @@ def test_a_calibration_error_is_certain_where_chance_makes_none_like_it() -> Non
     assert lens_metrics(label, probability, bootstrap=50)["ece"]["low"] > 0.1
 
 
+def test_an_error_that_all_groups_share_is_none_of_chance() -> None:
+    """Labels are independent here: by groups, chance makes what it makes without them."""
+    random = np.random.default_rng(5)
+    probability = random.uniform(size=2000)
+    label = random.random(2000) < np.clip(probability - 0.2, 0, 1)
+    alone, grouped = (
+        lens_metrics(label, probability, bootstrap=50, group=group)["ece_by_chance"]
+        for group in (np.arange(2000), np.repeat(np.arange(40), 50))
+    )
+    assert grouped < 2 * alone
+
+
+class TestCalibrationWithBothClassesWeighingTheSame:
+    def test_by_hand(self) -> None:
+        label, score = sample(2000)
+        share = label.mean()
+        weight = np.where(label == 1, 0.5 / share, 0.5 / (1 - share))
+        odds = score / (1 - score) * (1 - share) / share
+        order = np.argsort(-score)
+        excess = np.cumsum((weight * (label - odds / (1 + odds)))[order])
+        weights = np.concatenate([[0], np.cumsum(weight[order])])
+        at_edges = np.interp(np.linspace(0, 2000, 16), weights, np.concatenate([[0], excess]))
+        by_hand = np.abs(np.diff(at_edges)).sum() / 2000
+        found = lens_metrics(label, score, bootstrap=50)
+        assert found["ece_balanced"]["value"] == pytest.approx(by_hand, abs=1e-12)
+        assert found["ece_balanced"]["low"] <= by_hand <= found["ece_balanced"]["high"]
+        assert 0 < found["ece_balanced_by_chance"] < 0.1
+
+    def test_of_as_many_lenses_as_others_it_is_the_error_over_all(self) -> None:
+        label, score = np.repeat([1, 0], 300), np.random.default_rng(0).uniform(size=600)
+        found = lens_metrics(label, score, bootstrap=20)
+        assert found["ece_balanced"]["value"] == pytest.approx(found["ece"]["value"])
+
+    def test_of_one_class_there_is_none(self) -> None:
+        found = lens_metrics(np.zeros(100), np.linspace(0, 1, 100), bootstrap=20)
+        assert found["ece_balanced"] == {"value": None, "low": None, "high": None}
+        assert found["ece_balanced_by_chance"] is None
+        assert found["ece_by_chance"] is not None
+
+
 def test_calibration_error_of_true_probabilities_is_small_and_of_overconfident_ones_not() -> None:
     random = np.random.default_rng(1)
     probability = random.uniform(size=20_000)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.special import expit
 
 from lens_pipeline.evaluation.gates import GateDecision
 from lens_pipeline.evaluation.metrics import lens_metrics
@@ -140,8 +141,27 @@ def test_the_reliability_diagram_shows_what_was_observed() -> None:
     probability = random.uniform(size=5000)
     label = (random.uniform(size=5000) < probability**2).astype(int)  # overconfident
     points = reliability_figure(label, probability).axes[0].containers[0].lines[0]
-    predicted, observed = points.get_data()
-    assert np.allclose(observed, predicted**2, atol=0.06)
+    predicted, observed = map(np.array, points.get_data())
+    share = label.mean()
+
+    def weighing_the_same(fraction: np.ndarray) -> np.ndarray:
+        odds = fraction / (1 - fraction) * (1 - share) / share
+        return odds / (1 + odds)
+
+    squares = np.linspace(0.05, 0.95, 10)
+    claimed, true = weighing_the_same(squares), weighing_the_same(squares**2)
+    assert np.allclose(observed, np.interp(predicted, claimed, true), atol=0.08)
+
+
+def test_the_reliability_diagram_of_few_lenses_shows_all_probabilities() -> None:
+    random = np.random.default_rng(1)
+    label = np.repeat([1, 0], [500, 50_000])
+    evidence = 2 * random.normal(np.where(label == 1, 2, 0)) - 2  # which lenses have e^x as often
+    points = reliability_figure(label, expit(evidence + np.log(0.01))).axes[0].containers[0]
+    predicted, observed = map(np.array, points.lines[0].get_data())
+    assert predicted.min() < 0.1
+    assert predicted.max() > 0.9
+    assert np.allclose(observed, predicted, atol=0.1)
 
 
 def test_cutouts_that_tie_are_shared_in_the_reliability_diagram() -> None:

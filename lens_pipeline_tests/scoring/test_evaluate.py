@@ -1,5 +1,6 @@
 """An ensemble of two small untrained networks, tested on real and simulated cutouts."""
 
+import importlib.metadata
 import json
 import shutil
 import warnings
@@ -24,6 +25,7 @@ from lens_pipeline.evaluation.metrics import lens_metrics
 from lens_pipeline.evaluation.result import Evaluation, read_evaluation
 from lens_pipeline.models.system import LitLensSystem
 from lens_pipeline.scoring.evaluate import evaluate_ensemble
+from lens_pipeline.scoring.score_files import about_scores
 from lens_pipeline_tests.evaluation.pages import Elements
 
 SIZE = 16
@@ -245,6 +247,17 @@ def test_what_weights_had_seen_before_is_no_test(ensemble: Path, tmp_path: Path)
 
 def test_what_is_written_is_what_is_read(mixed: Evaluation) -> None:
     assert read_evaluation(mixed.folder) == mixed
+
+
+def test_its_scores_say_of_what_they_are_wherever_they_lie(
+    mixed: Evaluation, ensemble: Path, tmp_path: Path
+) -> None:
+    about = about_scores(shutil.copy(mixed.folder / "scores.parquet", tmp_path / "mine.parquet"))
+    facts = json.loads((ensemble / "ensemble.json").read_text())
+    assert about["dataset_version"] == facts["dataset_version"]
+    assert about["catalogue"]["content"] == facts["dataset"]
+    assert about["code_version"] == importlib.metadata.version("lens-pipeline")
+    assert about["model"]["content"]
 
 
 def test_nothing_that_a_catalogue_holds_becomes_markup(mixed: Evaluation) -> None:

@@ -65,8 +65,11 @@ def test_scores_say_of_what_they_are(home: Path, undisturbed: Path, survey: Path
     assert about["dataset_version"] == facts["dataset_version"]
     assert about["catalogue"]["source"] == str(survey)
     assert about["code_version"] == importlib.metadata.version("lens-pipeline")
-    with pytest.raises(InputError, match="does not say of what its scores are"):
-        about_scores(survey)
+    notes = undisturbed.with_name("notes.txt")
+    notes.write_text("no scores")
+    for other in (survey, notes):
+        with pytest.raises(InputError, match="does not say of what its scores are"):
+            about_scores(other)
     with pytest.raises(InputError, match=r"nowhere\.parquet: there is no such file"):
         about_scores("nowhere.parquet")
 
@@ -255,13 +258,14 @@ def test_what_somebody_has_added_to_scores_is_kept(
             assert "grade" not in pd.read_csv(path)
     assert f"{out} holds other values: as it was it is kept as {out}.before" in caplog.text
     assert f"{best} has columns that it will not have (grade): as it was it is kept" in caplog.text
-    first = out.read_bytes()
+    first, of_first = out.read_bytes(), about_scores(out)
     best.write_bytes("rang;id;Güte\n1;a;gut\n".encode("latin-1"))  # as a spreadsheet may leave it
     assert main(predict) == 0
     assert best.with_name(f"{best.name}.before-2").read_bytes().startswith(b"rang;")
     assert main(command(home, fields[1], out)) == 0
     assert f"{out} holds 20 scores of other rows: as it was it is kept as" in caplog.text
     assert out.with_name(f"{out.name}.before-2").read_bytes() == first
+    assert about_scores(out.with_name(f"{out.name}.before-2")) == of_first != about_scores(out)
     assert not out.with_name(f"{out.name}.before-3").exists()
 
 
