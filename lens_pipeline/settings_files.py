@@ -96,6 +96,10 @@ def first_wrong(problem: ValidationError) -> Wrong:
             break
     place = tuple(str(step) for step in first["loc"] if not KIND.fullmatch(str(step)))
     said = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "literal_error":
+        names = {one.rpartition("/")[2]: one for one in re.findall("'(.*?)'", said)}
+        if near := difflib.get_close_matches(str(first["input"]).rpartition("/")[2], names, n=1):
+            said += f"; did you mean {names[near[0]]}?"
     if first["type"] == "union_tag_not_found":
         said = f"must hold keys and their values, {first['ctx']['discriminator']} among them"
     return Wrong(place, SHAPES.get(first["type"], said), first["type"] == "extra_forbidden")

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.dropout import _DropoutNd
 from torchvision.models import MaxVit, SwinTransformer, VisionTransformer
 
 from lens_pipeline.errors import InputError
@@ -50,8 +51,11 @@ def build_backbone(
         "efficientnet": _from_timm,
     }[found.library](found, bands, image_size)
     for module in built.network.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # in the head alone, which is the system's
+        # In the head alone, which is the system's.
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        if isinstance(getattr(module, "drop_rate", None), float):  # of timm's, by a function
+            module.drop_rate = 0.0  # type: ignore[assignment]
     if pretrained:
         if pretrained is True:
             weights, source = published_weights(found), f"published weights of {found.name}"

@@ -1,6 +1,7 @@
 """What one process of this host has at a time, by names and locks: GPUs, of which it needs none."""
 
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ def claimed(names: Sequence[str], n: int, folder: Path | None = None) -> Iterato
                     held.enter_context(lock.acquire(blocking=False))
                 except filelock.Timeout:
                     continue
+                os.utime(lock.lock_file)  # what is old there may be removed, in use or not
                 mine.append(name)
                 if len(mine) == n:
                     yield mine

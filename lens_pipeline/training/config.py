@@ -55,11 +55,23 @@ BESIDES = {
     *{("data", name) for name in ("data_root", "train_urls", "val_urls", "test_urls")},
 }
 ABBREVIATED = {"lr": "learning_rate", "gpus": "devices", "workers": "num_workers"}
+NUMBERS = (int, float, int | None)
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, values: Any) -> Any:
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field and field.annotation in NUMBERS:
+                raise ValueError(f"{name}: must be a number, and is {str(value).lower()}")
+        return values
 
 
 def _start(value: Any) -> Any:

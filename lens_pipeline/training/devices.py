@@ -64,6 +64,14 @@ def attention_that_repeats(config: TrainConfig) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+def is_out_of_memory(problem: RuntimeError) -> bool:
+    """Of a GPU: torch tells by a class of its own only what its own allocator could not have."""
+    said = str(problem)
+    return isinstance(problem, torch.OutOfMemoryError) or (
+        "CUDA error: out of memory" in said or "_STATUS_ALLOC_FAILED" in said
+    )
+
+
 @contextmanager
 def gpus_claimed(hardware: HardwareSection, trainings: int = 1) -> Iterator[None]:
     """While it is open, the GPUs of a training, or of several at a time as far as there are enough,

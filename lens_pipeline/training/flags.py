@@ -29,13 +29,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def changes(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """What the flags say, {section: {field: value}}."""
+    """What the flags say, {section: {field: value}}: `none`, where that is the default, sets
+    what a file says aside."""
     found: dict[str, dict[str, Any]] = {}
     for section, name, info in _fields():
         value = getattr(options, f"{section}.{name}")
         if value == "":  # as of a variable of the shell that is not set
             raise InputError(f"{_flag(name)}: is given, and empty")
-        if value is not None:
+        if value == "none" and info.default is None:
+            found.setdefault(section, {})[name] = None
+        elif value is not None:
             if get_origin(info.annotation) is tuple:
                 value = [part.strip() for part in value.split(",")]
             found.setdefault(section, {})[name] = value

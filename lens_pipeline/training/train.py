@@ -38,6 +38,7 @@ from lens_pipeline.training.devices import (
     attention_that_repeats,
     check_devices,
     device,
+    is_out_of_memory,
     resolved_precision,
 )
 from lens_pipeline.training.inputs import START, hashed_inputs, other_inputs, recorded_inputs
@@ -113,7 +114,9 @@ def train(
         try:
             _fit(config, data, out, going_on, loggers, callbacks, system_type)
             break
-        except torch.OutOfMemoryError:
+        except RuntimeError as problem:
+            if not is_out_of_memory(problem):
+                raise
             half = config.training.batch_size // 2
             # It was not too large for whole epochs: somebody else has the memory.
             begun = going_on or (not trial and any((out / TOP).glob("*.ckpt")))
@@ -141,7 +144,9 @@ def train(
         try:
             with telling_of_a_full_disk(out):
                 _finish(config, data, out, system_type)
-        except torch.OutOfMemoryError:
+        except RuntimeError as problem:
+            if not is_out_of_memory(problem):
+                raise
             raise InputError(
                 f"{out}: the training has ended, and the GPU has too little memory now for the "
                 "scores of the validation split; free it, and the same goes on with them"

@@ -234,10 +234,10 @@ class _Study:
         log.info("trial %d: %s", trial.number, ", ".join(drawn))
         out = TunedStudy(self.out).trained(trial.number).folder
         try:
-            if PRUNED in trial.user_attrs:  # and its worker was killed before it could tell
-                raise optuna.TrialPruned
             config = self.config.with_changes(changes, f"trial {trial.number}")
             with record(trial.number, config) as loggers:
+                if PRUNED in trial.user_attrs:  # and its worker was killed before it could tell
+                    raise optuna.TrialPruned
                 pruning = Pruning(trial, monitor)
                 trained = train(config, self.data, out, loggers, [pruning], system_type)
             curves = trained.curves.sort_values(

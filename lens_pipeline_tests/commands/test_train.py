@@ -29,6 +29,40 @@ def test_the_same_settings_file_gives_the_same_weights(uneven_shards: Path, tmp_
         assert torch.equal(value, two["state_dict"][name])
 
 
+def test_flags_override_the_file_that_is_named(uneven_shards: Path, tmp_path: Path) -> None:
+    asked = tmp_path / "asked.yaml"
+    asked.write_text(
+        "model: {arch: resnet18, dropout_rate: 0.5}\n"
+        "training: {epochs: 7, learning_rate: 3e-4, batch_size: 16, limit_train_batches: 1}\n"
+        "data: {train_urls: nowhere.tar, val_urls: nowhere.tar, use_webdataset: true}\n"
+    )
+    flags = ["--arch", "lastro", "--epochs", "1", "--learning-rate", "1e-4"]
+    flags += ["--limit-train-batches", "none"]
+    place = ["--no-use-webdataset", "--train-urls", "none", "--val-urls", "none"]
+    place += ["--data-root", str(uneven_shards), "--checkpoint-dir", str(tmp_path / "out")]
+    assert main(["train", "--config", str(asked), *flags, *place]) == 0
+    used = TrainConfig.read(tmp_path / "out" / "settings.yaml")
+    assert (used.model.arch, used.model.dropout_rate) == ("lastro", 0.5)
+    assert (used.training.epochs, used.training.learning_rate) == (1, 1e-4)
+    assert (used.training.batch_size, used.training.limit_train_batches) == (16, None)
+    assert (used.data.train_urls, used.data.data_root) == (None, str(uneven_shards))
+
+
+def test_a_tar_that_is_not_as_it_was_written_is_named_before_training(
+    uneven_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = Path(shutil.copytree(uneven_shards, tmp_path / "shards"))
+    spoiled = shards / "train-000001.tar"
+    content = bytearray(spoiled.read_bytes())
+    content[len(content) // 2] ^= 1
+    spoiled.write_bytes(content)
+    place = ["--data-root", str(shards), "--checkpoint-dir", str(tmp_path / "out")]
+    assert main(["train", *place, "--arch", "lastro", "--epochs", "1"]) == 2
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "train-000001.tar" in told
+    assert not (tmp_path / "out" / "last.ckpt").exists()
+
+
 def test_a_training_is_repeated_on_the_version_that_it_had(
     uneven_shards: Path, tmp_path: Path
 ) -> None:

@@ -122,7 +122,9 @@ def test_the_seed_decides_every_weight(architecture: str) -> None:
     assert any(not first[name].equal(other[name]) for name in first)
 
 
-@pytest.mark.parametrize("architecture", ["torchvision:alexnet", "torchvision:googlenet"])
+@pytest.mark.parametrize(
+    "architecture", ["torchvision:alexnet", "torchvision:googlenet", "timm:ghostnet_050"]
+)
 def test_there_is_no_dropout_but_in_the_head_of_the_system(architecture: str) -> None:
     torch.manual_seed(0)
     backbone, _ = build_backbone(architecture, 3, 64)

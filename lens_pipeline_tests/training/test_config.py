@@ -21,6 +21,11 @@ from lens_pipeline_tests.training.small import small_config
         ({"trainings": {}}, "file: trainings: .*did you mean training?"),
         ({"training": {"betas": 3}}, "training.betas: there is no such key; there are epochs, "),
         ({"training": {"learning_rate": 2}}, "training.learning_rate: .*less than or equal to 1"),
+        ({"training": {"monitor": "auroc"}}, "training.monitor: .*did you mean val/auroc?"),
+        ({"training": {"schedule": "cosin"}}, "training.schedule: .*did you mean cosine?"),
+        ({"training": {"min_delta": float("inf")}}, "training.min_delta: .*finite number"),
+        ({"training": {"epochs": True}}, "training: epochs: must be a number, and is true"),
+        ({"data": {"image_size": False}}, "data: image_size: must be a number, and is false"),
         ({"model": {"pretrained": 3}}, "model.pretrained: .*valid string"),
         (
             {"training": {"find_batch_size": True}, "hardware": {"devices": 2}},

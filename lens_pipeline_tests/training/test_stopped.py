@@ -76,19 +76,38 @@ def test_weights_that_are_no_numbers_are_not_kept(uneven_shards: Path, tmp_path:
 class _SmallMemory(Callback):
     """A GPU that has room for so many cutouts, from an epoch on."""
 
-    def __init__(self, room: int, epoch: int = 0) -> None:
+    def __init__(self, room: int, epoch: int = 0, problem: RuntimeError | None = None) -> None:
         self.room, self.epoch = room, epoch
+        self.problem = problem or torch.OutOfMemoryError("CUDA out of memory")
 
     def on_train_batch_start(
         self, trainer: Trainer, module: LightningModule, batch: Any, number: int
     ) -> None:
         if len(batch["image"]) > self.room and trainer.current_epoch >= self.epoch:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.problem
 
 
-def test_too_little_memory_is_told_with_the_way_out(uneven_shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "problem",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["of torch", "of CUDA", "of cuBLAS"],
+)
+def test_too_little_memory_is_told_with_the_way_out(
+    problem: RuntimeError, uneven_shards: Path, tmp_path: Path
+) -> None:
+    """Whichever library asked for it."""
     with pytest.raises(InputError, match=r"training\.batch_size 16: .*accumulate_grad_batches"):
-        train_on(small_config(), uneven_shards, tmp_path, _SmallMemory(5))
+        train_on(small_config(), uneven_shards, tmp_path, _SmallMemory(5, problem=problem))
+
+
+def test_another_error_of_a_step_is_not_one_of_memory(uneven_shards: Path, tmp_path: Path) -> None:
+    problem = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        train_on(small_config(), uneven_shards, tmp_path, _SmallMemory(5, problem=problem))
 
 
 @pytest.mark.slow
