@@ -8,10 +8,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 from uuid import uuid4
 
 import filelock
+
+from lens_pipeline.errors import FULL, InputError
 
 
 def digest(value: Any) -> str:
@@ -62,9 +65,10 @@ def folder_aside(out: Path) -> Iterator[Path]:
     """An empty folder that becomes `out` when the block ends well, and is removed when it fails.
 
     What else is written beside `out` meanwhile, under names that begin with the folder's, is
-    removed in either case; and all that processes which were killed have left of theirs.
+    removed in either case; and all that processes which were killed have left of theirs. Raises
+    InputError where it cannot be made there.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     for lock in out.parent.glob(f".{glob.escape(out.name)}.*.lock"):
         with suppress(OSError), filelock.FileLock(lock, timeout=0):  # nobody holds it
             _remove_all(lock.with_suffix(""))
@@ -77,6 +81,21 @@ def folder_aside(out: Path) -> Iterator[Path]:
             aside.rename(out)
         finally:
             _remove_all(aside)
+
+
+def make_folder(folder: Path) -> None:
+    """A folder, with those above it. Raises InputError where it cannot be made, or written
+    into; as OSError comes only what a full disk raises."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as problem:
+        if problem.errno in FULL:
+            raise
+        raise InputError(
+            f"{folder}: cannot be made, or written into ({problem.strerror}); name another place"
+        ) from None
 
 
 def _remove_all(aside: Path) -> None:

@@ -37,9 +37,11 @@ from lens_pipeline.processes import (
     has_begun,
     is_dead,
     is_here,
+    lives_here,
     process_tags,
     sign_of_life,
     signs_without_life,
+    tell,
 )
 from lens_pipeline.settings import Settings
 
@@ -154,20 +156,20 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
 
     def terminate(self, run_id: str) -> bool:
         """Ask a run to end in order. One on another host, as where the pages are served from a
-        container of their own, is asked by the daemon there, which monitors it."""
+        container of their own, is asked by the daemon there, which monitors it; also where the two
+        call themselves the same."""
         run = self._instance.get_run_by_id(run_id)
         if run is None or run.is_finished:
             return False
-        here, dead = is_here(run_id, run.tags), is_dead(run_id, run.tags, self._home)
+        here, dead = lives_here(run_id, run.tags), is_dead(run_id, run.tags, self._home)
         if has_begun(run_id, run.tags) and not here and not dead:
             self._instance.add_run_tags(run_id, {CANCELED: run_id})
             return True
         self._instance.report_run_canceling(run)
-        if not here or dead:
+        if not here:
             return False
         self._asked.add(run_id)
-        with suppress(ProcessLookupError):
-            os.kill(int(run.tags[PID]), signal.SIGTERM)
+        tell(run.tags, signal.SIGTERM)
         return True
 
     @property
@@ -178,7 +180,7 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
         """Whether the process of a run lives. What a dead one has left is ended, for the run may be
         tried again."""
         if not is_dead(run.run_id, run.tags, self._home):
-            if is_here(run.run_id, run.tags):
+            if lives_here(run.run_id, run.tags):
                 if self._lasts_too_long(run):
                     self.terminate(run.run_id)
                     _tell_of_long(run, self._limit)
@@ -208,10 +210,9 @@ class ProcessRunLauncher(RunLauncher[Any], ConfigurableClass):
     ) -> str | None:
         """What the daemon asks for before it gives up a run that does not start, or does not end
         though it was asked to; so what is left of its process is killed."""
-        if not is_here(run.run_id, run.tags):
+        here, dead = lives_here(run.run_id, run.tags), is_dead(run.run_id, run.tags, self._home)
+        if not is_here(run.run_id, run.tags) or not (here or dead):
             return None
-        if not is_dead(run.run_id, run.tags, self._home):
-            with suppress(ProcessLookupError):
-                os.kill(int(run.tags[PID]), signal.SIGKILL)
+        tell(run.tags, signal.SIGKILL)
         killed = end_rest(run.tags)
         return f"What was left of process {run.tags[PID]} is killed, with {len(killed)} others."

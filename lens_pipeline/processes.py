@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import psutil
 
@@ -44,6 +45,20 @@ def _started(pid: int) -> str:
     return fields[19]
 
 
+def check_locks(folder: Path) -> None:
+    """Raises InputError where the file system of a folder knows no locks."""
+    try:
+        with TemporaryFile(dir=folder) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as problem:
+        if problem.errno not in NO_LOCKS:
+            raise
+        raise InputError(
+            f"{folder}: its file system knows no locks (flock), by which runs are kept apart; "
+            "mount it with them, or set LENS_HOME to a folder of another"
+        ) from None
+
+
 def sign_of_life(home: Path, run_id: str) -> int:
     """The descriptor of a new file in `home`, DAGSTER_HOME, which tells other hosts that a run
     lives: it is locked until it is closed in this process, and in those that it is passed to.
@@ -52,15 +67,7 @@ def sign_of_life(home: Path, run_id: str) -> int:
     folder.mkdir(exist_ok=True)
     aside = folder / f".{run_id}"
     descriptor = os.open(aside, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError as problem:
-        if problem.errno not in NO_LOCKS:
-            raise
-        raise InputError(
-            f"{home}: its file system knows no locks (flock), by which runs are kept apart; mount "
-            "it with them, or set LENS_HOME to a folder of another"
-        ) from None
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
     aside.rename(folder / run_id)  # whoever sees it finds it locked
     return descriptor
 
@@ -88,6 +95,18 @@ def has_begun(run_id: str, tags: Mapping[str, str]) -> bool:
 def is_here(run_id: str, tags: Mapping[str, str]) -> bool:
     """Whether the process of a run is, or was, one of this host."""
     return has_begun(run_id, tags) and tags[HOST] == socket.gethostname()
+
+
+def lives_here(run_id: str, tags: Mapping[str, str]) -> bool:
+    """Whether the process of a run is one of this host, and not of another of the same name."""
+    return is_here(run_id, tags) and not _has_ended(tags)
+
+
+def tell(tags: Mapping[str, str], told: signal.Signals) -> None:
+    """Send a signal to the process of a run that lives here, if it still does."""
+    if not _has_ended(tags):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(tags[PID]), told)
 
 
 def is_dead(run_id: str, tags: Mapping[str, str], home: Path) -> bool:

@@ -19,12 +19,13 @@ from lens_pipeline.defs.checkpoints import POOL
 from lens_pipeline.defs.checks import said_of_checks
 from lens_pipeline.defs.sensors import made_by
 from lens_pipeline.defs.surveys import every_survey
-from lens_pipeline.errors import InputError, masked, told_of
+from lens_pipeline.errors import InputError, masked, told_of, words_of
 from lens_pipeline.files import write_aside
 from lens_pipeline.launcher import CANCELED, DEPLOYMENT, GONE, forget_ended_runs
 from lens_pipeline.processes import (
     HOST,
     PID,
+    check_locks,
     end_rest,
     is_dead,
     is_free,
@@ -72,6 +73,7 @@ def prepare_home(settings: Settings) -> None:
                 f"LENS_HOME: {folder} is not writable by you; name another home with --home, or "
                 "ask whom it belongs to"
             )
+    check_locks(home)
     file = home / "dagster.yaml"
     if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() in FORMER:
         write_aside(file, Path(__file__).with_name("dagster.yaml").read_text())
@@ -111,10 +113,12 @@ def settings_of_home(home: str | None) -> Settings:
 
 
 def _kept(settings: Settings) -> dict[str, Any]:
-    """What the last run of a home has left of its settings; nothing where there was none."""
+    """What the last run of a home has left of its settings; nothing where there was none, and of
+    another version's those that this one has."""
     file = settings.home / KEPT
     try:
-        return dict(json.loads(file.read_text())) if file.is_file() else {}
+        kept = dict(json.loads(file.read_text())) if file.is_file() else {}
+        return {name: value for name, value in kept.items() if name in Settings.model_fields}
     except (ValueError, TypeError):
         raise InputError(f"{file}: is damaged; remove it") from None
 
@@ -278,6 +282,20 @@ def _giving_a_sign(instance: dg.DagsterInstance, run_id: str) -> Iterator[None]:
         forget_ended_runs(instance)
 
 
+def _holders(instance: dg.DagsterInstance, run_id: str) -> list[str] | None:
+    """Who has the pool that a run waits for; None where it waits for none, or for one that has died
+    and gives it back."""
+    info = instance.event_log_storage.get_concurrency_info(POOL)
+    if run_id not in info.pending_run_ids or release_dead_runs(instance):
+        return None
+    holders = [instance.get_run_by_id(slot) for slot in info.assigned_run_ids]
+    return [
+        f"run {run.run_id[:8]} (process {run.tags.get(PID)} on {run.tags.get(HOST)})"
+        for run in holders
+        if run is not None
+    ]
+
+
 @contextmanager
 def _naming_the_holder(instance: dg.DagsterInstance, run_id: str) -> Iterator[None]:
     """While a run goes on: say who holds the pool that it has been waiting for, unless that has
@@ -287,22 +305,16 @@ def _naming_the_holder(instance: dg.DagsterInstance, run_id: str) -> Iterator[No
     def watch() -> None:
         told = None
         while not done.wait(PATIENCE):
-            info = instance.event_log_storage.get_concurrency_info(POOL)
-            if run_id in info.pending_run_ids:
-                if release_dead_runs(instance):
-                    continue
-                holders = [instance.get_run_by_id(slot) for slot in info.assigned_run_ids]
-                named = [
-                    f"run {r.run_id[:8]} (process {r.tags.get(PID)} on {r.tags.get(HOST)})"
-                    for r in holders
-                    if r is not None
-                ]
-                if named == told:
-                    continue
+            try:
+                named = _holders(instance, run_id)
+            except Exception as problem:  # noqa: BLE001  (a database that is away for a while)
+                log.warning("who holds pool %s is not known now: %s", POOL, words_of(problem))
+                continue
+            if named not in (None, told):
                 told = named
                 log.warning(
                     "waiting for pool %s, held by %s; should that be gone, force its termination "
-                    "on its page (lens-pipeline show)", POOL, ", ".join(named) or "no run",
+                    "on its page (lens-pipeline show)", POOL, ", ".join(named or ()) or "no run",
                 )  # fmt: skip
 
     watcher = threading.Thread(target=watch, daemon=True)

@@ -22,6 +22,7 @@ from dagster._utils.error import SerializableErrorInfo
 
 from lens_pipeline.alerts import MARK
 from lens_pipeline.errors import InputError
+from lens_pipeline.files import write_aside
 from lens_pipeline.processes import is_free
 from lens_pipeline.registry import answering
 from lens_pipeline.runner import LOCATION, end_launched_runs, open_instance, release_dead_runs
@@ -237,7 +238,7 @@ def pages(
             where = Path(folder) / "code"
             code = begun(CodeServer(where, *how))
             wait_for(lambda: _answers(str(where)))
-            asking = _workspace(where)
+            asking = _workspace(where, settings.dagster_home)
             launching = (DAEMON, "run", *asking, "--log-level", "warning")
             daemon = begun(Server(launching, *how))
             page = ("dagster_webserver", *asking, "-h", HOST, "-p", str(dagster_port))
@@ -303,11 +304,12 @@ def _end(servers: Sequence[Server]) -> None:
             server.process.kill()
 
 
-def _workspace(code: Path) -> Sequence[str]:
-    """The flags of the servers that ask the code server at this socket."""
+def _workspace(code: Path, home: Path) -> Sequence[str]:
+    """The flags of the servers that ask the code server at this socket. home: where nobody cleans
+    up, for they read it whenever they are started again."""
     server = {"grpc_server": {"socket": str(code), "location_name": LOCATION}}
-    file = code.with_name("workspace.yaml")  # of which JSON is a part
-    file.write_text(json.dumps({"load_from": [server]}))
+    file = home / "served.yaml"  # of which JSON is a part
+    write_aside(file, json.dumps({"load_from": [server]}))
     return ("-w", str(file))
 
 

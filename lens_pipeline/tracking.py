@@ -55,6 +55,7 @@ LOCK = 1_819_634_291  # an advisory lock of PostgreSQL: any number that others d
 FOR_A_WHILE = ("starting up", "shutting down", "recovery", "too many")  # of a server's words
 RECORDED = "lens.recorded"  # a run that holds all it should
 DAMAGED = ("SQLITE_NOTADB", "SQLITE_CORRUPT")
+SHUT = ("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM")
 log = logging.getLogger(__name__)
 
 
@@ -225,6 +226,9 @@ class Tracking:
             with filelock.FileLock(locks / "mlflow.lock"):
                 _create_database(self.settings.mlflow_database)
         try:
+            if self.settings.mlflow_file is not None:  # MLflow would try for minutes, unsaid
+                with closing(sqlite3.connect(self.settings.mlflow_file, timeout=PATIENCE)) as file:
+                    file.execute("PRAGMA schema_version")
             with _database_alone(uri):
                 client = mlflow.MlflowClient(uri, uri)
                 client.search_experiments(max_results=1)
@@ -232,11 +236,21 @@ class Tracking:
                     _follow_home(self.settings.mlflow_database, self.settings.artifact_location)
         except (sqlalchemy.exc.DatabaseError, sqlite3.DatabaseError) as problem:
             found = getattr(problem, "orig", problem)  # SQLAlchemy's has that of SQLite
-            if getattr(found, "sqlite_errorname", None) not in DAMAGED:
+            name = getattr(found, "sqlite_errorname", "")
+            if name.startswith(SHUT):
+                raise InputError(
+                    f"{self._variable}: {self.settings.mlflow_file} cannot be opened, or written "
+                    f"into ({found}); name another place, or ask whom it belongs to"
+                ) from None
+            if name not in DAMAGED:
                 raise
             raise InputError(
                 f"{self.settings.mlflow_file}: is no database of MLflow, or damaged ({found}); put "
                 "a backup in its place"
+            ) from None
+        except sqlalchemy.exc.ArgumentError as problem:
+            raise InputError(
+                f"MLFLOW_TRACKING_URI: {masked(uri)} is none that MLflow takes ({problem})"
             ) from None
         except ModuleNotFoundError as problem:
             raise InputError(
@@ -244,6 +258,11 @@ class Tracking:
                 "PostgreSQL install lens-pipeline[postgresql]"
             ) from None
         return cast("MlflowClient", _Whole(client))
+
+    @property
+    def _variable(self) -> str:
+        """Which setting names where the records are."""
+        return "LENS_HOME" if self.settings.tracking_uri is None else "MLFLOW_TRACKING_URI"
 
     @cached_property
     def experiment_id(self) -> str:

@@ -1,5 +1,6 @@
 """What the command says to bad input: one line, the place, the way out, and nothing registered."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -309,6 +310,41 @@ def test_a_run_says_which_settings_are_others_than_the_last_time(
         ],
         ["LENS_SEED: 13; in the last run here: 12"],
     ]
+
+
+def test_a_setting_of_another_version_is_none_of_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "table.csv"  # without its images: nothing is trained here
+    table.write_text("id,path,label\na,a.png,1\n")
+    kept = {"source": str(table), "preset": "full", "of_another_version": 1}
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "settings.json").write_text(json.dumps(kept))
+    command = ["run", "--home", str(tmp_path / "home"), "--preset", "tiny"]
+    assert main([*command, "--source", str(table)]) == 2
+    said = capsys.readouterr().err
+    assert "LENS_PRESET: tiny; in the last run here: full" in said
+    assert "of_another_version" not in said.lower()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["simulate", "--n", "4", "--out"],
+        ["prepare", "--data-root", "{shards}", "--output-dir"],
+        ["train", "--data-root", "{shards}", "--checkpoint-dir"],
+        ["tune", "--data-root", "{shards}", "--out"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_place_that_cannot_be_made_is_named(
+    command: list[str], shards_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [word.format(shards=shards_folder) for word in command]
+    assert main([*given, "/proc/none/out"]) == 2  # where nobody, of whatever rights, makes one
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "error: /proc/none" in told
+    assert "cannot be made, or written into (No such file or directory)" in told
 
 
 def test_a_survey_that_nobody_simulates_is_not_remembered(

@@ -1,5 +1,6 @@
 """Runs as processes: who may end one."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,8 +12,8 @@ import psutil
 import pytest
 from dagster._core.launcher.base import LaunchRunContext, WorkerStatus
 
-from lens_pipeline.launcher import ProcessRunLauncher
-from lens_pipeline.processes import PID, process_tags
+from lens_pipeline.launcher import CANCELED, ProcessRunLauncher
+from lens_pipeline.processes import PID, STARTED, process_tags, sign_of_life
 from lens_pipeline.runner import open_instance, release_dead_runs
 from lens_pipeline.settings import Settings
 from lens_pipeline_tests.served import until
@@ -94,6 +95,27 @@ def test_a_run_that_is_cancelled_on_another_host_is_ended_by_the_daemon_on_its_o
         launcher.check_run_worker_health(run())
         assert process.wait(10) == -signal.SIGTERM
         assert run().status is dg.DagsterRunStatus.CANCELING
+
+
+def test_a_run_of_another_host_of_the_same_name_is_ended_there(tmp_path: Path) -> None:
+    """As of two containers that share their host's name, and a home."""
+    job = dg.GraphDefinition("long").to_job()
+    with (
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as innocent,
+        open_instance(Settings.load(home=tmp_path)) as instance,
+    ):
+        run_id = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED).run_id
+        instance.add_run_tags(run_id, process_tags(run_id, innocent.pid) | {STARTED: "1"})
+        sign = sign_of_life(Path(instance.root_directory), run_id)  # it lives there
+        assert instance.run_launcher.terminate(run_id)
+        run = instance.get_run_by_id(run_id)
+        assert run is not None
+        assert run.tags[CANCELED] == run_id
+        instance.run_launcher.check_run_worker_health(run)
+        assert instance.run_launcher.get_run_worker_debug_info(run) is None
+        os.close(sign)
+        assert innocent.poll() is None
+        innocent.kill()
 
 
 def test_a_run_that_died_before_it_could_be_asked_to_end_is_cancelled(

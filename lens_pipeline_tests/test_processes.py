@@ -17,6 +17,7 @@ from lens_pipeline.processes import (
     PID,
     RUN,
     STARTED,
+    check_locks,
     end_rest,
     is_dead,
     process_tags,
@@ -185,4 +186,4 @@ def test_a_file_system_without_locks_is_told_with_the_way_out(
 
     monkeypatch.setattr("fcntl.flock", none)
     with pytest.raises(InputError, match=f"{tmp_path}: its file system knows no locks"):
-        sign_of_life(tmp_path, "r")
+        check_locks(tmp_path)

@@ -90,6 +90,22 @@ def test_an_interruption_while_something_is_written_locks_no_database(
         tracking.client.set_tag(run_id, "interrupted", str(step))  # raises where it is locked
 
 
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("sqlite:///{folder}", "{folder} cannot be opened"),
+        ("sqlite:///{folder}/none/m.db", "{folder}/none/m.db cannot be opened"),
+        ("postgresql+typo://host/db", ".* is none that MLflow takes .Can't load plugin"),
+    ],
+)
+def test_records_that_cannot_be_opened_are_named(
+    uri: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(folder=tmp_path))
+    with pytest.raises(InputError, match=f"MLFLOW_TRACKING_URI: {said.format(folder=tmp_path)}"):
+        _ = Tracking(Settings.load(home=tmp_path / "home")).client
+
+
 @pytest.mark.parametrize("content", [b"no database " * 500, None], ids=["another file", "torn"])
 def test_a_database_that_is_damaged_is_named(content: bytes | None, tmp_path: Path) -> None:
     settings = Settings.load(home=tmp_path)

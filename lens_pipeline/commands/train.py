@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lens_pipeline.errors import InputError
-from lens_pipeline.files import digest
+from lens_pipeline.files import digest, make_folder
 from lens_pipeline.locations import existing, written_down
 from lens_pipeline.settings import Settings
 from lens_pipeline.steps import LOCKS, locked
@@ -46,6 +46,7 @@ def train_command(options: argparse.Namespace) -> int:
         raise InputError(f"--checkpoint-dir: {out} is a file; name a folder")
     from lens_pipeline.training.devices import gpus_claimed
 
+    make_folder(out.parent)
     with locked(out.parent / LOCKS / f"{out.name}.lock"), gpus_claimed(config.hardware):
         if config.hardware.devices > 1:
             trained = _in_processes(config, settings, out, options.verbose)

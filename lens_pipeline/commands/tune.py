@@ -18,7 +18,7 @@ from lens_pipeline.commands.train import (
 )
 from lens_pipeline.cores import n_cores
 from lens_pipeline.errors import InputError
-from lens_pipeline.files import digest
+from lens_pipeline.files import digest, make_folder
 from lens_pipeline.settings import Settings
 from lens_pipeline.settings_files import read_yaml
 from lens_pipeline.terminal import configure_logging, local_path
@@ -75,7 +75,7 @@ def tune_command(options: argparse.Namespace) -> int:
     out = options.out or settings.home / "tuning" / name_of(
         config, settings, space=space.as_values(), pruner=options.pruner
     )
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with reporting():
         study = _recorded(config, space, settings, out, options)
     _tell(study)
