@@ -31,13 +31,16 @@ WATCHED = 'exec 3<&0; (read _ <&3; rm -f $LEFTOVERS; kill -9 -$$) & exec "$@" 3<
 
 
 def free_ports(n: int) -> list[int]:
-    """Different ports that nothing listens on.
+    """Different ports that nothing listens on, nor another process of these tests is about to.
 
     They lie below those that the system hands out to clients, so that a server which was killed
     finds its own free again.
     """
     ports: list[int] = []
-    for port in random.sample(range(15_000, 32_000), 1000):
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    # Whatever seeds Python's random numbers.
+    of_this_one = range(15_000 + worker % 16 * 1_000, 16_000 + worker % 16 * 1_000)
+    for port in random.SystemRandom().sample(of_this_one, 1000):
         with socket.socket() as probe:
             try:
                 probe.bind((HOST, port))
@@ -66,13 +69,9 @@ def sign_in(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> Non
 
 
 class _Server(ABC):
-    """A program in the background that keeps objects in a folder.
-
-    startup_seconds: how long the last start took, until an object could be put and read.
-    """
+    """A program in the background that keeps objects in a folder."""
 
     name: str
-    startup_seconds: float
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
@@ -129,7 +128,7 @@ class _Server(ABC):
             # A bucket would start with seven volumes, and a few buckets would use up all.
             "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1",
         }
-        begun = time.monotonic()
+        until = time.monotonic() + START_LIMIT
         with (self.folder / "log.txt").open("ab") as log:
             self._process = subprocess.Popen(
                 ["sh", "-c", WATCHED, "sh", *self._command()],
@@ -141,11 +140,10 @@ class _Server(ABC):
                 start_new_session=True,  # Ctrl-C is for the tests, which then stop it
             )
         try:
-            self._wait(begun + START_LIMIT)
+            self._wait(until)
         except BaseException:
             self.kill()
             raise
-        self.startup_seconds = time.monotonic() - begun
 
     def _wait(self, until: float) -> None:
         assert self._process is not None

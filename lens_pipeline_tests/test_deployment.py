@@ -162,6 +162,7 @@ def test_what_the_container_file_copies_makes_a_package_whose_definitions_load(
             subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
             assert f"!{name}" in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
     install = [sys.executable, "-m", "uv", "pip", "install", "--no-deps", "--target", str(site)]
+    install.append("--no-build-isolation")  # with the setuptools of these tests, from nowhere else
     subprocess.run([*install, str(source)], check=True, cwd=tmp_path, capture_output=True)
     program = "import lens_pipeline.definitions as d; print(d.__file__)"
     environment = os.environ | {"PYTHONPATH": str(site)}

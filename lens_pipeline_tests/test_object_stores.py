@@ -140,7 +140,6 @@ def test_s3_keeps_its_objects_when_it_is_killed(s3_server: S3Server, s3_bucket: 
         socket.create_connection(("127.0.0.1", urlsplit(s3_server.url).port or 0)).close()
     s3_server.restart()
     assert files.cat_file(f"{s3_bucket}/thing") == CONTENT
-    assert s3_server.startup_seconds < 30
 
 
 def test_a_bucket_is_made_where_a_test_has_left_the_server_dead(s3_server: S3Server) -> None:

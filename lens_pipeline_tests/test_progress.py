@@ -78,7 +78,9 @@ def test_where_nobody_looks_on_lines_are_logged_of_what_lasts_long(
     assert "verifying" not in caplog.text
     monkeypatch.setattr(progress, "LINES", 1e-9)  # seconds, of which they last more
     train(config, LensDataModule(uneven_shards), tmp_path / "long")
-    lines = re.findall(r"epoch (\d)/2, batches: (\d) of (\d) \(\d+ %\), 00:00 left", caplog.text)
+    lines = re.findall(
+        r"epoch (\d)/2, batches: (\d) of (\d) \(\d+ %\), \d\d:\d\d left", caplog.text
+    )
     assert lines == [(epoch, str(batch), "5") for epoch in "12" for batch in range(1, 6)]
     assert re.search(r"batches: 5 of 5 .*, loss 0\.\d{3}\n", caplog.text)
     verify_shards(shards_folder)

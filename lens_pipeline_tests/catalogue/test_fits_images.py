@@ -33,15 +33,6 @@ def test_bands_whose_names_differ_in_case_alone_are_two(tmp_path: Path) -> None:
         read_cutout([str(tmp_path / "b.npz")], 40, bands=["Vis"])
 
 
-def test_real_pan_starrs_stack(shared_data: Path) -> None:
-    """203 multi-extension files with some NaNs: all readable, with their five bands."""
-    paths = sorted((shared_data / "ps1_grizy" / "fits").glob("*.fits"))[:40]
-    for path in paths:
-        cutout = read_image(str(path))
-        assert cutout.bands == ("G", "R", "I", "Z", "Y")
-        assert cutout.pixels.dtype == np.float32
-
-
 def write_bands(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Two bands with noise maps, a mask, a PSF of another size; (image, mask) of `VIS`."""
     mask = np.zeros((40, 40), np.int16)

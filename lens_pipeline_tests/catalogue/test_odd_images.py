@@ -187,14 +187,11 @@ def test_weights_that_are_not_of_the_noise_do_not_count(
     assert sigma == pytest.approx(weight**-0.5 if kept else background_sigma(sky), rel=1e-5)
 
 
-def test_a_tiff_of_32_bit_integers_is_refused_or_on_its_own_full_scale(tmp_path: Path) -> None:
+def test_a_tiff_of_32_bit_integers_is_refused(tmp_path: Path) -> None:
     values = RNG.integers(0, 2**32 - 1, (SIZE, SIZE), endpoint=True, dtype=np.uint32)
     tifffile.imwrite(tmp_path / "a.tif", values)
-    try:
-        pixels = read_image(str(tmp_path / "a.tif")).pixels
-    except CutoutError:
-        return
-    np.testing.assert_allclose(pixels[0], values / (2**32 - 1), atol=1e-6)
+    with pytest.raises(CutoutError, match="uint32; 8 or 16 bits"):
+        read_image(str(tmp_path / "a.tif"))
 
 
 def test_a_tiff_with_a_damaged_height_is_refused_before_it_fills_memory(tmp_path: Path) -> None:

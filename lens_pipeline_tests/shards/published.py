@@ -56,7 +56,8 @@ def publish_versions(shards: Path, url: str, options: dict, count: int) -> list[
     for number in range(count):
         manifest = replace(read_manifest(shards), dataset=f"dataset {number}")
         (shards / "manifest.json").write_text(manifest.text)
-        time.sleep(1.1)
+        if versions and "://" in url:
+            time.sleep(1.1)
         versions.append(publish_shards(shards, url, storage_options=options).dataset_version)
     return versions
 

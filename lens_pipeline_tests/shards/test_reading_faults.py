@@ -3,7 +3,9 @@
 import multiprocessing
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -15,7 +17,16 @@ from lens_pipeline.files import file_sha256
 from lens_pipeline.shards import open_shards, patience, publish_shards, read_manifest
 from lens_pipeline.shards.patience import StoreError
 from lens_pipeline_tests.object_stores import S3Server, sign_in
-from lens_pipeline_tests.shards.published import SHARDS, N, Proxies, flipped, gets, numbers, spoil
+from lens_pipeline_tests.shards.published import (
+    SHARDS,
+    N,
+    Proxies,
+    flipped,
+    gets,
+    numbers,
+    spoil,
+    wait_until,
+)
 
 
 @pytest.mark.slow
@@ -57,9 +68,10 @@ def test_cloud_epoch_of_ten_thousand_of_which_every_tenth_request_fails(
 
 
 def test_cloud_connections_are_not_closed_by_a_forked_process(
-    published: str, s3_server: S3Server
+    published: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has its parent's in its memory; closed there, the parent's would wait for a timeout."""
+    monkeypatch.setattr(storage, "READ_LIMIT", 300.0)
     shards = open_shards(published, storage_options=s3_server.storage_options())
     split, per_shard = shards.split("train"), N // SHARDS
     split.gather([0])
@@ -69,7 +81,7 @@ def test_cloud_connections_are_not_closed_by_a_forked_process(
     assert child.exitcode == 0
     begun = time.monotonic()
     split.gather([2 * per_shard])
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 60
 
 
 @pytest.mark.parametrize("kept", ["cache", "memory"])
@@ -140,25 +152,27 @@ def test_cloud_that_stalls_is_an_error_that_names_the_object_and_the_next_epoch_
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(patience, "PATIENCE", 1.0)
-    monkeypatch.setattr(storage, "READ_LIMIT", 0.5)
     proxy = faulty_proxy(s3_server)
-    data = LensDataModule(
-        published, batch_size=20, cache_dir=tmp_path,
-        storage_options=s3_server.storage_options(proxy.url),
-    )  # fmt: skip
-    loader = data.train_dataloader()
-    proxy.delay(0.2, only=r"\.tar")
-    batches = iter(loader)
-    next(batches)
-    proxy.stall(only=r"\.tar")
-    with pytest.raises(StoreError, match=rf"^{published}/train-0000\d\d\.tar: .*imeout"):
-        list(batches)
+
+    def loader() -> Any:
+        options = s3_server.storage_options(proxy.url)
+        data = LensDataModule(published, batch_size=20, cache_dir=tmp_path, storage_options=options)
+        return data.train_dataloader()
+
+    with monkeypatch.context() as soon:  # not where all is well, however slow
+        soon.setattr(patience, "PATIENCE", 1.0)
+        soon.setattr(storage, "READ_LIMIT", 0.5)
+        batches = iter(loader())
+        proxy.delay(0.2, only=r"\.tar")
+        next(batches)
+        proxy.stall(only=r"\.tar")
+        with pytest.raises(StoreError, match=rf"^{published}/train-0000\d\d\.tar: .*imeout"):
+            list(batches)
     kept = {path.name for path in tmp_path.rglob("*.tar")}
     assert 0 < len(kept) < SHARDS
     proxy.pass_through()
     before = len(gets(proxy))
-    assert set(numbers(loader)) == set(range(N))
+    assert set(numbers(loader())) == set(range(N))
     assert not kept & {line.rpartition("/")[2].split("?")[0] for line in gets(proxy)[before:]}
 
 
@@ -177,9 +191,15 @@ def test_cloud_that_stalls_for_a_moment_loses_nothing(
     )  # fmt: skip
     loader = data.train_dataloader()
     proxy.stall(only=r"\.tar")
-    threading.Timer(1.5, proxy.pass_through).start()
-    assert set(numbers(loader)) == set(range(N))
-    assert proxy.faults >= 8
+
+    def passes_when_it_has_been_met() -> None:
+        wait_until(lambda: proxy.faults >= 8)
+        proxy.pass_through()
+
+    with ThreadPoolExecutor(1) as beside:
+        passing = beside.submit(passes_when_it_has_been_met)
+        assert set(numbers(loader)) == set(range(N))
+        passing.result()
 
 
 def test_cloud_connections_reset_in_the_middle_lose_nothing(
@@ -203,4 +223,4 @@ def test_cloud_that_may_not_be_read_is_told_at_once(
     begun = time.monotonic()
     with pytest.raises(InputError, match=f"{published}/manifest.json: may not be read"):
         LensDataModule(published, cache_dir=tmp_path, storage_options=options).train_dataloader()
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 45  # of 60 in which others are tried again

@@ -48,6 +48,8 @@ def test_a_neighbour_is_not_measured_with_a_galaxy(flux: float, distance: int) -
 
 
 def test_a_psf_of_euclid(shared_data: Path) -> None:
-    for path in sorted((shared_data / "euclid_q1").glob("*.fits")):
+    paths = sorted((shared_data / "euclid_q1").glob("*.fits"))
+    assert paths
+    for path in paths:
         psf = fits.getdata(path, extname="VIS_PSF").astype(np.float64)
         assert measured(psf) == pytest.approx((0.6, 0.5), abs=0.02), path

@@ -1,5 +1,6 @@
 """The settings of a training."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import yaml
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.training.config import TrainConfig
+from lens_pipeline.training.flags import add_flags, changes
 from lens_pipeline_tests.training.small import small_config
 
 
@@ -53,6 +55,41 @@ from lens_pipeline_tests.training.small import small_config
 def test_settings_that_cannot_be_are_named(values: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         TrainConfig.parse(values, "file")
+
+
+def test_each_setting_is_a_flag() -> None:
+    """Of every field another value than its default, given by its flag, is that of the setting."""
+    told: dict[str, Any] = {
+        **{"model.arch": "lastro", "model.model_type": "ensemble", "model.pretrained": "published"},
+        **{"model.architectures": "lastro,deeplens", "model.ensemble_strategy": "mean"},
+        **{"training.schedule": "step", "training.loss": "focal", "training.monitor": "val/loss"},
+        **{"training.limit_train_batches": "0.5", "training.limit_val_batches": "3"},
+        **{"training.loggers": "csv,wandb", "hardware.accelerator": "cpu"},
+        **{"hardware.strategy": "ddp", "hardware.precision": "bf16-mixed"},
+        **{"data.image_size": "48"},
+        **{f"data.{name}": f"/{name}" for name in ("data_root", "cache_dir")},
+        **{f"data.{name}_urls": f"/{name}.tar" for name in ("train", "val", "test")},
+    }
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    for section, info in TrainConfig.model_fields.items():
+        kind: Any = info.annotation
+        for name, field in kind.model_fields.items():
+            key, default = f"{section}.{name}", field.default
+            flag = "--archs" if name == "architectures" else f"--{name.replace('_', '-')}"
+            if isinstance(default, bool):
+                words = [f"--no-{flag[2:]}" if default else flag]
+            elif key in told:
+                words = [flag, told[key]]
+            else:
+                other = default / 2 or 0.25 if isinstance(default, float) else default + 2
+                words = [flag, str(other)]
+            found = changes(parser.parse_args(words))
+            assert {part: list(said) for part, said in found.items()} == {section: [name]}
+            read = getattr(kind.model_validate(found[section]), name)
+            assert read != default, key
+            shown = ",".join(read) if isinstance(read, tuple) else str(read)
+            assert isinstance(default, bool) or shown == words[1], key
 
 
 def test_each_bound_is_said_where_its_setting_is_described() -> None:

@@ -1,6 +1,7 @@
 """Training on a GPU: its precisions, its memory, and what it leaves for others."""
 
 import gc
+import os
 import signal
 import subprocess
 import sys
@@ -171,6 +172,7 @@ def test_two_trainings_take_turns_on_one_gpu(uneven_shards: Path, tmp_path: Path
             [sys.executable, "-c", TRAIN, str(uneven_shards), str(tmp_path / name), "40"],
             stderr=subprocess.PIPE,
             text=True,
+            env=os.environ | {"TMPDIR": str(tmp_path)},  # of whose claims no other training knows
         )
         for name in ("one", "two")
     ]

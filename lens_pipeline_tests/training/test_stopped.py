@@ -210,6 +210,7 @@ def test_a_disk_that_is_full_before_the_training_begins(uneven_shards: Path, dis
 def test_ctrl_c_is_heard_after_one_met_a_full_disk(uneven_shards: Path, disk: Path) -> None:
     """Lightning ignores further ones while it ends, and would for ever where that fails."""
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    interrupted = []
 
     class Interrupt(Callback):
         def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
@@ -217,10 +218,12 @@ def test_ctrl_c_is_heard_after_one_met_a_full_disk(uneven_shards: Path, disk: Pa
                 with pytest.raises(OSError, match="No space"):
                     (disk / "others").write_bytes(bytes(110_000_000))
                 trainer.save_checkpoint(disk / "out" / "more.ckpt")
+                interrupted.append(trainer.global_step)
                 raise KeyboardInterrupt
 
     with pytest.raises((KeyboardInterrupt, InputError)):
         train_on(small_config(), uneven_shards, disk / "out", Interrupt())
+    assert interrupted == [2]
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
