@@ -47,9 +47,13 @@ def _started(pid: int) -> str:
 
 def check_locks(folder: Path) -> None:
     """Raises InputError where the file system of a folder knows no locks."""
+    with TemporaryFile(dir=folder) as file:
+        _lock(file.fileno(), folder)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
     try:
-        with TemporaryFile(dir=folder) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as problem:
         if problem.errno not in NO_LOCKS:
             raise
@@ -67,7 +71,7 @@ def sign_of_life(home: Path, run_id: str) -> int:
     folder.mkdir(exist_ok=True)
     aside = folder / f".{run_id}"
     descriptor = os.open(aside, os.O_RDWR | os.O_CREAT)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    _lock(descriptor, home)
     aside.rename(folder / run_id)  # whoever sees it finds it locked
     return descriptor
 

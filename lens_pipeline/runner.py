@@ -60,7 +60,7 @@ def prepare_home(settings: Settings) -> None:
     """Make LENS_HOME/dagster with the settings of one machine, where it is not there yet; those of
     a former version give way to them unless somebody has edited them.
 
-    Raises InputError where the home cannot be made, or written into.
+    Raises InputError where the home cannot be made, or written into, or knows no locks.
     """
     home = settings.dagster_home
     try:

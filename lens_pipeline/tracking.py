@@ -226,9 +226,11 @@ class Tracking:
             with filelock.FileLock(locks / "mlflow.lock"):
                 _create_database(self.settings.mlflow_database)
         try:
-            if self.settings.mlflow_file is not None:  # MLflow would try for minutes, unsaid
-                with closing(sqlite3.connect(self.settings.mlflow_file, timeout=PATIENCE)) as file:
-                    file.execute("PRAGMA schema_version")
+            if uri.startswith("sqlite"):
+                named = sqlalchemy.make_url(uri).database
+                if named and not named.startswith("file:"):  # MLflow would try for minutes, unsaid
+                    with closing(sqlite3.connect(named, timeout=PATIENCE)) as file:
+                        file.execute("PRAGMA schema_version")
             with _database_alone(uri):
                 client = mlflow.MlflowClient(uri, uri)
                 client.search_experiments(max_results=1)

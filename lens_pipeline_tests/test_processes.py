@@ -187,3 +187,5 @@ def test_a_file_system_without_locks_is_told_with_the_way_out(
     monkeypatch.setattr("fcntl.flock", none)
     with pytest.raises(InputError, match=f"{tmp_path}: its file system knows no locks"):
         check_locks(tmp_path)
+    with pytest.raises(InputError, match=f"{tmp_path}: its file system knows no locks"):
+        sign_of_life(tmp_path, "r")

@@ -106,6 +106,15 @@ def test_records_that_cannot_be_opened_are_named(
         _ = Tracking(Settings.load(home=tmp_path / "home")).client
 
 
+def test_a_place_of_records_may_be_written_as_in_addresses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my records").mkdir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/my%20records/m.db")
+    _ = Tracking(Settings.load(home=tmp_path / "home")).client
+    assert [path.name for path in (tmp_path / "my records").iterdir()] == ["m.db"]
+
+
 @pytest.mark.parametrize("content", [b"no database " * 500, None], ids=["another file", "torn"])
 def test_a_database_that_is_damaged_is_named(content: bytes | None, tmp_path: Path) -> None:
     settings = Settings.load(home=tmp_path)

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import brentq
+from scipy.special import expit, logit
 
 from lens_pipeline.errors import InputError
 from lens_pipeline.evaluation.fractions import design_effect, jeffreys
@@ -33,6 +35,7 @@ ENOUGH = 10  # false positives: a rate of fewer is mostly chance
 CHANCES = 200  # draws of labels, for what chance makes of a calibration error
 CALIBRATION = ("ece", "ece_balanced", "ece_top")
 ERRORS = (*CALIBRATION, "brier")  # of probabilities; the others are of ranks
+LOGITS = 50.0  # beyond, a probability is 0 or 1
 AT_ONCE = 1 << 17  # numbers: so many samples are counted together
 
 
@@ -107,14 +110,13 @@ def lens_metrics(
 
     label (n,): 1 lens, 0 not; score (n,): probabilities. Returns {name: {"value", "low", "high"}},
     the integers `n_lens` and `n_nonlens`, and `ece_by_chance` and `ece_balanced_by_chance`: the
-    mean of these errors where the probabilities are exactly right, None where `bootstrap` is 0 or a
-    class that it needs is absent. `low` and `high` bound
-    the middle 95 % of `bootstrap` resamplings, that of an ece centred on its value,
-    with a `low` of 0 where more than 5 % of exactly right probabilities show as much; they are None
-    where `bootstrap` is 0. group (n,): whole groups are drawn, as in `paired_bootstrap`, for
-    cutouts of one galaxy or region are not independent; else lenses and non-lenses are, apart, and
-    also where a class is of fewer than FEWEST_GROUPS groups, whose resamplings would be alike:
-    there bounds are too close.
+    mean of these errors where the probabilities are right but for the share of lenses, None where
+    `bootstrap` is 0 or a class that it needs is absent. `low` and `high` bound the middle 95 % of
+    `bootstrap` resamplings, that of an ece centred on its value, with a `low` of 0 where more than
+    5 % of such probabilities show as much; they are None where `bootstrap` is 0. group (n,): whole
+    groups are drawn, as in `paired_bootstrap`, for cutouts of one galaxy or region are not
+    independent; else lenses and non-lenses are, apart, and also where a class is of fewer than
+    FEWEST_GROUPS groups, whose resamplings would be alike: there bounds are too close.
     No resampling has a non-lens that scores higher than those of the sample: `low` of a TPR at an
     FPR (that of one non-lens for tpr0, so always) is 0 where so many non-lenses (independent ones,
     see `design_effect`) may, with a chance of more than 5 %, show none of those that decide it.
@@ -240,22 +242,38 @@ def _by_chance(
     score: Array, label: NDArray[np.bool_], member: NDArray[np.integer]
 ) -> dict[str, Array]:
     """(CHANCES,) of each of CALIBRATION that cutouts with these probabilities (n,) have where they
-    are exactly right. member (n,): numbers of groups, whose labels are alike: by the root of how
-    many times the variance of label - score is that of independent cutouts (Kish 1965) they are
-    larger. What of it is of all groups alike, and of the score, is an error of the scores."""
-    scores = np.sort(score)  # their order is nothing
+    are exactly right; but for the share of lenses, which is the sample's: chance makes the less of
+    it the more lenses there are. member (n,): numbers of groups, whose labels are alike: by the
+    root of how many times the variance of label - score is that of independent cutouts (Kish 1965)
+    they are larger. What of it is of all groups alike, or goes with the score, is an error of the
+    scores."""
+    scores = _with_share(np.sort(score), label.mean())  # their order is nothing
     random, (distinct, level) = np.random.default_rng(0), _ranked(scores)
     aside = score - score.mean()
     error = (label - score) - (label - score).mean()
     error -= aside * ((aside @ error) / max(aside @ aside, np.finfo(float).tiny))
     alone = (error**2).sum()
-    effect = max(1.0, (np.bincount(member, error) ** 2).sum() / alone) if alone else 1.0
+    effect = 1.0
+    if alone > np.finfo(float).eps * len(error):  # not of rounding alone
+        effect = max(effect, (np.bincount(member, error) ** 2).sum() / alone)
     together = np.bincount(level, minlength=len(distinct)).astype(np.float64)
     drawn = (random.random(len(scores)) < scores for _ in range(CHANCES))
     lens = (np.bincount(level, found, len(distinct)) for found in drawn)
     samples = _blocks(distinct, ((found, together - found) for found in lens))
     made = _over(samples, {name: METRICS[name] for name in CALIBRATION})
     return {name: np.nan_to_num(of) * np.sqrt(effect) for name, of in made.items()}
+
+
+def _with_share(score: Array, share: float) -> Array:
+    """Scores (n,) with as much added to all logits as makes their mean this share; as they are
+    where nothing does."""
+
+    def excess(more: float) -> float:
+        return float(expit(logit(score) + more).mean()) - share
+
+    if not excess(-LOGITS) < 0 < excess(LOGITS):
+        return score
+    return expit(logit(score) + brentq(excess, -LOGITS, LOGITS))
 
 
 def _may_show_none(nonlens: Array, groups: NDArray[Any], fpr: float) -> bool:

@@ -76,7 +76,7 @@ class Evaluation:
         alone = {
             name: first_model_gate(of[FUSED], **thresholds)
             for name, of in surveys.items()
-            if _hold_enough(of, thresholds)
+            if name != OTHERS and _hold_enough(of, thresholds)
         }
         reasons = [f"{name}: {reason}" for name, own in alone.items() for reason in own.reasons]
         needed = [thresholds[f"min_{name}"] for name in CLASSES]

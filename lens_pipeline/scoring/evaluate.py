@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from lens_pipeline.catalogue.splits import PARTS
 from lens_pipeline.catalogue.table import Catalogue
@@ -42,7 +43,7 @@ from lens_pipeline.evaluation.tables import cutouts_table, format_text
 from lens_pipeline.models.saliency import smooth_grad
 from lens_pipeline.models.system import LitLensSystem
 from lens_pipeline.scoring.predictor import score_dataset
-from lens_pipeline.scoring.score_files import write_scores
+from lens_pipeline.scoring.score_files import with_about
 from lens_pipeline.scoring.score_tables import LEARNT_FROM
 from lens_pipeline.scoring.scored_rows import made_by, model_hash
 from lens_pipeline.scoring.sources import ScoredDataset
@@ -77,8 +78,8 @@ def evaluate_ensemble(
         "catalogue": {"source": str(dataset.folder), "content": dataset.facts["content"]},
         **made_by(ensemble),
     }
-    schema = pa.Schema.from_pandas(scores, preserve_index=False)
-    write_scores(out / SCORES, out / f".{SCORES}", [scores], schema, about)
+    table = pa.Table.from_pandas(scores, preserve_index=False)
+    pq.write_table(table.cast(with_about(table.schema, about)), out / SCORES)
     test, n_seen = _unseen_test(ensemble, ensemble_folder, scores)
     columns = {name: f"probability_{name}" for name in ensemble.members}
     columns |= {FUSED: "probability"}

@@ -69,9 +69,9 @@ def files_of_known(out: Path) -> tuple[Path, Path]:
 
 
 def about_scores(file: str | Path) -> dict[str, Any]:
-    """Of what the scores in a file of `score_to_file` are: `model` (its URI in the registry, and a
-    hash), `dataset_version` that it was trained on, the `catalogue` or shards, `code_version`
-    and `code_commit`.
+    """Of what the scores in a file of `score_to_file`, or of an evaluation, are: `model` (its URI
+    in the registry, or its folder, and a hash), `dataset_version` that it was trained on, the
+    `catalogue` or shards, `code_version` and `code_commit`.
 
     It is kept in the metadata of a Parquet file, and beside a CSV file. Raises InputError where it
     is not there, or there is no such file.
@@ -100,7 +100,9 @@ def about_intact(file: Path) -> dict[str, Any] | None:
 
 
 def _about(path: Path) -> dict[str, Any] | None:
-    if ".csv" in path.suffixes:  # of a kept one, `.csv.before`
+    with path.open("rb") as file:
+        parquet = file.read(4) == b"PAR1"
+    if not parquet:
         text = _beside(path).read_text() if _beside(path).is_file() else None
     else:
         text = (pq.read_schema(path).metadata or {}).get(_KEY)
@@ -192,8 +194,7 @@ def write_scores(
     else:
         converted = (pa.Table.from_pandas(t, schema, preserve_index=False) for t in tables)
         first = next(converted)
-        known = {**first.schema.metadata, _KEY: json.dumps(about).encode()}
-        schema = schema.with_metadata(known)
+        schema = with_about(schema.with_metadata(first.schema.metadata), about)
         with written(aside) as file, pq.ParquetWriter(file, schema) as writer:
             for table in chain([first], converted):
                 writer.write_table(table)
@@ -202,6 +203,11 @@ def write_scores(
             digest = _data_sha256(Path(file.name), n_bytes, schema.names)
             writer.add_key_value_metadata({_WRITTEN: json.dumps([digest, n_bytes]).encode()})
         aside.replace(out)
+
+
+def with_about(schema: pa.Schema, about: dict[str, Any]) -> pa.Schema:
+    """With what a Parquet file says of its scores, see `about_scores`."""
+    return schema.with_metadata({**(schema.metadata or {}), _KEY: json.dumps(about).encode()})
 
 
 def keep(path: Path) -> Path:

@@ -33,7 +33,7 @@ def claimed(names: Sequence[str], n: int, folder: Path | None = None) -> Iterato
                     held.enter_context(lock.acquire(blocking=False))
                 except filelock.Timeout:
                     continue
-                os.utime(lock.lock_file)  # what is old there may be removed, in use or not
+                os.utime(lock.lock_file)  # what has been left for days may be removed there
                 mine.append(name)
                 if len(mine) == n:
                     yield mine

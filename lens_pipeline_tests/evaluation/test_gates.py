@@ -320,12 +320,15 @@ def test_real_cutouts_that_decide_are_told_from_those_of_other_surveys() -> None
     assert few.gate(thresholds).passed
 
 
-def test_where_lenses_are_few_probabilities_that_promise_many_are_no_calibrated_ones() -> None:
-    """Of odds that are twenty times too high the error over all cutouts is 0.026."""
+@pytest.mark.parametrize("times", [1 / 20, 1 / 7, 20])
+def test_where_lenses_are_few_probabilities_that_promise_others_are_no_calibrated_ones(
+    times: float,
+) -> None:
+    """The error over all cutouts is below what is allowed."""
     random = np.random.default_rng(1)
-    label = np.repeat([1, 0], [200, 100_000])
+    label = np.repeat([1, 0], [100, 8_000])
     evidence = random.normal(np.where(label == 1, 2, 0))
-    right = 2 * evidence - 2 + logit(200 / 100_200)
+    right = 2 * evidence - 2 + logit(100 / 8_100)
     test = {
         "label": label,
         "champion": expit(right),
@@ -333,7 +336,8 @@ def test_where_lenses_are_few_probabilities_that_promise_many_are_no_calibrated_
         "seen": np.zeros(len(label), dtype=bool),
         "survey": np.repeat("des", len(label)),
     }
-    assert lens_metrics(label, expit(right + 3), bootstrap=0)["ece"]["value"] < 0.03
-    (reason,) = champion_gate(**test, challenger=expit(right + 3), **AGAINST).reasons
+    wrong = expit(right + np.log(times))
+    assert lens_metrics(label, wrong, bootstrap=0)["ece"]["value"] < AGAINST["max_ece"]
+    (reason,) = champion_gate(**test, challenger=wrong, **AGAINST).reasons
     assert reason.startswith("the calibration error is ")
     assert champion_gate(**test, challenger=expit(right), **AGAINST).passed

@@ -213,6 +213,22 @@ def test_small_surveys_together_are_calibrated_by_the_same_ones(
     assert of_others["ece"]["value"] == pytest.approx(ece_where_as_frequent(test, val))
 
 
+def test_of_each_survey_the_real_ones_are_told_by_themselves(
+    ensemble: Path, mixed: Evaluation, tmp_path: Path
+) -> None:
+    table = rows()
+    table["simulated"] = pd.array([True] * 60 + [False] * 60, dtype="boolean")
+    table["survey"] = ["wide", "deep"] * 60
+    found = evaluate(ensemble, Cutouts(table, origin=EVIL), tmp_path)
+    real = table[60:]
+    for name, of in found.real_surveys.items():
+        label = real.loc[real["survey"] == name, "label"]
+        assert of["ensemble"]["n_lens"] == label.sum() == 10
+        assert of["ensemble"]["n_nonlens"] == (label == 0).sum()
+    assert sorted(found.real_surveys) == ["deep", "wide"]
+    assert mixed.real_surveys == {}  # where there is one
+
+
 def test_the_rest_is_of_the_whole_test_split(mixed: Evaluation) -> None:
     whole = mixed.metrics["ensemble"]
     assert (whole["n_lens"], whole["n_nonlens"]) == (40, 80)

@@ -6,6 +6,7 @@ import json
 import math
 import posixpath
 import re
+import shutil
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -65,6 +66,8 @@ def test_scores_say_of_what_they_are(home: Path, undisturbed: Path, survey: Path
     assert about["dataset_version"] == facts["dataset_version"]
     assert about["catalogue"]["source"] == str(survey)
     assert about["code_version"] == importlib.metadata.version("lens-pipeline")
+    other = shutil.copy(undisturbed, undisturbed.with_name("of.csv.parquet"))
+    assert about_scores(other) == about
     notes = undisturbed.with_name("notes.txt")
     notes.write_text("no scores")
     for other in (survey, notes):

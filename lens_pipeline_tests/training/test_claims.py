@@ -49,6 +49,15 @@ class Training:
         self.process.communicate()
 
 
+def test_a_claim_is_no_old_file(tmp_path: Path) -> None:
+    """Which systems remove from where the claims are, in use or not."""
+    lock = tmp_path / "0.lock"
+    lock.touch()
+    os.utime(lock, (0, 0))
+    with claimed(["0"], 1, tmp_path):
+        assert lock.stat().st_mtime > 0
+
+
 def test_two_trainings_never_share_a_gpu(tmp_path: Path) -> None:
     trainings = [Training(tmp_path, "0,1,3", 1) for _ in range(3)]
     had = [training.has() for training in trainings]

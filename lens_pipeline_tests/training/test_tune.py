@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pandas as pd
 import pytest
 import torch
@@ -22,8 +23,8 @@ from lens_pipeline.errors import InputError, NoRoomError
 from lens_pipeline.training import TrainedMember, train
 from lens_pipeline.training.config import TrainConfig
 from lens_pipeline.training.space import SearchSpace
-from lens_pipeline.training.study import TunedStudy
-from lens_pipeline.training.tune import tune
+from lens_pipeline.training.study import DATABASE, TunedStudy
+from lens_pipeline.training.tune import PRUNED, tune
 from lens_pipeline_tests.training.killed import forked
 from lens_pipeline_tests.training.small import small_config
 
@@ -223,6 +224,35 @@ def test_a_full_disk_leaves_the_trial_for_later(uneven_shards: Path, tmp_path: P
     study = _tune(config, uneven_shards, tmp_path, 2, "none", training=RATES)
     assert study.trials["number"].tolist() == [0, 1]
     assert study.trials["state"].tolist() == ["complete", "complete"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_records_a_trial_learns_that_it_was_pruned_before_its_worker_was_killed(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    ends = {}
+
+    @contextmanager
+    def record(number: int, config: TrainConfig) -> Iterator[Sequence[Logger]]:
+        if not ends and number == 0:
+            ends[number] = "killed"
+            raise NoRoomError("the trial goes on later")
+        try:
+            yield []
+        except optuna.TrialPruned:
+            ends[number] = "pruned"
+            raise
+
+    config = _config(epochs=1, limit_train_batches=1)
+    with pytest.raises(NoRoomError):
+        _tune(config, uneven_shards, tmp_path, 2, "none", record, training=RATES)
+    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / DATABASE}")
+    (study,) = storage.get_all_studies()
+    (trial,) = storage.get_all_trials(study._study_id)
+    storage.set_trial_user_attr(trial._trial_id, PRUNED, 0)
+    found = _tune(config, uneven_shards, tmp_path, 2, "none", record, training=RATES)
+    assert ends == {0: "pruned"}
+    assert found.trials["state"].tolist() == ["pruned", "complete"]
 
 
 @pytest.mark.parametrize(("monitor", "best"), [("val/recall", 2), ("val/loss", 0)])
