@@ -130,7 +130,8 @@ class LensClassifier(pl.LightningModule):
 
     def _scale_of_a_part_step(self, batch_idx: int) -> float:
         """Lightning divides the loss by how many batches make a step; at the end of an epoch there
-        may be fewer, and it takes a step with these."""
+        may be fewer, and it takes a step with these. Batches of one step weigh the same, also the
+        last one of an epoch, which may be smaller."""
         batches, together = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
         left = batches % together if math.isfinite(batches) else 0
         return together / left if left and batch_idx >= batches - left else 1.0

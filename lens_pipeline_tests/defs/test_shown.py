@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import numpy as np
@@ -84,6 +85,23 @@ def test_a_network_is_judged_by_what_chance_leaves_of_its_auroc(home: Path) -> N
     assert low < 0.5
     assert not check.passed
     assert check.severity == dg.AssetCheckSeverity.WARN
+
+
+def test_a_training_is_shown_by_its_curves_and_their_table(home: Path) -> None:
+    shown = shown_of(home, "checkpoints/lastro")
+    (folder,) = (path.parent for path in home.glob("checkpoints/lastro/*/curves.csv"))
+    curves = pd.read_csv(folder / "curves.csv")
+    records: Any = shown["epochs"].records  # type: ignore[attr-defined]
+    rows = [record.data for record in records]
+    assert [int(row["epoch"]) for row in rows] == [n + 1 for n in curves["epoch"]]
+    for name in ("train/loss", "val/auroc"):
+        told = [float(row[name]) for row in rows]
+        assert told == pytest.approx(curves[name].tolist(), rel=1e-3)
+        assert shown[f"last {name}"].value == pytest.approx(curves[name].iloc[-1])
+    scores = pd.read_parquet(folder / "val_scores.parquet")
+    auroc = roc_auc_score(scores["label"], scores["logit"])
+    assert shown["validation AUROC"].value == pytest.approx(auroc)
+    assert str(shown["learning curves"].value).startswith("![")
 
 
 def test_calibration_is_judged_on_the_test_split(home: Path) -> None:
