@@ -134,11 +134,15 @@ def test_a_calibration_error_is_certain_where_chance_makes_none_like_it() -> Non
     assert lens_metrics(label, probability, bootstrap=50)["ece"]["low"] > 0.1
 
 
-def test_an_error_that_all_groups_share_is_none_of_chance() -> None:
+@pytest.mark.parametrize("overconfident", [False, True])
+def test_an_error_that_all_groups_share_is_none_of_chance(overconfident: bool) -> None:
     """Labels are independent here: by groups, chance makes what it makes without them."""
     random = np.random.default_rng(5)
     probability = random.uniform(size=2000)
-    label = random.random(2000) < np.clip(probability - 0.2, 0, 1)
+    if overconfident:  # in groups that score alike
+        probability.sort()
+    true = 0.3 + 0.4 * probability if overconfident else np.clip(probability - 0.2, 0, 1)
+    label = random.random(2000) < true
     alone, grouped = (
         lens_metrics(label, probability, bootstrap=50, group=group)["ece_by_chance"]
         for group in (np.arange(2000), np.repeat(np.arange(40), 50))
