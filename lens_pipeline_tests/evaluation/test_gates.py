@@ -315,6 +315,13 @@ def test_real_cutouts_that_decide_are_told_from_those_of_other_surveys() -> None
     # Small ones that are told together are not one.
     others = replace(mixed, real_surveys={"a": of(40, 300), "others": of(60, 200)})
     assert not others.gate(thresholds).passed
+    label = np.repeat([1, 0], 200)
+    by_chance = {"ensemble": lens_metrics(label, random.uniform(size=400), 200)}
+    whole = replace(mixed, real_surveys={"a": of(50, 50), "others": by_chance})
+    assert whole.gate(thresholds).passed
+    assert (
+        not replace(whole, real_surveys={"a": of(50, 50), "b": by_chance}).gate(thresholds).passed
+    )
     # Where simulations decide with them, so they do of each survey.
     few = replace(mixed, origins=mixed.origins | {"real": of(10, 500)})
     assert few.gate(thresholds).passed

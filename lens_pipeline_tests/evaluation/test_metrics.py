@@ -166,6 +166,16 @@ class TestCalibrationWithBothClassesWeighingTheSame:
         assert found["ece_balanced"]["low"] <= by_hand <= found["ece_balanced"]["high"]
         assert 0 < found["ece_balanced_by_chance"] < 0.1
 
+    def test_who_promises_fewer_lenses_is_not_allowed_more_by_chance(self) -> None:
+        random = np.random.default_rng(0)
+        label = np.repeat([1, 0], [60, 3000])
+        evidence = 2 * random.normal(np.where(label == 1, 2, 0)) - 2 + np.log(0.02)
+        right, fewer = (
+            lens_metrics(label, 1 / (1 + np.exp(-logit)), bootstrap=5)["ece_balanced_by_chance"]
+            for logit in (evidence, evidence - 3)
+        )
+        assert fewer < 1.3 * right
+
     def test_of_as_many_lenses_as_others_it_is_the_error_over_all(self) -> None:
         label, score = np.repeat([1, 0], 300), np.random.default_rng(0).uniform(size=600)
         found = lens_metrics(label, score, bootstrap=20)

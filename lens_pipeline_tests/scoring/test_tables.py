@@ -339,7 +339,9 @@ def test_a_field_in_the_place_of_another_does_not_take_its_scores_away(
     first = out.read_bytes()
     scored(counting, own_images[60:200], out)  # of the same name
     assert f"{out} holds 60 scores of other rows: as it was it is kept as" in caplog.text
-    assert out.with_name("scores.parquet.before").read_bytes() == first
+    kept = out.with_name("scores.parquet.before")
+    assert kept.read_bytes() == first
+    assert about_scores(kept)["n_rows"] == len(pd.read_parquet(kept))
     scored(counting, own_images[80:200], out)
     assert "20 of its rows are no more in the catalogue, and go" in caplog.text
     assert not out.with_name("scores.parquet.before-2").exists()
